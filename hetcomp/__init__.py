@@ -1,0 +1,1 @@
+"""hetcomp: compiles Mixture-of-Experts language models for one workstation."""

@@ -1,0 +1,63 @@
+"""The contract between the Plan and a kernel backend (Jinja C++ templates, TVM)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from hetcomp.ir.plan import Op, Value
+
+
+class Isa(StrEnum):
+    """Instruction sets that CPU code is generated for, weakest first."""
+
+    AVX2 = "avx2"  # x86-64-v3: AVX2, FMA, F16C
+    AVX512 = "avx512"  # x86-64-v4: AVX-512 F, BW, CD, DQ, VL
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """One op to generate code for. ``dims`` are upper bounds of the symbolic dimensions (T, R, slots, context);
+    ``inputs``/``outputs`` are the op's values in order, weights with their ``format`` chosen."""
+
+    op: Op
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    isa: Isa
+    dims: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Generated code of one op.
+
+    ``source`` is a complete C++20 translation unit that includes ``hetcomp/kernel.h`` and defines
+    ``void hetcomp::<name>(hetcomp::Lane&, const hetcomp::KernelArgs&)``. The name is derived from what the code
+    depends on: equal names have equal sources. ``objects`` are relocatable object files to link with it, keyed
+    by a stable name. ``workspace_bytes`` is the scratch memory at the upper bounds of the request's dims.
+    """
+
+    name: str
+    source: str
+    workspace_bytes: int = 0
+    objects: tuple[tuple[str, bytes], ...] = ()
+
+
+class KernelBackend(Protocol):
+    """A generator of kernels. Where several backends support an op, the highest score wins."""
+
+    name: str
+
+    def score(self, request: KernelRequest) -> int:
+        """How well this backend serves the request; 0: not at all."""
+        ...
+
+    def workspace_bytes(self, request: KernelRequest) -> int:
+        """The ``workspace_bytes`` that ``emit`` will report, without generating code."""
+        ...
+
+    def emit(self, request: KernelRequest) -> Kernel:
+        """Generates the kernel. Raises HetcompError with the op's origin if it cannot."""
+        ...

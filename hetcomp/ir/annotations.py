@@ -1,0 +1,106 @@
+"""What the passes add to ops and calls: cost, placement, schedule, memory, predicted timeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseCost:
+    """Work of one op in one phase (``decode`` or ``prefill``) at ``tokens`` tokens.
+
+    ``intensity`` is FLOPs per byte moved (weights + activations + state); ``us`` the time from the roofline
+    max(bytes / bandwidth, flops / rate) + latency on the profile's CPU; ``bound`` is ``memory`` or ``compute``.
+    """
+
+    phase: str
+    tokens: int
+    flops: float
+    weight_bytes: float
+    act_bytes: float
+    state_bytes: float
+    intensity: float
+    us: float
+    bound: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Costs of an op, one entry a phase and batch size."""
+
+    phases: tuple[PhaseCost, ...]
+
+    def phase(self, name: str) -> PhaseCost:
+        """The first entry of that phase; KeyError if there is none."""
+        for p in self.phases:
+            if p.phase == name:
+                return p
+        raise KeyError(name)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPlacement:
+    """Experts ``first`` .. ``last`` (inclusive) of an op live and run on ``device``."""
+
+    first: int
+    last: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSlice:
+    """The part of a weight's split dimension (``start`` .. ``stop``) that NUMA node ``node`` owns."""
+
+    node: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one op of one call runs. Devices are ``cpu:<node>`` and ``gpu:<index>``. ``experts`` is given for
+    moe_experts only and covers every expert once; ``slices`` is filled by slice_numa."""
+
+    device: str
+    experts: tuple[ExpertPlacement, ...] = ()
+    slices: tuple[NodeSlice, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Order on a lane (``cpu:0``) and whether all threads of the lane must meet before the op starts."""
+
+    lane: str
+    index: int
+    barrier_before: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaSlot:
+    """Bytes [offset, offset + bytes) of the arena belong to ``value``, which is a value's id or
+    ``workspace:<op id>``."""
+
+    value: str
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaneShare:
+    """Busy time of one lane in a predicted timeline."""
+
+    lane: str
+    busy_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Prediction of one phase by the lane simulation: total time of a step of ``tokens`` tokens, per lane and
+    per role, and the roles on the critical chain in order of their share."""
+
+    phase: str
+    tokens: int
+    total_us: float
+    tokens_per_s: float
+    lanes: tuple[LaneShare, ...]
+    roles: tuple[tuple[str, float], ...]

@@ -1,0 +1,327 @@
+"""The closed set of op kinds: one frozen attribute class each, with inputs and outputs in order.
+
+Activations are dense and token-major: ``[T, width]`` or ``[T, heads, head_dim]`` (the same memory as
+``[T, heads * head_dim]``; ops may read one as the other). Batch is not a dimension: a step carries T tokens
+of one or several sequences, each with its position and its KV-cache slot. ``rows`` below is T or R.
+
+An optional input that is absent is left out; the attribute says so (``bias``, ``sinks``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """ids i32[T], table w[vocab, width] -> f32[T, width]; rows are multiplied by ``scale``."""
+
+    vocab: int
+    width: int
+    scale: float = 1.0
+    kind: Literal["embed"] = "embed"
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """x f32[rows, groups * width], weight f32[width] -> same shape as x.
+
+    Normalises each run of ``width`` elements: y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset).
+    ``groups`` runs a row share the weight (the heads of a q_norm; OLMoE norms the whole row: groups = 1).
+    """
+
+    width: int
+    eps: float
+    groups: int = 1
+    weight_offset: float = 0.0
+    kind: Literal["rms_norm"] = "rms_norm"
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """x f32[rows, in_features], weight w[out_features, in_features](, bias f32[out]) -> f32[rows, out].
+
+    y = x @ weight.T (+ bias).
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool = False
+    kind: Literal["linear"] = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLinear:
+    """x f32[T, heads, in_features], weight w[heads, out_features, in_features] -> f32[T, heads, out_features].
+
+    A linear of its own for every head: y[t, h] = weight[h] @ x[t, h] (MLA's absorbed projections).
+    """
+
+    heads: int
+    in_features: int
+    out_features: int
+    kind: Literal["head_linear"] = "head_linear"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """positions i32[T], inv_freq const f32[rotary_dim / 2] -> cos, sin f32[T, rotary_dim / 2].
+
+    cos(position * inv_freq) * scaling, likewise sin; in float32 as transformers computes it.
+    """
+
+    rotary_dim: int
+    scaling: float = 1.0
+    kind: Literal["rope_table"] = "rope_table"
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """x f32[T, heads, head_dim], cos, sin f32[T, rotary_dim / 2] -> same shape as x.
+
+    With h = rotary_dim / 2 and o = offset, for i < h:
+    ``half``: pairs (x[o+i], x[o+h+i]), written back to the same places.
+    ``interleaved``: pairs (x[o+2i], x[o+2i+1]), written back to the same places.
+    ``interleaved_to_half``: pairs (x[o+2i], x[o+2i+1]), written to (o+i, o+h+i) (DeepSeek in transformers).
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin). Elements outside [offset, offset + rotary_dim)
+    are copied.
+    """
+
+    heads: int
+    head_dim: int
+    rotary_dim: int
+    offset: int = 0
+    style: Literal["half", "interleaved", "interleaved_to_half"] = "half"
+    kind: Literal["rope"] = "rope"
+
+
+@dataclass(frozen=True, slots=True)
+class KvAppend:
+    """x f32[T, heads, head_dim], cache state[slots, heads, context, head_dim] -> nothing.
+
+    Writes row t to cache[slots[t], :, positions[t], :].
+    """
+
+    heads: int
+    head_dim: int
+    kind: Literal["kv_append"] = "kv_append"
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """q f32[T, heads, head_dim], k cache, v cache(, sinks f32[heads]) -> f32[T, heads, v_head_dim].
+
+    Causal over the slot's cache: key positions j <= position, and j > position - window if window > 0.
+    score = softcap(q . k * scale) with softcap(s) = softcap * tanh(s / softcap) if softcap > 0.
+    A sink is one more logit of the head whose probability is dropped (GPT-OSS).
+    Query head h reads kv head h // (heads / kv_heads). With ``shared_kv`` there is no v cache input: the
+    values are the first ``v_head_dim`` elements of the keys (MLA on latents: kv_heads = 1).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    shared_kv: bool = False
+    kind: Literal["attention"] = "attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """logits f32[T, experts](, selection bias f32[experts]) -> ids i32[T, top_k], weights f32[T, top_k].
+
+    Always sorted by falling selection score; equal scores: lower expert first.
+    ``softmax``: s = softmax(logits), weights = s of the chosen. ``sigmoid``: s = sigmoid(logits).
+    ``topk_softmax``: choose by logit, weights = softmax over the chosen logits (GPT-OSS).
+    The bias is added for the choice only. Groups: experts in ``groups`` equal runs, only the best
+    ``top_groups`` may be chosen; a group's score is its best (``max``) or the sum of its two best (``top2``);
+    the scores of the others count as 0.0 (not -inf) in the choice, as in DeepSeek-V3's reference code.
+    ``normalise``: weights /= sum + norm_eps. At last weights *= scaling.
+    """
+
+    experts: int
+    top_k: int
+    scoring: Literal["softmax", "sigmoid", "topk_softmax"]
+    normalise: bool
+    norm_eps: float = 0.0
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    scaling: float = 1.0
+    bias: bool = False
+    kind: Literal["route"] = "route"
+
+
+GluFunction = Literal["silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"]
+
+
+@dataclass(frozen=True, slots=True)
+class MoeExperts:
+    """x f32[T, hidden], ids i32[T, top_k], weights f32[T, top_k], gate_up w[experts, 2 * intermediate, hidden],
+    down w[experts, hidden, intermediate](, gate_up_bias f32[experts, 2 * intermediate],
+    down_bias f32[experts, hidden]) -> f32[T, hidden].
+
+    y[t] = sum over k of weights[t, k] * (down[e] @ glu(gate_up[e] @ x[t] + bias) + bias), e = ids[t, k].
+    Rows 0 .. intermediate-1 of gate_up are the gate, the rest the up projection (checkpoints that interleave
+    them are put in this order when they are packed). ``swiglu_oai``: (clamp(up, -limit, limit) + 1) *
+    g * sigmoid(alpha * g) with g = min(gate, limit).
+    """
+
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    function: GluFunction = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+    bias: bool = False
+    kind: Literal["moe_experts"] = "moe_experts"
+
+
+@dataclass(frozen=True, slots=True)
+class Glu:
+    """gate, up f32[rows, width] -> f32[rows, width]: function(gate) * up (see MoeExperts)."""
+
+    width: int
+    function: GluFunction = "silu"
+    alpha: float = 0.0
+    limit: float = 0.0
+    kind: Literal["glu"] = "glu"
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """x -> function(x), elementwise."""
+
+    function: Literal["silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh"]
+    kind: Literal["activation"] = "activation"
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """a, b of the same shape -> a + b."""
+
+    kind: Literal["add"] = "add"
+
+
+@dataclass(frozen=True, slots=True)
+class Mul:
+    """a f32[rows, width], b of the same shape or f32[rows, 1] (broadcast over the row) -> a * b."""
+
+    kind: Literal["mul"] = "mul"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """x -> x * factor."""
+
+    factor: float
+    kind: Literal["scale"] = "scale"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """x [..., n] -> x[..., start:stop] (a copy)."""
+
+    start: int
+    stop: int
+    kind: Literal["slice"] = "slice"
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """a, b, ... -> joined along the last axis; an input whose heads dimension is 1 is repeated over the heads
+    of the others (DeepSeek's shared rotary key)."""
+
+    kind: Literal["concat"] = "concat"
+
+
+@dataclass(frozen=True, slots=True)
+class SelectRows:
+    """x f32[T, width] -> f32[R, width]: the rows named by the step's logit_rows."""
+
+    kind: Literal["select_rows"] = "select_rows"
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """x on one device -> x on another (inserted by insert_transfers)."""
+
+    source: str
+    target: str
+    kind: Literal["transfer"] = "transfer"
+
+
+AtenLiteral = int | float | bool | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AtenRef:
+    """Argument of an aten node: input ``i`` of the op (``input``) or the result of an earlier node (``node``)."""
+
+    source: Literal["input", "node"]
+    index: int
+
+
+AtenArg = AtenRef | AtenLiteral | tuple[AtenRef | AtenLiteral, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AtenNode:
+    """One aten call: overload name (``aten.cumsum.default``), arguments, result types as torch has them
+    (the leading batch dimension of 1 still there; the string ``T`` for the sequence dimension)."""
+
+    target: str
+    args: tuple[AtenArg, ...]
+    kwargs: tuple[tuple[str, AtenArg], ...]
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Aten:
+    """The escape hatch: a region of aten ops that no kind stands for. Compiled by TVM.
+
+    ``input_shapes`` are the torch shapes of the inputs, ``results`` the nodes that are the op's outputs.
+    """
+
+    nodes: tuple[AtenNode, ...]
+    input_shapes: tuple[tuple[int | str, ...], ...]
+    input_dtypes: tuple[str, ...]
+    results: tuple[int, ...]
+    kind: Literal["aten"] = "aten"
+
+
+Attrs = Annotated[
+    Embed
+    | RmsNorm
+    | Linear
+    | HeadLinear
+    | RopeTable
+    | Rope
+    | KvAppend
+    | Attention
+    | Route
+    | MoeExperts
+    | Glu
+    | Activation
+    | Add
+    | Mul
+    | Scale
+    | Slice
+    | Concat
+    | SelectRows
+    | Transfer
+    | Aten,
+    Field(discriminator="kind"),
+]
+
+# Kinds whose weight operands are stored in a packed format that choose_formats decides.
+WEIGHT_FORMAT_KINDS = frozenset({"embed", "linear", "head_linear", "moe_experts"})

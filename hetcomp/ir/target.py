@@ -1,0 +1,36 @@
+"""What the passes may ask of the backends and of the checkpoint, without importing either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from hetcomp.ir.plan import Op, Template, Value, WeightSource
+
+
+class KernelTarget(Protocol):
+    """Facts about the kernels that the backends will choose; asked by plan_memory and choose_formats."""
+
+    def workspace_bytes(self, op: Op, template: Template, dims: Mapping[str, int]) -> int:
+        """Bytes of scratch memory that the op's kernel needs at the given dimension sizes."""
+        ...
+
+    def packed_bytes(self, value: Value) -> int:
+        """Bytes of the weight once packed in ``value.format`` (padding and scales included)."""
+        ...
+
+
+class Checkpoint(Protocol):
+    """Weights on disk or in memory, known by their headers; asked by bind_weights."""
+
+    @property
+    def origin(self) -> str:
+        """Folder or description for messages."""
+        ...
+
+    def source(self, value: Value) -> WeightSource:
+        """Where the weight ``value`` comes from, with its checked shape.
+
+        Raises HetcompError if a tensor is missing or has another shape or an unusable dtype.
+        """
+        ...

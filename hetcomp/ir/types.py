@@ -1,0 +1,75 @@
+"""Types of the Plan's values: element types, symbolic dimensions, tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class DType(StrEnum):
+    """Element type of an activation, state or unpacked weight."""
+
+    F32 = "f32"
+    F16 = "f16"
+    BF16 = "bf16"
+    I32 = "i32"
+    I64 = "i64"
+    BOOL = "bool"
+    U8 = "u8"
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one element."""
+        return _DTYPE_BYTES[self]
+
+
+_DTYPE_BYTES = {
+    DType.F32: 4,
+    DType.F16: 2,
+    DType.BF16: 2,
+    DType.I32: 4,
+    DType.I64: 8,
+    DType.BOOL: 1,
+    DType.U8: 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """A symbolic dimension with its bounds (inclusive).
+
+    The Plan knows four: ``T`` (tokens of a step), ``R`` (rows whose logits are wanted),
+    ``slots`` (sequences of the KV cache, = max_batch) and ``context`` (positions a sequence holds).
+    """
+
+    name: str
+    min: int
+    max: int
+
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Element type and shape; a string in the shape names a :class:`Dim`.
+
+    ``layout`` is ``row_major`` or the name of a packed layout (``hetcomp.backends.packing``).
+    """
+
+    dtype: DType
+    shape: Shape
+    layout: str = "row_major"
+
+    def numel(self, dims: dict[str, int]) -> int:
+        """Number of elements with the symbolic dimensions set to ``dims``."""
+        return math.prod(d if isinstance(d, int) else dims[d] for d in self.shape)
+
+    def bytes(self, dims: dict[str, int]) -> int:
+        """Bytes of the row-major tensor with the symbolic dimensions set to ``dims``."""
+        return self.numel(dims) * self.dtype.bytes
+
+    def __str__(self) -> str:
+        layout = "" if self.layout == "row_major" else f" {self.layout}"
+        return f"{self.dtype}[{', '.join(str(d) for d in self.shape)}]{layout}"
