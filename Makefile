@@ -1,0 +1,50 @@
+# make demo    compiles the trained demo model and generates text with it, from Python and without
+# make test    the whole test suite (what CI runs)
+# make lint    ruff, mypy, clang-format, clang-tidy
+# make bench   the benchmarks, against llama.cpp and transformers; minutes, writes benchmarks/results/
+# Each sets up what it needs first: system packages, .venv, the build (scripts/bootstrap.sh).
+
+VENV ?= .venv
+PEERS ?= .venv-peers
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.hetcomp-installed
+PEERS_INSTALLED := $(PEERS)/.installed
+TEST_JOBS ?= 2
+PYTEST_ARGS ?=
+
+RUNTIME_SOURCES := $(shell find runtime_lib -type f)
+CXX_SOURCES := $(shell find runtime_lib benchmarks -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint bench bootstrap peers clean
+
+demo: bootstrap
+	@scripts/demo.sh $(BIN)
+
+test: bootstrap
+	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
+lint: bootstrap
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	scripts/typecheck.sh $(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	scripts/clang_tidy.sh
+
+bench: bootstrap peers
+	$(BIN)/python -m benchmarks.run_all --peer-python $(PEERS)/bin/python
+
+bootstrap: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml scripts/bootstrap.sh $(RUNTIME_SOURCES)
+	@scripts/bootstrap.sh $(VENV)
+	@touch $@
+
+peers: $(PEERS_INSTALLED)
+
+$(PEERS_INSTALLED): benchmarks/peer-requirements.txt | $(INSTALLED)
+	$(BIN)/python -m venv $(PEERS)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(PEERS)/bin/python -m pip --disable-pip-version-check install -r $<
+	@touch $@
+
+clean:
+	rm -rf build out .mypy_cache .ruff_cache .pytest_cache

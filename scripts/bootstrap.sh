@@ -1,0 +1,90 @@
+#!/bin/bash
+# Brings a bare Debian or Ubuntu machine to the point where hetcomp builds and runs: system packages (where
+# missing and permitted), a virtual environment, torch, hetcomp itself. Run by the Makefile; safe to run again.
+#   scripts/bootstrap.sh VENV_DIR
+set -euo pipefail
+venv=${1:?usage: scripts/bootstrap.sh VENV_DIR}
+cd "$(dirname "$0")/.."
+
+say() { printf 'bootstrap: %s\n' "$*"; }
+die() { printf 'bootstrap: %s\n' "$*" >&2; exit 1; }
+
+find_python() {  # the first interpreter that is new enough
+  local candidate
+  for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+    if command -v "$candidate" >/dev/null 2>&1 &&
+      "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+}
+
+missing_packages() {  # Debian package names, one a line; what is there already is judged by use, not by dpkg
+  local python tool header
+  python=$(find_python)
+  [ -n "$python" ] || echo python3
+  [ -n "$python" ] && "$python" -c 'import venv, ensurepip' 2>/dev/null || echo python3-venv
+  command -v g++ >/dev/null 2>&1 || echo g++
+  command -v cmake >/dev/null 2>&1 || echo cmake
+  command -v ninja >/dev/null 2>&1 || echo ninja-build
+  command -v git >/dev/null 2>&1 || echo git
+  while read -r header package; do
+    printf '#if !__has_include(<%s>)\n#error\n#endif\n' "$header" | g++ -std=c++20 -E -x c++ - >/dev/null 2>&1 ||
+      echo "$package"
+  done <<'HEADERS'
+pcre2.h libpcre2-dev
+utf8proc.h libutf8proc-dev
+nlohmann/json.hpp nlohmann-json3-dev
+CLI/CLI.hpp libcli11-dev
+gtest/gtest.h libgtest-dev
+xxhash.h libxxhash-dev
+sha256.h libmd-dev
+HEADERS
+}
+
+install_packages() {
+  local missing as_root=()
+  mapfile -t missing < <(missing_packages | sort -u)
+  [ ${#missing[@]} -gt 0 ] || return 0
+  command -v apt-get >/dev/null 2>&1 ||
+    die "this machine lacks ${missing[*]} (Debian's names) and has no apt-get; install them with its package manager and run make again."
+  if [ "$(id -u)" != 0 ]; then
+    if command -v sudo >/dev/null 2>&1 && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
+      as_root=(sudo)
+    else
+      die "this machine lacks ${missing[*]} and installing needs root; run 'apt-get install ${missing[*]}' as root, then make again."
+    fi
+  fi
+  say "installing ${missing[*]}"
+  "${as_root[@]}" apt-get update -qq
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  mapfile -t missing < <(missing_packages | sort -u)
+  [ ${#missing[@]} -eq 0 ] || die "still missing after apt-get install: ${missing[*]}."
+}
+
+make_venv() {
+  [ -x "$venv/bin/python" ] && "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && return
+  local python
+  python=$(find_python)
+  [ -n "$python" ] || die "Python 3.11 or newer is needed; this system's python3 is older. Name one with PYTHON=/path/to/python3.12."
+  say "making $venv with $("$python" --version)"
+  rm -rf "$venv"
+  "$python" -m venv "$venv"
+}
+
+install_hetcomp() {
+  local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -q)
+  # torch first and by itself: any build that is already there (CUDA, ROCm, CPU) satisfies hetcomp's range.
+  if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    say "installing torch"
+    "${pip[@]}" 'torch==2.13.0'
+  fi
+  say "building the runtime and installing hetcomp with its dependencies"
+  "${pip[@]}" -e '.[dev]'
+}
+
+install_packages
+make_venv
+install_hetcomp
+say "ready: $venv/bin/hetcomp"
