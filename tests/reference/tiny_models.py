@@ -1,0 +1,239 @@
+"""Tiny random models with the real structure of every supported family, for parity tests.
+
+``build`` gives a float32 ``transformers`` model with eager attention and eager experts, the reference of all
+parity tests. ``odd`` models have sizes that are no multiples of vector or block widths. Weights are drawn wider
+than transformers' initialisation so that routers have clear winners and errors show in the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCAB = 256
+FAMILIES = (
+    "qwen3_moe",
+    "qwen2_moe",
+    "mixtral",
+    "olmoe",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "minimax_m2",
+    "llama",
+    "qwen3",
+)
+MOE_FAMILIES = FAMILIES[:8]
+
+
+def _common(odd: bool, layers: int = 3) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCAB + 5 if odd else VOCAB,
+        "hidden_size": 60 if odd else 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 6 if odd else 4,
+        "num_key_value_heads": 3 if odd else 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _qwen3_moe(odd: bool) -> dict[str, Any]:
+    return {
+        "head_dim": 20 if odd else 16,
+        "intermediate_size": 90 if odd else 96,
+        "moe_intermediate_size": 29 if odd else 32,
+        "num_experts": 7 if odd else 8,
+        "num_experts_per_tok": 3 if odd else 2,
+        "norm_topk_prob": not odd,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0] if odd else [],
+        "tie_word_embeddings": not odd,
+    }
+
+
+def _qwen2_moe(odd: bool) -> dict[str, Any]:
+    return {
+        "intermediate_size": 90 if odd else 96,
+        "moe_intermediate_size": 29 if odd else 32,
+        "shared_expert_intermediate_size": 43 if odd else 48,
+        "num_experts": 7 if odd else 8,
+        "num_experts_per_tok": 3 if odd else 2,
+        "norm_topk_prob": odd,
+    }
+
+
+def _mixtral(odd: bool) -> dict[str, Any]:
+    return {
+        "intermediate_size": 90 if odd else 96,
+        "num_local_experts": 7 if odd else 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": 9 if odd else None,
+    }
+
+
+def _olmoe(odd: bool) -> dict[str, Any]:
+    return {
+        "intermediate_size": 29 if odd else 32,
+        "num_experts": 7 if odd else 8,
+        "num_experts_per_tok": 3 if odd else 2,
+        "norm_topk_prob": odd,
+    }
+
+
+def _deepseek_v3(odd: bool) -> dict[str, Any]:
+    return {
+        "num_key_value_heads": 6 if odd else 4,
+        "intermediate_size": 90 if odd else 96,
+        "moe_intermediate_size": 29 if odd else 32,
+        "n_routed_experts": 9 if odd else 8,
+        "num_experts_per_tok": 3 if odd else 2,
+        "n_shared_experts": 2 if odd else 1,
+        "n_group": 3 if odd else 2,
+        "topk_group": 2 if odd else 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "q_lora_rank": None if odd else 32,
+        "kv_lora_rank": 27 if odd else 24,
+        "qk_nope_head_dim": 14 if odd else 16,
+        "qk_rope_head_dim": 6 if odd else 8,
+        "v_head_dim": 11 if odd else 16,
+        "rope_scaling": None
+        if odd
+        else {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+    }
+
+
+def _glm4_moe(odd: bool) -> dict[str, Any]:
+    return {
+        "head_dim": 20 if odd else 16,
+        "intermediate_size": 90 if odd else 96,
+        "moe_intermediate_size": 29 if odd else 32,
+        "n_routed_experts": 9 if odd else 8,
+        "num_experts_per_tok": 3 if odd else 2,
+        "n_shared_experts": 1,
+        "n_group": 3 if odd else 1,
+        "topk_group": 2 if odd else 1,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": not odd,
+        "attention_bias": odd,
+    }
+
+
+def _gpt_oss(odd: bool) -> dict[str, Any]:
+    return {
+        "head_dim": 20 if odd else 16,
+        "intermediate_size": 58 if odd else 64,
+        "num_local_experts": 7 if odd else 8,
+        "num_experts_per_tok": 3 if odd else 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    }
+
+
+def _minimax_m2(odd: bool) -> dict[str, Any]:
+    return {
+        "head_dim": 20 if odd else 16,
+        "intermediate_size": 29 if odd else 32,
+        "num_local_experts": 7 if odd else 8,
+        "num_experts_per_tok": 3 if odd else 2,
+    }
+
+
+def _llama(odd: bool) -> dict[str, Any]:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return {
+        "intermediate_size": 90 if odd else 96,
+        "attention_bias": odd,
+        "mlp_bias": odd,
+        "tie_word_embeddings": odd,
+        "rope_scaling": scaling if odd else None,
+    }
+
+
+def _qwen3(odd: bool) -> dict[str, Any]:
+    return {
+        "head_dim": 20 if odd else 16,
+        "intermediate_size": 90 if odd else 96,
+        "tie_word_embeddings": not odd,
+    }
+
+
+_SPECIFIC: dict[str, tuple[str, Callable[[bool], dict[str, Any]]]] = {
+    "qwen3_moe": ("Qwen3Moe", _qwen3_moe),
+    "qwen2_moe": ("Qwen2Moe", _qwen2_moe),
+    "mixtral": ("Mixtral", _mixtral),
+    "olmoe": ("Olmoe", _olmoe),
+    "deepseek_v3": ("DeepseekV3", _deepseek_v3),
+    "glm4_moe": ("Glm4Moe", _glm4_moe),
+    "gpt_oss": ("GptOss", _gpt_oss),
+    "minimax_m2": ("MiniMaxM2", _minimax_m2),
+    "llama": ("Llama", _llama),
+    "qwen3": ("Qwen3", _qwen3),
+}
+
+
+def config(name: str, odd: bool = False, **overrides: Any) -> transformers.PreTrainedConfig:
+    """Configuration of the tiny model ``name``; KeyError for an unknown family."""
+    prefix, specific = _SPECIFIC[name]
+    fields = _common(odd, layers=4 if name == "gpt_oss" else 3) | specific(odd) | overrides
+    made: transformers.PreTrainedConfig = getattr(transformers, f"{prefix}Config")(**fields)
+    made.architectures = [f"{prefix}ForCausalLM"]
+    return made
+
+
+def build(name: str, odd: bool = False, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Float32 model of family ``name`` with random weights, eager attention and eager experts."""
+    cfg = config(name, odd, **overrides)
+    cfg._attn_implementation = "eager"
+    cfg._experts_implementation = "eager"
+    model: PreTrainedModel = getattr(transformers, cfg.architectures[0])(cfg).eval().float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, tensor in list(model.named_parameters()) + list(model.named_buffers()):
+            if "inv_freq" in key:
+                continue
+            if tensor.dim() >= 2:
+                tensor.normal_(0.0, 0.15, generator=generator)
+            elif "norm" in key:
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            else:
+                tensor.normal_(0.0, 0.3, generator=generator)
+    model.tie_weights()
+    return model
+
+
+def save_tiny(
+    name: str, folder: Path, odd: bool = False, seed: int = 0, max_shard_size: str = "5GB", **overrides: Any
+) -> PreTrainedModel:
+    """Writes the model as an HF folder (config.json, safetensors) and returns it."""
+    model = build(name, odd, seed, **overrides)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def token_ids(model: PreTrainedModel, count: int, seed: int = 1) -> torch.Tensor:
+    """``count`` random token ids, int64[1, count]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.vocab_size, (1, count), generator=generator)
