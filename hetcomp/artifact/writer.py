@@ -1,0 +1,106 @@
+"""Writes an artifact: weights, programs, plan, tokenizer, the runtime's own files, and last the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hetcomp import installed_runtime
+from hetcomp.artifact.weight_files import WeightRecord
+from hetcomp.backends.program import ProgramLayout
+from hetcomp.backends.protocol import Isa
+from hetcomp.ir.plan import Plan
+
+MANIFEST_SCHEMA = (1, 0)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The small texts of an artifact besides its code: None where the model has none."""
+
+    plan_json: str
+    plan_text: str
+    tokenizer: str | None
+    chat_template: str | None
+
+
+def write_documents(documents: Documents, folder: Path) -> None:
+    """Writes plan.json, plan.txt and, if given, the tokenizer and chat template files."""
+    (folder / "plan.json").write_text(documents.plan_json, encoding="utf-8")
+    (folder / "plan.txt").write_text(documents.plan_text, encoding="utf-8")
+    if documents.tokenizer is not None:
+        (folder / "tokenizer.hetc.json").write_text(documents.tokenizer, encoding="utf-8")
+    if documents.chat_template is not None:
+        (folder / "chat_template.hetc.json").write_text(documents.chat_template, encoding="utf-8")
+
+
+def copy_runtime(folder: Path) -> None:
+    """Copies the executable, the shared library and the C header that make the artifact run without Python."""
+    for source, target in (
+        (installed_runtime.executable(), folder / "bin" / "hetcomp-run"),
+        (installed_runtime.library(), folder / "lib" / "libhetcomp_runtime.so"),
+        (installed_runtime.include() / "hetcomp" / "hetcomp.h", folder / "include" / "hetcomp" / "hetcomp.h"),
+    ):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    (folder / "bin" / "hetcomp-run").chmod(0o755)
+
+
+def write_manifest(
+    plan: Plan,
+    layout: ProgramLayout,
+    weights: Sequence[WeightRecord],
+    isas: Sequence[Isa],
+    version: str,
+    profile: Mapping[str, str],
+    folder: Path,
+) -> None:
+    """Writes manifest.json over everything that is already in ``folder``. ``isas``: best first."""
+    dims = plan.max_dims()
+    manifest: dict[str, Any] = {
+        "schema": list(MANIFEST_SCHEMA),
+        "hetcomp": version,
+        "model": {
+            "name": plan.model.name,
+            "architecture": plan.model.architecture,
+            "vocab": plan.model.vocab,
+            "context": dims["context"],
+            "max_batch": dims["slots"],
+            "max_tokens": dims["T"],
+            "max_logit_rows": dims["R"],
+            "eos_token_ids": list(plan.model.eos_token_ids),
+            "bos_token_id": plan.model.bos_token_id,
+            "config_sha256": plan.model.config_sha256,
+        },
+        "hw_profile": dict(profile),
+        "files": _files(folder),
+        "programs": [{"isa": isa.value, "file": f"kernels/lib_{isa.value}.so"} for isa in isas],
+        "weights": [asdict(record) for record in weights],
+        "states": [
+            {"name": v.fqn or v.id, "bytes_per_slot": v.type.bytes({**dims, "slots": 1})} for v in layout.states
+        ],
+        "timers": list(layout.timers),
+        "tokenizer": _present(folder, "tokenizer.hetc.json"),
+        "chat_template": _present(folder, "chat_template.hetc.json"),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _present(folder: Path, name: str) -> str | None:
+    return name if (folder / name).is_file() else None
+
+
+def _files(folder: Path) -> dict[str, dict[str, object]]:
+    """Size of every file; SHA-256 of all but the weights, whose tensors carry an XXH3 each."""
+    files: dict[str, dict[str, object]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        entry: dict[str, object] = {"bytes": path.stat().st_size}
+        if path.suffix != ".safetensors":
+            entry["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        files[path.relative_to(folder).as_posix()] = entry
+    return files

@@ -1,0 +1,147 @@
+"""Compiles rendered C++ to objects and links them to a program, with a cache keyed by content.
+
+An object depends on its source, the contract headers, the flags and the compiler; their SHA-256 names it in
+``~/.cache/hetcomp/objects`` (``HETCOMP_CACHE`` moves it), so a second compile of the same shapes only links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from hetcomp.backends.protocol import Isa
+from hetcomp.errors import HetcompError
+from hetcomp.hardware.compilers import CxxCompiler, find_cxx
+
+# The micro-architecture levels of the x86-64 psABI; both known to g++ >= 11 and clang >= 12.
+_ISA_FLAGS = {
+    Isa.AVX2: ("-march=x86-64-v3",),
+    Isa.AVX512: ("-march=x86-64-v4",),
+}
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    # GCC 12 sees uninitialised reads inside its own AVX-512 intrinsics (GCC bug 105593).
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One translation unit: file stem and text."""
+
+    stem: str
+    text: str
+
+
+def isa_flags(isa: Isa) -> tuple[str, ...]:
+    """Compiler flags that select the instruction set."""
+    return _ISA_FLAGS[isa]
+
+
+def cache_folder() -> Path:
+    """Folder of compiled objects."""
+    root = os.environ.get("HETCOMP_CACHE")
+    base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hetcomp"
+    return base / "objects"
+
+
+def compile_objects(
+    sources: Sequence[Source],
+    isa: Isa,
+    include: Path,
+    *,
+    threads: int,
+    progress: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Compiles every source for ``isa``, in parallel, and returns the cached objects in the same order.
+
+    Raises HetcompError if no usable compiler is found or a source does not compile (a bug in a template: the
+    message names the kept source file).
+    """
+    compiler = find_cxx()
+    flags = (*_FLAGS, *_ISA_FLAGS[isa], f"-I{include}")
+    contract = _contract_hash(include)
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def one(source: Source) -> Path:
+        key = hashlib.sha256(
+            "\0".join((compiler.identity, " ".join(flags[:-1]), contract, source.text)).encode()
+        ).hexdigest()
+        target = folder / f"{key}.o"
+        if not target.exists():
+            _compile(compiler, flags, source, target)
+        if progress:
+            progress(source.stem)
+        return target
+
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        return list(pool.map(one, sources))
+
+
+def link_program(objects: Sequence[Path], target: Path) -> None:
+    """Links objects to the shared library ``target``. Nothing may stay undefined; raises HetcompError."""
+    compiler = find_cxx()
+    command = [
+        str(compiler.path),
+        "-shared",
+        "-static-libgcc",
+        "-Wl,--no-undefined",
+        "-Wl,--gc-sections",
+        "-Wl,-z,relro,-z,now,-z,noexecstack",
+        "-o",
+        str(target),
+        *map(str, objects),
+        "-lm",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise HetcompError(f"Linking {target.name} with {compiler.path} failed: {_tail(done.stderr)}")
+
+
+def _compile(compiler: CxxCompiler, flags: Sequence[str], source: Source, target: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="hetcomp-") as folder:
+        cpp = Path(folder) / f"{source.stem}.cpp"
+        cpp.write_text(source.text)
+        obj = Path(folder) / "out.o"
+        command = [str(compiler.path), *flags, "-c", str(cpp), "-o", str(obj)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            kept = Path(tempfile.gettempdir()) / f"hetcomp-failed-{source.stem}.cpp"
+            shutil.copyfile(cpp, kept)
+            raise HetcompError(
+                f"{compiler.path} could not compile the generated kernel {source.stem} (source kept in {kept}): "
+                f"{_tail(done.stderr)}"
+            )
+        staged = target.with_suffix(f".{os.getpid()}.{id(source)}.tmp")
+        shutil.copyfile(obj, staged)
+        staged.replace(target)
+
+
+def _contract_hash(include: Path) -> str:
+    digest = hashlib.sha256()
+    for header in sorted((include / "hetcomp").glob("*.h")):
+        digest.update(header.name.encode())
+        digest.update(header.read_bytes())
+    return digest.hexdigest()
+
+
+def _tail(text: str, lines: int = 12) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])

@@ -1,0 +1,72 @@
+"""Chooses the backend of every op and answers the passes' questions about kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hetcomp.backends import packing
+from hetcomp.backends.cpu import CpuBackend
+from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
+from hetcomp.backends.tvm import TvmBackend
+from hetcomp.errors import HetcompError
+from hetcomp.ir.plan import Op, Plan, Template, Value
+
+
+def default_backends() -> tuple[KernelBackend, ...]:
+    """Hand-written templates for the hot kinds, TVM for the rest."""
+    return (CpuBackend(), TvmBackend())
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """KernelTarget of a CPU program built for one or several instruction sets."""
+
+    isas: tuple[Isa, ...]
+    backends: tuple[KernelBackend, ...]
+
+    def workspace_bytes(self, op: Op, template: Template, dims: Mapping[str, int]) -> int:
+        """Largest scratch memory over the instruction sets (one plan serves them all)."""
+        needs = []
+        for isa in self.isas:
+            ask = request(op, template, isa, dims)
+            needs.append(choose(self.backends, ask).workspace_bytes(ask))
+        return max(needs)
+
+    def packed_bytes(self, value: Value) -> int:
+        """Bytes of the packed weight, padding included."""
+        return packing.packed_bytes(value)
+
+
+def request(op: Op, template: Template, isa: Isa, dims: Mapping[str, int]) -> KernelRequest:
+    """The kernel request of an op of ``template``."""
+    values = template.value_map()
+    return KernelRequest(
+        op=op,
+        inputs=tuple(values[i] for i in op.inputs),
+        outputs=tuple(values[o] for o in op.outputs),
+        isa=isa,
+        dims=dict(dims),
+    )
+
+
+def choose(backends: Sequence[KernelBackend], ask: KernelRequest) -> KernelBackend:
+    """The backend with the highest score. Raises HetcompError naming the op if none supports it."""
+    best = max(backends, key=lambda backend: backend.score(ask))
+    if best.score(ask) <= 0:
+        raise HetcompError(
+            f"No kernel backend supports the op '{ask.op.kind}' at {ask.op.origin or ask.op.id}; "
+            f"tried {', '.join(b.name for b in backends)}."
+        )
+    return best
+
+
+def select_kernels(plan: Plan, target: CpuTarget, isa: Isa) -> dict[tuple[str, str], Kernel]:
+    """Generates the kernel of every op for ``isa``, keyed by (template name, op id)."""
+    dims = plan.max_dims()
+    kernels: dict[tuple[str, str], Kernel] = {}
+    for template in plan.templates:
+        for op in template.ops:
+            ask = request(op, template, isa, dims)
+            kernels[template.name, op.id] = choose(target.backends, ask).emit(ask)
+    return kernels

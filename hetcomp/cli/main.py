@@ -1,0 +1,232 @@
+"""The command line: ``hetcomp compile | run | plan | doctor`` and ``hetcomp-plan``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hetcomp.errors import HetcompError
+
+app = typer.Typer(
+    name="hetcomp",
+    help="Compiles Mixture-of-Experts language models for one workstation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF folder, zoo name, or (plan) an artifact.")]
+Hw = Annotated[str, typer.Option("--hw", help="auto, preset:NAME, or a profile file.")]
+Formats = Annotated[
+    str, typer.Option("--formats", help="f32, bf16, auto, or role=format,... (experts, attention, dense, ...).")
+]
+Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions of the KV cache.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences kept at once.")]
+IsaList = Annotated[str, typer.Option("--isa", help="auto (the profile's), or a list: avx512,avx2.")]
+StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
+DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@app.command("compile")
+def compile_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Artifact to write, e.g. model.hetc.")],
+    hw: Hw = "auto",
+    formats: Formats = "auto",
+    context: Context = None,
+    batch: Batch = 1,
+    isa: IsaList = "auto",
+    stop_after: StopAfter = None,
+    dump_dir: DumpDir = None,
+    debug: Debug = False,
+) -> None:
+    """Compiles MODEL to an artifact that runs without Python."""
+
+    def body() -> None:
+        from hetcomp.cli.progress import RichProgress
+        from hetcomp.compiler import compile, plan_model
+        from hetcomp.ir.printer import print_plan
+
+        options: dict[str, Any] = dict(
+            hw_profile=hw, context_length=context, max_batch=batch, formats=_formats(formats), isa=_isas(isa)
+        )
+        with RichProgress(_err) as progress:
+            if stop_after is not None:
+                planned = plan_model(model, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options)
+                text = print_plan(planned.plan)
+            else:
+                exe = compile(model, out=out, dump_dir=dump_dir, progress=progress, **options)
+                text = f"{exe.path}"
+        typer.echo(text)
+
+    _guard(body, debug)
+
+
+@app.command("run")
+def run_command(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A compiled model.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
+    ids: Annotated[str | None, typer.Option("--ids", help="Token ids to continue: 1,2,3.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("-n", min=0, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0)] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", min=0.0, max=1.0)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option("--repetition-penalty")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=0, help="0: all that this process may use.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
+    print_ids: Annotated[bool, typer.Option("--print-ids", help="Print token ids instead of text.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speeds to stderr.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Generates text with a compiled model."""
+
+    def body() -> None:
+        import json
+
+        import hetcomp
+
+        if (prompt is None) == (ids is None):
+            raise HetcompError("Give the input with exactly one of --prompt TEXT and --ids 1,2,3.")
+        exe = hetcomp.load(artifact, threads=threads)
+        tokens = exe.generate(
+            prompt if prompt is not None else _ids(ids or ""),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+        )
+        if print_ids:
+            typer.echo(",".join(str(token.id) for token in tokens))
+        else:
+            for token in tokens:
+                sys.stdout.write(token.text)
+                sys.stdout.flush()
+            typer.echo()
+        if stats:
+            typer.echo(json.dumps(exe.stats, indent=2), err=True)
+
+    _guard(body, debug)
+
+
+def plan_command(
+    model: Model,
+    hw: Hw = "auto",
+    formats: Formats = "auto",
+    context: Context = None,
+    batch: Batch = 1,
+    isa: IsaList = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Print the whole plan.")] = False,
+    stop_after: StopAfter = None,
+    dump_dir: DumpDir = None,
+    debug: Debug = False,
+) -> None:
+    """Shows where each part of MODEL would live and run, and how fast, without reading a weight."""
+
+    def body() -> None:
+        from hetcomp.cli.plan_report import plan_report, plan_report_json
+        from hetcomp.cli.progress import RichProgress
+        from hetcomp.compiler import plan_model
+        from hetcomp.ir.printer import print_plan
+        from hetcomp.ir.serialise import from_json
+
+        if (Path(model) / "plan.json").is_file():
+            plan = from_json((Path(model) / "plan.json").read_text(encoding="utf-8"))
+        else:
+            with RichProgress(_err) as progress:
+                plan = plan_model(
+                    model,
+                    hw_profile=hw,
+                    context_length=context,
+                    max_batch=batch,
+                    formats=_formats(formats),
+                    isa=_isas(isa),
+                    stop_after=stop_after,
+                    dump_dir=dump_dir,
+                    progress=progress,
+                ).plan
+        if as_json:
+            typer.echo(plan_report_json(plan))
+        elif text or stop_after:
+            typer.echo(print_plan(plan))
+        else:
+            Console().print(plan_report(plan))
+
+    _guard(body, debug)
+
+
+app.command("plan")(plan_command)
+
+
+@app.command("doctor")
+def doctor_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False, debug: Debug = False
+) -> None:
+    """Says what this machine has and what is missing for what."""
+
+    def body() -> None:
+        from hetcomp.cli.doctor import doctor
+
+        raise typer.Exit(doctor(as_json=as_json))
+
+    _guard(body, debug)
+
+
+def _formats(text: str) -> str | dict[str, str]:
+    if "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    for role, equals, form in pairs:
+        if not (role and equals and form):
+            raise HetcompError(f"--formats {text} is not understood; write one format or role=format,role=format.")
+    return {role.strip(): form.strip() for role, _, form in pairs}
+
+
+def _isas(text: str) -> list[str] | None:
+    return None if text == "auto" else [part.strip() for part in text.split(",")]
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise HetcompError(f"--ids {text} is not a list of integers such as 1,2,3.") from None
+
+
+def _guard(body: Callable[[], None], debug: bool) -> None:
+    """Runs a command; a refusal becomes one sentence on stderr and exit code 1, Ctrl-C exit code 130."""
+    try:
+        body()
+    except HetcompError as error:
+        if debug:
+            raise
+        typer.echo(f"hetcomp: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("hetcomp: interrupted; nothing half-written was left behind.", err=True)
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Entry point of ``hetcomp``."""
+    app()
+
+
+def plan_main() -> None:
+    """Entry point of ``hetcomp-plan``."""
+    typer.run(plan_command)

@@ -1,0 +1,225 @@
+"""compile(): from a checkpoint to an artifact, stage by stage."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hetcomp import frontend, installed_runtime
+from hetcomp.artifact import chat_template, tokenizer
+from hetcomp.artifact.staging import staged_folder
+from hetcomp.artifact.weight_files import write_weights
+from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
+from hetcomp.backends.native_compiler import Source, compile_objects, link_program
+from hetcomp.backends.pack_weights import WeightPacker
+from hetcomp.backends.program import ProgramLayout, render_program
+from hetcomp.backends.protocol import Isa
+from hetcomp.backends.select_kernels import CpuTarget, default_backends, select_kernels
+from hetcomp.backends.tvm import support_source
+from hetcomp.errors import HetcompError
+from hetcomp.executable import Executable
+from hetcomp.hardware.profile import HardwareProfile, load_profile
+from hetcomp.ir.plan import Plan
+from hetcomp.ir.printer import print_plan
+from hetcomp.ir.serialise import to_json
+from hetcomp.passes.context import Context, FormatRequest
+from hetcomp.passes.pipeline import run_pipeline
+from hetcomp.progress import ProgressSink, QuietProgress
+
+if TYPE_CHECKING:
+    import torch
+
+# Context when the user names none: what a chat needs, not what the config allows (a 128k KV cache would
+# fill the memory of the machines we aim at).
+DEFAULT_CONTEXT = 4096
+# Largest step. 512 tokens keep the activations of one step in the L2/L3 caches of desktop CPUs while every
+# weight is read once for them; llama.cpp's default micro-batch is the same.
+MAX_STEP_TOKENS = 512
+# Rows of logits a step may return; more are computed in several steps (a vocabulary of 150k is 0.6 MB a row).
+MAX_LOGIT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model after the passes: what `hetcomp-plan` shows and what the backends generate from."""
+
+    plan: Plan
+    imported: frontend.Imported
+    target: CpuTarget
+    profile: HardwareProfile
+
+
+def plan_model(
+    model: str | Path | torch.nn.Module,
+    *,
+    hw_profile: str | Path | HardwareProfile = "auto",
+    context_length: int | None = None,
+    max_batch: int = 1,
+    formats: str | Mapping[str, str] = "auto",
+    isa: Sequence[str] | None = None,
+    stop_after: str | None = None,
+    dump_dir: Path | None = None,
+    progress: ProgressSink | None = None,
+) -> Planned:
+    """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`."""
+    progress = progress or QuietProgress()
+    request = FormatRequest.parse(formats)
+    progress.stage("measure hardware" if hw_profile == "auto" else "read hardware profile")
+    profile = hw_profile if isinstance(hw_profile, HardwareProfile) else load_profile(str(hw_profile))
+    target = CpuTarget(_choose_isas(isa, profile), default_backends())
+    progress.stage("trace")
+    imported = frontend.load(
+        model,
+        context_length=context_length,
+        default_context=DEFAULT_CONTEXT,
+        max_batch=max_batch,
+        max_tokens=MAX_STEP_TOKENS,
+        max_logit_rows=MAX_LOGIT_ROWS,
+    )
+    progress.stage("plan")
+    context = Context(profile=profile, checkpoint=imported.checkpoint, target=target, formats=request)
+    plan = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir)
+    for note in plan.notes:
+        progress.warn(note) if note.startswith("warning") else None
+    return Planned(plan, imported, target, profile)
+
+
+def compile(
+    model: str | Path | torch.nn.Module,
+    hw_profile: str | Path | HardwareProfile = "auto",
+    *,
+    context_length: int | None = None,
+    max_batch: int = 1,
+    formats: str | Mapping[str, str] = "auto",
+    out: str | Path | None = None,
+    isa: Sequence[str] | None = None,
+    dump_dir: Path | None = None,
+    progress: ProgressSink | None = None,
+) -> Executable:
+    """Compiles a model to native code and returns it, loaded on first use.
+
+    model: a Hugging Face folder (config.json and safetensors), a transformers module, or a zoo name.
+    hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
+    context_length: positions of the KV cache; by default the model's maximum, at most 4096.
+    max_batch: sequences kept at once. formats: ``auto``, ``f32``, ``bf16``, or a mapping by role (experts,
+    attention, dense, router, embedding, kv). out: the artifact's folder; by default a temporary one that lives
+    as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
+
+    Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
+    the profile's memory, or the machine lacks a compiler.
+    """
+    progress = progress or QuietProgress()
+    planned = plan_model(
+        model,
+        hw_profile=hw_profile,
+        context_length=context_length,
+        max_batch=max_batch,
+        formats=formats,
+        isa=isa,
+        dump_dir=dump_dir,
+        progress=progress,
+    )
+    if planned.imported.checkpoint is None:
+        raise HetcompError(
+            f"{planned.plan.model.name} is a config without weights: it can be planned (hetcomp plan), "
+            "not compiled. Give a folder with safetensors files."
+        )
+    owner = None
+    if out is None:
+        owner = tempfile.TemporaryDirectory(prefix="hetcomp-")
+        out = Path(owner.name) / f"{planned.plan.model.name}.hetc"
+    target = Path(out)
+    with staged_folder(target) as staging:
+        _write(planned, staging, progress)
+    return Executable(target, owner=owner)
+
+
+def _write(planned: Planned, staging: Path, progress: ProgressSink) -> None:
+    plan = planned.plan
+    layout = ProgramLayout.of(plan)
+    documents = _documents(planned, progress)
+    digest = hashlib.sha256(documents.plan_json.encode()).hexdigest()
+    # Code first: it fails early and cheaply, weights are the long part.
+    for isa in planned.target.isas:
+        _build_program(planned, isa, digest, staging, progress)
+    packer = WeightPacker(planned.imported.checkpoint)
+    sizes = [planned.target.packed_bytes(v) for v in layout.weights]
+    progress.stage("pack weights", total=sum(sizes))
+    records = write_weights(layout.weights, sizes, packer.chunks, staging, progress.advance)
+    for name in packer.not_finite:
+        progress.warn(f"weight {name} holds NaN or infinite numbers; the model's output will not be usable")
+    write_documents(documents, staging)
+    copy_runtime(staging)
+    write_manifest(
+        plan,
+        layout,
+        records,
+        planned.target.isas,
+        version("hetcomp"),
+        {"name": planned.profile.name, "sha256": planned.profile.sha256()},
+        staging,
+    )
+
+
+def _documents(planned: Planned, progress: ProgressSink) -> Documents:
+    progress.stage("tokenizer")
+    words: str | None = None
+    template: str | None = None
+    folder = planned.imported.folder
+    if folder is not None:
+        try:
+            words = tokenizer.compile_to_json(folder)
+        except HetcompError as error:
+            progress.warn(f"{error} The artifact takes token ids only (--ids).")
+        try:
+            template = chat_template.compile_to_json(folder)
+        except HetcompError as error:
+            progress.warn(f"{error} The artifact has no chat template (--chat will be refused).")
+    return Documents(to_json(planned.plan), print_plan(planned.plan), words, template)
+
+
+def _build_program(planned: Planned, isa: Isa, digest: str, staging: Path, progress: ProgressSink) -> None:
+    kernels = select_kernels(planned.plan, planned.target, isa)
+    unique = {kernel.name: kernel for kernel in kernels.values()}
+    sources = [Source(kernel.name, kernel.source) for kernel in unique.values()]
+    sources.append(Source("program", render_program(planned.plan, kernels, isa, digest)))
+    sources.append(Source("tvm_support", support_source()))
+    folder = staging / "kernels" / "src" / isa.value
+    folder.mkdir(parents=True)
+    for source in sources:
+        (folder / f"{source.stem}.cpp").write_text(source.text)
+    progress.stage(f"compile kernels ({isa.value})", total=len(sources))
+    objects = compile_objects(
+        sources,
+        isa,
+        installed_runtime.include(),
+        threads=planned.profile.compile_threads(),
+        progress=lambda stem: progress.advance(1, stem),
+    )
+    with tempfile.TemporaryDirectory(prefix="hetcomp-") as temporary:
+        for stem, data in {name: data for kernel in unique.values() for name, data in kernel.objects}.items():
+            path = Path(temporary) / f"{hashlib.sha256(stem.encode()).hexdigest()[:16]}.o"
+            path.write_bytes(data)
+            objects.append(path)
+        link_program(objects, staging / "kernels" / f"lib_{isa.value}.so")
+
+
+def _choose_isas(wanted: Sequence[str] | None, profile: HardwareProfile) -> tuple[Isa, ...]:
+    """The instruction sets to build for, best first."""
+    known = {isa.value: isa for isa in Isa}
+    if wanted is None:
+        best = [isa for isa in Isa if isa.value in profile.isas]
+        if not best:
+            raise HetcompError(
+                f"The CPU of profile {profile.name} has none of the supported instruction sets {', '.join(known)}."
+            )
+        return (best[-1],)
+    for name in wanted:
+        if name not in known:
+            raise HetcompError(f"Unknown instruction set '{name}'; choose from {', '.join(known)}.")
+    return tuple(sorted({known[name] for name in wanted}, key=list(Isa).index, reverse=True))

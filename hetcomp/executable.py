@@ -1,0 +1,114 @@
+"""A compiled model that can be run from Python."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetcomp.artifact.staging import staged_folder
+from hetcomp.errors import HetcompError
+from hetcomp.ir.plan import Plan
+from hetcomp.ir.serialise import from_json
+from hetcomp.runtime import Runtime, Token
+
+if TYPE_CHECKING:
+    from tempfile import TemporaryDirectory
+
+
+class Executable:
+    """An artifact loaded into this process. Made by :func:`hetcomp.compile` and :func:`hetcomp.load`."""
+
+    def __init__(
+        self, path: Path, *, owner: TemporaryDirectory[str] | None = None, threads: int = 0, weights: str = "auto"
+    ) -> None:
+        self.path = path
+        self._owner = owner  # keeps an artifact without a name alive
+        self._threads = threads
+        self._weights = weights
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """The loaded runtime; weights are read on first use."""
+        return Runtime.load(self.path, threads=self._threads, weights=self._weights)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The Plan that this executable was generated from, with its predicted timelines."""
+        return from_json((self.path / "plan.json").read_text(encoding="utf-8"))
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Measured figures of this process: tokens, seconds and tokens/s per phase, time per role, memory."""
+        return self.runtime.stats()
+
+    def __call__(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """Logits of every position of a sequence.
+
+        ids: T token ids (0 .. vocab - 1), T <= context. Returns float32 [T, vocab].
+        Raises HetcompError if an id or the length is out of range.
+        """
+        return self.runtime.forward(ids)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        repetition_penalty: float = 1.0,
+    ) -> Iterator[Token]:
+        """Generates tokens one by one.
+
+        prompt: text, or token ids. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. Ends after
+        ``max_new_tokens``, at an end-of-sequence token (unless ``ignore_eos``), before a ``stop`` string, or when
+        the context is full. Yields tokens with ``.id`` and ``.text`` (the complete characters that this token
+        finished). Raises HetcompError for a prompt that does not fit or a model without tokenizer.
+        """
+        ids = self.runtime.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        return self.runtime.generate(
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            ignore_eos=ignore_eos,
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Copies the artifact to ``path`` (whole or not at all) and returns it."""
+        target = Path(path)
+        if target.absolute() == self.path.absolute():
+            return target
+        with staged_folder(target) as staging:
+            shutil.copytree(self.path, staging, dirs_exist_ok=True)
+        return target
+
+
+def load(path: str | Path, *, threads: int = 0, weights: str = "auto") -> Executable:
+    """Loads an artifact.
+
+    threads: CPU threads, 0 for as many as this process may use. weights: ``ram`` (huge pages), ``mmap`` or
+    ``auto``. Raises HetcompError if the artifact is missing, damaged, of a newer schema, or needs an
+    instruction set that this CPU lacks.
+    """
+    folder = Path(path)
+    if not (folder / "manifest.json").is_file():
+        raise HetcompError(f"{folder} is not a hetcomp artifact: it has no manifest.json. Compile a model first.")
+    exe = Executable(folder, threads=threads, weights=weights)
+    _ = exe.runtime
+    return exe
