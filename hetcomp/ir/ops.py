@@ -142,7 +142,8 @@ class Route:
     ``topk_softmax``: choose by logit, weights = softmax over the chosen logits (GPT-OSS).
     The bias is added for the choice only. Groups: experts in ``groups`` equal runs, only the best
     ``top_groups`` may be chosen; a group's score is its best (``max``) or the sum of its two best (``top2``);
-    the scores of the others count as 0.0 (not -inf) in the choice, as in DeepSeek-V3's reference code.
+    for the choice the scores (bias included) of the experts outside count as -inf (``outside_groups`` =
+    ``never``; DeepSeek-V3 and GLM-4-MoE in transformers 5) or as 0.0 (``zero``; DeepSeek-V2).
     ``normalise``: weights /= sum + norm_eps. At last weights *= scaling.
     """
 
@@ -154,6 +155,7 @@ class Route:
     groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
+    outside_groups: Literal["never", "zero"] = "never"
     scaling: float = 1.0
     bias: bool = False
     kind: Literal["route"] = "route"

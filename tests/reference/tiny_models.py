@@ -152,6 +152,7 @@ def _minimax_m2(odd: bool) -> dict[str, Any]:
         "intermediate_size": 29 if odd else 32,
         "num_local_experts": 7 if odd else 8,
         "num_experts_per_tok": 3 if odd else 2,
+        "rotary_dim": 12 if odd else 8,
     }
 
 
