@@ -74,7 +74,7 @@ make_venv() {
 }
 
 install_hetcomp() {
-  local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -q)
+  local pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq)
   # torch first and by itself: any build that is already there (CUDA, ROCm, CPU) satisfies hetcomp's range.
   if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     say "installing torch"
