@@ -1,0 +1,1 @@
+"""Benchmarks: each writes a record (record.py) to benchmarks/results/ and prints a table."""

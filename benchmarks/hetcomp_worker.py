@@ -1,0 +1,53 @@
+"""Worker that runs a compiled artifact through hetcomp's Python API: ARTIFACT --threads N."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import hetcomp
+from benchmarks.worker import serve
+
+
+def main() -> None:
+    """Serves decode, prefill, logits and version."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    options = parser.parse_args()
+    exe = hetcomp.load(options.artifact, threads=options.threads)
+
+    def decode(prompt: list[int], tokens: int) -> float:
+        """Tokens per second after the prompt and the first token."""
+        stamps = [
+            time.perf_counter() for _ in exe.generate(prompt, max_new_tokens=tokens + 1, ignore_eos=True)
+        ]
+        if len(stamps) != tokens + 1:
+            raise RuntimeError(f"{len(stamps)} tokens came instead of {tokens + 1}")
+        return tokens / (stamps[-1] - stamps[0])
+
+    def prefill(prompt: list[int]) -> float:
+        """Prompt tokens per second until the first token is there."""
+        start = time.perf_counter()
+        for _ in exe.generate(prompt, max_new_tokens=1, ignore_eos=True):
+            pass
+        return len(prompt) / (time.perf_counter() - start)
+
+    def logits(prompt: list[int]) -> list[float]:
+        """Logits after the prompt."""
+        return [float(x) for x in exe(prompt)[-1]]
+
+    serve(
+        {
+            "decode": decode,
+            "prefill": prefill,
+            "logits": logits,
+            "stats": lambda: exe.stats,
+            "version": lambda: {"hetcomp": hetcomp.__version__},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N. Runs in the peers' environment.
+
+The calls are those of llama-bench (low-level API, KV cache cleared before each run, micro-batch 512), but with greedy
+sampling, so that every engine does the same work between two tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import time
+
+import llama_cpp
+import numpy as np
+
+from benchmarks.worker import serve
+
+
+def main() -> None:
+    """Serves decode, prefill, logits and version."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file")
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--context", type=int, required=True)
+    options = parser.parse_args()
+
+    @llama_cpp.llama_log_callback
+    def quiet(level: int, text: bytes, data: object) -> None:
+        pass
+
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    model_options = llama_cpp.llama_model_default_params()
+    model_options.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(options.file.encode(), model_options)
+    if not model:
+        raise SystemExit(f"llama.cpp cannot load {options.file}")
+    context_options = llama_cpp.llama_context_default_params()
+    context_options.n_ctx = options.context
+    context_options.n_batch = context_options.n_ubatch = 512
+    context_options.n_threads = context_options.n_threads_batch = options.threads
+    context = llama_cpp.llama_init_from_model(model, context_options)
+    if not context:
+        raise SystemExit(f"llama.cpp cannot make a context of {options.context} tokens")
+    vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+    def step(ids: list[int]) -> np.ndarray:
+        tokens = (llama_cpp.llama_token * len(ids))(*ids)
+        status = llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(ids)))
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}")
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(vocab,))
+
+    def start(prompt: list[int]) -> np.ndarray:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        return step(prompt)
+
+    def decode(prompt: list[int], tokens: int) -> float:
+        """Tokens per second after the prompt and the first token."""
+        token = int(start(prompt).argmax())
+        begin = time.perf_counter()
+        for _ in range(tokens):
+            token = int(step([token]).argmax())
+        return tokens / (time.perf_counter() - begin)
+
+    def prefill(prompt: list[int]) -> float:
+        """Prompt tokens per second until the first token is there."""
+        begin = time.perf_counter()
+        start(prompt).argmax()
+        return len(prompt) / (time.perf_counter() - begin)
+
+    def logits(prompt: list[int]) -> list[float]:
+        """Logits after the prompt."""
+        return [float(x) for x in start(prompt)]
+
+    def version() -> dict[str, str]:
+        system = llama_cpp.llama_print_system_info().decode().strip()
+        return {"llama_cpp_python": llama_cpp.__version__, "llama.cpp system": system}
+
+    serve({"decode": decode, "prefill": prefill, "logits": logits, "version": version})
+
+
+if __name__ == "__main__":
+    main()
