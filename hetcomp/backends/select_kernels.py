@@ -33,6 +33,10 @@ class CpuTarget:
             needs.append(choose(self.backends, ask).workspace_bytes(ask))
         return max(needs)
 
+    def weight_layout(self, op: Op, operand: int) -> str:
+        """Layout in which input ``operand`` of the op is stored."""
+        return packing.layout_for(op.kind, operand)
+
     def packed_bytes(self, value: Value) -> int:
         """Bytes of the packed weight, padding included."""
         return packing.packed_bytes(value)

@@ -15,6 +15,10 @@ class KernelTarget(Protocol):
         """Bytes of scratch memory that the op's kernel needs at the given dimension sizes."""
         ...
 
+    def weight_layout(self, op: Op, operand: int) -> str:
+        """Layout in which input ``operand`` of the op is stored: ``row_major`` or a packed one."""
+        ...
+
     def packed_bytes(self, value: Value) -> int:
         """Bytes of the weight once packed in ``value.format`` (padding and scales included)."""
         ...
