@@ -1,7 +1,8 @@
-"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N. Runs in the peers' environment.
+"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N. Runs in the peers'
+environment.
 
-The calls are those of llama-bench (low-level API, KV cache cleared before each run, micro-batch 512), but with greedy
-sampling, so that every engine does the same work between two tokens.
+The calls are those of llama-bench (low-level API, KV cache cleared before each run, micro-batch 512), but
+with greedy sampling, so that every engine does the same work between two tokens.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ double seconds_of_one_pass(const std::uint8_t* data, std::size_t bytes, int thre
   for (auto& worker : workers) worker.join();
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
   for (const std::uint64_t sum : sums) *sink ^= sum;
-  return elapsed.count() * static_cast<double>(bytes) / static_cast<double>(part * static_cast<std::size_t>(threads));
+  return elapsed.count() * static_cast<double>(bytes) /
+         static_cast<double>(part * static_cast<std::size_t>(threads));
 }
 
 }  // namespace

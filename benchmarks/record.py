@@ -1,7 +1,7 @@
 """The record that every benchmark writes: one JSON file a run, format ``hetcomp-bench/1``.
 
-It holds what one needs to judge and repeat a figure: machine, commit, plan hash, command, all samples. Speeds are
-compared within one record only, never across records.
+It holds what one needs to judge and repeat a figure: machine, commit, plan hash, command, all samples.
+Speeds are compared within one record only, never across records.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _REPOSITORY = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Series:
-    """Samples of one quantity in the order in which they were taken; ``higher_is_better`` tells what ``best`` is."""
+    """Samples of one quantity in the order in which they were taken; ``higher_is_better`` tells what
+    ``best`` is.
+    """
 
     name: str
     unit: str
@@ -44,8 +46,9 @@ class Series:
 
 @dataclass
 class Record:
-    """One run of one benchmark. ``derived`` holds ratios and bounds computed from the series; ``versions`` the
-    software measured, peers included; ``conditions`` what was asked for (model, threads, lengths)."""
+    """One run of one benchmark. ``derived`` holds ratios and bounds computed from the series; ``versions``
+    the software measured, peers included; ``conditions`` what was asked for (model, threads, lengths).
+    """
 
     benchmark: str
     conditions: dict[str, Any]
@@ -85,7 +88,7 @@ class Record:
         }
 
     def write(self, folder: Path = RESULTS) -> Path:
-        """Writes the record to ``folder`` under a name of benchmark, time and commit, and returns the path."""
+        """Writes the record to ``folder``, named by benchmark, time and commit, and returns the path."""
         data = self.to_json()
         stamp = data["time"].replace(":", "").replace("-", "")[:15]
         path = folder / f"{self.benchmark}-{stamp}-{data['commit']['id'][:7]}.json"
@@ -97,7 +100,7 @@ class Record:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory, kernel, huge-page policy, instruction-set flags that matter."""
+    """CPU model, cores this process may use, memory, kernel, huge-page policy, instruction sets that matter."""
     cpu_info = Path("/proc/cpuinfo").read_text()
     fields = dict(line.split(":", 1) for line in cpu_info.splitlines() if ":" in line)
     flags = set(next((value for key, value in fields.items() if key.strip() == "flags"), "").split())

@@ -1,4 +1,6 @@
-"""Worker that runs a checkpoint through transformers: FOLDER --threads N --experts grouped_mm --dtype bfloat16."""
+"""Worker that runs a checkpoint through transformers: FOLDER --threads N --experts grouped_mm --dtype
+bfloat16.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Worker processes that hold one engine and one model each, so that engines can be measured in turns.
 
-A worker is `python -m benchmarks.NAME_worker OPTIONS`, in whichever environment its engine lives. It answers one JSON
-line per request line. It must not need anything but the standard library besides its engine, because peers live in an
-environment of their own.
+A worker is `python -m benchmarks.NAME_worker OPTIONS`, in whichever environment its engine lives. It answers
+one JSON line per request line. It must not need anything but the standard library besides its engine,
+because peers live in an environment of their own.
 """
 
 from __future__ import annotations

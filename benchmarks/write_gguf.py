@@ -1,7 +1,8 @@
 """Writes a bf16 Qwen3-MoE checkpoint as GGUF, number for number, for llama.cpp: FOLDER FILE.
 
-Runs in the peers' environment (gguf and numpy only). llama.cpp's own converter refuses tokenizers that it does not
-know by hash, hence this one; what it writes for bf16 is the same: norms and the router as f32, the rest as bf16.
+Runs in the peers' environment (gguf and numpy only). llama.cpp's own converter refuses tokenizers that it
+does not know by hash, hence this one; what it writes for bf16 is the same: norms and the router as f32, the
+rest as bf16.
 """
 
 from __future__ import annotations
