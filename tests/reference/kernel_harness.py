@@ -1,0 +1,181 @@
+"""Compiles generated kernels into a shared library and calls them on a lane set of N threads."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hetcomp.backends.protocol import Isa, Kernel
+
+ROOT = Path(__file__).resolve().parents[2]
+_FLAGS = {Isa.AVX2: "-march=x86-64-v3", Isa.AVX512: "-march=x86-64-v4"}
+# -fsanitize is left out: the poison pattern around every buffer (see `guarded`) finds stray writes.
+_COMMON = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-Wall", "-Wextra", "-Werror")
+# GCC 12 sees uninitialised reads inside its own AVX-512 intrinsics (GCC bug 105593).
+_GCC = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
+_GUARD = 256  # bytes in front of and behind a buffer
+
+
+def isas_here() -> list[Isa]:
+    """The instruction sets that this machine can run."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    have = [Isa.AVX2] if {"avx2", "fma", "f16c"} <= flags else []
+    return have + ([Isa.AVX512] if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else [])
+
+
+@functools.cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="hetcomp-kernels-"))
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("n_tokens", ctypes.c_int64),
+        ("ids", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("n_logit_rows", ctypes.c_int64),
+        ("logit_rows", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("arena", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("states", ctypes.c_void_p),
+        ("context", ctypes.c_int64),
+        ("lane_ns", ctypes.c_void_p),
+    )
+
+
+@dataclass
+class Step:
+    """What a step tells the kernel beside its operands; i32 arrays [T] (positions, slots) and [R] (logit_rows)."""
+
+    positions: npt.NDArray[np.int32] | None = None
+    slots: npt.NDArray[np.int32] | None = None
+    logit_rows: npt.NDArray[np.int32] | None = None
+    context: int = 0
+
+
+def aligned(size: int) -> npt.NDArray[np.uint8]:
+    """``size`` bytes at a multiple of 64."""
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size]
+
+
+class CompiledKernel:
+    """A kernel compiled for one instruction set, with the harness's lane set."""
+
+    def __init__(self, kernel: Kernel, isa: Isa, compiler: str = "g++") -> None:
+        self.kernel = kernel
+        warnings = _GCC if "g++" in compiler else ()
+        stem = hashlib.sha256(f"{kernel.name}{compiler}{kernel.source}".encode()).hexdigest()[:16]
+        library = _folder() / f"{stem}.so"
+        if not library.exists():
+            source = _folder() / f"{stem}.cpp"
+            entry = f'extern "C" void* entry() {{ return reinterpret_cast<void*>(&hetcomp::{kernel.name}); }}\n'
+            source.write_text(kernel.source + entry)
+            include = ROOT / "runtime_lib" / "include"
+            harness = Path(__file__).with_suffix(".cpp")
+            command = [compiler, *_COMMON, *warnings, _FLAGS[isa], f"-I{include}", "-shared", "-pthread"]
+            subprocess.run([*command, "-o", str(library), str(source), str(harness)], check=True)
+        handle = ctypes.CDLL(str(library))
+        handle.entry.restype = ctypes.c_void_p
+        self._entry = handle.entry()
+        self._run = handle.hetcomp_harness_run
+        self._run.restype = ctypes.c_double
+
+    def __call__(
+        self,
+        inputs: Sequence[npt.NDArray[np.generic]],
+        output_shapes: Sequence[tuple[int, ...]],
+        *,
+        rows: int,
+        threads: int = 1,
+        step: Step | None = None,
+        repeats: int = 1,
+    ) -> list[npt.NDArray[np.float32]]:
+        """Runs the kernel and returns its f32 outputs; asserts that it stays inside its outputs and workspace.
+
+        ``inputs`` that are C-contiguous and aligned are passed as they are (a cache is changed in place).
+        """
+        held = [_aligned_copy(a) for a in inputs]
+        guarded = [_Guarded(4 * int(np.prod(s))) for s in output_shapes]
+        workspace = _Guarded(self.kernel.workspace_bytes)
+        step_struct, alive = _step(step or Step(), rows)
+        ins = (ctypes.c_void_p * max(1, len(held)))(*[a.ctypes.data for a in held])
+        outs = (ctypes.c_void_p * max(1, len(guarded)))(*[g.body.ctypes.data for g in guarded])
+        self.seconds = self._run(
+            ctypes.c_void_p(self._entry),
+            threads,
+            repeats,
+            ctypes.byref(step_struct),
+            ctypes.c_int64(rows),
+            ins,
+            outs,
+            ctypes.c_void_p(workspace.body.ctypes.data),
+        )
+        del alive
+        for region in (*guarded, workspace):
+            region.check()
+        return [
+            g.body.view(np.float32).reshape(s).copy() for g, s in zip(guarded, output_shapes, strict=True)
+        ]
+
+
+class _Guarded:
+    """A buffer full of NaN between two guard zones."""
+
+    def __init__(self, size: int) -> None:
+        self._all = aligned(size + 2 * _GUARD)
+        self._all[:] = 0xFF
+        self.body = self._all[_GUARD : _GUARD + size]
+
+    def check(self) -> None:
+        assert (self._all[:_GUARD] == 0xFF).all(), "the kernel wrote in front of a buffer"
+        assert (self._all[_GUARD + self.body.size :] == 0xFF).all(), "the kernel wrote behind a buffer"
+
+
+def _aligned_copy(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    if array.flags.c_contiguous and array.ctypes.data % 64 == 0:
+        return array
+    # Behind the operand lie NaNs, so that a read beyond the end shows in the result.
+    buffer = aligned(array.nbytes + _GUARD)
+    buffer[:] = 0xFF
+    copy = buffer[: array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def _step(step: Step, rows: int) -> tuple[_Step, list[npt.NDArray[np.int32]]]:
+    alive: list[npt.NDArray[np.int32]] = []
+
+    def address(array: npt.NDArray[np.int32] | None) -> int | None:
+        if array is None:
+            return None
+        alive.append(np.ascontiguousarray(array, np.int32))
+        return alive[-1].ctypes.data
+
+    struct = _Step(
+        n_tokens=rows,
+        positions=address(step.positions),
+        slots=address(step.slots),
+        n_logit_rows=0 if step.logit_rows is None else len(step.logit_rows),
+        logit_rows=address(step.logit_rows),
+        context=step.context,
+    )
+    return struct, alive
+
+
+def clang_here() -> str | None:
+    """clang++, if it is installed."""
+    return shutil.which("clang++")
