@@ -1,0 +1,135 @@
+"""From a model of transformers to the Plan: trace, lower, fold; and the checkpoint that has its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hetcomp.errors import HetcompError
+from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, ModuleCheckpoint, has_weights
+from hetcomp.frontend.fold_layers import fold_layers
+from hetcomp.frontend.lower import lower_to_plan
+from hetcomp.frontend.source import ModelSource, resolve
+from hetcomp.frontend.trace import TracedModel, meta_model, trace
+from hetcomp.ir.plan import ModelInfo, Plan, ValueKind
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model as the passes take it over.
+
+    ``plan`` is folded. ``checkpoint`` is None for a config without weights. ``config`` is the model's config as
+    written. ``stages`` holds printed forms for dumps and docs: ``fx``. ``unused`` names tensors of the
+    checkpoint that the Plan does not use.
+    """
+
+    plan: Plan
+    checkpoint: BaseCheckpoint | None
+    config: dict[str, Any]
+    folder: Path | None
+    unused: tuple[str, ...] = ()
+    stages: dict[str, str] = field(default_factory=dict)
+
+
+def load(
+    model: str | Path | nn.Module,
+    *,
+    context_length: int | None,
+    max_batch: int,
+    max_tokens: int,
+    max_logit_rows: int,
+    default_context: int = DEFAULT_CONTEXT,
+) -> Imported:
+    """Imports a folder, a transformers module or a zoo name, without reading a weight.
+
+    ``context_length``: positions of the KV cache; None: the model's maximum, at most ``default_context``.
+    Raises HetcompError for what is missing, damaged, unknown or not compiled, naming it.
+    """
+    source = resolve(model)
+    info = _model_info(source)
+    context = _context(info, context_length, default_context)
+    for name, bound in (("max_batch", max_batch), ("max_tokens", max_tokens), ("max_logit_rows", max_logit_rows)):
+        if bound < 1:
+            raise HetcompError(f"{name} is {bound}; it must be at least 1")
+    meta = meta_model(source.model_class, source.config)
+    traced = trace(meta, context)
+    checkpoint = _checkpoint(source, traced)
+    lowered = lower_to_plan(
+        traced,
+        source.config,
+        info,
+        max_tokens=min(max_tokens, context),
+        max_batch=max_batch,
+        context_length=context,
+        max_logit_rows=min(max_logit_rows, max_tokens, context),
+    )
+    unused: tuple[str, ...] = ()
+    if checkpoint is not None:
+        weights = [v for v in lowered.values if v.kind is ValueKind.WEIGHT]
+        unused = tuple(checkpoint.unused(weights))
+    return Imported(
+        plan=fold_layers(lowered),
+        checkpoint=checkpoint,
+        config=source.raw,
+        folder=source.folder,
+        unused=unused,
+        stages={"fx": traced.text()},
+    )
+
+
+def _checkpoint(source: ModelSource, traced: TracedModel) -> BaseCheckpoint | None:
+    if source.module is not None:
+        have = {n: tuple(t.shape) for n, t in source.module.named_parameters()}
+        for name, shape in have.items():
+            if traced.parameter_shapes.get(name) != shape:
+                raise HetcompError(
+                    f"{source.model_class.__name__}: parameter {name} of shape {list(shape)} is not what its "
+                    "config describes; adapters and changed modules are not compiled, merge them first"
+                )
+        return ModuleCheckpoint(source.module, traced.aliases)
+    if source.folder is None or not has_weights(source.folder):
+        return None
+    model_type = str(source.config.model_type)
+    return FolderCheckpoint(source.folder, traced.parameter_names, model_type, traced.aliases)
+
+
+def _context(info: ModelInfo, wanted: int | None, default: int) -> int:
+    if wanted is None:
+        return min(default, info.max_positions)
+    if not 1 <= wanted <= info.max_positions:
+        raise HetcompError(
+            f"a context of {wanted} positions was asked for; {info.name} takes 1 to {info.max_positions}"
+        )
+    return wanted
+
+
+def _model_info(source: ModelSource) -> ModelInfo:
+    config = source.config
+    sizes = {}
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or value < 1:
+            raise HetcompError(f"{source.name}: the config has no usable {name} (found {value!r})")
+        sizes[name] = value
+    eos = getattr(config, "eos_token_id", None)
+    bos = getattr(config, "bos_token_id", None)
+    text = json.dumps(source.raw, sort_keys=True, default=str)
+    return ModelInfo(
+        name=source.name,
+        architecture=source.model_class.__name__,
+        model_type=str(config.model_type),
+        vocab=sizes["vocab_size"],
+        hidden=sizes["hidden_size"],
+        layers=sizes["num_hidden_layers"],
+        max_positions=sizes["max_position_embeddings"],
+        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,) if isinstance(eos, int) else (),
+        bos_token_id=bos if isinstance(bos, int) else None,
+        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+    )

@@ -26,7 +26,8 @@ _WRAPPER = "m."
 @dataclass(frozen=True)
 class TracedModel:
     """A cleaned graph. ``fqns`` names the parameter or buffer behind a placeholder; tied parameters have the
-    first of their names. ``inputs`` are the placeholders of the step: ids, positions."""
+    first of their names, ``aliases`` has the others. ``inputs`` are the placeholders of the step: ids,
+    positions."""
 
     graph: fx.Graph
     fqns: dict[str, str]
@@ -35,6 +36,7 @@ class TracedModel:
     context: int
     parameter_names: frozenset[str]
     parameter_shapes: dict[str, tuple[int, ...]]
+    aliases: dict[str, tuple[str, ...]]
 
     def text(self) -> str:
         """The graph, one node a line, with shapes; for dumps and docs."""
@@ -109,7 +111,8 @@ def trace(model: PreTrainedModel, context: int) -> TracedModel:
                 f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: "
                 f"{_first_line(error)}"
             ) from error
-    fqns = _parameter_names(program, model)
+    canonical = _canonical_names(model)
+    fqns = _parameter_names(program, canonical)
     user_inputs = tuple(program.graph_signature.user_inputs)
     graph = program.graph
     clean(graph)
@@ -121,6 +124,7 @@ def trace(model: PreTrainedModel, context: int) -> TracedModel:
         context=context,
         parameter_names=names,
         parameter_shapes=shapes,
+        aliases=_aliases_by_name(canonical),
     )
 
 
@@ -143,14 +147,29 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _parameter_names(program: torch.export.ExportedProgram, model: PreTrainedModel) -> dict[str, str]:
-    """Placeholder -> parameter name, tied parameters under the first of their names."""
+def _canonical_names(model: PreTrainedModel) -> dict[str, str]:
+    """Every parameter's name -> the first name of the same parameter."""
     first: dict[int, str] = {}
     everything = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    canonical = {name: first.setdefault(id(tensor), name) for name, tensor in everything}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in everything}
+
+
+def _aliases_by_name(canonical: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """The other names of tied parameters by their first name."""
+    out: dict[str, tuple[str, ...]] = {}
+    for name, first in canonical.items():
+        if name != first:
+            out[first] = (*out.get(first, ()), name)
+    return out
+
+
+def _parameter_names(
+    program: torch.export.ExportedProgram, canonical: dict[str, str]
+) -> dict[str, str]:
+    """Placeholder -> parameter name, tied parameters under the first of their names."""
     out = {}
     for spec in program.graph_signature.input_specs:
         if spec.target is not None:

@@ -1,0 +1,307 @@
+"""Checkpoints: where a weight comes from, known from headers alone, and its numbers, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hetcomp.errors import HetcompError
+from hetcomp.frontend.key_mapping import Parts, map_checkpoint
+from hetcomp.frontend.safetensors_header import read_header
+from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
+
+# bf16 comes as its bits in uint16: numpy has no such type.
+Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
+_INDEX = "model.safetensors.index.json"
+_UNUSED_BY_DESIGN = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
+
+
+class BaseCheckpoint(ABC):
+    """Recipes and reading, over tensors that a subclass can fetch. Implements ir.target.Checkpoint.
+
+    ``aliases``: other names of tied parameters; used where the checkpoint has only one of them.
+    """
+
+    def __init__(
+        self,
+        origin: str,
+        tensors: Mapping[str, CheckpointTensor],
+        parts: Mapping[str, Parts],
+        aliases: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        self._origin = origin
+        self._tensors = tensors
+        self._parts = parts
+        self._aliases = aliases
+
+    @property
+    def origin(self) -> str:
+        """Folder or description for messages."""
+        return self._origin
+
+    def source(self, value: Value) -> WeightSource:
+        """See ir.target.Checkpoint."""
+        parts = self._find(value)
+        tensors = tuple(self._tensors[name] for name in parts.names)
+        for tensor in tensors:
+            if tensor.dtype not in _NUMPY:
+                raise HetcompError(
+                    f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
+                    "expected F32, F16 or BF16"
+                )
+        view = value.view or WeightSource("plain", ())
+        source = replace(view, recipe=parts.recipe, tensors=tensors)
+        self._check_shape(value, source)
+        return source
+
+    def _find(self, value: Value) -> Parts:
+        name = value.fqn or value.id
+        for candidate in (name, *self._aliases.get(name, ())):
+            if candidate in self._parts:
+                return self._parts[candidate]
+        raise HetcompError(
+            f"{self._origin}: the checkpoint has no tensor {name} (expected shape "
+            f"{[int(d) for d in value.type.shape]}); is a shard missing?"
+        )
+
+    def _check_shape(self, value: Value, source: WeightSource) -> None:
+        first = source.tensors[0]
+        for index, tensor in enumerate(source.tensors):
+            twin = source.tensors[index % 2 if source.recipe == "stack_pair" else 0]
+            if source.recipe != "concat" and tensor.shape != twin.shape:
+                raise HetcompError(
+                    f"{self._origin}: tensor {tensor.name} in {tensor.file} has shape {list(tensor.shape)}, "
+                    f"expected {list(twin.shape)} as {twin.name} has"
+                )
+        got = viewed_shape(source)
+        expected = tuple(int(d) for d in value.type.shape)
+        if got != expected:
+            raise HetcompError(
+                f"{self._origin}: tensor {first.name} in {first.file} has shape {list(first.shape)}, which "
+                f"gives {value.fqn or value.id} the shape {list(got or first.shape)}; expected "
+                f"{list(expected)}"
+            )
+
+    def unused(self, weights: Iterable[Value]) -> list[str]:
+        """Tensors of the checkpoint that none of ``weights`` comes from, sorted."""
+        used: set[str] = set()
+        for value in weights:
+            parts = self._find(value)
+            used.update(parts.names)
+            # The other names of a tied parameter hold the same numbers.
+            for name in self._aliases.get(value.fqn or value.id, ()):
+                used.update(self._parts[name].names if name in self._parts else ())
+        return sorted(n for n in self._tensors if n not in used and not n.endswith(_UNUSED_BY_DESIGN))
+
+    # ------------------------------------------------ numbers
+
+    def read(self, value: Value) -> Numbers:
+        """The whole weight in the value's shape: f32, f16, or bf16 bits in uint16, as the checkpoint has it."""
+        source = self.source(value)
+        if source.recipe == "plain":
+            return _viewed(self._numbers(source.tensors[0]), source)
+        if source.recipe in ("stack", "stack_pair"):
+            count = len(source.tensors) // (2 if source.recipe == "stack_pair" else 1)
+            return np.stack([self._expert(source, e) for e in range(count)])
+        return _viewed(_joined([self._numbers(t) for t in source.tensors]), source)
+
+    def read_expert(self, value: Value, expert: int) -> Numbers:
+        """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
+        return self._expert(self.source(value), expert)
+
+    def _expert(self, source: WeightSource, expert: int) -> Numbers:
+        if source.recipe == "plain":
+            part = self._numbers(source.tensors[0], expert)
+        elif source.recipe == "stack":
+            part = self._numbers(source.tensors[expert])
+        elif source.recipe == "stack_pair":
+            pair = source.tensors[2 * expert : 2 * expert + 2]
+            part = _joined([self._numbers(t) for t in pair])
+        else:
+            raise HetcompError(f"{source.tensors[0].name} is no weight of experts")
+        return _viewed(part, source)
+
+    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> Numbers:
+        raw = self._raw(tensor, row)
+        return raw.astype(np.float32) if raw.dtype == np.float64 else raw
+
+    @abstractmethod
+    def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:  # type: ignore[type-var]
+        """The tensor, or its part ``row`` along the first axis, in the checkpoint's own type."""
+
+
+def viewed_shape(source: WeightSource) -> tuple[int, ...] | None:
+    """Shape of the weight that ``source`` describes; None if its view does not fit its tensors."""
+    first = source.tensors[0].shape
+    shape: tuple[int, ...] = first
+    if source.recipe == "stack":
+        shape = (len(source.tensors), *first)
+    elif source.recipe == "stack_pair":
+        rows = first[0] + source.tensors[1].shape[0]
+        shape = (len(source.tensors) // 2, rows, *first[1:])
+    elif source.recipe == "concat":
+        shape = (sum(t.shape[0] for t in source.tensors), *first[1:])
+    if source.transpose and len(shape) >= 2:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    if source.head_split is not None:
+        heads, start, stop = source.head_split
+        if len(shape) != 2 or shape[0] % heads or shape[0] // heads < stop:
+            return None
+        inner = (stop - start, shape[1])
+        shape = (heads, *(inner[::-1] if source.head_transpose else inner))
+    return shape
+
+
+def _joined(parts: list[Numbers]) -> Numbers:
+    from hetcomp.backends.packing import to_f32
+
+    if len({p.dtype for p in parts}) > 1:
+        return np.concatenate([to_f32(p) for p in parts])
+    return np.concatenate(parts)
+
+
+def _viewed(numbers: Numbers, source: WeightSource) -> Numbers:
+    """Applies the view to a whole weight or to one expert's part of it (then without the first axis)."""
+    if source.transpose:
+        numbers = np.swapaxes(numbers, -1, -2)
+    if source.deinterleave:
+        # Rows of a matrix; of a bias the last axis is the rows.
+        axis = -2 if _is_matrix(source) else -1
+        order = np.arange(numbers.shape[axis])
+        numbers = np.take(numbers, np.concatenate([order[::2], order[1::2]]), axis=axis)
+    if source.head_split is not None:
+        heads, start, stop = source.head_split
+        numbers = numbers.reshape(heads, -1, numbers.shape[-1])[:, start:stop]
+        if source.head_transpose:
+            numbers = np.swapaxes(numbers, -1, -2)
+    return np.ascontiguousarray(numbers)
+
+
+def _is_matrix(source: WeightSource) -> bool:
+    shape = viewed_shape(source)
+    return shape is not None and len(shape) >= 3
+
+
+class FolderCheckpoint(BaseCheckpoint):
+    """safetensors files of a folder. Only headers are read before ``read``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        parameters: Iterable[str],
+        model_type: str,
+        aliases: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        """Raises HetcompError naming a file that is missing, truncated or damaged."""
+        tensors = _folder_tensors(folder)
+        names = [*parameters, *(a for other in (aliases or {}).values() for a in other)]
+        parts = map_checkpoint(tensors, names, model_type)
+        super().__init__(str(folder), tensors, parts, aliases or {})
+        self._folder = folder
+
+    def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:  # type: ignore[type-var]
+        dtype = np.dtype(_NUMPY[tensor.dtype])
+        shape = tensor.shape if row is None else tensor.shape[1:]
+        count = math.prod(shape)
+        offset = tensor.offset + (row or 0) * count * dtype.itemsize
+        path = self._folder / tensor.file
+        try:
+            data = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+        except OSError as error:
+            raise HetcompError(f"cannot read {path}: {error.strerror or error}") from error
+        if data.size != count:
+            raise HetcompError(f"{path} was truncated while it was read: tensor {tensor.name} is incomplete")
+        return data.reshape(shape)
+
+
+class ModuleCheckpoint(BaseCheckpoint):
+    """The parameters of a transformers module in memory."""
+
+    def __init__(self, module: torch.nn.Module, aliases: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        everything = [*module.named_parameters(), *module.named_buffers()]
+        self._data = {name: tensor.detach() for name, tensor in everything}
+        for name, tensor in self._data.items():
+            if tensor.device.type == "meta":
+                raise HetcompError(f"{type(module).__name__}: parameter {name} is on the meta device, it has no data")
+        tensors = {
+            name: CheckpointTensor("memory", name, _dtype_name(t.dtype), tuple(t.shape), 0, t.nbytes)
+            for name, t in self._data.items()
+        }
+        parts = {name: Parts("plain", (name,)) for name in tensors}
+        super().__init__(f"{type(module).__name__} in memory", tensors, parts, aliases or {})
+
+    def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:  # type: ignore[type-var]
+        data = self._data[tensor.name] if row is None else self._data[tensor.name][row]
+        data = data.cpu().contiguous()
+        if data.dtype == torch.bfloat16:
+            return data.view(torch.uint16).numpy()
+        return data.numpy()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def has_weights(folder: Path) -> bool:
+    """True if the folder holds safetensors files (or an index of them). Raises HetcompError if it has weights
+    in another format only."""
+    if (folder / _INDEX).is_file() or any(folder.glob("*.safetensors")):
+        return True
+    other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
+    if other:
+        raise HetcompError(
+            f"{folder} has weights as {other[0]} only; hetcomp reads safetensors (save the model again with "
+            "save_pretrained)"
+        )
+    return False
+
+
+def _folder_tensors(folder: Path) -> dict[str, CheckpointTensor]:
+    index = folder / _INDEX
+    if index.is_file():
+        return _indexed_tensors(folder, index)
+    single = folder / "model.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise HetcompError(
+            f"{folder} has {len(files)} safetensors files and neither model.safetensors nor {_INDEX}, so it is "
+            "unclear which belong to the model"
+        )
+    return read_header(files[0])
+
+
+def _indexed_tensors(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        items = {str(name): str(file) for name, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise HetcompError(f"{index} is no valid index of safetensors files: {error}") from error
+    headers: dict[str, dict[str, CheckpointTensor]] = {}
+    for file in sorted(set(items.values())):
+        path = folder / file
+        if path.name != file:
+            raise HetcompError(f"{index} names {file}, which is not a plain file name")
+        if not path.is_file():
+            missing = sum(f == file for f in items.values())
+            raise HetcompError(
+                f"{folder}: the shard {file} is missing; {_INDEX} says that it holds {missing} tensors. "
+                "Download it again"
+            )
+        headers[file] = read_header(path)
+    out = {}
+    for name, file in items.items():
+        if name not in headers[file]:
+            raise HetcompError(f"{index} says that {file} holds the tensor {name}, but it does not")
+        out[name] = headers[file][name]
+    return out

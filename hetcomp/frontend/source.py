@@ -1,0 +1,154 @@
+"""Finds out what the user gave: a folder, a transformers module or the name of a zoo config."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hetcomp import models_zoo
+from hetcomp.errors import HetcompError
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """``raw`` is config.json as written, or what the module's config says. ``module`` holds the weights of a
+    model given in memory; otherwise they are in ``folder``, if anywhere."""
+
+    name: str
+    config: PreTrainedConfig
+    raw: dict[str, Any]
+    model_class: type[PreTrainedModel]
+    folder: Path | None
+    module: PreTrainedModel | None
+
+
+def resolve(model: str | Path | nn.Module) -> ModelSource:
+    """What ``model`` stands for. Raises HetcompError if it is nothing that hetcomp can read."""
+    if isinstance(model, nn.Module):
+        return _from_module(model)
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_file():
+            raise HetcompError(
+                f"{folder} is a file; give the folder that holds config.json and the safetensors files"
+            )
+        folder = _from_zoo(str(model))
+    return _from_folder(folder)
+
+
+def _from_zoo(name: str) -> Path:
+    # models_zoo/demo-moe also means the zoo's model where no such folder is in the working directory.
+    if name in models_zoo.names():
+        return models_zoo.find(name)
+    tail = Path(name).name
+    if Path(name).parent.name in ("models_zoo", "configs") and tail in models_zoo.names():
+        return models_zoo.find(tail)
+    raise HetcompError(
+        f"{name} is neither a folder nor a model of the zoo; the zoo has {', '.join(models_zoo.names())}"
+    )
+
+
+def _from_module(module: nn.Module) -> ModelSource:
+    if not isinstance(module, PreTrainedModel):
+        raise HetcompError(
+            f"{type(module).__name__} is not a transformers model (PreTrainedModel); hetcomp compiles causal "
+            "language models of transformers"
+        )
+    if not type(module).__name__.endswith("ForCausalLM"):
+        raise HetcompError(
+            f"{type(module).__name__} is not a causal language model; give the ...ForCausalLM class, which "
+            "has the head that makes logits"
+        )
+    config = module.config
+    raw = config.to_dict()
+    _refuse_quantised(raw, type(module).__name__)
+    name = Path(str(getattr(config, "_name_or_path", "") or "")).name or str(config.model_type)
+    return ModelSource(name, config, raw, type(module), None, module)
+
+
+def _from_folder(folder: Path) -> ModelSource:
+    path = folder / "config.json"
+    raw = _read_json(path)
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    if not isinstance(model_type, str) or not model_type:
+        raise HetcompError(f"{path} has no model_type, so the model's architecture is unknown")
+    if (
+        not isinstance(architectures, list)
+        or not architectures
+        or not all(isinstance(a, str) for a in architectures)
+    ):
+        raise HetcompError(
+            f'{path} has no architectures list, for example ["Qwen3MoeForCausalLM"], so the model\'s class '
+            "is unknown"
+        )
+    if model_type not in CONFIG_MAPPING:
+        raise HetcompError(
+            f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; models "
+            "with their own code (trust_remote_code) are not run"
+        )
+    model_class = _model_class(path, architectures)
+    _refuse_quantised(raw, str(path))
+    config = _config(path, raw, model_type)
+    name = folder.resolve().name
+    return ModelSource(name, config, raw, model_class, folder, None)
+
+
+def _model_class(path: Path, architectures: list[str]) -> type[PreTrainedModel]:
+    for architecture in architectures:
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            if not architecture.endswith("ForCausalLM"):
+                raise HetcompError(
+                    f"{path}: architecture {architecture} is not a causal language model (...ForCausalLM)"
+                )
+            return found
+    raise HetcompError(
+        f"{path}: architecture {', '.join(architectures)} is unknown to transformers "
+        f"{transformers.__version__}; models with their own code (trust_remote_code) are not run"
+    )
+
+
+def _config(path: Path, raw: dict[str, Any], model_type: str) -> PreTrainedConfig:
+    try:
+        made = CONFIG_MAPPING[model_type].from_dict(dict(raw))
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise HetcompError(
+            f"{path} is no valid {model_type} config: {type(error).__name__}: {text}"
+        ) from error
+    if not isinstance(made, PreTrainedConfig):
+        raise HetcompError(f"{path} is no valid {model_type} config")
+    return made
+
+
+def _refuse_quantised(raw: dict[str, Any], where: str) -> None:
+    found = raw.get("quantization_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+        raise HetcompError(
+            f"{where}: the checkpoint is quantised ({method}); hetcomp reads f32, f16 and bf16 checkpoints, "
+            "give an unquantised one"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HetcompError(f"{path.parent} has no config.json, so it is not a Hugging Face model folder") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HetcompError(f"cannot read {path}: {error}") from error
+    try:
+        made = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise HetcompError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(made, dict):
+        raise HetcompError(f"{path} holds no JSON object")
+    return made
