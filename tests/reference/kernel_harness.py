@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -96,40 +97,68 @@ class CompiledKernel:
 
     def __call__(
         self,
-        inputs: Sequence[npt.NDArray[np.generic]],
+        inputs: Sequence[npt.NDArray[Any]],
         output_shapes: Sequence[tuple[int, ...]],
         *,
         rows: int,
         threads: int = 1,
         step: Step | None = None,
-        repeats: int = 1,
     ) -> list[npt.NDArray[np.float32]]:
-        """Runs the kernel and returns its f32 outputs; asserts that it stays inside its outputs and workspace.
+        """Runs the kernel and returns its f32 outputs; asserts that it stays inside outputs and workspace.
 
         ``inputs`` that are C-contiguous and aligned are passed as they are (a cache is changed in place).
         """
         held = [_aligned_copy(a) for a in inputs]
         guarded = [_Guarded(4 * int(np.prod(s))) for s in output_shapes]
         workspace = _Guarded(self.kernel.workspace_bytes)
-        step_struct, alive = _step(step or Step(), rows)
-        ins = (ctypes.c_void_p * max(1, len(held)))(*[a.ctypes.data for a in held])
-        outs = (ctypes.c_void_p * max(1, len(guarded)))(*[g.body.ctypes.data for g in guarded])
-        self.seconds = self._run(
-            ctypes.c_void_p(self._entry),
-            threads,
-            repeats,
-            ctypes.byref(step_struct),
-            ctypes.c_int64(rows),
-            ins,
-            outs,
-            ctypes.c_void_p(workspace.body.ctypes.data),
-        )
-        del alive
+        self._call([held], [g.body for g in guarded], workspace.body, rows, threads, 1, step or Step())
         for region in (*guarded, workspace):
             region.check()
         return [
             g.body.view(np.float32).reshape(s).copy() for g, s in zip(guarded, output_shapes, strict=True)
         ]
+
+    def seconds(
+        self,
+        input_sets: Sequence[Sequence[npt.NDArray[Any]]],
+        output: npt.NDArray[Any],
+        *,
+        rows: int,
+        threads: int,
+        calls: int,
+        step: Step | None = None,
+    ) -> float:
+        """Seconds of ``calls`` calls that take turns over ``input_sets`` (aligned arrays)."""
+        workspace = aligned(self.kernel.workspace_bytes)
+        workspace[:] = 0
+        return self._call(input_sets, [output], workspace, rows, threads, calls, step or Step())
+
+    def _call(
+        self,
+        input_sets: Sequence[Sequence[npt.NDArray[Any]]],
+        outputs: Sequence[npt.NDArray[Any]],
+        workspace: npt.NDArray[np.uint8],
+        rows: int,
+        threads: int,
+        calls: int,
+        step: Step,
+    ) -> float:
+        struct, alive = _step(step, rows)
+        flat = [a.ctypes.data for inputs in input_sets for a in inputs]
+        seconds: float = self._run(
+            ctypes.c_void_p(self._entry),
+            threads,
+            calls,
+            ctypes.byref(struct),
+            ctypes.c_int64(rows),
+            len(input_sets),
+            len(input_sets[0]),
+            (ctypes.c_void_p * len(flat))(*flat),
+            (ctypes.c_void_p * max(1, len(outputs)))(*[o.ctypes.data for o in outputs]),
+            ctypes.c_void_p(workspace.ctypes.data),
+        )
+        del alive
+        return seconds
 
 
 class _Guarded:
@@ -145,7 +174,7 @@ class _Guarded:
         assert (self._all[_GUARD + self.body.size :] == 0xFF).all(), "the kernel wrote behind a buffer"
 
 
-def _aligned_copy(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def _aligned_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if array.flags.c_contiguous and array.ctypes.data % 64 == 0:
         return array
     # Behind the operand lie NaNs, so that a read beyond the end shows in the result.
