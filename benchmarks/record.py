@@ -100,7 +100,7 @@ class Record:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory, kernel, huge-page policy, instruction sets that matter."""
+    """CPU model, usable cores, memory, kernel, huge-page policy, instruction sets that matter."""
     cpu_info = Path("/proc/cpuinfo").read_text()
     fields = dict(line.split(":", 1) for line in cpu_info.splitlines() if ":" in line)
     flags = set(next((value for key, value in fields.items() if key.strip() == "flags"), "").split())

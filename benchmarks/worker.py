@@ -17,17 +17,17 @@ from types import TracebackType
 from typing import Any
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
+_ANSWERS = "HETCOMP_BENCH_ANSWERS"  # number of the file descriptor to answer on
 Handler = Callable[..., Any]
 
 
 def serve(handlers: Mapping[str, Handler]) -> None:
     """The worker's side: answers requests from standard input until it is closed.
 
-    A request is {"call": NAME, "arguments": {..}}; the answer {"result": ..} or {"error": ".."}. Whatever the
-    engine prints goes to standard error.
+    A request is {"call": NAME, "arguments": {..}}; the answer {"result": ..} or {"error": ".."}. Answers have a
+    pipe of their own, since engines print what they like.
     """
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    answers = os.fdopen(int(os.environ[_ANSWERS]), "w", buffering=1)
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -43,16 +43,26 @@ class Worker:
     def __init__(self, python: str | Path, module: str, *arguments: str | Path) -> None:
         self.module = module
         command = [str(python), "-m", f"benchmarks.{module}", *map(str, arguments)]
+        reading, writing = os.pipe()
         self._process = subprocess.Popen(
-            command, cwd=_REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command,
+            cwd=_REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=2,
+            text=True,
+            bufsize=1,
+            pass_fds=(writing,),
+            env=os.environ | {_ANSWERS: str(writing)},
         )
+        os.close(writing)
+        self._answers = os.fdopen(reading)
 
     def call(self, name: str, **arguments: object) -> Any:  # noqa: ANN401 - JSON
         """Result of one request. Raises RuntimeError if the worker failed or died."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"call": name, "arguments": arguments}) + "\n")
-            line = self._process.stdout.readline()
+            line = self._answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -75,3 +85,4 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._answers.close()

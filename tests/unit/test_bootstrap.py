@@ -1,0 +1,54 @@
+"""scripts/bootstrap.sh on a machine that lacks things and may not install them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bootstrap.sh"
+
+
+@pytest.fixture
+def bare_path(tmp_path: Path) -> Path:
+    """A folder of commands with a shell's bare necessities."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "dirname", "sort", "id", "cat", "rm"):
+        found = shutil.which(name)
+        assert found is not None
+        (folder / name).symlink_to(found)
+    return folder
+
+
+def _run(path: Path, venv: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["/bin/bash", str(SCRIPT), str(venv)],
+        env={"PATH": str(path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_names_everything_that_is_missing_in_one_sentence(bare_path, tmp_path):
+    done = _run(bare_path, tmp_path / "venv")
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    for package in ("python3", "g++", "cmake", "ninja-build", "libpcre2-dev", "libxxhash-dev"):
+        assert package in lines[0]
+    assert not (tmp_path / "venv").exists()
+
+
+def test_asks_for_root_where_apt_is_there_but_not_permitted(bare_path, tmp_path):
+    for name, text in {"apt-get": "exit 99", "id": "echo 1000"}.items():
+        script = bare_path / name
+        script.unlink(missing_ok=True)
+        script.write_text(f"#!/bin/bash\n{text}\n")
+        script.chmod(0o755)
+    done = _run(bare_path, tmp_path / "venv")
+    assert done.returncode == 1
+    assert "needs root" in done.stderr and "apt-get install" in done.stderr and "g++" in done.stderr
