@@ -1,0 +1,39 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Golden = Callable[[Path, str], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--update-golden`` rewrites golden files instead of comparing with them."""
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite golden files from what the code does"
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """``golden(path, text)``: the file at ``path`` must hold ``text``; shows the difference if it does not."""
+    update = request.config.getoption("--update-golden")
+
+    def check(path: Path, text: str) -> None:
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        kept = path.read_text(encoding="utf-8") if path.exists() else ""
+        if kept != text:
+            lines = difflib.unified_diff(
+                kept.splitlines(), text.splitlines(), f"{path} (kept)", "now", lineterm="", n=2
+            )
+            shown = "\n".join(list(lines)[:80])
+            pytest.fail(f"{path.name} is no longer true; look, then run pytest --update-golden:\n{shown}")
+
+    return check
