@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
-    """``golden(path, text)``: the file at ``path`` must hold ``text``; shows the difference if it does not."""
+    """``golden(path, text)``: the file at ``path`` must hold ``text``; the difference is shown."""
     update = request.config.getoption("--update-golden")
 
     def check(path: Path, text: str) -> None:
