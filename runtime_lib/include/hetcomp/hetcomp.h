@@ -1,0 +1,197 @@
+/* hetcomp: runs compiled Mixture-of-Experts models. C ABI of libhetcomp_runtime.so.
+ *
+ * Every function that can fail returns a hetcomp_status; after a failure hetcomp_last_error() has one sentence
+ * that says what was wrong and what to do. No exception and no signal leaves the library.
+ *
+ * Threads: a model may be used from several threads; its steps run one after another, each on all lanes.
+ * A session or a generation may be used from one thread at a time. A process that forked must load again.
+ *
+ * Strings are UTF-8. Memory that a function hands out is freed with hetcomp_free(), unless it says otherwise. */
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#ifndef HETCOMP_EXPORT
+#define HETCOMP_EXPORT __attribute__((visibility("default")))
+#endif
+
+typedef enum hetcomp_status {
+  HETCOMP_OK = 0,
+  HETCOMP_INVALID_ARGUMENT = 1, /* the call itself: a null pointer, an id outside the vocabulary, bad options */
+  HETCOMP_NOT_FOUND = 2,        /* no artifact at that path */
+  HETCOMP_BAD_ARTIFACT = 3,     /* damaged, truncated or inconsistent */
+  HETCOMP_NEWER_SCHEMA = 4,     /* written by a newer hetcomp */
+  HETCOMP_MISSING_ISA = 5,      /* this CPU runs none of the artifact's programs */
+  HETCOMP_OUT_OF_MEMORY = 6,
+  HETCOMP_CONTEXT_FULL = 7, /* the tokens do not fit into the session's context */
+  HETCOMP_NO_FREE_SLOT = 8, /* all max_batch sessions are taken */
+  HETCOMP_NO_TOKENIZER = 9, /* the artifact has no tokenizer or no chat template */
+  HETCOMP_COMPUTE = 10,     /* a kernel failed, or the logits are not finite */
+  HETCOMP_IO = 11,          /* a file could not be read */
+  HETCOMP_INTERNAL = 12     /* a bug */
+} hetcomp_status;
+
+HETCOMP_EXPORT const char* hetcomp_version(void);
+/* The sentence of the last failure on this thread; "" if there was none. Valid until the next call. */
+HETCOMP_EXPORT const char* hetcomp_last_error(void);
+HETCOMP_EXPORT void hetcomp_free(void* memory);
+
+/* ---- model ---------------------------------------------------------------------------------------------- */
+
+typedef struct hetcomp_model hetcomp_model;
+typedef struct hetcomp_session hetcomp_session;
+typedef struct hetcomp_generation hetcomp_generation;
+
+typedef enum hetcomp_weights {
+  HETCOMP_WEIGHTS_AUTO = 0, /* RAM if weights and KV cache fit into 80 % of the available memory, else MMAP */
+  HETCOMP_WEIGHTS_MMAP = 1, /* map the files: starts at once when cached, 4 KB pages */
+  HETCOMP_WEIGHTS_RAM = 2   /* read into memory with 2 MB pages: about a fifth more bandwidth */
+} hetcomp_weights;
+
+typedef struct hetcomp_load_options {
+  uint32_t struct_size;   /* set by hetcomp_load_options_init */
+  int32_t threads;        /* 0: the physical cores this process may use, within its cgroup's CPU quota */
+  int32_t weights;        /* hetcomp_weights */
+  int32_t verify_weights; /* 1: compare every tensor with its hash while it is read; 0: trust the files */
+  const char* isa;        /* NULL: the best that this CPU has; or "avx2", "avx512" */
+} hetcomp_load_options;
+
+HETCOMP_EXPORT void hetcomp_load_options_init(hetcomp_load_options* options);
+/* path: the artifact's folder. options: NULL for the defaults. */
+HETCOMP_EXPORT hetcomp_status hetcomp_load(const char* path, const hetcomp_load_options* options,
+                                           hetcomp_model** out);
+/* Sessions that are still open keep the model's memory until they are freed. */
+HETCOMP_EXPORT void hetcomp_model_free(hetcomp_model* model);
+
+typedef struct hetcomp_model_info {
+  uint32_t struct_size; /* set by hetcomp_model_info_init */
+  int32_t vocab;
+  int64_t context;        /* positions a session holds */
+  int32_t max_batch;      /* sessions at once */
+  int32_t max_tokens;     /* largest step; longer inputs are cut into several */
+  int32_t max_logit_rows; /* logit rows of a step */
+  int32_t bos_token_id;   /* -1: none */
+  int32_t n_eos_token_ids;
+  int32_t threads;
+  int32_t has_tokenizer;
+  int32_t has_chat_template;
+  /* Valid as long as the model. */
+  const int32_t* eos_token_ids;
+  const char* name;
+  const char* architecture;
+  const char* isa;
+  const char* weights; /* "ram" or "mmap" */
+} hetcomp_model_info;
+
+HETCOMP_EXPORT void hetcomp_model_info_init(hetcomp_model_info* info);
+HETCOMP_EXPORT hetcomp_status hetcomp_model_get_info(const hetcomp_model* model, hetcomp_model_info* info);
+
+/* A JSON object: load seconds, bytes, threads, isa, and for prefill and decode tokens, steps, seconds, tokens per
+ * second and the milliseconds of every timer of the plan. Freed with hetcomp_free. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_stats(const hetcomp_model* model, char** json);
+/* Sets the prefill and decode figures to zero. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model);
+
+/* ---- sessions: one sequence each, with its place in the KV cache ---------------------------------------- */
+
+HETCOMP_EXPORT hetcomp_status hetcomp_session_create(hetcomp_model* model, hetcomp_session** out);
+HETCOMP_EXPORT void hetcomp_session_free(hetcomp_session* session);
+/* Forgets all tokens. */
+HETCOMP_EXPORT hetcomp_status hetcomp_session_reset(hetcomp_session* session);
+/* Keeps the first `length` tokens. */
+HETCOMP_EXPORT hetcomp_status hetcomp_session_truncate(hetcomp_session* session, int64_t length);
+/* Tokens in the KV cache. */
+HETCOMP_EXPORT hetcomp_status hetcomp_session_length(const hetcomp_session* session, int64_t* length);
+/* Prepares for a prompt that repeats what the session holds (the next turn of a chat): truncates to the longest
+ * common prefix with ids, but at most n - 1 tokens, and sets *kept to its length. Go on with ids + kept. */
+HETCOMP_EXPORT hetcomp_status hetcomp_session_reuse(hetcomp_session* session, const int32_t* ids, int64_t n,
+                                                    int64_t* kept);
+
+/* Each appends ids to the session. n >= 1; ids are 0 .. vocab - 1; if n does not fit, nothing is computed.
+ * If a step fails the session keeps the tokens of the steps before it. */
+
+/* logits: [n][vocab], of every token. */
+HETCOMP_EXPORT hetcomp_status hetcomp_forward(hetcomp_session* session, const int32_t* ids, int64_t n,
+                                              float* logits);
+/* logits: [vocab], of the last token; or NULL. */
+HETCOMP_EXPORT hetcomp_status hetcomp_prefill(hetcomp_session* session, const int32_t* ids, int64_t n,
+                                              float* logits);
+/* One token for each of n different sessions of one model. logits: [n][vocab]. */
+HETCOMP_EXPORT hetcomp_status hetcomp_decode(hetcomp_model* model, hetcomp_session* const* sessions,
+                                             const int32_t* ids, int64_t n, float* logits);
+
+/* ---- generation ----------------------------------------------------------------------------------------- */
+
+/* Order of the sampler (that of transformers): repetition penalty, temperature, top-k, top-p, min-p, then one
+ * draw. Same seed, same logits: same tokens. */
+typedef struct hetcomp_generate_params {
+  uint32_t struct_size; /* set by hetcomp_generate_params_init */
+  int32_t ignore_eos;
+  int64_t max_new_tokens;
+  double temperature;        /* 0: greedy */
+  int32_t top_k;             /* 0: off */
+  int32_t n_stop;
+  double top_p;              /* 1: off */
+  double min_p;              /* 0: off */
+  double repetition_penalty; /* 1: off; over all tokens of the session */
+  uint64_t seed;
+  const char* const* stop; /* n_stop strings; the text ends before the first that appears */
+} hetcomp_generate_params;
+
+HETCOMP_EXPORT void hetcomp_generate_params_init(hetcomp_generate_params* params);
+
+typedef enum hetcomp_finish {
+  HETCOMP_FINISH_NONE = 0,    /* goes on */
+  HETCOMP_FINISH_EOS = 1,     /* the token is an end-of-sequence token */
+  HETCOMP_FINISH_LENGTH = 2,  /* max_new_tokens */
+  HETCOMP_FINISH_STOP = 3,    /* a stop string */
+  HETCOMP_FINISH_CONTEXT = 4, /* the context is full */
+  HETCOMP_FINISH_CALLBACK = 5 /* the callback asked for it */
+} hetcomp_finish;
+
+typedef struct hetcomp_token {
+  int32_t id;     /* -1: none yet (a part of the prompt was computed), or none was asked for */
+  int32_t finish; /* hetcomp_finish: why this token is the last */
+  /* The complete characters that this token finished, NUL-terminated; valid until the next call. Text that may
+   * become a stop string is held back. The texts of all tokens together are the whole text. */
+  const char* text;
+  size_t text_length;
+} hetcomp_token;
+
+/* Generation step by step. The session must outlive it and not be used otherwise meanwhile. The prompt (n >= 1) is
+ * appended to what the session holds. */
+HETCOMP_EXPORT hetcomp_status hetcomp_generation_start(hetcomp_session* session, const int32_t* ids, int64_t n,
+                                                       const hetcomp_generate_params* params,
+                                                       hetcomp_generation** out);
+/* Computes at most one step. After the last token every call returns id -1 and its finish. */
+HETCOMP_EXPORT hetcomp_status hetcomp_generation_next(hetcomp_generation* generation, hetcomp_token* token);
+HETCOMP_EXPORT void hetcomp_generation_free(hetcomp_generation* generation);
+
+/* Called for every token; a non-zero result stops. */
+typedef int (*hetcomp_token_callback)(const hetcomp_token* token, void* user);
+/* The same in one call. finish: NULL, or receives a hetcomp_finish. */
+HETCOMP_EXPORT hetcomp_status hetcomp_generate(hetcomp_session* session, const int32_t* ids, int64_t n,
+                                               const hetcomp_generate_params* params,
+                                               hetcomp_token_callback callback, void* user, int32_t* finish);
+
+/* ---- text ----------------------------------------------------------------------------------------------- */
+
+/* parse_special: special tokens written in the text become their ids. add_special: the ids that the model puts
+ * around a text (BOS). *ids is freed with hetcomp_free. */
+HETCOMP_EXPORT hetcomp_status hetcomp_tokenize(const hetcomp_model* model, const char* text, size_t length,
+                                               int parse_special, int add_special, int32_t** ids, size_t* n);
+/* *text has *length bytes and a NUL behind them; freed with hetcomp_free. */
+HETCOMP_EXPORT hetcomp_status hetcomp_detokenize(const hetcomp_model* model, const int32_t* ids, size_t n,
+                                                 int skip_special, char** text, size_t* length);
+/* context_json: an object with messages, add_generation_prompt, tools, ... *text as above. */
+HETCOMP_EXPORT hetcomp_status hetcomp_chat_render(const hetcomp_model* model, const char* context_json,
+                                                  size_t context_length, char** text, size_t* length);
+
+#ifdef __cplusplus
+}
+#endif

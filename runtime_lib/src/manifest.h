@@ -1,0 +1,75 @@
+// manifest.json of an artifact, checked: after parsing, every number is in range, every path stays inside the
+// artifact, every file has the size and (but for weights) the SHA-256 that the manifest says.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace hetcomp {
+
+struct ModelFacts {
+  std::string name;
+  std::string architecture;
+  std::int32_t vocab;
+  std::int64_t context;
+  std::int32_t max_batch;
+  std::int32_t max_tokens;
+  std::int32_t max_logit_rows;
+  std::vector<std::int32_t> eos_token_ids;
+  std::optional<std::int32_t> bos_token_id;
+};
+
+struct FileRecord {
+  std::uint64_t bytes;
+  std::string sha256;  // empty for files of weights
+};
+
+struct ProgramRecord {
+  std::string isa;
+  std::string file;
+};
+
+struct WeightRecord {
+  std::string name;
+  std::string file;
+  std::uint64_t offset;
+  std::uint64_t bytes;
+  std::uint64_t xxh3_64;
+};
+
+struct StateRecord {
+  std::string name;
+  std::uint64_t bytes_per_slot;
+};
+
+struct Manifest {
+  static constexpr int kSchemaMajor = 1;
+  static constexpr std::uint64_t kAlignment = 64;  // of weights in files and of everything in memory
+
+  ModelFacts model;
+  std::map<std::string, FileRecord> files;
+  std::vector<ProgramRecord> programs;  // best first
+  std::vector<WeightRecord> weights;    // in the order of the program's weight indices
+  std::vector<StateRecord> states;      // in the order of the program's state indices
+  std::vector<std::string> timers;      // names of the program's timers; may be shorter
+  std::optional<std::string> tokenizer;
+  std::optional<std::string> chat_template;
+
+  // Both throw Error. read() opens no file but manifest.json.
+  static Manifest parse(std::string_view json, const std::string& where);
+  static Manifest read(const std::filesystem::path& artifact);
+};
+
+// The place of a manifest's file; refuses links that lead out of the artifact and files of another size.
+std::filesystem::path locate(const std::filesystem::path& artifact, const Manifest& manifest,
+                             const std::string& file);
+
+// Checks the size of every file and the SHA-256 of all but the weights.
+void verify_files(const std::filesystem::path& artifact, const Manifest& manifest);
+
+}  // namespace hetcomp

@@ -1,0 +1,55 @@
+// Memory that the runtime asks the operating system for, and how much of it there is.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "file.h"
+
+namespace hetcomp {
+
+// Zeroed anonymous memory, 2 MB aligned and in huge pages where the system gives them.
+class Memory {
+ public:
+  Memory() = default;
+  // Throws Error with `purpose` in the sentence.
+  Memory(std::size_t bytes, const std::string& purpose);
+  ~Memory();
+  Memory(Memory&& other) noexcept
+      : base_(std::exchange(other.base_, nullptr)), mapped_(std::exchange(other.mapped_, 0)),
+        data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Memory& operator=(Memory&& other) noexcept;
+
+  std::uint8_t* data() const { return data_; }
+  std::size_t size() const { return size_; }
+
+ private:
+  void* base_ = nullptr;
+  std::size_t mapped_ = 0;
+  std::uint8_t* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+// A whole file, mapped for reading.
+class MappedFile {
+ public:
+  explicit MappedFile(const File& file);
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept
+      : base_(std::exchange(other.base_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  MappedFile& operator=(MappedFile&&) = delete;
+
+  const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(base_); }
+
+ private:
+  void* base_;
+  std::size_t size_;
+};
+
+// Bytes this process can still use: the system's available memory, and what is left under the limits of its
+// cgroups (page cache does not count as used).
+std::uint64_t available_memory();
+
+}  // namespace hetcomp

@@ -1,0 +1,179 @@
+#include "model.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "cpu_budget.h"
+#include "cpu_isa.h"
+#include "file.h"
+#include "status.h"
+
+namespace hetcomp {
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Tokenizer and ChatTemplate have the same interface.
+template <class Text>
+std::unique_ptr<Text> load_text(const std::filesystem::path& artifact, const Manifest& manifest,
+                                const std::optional<std::string>& file) {
+  if (!file) return nullptr;
+  const std::filesystem::path path = locate(artifact, manifest, *file);
+  std::string error;
+  auto text = Text::load(File(path).text(), &error);
+  if (!text) throw Error(HETCOMP_BAD_ARTIFACT, path.string() + ": " + error);
+  return text;
+}
+
+// RAM only where it leaves a fifth of the memory to everyone else.
+Residency choose_residency(hetcomp_weights wanted, std::uint64_t weights, std::uint64_t others,
+                           std::uint64_t available) {
+  if (wanted == HETCOMP_WEIGHTS_MMAP) return Residency::kMapped;
+  if (wanted == HETCOMP_WEIGHTS_AUTO) {
+    const bool fits = weights + others <= available / 5 * 4;
+    return fits ? Residency::kRam : Residency::kMapped;
+  }
+  if (weights + others > available) {
+    throw Error(HETCOMP_OUT_OF_MEMORY, "The weights need " + in_words(weights) + " and KV cache and activations " +
+                                           in_words(others) + ", but " + in_words(available) +
+                                           " of memory are available: use --weights mmap, or free memory.");
+  }
+  return Residency::kRam;
+}
+
+}  // namespace
+
+Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
+    : manifest_(Manifest::read(artifact)), artifact_(artifact), process_(getpid()) {
+  const auto start = std::chrono::steady_clock::now();
+  const ProgramRecord& program = choose_program(manifest_, available_isas(), options.isa);
+  isa_ = program.isa;
+  verify_files(artifact, manifest_);
+  library_ = std::make_unique<ProgramLibrary>(locate(artifact, manifest_, program.file), program, manifest_);
+  tokenizer_ = load_text<Tokenizer>(artifact, manifest_, manifest_.tokenizer);
+  chat_template_ = load_text<ChatTemplate>(artifact, manifest_, manifest_.chat_template);
+  allocate(options);
+  for (std::int32_t slot = facts().max_batch; slot-- > 0;) free_slots_.push_back(slot);
+  reset_statistics();
+  statistics_.load_seconds = seconds_since(start);
+}
+
+void Model::allocate(const LoadOptions& options) {
+  const CpuBudget cpus = cpu_budget(options.threads);
+  const auto slots = static_cast<std::uint64_t>(facts().max_batch);
+  const auto arena_bytes = static_cast<std::uint64_t>(library_->program().arena_bytes);
+  for (const StateRecord& state : manifest_.states) state_bytes_ += state.bytes_per_slot * slots;
+  const std::uint64_t available = available_memory();
+  const std::uint64_t others = state_bytes_ + arena_bytes;
+  if (others > available) {
+    throw Error(HETCOMP_OUT_OF_MEMORY, "The KV cache of " + std::to_string(facts().max_batch) + " sequences of " +
+                                           std::to_string(facts().context) + " positions needs " +
+                                           in_words(state_bytes_) + " and the activations " + in_words(arena_bytes) +
+                                           ", but " + in_words(available) +
+                                           " of memory are available: compile with a smaller context or batch.");
+  }
+  const Residency residency = choose_residency(options.weights, Weights::ram_bytes(manifest_), others, available);
+  arena_ = Memory(arena_bytes, "the activations");
+  for (const StateRecord& state : manifest_.states) {
+    states_.emplace_back(state.bytes_per_slot * slots, "the KV cache (" + state.name + ")");
+    state_addresses_.push_back(states_.back().data());
+  }
+  const int readers = static_cast<int>(cpus.cpus.size());
+  weights_ = std::make_unique<Weights>(artifact_, manifest_, residency, options.verify_weights, readers);
+  lanes_ = std::make_unique<LaneThreads>(cpus.cpus);
+  statistics_.weight_bytes = weights_->bytes();
+  statistics_.state_bytes = state_bytes_;
+  statistics_.arena_bytes = arena_bytes;
+}
+
+bool Model::is_eos(std::int32_t id) const {
+  return std::ranges::find(facts().eos_token_ids, id) != facts().eos_token_ids.end();
+}
+
+const Tokenizer& Model::require_tokenizer() const {
+  if (!tokenizer_)
+    throw Error(HETCOMP_NO_TOKENIZER, "The model " + facts().name + " has no tokenizer: give token ids, not text.");
+  return *tokenizer_;
+}
+
+const ChatTemplate& Model::require_chat_template() const {
+  if (!chat_template_)
+    throw Error(HETCOMP_NO_TOKENIZER, "The model " + facts().name + " has no chat template: give a plain prompt.");
+  return *chat_template_;
+}
+
+std::int32_t Model::take_slot() {
+  const std::lock_guard lock(slots_mutex_);
+  if (free_slots_.empty()) {
+    throw Error(HETCOMP_NO_FREE_SLOT, "All " + std::to_string(facts().max_batch) +
+                                          " sequences of this model are in use: free a session, or compile with a "
+                                          "larger --batch.");
+  }
+  const std::int32_t slot = free_slots_.back();
+  free_slots_.pop_back();
+  return slot;
+}
+
+void Model::give_back_slot(std::int32_t slot) {
+  const std::lock_guard lock(slots_mutex_);
+  free_slots_.push_back(slot);  // within the capacity reserved by the constructor
+}
+
+void Model::run(const StepRequest& request) {
+  const std::lock_guard lock(step_mutex_);
+  if (getpid() != process_) {
+    throw Error(HETCOMP_INVALID_ARGUMENT,
+                "This process is a fork of the one that loaded the model and has none of its threads: load the model "
+                "after the fork.");
+  }
+  const std::size_t logit_bytes = request.logit_rows.size() * static_cast<std::size_t>(facts().vocab) * sizeof(float);
+  float* logits = request.logits;
+  if (reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
+    if (logits_.size() < logit_bytes) logits_ = Memory(logit_bytes, "the logits");
+    logits = reinterpret_cast<float*>(logits_.data());
+  }
+  PhaseStatistics& phase = statistics_.phase(request.phase);
+  const hetcomp_step step{
+      .n_tokens = static_cast<std::int64_t>(request.ids.size()),
+      .ids = request.ids.data(),
+      .positions = request.positions.data(),
+      .slots = request.slots.data(),
+      .n_logit_rows = static_cast<std::int64_t>(request.logit_rows.size()),
+      .logit_rows = request.logit_rows.data(),
+      .logits = logits,
+      .arena = arena_.data(),
+      .weights = weights_->addresses().data(),
+      .states = state_addresses_.data(),
+      .context = facts().context,
+      .lane_ns = phase.timer_ns.empty() ? nullptr : phase.timer_ns.data(),
+  };
+  const auto start = std::chrono::steady_clock::now();
+  const std::int32_t error = lanes_->run(library_->program(), step);
+  phase.seconds += seconds_since(start);
+  phase.steps += 1;
+  phase.tokens += step.n_tokens;
+  if (error != 0)
+    throw Error(HETCOMP_COMPUTE, "A kernel of the program reported error " + std::to_string(error) + "; report this bug.");
+  if (logits != request.logits && logit_bytes != 0) std::memcpy(request.logits, logits, logit_bytes);
+}
+
+std::string Model::statistics_json() const {
+  const std::lock_guard lock(step_mutex_);
+  return to_json(statistics_, manifest_.timers, threads(), isa_, residency() == Residency::kRam ? "ram" : "mmap");
+}
+
+void Model::reset_statistics() {
+  const std::lock_guard lock(step_mutex_);
+  const auto timers = static_cast<std::size_t>(library_->program().n_timers);
+  for (PhaseStatistics& phase : statistics_.phases) {
+    phase = PhaseStatistics{};
+    phase.timer_ns.assign(timers, 0);
+  }
+}
+
+}  // namespace hetcomp

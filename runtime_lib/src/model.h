@@ -1,0 +1,95 @@
+// A loaded artifact: program, weights, KV cache, threads, texts; and how a step is run on it.
+#pragma once
+
+#include <sys/types.h>
+
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "chat_template.h"
+#include "hetcomp/hetcomp.h"
+#include "lane_threads.h"
+#include "manifest.h"
+#include "memory.h"
+#include "program_library.h"
+#include "statistics.h"
+#include "tokenizer.h"
+#include "weights.h"
+
+namespace hetcomp {
+
+struct LoadOptions {
+  int threads = 0;
+  hetcomp_weights weights = HETCOMP_WEIGHTS_AUTO;
+  bool verify_weights = true;
+  std::string isa;  // empty: the best
+};
+
+// One forward pass; see hetcomp_step.
+struct StepRequest {
+  Phase phase;
+  std::span<const std::int32_t> ids;
+  std::span<const std::int32_t> positions;
+  std::span<const std::int32_t> slots;
+  std::span<const std::int32_t> logit_rows;
+  float* logits;
+};
+
+// Thread safe.
+class Model {
+ public:
+  // Throws Error. Nothing of the artifact is executed before it is verified.
+  Model(const std::filesystem::path& artifact, const LoadOptions& options);
+
+  const ModelFacts& facts() const { return manifest_.model; }
+  const Manifest& manifest() const { return manifest_; }
+  const std::string& isa() const { return isa_; }
+  int threads() const { return lanes_->size(); }
+  Residency residency() const { return weights_->residency(); }
+  bool is_eos(std::int32_t id) const;
+  const Tokenizer* tokenizer() const { return tokenizer_.get(); }
+  const ChatTemplate* chat_template() const { return chat_template_.get(); }
+  // These two throw Error if the artifact has none.
+  const Tokenizer& require_tokenizer() const;
+  const ChatTemplate& require_chat_template() const;
+
+  // A free place in the KV cache; throws Error if there is none.
+  std::int32_t take_slot();
+  void give_back_slot(std::int32_t slot);
+
+  // Sizes must be within the program's limits and every value in range. Throws Error.
+  void run(const StepRequest& request);
+
+  std::string statistics_json() const;
+  void reset_statistics();
+
+ private:
+  void allocate(const LoadOptions& options);
+
+  Manifest manifest_;
+  std::filesystem::path artifact_;
+  std::string isa_;
+  std::unique_ptr<ProgramLibrary> library_;
+  std::unique_ptr<Tokenizer> tokenizer_;
+  std::unique_ptr<ChatTemplate> chat_template_;
+  std::unique_ptr<Weights> weights_;
+  Memory arena_;
+  std::vector<Memory> states_;
+  std::vector<std::uint8_t*> state_addresses_;
+  std::uint64_t state_bytes_ = 0;
+  Memory logits_;  // for callers whose buffer is not aligned as the kernels want it
+  std::unique_ptr<LaneThreads> lanes_;
+  pid_t process_;
+
+  mutable std::mutex slots_mutex_;
+  std::vector<std::int32_t> free_slots_;
+
+  mutable std::mutex step_mutex_;
+  Statistics statistics_;
+};
+
+}  // namespace hetcomp

@@ -1,0 +1,120 @@
+#include "session.h"
+
+#include <algorithm>
+#include <numeric>
+#include <set>
+#include <string>
+
+#include "status.h"
+
+namespace hetcomp {
+namespace {
+
+void check_ids(const ModelFacts& model, std::span<const std::int32_t> ids) {
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (ids[i] >= 0 && ids[i] < model.vocab) continue;
+    throw Error(HETCOMP_INVALID_ARGUMENT, "Token id " + std::to_string(ids[i]) + " at position " + std::to_string(i) +
+                                              " is outside the vocabulary (0 to " + std::to_string(model.vocab - 1) +
+                                              ").");
+  }
+}
+
+}  // namespace
+
+Session::Session(std::shared_ptr<Model> model) : model_(std::move(model)), slot_(model_->take_slot()) {}
+
+Session::~Session() { model_->give_back_slot(slot_); }
+
+void Session::truncate(std::int64_t length) {
+  if (length < 0 || length > this->length()) {
+    throw Error(HETCOMP_INVALID_ARGUMENT, "Cannot truncate a session of " + std::to_string(this->length()) +
+                                              " tokens to " + std::to_string(length) + ".");
+  }
+  tokens_.resize(static_cast<std::size_t>(length));
+}
+
+std::int64_t Session::reuse(std::span<const std::int32_t> ids) {
+  if (ids.empty()) throw Error(HETCOMP_INVALID_ARGUMENT, "The prompt is empty: at least one token is needed.");
+  const auto usable = ids.first(ids.size() - 1);
+  const auto differs = std::ranges::mismatch(tokens_, usable).in1;
+  tokens_.erase(differs, tokens_.end());
+  return length();
+}
+
+void Session::check(std::span<const std::int32_t> ids) const {
+  if (ids.empty()) throw Error(HETCOMP_INVALID_ARGUMENT, "There are no tokens: at least one is needed.");
+  check_ids(model_->facts(), ids);
+  if (static_cast<std::int64_t>(ids.size()) <= room()) return;
+  const std::string before = length() > 0 ? " after the " + std::to_string(length()) + " of this session" : "";
+  throw Error(HETCOMP_CONTEXT_FULL, std::to_string(ids.size()) + " tokens" + before + " do not fit into the context of " +
+                                        std::to_string(model_->facts().context) +
+                                        " positions: shorten the input, or compile with a larger --context.");
+}
+
+void Session::step(std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows, float* logits) {
+  std::vector<std::int32_t> positions(ids.size());
+  std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(length()));
+  const std::vector<std::int32_t> slots(ids.size(), slot_);
+  const Phase phase = ids.size() == 1 && length() > 0 ? Phase::kDecode : Phase::kPrefill;
+  tokens_.reserve(tokens_.size() + ids.size());
+  model_->run({phase, ids, positions, slots, logit_rows, logits});
+  tokens_.insert(tokens_.end(), ids.begin(), ids.end());
+}
+
+void Session::forward(std::span<const std::int32_t> ids, float* logits) {
+  check(ids);
+  const ModelFacts& model = model_->facts();
+  const auto largest = static_cast<std::size_t>(std::min(model.max_tokens, model.max_logit_rows));
+  std::vector<std::int32_t> rows(std::min(largest, ids.size()));
+  std::iota(rows.begin(), rows.end(), 0);
+  while (!ids.empty()) {
+    const std::size_t n = std::min(largest, ids.size());
+    step(ids.first(n), std::span(rows).first(n), logits);
+    ids = ids.subspan(n);
+    logits += n * static_cast<std::size_t>(model.vocab);
+  }
+}
+
+void Session::prefill(std::span<const std::int32_t> ids, float* logits) {
+  check(ids);
+  const auto largest = static_cast<std::size_t>(model_->facts().max_tokens);
+  while (!ids.empty()) {
+    const std::size_t n = std::min(largest, ids.size());
+    const std::int32_t last = static_cast<std::int32_t>(n) - 1;
+    const bool wanted = n == ids.size() && logits != nullptr;
+    step(ids.first(n), {&last, wanted ? 1U : 0U}, logits);
+    ids = ids.subspan(n);
+  }
+}
+
+void Session::decode(Model& model, std::span<Session* const> sessions, std::span<const std::int32_t> ids,
+                     float* logits) {
+  if (sessions.empty()) throw Error(HETCOMP_INVALID_ARGUMENT, "There are no sessions: at least one is needed.");
+  check_ids(model.facts(), ids);
+  const std::set<const Session*> different(sessions.begin(), sessions.end());
+  if (different.size() != sessions.size())
+    throw Error(HETCOMP_INVALID_ARGUMENT, "A session is given twice in one decode step.");
+  for (std::size_t i = 0; i < sessions.size(); ++i) {
+    if (&sessions[i]->model() != &model)
+      throw Error(HETCOMP_INVALID_ARGUMENT, "Session " + std::to_string(i) + " belongs to another model.");
+    sessions[i]->check(ids.subspan(i, 1));
+  }
+  const auto largest = static_cast<std::size_t>(std::min(model.facts().max_tokens, model.facts().max_logit_rows));
+  for (std::size_t at = 0; at < sessions.size(); at += largest) {
+    const std::size_t n = std::min(largest, sessions.size() - at);
+    std::vector<std::int32_t> positions;
+    std::vector<std::int32_t> slots;
+    std::vector<std::int32_t> rows(n);
+    std::iota(rows.begin(), rows.end(), 0);
+    for (Session* session : sessions.subspan(at, n)) {
+      positions.push_back(static_cast<std::int32_t>(session->length()));
+      slots.push_back(session->slot_);
+      session->tokens_.reserve(session->tokens_.size() + 1);
+    }
+    float* out = logits + at * static_cast<std::size_t>(model.facts().vocab);
+    model.run({Phase::kDecode, ids.subspan(at, n), positions, slots, rows, out});
+    for (std::size_t i = 0; i < n; ++i) sessions[at + i]->tokens_.push_back(ids[at + i]);
+  }
+}
+
+}  // namespace hetcomp

@@ -1,0 +1,50 @@
+// One sequence: its slot in the KV cache and the tokens in it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "model.h"
+
+namespace hetcomp {
+
+// One thread at a time. Every method that computes throws Error; a failed step leaves the tokens before it.
+class Session {
+ public:
+  explicit Session(std::shared_ptr<Model> model);  // throws Error if all slots are taken
+  ~Session();
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  Model& model() const { return *model_; }
+  const std::vector<std::int32_t>& tokens() const { return tokens_; }
+  std::int64_t length() const { return static_cast<std::int64_t>(tokens_.size()); }
+  std::int64_t room() const { return model_->facts().context - length(); }
+
+  void truncate(std::int64_t length);
+
+  // Truncates to the longest common prefix with `ids`, at most ids.size() - 1, and returns its length.
+  std::int64_t reuse(std::span<const std::int32_t> ids);
+
+  // Appends ids. logits: [n, vocab].
+  void forward(std::span<const std::int32_t> ids, float* logits);
+  // Appends ids. logits: [vocab] of the last token, or null.
+  void prefill(std::span<const std::int32_t> ids, float* logits);
+  // Throws Error unless 1 <= n <= room() and every id is in the vocabulary.
+  void check(std::span<const std::int32_t> ids) const;
+
+  // One token for each session, all of one model and different. logits: [n, vocab].
+  static void decode(Model& model, std::span<Session* const> sessions, std::span<const std::int32_t> ids,
+                     float* logits);
+
+ private:
+  void step(std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows, float* logits);
+
+  std::shared_ptr<Model> model_;
+  std::int32_t slot_;
+  std::vector<std::int32_t> tokens_;
+};
+
+}  // namespace hetcomp

@@ -1,0 +1,37 @@
+#include "statistics.h"
+
+#include <nlohmann/json.hpp>
+
+namespace hetcomp {
+namespace {
+
+nlohmann::ordered_json phase_json(const PhaseStatistics& phase, const std::vector<std::string>& names) {
+  nlohmann::ordered_json timers = nlohmann::ordered_json::object();
+  for (std::size_t i = 0; i < phase.timer_ns.size(); ++i) {
+    const std::string name = i < names.size() ? names[i] : "timer " + std::to_string(i);
+    timers[name] = static_cast<double>(phase.timer_ns[i]) / 1e6;
+  }
+  return {{"tokens", phase.tokens},
+          {"steps", phase.steps},
+          {"seconds", phase.seconds},
+          {"tokens_per_second", phase.seconds > 0 ? static_cast<double>(phase.tokens) / phase.seconds : 0.0},
+          {"timers_ms", timers}};
+}
+
+}  // namespace
+
+std::string to_json(const Statistics& statistics, const std::vector<std::string>& timer_names, int threads,
+                    const std::string& isa, const std::string& weights) {
+  const nlohmann::ordered_json json = {{"load_seconds", statistics.load_seconds},
+                                       {"threads", threads},
+                                       {"isa", isa},
+                                       {"weights", weights},
+                                       {"weight_bytes", statistics.weight_bytes},
+                                       {"kv_cache_bytes", statistics.state_bytes},
+                                       {"arena_bytes", statistics.arena_bytes},
+                                       {"prefill", phase_json(statistics.phases[0], timer_names)},
+                                       {"decode", phase_json(statistics.phases[1], timer_names)}};
+  return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
+}  // namespace hetcomp

@@ -1,0 +1,35 @@
+// What the runtime measured.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace hetcomp {
+
+// decode: every sequence of the step gets one token.
+enum class Phase { kPrefill, kDecode };
+
+struct PhaseStatistics {
+  std::int64_t steps = 0;
+  std::int64_t tokens = 0;
+  double seconds = 0;
+  std::vector<std::int64_t> timer_ns;
+};
+
+struct Statistics {
+  double load_seconds = 0;
+  std::uint64_t weight_bytes = 0;
+  std::uint64_t state_bytes = 0;
+  std::uint64_t arena_bytes = 0;
+  std::array<PhaseStatistics, 2> phases;
+
+  PhaseStatistics& phase(Phase phase) { return phases[phase == Phase::kPrefill ? 0 : 1]; }
+};
+
+// timer_names may be shorter than the timers; the rest is numbered.
+std::string to_json(const Statistics& statistics, const std::vector<std::string>& timer_names, int threads,
+                    const std::string& isa, const std::string& weights);
+
+}  // namespace hetcomp
