@@ -1,0 +1,244 @@
+"""Checks a plan: names, arities, types of every op, and the invariants that the passes claim to have established."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from hetcomp.errors import HetcompError
+from hetcomp.ir import op_types
+from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
+
+
+def verify(plan: Plan) -> None:
+    """Raises HetcompError naming template, op and origin at the first thing that is wrong."""
+    dims = {d.name for d in plan.dims}
+    for template in plan.templates:
+        _verify_template(template, dims)
+    _verify_calls(plan)
+    for invariant in plan.established:
+        _INVARIANTS[invariant](plan)
+
+
+def _where(template: Template, op: Op) -> str:
+    return f"op %{op.id} ({op.kind}, {op.origin or op.role}) of template {template.name}"
+
+
+def _verify_template(template: Template, dims: set[str]) -> None:
+    values = template.value_map()
+    if len(values) != len(template.values):
+        raise HetcompError(f"Template {template.name} names two values alike.")
+    for value in template.values:
+        for extent in value.type.shape:
+            if isinstance(extent, str) and extent not in dims:
+                raise HetcompError(f"Value {value.id} of template {template.name} has the unknown dimension {extent}.")
+    defined = set(template.params)
+    seen: set[str] = set()
+    for op in template.ops:
+        if op.id in seen:
+            raise HetcompError(f"Template {template.name} names two ops {op.id}.")
+        seen.add(op.id)
+        for name in op.inputs:
+            if name not in values or name not in defined:
+                raise HetcompError(f"{_where(template, op)} reads {name}, which nothing defines before it.")
+        for name in op.outputs:
+            if name not in values or name in defined:
+                raise HetcompError(f"{_where(template, op)} writes {name}, which is unknown or already defined.")
+            defined.add(name)
+        problem = op_types.check(op, [values[i].type for i in op.inputs], [values[o].type for o in op.outputs])
+        if problem:
+            raise HetcompError(f"{_where(template, op)}: {problem}.")
+    for name in template.results:
+        if name not in defined:
+            raise HetcompError(f"Template {template.name} hands out {name}, which nothing defines.")
+
+
+def _verify_calls(plan: Plan) -> None:
+    values = plan.value_map()
+    if len(values) != len(plan.values):
+        raise HetcompError("The plan names two values alike.")
+    ready = {v.id for v in plan.values if v.kind is not ValueKind.ACT and v.kind is not ValueKind.OUTPUT}
+    for i, call in enumerate(plan.calls):
+        template = plan.template(call.template)
+        where = f"call {i} of template {call.template}"
+        for given, formal in ((call.args, template.params), (call.results, template.results)):
+            if len(given) != len(formal):
+                raise HetcompError(f"{where} binds {len(given)} values to {len(formal)} names.")
+            for actual, name in zip(given, formal, strict=True):
+                if actual not in values:
+                    raise HetcompError(f"{where} names the unknown value {actual}.")
+                if values[actual].type != template.value(name).type:
+                    raise HetcompError(
+                        f"{where} binds {actual}: {values[actual].type} to {name}: {template.value(name).type}."
+                    )
+        for actual in call.args:
+            if actual not in ready:
+                raise HetcompError(f"{where} reads {actual}, which no call before it writes.")
+        ready.update(call.results)
+
+
+def _weights_bound(plan: Plan) -> None:
+    weights = [v for v in plan.values if v.kind is ValueKind.WEIGHT]
+    unbound = [v.fqn or v.id for v in weights if v.source is None]
+    if unbound and len(unbound) != len(weights):
+        raise HetcompError(f"Weight {unbound[0]} is not bound although others are.")
+
+
+def _formats_chosen(plan: Plan) -> None:
+    for value in plan.values:
+        if value.kind is ValueKind.WEIGHT and value.format is None:
+            raise HetcompError(f"Weight {value.fqn or value.id} has no format.")
+
+
+def _ops(plan: Plan) -> Iterator[tuple[Template, Op]]:
+    for template in plan.templates:
+        for op in template.ops:
+            yield template, op
+
+
+def _costed(plan: Plan) -> None:
+    for template, op in _ops(plan):
+        # Transfers are inserted after costs are known and carry their own latency.
+        if op.cost is None and op.kind != "transfer":
+            raise HetcompError(f"{_where(template, op)} has no cost.")
+        for phase in op.cost.phases if op.cost else ():
+            if min(phase.flops, phase.weight_bytes, phase.act_bytes, phase.state_bytes, phase.us) < 0:
+                raise HetcompError(f"{_where(template, op)} has a negative cost in {phase.phase}.")
+
+
+def _placed(plan: Plan) -> None:
+    for call in plan.calls:
+        template = plan.template(call.template)
+        placements = dict(call.placements)
+        for op in template.ops:
+            if op.id not in placements:
+                raise HetcompError(f"{_where(template, op)} has no placement in layer {call.layer}.")
+            if op.kind == "moe_experts":
+                _experts_covered(template, op, call)
+
+
+def _experts_covered(template: Template, op: Op, call: Call) -> None:
+    runs = sorted((e.first, e.last) for e in dict(call.placements)[op.id].experts)
+    expected = 0
+    for first, last in runs:
+        if first != expected or last < first:
+            raise HetcompError(f"{_where(template, op)}: expert {expected} has no single home in layer {call.layer}.")
+        expected = last + 1
+    if expected != getattr(op.attrs, "experts", 0):
+        raise HetcompError(f"{_where(template, op)}: only {expected} experts are placed in layer {call.layer}.")
+
+
+def _sliced(plan: Plan) -> None:
+    for call in plan.calls:
+        for op, placement in call.placements:
+            expected = 0
+            for piece in placement.slices:
+                if piece.start != expected or piece.stop <= piece.start:
+                    raise HetcompError(f"The NUMA slices of op %{op} in layer {call.layer} have a gap or overlap.")
+                expected = piece.stop
+
+
+def _transfers_inserted(plan: Plan) -> None:
+    for call in plan.calls:
+        template = plan.template(call.template)
+        devices = dict(call.placements)
+        home = {v.id: "cpu" for v in template.values}
+        for op in template.ops:
+            memory = "cpu" if devices[op.id].device.startswith("cpu:") else devices[op.id].device
+            for name in op.inputs:
+                if op.kind != "transfer" and template.value(name).kind is ValueKind.ACT and home[name] != memory:
+                    raise HetcompError(f"{_where(template, op)} reads {name} from {home[name]} without a transfer.")
+            target = getattr(op.attrs, "target", memory)
+            home.update(dict.fromkeys(op.outputs, target))
+
+
+def _scheduled(plan: Plan) -> None:
+    for template in plan.templates:
+        values = template.value_map()
+        written: set[str] = set()
+        for i, op in enumerate(template.ops):
+            if op.schedule is None or op.schedule.index != i:
+                raise HetcompError(f"{_where(template, op)} has no place in its lane's order.")
+            if op.schedule.barrier_before:
+                written = set()
+            elif i == 0:
+                raise HetcompError(f"{_where(template, op)} begins a template without a barrier.")
+            late = [name for name in op.inputs if name in written]
+            if late:
+                raise HetcompError(f"{_where(template, op)} reads {late[0]} without a barrier after its writer.")
+            written.update(op.outputs)
+            if op.kind == "kv_append":
+                written.update(n for n in op.inputs if values[n].kind is ValueKind.STATE)
+
+
+def _memory_planned(plan: Plan) -> None:
+    dims = plan.max_dims()
+    call_end = max((s.offset + s.bytes for s in plan.call_arena), default=0)
+    for template in plan.templates:
+        slots = {s.value: s for s in template.arena}
+        live = _live_epochs(template)
+        for name, (first, last) in live.items():
+            if name not in slots:
+                raise HetcompError(f"Value {name} of template {template.name} has no place in the arena.")
+            slot = slots[name]
+            if slot.bytes < template.value(name).type.bytes(dims) or slot.offset % 64:
+                raise HetcompError(f"Value {name} of template {template.name} has too small or unaligned a place.")
+            if slot.offset < call_end or slot.offset + slot.bytes > plan.arena_bytes:
+                raise HetcompError(f"Value {name} of template {template.name} lies outside of its part of the arena.")
+        for op, epoch in zip(template.ops, _epochs(template), strict=True):
+            if f"workspace:{op.id}" in slots:
+                live[f"workspace:{op.id}"] = (epoch, epoch)
+        _no_overlap(template, [(n, *live[n], slots[n].offset, slots[n].bytes) for n in live])
+
+
+def _no_overlap(template: Template, items: list[tuple[str, int, int, int, int]]) -> None:
+    for i, (a, first_a, last_a, at_a, bytes_a) in enumerate(items):
+        for b, first_b, last_b, at_b, bytes_b in items[i + 1 :]:
+            alive = first_a <= last_b and first_b <= last_a
+            if alive and at_a < at_b + bytes_b and at_b < at_a + bytes_a:
+                raise HetcompError(f"{a} and {b} of template {template.name} share memory while both are alive.")
+
+
+def _epochs(template: Template) -> list[int]:
+    epoch, result = 0, []
+    for op in template.ops:
+        epoch += bool(op.schedule and op.schedule.barrier_before)
+        result.append(epoch)
+    return result
+
+
+def _live_epochs(template: Template) -> dict[str, tuple[int, int]]:
+    values = template.value_map()
+    outside = {*template.params, *template.results}
+    live: dict[str, tuple[int, int]] = {}
+    for op, epoch in zip(template.ops, _epochs(template), strict=True):
+        for name in (*op.inputs, *op.outputs):
+            if values[name].kind is ValueKind.ACT and name not in outside:
+                live[name] = (live.get(name, (epoch, epoch))[0], epoch)
+    return live
+
+
+def _simulated(plan: Plan) -> None:
+    for timeline in plan.timelines:
+        busiest = max((lane.busy_us for lane in timeline.lanes), default=0.0)
+        if timeline.total_us <= 0 or busiest > timeline.total_us * (1 + 1e-9):
+            raise HetcompError(f"The predicted timeline of {timeline.phase} is shorter than its busiest lane.")
+    if not timeline_phases(plan):
+        raise HetcompError("The plan has no predicted timeline.")
+
+
+def timeline_phases(plan: Plan) -> list[str]:
+    """Names of the phases that were simulated."""
+    return [t.phase for t in plan.timelines]
+
+
+_INVARIANTS: dict[str, Callable[[Plan], None]] = {
+    "weights_bound": _weights_bound,
+    "formats_chosen": _formats_chosen,
+    "costed": _costed,
+    "placed": _placed,
+    "sliced": _sliced,
+    "transfers_inserted": _transfers_inserted,
+    "scheduled": _scheduled,
+    "memory_planned": _memory_planned,
+    "simulated": _simulated,
+}

@@ -1,0 +1,28 @@
+"""Epochs: the stretches of a template between two barriers. Ops of one epoch run at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hetcomp.ir.plan import Op, Template, Value, ValueKind
+
+
+def needs_barrier(op: Op, written: set[str]) -> bool:
+    """Whether the op reads something (a value, or the KV cache) that the running epoch writes."""
+    return any(name in written for name in op.inputs)
+
+
+def written_by(op: Op, values: Mapping[str, Value]) -> set[str]:
+    """Values that the op writes: its outputs, and the cache of a kv_append."""
+    states = {i for i in op.inputs if values[i].kind is ValueKind.STATE} if op.kind == "kv_append" else set()
+    return {*op.outputs, *states}
+
+
+def epochs(template: Template) -> list[int]:
+    """Epoch of every op of a scheduled template, in order of the ops."""
+    epoch, result = 0, []
+    for op in template.ops:
+        if op.schedule is not None and op.schedule.barrier_before:
+            epoch += 1
+        result.append(epoch)
+    return result

@@ -1,0 +1,109 @@
+"""Inserts a transfer wherever an op reads what another memory holds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from hetcomp.ir import ops
+from hetcomp.ir.annotations import Placement
+from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
+from hetcomp.passes.context import Context
+from hetcomp.passes.registry import plan_pass
+
+Devices = tuple[str, ...]
+
+
+def memory_of(device: str) -> str:
+    """The memory that a device reads: all CPU nodes share one address space, every GPU has its own."""
+    return "cpu" if device.startswith("cpu:") else device
+
+
+@plan_pass(requires=("sliced",), establishes=("transfers_inserted",))
+def insert_transfers(plan: Plan, context: Context) -> Plan:
+    """Gives every placement pattern of a template a template of its own and inserts transfers into it.
+
+    A value handed between calls lives in CPU memory. Where all ops share one memory nothing changes.
+    """
+    patterns: dict[str, dict[Devices, str]] = defaultdict(dict)
+    calls = []
+    for call in plan.calls:
+        devices = tuple(memory_of(p.device) for _, p in call.placements)
+        names = patterns[call.template]
+        name = names.setdefault(devices, call.template if not names else f"{call.template}_{len(names)}")
+        calls.append(replace(call, template=name))
+    templates: list[Template] = []
+    placed: dict[str, dict[str, str]] = {}
+    for template in plan.templates:
+        for devices, name in patterns[template.name].items():
+            where = dict(zip((op.id for op in template.ops), devices, strict=True))
+            done, placed[name] = _insert(replace(template, name=name), where)
+            templates.append(done)
+    return replace(
+        plan, templates=tuple(templates), calls=tuple(_place_transfers(c, placed[c.template]) for c in calls)
+    )
+
+
+def _insert(template: Template, where: dict[str, str]) -> tuple[Template, dict[str, str]]:
+    """The template with transfers, and the memory that each inserted transfer writes to."""
+    values = template.value_map()
+    home = {v.id: "cpu" for v in template.values}
+    copies: dict[tuple[str, str], str] = {}
+    new_values: list[Value] = []
+    new_ops: list[Op] = []
+    inserted: dict[str, str] = {}
+
+    def move(name: str, target: str, reader: Op) -> str:
+        if (name, target) not in copies:
+            copy = replace(values[name], id=f"{name}.{target.replace(':', '')}", kind=ValueKind.ACT)
+            op = Op(
+                id=f"{copy.id}.transfer",
+                attrs=ops.Transfer(home[name], target),
+                inputs=(name,),
+                outputs=(copy.id,),
+                layer=reader.layer,
+                role="transfer",
+                origin=reader.origin,
+            )
+            new_values.append(copy)
+            new_ops.append(op)
+            inserted[op.id] = target
+            copies[name, target] = copy.id
+        return copies[name, target]
+
+    for op in template.ops:
+        target = where[op.id]
+        inputs = tuple(
+            move(n, target, op) if values[n].kind in (ValueKind.ACT, ValueKind.INPUT) and home[n] != target else n
+            for n in op.inputs
+        )
+        new_ops.append(replace(op, inputs=inputs))
+        for name in op.outputs:
+            home[name] = target
+    for name in template.results:
+        if home[name] != "cpu":
+            # The result is written by its transfer under the old name; the op writes to the device's copy.
+            _return_result(name, home[name], template, new_ops, new_values, inserted)
+    return replace(template, values=(*template.values, *new_values), ops=tuple(new_ops)), inserted
+
+
+def _return_result(
+    name: str, device: str, template: Template, new_ops: list[Op], new_values: list[Value], inserted: dict[str, str]
+) -> None:
+    local = f"{name}.local"
+    new_values.append(replace(template.value(name), id=local, kind=ValueKind.ACT))
+    for i, op in enumerate(new_ops):
+        rename = {name: local}
+        new_ops[i] = replace(
+            op,
+            inputs=tuple(rename.get(n, n) for n in op.inputs),
+            outputs=tuple(rename.get(n, n) for n in op.outputs),
+        )
+    op = Op(f"{name}.transfer", ops.Transfer(device, "cpu"), (local,), (name,), role="transfer")
+    new_ops.append(op)
+    inserted[op.id] = "cpu"
+
+
+def _place_transfers(call: Call, inserted: dict[str, str]) -> Call:
+    extra = tuple((op, Placement("cpu:0" if memory == "cpu" else memory)) for op, memory in inserted.items())
+    return replace(call, placements=(*call.placements, *extra))

@@ -1,0 +1,97 @@
+"""Gives every activation and workspace its place in the arena: lifetimes to offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hetcomp.ir.annotations import ArenaSlot
+from hetcomp.ir.plan import Plan, Template, ValueKind
+from hetcomp.passes.context import Context
+from hetcomp.passes.epochs import epochs
+from hetcomp.passes.memory_table import refuse_if_too_large
+from hetcomp.passes.registry import plan_pass
+
+ALIGNMENT = 64  # a cache line, and the widest vector
+
+
+@dataclass(frozen=True)
+class Lifetime:
+    """A value needs ``bytes`` from ``first`` to ``last`` (epochs or calls, inclusive)."""
+
+    value: str
+    bytes: int
+    first: int
+    last: int
+
+
+@plan_pass(requires=("scheduled",), establishes=("memory_planned",))
+def plan_memory(plan: Plan, context: Context) -> Plan:
+    """Sets the templates' ``arena``, the plan's ``call_arena`` and ``arena_bytes``, at the dimensions' upper bounds.
+
+    Values handed from call to call live in front, a template's own values and workspaces behind them; templates
+    share that part, since one call runs at a time. Raises HetcompError if all memory together does not fit.
+    """
+    call_arena, call_bytes = place_lifetimes(_call_lifetimes(plan), 0)
+    templates: dict[str, Template] = {}
+    top = call_bytes
+    for template in plan.templates:
+        slots, end = place_lifetimes(_template_lifetimes(plan, template, context), call_bytes)
+        templates[template.name] = replace(template, arena=slots)
+        top = max(top, end)
+    planned = replace(plan.map_templates(templates), call_arena=call_arena, arena_bytes=top)
+    refuse_if_too_large(planned, context)
+    return planned
+
+
+def place_lifetimes(lifetimes: Sequence[Lifetime], base: int) -> tuple[tuple[ArenaSlot, ...], int]:
+    """Offsets from ``base`` on such that values alive together never overlap; returns them and the end.
+
+    Largest first, each at the lowest place that is free for its whole life (XLA's GlobalDecreasingSizeBestFit
+    without the best-fit rule: a template has tens of values, and the largest decide).
+    """
+    placed: list[tuple[Lifetime, int]] = []
+    for life in sorted(lifetimes, key=lambda it: (-it.bytes, it.first, it.value)):
+        offset = base
+        for other, at in sorted(placed, key=lambda it: it[1]):
+            alive_together = other.first <= life.last and life.first <= other.last
+            if alive_together and at < offset + life.bytes and offset < at + other.bytes:
+                offset = _align(at + other.bytes)
+        placed.append((life, offset))
+    slots = tuple(ArenaSlot(life.value, at, life.bytes) for life, at in sorted(placed, key=lambda it: (it[1], it[0].value)))
+    return slots, max((_align(s.offset + s.bytes) for s in slots), default=base)
+
+
+def _call_lifetimes(plan: Plan) -> list[Lifetime]:
+    dims = plan.max_dims()
+    values = {v.id: v for v in plan.values if v.kind is ValueKind.ACT}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for i, call in enumerate(plan.calls):
+        for name in (*call.args, *call.results):
+            if name in values:
+                first.setdefault(name, i)
+                last[name] = i
+    return [Lifetime(n, values[n].type.bytes(dims), first[n], last[n]) for n in first]
+
+
+def _template_lifetimes(plan: Plan, template: Template, context: Context) -> list[Lifetime]:
+    dims = plan.max_dims()
+    values = template.value_map()
+    outside = {*template.params, *template.results}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    lifetimes = []
+    for op, epoch in zip(template.ops, epochs(template), strict=True):
+        for name in (*op.inputs, *op.outputs):
+            if values[name].kind is ValueKind.ACT and name not in outside:
+                first.setdefault(name, epoch)
+                last[name] = epoch
+        scratch = context.target.workspace_bytes(op, template, dims)
+        if scratch:
+            lifetimes.append(Lifetime(f"workspace:{op.id}", scratch, epoch, epoch))
+    return lifetimes + [Lifetime(n, values[n].type.bytes(dims), first[n], last[n]) for n in first]
+
+
+def _align(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,68 @@
+"""The trained demo model: greedy text equal to transformers, bf16 close to f32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import hetcomp
+from hetcomp.models_zoo import find
+
+PROMPTS = ("It was a bright cold day", "def main(argv):\n", "Question: what is 12 + 30?")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    model = transformers.AutoModelForCausalLM.from_pretrained(find("demo-moe"), dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(find("demo-moe"))
+
+
+@pytest.fixture(scope="module")
+def executables(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return {
+        form: hetcomp.compile(find("demo-moe"), formats=form, context_length=512, out=folder / f"{form}.hetc")
+        for form in ("f32", "bf16")
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", PROMPTS)
+@torch.no_grad()
+def test_128_greedy_tokens_equal_transformers(reference, tokenizer, executables, prompt):
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    want = reference.generate(ids, max_new_tokens=128, do_sample=False, eos_token_id=None, pad_token_id=3)
+    got = [t.id for t in executables["f32"].generate(prompt, max_new_tokens=128, ignore_eos=True)]
+    assert got == want[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_bf16_stays_close_to_f32(reference, tokenizer, executables):
+    """Mean KL(f32 || bf16) < 1e-3 and perplexity within 0.1 %, on a part of the evaluation texts (all of them:
+    benchmarks/perplexity.py)."""
+    divergence, losses = [], {"f32": [], "bf16": []}
+    for path in sorted(find("demo-moe").parent.joinpath("eval").glob("*.txt")):
+        ids = tokenizer(path.read_text()[:4000]).input_ids[:400]
+        want = reference(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+        exact = _log_softmax(executables["f32"](ids))
+        np.testing.assert_allclose(exact, want, atol=2e-3)
+        rounded = _log_softmax(executables["bf16"](ids))
+        divergence.append((np.exp(exact) * (exact - rounded)).sum(-1))
+        for name, logs in (("f32", exact), ("bf16", rounded)):
+            losses[name].append(-logs[np.arange(len(ids) - 1), ids[1:]])
+    assert np.concatenate(divergence).mean() < 1e-3
+    perplexity = {name: float(np.exp(np.concatenate(parts).mean())) for name, parts in losses.items()}
+    assert abs(perplexity["bf16"] / perplexity["f32"] - 1) < 1e-3
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

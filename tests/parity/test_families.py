@@ -1,0 +1,69 @@
+"""Every family, compiled to native code, against transformers in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hetcomp
+from tests.reference.tiny_models import FAMILIES, build, save_tiny, token_ids
+
+# Relative to the largest logit: float32 with another order of summation, three layers deep.
+TOLERANCE = 1e-4
+CONTEXT = 64
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    assert got.shape == want.shape
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@torch.no_grad()
+def reference_logits(model: torch.nn.Module, ids: torch.Tensor) -> np.ndarray:
+    return model(input_ids=ids, use_cache=False).logits[0].float().numpy()
+
+
+@pytest.fixture(scope="module", params=[(f, odd) for f in FAMILIES for odd in (False, True)], ids=str)
+def pair(request, tmp_path_factory):
+    family, odd = request.param
+    folder = tmp_path_factory.mktemp(f"{family}-{odd}")
+    model = save_tiny(family, folder / "hf", odd=odd)
+    exe = hetcomp.compile(folder / "hf", formats="f32", context_length=CONTEXT, out=folder / "tiny.hetc")
+    return model, exe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_prefill_logits(pair, tokens):
+    model, exe = pair
+    ids = token_ids(model, tokens)
+    assert relative_error(exe(ids[0].tolist()), reference_logits(model, ids)) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_decode_logits_and_greedy_tokens(pair):
+    model, exe = pair
+    prompt = token_ids(model, 9, seed=3)
+    session = exe.runtime.session()
+    logits = session.prefill(prompt[0].tolist())
+    ids = prompt
+    for _ in range(16):
+        want = reference_logits(model, ids)[-1]
+        assert relative_error(logits, want) < TOLERANCE
+        assert int(logits.argmax()) == int(want.argmax())
+        ids = torch.cat([ids, torch.tensor([[int(want.argmax())]])], dim=1)
+        logits = session.decode(int(ids[0, -1]))
+    generated = [t.id for t in exe.generate(prompt[0].tolist(), max_new_tokens=16, ignore_eos=True)]
+    assert generated == ids[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.slow
+def test_module_in_memory_gives_the_same_as_its_folder(tmp_path: Path):
+    folder = tmp_path / "hf"
+    save_tiny("qwen3_moe", folder)
+    from_module = hetcomp.compile(build("qwen3_moe"), formats="f32", context_length=CONTEXT)
+    from_folder = hetcomp.compile(folder, formats="f32", context_length=CONTEXT)
+    np.testing.assert_array_equal(from_module([5, 6, 7]), from_folder([5, 6, 7]))
