@@ -207,8 +207,8 @@ class Evaluator {
         return truthy(left) ? left : evaluate(parts[1]);
       }
       case NodeKind::kNot: return Value(!truthy(evaluate(parts[0])));
-      case NodeKind::kNeg: return arithmetic(NodeKind::kSub, Value(std::int64_t{0}), evaluate(parts[0]));
-      case NodeKind::kPos: return arithmetic(NodeKind::kAdd, Value(std::int64_t{0}), evaluate(parts[0]));
+      case NodeKind::kNeg: return arithmetic(NodeKind::kMul, Value(std::int64_t{-1}), number_of(parts[0]));
+      case NodeKind::kPos: return number_of(parts[0]);
       case NodeKind::kCompare: return Value(compare(node));
       case NodeKind::kConcat: {
         std::string text;
@@ -228,6 +228,14 @@ class Evaluator {
       case NodeKind::kCall: return call(node, nullptr);
       default: return operation(node);
     }
+  }
+
+  // The operand of a sign; a bool becomes an int.
+  Value number_of(const TemplateNode& node) {
+    const Value value = evaluate(node);
+    if (const auto* missing = value.as<Undefined>()) throw TemplateError(missing->what);
+    if (!value.is_number()) throw TemplateError("a sign stands before " + type_name(value));
+    return value.is_integer() ? Value(value.integer()) : value;
   }
 
   Value operation(const TemplateNode& node) {
