@@ -117,7 +117,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _add_source(low: Lowering, region: _Region, source: fx.Node) -> None:
     """Makes a known tensor or parameter an input; a permuted one is put in order by nodes of the region."""
-    from hetcomp.frontend.lower import Ref, RowsOnly
+    from hetcomp.frontend.lower import Ref, RowsOnly, TableRef
 
     value = source.meta["val"]
     if low.parameter(source) is not None:
@@ -130,6 +130,13 @@ def _add_source(low: Lowering, region: _Region, source: fx.Node) -> None:
         region.refs[source] = region.add(
             "aten._to_copy.default", (ref,), "int64", (1, lay.ROWS), (("dtype", "torch.int64"),)
         )
+        return
+    if isinstance(known, TableRef):
+        ref = region.add_input(known.value, (1, lay.ROWS, known.half), "float32")
+        if known.width != known.half:
+            repeated = (ref,) * (known.width // known.half)
+            ref = region.add("aten.cat.default", (repeated, -1), "float32", (1, lay.ROWS, known.width))
+        region.refs[source] = ref
         return
     if not isinstance(known, Ref):
         raise HetcompError(

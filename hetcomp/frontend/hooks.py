@@ -34,11 +34,13 @@ _TOLERANCE = 1e-5
 class RopeTableData:
     """Frequencies of one rotary module: ``inv_freq`` of rotary_dim / 2 floats; cos and sin times ``scaling``.
 
-    ``width`` is the last dimension that the module's forward returns (rotary_dim, or half of it)."""
+    ``width`` is the last dimension that the module's forward returns (rotary_dim, or half of it).
+    ``complex_pair``: it returns cos + i sin in one tensor (DeepSeek-V2)."""
 
     inv_freq: tuple[float, ...]
     scaling: float
     width: int
+    complex_pair: bool = False
 
 
 @dataclass(frozen=True)
@@ -270,13 +272,20 @@ def _replace_rotary_tables(model: PreTrainedModel, patches: _Patches, hooks: Hoo
         if table is None:
             continue
         hooks.rope_tables.append(table)
-        patches.set(module, "forward", _table_forward(len(hooks.rope_tables) - 1, table.width))
+        patches.set(module, "forward", _table_forward(len(hooks.rope_tables) - 1, table))
 
 
-def _table_forward(index: int, width: int) -> Callable[..., tuple[Tensor, Tensor]]:
+class _ComplexTable(tuple[Tensor, Tensor]):
+    """Stands for the complex tensor cos + i sin; a model may only move it and hand it to its rope function."""
+
+    def to(self, *args: Any, **kwargs: Any) -> _ComplexTable:
+        return self
+
+
+def _table_forward(index: int, table: RopeTableData) -> Callable[..., tuple[Tensor, Tensor]]:
     def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        pair: tuple[Tensor, Tensor] = torch.ops.hetcomp.rope_table(position_ids, index, width)
-        return pair
+        pair: tuple[Tensor, Tensor] = torch.ops.hetcomp.rope_table(position_ids, index, table.width)
+        return _ComplexTable(pair) if table.complex_pair else pair
 
     return forward
 
@@ -297,8 +306,14 @@ def _rope_table_data(module: nn.Module, path: str) -> RopeTableData | None:
     inv_freq = real.inv_freq.float()
     scaling = float(getattr(real, "attention_scaling", 1.0))
     positions = torch.tensor([[0, 1, 5, 100]])
-    cos, sin = real(torch.zeros(1, 4, 8), positions)
+    got = real(torch.zeros(1, 4, 8), positions)
     angles = positions[..., None].float() * inv_freq
+    if isinstance(got, Tensor) and got.is_complex():
+        same = _close(got.real, angles.cos() * scaling) and _close(got.imag, angles.sin() * scaling)
+        return RopeTableData(tuple(inv_freq.tolist()), scaling, angles.shape[-1], True) if same else None
+    if not (isinstance(got, tuple) and len(got) == 2):
+        return None
+    cos, sin = got
     for repeat in (2, 1):
         emb = torch.cat([angles] * repeat, dim=-1)
         if _close(cos, emb.cos() * scaling) and _close(sin, emb.sin() * scaling):
@@ -320,13 +335,15 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, style: 
     return torch.cat([ra, rb, rest], -1)
 
 
-def _rope_style(
-    function: Callable[..., Any], cos: Tensor, sin: Tensor, width: int, head_dim: int, rotary_dim: int
-) -> RopeStyle | None:
+def _rope_style(function: Callable[..., Any], table: RopeTableData, head_dim: int) -> RopeStyle | None:
+    """The style in which ``function`` rotates heads of ``head_dim`` with such a table; None if none of ours."""
+    rotary_dim = 2 * len(table.inv_freq)
+    cos, sin = (_random(1, 5, rotary_dim // 2, seed=s) for s in (11, 12))
     q, k = _random(1, 3, 5, head_dim, seed=13), _random(1, 2, 5, head_dim, seed=14)
-    wide = (lambda t: torch.cat([t, t], -1)) if width == rotary_dim else (lambda t: t)
+    repeats = table.width // cos.shape[-1]
+    given = [torch.complex(cos, sin)] if table.complex_pair else [torch.cat([t] * repeats, -1) for t in (cos, sin)]
     try:
-        got = function(q, k, wide(cos), wide(sin))
+        got = function(q, k, *given)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
     if not (isinstance(got, tuple) and len(got) == 2):
@@ -339,42 +356,45 @@ def _rope_style(
     return None
 
 
+_Styles = dict[tuple[int, bool, bool], RopeStyle]
+
+
 def _replace_rope_functions(model: PreTrainedModel, patches: _Patches, hooks: Hooks) -> None:
-    """Puts ``hetcomp::rope`` in place of the apply_rotary_pos_emb* functions of the model's modules."""
-    widths = {(t.width, 2 * len(t.inv_freq)) for t in hooks.rope_tables}
+    """Puts ``hetcomp::rope`` in place of the apply_rotary_* functions of the model's modules."""
+    tables = {(t.width, t.complex_pair): t for t in hooks.rope_tables}
     for name in sorted({type(m).__module__ for m in model.modules()}):
         namespace = vars(sys.modules[name])
         for key, function in list(namespace.items()):
-            if not key.startswith("apply_rotary_pos_emb") or not callable(function):
+            if not key.startswith("apply_rotary") or not callable(function):
                 continue
-            styles: dict[tuple[int, bool], RopeStyle] = {}
-            for width, rotary_dim in widths:
-                cos, sin = (_random(1, 5, rotary_dim // 2, seed=s) for s in (11, 12))
-                for partial in (False, True):
-                    head_dim = rotary_dim + (6 if partial else 0)
-                    style = _rope_style(function, cos, sin, width, head_dim, rotary_dim)
+            styles: _Styles = {}
+            for table in tables.values():
+                rotary_dim = 2 * len(table.inv_freq)
+                for rest in (0, 6):
+                    style = _rope_style(function, table, rotary_dim + rest)
                     if style is not None:
-                        styles[rotary_dim, partial] = style
+                        styles[table.width, table.complex_pair, rest > 0] = style
             if styles:
-                patches.set_item(namespace, key, _rope_function(function, styles, widths))
+                rotary_dims = {w: 2 * len(t.inv_freq) for (w, _), t in tables.items()}
+                patches.set_item(namespace, key, _rope_function(function, styles, rotary_dims))
                 hooks.rope_functions.append(key)
 
 
 def _rope_function(
-    original: Callable[..., Any], styles: dict[tuple[int, bool], RopeStyle], widths: set[tuple[int, int]]
+    original: Callable[..., Any], styles: _Styles, rotary_dims: dict[int, int]
 ) -> Callable[..., Any]:
-    rotary_dims = dict(widths)
-
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def apply(q: Tensor, k: Tensor, table: Any, *args: Any, **kwargs: Any) -> Any:
+        complex_pair = isinstance(table, _ComplexTable)
+        cos, sin = table if complex_pair else (table, args[0] if args else kwargs["sin"])
         integers = [a for a in args if isinstance(a, int)]
         axis = int(kwargs.get("unsqueeze_dim", integers[-1] if integers else 1))
-        rotary_dim = rotary_dims.get(cos.shape[-1])
-        partial = rotary_dim is not None and q.shape[-1] > rotary_dim
-        style = styles.get((rotary_dim, partial)) if rotary_dim is not None else None
+        width = int(cos.shape[-1])
+        partial = q.shape[-1] > rotary_dims.get(width, 0)
+        style = styles.get((width, complex_pair, partial))
         if style is None:
-            return original(q, k, cos, sin, *args, **kwargs)
+            return original(q, k, table, *args, **kwargs)
         rope = torch.ops.hetcomp.rope
-        return tuple(rope(x, cos, sin, rotary_dim, style, axis) for x in (q, k))
+        return tuple(rope(x, cos, sin, rotary_dims[width], style, axis) for x in (q, k))
 
     return apply
 

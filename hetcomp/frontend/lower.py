@@ -44,6 +44,16 @@ class RowsOnly:
 
 
 @dataclass(frozen=True)
+class TableRef:
+    """cos or sin: f32[T, half] in the Plan, [1, T, width] in torch, where the numbers come twice if width is
+    2 * half."""
+
+    value: str
+    half: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Caches:
     """What kv_append returned: the states of one layer (two, or one shared by keys and values)."""
 
@@ -115,6 +125,11 @@ class Lowering:
             raise HetcompError(
                 f"{module_path(node) if isinstance(node, fx.Node) else node}: a weight is computed, not a "
                 "parameter of the model; hetcomp cannot compile it"
+            )
+        if fqn in self.traced.computed_buffers:
+            raise HetcompError(
+                f"{fqn} is computed when the model is built and used in a way that hetcomp does not know, so "
+                f"{type(self.config).__name__.removesuffix('Config')} cannot be compiled"
             )
         dims = tuple(int(d) for d in node.meta["val"].shape) if shape is None else shape
         value = Value(fqn + suffix, TensorType(DType.F32, dims), ValueKind.WEIGHT, fqn=fqn, view=view)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from hetcomp.frontend import layout as lay
-from hetcomp.frontend.lower import Caches, Lowering, Ref, RowsOnly, Several, memory_shape
+from hetcomp.frontend.lower import Caches, Lowering, Ref, RowsOnly, Several, TableRef, memory_shape
 from hetcomp.frontend.trace import module_path
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Value, ValueKind, WeightSource
@@ -121,16 +121,14 @@ def _rope_table(low: Lowering, node: fx.Node) -> Several | None:
     outs = [low.builder.act((lay.ROWS, half)) for _ in range(2)]
     attrs = ops.RopeTable(2 * half, data.scaling)
     low.builder.emit(attrs, [positions.value, const], outs, module_path(node), "rope_table")
-    # The layout is only right where it is used by rope(), which reads the table and not the torch tensor.
-    made = lay.natural((1, lay.ROWS, half))
-    assert made is not None
-    return Several((Ref(outs[0], made), Ref(outs[1], made)))
+    return Several(tuple(TableRef(out, half, data.width) for out in outs))
 
 
 def _rope(low: Lowering, node: fx.Node) -> Ref | None:
-    x, cos, sin = (low.ref(n) for n in node.args[:3])
+    x = low.ref(node.args[0])
+    cos, sin = (low.bound.get(n) for n in node.args[1:3])  # type: ignore[arg-type]
     found = lay.heads_and_dim(x.layout) if x else None
-    if x is None or cos is None or sin is None or found is None:
+    if x is None or found is None or not (isinstance(cos, TableRef) and isinstance(sin, TableRef)):
         return None
     heads, dim = found
     rotary_dim, style = int(node.args[3]), str(node.args[4])  # type: ignore[arg-type]

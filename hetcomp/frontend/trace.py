@@ -26,7 +26,7 @@ _WRAPPER = "m."
 @dataclass(frozen=True)
 class TracedModel:
     """A cleaned graph. ``fqns`` names the parameter or buffer behind a placeholder; tied parameters have the
-    first of their names, ``aliases`` has the others. ``inputs`` are the placeholders of the step: ids,
+    first of their names, ``aliases`` has the others. ``computed_buffers`` are not in checkpoints. ``inputs`` are the placeholders of the step: ids,
     positions."""
 
     graph: fx.Graph
@@ -37,6 +37,7 @@ class TracedModel:
     parameter_names: frozenset[str]
     parameter_shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, tuple[str, ...]]
+    computed_buffers: frozenset[str]
 
     def text(self) -> str:
         """The graph, one node a line, with shapes; for dumps and docs."""
@@ -125,6 +126,7 @@ def trace(model: PreTrainedModel, context: int) -> TracedModel:
         parameter_names=names,
         parameter_shapes=shapes,
         aliases=_aliases_by_name(canonical),
+        computed_buffers=_computed_buffers(model),
     )
 
 
@@ -155,6 +157,15 @@ def _canonical_names(model: PreTrainedModel) -> dict[str, str]:
         *model.named_buffers(remove_duplicate=False),
     ]
     return {name: first.setdefault(id(tensor), name) for name, tensor in everything}
+
+
+def _computed_buffers(model: PreTrainedModel) -> frozenset[str]:
+    """Buffers that the model computes when it is built."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    )
 
 
 def _aliases_by_name(canonical: dict[str, str]) -> dict[str, tuple[str, ...]]:

@@ -278,7 +278,12 @@ AtenArg = AtenRef | AtenLiteral | tuple[AtenRef | AtenLiteral, ...]
 @dataclass(frozen=True, slots=True)
 class AtenNode:
     """One aten call: overload name (``aten.cumsum.default``), arguments, result types as torch has them
-    (the leading batch dimension of 1 still there; the string ``T`` for the sequence dimension)."""
+    (the leading batch dimension of 1 still there; the string ``T`` for the sequence dimension).
+
+    ``dtype`` is torch's name without ``torch.``. In arguments the string ``T`` is the number of tokens and
+    ``torch.float32`` a dtype; device, layout and memory format are left out. A call with several results has dtype
+    ``tuple`` and no shape; nodes with target ``getitem`` (call, index) take them apart.
+    """
 
     target: str
     args: tuple[AtenArg, ...]
@@ -291,7 +296,8 @@ class AtenNode:
 class Aten:
     """The escape hatch: a region of aten ops that no kind stands for. Compiled by TVM.
 
-    ``input_shapes`` are the torch shapes of the inputs, ``results`` the nodes that are the op's outputs.
+    ``input_shapes`` are the torch shapes of the inputs: read contiguously, each is the value's memory (expert ids
+    and positions are i32 there). ``results`` are the nodes that are the op's outputs, each with the rows first.
     """
 
     nodes: tuple[AtenNode, ...]

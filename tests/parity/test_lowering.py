@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hetcomp import frontend
+from hetcomp.frontend import hooks, lower
 from tests.reference import tiny_models
 from tests.reference.plan_interpreter import PlanInterpreter
 
@@ -19,6 +20,10 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max())
 
 
+def kinds(run: PlanInterpreter) -> set[str]:
+    return {op.kind for template in run.plan.templates for op in template.ops}
+
+
 def interpreter(model) -> PlanInterpreter:
     imported = frontend.load(
         model, context_length=CONTEXT, max_batch=2, max_tokens=CONTEXT, max_logit_rows=CONTEXT
@@ -27,7 +32,7 @@ def interpreter(model) -> PlanInterpreter:
 
 
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.mark.parametrize("name", tiny_models.FAMILIES + tiny_models.EXTRA_FAMILIES)
 def test_plan_agrees_with_transformers(name, odd):
     model = tiny_models.build(name, odd)
     ids = tiny_models.token_ids(model, 33 + DECODE_STEPS)
@@ -38,6 +43,7 @@ def test_plan_agrees_with_transformers(name, odd):
         run = interpreter(model) if length == 1 else run
         got = run.step(ids[0, :length].tolist(), range(length))
         assert relative_error(got, expected) < BOUND, f"prefill of {length}"
+    assert "aten" not in kinds(run), "every op of a promised family has a kind"
     for position in range(33, 33 + DECODE_STEPS):
         got = run.step([int(ids[0, position])], [position])
         assert relative_error(got[0], want[position]) < BOUND, f"decode at {position}"
@@ -57,3 +63,28 @@ def test_slots_do_not_see_each_other_and_rows_can_be_chosen():
     assert got.shape == (2, model.config.vocab_size)
     assert relative_error(got[0], want[1][4]) < BOUND
     assert relative_error(got[1], want[0][5]) < BOUND
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_moe"])
+def test_what_is_not_recognised_becomes_aten_regions_and_stays_right(name, monkeypatch):
+    for recognise in ("_replace_norms", "_replace_rope_functions"):
+        monkeypatch.setattr(hooks, recognise, lambda *args: None)
+    monkeypatch.setattr(lower, "find_routers", lambda *args: {})
+    model = tiny_models.build(name, odd=True)
+    ids = tiny_models.token_ids(model, 8)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits[0]
+    run = interpreter(model)
+    assert "aten" in kinds(run) and not {"rms_norm", "rope", "route"} & kinds(run)
+    got = [run.step(ids[0, :7].tolist(), range(7)), run.step([int(ids[0, 7])], [7])]
+    assert relative_error(torch.cat(got), want) < BOUND
+
+
+def test_olmoe_clips_its_projections_in_an_aten_region():
+    model = tiny_models.build("olmoe", clip_qkv=0.4)
+    ids = tiny_models.token_ids(model, 8)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits[0]
+    run = interpreter(model)
+    assert "aten" in kinds(run)
+    assert relative_error(run.step(ids[0].tolist(), range(8)), want) < BOUND

@@ -8,7 +8,7 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hetcomp.backends.protocol import Isa, Kernel
+from hetcomp.backends.cpu import CpuBackend
+from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
+from hetcomp.ir.ops import Attrs
+from hetcomp.ir.plan import Op, Value, ValueKind
+from hetcomp.ir.types import DType, TensorType
 
 ROOT = Path(__file__).resolve().parents[2]
 _FLAGS = {Isa.AVX2: "-march=x86-64-v3", Isa.AVX512: "-march=x86-64-v4"}
-# -fsanitize is left out: the poison pattern around every buffer (see `guarded`) finds stray writes.
-_COMMON = ("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-Wall", "-Wextra", "-Werror")
+_COMMON = (
+    *("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-shared"),
+    *("-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'runtime_lib' / 'include'}"),
+)
 # GCC 12 sees uninitialised reads inside its own AVX-512 intrinsics (GCC bug 105593).
 _GCC = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
 _GUARD = 256  # bytes in front of and behind a buffer
@@ -37,6 +43,21 @@ def isas_here() -> list[Isa]:
 @functools.cache
 def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="hetcomp-kernels-"))
+
+
+def _compile(compiler: str, isa: Isa, source: Path, library: Path) -> None:
+    warnings = _GCC if "g++" in compiler else ()
+    command = [compiler, *_COMMON, *warnings, _FLAGS[isa], "-pthread", "-o", str(library), str(source)]
+    subprocess.run(command, check=True)
+
+
+@functools.cache
+def _runner() -> Any:  # noqa: ANN401 - a ctypes function
+    library = _folder() / "harness.so"
+    _compile("g++", Isa.AVX2, Path(__file__).with_suffix(".cpp"), library)
+    run = ctypes.CDLL(str(library)).hetcomp_harness_run
+    run.restype = ctypes.c_double
+    return run
 
 
 class _Step(ctypes.Structure):
@@ -73,27 +94,45 @@ def aligned(size: int) -> npt.NDArray[np.uint8]:
     return raw[start : start + size]
 
 
+def activation(id: str, *shape: int | str) -> Value:
+    """A row-major f32 operand."""
+    return Value(id, TensorType(DType.F32, shape), ValueKind.ACT)
+
+
+def weight(id: str, shape: tuple[int, ...], weight_format: str, layout: str) -> Value:
+    """A packed operand."""
+    return Value(id, TensorType(DType.F32, shape, layout), ValueKind.WEIGHT, fqn=id, format=weight_format)
+
+
+def cache(id: str, dtype: DType, heads: int, dim: int) -> Value:
+    """A KV cache."""
+    return Value(id, TensorType(dtype, ("slots", heads, "context", dim)), ValueKind.STATE)
+
+
+def build(
+    attrs: Attrs, inputs: Sequence[Value], outputs: Sequence[Value], isa: Isa, dims: Mapping[str, int]
+) -> CompiledKernel:
+    """The CPU backend's kernel for one op, compiled."""
+    request = KernelRequest(Op("op", attrs, (), ()), tuple(inputs), tuple(outputs), isa, dict(dims))
+    return CompiledKernel(CpuBackend().emit(request), isa)
+
+
 class CompiledKernel:
     """A kernel compiled for one instruction set, with the harness's lane set."""
 
     def __init__(self, kernel: Kernel, isa: Isa, compiler: str = "g++") -> None:
         self.kernel = kernel
-        warnings = _GCC if "g++" in compiler else ()
         stem = hashlib.sha256(f"{kernel.name}{compiler}{kernel.source}".encode()).hexdigest()[:16]
         library = _folder() / f"{stem}.so"
         if not library.exists():
             source = _folder() / f"{stem}.cpp"
-            entry = f'extern "C" void* entry() {{ return reinterpret_cast<void*>(&hetcomp::{kernel.name}); }}\n'
-            source.write_text(kernel.source + entry)
-            include = ROOT / "runtime_lib" / "include"
-            harness = Path(__file__).with_suffix(".cpp")
-            command = [compiler, *_COMMON, *warnings, _FLAGS[isa], f"-I{include}", "-shared", "-pthread"]
-            subprocess.run([*command, "-o", str(library), str(source), str(harness)], check=True)
-        handle = ctypes.CDLL(str(library))
-        handle.entry.restype = ctypes.c_void_p
-        self._entry = handle.entry()
-        self._run = handle.hetcomp_harness_run
-        self._run.restype = ctypes.c_double
+            entry = f"return reinterpret_cast<void*>(&hetcomp::{kernel.name});"
+            source.write_text(f'{kernel.source}\nextern "C" void* entry() {{ {entry} }}\n')
+            _compile(compiler, isa, source, library)
+        # Kept: unloading the library would pull the code from under the kernel.
+        self._library = ctypes.CDLL(str(library))
+        self._library.entry.restype = ctypes.c_void_p
+        self._entry = self._library.entry()
 
     def __call__(
         self,
@@ -103,12 +142,14 @@ class CompiledKernel:
         rows: int,
         threads: int = 1,
         step: Step | None = None,
+        in_place: Container[int] = (),
     ) -> list[npt.NDArray[np.float32]]:
         """Runs the kernel and returns its f32 outputs; asserts that it stays inside outputs and workspace.
 
-        ``inputs`` that are C-contiguous and aligned are passed as they are (a cache is changed in place).
+        Inputs are copied, with NaNs behind them, so that a read beyond the end shows in the result; those whose
+        index is in ``in_place`` (caches that the kernel changes) are passed as they are.
         """
-        held = [_aligned_copy(a) for a in inputs]
+        held = [a if i in in_place else _guarded_copy(a) for i, a in enumerate(inputs)]
         guarded = [_Guarded(4 * int(np.prod(s))) for s in output_shapes]
         workspace = _Guarded(self.kernel.workspace_bytes)
         self._call([held], [g.body for g in guarded], workspace.body, rows, threads, 1, step or Step())
@@ -145,7 +186,7 @@ class CompiledKernel:
     ) -> float:
         struct, alive = _step(step, rows)
         flat = [a.ctypes.data for inputs in input_sets for a in inputs]
-        seconds: float = self._run(
+        seconds: float = _runner()(
             ctypes.c_void_p(self._entry),
             threads,
             calls,
@@ -174,10 +215,7 @@ class _Guarded:
         assert (self._all[_GUARD + self.body.size :] == 0xFF).all(), "the kernel wrote behind a buffer"
 
 
-def _aligned_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    if array.flags.c_contiguous and array.ctypes.data % 64 == 0:
-        return array
-    # Behind the operand lie NaNs, so that a read beyond the end shows in the result.
+def _guarded_copy(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     buffer = aligned(array.nbytes + _GUARD)
     buffer[:] = 0xFF
     copy = buffer[: array.nbytes].view(array.dtype).reshape(array.shape)

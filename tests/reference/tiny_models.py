@@ -29,6 +29,8 @@ FAMILIES = (
     "qwen3",
 )
 MOE_FAMILIES = FAMILIES[:8]
+# Not promised, but their configs are in the zoo.
+EXTRA_FAMILIES = ("deepseek_v2",)
 
 
 def _common(odd: bool, layers: int = 3) -> dict[str, Any]:
@@ -119,6 +121,15 @@ def _deepseek_v3(odd: bool) -> dict[str, Any]:
     }
 
 
+def _deepseek_v2(odd: bool) -> dict[str, Any]:
+    return _deepseek_v3(odd) | {
+        "topk_method": "group_limited_greedy",
+        "head_dim": 6 if odd else 8,
+        "kv_lora_rank": 26 if odd else 24,
+        "rope_scaling": None,
+    }
+
+
 def _glm4_moe(odd: bool) -> dict[str, Any]:
     return {
         "head_dim": 20 if odd else 16,
@@ -187,6 +198,7 @@ _SPECIFIC: dict[str, tuple[str, Callable[[bool], dict[str, Any]]]] = {
     "mixtral": ("Mixtral", _mixtral),
     "olmoe": ("Olmoe", _olmoe),
     "deepseek_v3": ("DeepseekV3", _deepseek_v3),
+    "deepseek_v2": ("DeepseekV2", _deepseek_v2),
     "glm4_moe": ("Glm4Moe", _glm4_moe),
     "gpt_oss": ("GptOss", _gpt_oss),
     "minimax_m2": ("MiniMaxM2", _minimax_m2),

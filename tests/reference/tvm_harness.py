@@ -96,6 +96,15 @@ def library(kernel: Kernel, isa: Isa) -> ctypes.CDLL:
     return _LIBRARIES[kernel.name]
 
 
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """A copy at a 64-byte boundary, as all memory of a plan is."""
+    raw = np.empty(array.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
 def run(
     kernel: Kernel,
     isa: Isa,
@@ -109,14 +118,14 @@ def run(
     lib = library(kernel, isa)
     symbol = f"_ZN7hetcomp{len(kernel.name)}{kernel.name}ERNS_4LaneERKNS_10KernelArgsE"
     function = ctypes.cast(getattr(lib, symbol), ctypes.c_void_p)
-    arrays = [np.ascontiguousarray(a) for a in inputs]
-    padded = [np.full(int(np.prod(shape)) + 2 * GUARD, 77, dtype) for shape, dtype in outputs]
+    arrays = [_aligned(np.asarray(a)) for a in inputs]
+    padded = [_aligned(np.full(int(np.prod(shape)) + 2 * GUARD, 77, dtype)) for shape, dtype in outputs]
     item = [p.dtype.itemsize for p in padded]
     ins = (ctypes.c_void_p * max(1, len(arrays)))(*(a.ctypes.data for a in arrays))
     outs = (ctypes.c_void_p * len(padded))(
         *(p.ctypes.data + GUARD * size for p, size in zip(padded, item, strict=True))
     )
-    workspace = np.full(max(1, kernel.workspace_bytes), 0xA5, np.uint8)
+    workspace = _aligned(np.full(kernel.workspace_bytes + GUARD, 0xA5, np.uint8))
     error = lib.run_kernel(
         function,
         threads,
@@ -128,6 +137,7 @@ def run(
     )
     lib.first_error.restype = ctypes.c_char_p
     assert error == 0, lib.first_error()
+    assert (workspace[kernel.workspace_bytes :] == 0xA5).all(), "wrote behind the workspace"
     for p in padded:
         assert (p[:GUARD] == 77).all() and (p[-GUARD:] == 77).all(), "wrote outside of the output"
     return [p[GUARD:-GUARD].reshape(shape) for p, (shape, _) in zip(padded, outputs, strict=True)]
