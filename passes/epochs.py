@@ -7,11 +7,6 @@ from collections.abc import Mapping
 from hetcomp.ir.plan import Op, Template, Value, ValueKind
 
 
-def needs_barrier(op: Op, written: set[str]) -> bool:
-    """Whether the op reads something (a value, or the KV cache) that the running epoch writes."""
-    return any(name in written for name in op.inputs)
-
-
 def written_by(op: Op, values: Mapping[str, Value]) -> set[str]:
     """Values that the op writes: its outputs, and the cache of a kv_append."""
     states = {i for i in op.inputs if values[i].kind is ValueKind.STATE} if op.kind == "kv_append" else set()
