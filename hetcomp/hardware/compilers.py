@@ -14,47 +14,71 @@ from hetcomp.errors import HetcompError
 
 # First versions with C++20 as the templates use it and with -march=x86-64-v4.
 MINIMUM = {"g++": 11, "clang++": 14}
-_CANDIDATES = ("g++", "g++-14", "g++-13", "g++-12", "g++-11", "clang++", "clang++-19", "clang++-18", "clang++-16", "clang++-14")
+CANDIDATES = (
+    *("g++", "g++-15", "g++-14", "g++-13", "g++-12", "g++-11"),
+    *("clang++", "clang++-20", "clang++-19", "clang++-18", "clang++-17", "clang++-16", "clang++-15", "clang++-14"),
+)
 
 
 @dataclass(frozen=True)
 class CxxCompiler:
-    """A usable compiler. ``identity`` (first line of --version) goes into the object cache's keys."""
+    """A C++ compiler that runs. ``kind``: g++ or clang++. ``identity``: first line of --version, for cache keys."""
 
     path: Path
     kind: str
     major: int
     identity: str
 
+    @property
+    def usable(self) -> bool:
+        """Whether the version is new enough for generated code."""
+        return self.major >= MINIMUM[self.kind]
+
 
 @cache
 def find_cxx() -> CxxCompiler:
-    """The compiler named by CXX, else the first new enough g++ or clang++ in PATH. Raises HetcompError."""
+    """The compiler named by the environment variable CXX, else the first new enough g++ or clang++ in PATH.
+
+    Raises HetcompError if there is none, naming the older ones that were seen.
+    """
     named = os.environ.get("CXX")
     seen = []
-    for name in (named,) if named else _CANDIDATES:
+    for name in (named,) if named else CANDIDATES:
         found = probe_cxx(name)
-        if found is None:
-            continue
-        if found.major >= MINIMUM[found.kind]:
+        if found is not None and found.usable:
             return found
-        seen.append(f"{found.path} is version {found.major}")
-    what = f"CXX={named}" if named else "g++ (11 or newer) or clang++ (14 or newer)"
+        if found is not None:
+            seen.append(f"{found.path} is version {found.major}")
+    what = "g++ (11 or newer) or clang++ (14 or newer)"
+    what = f"CXX={named} as {what}" if named else what
     detail = f" ({'; '.join(seen)})" if seen else ""
     raise HetcompError(f"No usable C++ compiler: {what} was not found{detail}. Install one: apt-get install g++.")
 
 
+def installed_cxx() -> list[CxxCompiler]:
+    """Every compiler of the candidates (and CXX) that is installed, each file once, new enough or not."""
+    named = os.environ.get("CXX")
+    found: dict[Path, CxxCompiler] = {}
+    for name in (named, *CANDIDATES) if named else CANDIDATES:
+        compiler = probe_cxx(name)
+        if compiler is not None:
+            found.setdefault(compiler.path.resolve(), compiler)
+    return list(found.values())
+
+
 def probe_cxx(name: str) -> CxxCompiler | None:
-    """What ``name`` is, or None if it cannot be run."""
+    """What the program ``name`` is; None if it is not there, cannot be run or is not a compiler known here."""
     path = shutil.which(name)
     if path is None:
         return None
-    done = subprocess.run([path, "--version"], capture_output=True, text=True)
-    if done.returncode != 0 or not done.stdout:
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    first = done.stdout.splitlines()[0]
-    version = re.search(r"(\d+)\.\d+", first)
-    if version is None:
+    first = done.stdout.partition("\n")[0]
+    # "g++ (Debian 12.2.0-14) 12.2.0": the version is the last one; "Debian clang version 14.0.6": the only one.
+    versions = re.findall(r"(\d+)\.\d+(?:\.\d+)?", first)
+    if done.returncode != 0 or not versions:
         return None
     kind = "clang++" if "clang" in first else "g++"
-    return CxxCompiler(Path(path), kind, int(version.group(1)), first)
+    return CxxCompiler(Path(path), kind, int(versions[0] if kind == "clang++" else versions[-1]), first)
