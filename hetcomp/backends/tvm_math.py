@@ -1,8 +1,8 @@
 """Transcendental functions as TIR expressions that vectorise.
 
-TVM lowers ``exp`` and its kin to scalar calls of libm, one a lane. These are polynomials over f32 with an error
-of at most 2 ulp (exp) and a few ulp of 1 (tanh, erf), spelled with operations that have vector instructions.
-NaN goes in as NaN and comes out as NaN; infinities give the limits.
+TVM lowers ``exp`` and its kin to scalar calls of libm, one a lane. These are polynomials over f32 with an
+error of at most 2 ulp (exp) and a few ulp of 1 (tanh, erf), spelled with operations that have vector
+instructions. NaN goes in as NaN and comes out as NaN; infinities give the limits.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _clamp(x: Expr, low: float, high: float) -> Expr:
 
 
 def exp(x: Expr) -> Expr:
-    """e^x: Cephes' expf. 2^n is multiplied in two halves, so that results near overflow and the subnormal ones
-    come out right without a branch."""
+    """e^x: Cephes' expf. 2^n is multiplied in two halves, so that results near overflow and the subnormal
+    ones come out right without a branch."""
     return _bind(x, lambda x: _bind(_clamp(x, -104.0, 88.8), _exp_clamped))
 
 

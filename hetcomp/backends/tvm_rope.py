@@ -1,5 +1,8 @@
 """TIR of rope_table and rope."""
 
+# TVMScript: the decorated bodies are parsed by TVM, whose decorators carry no types.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any
@@ -34,8 +37,8 @@ def rope_table(half: int, scaling: float) -> PrimFunc:
 def rope(heads: int, head_dim: int, half: int, offset: int, style: str, lanes: int) -> PrimFunc:
     """x f32[n, heads, head_dim], cos, sin f32[n, half] -> y of x's shape; see hetcomp.ir.ops.Rope.
 
-    ``step`` is the distance of neighbouring pairs, ``mate`` that of a pair's two elements, for reading and for
-    writing.
+    ``step`` is the distance of neighbouring pairs, ``mate`` that of a pair's two elements, for reading and
+    for writing.
     """
     step, mate = (1, half) if style == "half" else (2, 1)
     to_step, to_mate = (2, 1) if style == "interleaved" else (1, half)

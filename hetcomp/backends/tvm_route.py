@@ -1,8 +1,11 @@
 """TIR of route: scores, choice of groups, sorted top-k and weights, one token after the other.
 
-The k-th best is found as the best (score, lower expert) behind the (k-1)-th in that order; nothing is marked or
-sorted, and equal scores need no special case. Score rows are padded with -inf to whole vectors.
+The k-th best is found as the best (score, lower expert) behind the (k-1)-th in that order; nothing is marked
+or sorted, and equal scores need no special case. Score rows are padded with -inf to whole vectors.
 """
+
+# TVMScript: the decorated bodies are parsed by TVM, whose decorators carry no types.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
 
@@ -122,14 +125,15 @@ def _score(attrs: Route, padded: int, lanes: int) -> Any:  # noqa: ANN401
 
 
 def _mask_groups(attrs: Route) -> Any:  # noqa: ANN401
-    """Sets the choice scores outside the best ``top_groups`` groups to 0.0."""
+    """Sets the choice scores outside the best ``top_groups`` groups to -inf or 0.0 (``outside_groups``)."""
     groups, top_groups = attrs.groups, attrs.top_groups
     size = attrs.experts // groups
     top2 = attrs.group_score == "top2"
     minus_inf = tirx.const(float("-inf"), "float32")
+    outside = minus_inf if attrs.outside_groups == "never" else tirx.const(0.0, "float32")
 
     @T.inline
-    def nothing(choice):  # noqa: ANN001, ANN202, ARG001
+    def nothing(choice):  # noqa: ANN001, ANN202
         T.evaluate(0)
 
     @T.inline
@@ -154,7 +158,7 @@ def _mask_groups(attrs: Route) -> Any:  # noqa: ANN401
                 )
             if rank[0] >= top_groups:
                 for e in T.serial(size):
-                    choice[g * size + e] = T.float32(0)
+                    choice[g * size + e] = outside
 
     return mask if groups > 1 else nothing
 

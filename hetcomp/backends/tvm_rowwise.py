@@ -26,9 +26,11 @@ Dimension = int | str
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """One tensor argument. ``base`` is the C++ expression of its address (``args.in[0]``); ``shape`` starts with
-    BLOCK for a tensor of which a task sees its units, with ALL for one with a row each token that it sees whole.
-    ``dtype`` is ``f32`` or ``i32``."""
+    """One tensor argument. ``base`` is the C++ expression of its address (``args.in[0]``).
+
+    ``shape`` starts with BLOCK for a tensor of which a task sees its units, with ALL for one with a row for
+    each token that it sees whole. ``dtype`` is ``f32`` or ``i32``.
+    """
 
     base: str
     shape: tuple[Dimension, ...]
@@ -54,7 +56,7 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One call of a TVM function: ``build`` makes the PrimFunc, whose parameters are the operands in order."""
+    """One call of a TVM function: ``build`` makes the PrimFunc whose parameters are the operands in order."""
 
     build: Callable[[], Any]
     operands: tuple[Operand, ...]
@@ -64,8 +66,8 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class RowKernel:
     """Stages run one after the other on each block of units. ``units`` is the C++ expression of the number of
-    units (rows, elements, ...), ``unit`` says what one is, ``grain`` how many a task has at least. ``scratch``
-    are f32 arrays (name, elements) on the task's stack, which operands name as their base."""
+    units (rows, elements, ...), ``unit`` says what one is, ``grain`` how many a task has at least.
+    ``scratch`` are f32 arrays (name, elements) on the task's stack, which operands name as their base."""
 
     title: str
     unit: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -59,7 +60,7 @@ def check_versions(tvm_version: str | None, ffi_version: str | None) -> None:
         raise HetcompError(f"The package apache-tvm is not installed, but compiling needs it; {advice}")
     if tvm_version != TVM_VERSION:
         raise HetcompError(
-            f"apache-tvm is version {tvm_version}, but only {TVM_VERSION} is supported; {advice}"
+            f"apache-tvm is version {tvm_version}, but only {TVM_VERSION} works here; {advice}"
         )
     release = re.match(r"(\d+)\.(\d+)\.(\d+)", ffi_version or "")
     if ffi_version is None or release is None or tuple(map(int, release.groups())) != FFI_RELEASE:
@@ -70,7 +71,7 @@ def check_versions(tvm_version: str | None, ffi_version: str | None) -> None:
 
 
 def compile_object(functions: dict[str, Any], isa: Isa) -> bytes:
-    """Compiles PrimFuncs, keyed by global symbol, to one position-independent object without TVM's runtime."""
+    """Compiles PrimFuncs, keyed by global symbol, to a position-independent object without TVM's runtime."""
     tvm = load_tvm()
     target = tvm.target.Target({"kind": "llvm", "mcpu": _MCPU[isa], "num-cores": 1})
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
@@ -78,7 +79,32 @@ def compile_object(functions: dict[str, Any], isa: Isa) -> bytes:
     with tempfile.TemporaryDirectory(prefix="hetcomp-tvm-") as folder:
         path = Path(folder) / "kernel.o"
         executable.mod.write_to_file(str(path), "o")
+        _check_symbols(path)
         return path.read_bytes()
+
+
+# What an object may leave to the program it is linked into: libm, the memory functions of libc that compilers
+# assume, and the error hook of support.cpp.
+_ALLOWED = frozenset(
+    "TVMFFIErrorSetRaisedFromCStrParts memcpy memset memmove "
+    "acos acosh asin asinh atan atan2 atanh cos cosh erf exp exp2 exp10 expm1 floor fmod hypot ldexp "
+    "log log10 "
+    "log1p log2 pow round sin sincos sinh sqrt tan tanh trunc".split()
+)
+
+
+def _check_symbols(path: Path) -> None:
+    """Refuses an object that would need TVM's runtime: its allocator, its thread pool, a packed function."""
+    done = subprocess.run(["nm", "-P", str(path)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise HetcompError(
+            f"nm cannot read an object that TVM wrote ({done.stderr.strip()}); install binutils."
+        )
+    for line in done.stdout.splitlines():
+        symbol, kind = line.split()[:2]
+        runtime = symbol.startswith("__TVMBackend") or symbol.startswith("__TVMFFI")
+        if runtime or (kind == "U" and symbol not in _ALLOWED and symbol.removesuffix("f") not in _ALLOWED):
+            raise HetcompError(f"TVM's code for it needs {symbol} from TVM's runtime library")
 
 
 def _version(package: str) -> str | None:
