@@ -1,7 +1,7 @@
 """The runtime library from Python: ctypes over the C ABI of ``hetcomp/hetcomp.h``.
 
-Only numpy is needed. All work happens in the library; a step releases the interpreter lock, and between two steps
-Python code runs, so that Ctrl-C and a closed iterator end a generation at once.
+Only numpy is needed. All work happens in the library; a step releases the interpreter lock, and between two
+steps Python code runs, so that Ctrl-C and a closed iterator end a generation at once.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ class RuntimeRefusal(HetcompError):
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token. ``text`` is what became complete with it (maybe nothing; all texts together are the whole
-    text), ``finish`` is not NONE for the last one."""
+    """A generated token. ``text`` is what became complete with it (maybe nothing; all texts together are the
+    whole text), ``finish`` is not NONE for the last one."""
 
     id: int
     text: str
@@ -153,6 +153,7 @@ class _Token(ctypes.Structure):
 
 
 _POINTER = ctypes.c_void_p
+_FLAG = ctypes.c_int
 _OUT = ctypes.POINTER(ctypes.c_void_p)
 _SIZE_OUT = ctypes.POINTER(ctypes.c_size_t)
 _INT64_OUT = ctypes.POINTER(ctypes.c_int64)
@@ -172,8 +173,16 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "hetcomp_decode": (_POINTER, _POINTER, _POINTER, ctypes.c_int64, _POINTER),
     "hetcomp_generation_start": (_POINTER, _POINTER, ctypes.c_int64, ctypes.POINTER(_GenerateParams), _OUT),
     "hetcomp_generation_next": (_POINTER, ctypes.POINTER(_Token)),
-    "hetcomp_tokenize": (_POINTER, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, _OUT, _SIZE_OUT),
-    "hetcomp_detokenize": (_POINTER, _POINTER, ctypes.c_size_t, ctypes.c_int, _OUT, _SIZE_OUT),
+    "hetcomp_tokenize": (
+        _POINTER,
+        ctypes.c_char_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        _OUT,
+        _SIZE_OUT,
+    ),
+    "hetcomp_detokenize": (_POINTER, _POINTER, ctypes.c_size_t, _FLAG, _OUT, _SIZE_OUT),
     "hetcomp_chat_render": (_POINTER, ctypes.c_char_p, ctypes.c_size_t, _OUT, _SIZE_OUT),
 }
 _FREE_FUNCTIONS = ("hetcomp_model_free", "hetcomp_session_free", "hetcomp_generation_free", "hetcomp_free")
@@ -238,7 +247,7 @@ class _Handle:
     def __init__(self, pointer: int | None, free: str) -> None:
         self._pointer = pointer
         self._finalizer = weakref.finalize(self, getattr(_library(), free), pointer)
-        # The operating system takes everything back at exit; lanes must not be joined while Python shuts down.
+        # The system takes everything back at exit; lanes must not be joined while Python shuts down.
         self._finalizer.atexit = False
 
     @property
@@ -260,7 +269,7 @@ def _owned_bytes(pointer: ctypes.c_void_p, length: int) -> bytes:
 
 
 class Session:
-    """One sequence with its place in the KV cache. Use from one thread at a time; close it to free the place."""
+    """One sequence with its place in the KV cache. Use from one thread at a time; close it when done."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -293,10 +302,12 @@ class Session:
         _call("hetcomp_session_truncate", self._handle.pointer, length)
 
     def reuse(self, ids: IdsLike) -> int:
-        """Truncates to the longest common prefix with ``ids`` (at most all but the last) and returns its length."""
+        """Truncates to the longest common prefix with ``ids`` (at most all but the last); returns its length."""
         array = _ids(ids)
         kept = ctypes.c_int64()
-        _call("hetcomp_session_reuse", self._handle.pointer, array.ctypes.data, array.size, ctypes.byref(kept))
+        _call(
+            "hetcomp_session_reuse", self._handle.pointer, array.ctypes.data, array.size, ctypes.byref(kept)
+        )
         return kept.value
 
     def forward(self, ids: IdsLike) -> NDArray[np.float32]:
@@ -328,7 +339,8 @@ class Session:
     ) -> Iterator[Token]:
         """Appends the prompt ``ids`` and yields generated tokens; see ``Executable.generate``.
 
-        The arguments are checked at once; each step of the iterator runs one step of the model. Raises HetcompError.
+        The arguments are checked at once; each step of the iterator runs one step of the model. Raises
+        HetcompError.
         """
         _check_range("seed", seed, 0, 2**64 - 1)
         _check_range("top_k", top_k, 0, 2**31 - 1)
@@ -397,9 +409,9 @@ class Runtime:
     ) -> Runtime:
         """Loads an artifact.
 
-        threads: 0 for the physical cores this process may use. weights: ``ram`` (2 MB pages), ``mmap``, or ``auto``
-        (ram if it fits into 80 % of the available memory). verify_weights: compare every tensor with its hash.
-        isa: force ``avx2`` or ``avx512``. Raises HetcompError: no artifact, damaged, newer schema, missing
+        threads: 0 for the physical cores this process may use. weights: ``ram`` (2 MB pages), ``mmap``, or
+        ``auto`` (ram if it fits into 80 % of the available memory). verify_weights: compare every tensor with
+        its hash. isa: force ``avx2`` or ``avx512``. Raises HetcompError: no artifact, damaged, newer schema, missing
         instruction set, not enough memory.
         """
         if weights not in _WEIGHTS:
@@ -430,13 +442,20 @@ class Runtime:
             return session.forward(ids)
 
     def decode(self, sessions: Sequence[Session], ids: IdsLike) -> NDArray[np.float32]:
-        """One token for each of n different sessions in one step. Returns float32 [n, vocab]. Raises HetcompError."""
+        """One token for each of n different sessions in one step: float32 [n, vocab]. Raises HetcompError."""
         array = _ids(ids)
         if array.size != len(sessions):
             _refuse(f"{len(sessions)} sessions need as many token ids, not {array.size}.")
         pointers = (ctypes.c_void_p * len(sessions))(*(session._handle.pointer for session in sessions))
         logits = np.empty((array.size, self.info.vocab), np.float32)
-        _call("hetcomp_decode", self._handle.pointer, pointers, array.ctypes.data, array.size, logits.ctypes.data)
+        _call(
+            "hetcomp_decode",
+            self._handle.pointer,
+            pointers,
+            array.ctypes.data,
+            array.size,
+            logits.ctypes.data,
+        )
         return logits
 
     def generate(self, ids: IdsLike, **params: Any) -> Iterator[Token]:  # noqa: ANN401 - Session.generate's
@@ -461,8 +480,8 @@ class Runtime:
         _call("hetcomp_model_reset_stats", self._handle.pointer)
 
     def tokenize(self, text: str, *, parse_special: bool = True, add_special: bool = True) -> list[int]:
-        """Token ids of ``text``. parse_special: special tokens written in the text count as such. add_special: add
-        what the model puts around a text (BOS). Raises HetcompError for a model without tokenizer."""
+        """Token ids of ``text``. parse_special: special tokens written in the text count as such. add_special:
+        add what the model puts around a text (BOS). Raises HetcompError for a model without tokenizer."""
         data = _utf8(text)
         out, n = ctypes.c_void_p(), ctypes.c_size_t()
         _call(
@@ -526,7 +545,8 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise RuntimeRefusal(
-            Status.INVALID_ARGUMENT, f"The text has a lone surrogate at position {error.start} and is not valid Unicode."
+            Status.INVALID_ARGUMENT,
+            f"The text has a lone surrogate at position {error.start} and is not valid Unicode.",
         ) from error
 
 
