@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hetcomp import frontend, installed_runtime
-from hetcomp.artifact import chat_template, tokenizer
+from hetcomp.artifact.chat_template import compile_chat_template, template_bytes
+from hetcomp.artifact.chat_template_parity import prove_chat_template_parity
 from hetcomp.artifact.staging import staged_folder
+from hetcomp.artifact.tokenizer import compile_tokenizer
+from hetcomp.artifact.tokenizer_parity import prove_parity
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
@@ -84,8 +87,10 @@ def plan_model(
     progress.stage("plan")
     context = Context(profile=profile, checkpoint=imported.checkpoint, target=target, formats=request)
     plan = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir)
-    for note in plan.notes:
-        progress.warn(note) if note.startswith("warning") else None
+    if imported.unused:
+        progress.warn(
+            f"{len(imported.unused)} tensors of the checkpoint are not used, the first is {imported.unused[0]}"
+        )
     return Planned(plan, imported, target, profile)
 
 
@@ -167,17 +172,24 @@ def _write(planned: Planned, staging: Path, progress: ProgressSink) -> None:
 
 
 def _documents(planned: Planned, progress: ProgressSink) -> Documents:
-    progress.stage("tokenizer")
-    words: str | None = None
-    template: str | None = None
+    """Plan texts, and the tokenizer and chat template whose C++ twins are proven equal to the originals here."""
+    words: bytes | None = None
+    template: bytes | None = None
     folder = planned.imported.folder
     if folder is not None:
+        progress.stage("tokenizer")
         try:
-            words = tokenizer.compile_to_json(folder)
+            compiled = compile_tokenizer(folder)
+            if compiled is not None:
+                prove_parity(compiled, folder)
+                words = compiled.data
         except HetcompError as error:
             progress.warn(f"{error} The artifact takes token ids only (--ids).")
         try:
-            template = chat_template.compile_to_json(folder)
+            tree = compile_chat_template(folder)
+            if tree is not None:
+                prove_chat_template_parity(tree, folder)
+                template = template_bytes(tree)
         except HetcompError as error:
             progress.warn(f"{error} The artifact has no chat template (--chat will be refused).")
     return Documents(to_json(planned.plan), print_plan(planned.plan), words, template)

@@ -25,8 +25,8 @@ class Documents:
 
     plan_json: str
     plan_text: str
-    tokenizer: str | None
-    chat_template: str | None
+    tokenizer: bytes | None
+    chat_template: bytes | None
 
 
 def write_documents(documents: Documents, folder: Path) -> None:
@@ -34,9 +34,9 @@ def write_documents(documents: Documents, folder: Path) -> None:
     (folder / "plan.json").write_text(documents.plan_json, encoding="utf-8")
     (folder / "plan.txt").write_text(documents.plan_text, encoding="utf-8")
     if documents.tokenizer is not None:
-        (folder / "tokenizer.hetc.json").write_text(documents.tokenizer, encoding="utf-8")
+        (folder / "tokenizer.hetc.json").write_bytes(documents.tokenizer)
     if documents.chat_template is not None:
-        (folder / "chat_template.hetc.json").write_text(documents.chat_template, encoding="utf-8")
+        (folder / "chat_template.hetc.json").write_bytes(documents.chat_template)
 
 
 def copy_runtime(folder: Path) -> None:

@@ -55,7 +55,8 @@ def test_decode_logits_and_greedy_tokens(pair):
         assert relative_error(logits, want) < TOLERANCE
         assert int(logits.argmax()) == int(want.argmax())
         ids = torch.cat([ids, torch.tensor([[int(want.argmax())]])], dim=1)
-        logits = session.decode(int(ids[0, -1]))
+        logits = exe.runtime.decode([session], [int(ids[0, -1])])[0]
+    session.close()
     generated = [t.id for t in exe.generate(prompt[0].tolist(), max_new_tokens=16, ignore_eos=True)]
     assert generated == ids[0, prompt.shape[1] :].tolist()
 
