@@ -1,4 +1,4 @@
-"""Speed of single CPU kernels at the shapes of qwen3moe-1b, beside the read bandwidth measured in the same run.
+"""Speed of single CPU kernels at qwen3moe-1b's shapes, beside the read bandwidth of the same run.
 
 python -m benchmarks.kernel_bench [--threads N] [--isa avx512] [--format bf16] [--only WORD] [--seconds S]
 
@@ -20,12 +20,10 @@ import numpy.typing as npt
 
 from benchmarks import read_bandwidth
 from hetcomp.backends import packing
-from hetcomp.backends.cpu import CpuBackend
-from hetcomp.backends.protocol import Isa, KernelRequest
-from hetcomp.ir.ops import Attention, Attrs, Linear, MoeExperts
-from hetcomp.ir.plan import Op, Value, ValueKind
-from hetcomp.ir.types import DType, TensorType
-from tests.reference.kernel_harness import CompiledKernel, Step, aligned
+from hetcomp.backends.protocol import Isa
+from hetcomp.ir.ops import Attention, Linear, MoeExperts
+from hetcomp.ir.types import DType
+from tests.reference.kernel_harness import CompiledKernel, Step, activation, aligned, build, cache, weight
 
 HIDDEN, EXPERTS, TOP_K, INTER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 64, 8, 512, 16, 4, 128, 32000
 STREAM_BYTES = 512 << 20  # 16 times the L3 cache of the development machine
@@ -82,23 +80,11 @@ def integers(array: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     return copy
 
 
-def _value(id: str, *shape: int | str, layout: str = "row_major", weight_format: str | None = None) -> Value:
-    kind = ValueKind.WEIGHT if weight_format else ValueKind.ACT
-    return Value(id, TensorType(DType.F32, shape, layout), kind, format=weight_format)
-
-
-def _compile(
-    attrs: Attrs, inputs: tuple[Value, ...], output: Value, isa: Isa, dims: dict[str, int]
-) -> CompiledKernel:
-    request = KernelRequest(Op("op", attrs, (), ()), inputs, (output,), isa, dims)
-    return CompiledKernel(CpuBackend().emit(request), isa)
-
-
 def linear(n: int, k: int, isa: Isa, weight_format: str, data: npt.NDArray[np.uint8]) -> Iterator[Case]:
     """A dense projection at 1, 2, 4, 8, 16 and ROWS tokens."""
-    w = _value("w", n, k, layout=packing.PANELS, weight_format=weight_format)
+    w = weight("w", (n, k), weight_format, packing.PANELS)
     size = packing.packed_bytes(w)
-    kernel = _compile(Linear(k, n), (_value("x", "T", k), w), _value("y", "T", n), isa, {"T": ROWS})
+    kernel = build(Linear(k, n), [activation("x", "T", k), w], [activation("y", "T", n)], isa, {"T": ROWS})
     sets = [data[i * size : (i + 1) * size] for i in range(max(1, STREAM_BYTES // size))]
     for rows in (1, 2, 4, 8, 16, ROWS):
         x = activations(rows, k)
@@ -115,16 +101,15 @@ def linear(n: int, k: int, isa: Isa, weight_format: str, data: npt.NDArray[np.ui
 
 
 def moe(isa: Isa, weight_format: str, data: npt.NDArray[np.uint8]) -> Iterator[Case]:
-    """The expert layer with uniform random routing, and a prefill where one expert takes a third of the work."""
-    gate_up = _value(
-        "gu", EXPERTS, 2 * INTER, HIDDEN, layout=packing.PANELS_GLU, weight_format=weight_format
-    )
-    down = _value("d", EXPERTS, HIDDEN, INTER, layout=packing.PANELS, weight_format=weight_format)
+    """The expert layer with uniform random routing, and with one expert that every token chooses."""
+    gate_up = weight("gate_up", (EXPERTS, 2 * INTER, HIDDEN), weight_format, packing.PANELS_GLU)
+    down = weight("down", (EXPERTS, HIDDEN, INTER), weight_format, packing.PANELS)
     sizes = packing.packed_bytes(gate_up), packing.packed_bytes(down)
-    kernel = _compile(
+    routed = (activation("ids", "T", TOP_K), activation("weights", "T", TOP_K))
+    kernel = build(
         MoeExperts(EXPERTS, TOP_K, HIDDEN, INTER),
-        (_value("x", "T", HIDDEN), _value("i", "T", TOP_K), _value("w", "T", TOP_K), gate_up, down),
-        _value("y", "T", HIDDEN),
+        [activation("x", "T", HIDDEN), *routed, gate_up, down],
+        [activation("y", "T", HIDDEN)],
         isa,
         {"T": ROWS},
     )
@@ -138,8 +123,7 @@ def moe(isa: Isa, weight_format: str, data: npt.NDArray[np.uint8]) -> Iterator[C
         for i in range(len(pairs) * max(1, 16 // rows)):
             ids = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(rows)])
             if hot:
-                ids = np.where(rng.random((rows, 1)) < 0.99, np.argsort(ids != 7, axis=1), ids)
-                ids = np.stack([_with_expert(row, 7) for row in ids])
+                ids = np.stack([[0, *(1 + rng.permutation(EXPERTS - 1)[: TOP_K - 1])] for _ in range(rows)])
             touched.append(len(np.unique(ids)))
             w = activations(rows, TOP_K)
             sets.append([activations(rows, HIDDEN), integers(ids), w, *pairs[i % len(pairs)]])
@@ -155,22 +139,14 @@ def moe(isa: Isa, weight_format: str, data: npt.NDArray[np.uint8]) -> Iterator[C
         )
 
 
-def _with_expert(ids: npt.NDArray[Any], expert: int) -> npt.NDArray[Any]:
-    """Distinct experts, ``expert`` among them."""
-    rest = [e for e in dict.fromkeys((ids % EXPERTS).tolist()) if e != expert]
-    rest += [e for e in range(EXPERTS) if e != expert and e not in rest]
-    return np.array([expert, *rest[: TOP_K - 1]])
-
-
 def attention(isa: Isa, data: npt.NDArray[np.uint8], dtype: DType) -> Iterator[Case]:
     """Decode at several lengths of the cache, prefill of ROWS tokens."""
     context = 16384
-    shape = ("slots", KV_HEADS, "context", HEAD_DIM)
-    caches = tuple(Value(n, TensorType(dtype, shape), ValueKind.STATE) for n in "kv")
-    kernel = _compile(
+    caches = [cache(name, dtype, KV_HEADS, HEAD_DIM) for name in ("k", "v")]
+    kernel = build(
         Attention(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5),
-        (_value("q", "T", HEADS, HEAD_DIM), *caches),
-        _value("y", "T", HEADS, HEAD_DIM),
+        [activation("q", "T", HEADS, HEAD_DIM), *caches],
+        [activation("y", "T", HEADS, HEAD_DIM)],
         isa,
         {"T": ROWS, "slots": 1, "context": context},
     )
@@ -229,7 +205,7 @@ def main() -> None:
     bound = bandwidth()
     print(f"{isa} {weight_format}, {options.threads} threads; read bandwidth {bound:.1f} GB/s")
     data = weights(STREAM_BYTES, weight_format)
-    cache = {d: weights(STREAM_BYTES, d.value) for d in (DType.F32, DType.BF16)}
+    caches = {d: weights(STREAM_BYTES, d.value) for d in (DType.F32, DType.BF16)}
     groups: list[Callable[[], Iterator[Case]]] = [
         lambda: moe(isa, weight_format, data),
         lambda: linear(2048, HIDDEN, isa, weight_format, data),
@@ -237,8 +213,8 @@ def main() -> None:
         lambda: linear(HIDDEN, 2048, isa, weight_format, data),
         lambda: linear(EXPERTS, HIDDEN, isa, weight_format, data),
         lambda: linear(VOCAB, HIDDEN, isa, weight_format, data),
-        lambda: attention(isa, cache[DType.F32], DType.F32),
-        lambda: attention(isa, cache[DType.BF16], DType.BF16),
+        lambda: attention(isa, caches[DType.F32], DType.F32),
+        lambda: attention(isa, caches[DType.BF16], DType.BF16),
     ]
     for group in groups:
         for case in cases(group):

@@ -15,9 +15,9 @@ _DECODE_TOKENS = 8
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """``rows``: query rows (tokens x heads of a kv head); ``keys``: keys a block; ``max_parts``: parts over all
-    tokens of a decode step; ``min_part_keys``: fewest keys worth a part; ``decode_tokens``: steps of up to so many
-    tokens are split by keys, not tiled by tokens."""
+    """``rows``: query rows (tokens x heads of a kv head); ``keys``: keys a block; ``max_parts``: parts over
+    all tokens of a decode step; ``min_part_keys``: fewest keys worth a part; ``decode_tokens``: steps of up
+    to so many tokens are split by keys, not tiled by tokens."""
 
     rows: int
     keys: int
@@ -33,7 +33,7 @@ def attention_tile(attrs: Attention) -> AttentionTile:
 
 
 def attention_workspace(attrs: Attention, tile: AttentionTile, dims: Mapping[str, int]) -> int:
-    """Bytes for the partial results of a decode step. Only steps of at most ``max_parts`` tokens are split."""
+    """Bytes for the partial results of a decode step; steps of more than ``max_parts`` tokens have none."""
     padded = -(-attrs.v_head_dim // 16) * 16
     tokens = min(dims["T"], tile.max_parts)
     records = max(t * (tile.max_parts // t) for t in range(1, tokens + 1))

@@ -1,4 +1,4 @@
-"""What the CPU templates know of an instruction set: its vector vocabulary and the sizes of its register tiles."""
+"""What the CPU templates know of an instruction set: its vector vocabulary and its register tiles."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hetcomp.backends.protocol import Isa
 class CpuIsa:
     """Numbers that the templates are rendered with.
 
-    ``vocabulary``: file ``codegen_templates/cpu/isa_<vocabulary>.h.j2``. ``tile_rows`` x ``tile_panels``: tokens x
-    panels of 16 rows whose sums a GEMM tile keeps in registers. ``gemv_rows``: token rows up to which the weights
-    are streamed against unpacked activations. ``attention_rows``: heights of attention's tiles, falling, the last
-    one 1. ``prefetch_bytes``: distance of software prefetch, a multiple of 128.
+    ``vocabulary``: file ``codegen_templates/cpu/isa_<vocabulary>.h.j2``. ``tile_rows`` x ``tile_panels``:
+    tokens x panels of 16 rows whose sums a GEMM tile keeps in registers. ``gemv_rows``: token rows up to which
+    the weights are streamed against unpacked activations. ``attention_rows``: heights of attention's tiles,
+    falling, the last one 1. ``prefetch_bytes``: distance of software prefetch, a multiple of 64.
     """
 
     vocabulary: str

@@ -3,13 +3,13 @@
 A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K; rows beyond N are zero:
 
 ``f32``   [N/16][K][16]        one vector of 16 rows for every k
-``bf16``  [N/16][K/2][16][2]   64 bytes hold 16 rows of two adjacent k (an odd K is padded with zeros); the same bytes
-                              feed vdpbf16ps
+``bf16``  [N/16][K/2][16][2]   64 bytes hold 16 rows of two adjacent k (an odd K is padded with zeros);
+                               the same bytes feed vdpbf16ps
 
-Layout ``panels16`` is one such matrix, or several (experts, heads: all axes before the last two) one after the
-other. Layout ``panels16_glu`` has the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in panels of
-their own, interleaved: gate panel 0, up panel 0, gate panel 1, ... so that one task streams both halves of 16
-columns. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
+Layout ``panels16`` is one such matrix, or several (experts, heads: all axes before the last two) one after
+the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in panels
+of their own, interleaved: gate panel 0, up panel 0, gate panel 1, ... so that one task streams both halves of
+16 columns. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def packed_bytes(value: Value) -> int:
 def pack(array: Numbers, value: Value, out: Bytes | None = None) -> tuple[Bytes, bool]:
     """Packs the weight ``value`` from ``array``, or one or several of its matrices.
 
-    array: f32, f16 or bf16 (bits in uint16), of the value's shape. For a weight of several matrices it may hold
-    only a run of them ([n, N, K], or [N, K] for one): experts can be packed one at a time. It may be a view with
-    any strides. out: uint8 buffer of the exact size (``packed_bytes(value) / matrices(value)`` a matrix), filled
-    and returned; a new one if None.
+    array: f32, f16 or bf16 (bits in uint16), of the value's shape. For a weight of several matrices it may
+    hold only a run of them ([n, N, K], or [N, K] for one): experts can be packed one at a time. It may be a
+    view with any strides. out: uint8 buffer of the exact size (``packed_bytes(value) / matrices(value)`` a
+    matrix), filled and returned; a new one if None.
 
-    Returns the bytes and whether all numbers are finite (NaN and infinity are the caller's to report; a finite
-    f32 that bf16 cannot hold counts as infinite). Raises HetcompError if shape or dtype do not fit.
+    Returns the bytes and whether all numbers are finite (NaN and infinity are the caller's to report; a
+    finite f32 that bf16 cannot hold counts as infinite). Raises HetcompError if shape or dtype do not fit.
     """
     _check(value)
     shape = _shape(value)
@@ -227,7 +227,8 @@ def _form(weight_format: str) -> _Form:
         return _FORMS[weight_format]
     except KeyError:
         raise HetcompError(
-            f"Weight format '{weight_format}' cannot be packed for the CPU; expected one of {', '.join(_FORMS)}."
+            f"Weight format '{weight_format}' cannot be packed for the CPU; "
+            f"expected one of {', '.join(_FORMS)}."
         ) from None
 
 
@@ -235,7 +236,9 @@ def _check(value: Value) -> None:
     name = value.fqn or value.id
     if value.type.layout == ROW_MAJOR:
         if value.format not in (None, "f32"):
-            raise HetcompError(f"Weight {name} has format {value.format} but layout row_major; expected {PANELS}.")
+            raise HetcompError(
+                f"Weight {name} has format {value.format} but layout row_major; expected {PANELS}."
+            )
         return
     if value.type.layout not in (PANELS, PANELS_GLU):
         raise HetcompError(f"Weight {name} has the unknown layout '{value.type.layout}'.")
@@ -263,5 +266,7 @@ def _target(out: Bytes | None, size: int) -> Bytes:
     if out is None:
         return np.empty(size, np.uint8)
     if out.dtype != np.uint8 or out.shape != (size,) or not out.flags.c_contiguous:
-        raise HetcompError(f"A buffer of {size} contiguous bytes is needed, got {out.dtype} {list(out.shape)}.")
+        raise HetcompError(
+            f"A buffer of {size} contiguous bytes is needed, got {out.dtype} {list(out.shape)}."
+        )
     return out

@@ -26,7 +26,8 @@ extern "C" double hetcomp_harness_run(void* kernel, int threads, int calls, cons
     }
     clock_gettime(CLOCK_MONOTONIC, &end);
     if (thread == 0)
-      seconds = static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
+      seconds = static_cast<double>(end.tv_sec - begin.tv_sec) +
+                1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec);
   };
   std::vector<std::thread> workers;
   for (int t = 1; t < threads; ++t) workers.emplace_back(work, t);

@@ -37,7 +37,9 @@ def isas_here() -> list[Isa]:
     """The instruction sets that this machine can run."""
     flags = set(Path("/proc/cpuinfo").read_text().split())
     have = [Isa.AVX2] if {"avx2", "fma", "f16c"} <= flags else []
-    return have + ([Isa.AVX512] if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else [])
+    return have + (
+        [Isa.AVX512] if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else []
+    )
 
 
 @functools.cache
@@ -46,13 +48,13 @@ def _folder() -> Path:
 
 
 def _compile(compiler: str, isa: Isa, source: Path, library: Path) -> None:
-    warnings = _GCC if "g++" in compiler else ()
+    warnings = _GCC if Path(compiler).name.startswith("g++") else ()
     command = [compiler, *_COMMON, *warnings, _FLAGS[isa], "-pthread", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
 
 
 @functools.cache
-def _runner() -> Any:  # noqa: ANN401 - a ctypes function
+def _runner() -> Any:
     library = _folder() / "harness.so"
     _compile("g++", Isa.AVX2, Path(__file__).with_suffix(".cpp"), library)
     run = ctypes.CDLL(str(library)).hetcomp_harness_run
@@ -79,7 +81,7 @@ class _Step(ctypes.Structure):
 
 @dataclass
 class Step:
-    """What a step tells the kernel beside its operands; i32 arrays [T] (positions, slots) and [R] (logit_rows)."""
+    """What a step tells the kernel beside its operands: i32 positions [T], slots [T], logit_rows [R]."""
 
     positions: npt.NDArray[np.int32] | None = None
     slots: npt.NDArray[np.int32] | None = None
@@ -146,8 +148,8 @@ class CompiledKernel:
     ) -> list[npt.NDArray[np.float32]]:
         """Runs the kernel and returns its f32 outputs; asserts that it stays inside outputs and workspace.
 
-        Inputs are copied, with NaNs behind them, so that a read beyond the end shows in the result; those whose
-        index is in ``in_place`` (caches that the kernel changes) are passed as they are.
+        Inputs are copied, with NaNs behind them, so that a read beyond the end shows in the result; those
+        whose index is in ``in_place`` (caches that the kernel changes) are passed as they are.
         """
         held = [a if i in in_place else _guarded_copy(a) for i, a in enumerate(inputs)]
         guarded = [_Guarded(4 * int(np.prod(s))) for s in output_shapes]

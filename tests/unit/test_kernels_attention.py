@@ -1,0 +1,217 @@
+"""Generated kernels of attention and kv_append against numpy in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetcomp.backends import packing
+from hetcomp.backends.protocol import Isa
+from hetcomp.ir.ops import Attention, KvAppend
+from hetcomp.ir.types import DType
+from tests.reference.kernel_harness import (
+    CompiledKernel,
+    Step,
+    activation,
+    aligned,
+    build,
+    cache,
+    isas_here,
+)
+from tests.reference.kernel_numbers import EPS, Doubles, draw
+
+CONTEXT, SLOTS, ROWS = 700, 3, 160
+GQA = Attention(heads=6, kv_heads=2, head_dim=36, v_head_dim=36, scale=0.2)
+VARIANTS = {
+    "gqa": (GQA, DType.F32),
+    "gqa-bf16": (GQA, DType.BF16),
+    "window-sinks": (
+        Attention(heads=4, kv_heads=2, head_dim=16, v_head_dim=32, scale=0.25, window=70, sinks=True),
+        DType.BF16,
+    ),
+    "softcap": (
+        Attention(heads=2, kv_heads=2, head_dim=9, v_head_dim=5, scale=0.9, softcap=3.0),
+        DType.F32,
+    ),
+    "mla": (
+        Attention(heads=16, kv_heads=1, head_dim=40, v_head_dim=32, scale=0.15, shared_kv=True, sinks=True),
+        DType.BF16,
+    ),
+    "many-heads": (
+        Attention(heads=100, kv_heads=1, head_dim=8, v_head_dim=16, scale=0.3),
+        DType.F32,
+    ),
+}
+
+
+@functools.cache
+def _kernel(name: str, isa: Isa) -> CompiledKernel:
+    a, dtype = VARIANTS[name]
+    inputs = [activation("q", "T", a.heads, a.head_dim), cache("k", dtype, a.kv_heads, a.head_dim)]
+    inputs += [] if a.shared_kv else [cache("v", dtype, a.kv_heads, a.v_head_dim)]
+    inputs += [activation("s", a.heads)] if a.sinks else []
+    dims = {"T": ROWS, "slots": SLOTS, "context": CONTEXT}
+    return build(a, inputs, [activation("y", "T", a.heads, a.v_head_dim)], isa, dims)
+
+
+def _stored(numbers: npt.NDArray[np.float32], dtype: DType) -> npt.NDArray[np.generic]:
+    return packing.to_bf16_bits(numbers) if dtype is DType.BF16 else numbers
+
+
+def _reference(
+    a: Attention, q: Doubles, k: Doubles, v: Doubles, sinks: Doubles, step: Step
+) -> tuple[Doubles, Doubles]:
+    """Attention and the error it may have, [T, heads, v_head_dim]."""
+    assert step.positions is not None
+    assert step.slots is not None
+    y = np.zeros((len(q), a.heads, a.v_head_dim))
+    bound = np.zeros_like(y)
+    for t, (position, slot) in enumerate(zip(step.positions, step.slots, strict=True)):
+        first = max(0, position - a.window + 1) if a.window else 0
+        for h in range(a.heads):
+            g = h // (a.heads // a.kv_heads)
+            keys, values = k[slot, g, first : position + 1], v[slot, g, first : position + 1]
+            scores = keys @ q[t, h] * a.scale
+            # A score's error is that of a sum of head_dim products (softcap does not steepen it) ...
+            error = EPS * (4 + np.sqrt(a.head_dim)) * (np.abs(keys) @ np.abs(q[t, h]) * a.scale)
+            if a.softcap:
+                scores = a.softcap * np.tanh(scores / a.softcap)
+                error = error + 8 * EPS * np.abs(scores)
+            top = max(scores.max(), sinks[h]) if a.sinks else scores.max()
+            # ... plus the rounding of score - max; exp turns it into a relative error of the probability.
+            error = error + EPS * (4 + np.abs(scores) + abs(top))
+            p = np.exp(scores - top)
+            total = p.sum() + (np.exp(sinks[h] - top) if a.sinks else 0)
+            y[t, h] = p / total @ values
+            spread = p / total @ (np.abs(values) * error[:, None]) + (p / total @ np.abs(values)) * (
+                (p / total) @ error
+            )
+            bound[t, h] = spread + EPS * (8 + np.sqrt(len(p))) * (p / total @ np.abs(values))
+    return y, bound
+
+
+def _check(name: str, isa: Isa, step: Step, threads: int, seed: int) -> None:
+    a, dtype = VARIANTS[name]
+    rng = np.random.default_rng(seed)
+    assert step.slots is not None
+    rows = len(step.slots)
+    step.context = CONTEXT
+    q, sinks = draw(rng, (rows, a.heads, a.head_dim)), draw(rng, (a.heads,))
+    k = draw(rng, (SLOTS, a.kv_heads, CONTEXT, a.head_dim), dtype.value)
+    v = (
+        k[..., : a.v_head_dim]
+        if a.shared_kv
+        else draw(rng, (SLOTS, a.kv_heads, CONTEXT, a.v_head_dim), dtype.value)
+    )
+    _poison_the_future(k, v, step)
+    inputs = [
+        q,
+        _stored(k, dtype),
+        *([] if a.shared_kv else [_stored(v, dtype)]),
+        *([sinks] if a.sinks else []),
+    ]
+    shape = (rows, a.heads, a.v_head_dim)
+    kernel = _kernel(name, isa)
+    (y,) = kernel(inputs, [shape], rows=rows, threads=threads, step=step)
+    want, bound = _reference(a, *(n.astype(np.float64) for n in (q, k, v, sinks)), step)
+    assert (np.abs(y - want) <= bound).all()
+    (alone,) = kernel(inputs, [shape], rows=rows, threads=1, step=step)
+    np.testing.assert_array_equal(y, alone)
+
+
+def _poison_the_future(k: npt.NDArray[np.float32], v: npt.NDArray[np.float32], step: Step) -> None:
+    """What no token of the step may see is NaN: a read of it would show."""
+    assert step.positions is not None
+    assert step.slots is not None
+    for slot in range(SLOTS):
+        seen = step.positions[step.slots == slot].max(initial=-1) + 1
+        k[slot, :, seen:] = np.nan
+        v[slot, :, seen:] = np.nan
+
+
+@st.composite
+def _steps(draw_: st.DrawFn) -> Step:
+    """Tokens of one to three slots, each slot's tokens adjacent and at rising positions."""
+    positions, slots = [], []
+    for slot in draw_(st.permutations(range(SLOTS)))[: draw_(st.integers(1, SLOTS))]:
+        tokens = draw_(st.one_of(st.just(1), st.integers(1, 40)))
+        past = draw_(st.one_of(st.integers(0, 5), st.integers(0, CONTEXT - tokens)))
+        positions += range(past, past + tokens)
+        slots += [slot] * tokens
+    return Step(np.array(positions, np.int32), np.array(slots, np.int32))
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("name", list(VARIANTS))
+@settings(max_examples=12, deadline=None)
+@given(step=_steps(), threads=st.integers(1, 3), seed=st.integers(0, 999))
+def test_attention(isa, name, step, threads, seed):
+    _check(name, isa, step, threads, seed)
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize(
+    ("past", "tokens"), [(0, ROWS), (500, 100), (CONTEXT - 1, 1), (0, 1), (62, 8)], ids=str
+)
+def test_prefill_and_decode_of_one_sequence(isa, past, tokens):
+    positions = np.arange(past, past + tokens, dtype=np.int32)
+    for name in ("gqa", "window-sinks"):
+        _check(name, isa, Step(positions, np.ones(tokens, np.int32)), 2, past)
+
+
+def test_scores_far_apart_do_not_overflow():
+    a, _ = VARIANTS["gqa"]
+    rng = np.random.default_rng(0)
+    k = draw(rng, (SLOTS, a.kv_heads, CONTEXT, a.head_dim)) * np.float32(300)
+    v = draw(rng, (SLOTS, a.kv_heads, CONTEXT, a.v_head_dim))
+    for tokens in (1, 20):
+        q = draw(rng, (tokens, a.heads, a.head_dim)) * np.float32(300)
+        positions = np.arange(600, 600 + tokens, dtype=np.int32)
+        step = Step(positions, np.zeros(tokens, np.int32), context=CONTEXT)
+        (y,) = _kernel("gqa", isas_here()[-1])(
+            [q, k, v], [(tokens, a.heads, a.v_head_dim)], rows=tokens, step=step
+        )
+        for t in range(tokens):
+            for h in range(a.heads):
+                best = np.argmax(k[0, h // 3, : positions[t] + 1].astype(np.float64) @ q[t, h])
+                np.testing.assert_allclose(y[t, h], v[0, h // 3, best], rtol=1e-5, atol=1e-6)
+
+
+@functools.cache
+def _append(dtype: DType) -> CompiledKernel:
+    inputs = [activation("x", "T", 2, 13), cache("k", dtype, 2, 13)]
+    return build(KvAppend(2, 13), inputs, [], isas_here()[-1], {"T": ROWS})
+
+
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+@settings(max_examples=15, deadline=None)
+@given(step=_steps(), threads=st.integers(1, 3))
+def test_kv_append(dtype, step, threads):
+    step.context = CONTEXT
+    rows = len(step.slots)
+    x = draw(np.random.default_rng(0), (rows, 2, 13))
+    shape = (SLOTS, 2, CONTEXT, 13)
+    size = dtype.bytes * int(np.prod(shape))
+    want = np.random.default_rng(1).integers(0, 255, size, np.uint8)
+    state = aligned(size)
+    state[:] = want
+    _append(dtype)([x, state], [], rows=rows, threads=threads, step=step, in_place=[1])
+    typed = want.view(np.float32 if dtype is DType.F32 else np.uint16).reshape(shape)
+    typed[step.slots, :, step.positions] = _stored(x, dtype)
+    np.testing.assert_array_equal(state, want)
+
+
+def test_kv_append_keeps_nan_and_infinity():
+    x = np.zeros((1, 2, 13), np.float32)
+    x[0, 0, :4] = [np.nan, np.inf, -np.inf, -0.0]
+    x[0, 1, 0] = np.array([0x7F800001], np.uint32).view(np.float32)[0]  # rounding its mantissa gives infinity
+    state = aligned(2 * SLOTS * 2 * CONTEXT * 13)
+    step = Step(np.array([5], np.int32), np.array([1], np.int32), context=CONTEXT)
+    _append(DType.BF16)([x, state], [], rows=1, step=step, in_place=[1])
+    got = packing.to_f32(state.view(np.uint16).reshape(SLOTS, 2, CONTEXT, 13)[1, :, 5])
+    np.testing.assert_array_equal(got, x[0])

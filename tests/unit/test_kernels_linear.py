@@ -1,0 +1,174 @@
+"""Generated kernels of linear, head_linear, embed and select_rows against numpy in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetcomp.backends import packing
+from hetcomp.backends.cpu import CpuBackend
+from hetcomp.backends.protocol import Isa, KernelRequest
+from hetcomp.errors import HetcompError
+from hetcomp.ir.ops import Embed, HeadLinear, Linear, RmsNorm, SelectRows
+from hetcomp.ir.plan import Op
+from tests.reference.kernel_harness import (
+    CompiledKernel,
+    Step,
+    activation,
+    build,
+    clang_here,
+    isas_here,
+    weight,
+)
+from tests.reference.kernel_numbers import dot_error, draw
+
+ROWS = 64
+FORMATS = ("f32", "bf16")
+DIMS = {"T": ROWS, "R": ROWS, "slots": 1, "context": 16}
+
+
+@functools.cache
+def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> CompiledKernel:
+    inputs = [activation("x", "T", k), weight("w", (out, k), weight_format, packing.PANELS)]
+    inputs += [activation("b", out)] if bias else []
+    return build(Linear(k, out, bias), inputs, [activation("y", "T", out)], isa, DIMS)
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize(("out", "k", "bias"), [(17, 33, True), (80, 600, False), (1, 1, False)])
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
+def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
+    rng = np.random.default_rng(seed)
+    w, x = draw(rng, (out, k), weight_format), draw(rng, (rows, k))
+    b = draw(rng, (out,)) if bias else np.zeros(out, np.float32)
+    data, _ = packing.pack(w, weight("w", (out, k), weight_format, packing.PANELS))
+    kernel = _linear(out, k, bias, weight_format, isa)
+    inputs = [x, data, b] if bias else [x, data]
+    (y,) = kernel(inputs, [(rows, out)], rows=rows, threads=threads)
+    w64, x64 = w.astype(np.float64), x.astype(np.float64)
+    error = np.abs(y - (x64 @ w64.T + b))
+    assert (error <= dot_error(k, np.abs(x64) @ np.abs(w64.T) + np.abs(b))).all()
+    (alone,) = kernel(inputs, [(rows, out)], rows=rows, threads=1)
+    np.testing.assert_array_equal(y, alone)
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("weight_format", FORMATS)
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
+def test_head_linear(isa, weight_format, rows, threads, seed):
+    heads, k, out = 3, 21, 37
+    rng = np.random.default_rng(seed)
+    value = weight("w", (heads, out, k), weight_format, packing.PANELS)
+    w, x = draw(rng, (heads, out, k), weight_format), draw(rng, (rows, heads, k))
+    (y,) = _head_linear(heads, k, out, weight_format, isa)(
+        [x, packing.pack(w, value)[0]], [(rows, heads, out)], rows=rows, threads=threads
+    )
+    want = np.einsum("thk,hnk->thn", x.astype(np.float64), w.astype(np.float64))
+    magnitude = np.einsum("thk,hnk->thn", np.abs(x.astype(np.float64)), np.abs(w.astype(np.float64)))
+    assert (np.abs(y - want) <= dot_error(k, magnitude)).all()
+
+
+@functools.cache
+def _head_linear(heads: int, k: int, out: int, weight_format: str, isa: Isa) -> CompiledKernel:
+    w = weight("w", (heads, out, k), weight_format, packing.PANELS)
+    outputs = [activation("y", "T", heads, out)]
+    return build(HeadLinear(heads, k, out), [activation("x", "T", heads, k), w], outputs, isa, DIMS)
+
+
+@functools.cache
+def _embed(vocab: int, width: int, scale: float, weight_format: str, isa: Isa) -> CompiledKernel:
+    table = weight("w", (vocab, width), weight_format, packing.PANELS)
+    inputs = [activation("ids", "T"), table]
+    return build(Embed(vocab, width, scale), inputs, [activation("y", "T", width)], isa, DIMS)
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("weight_format", FORMATS)
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
+def test_embed_reads_the_layout_of_lm_head(isa, weight_format, rows, threads, seed):
+    vocab, width, scale = 50, 301, 1.5
+    rng = np.random.default_rng(seed)
+    table = draw(rng, (vocab, width), weight_format)
+    data, _ = packing.pack(table, weight("w", (vocab, width), weight_format, packing.PANELS))
+    ids = rng.integers(0, vocab, rows).astype(np.int32)
+    (y,) = _embed(vocab, width, scale, weight_format, isa)(
+        [ids, data], [(rows, width)], rows=rows, threads=threads
+    )
+    np.testing.assert_array_equal(y, table[ids] * np.float32(scale))
+
+
+@settings(max_examples=15, deadline=None)
+@given(tokens=st.integers(1, 40), rows=st.integers(0, 9), threads=st.integers(1, 3), seed=st.integers(0, 99))
+def test_select_rows(tokens, rows, threads, seed):
+    width = 19
+    rng = np.random.default_rng(seed)
+    x, chosen = draw(rng, (tokens, width)), rng.integers(0, tokens, rows).astype(np.int32)
+    (y,) = _select_rows(width)([x], [(rows, width)], rows=rows, threads=threads, step=Step(logit_rows=chosen))
+    np.testing.assert_array_equal(y, x[chosen])
+
+
+@functools.cache
+def _select_rows(width: int) -> CompiledKernel:
+    outputs = [activation("y", "R", width)]
+    return build(SelectRows(), [activation("x", "T", width)], outputs, isas_here()[0], DIMS)
+
+
+def test_infinite_and_nan_activations_stay_in_their_row():
+    isa = isas_here()[-1]
+    out, k = 80, 600
+    w = draw(np.random.default_rng(0), (out, k), "bf16")
+    data, _ = packing.pack(w, weight("w", (out, k), "bf16", packing.PANELS))
+    for rows in (2, 30):
+        x = draw(np.random.default_rng(1), (rows, k))
+        x[1, 5] = np.nan
+        (y,) = _linear(out, k, False, "bf16", isa)([x, data], [(rows, out)], rows=rows, threads=2)
+        assert np.isnan(y[1]).all()
+        assert np.isfinite(np.delete(y, 1, axis=0)).all()
+
+
+@pytest.mark.skipif(clang_here() is None, reason="clang++ is not installed")
+def test_clang_compiles_the_same_source():
+    isa, compiler = isas_here()[-1], clang_here()
+    assert compiler
+    rng = np.random.default_rng(0)
+    w, x = draw(rng, (80, 600), "bf16"), draw(rng, (13, 600))
+    data, _ = packing.pack(w, weight("w", (80, 600), "bf16", packing.PANELS))
+    kernel = CompiledKernel(_linear(80, 600, False, "bf16", isa).kernel, isa, compiler)
+    (y,) = kernel([x, data], [(13, 80)], rows=13, threads=2)
+    assert (np.abs(y - x.astype(np.float64) @ w.T) <= dot_error(600, np.abs(x) @ np.abs(w.T))).all()
+
+
+def _request(weight_format: str, layout: str = packing.PANELS) -> KernelRequest:
+    inputs = (activation("x", "T", 8), weight("w", (4, 8), weight_format, layout))
+    op = Op("op3", Linear(8, 4), (), (), origin="model.layers.0.mlp.gate")
+    return KernelRequest(op, inputs, (activation("y", "T", 4),), Isa.AVX2, DIMS)
+
+
+def test_equal_requests_give_equal_names_and_other_code_another_name():
+    backend = CpuBackend()
+    first, again = backend.emit(_request("f32")), backend.emit(_request("f32"))
+    assert first == again
+    assert first.name != backend.emit(_request("bf16")).name
+    assert first.workspace_bytes == backend.workspace_bytes(_request("f32"))
+
+
+def test_what_the_backend_cannot_do_is_refused_by_name():
+    backend = CpuBackend()
+    assert backend.score(_request("f32")) > 0
+    assert backend.score(_request("q4")) == 0
+    with pytest.raises(HetcompError, match=r"model\.layers\.0\.mlp\.gate: weight w has format q4"):
+        backend.emit(_request("q4"))
+    with pytest.raises(HetcompError, match="layout row_major; expected panels16"):
+        backend.emit(_request("f32", packing.ROW_MAJOR))
+    norm = KernelRequest(Op("n", RmsNorm(8, 1e-6), (), ()), (), (), Isa.AVX2, DIMS)
+    assert backend.score(norm) == 0
+    with pytest.raises(HetcompError, match="no template for 'rms_norm'"):
+        backend.emit(norm)

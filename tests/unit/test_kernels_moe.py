@@ -1,0 +1,168 @@
+"""Generated kernels of moe_experts against numpy in float64."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetcomp.backends import packing
+from hetcomp.backends.protocol import Isa
+from hetcomp.ir.ops import MoeExperts
+from hetcomp.ir.plan import Value
+from tests.reference.kernel_harness import CompiledKernel, activation, build, isas_here, weight
+from tests.reference.kernel_numbers import EPS, Doubles, draw
+
+ROWS = 200
+SILU = MoeExperts(experts=7, top_k=3, hidden=33, intermediate=21)
+EVEN = MoeExperts(experts=4, top_k=2, hidden=64, intermediate=48)
+OAI = MoeExperts(
+    experts=5, top_k=2, hidden=20, intermediate=37, function="swiglu_oai", alpha=1.702, limit=2.0, bias=True
+)
+OTHERS = [
+    MoeExperts(experts=3, top_k=1, hidden=18, intermediate=16, function="gelu", bias=True),
+    MoeExperts(experts=3, top_k=3, hidden=18, intermediate=5, function="gelu_tanh"),
+    MoeExperts(experts=9, top_k=2, hidden=18, intermediate=20, function="relu"),
+]
+
+
+def _weights(a: MoeExperts, weight_format: str) -> tuple[Value, Value]:
+    return (
+        weight("gate_up", (a.experts, 2 * a.intermediate, a.hidden), weight_format, packing.PANELS_GLU),
+        weight("down", (a.experts, a.hidden, a.intermediate), weight_format, packing.PANELS),
+    )
+
+
+@functools.cache
+def _kernel(a: MoeExperts, weight_format: str, isa: Isa) -> CompiledKernel:
+    inputs = [activation("x", "T", a.hidden), activation("i", "T", a.top_k), activation("r", "T", a.top_k)]
+    inputs += _weights(a, weight_format)
+    inputs += [
+        activation("gb", a.experts, 2 * a.intermediate),
+        activation("db", a.experts, a.hidden),
+    ] * a.bias
+    return build(a, inputs, [activation("y", "T", a.hidden)], isa, {"T": ROWS})
+
+
+def _gate(a: MoeExperts, gate: Doubles) -> Doubles:
+    """The function of the gate alone."""
+    erf = np.vectorize(math.erf)
+    if a.function == "gelu":
+        return 0.5 * gate * (1 + erf(gate / math.sqrt(2)))
+    if a.function == "gelu_tanh":
+        return 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+    if a.function == "relu":
+        return np.maximum(gate, 0)
+    if a.function == "swiglu_oai":
+        g = np.minimum(gate, a.limit)
+        return g / (1 + np.exp(-a.alpha * g))
+    return gate / (1 + np.exp(-gate))
+
+
+class Case:
+    """Weights, activations and routing of one call, its reference and the error it may have."""
+
+    def __init__(self, a: MoeExperts, weight_format: str, rows: int, hot: bool, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        gate_up = draw(rng, (a.experts, 2 * a.intermediate, a.hidden), weight_format)
+        down = draw(rng, (a.experts, a.hidden, a.intermediate), weight_format)
+        x = draw(rng, (rows, a.hidden))
+        ids = np.array([rng.permutation(a.experts)[: a.top_k] for _ in range(rows)], np.int32)
+        ids = ids.reshape(rows, a.top_k)
+        if hot:  # everybody's first choice
+            ids = np.where(ids == ids[:1, :1], ids[:, :1], ids)
+            ids[:, 0] = ids[0, 0] if rows else 0
+        weights = rng.random((rows, a.top_k), np.float32)
+        biases = [draw(rng, (a.experts, 2 * a.intermediate)), draw(rng, (a.experts, a.hidden))]
+        packed = [
+            packing.pack(n, v)[0] for n, v in zip((gate_up, down), _weights(a, weight_format), strict=True)
+        ]
+        self.inputs = [x, ids, weights, *packed, *(biases if a.bias else [])]
+        self.want = np.zeros((rows, a.hidden))
+        self.bound = np.zeros((rows, a.hidden))
+        w1, w2 = gate_up.astype(np.float64), down.astype(np.float64)
+        b1, b2 = (b.astype(np.float64) * a.bias for b in biases)
+        for t in range(rows):
+            for k in range(a.top_k):
+                e, xt, r = ids[t, k], x[t].astype(np.float64), float(weights[t, k])
+                h, h_bound = _hidden(a, w1[e], xt, b1[e])
+                self.want[t] += r * (w2[e] @ h + b2[e])
+                sums = np.abs(w2[e]) @ np.abs(h) + np.abs(b2[e])
+                rounding = EPS * (6 + np.sqrt(a.intermediate) + a.top_k) * sums
+                self.bound[t] += r * (np.abs(w2[e]) @ h_bound + rounding)
+
+
+def _hidden(a: MoeExperts, w: Doubles, x: Doubles, b: Doubles) -> tuple[Doubles, Doubles]:
+    """h and its error: that of the two sums carried through the function, and the function's own ulps."""
+    n = a.intermediate
+    sums, magnitude = w @ x + b, np.abs(w) @ np.abs(x) + np.abs(b)
+    sum_error = EPS * (4 + np.sqrt(a.hidden)) * magnitude
+    factor = np.clip(sums[n:], -a.limit, a.limit) + 1 if a.function == "swiglu_oai" else sums[n:]
+    gate = _gate(a, sums[:n])
+    # None of the functions is steeper than 1.2 (silu, also with alpha 1.702: 1.1; gelu 1.13). gelu is x * (1 +
+    # erf), towards minus infinity with the absolute error of an ulp of 1: hence |x| beside |function(x)|.
+    own = 8 * EPS * (np.abs(gate) + np.abs(sums[:n])) * np.abs(factor)
+    return gate * factor, 1.2 * sum_error[:n] * np.abs(factor) + np.abs(gate) * sum_error[n:] + own
+
+
+def _check(a: MoeExperts, weight_format: str, isa: Isa, case: Case, threads: int) -> None:
+    rows = len(case.inputs[0])
+    kernel = _kernel(a, weight_format, isa)
+    (y,) = kernel(case.inputs, [(rows, a.hidden)], rows=rows, threads=threads)
+    assert (np.abs(y - case.want) <= case.bound).all()
+    (alone,) = kernel(case.inputs, [(rows, a.hidden)], rows=rows, threads=1)
+    np.testing.assert_array_equal(y, alone)
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize(
+    ("attrs", "weight_format"),
+    [(SILU, "f32"), (SILU, "bf16"), (EVEN, "bf16"), (OAI, "bf16")],
+    ids=["odd-f32", "odd-bf16", "even-bf16", "oai-bf16"],
+)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(0, 40), threads=st.integers(1, 3), hot=st.booleans(), seed=st.integers(0, 999))
+def test_moe_experts(isa, attrs, weight_format, rows, threads, hot, seed):
+    _check(attrs, weight_format, isa, Case(attrs, weight_format, rows, hot, seed), threads)
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("attrs", OTHERS, ids=lambda a: a.function)
+def test_glu_functions(isa, attrs):
+    for rows in (1, 13):
+        _check(attrs, "f32", isa, Case(attrs, "f32", rows, False, rows), 2)
+
+
+@pytest.mark.parametrize("isa", isas_here())
+def test_a_hot_expert_of_many_blocks(isa):
+    _check(SILU, "bf16", isa, Case(SILU, "bf16", ROWS, True, 1), 3)
+    _check(SILU, "bf16", isa, Case(SILU, "bf16", ROWS, False, 2), 3)
+
+
+def test_a_token_may_name_one_expert_twice():
+    a = SILU
+    case = Case(a, "f32", 1, False, 5)
+    twice = Case(a, "f32", 2, False, 5)
+    for c in (case, twice):
+        c.inputs[1][...] = 4
+    isa = isas_here()[-1]
+    for c in (case, twice):
+        rows = len(c.inputs[0])
+        (y,) = _kernel(a, "f32", isa)(c.inputs, [(rows, a.hidden)], rows=rows, threads=2)
+        (single,) = _kernel(a, "f32", isa)(
+            [c.inputs[0], c.inputs[1], _first_only(c.inputs[2]), *c.inputs[3:]],
+            [(rows, a.hidden)],
+            rows=rows,
+        )
+        np.testing.assert_allclose(y, single, rtol=1e-5, atol=1e-5 * np.abs(single).max())
+
+
+def _first_only(weights: np.ndarray) -> np.ndarray:
+    """All of a token's weight on its first choice."""
+    moved = np.zeros_like(weights)
+    moved[:, 0] = weights.sum(axis=1)
+    return moved
