@@ -1,0 +1,250 @@
+"""The hardware profile: what the passes know of a machine. Measured here, from a file, or from a data sheet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from enum import StrEnum
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hetcomp.errors import HetcompError
+
+SCHEMA = (1, 0)  # major: readers refuse another; minor: fields were added
+
+# Part of a data sheet's peak that kernels reach, for profiles whose figures were not measured. Reads: 0.8 is what
+# STREAM-like reads give on server and desktop DDR5 (13-14 channels' worth lost to refresh and turnarounds on 16).
+DATA_SHEET_READS = 0.8
+DATA_SHEET_FLOPS = 0.7
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Source(StrEnum):
+    """Where a figure comes from. Measured and other figures are never mixed up."""
+
+    MEASURED = "measured"
+    DATA_SHEET = "data sheet"
+    ESTIMATE = "estimate"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class BandwidthPoint(_Model):
+    """DRAM read bandwidth in 10^9 bytes a second with ``threads`` threads on the node's own memory."""
+
+    threads: int = Field(ge=1)
+    gb_per_s: Positive
+
+
+class NumaNode(_Model):
+    """One NUMA node. ``cores`` counts the physical cores that this process may use, ``cpus`` names the logical
+    ones. ``available_bytes`` is what can be allocated now, cgroup limits included."""
+
+    id: int = Field(ge=0)
+    cores: int = Field(ge=0)
+    cpus: tuple[int, ...] = ()
+    memory_bytes: int = Field(ge=0)
+    available_bytes: int = Field(ge=0)
+    read_bandwidth: tuple[BandwidthPoint, ...] = ()
+    source: Source
+
+
+class Cache(_Model):
+    """One kind of cache: bytes of one instance and how many of them the process can use."""
+
+    level: int = Field(ge=1)
+    type: str
+    bytes: int = Field(gt=0)
+    instances: int = Field(ge=1)
+
+
+class KernelRate(_Model):
+    """Speed of matrix kernels with weights of one format on one instruction set.
+
+    ``gflops_per_core``: GEMM on many rows with all cores busy, divided by their number. ``bandwidth_fraction``:
+    bytes of weights that a GEMV on one row streams, as a part of the node's read bandwidth.
+    """
+
+    isa: str
+    weight_format: str
+    gflops_per_core: Positive
+    bandwidth_fraction: float = Field(gt=0, le=1)
+    source: Source
+
+
+class Gpu(_Model):
+    """One GPU: memory, its bandwidth and the host link's, in 10^9 bytes a second (None: not known)."""
+
+    name: str
+    memory_bytes: int = Field(gt=0)
+    compute_capability: tuple[int, int]
+    gb_per_s: Positive | None = None
+    link_gb_per_s: Positive | None = None
+    source: Source
+
+
+class HardwareProfile(_Model):
+    """A machine. ``isas`` as hetcomp names them, weakest first; ``threads`` is how many the lanes run (physical
+    cores within the cgroup's CPU quota); ``barrier_us`` what it costs all of them to meet once."""
+
+    schema_version: tuple[int, int] = Field(default=SCHEMA, alias="schema")
+    name: str = Field(min_length=1)
+    cpu: str
+    isas: tuple[str, ...]
+    threads: int = Field(ge=1)
+    logical_cpus: int = Field(ge=1)
+    nodes: tuple[NumaNode, ...] = Field(min_length=1)
+    caches: tuple[Cache, ...] = ()
+    rates: tuple[KernelRate, ...] = Field(min_length=1)
+    barrier_us: float = Field(ge=0)
+    huge_pages: str = "unknown"
+    gpus: tuple[Gpu, ...] = ()
+    measured_at: str | None = None
+    origin: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HardwareProfile:
+        ids = [node.id for node in self.nodes]
+        if len(set(ids)) != len(ids):
+            raise ValueError("two NUMA nodes have the same id")
+        if not any(node.cores and node.read_bandwidth for node in self.nodes):
+            raise ValueError("no NUMA node has cores and a read bandwidth")
+        return self
+
+    @property
+    def measured(self) -> bool:
+        """Whether every figure that predictions use was measured on the machine itself."""
+        sources = [rate.source for rate in self.rates] + [n.source for n in self.compute_nodes()]
+        return all(source is Source.MEASURED for source in sources)
+
+    def compute_nodes(self) -> tuple[NumaNode, ...]:
+        """Nodes that have cores for a lane; the others (memory expanders) only hold data."""
+        return tuple(n for n in self.nodes if n.cores and n.read_bandwidth)
+
+    def node(self, id: int) -> NumaNode:
+        """The node with that id; KeyError if there is none."""
+        for node in self.nodes:
+            if node.id == id:
+                return node
+        raise KeyError(id)
+
+    def node_threads(self, id: int) -> int:
+        """Threads of the node's lane: its share of ``threads``, at least one."""
+        cores = sum(n.cores for n in self.nodes)
+        return max(1, min(self.node(id).cores, self.threads * self.node(id).cores // max(cores, 1)))
+
+    def bandwidth(self, node: int | None = None) -> float:
+        """Read bandwidth of the node in 10^9 bytes a second with its lane's threads; None: of the fastest node."""
+        if node is None:
+            return max(self.bandwidth(n.id) for n in self.compute_nodes())
+        found, threads = self.node(node), self.node_threads(node)
+        usable = [p.gb_per_s for p in found.read_bandwidth if p.threads <= threads]
+        # A curve that starts above our thread count: a thread reads at most its share of the first point.
+        first = min(found.read_bandwidth, key=lambda p: p.threads, default=None)
+        best = max(usable) if usable else (first.gb_per_s * threads / first.threads if first else 0.0)
+        return best * (DATA_SHEET_READS if found.source is Source.DATA_SHEET else 1.0)
+
+    def rate(self, weight_format: str, isa: str | None = None) -> KernelRate:
+        """The rate of a format on ``isa`` (None: the fastest that is known). Raises HetcompError if none is known."""
+        known = [r for r in self.rates if r.weight_format == weight_format and isa in (None, r.isa)]
+        if not known:
+            where = f" on {isa}" if isa else ""
+            raise HetcompError(
+                f"Hardware profile {self.name} has no kernel rate for format {weight_format}{where}; "
+                "measure the machine again (--hw auto) or add the rate to the profile file."
+            )
+        return max(known, key=lambda r: r.gflops_per_core)
+
+    def gflops(self, weight_format: str, node: int | None = None, isa: str | None = None) -> float:
+        """GEMM rate of one node's lane in 10^9 FLOP a second (None: of the node with most threads)."""
+        rate = self.rate(weight_format, isa)
+        ids = [n.id for n in self.compute_nodes()] if node is None else [node]
+        derate = DATA_SHEET_FLOPS if rate.source is Source.DATA_SHEET else 1.0
+        return rate.gflops_per_core * max(self.node_threads(i) for i in ids) * derate
+
+    def available_bytes(self) -> int:
+        """Memory that a model may take on all nodes together."""
+        return sum(node.available_bytes for node in self.nodes)
+
+    def ridge(self, weight_format: str) -> float:
+        """Arithmetic intensity (FLOP a byte) above which kernels of the format are bound by compute."""
+        return self.gflops(weight_format) / (self.bandwidth() * self.rate(weight_format).bandwidth_fraction)
+
+    def compile_threads(self) -> int:
+        """Compilers to run at once: a large kernel takes up to about 1 GB."""
+        return max(1, min(self.logical_cpus, self.available_bytes() >> 30))
+
+    def to_json(self) -> str:
+        """The profile as JSON, as :func:`load_profile` reads it."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    def sha256(self) -> str:
+        """Names the machine and its figures; what changes from minute to minute (free memory) is left out."""
+        document = self.model_dump(mode="json", by_alias=True, exclude={"nodes": {"__all__": {"available_bytes"}}})
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def load_profile(spec: str) -> HardwareProfile:
+    """``auto``: this machine, measured once and then cached; ``preset:NAME``; or the path of a profile file.
+
+    Raises HetcompError if there is no such preset or file, or if it is not a valid profile.
+    """
+    if spec == "auto":
+        from hetcomp.hardware.measure import measured_profile
+
+        return measured_profile()
+    if spec.startswith("preset:"):
+        return _preset(spec.removeprefix("preset:"))
+    path = Path(spec)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise HetcompError(
+            f"Hardware profile {spec} does not exist; give auto, a profile file, or a preset: {_preset_list()}."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise HetcompError(f"Hardware profile {spec} cannot be read: {error}.") from None
+    return parse_profile(text, spec)
+
+
+def parse_profile(text: str, origin: str) -> HardwareProfile:
+    """Reads a profile's JSON. Raises HetcompError naming ``origin`` and the path in the document."""
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise HetcompError(f"Hardware profile {origin} is not valid JSON: {error}.") from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if not (isinstance(schema, list) and len(schema) == 2 and schema[0] == SCHEMA[0]):
+        raise HetcompError(
+            f"Hardware profile {origin} has schema {schema}, this hetcomp reads {SCHEMA[0]}.x; "
+            "measure the machine again or update hetcomp."
+        )
+    try:
+        return HardwareProfile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise HetcompError(f"Hardware profile {origin} is not valid at {path}: {first['msg']}.") from None
+
+
+def preset_names() -> tuple[str, ...]:
+    """Names of the machines that ship with hetcomp, for ``preset:NAME``."""
+    folder = resources.files("hetcomp.models_zoo") / "hardware"
+    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
+
+
+def _preset(name: str) -> HardwareProfile:
+    if name not in preset_names():
+        raise HetcompError(f"There is no hardware preset '{name}'; choose from {_preset_list()}.")
+    path = resources.files("hetcomp.models_zoo") / "hardware" / f"{name}.json"
+    return parse_profile(path.read_text(encoding="utf-8"), f"preset:{name}")
+
+
+def _preset_list() -> str:
+    return ", ".join(f"preset:{name}" for name in preset_names())
