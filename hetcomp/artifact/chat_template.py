@@ -181,7 +181,12 @@ def _statement(node: nodes.Node) -> Json:
             parts = [_target(node.target), _expression(node.iter)]
             if node.test is not None:
                 parts.append(_expression(node.test))
-            return {"kind": kind, "parts": parts, "body": _statements(node.body), "else": _statements(node.else_)}
+            return {
+                "kind": kind,
+                "parts": parts,
+                "body": _statements(node.body),
+                "else": _statements(node.else_),
+            }
         case nodes.Assign():
             return {"kind": kind, "parts": [_target(node.target), _expression(node.node)]}
         case nodes.AssignBlock():
@@ -200,7 +205,12 @@ def _statement(node: nodes.Node) -> Json:
 
 
 def _if(node: nodes.If, otherwise: list[Json]) -> Json:
-    return {"kind": "If", "parts": [_expression(node.test)], "body": _statements(node.body), "else": otherwise}
+    return {
+        "kind": "If",
+        "parts": [_expression(node.test)],
+        "body": _statements(node.body),
+        "else": otherwise,
+    }
 
 
 def _macro(node: nodes.Macro | nodes.CallBlock, name: str) -> Json:
@@ -244,7 +254,10 @@ def _expression(node: nodes.Node) -> Json:
         case nodes.Tuple() | nodes.List():
             return {"kind": kind, "parts": [_expression(item) for item in node.items]}
         case nodes.Dict():
-            return {"kind": kind, "parts": [_expression(x) for pair in node.items for x in (pair.key, pair.value)]}
+            return {
+                "kind": kind,
+                "parts": [_expression(x) for pair in node.items for x in (pair.key, pair.value)],
+            }
         case nodes.CondExpr():
             branches = [node.test, node.expr1, *([node.expr2] if node.expr2 is not None else [])]
             return {"kind": kind, "parts": [_expression(branch) for branch in branches]}
@@ -260,11 +273,18 @@ def _expression(node: nodes.Node) -> Json:
         case nodes.Slice():
             bounds = (node.start, node.stop, node.step)
             none = {"kind": "Const", "value": None}
-            return {"kind": kind, "parts": [none if bound is None else _expression(bound) for bound in bounds]}
+            return {
+                "kind": kind,
+                "parts": [none if bound is None else _expression(bound) for bound in bounds],
+            }
     if isinstance(node, _UNARY):
         return {"kind": kind, "parts": [_expression(node.node)]}
     if isinstance(node, _BINARY):
-        if isinstance(node, nodes.Mod) and isinstance(node.left, nodes.Const) and isinstance(node.left.value, str):
+        if (
+            isinstance(node, nodes.Mod)
+            and isinstance(node.left, nodes.Const)
+            and isinstance(node.left.value, str)
+        ):
             raise _refuse("formatting with '%'", node)
         return {"kind": kind, "parts": [_expression(node.left), _expression(node.right)]}
     if isinstance(node, nodes.Filter | nodes.Test | nodes.Call):

@@ -20,17 +20,25 @@ _TOOL_CALL: Json = {
         {
             "id": "call00001",
             "type": "function",
-            "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": 2, "metric": True, "at": None}},
+            "function": {
+                "name": "get_weather",
+                "arguments": {"city": "Zürich", "days": 2, "metric": True, "at": None},
+            },
         }
     ],
 }
-_TOOL_RESULT = {"role": "tool", "name": "get_weather", "tool_call_id": "call00001", "content": '{"temperature": 21.5}'}
+_TOOL_RESULT = {
+    "role": "tool",
+    "name": "get_weather",
+    "tool_call_id": "call00001",
+    "content": '{"temperature": 21.5}',
+}
 _TOOLS: list[Json] = [
     {
         "type": "function",
         "function": {
             "name": "get_weather",
-            "description": "Weather of a \"city\" <now> & later",
+            "description": 'Weather of a "city" <now> & later',
             "parameters": {
                 "type": "object",
                 "properties": {
@@ -43,26 +51,59 @@ _TOOLS: list[Json] = [
             },
         },
     },
-    {"type": "function", "function": {"name": "now", "description": "Time", "parameters": {"type": "object", "properties": {}}}},
+    {
+        "type": "function",
+        "function": {
+            "name": "now",
+            "description": "Time",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    },
 ]
 _CONVERSATIONS: tuple[list[Json], ...] = (
     [_USER],
     [{"role": "system", "content": "Be brief."}, _USER],
     [_USER, _ASSISTANT],
     [_USER, _ASSISTANT, {"role": "user", "content": "And 3+3?"}],
-    [{"role": "system", "content": "Sei höflich.\n"}, _USER, _ASSISTANT, {"role": "user", "content": " \n und nun? \t"}],
+    [
+        {"role": "system", "content": "Sei höflich.\n"},
+        _USER,
+        _ASSISTANT,
+        {"role": "user", "content": " \n und nun? \t"},
+    ],
     [{"role": "user", "content": ""}],
-    [{"role": "system", "content": ""}, {"role": "user", "content": ""}, {"role": "assistant", "content": ""}],
-    [{"role": "user", "content": "Grüße 漢字 👩‍👩‍👧 e\u0301 \u00a0\u2028\u0085 <|im_end|> </s> <b>&\"'\\ {{x}} {% y %}"}],
-    [{"role": "user", "content": "line\r\nline\n\n\n  indented"}, {"role": "assistant", "content": "\n\n ok \n"}],
-    [_USER, {"role": "assistant", "content": "<think>\nadd them\n</think>\n\nIt is 4."}, {"role": "user", "content": "Sure?"}],
+    [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": ""},
+    ],
+    [
+        {
+            "role": "user",
+            "content": "Grüße 漢字 👩‍👩‍👧 e\u0301 \u00a0\u2028\u0085 <|im_end|> </s> <b>&\"'\\ {{x}} {% y %}",
+        }
+    ],
+    [
+        {"role": "user", "content": "line\r\nline\n\n\n  indented"},
+        {"role": "assistant", "content": "\n\n ok \n"},
+    ],
+    [
+        _USER,
+        {"role": "assistant", "content": "<think>\nadd them\n</think>\n\nIt is 4."},
+        {"role": "user", "content": "Sure?"},
+    ],
     [_USER, {"role": "assistant", "content": "It is 4.", "reasoning_content": "add\nthem "}, _USER],
     [_USER, {"role": "assistant", "content": "It is 4.", "reasoning_content": "last"}],
     [{"role": "developer", "content": "You are a tester."}, _USER],
     [_ASSISTANT],
     [{"role": "system", "content": "Only a system message."}],
     [_USER, _USER],
-    [{"role": "user", "content": [{"type": "text", "text": "part one"}, {"type": "text", "text": "part two"}]}],
+    [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "part one"}, {"type": "text", "text": "part two"}],
+        }
+    ],
     [_USER, _TOOL_CALL, _TOOL_RESULT],
     [_USER, _TOOL_CALL, _TOOL_RESULT, _ASSISTANT, {"role": "user", "content": "Thanks"}],
     [_USER, _TOOL_CALL, _TOOL_RESULT, {**_TOOL_RESULT, "content": "second"}],

@@ -7,17 +7,19 @@ import re
 
 from hetcomp.errors import HetcompError
 
-# Code points that Unicode 15.0 to 16.0 added (DerivedAge.txt), as hexadecimal ranges. PCRE2 10.42 (Debian 12) knows
-# Unicode 14; where Oniguruma already puts one of these into a property, the range is written out. Properties of
-# the older code points are the same in both (compared for all of them with PCRE2 10.42 and tokenizers 0.23).
+# Code points that Unicode 15.0 to 16.0 added (DerivedAge.txt), as hexadecimal ranges. PCRE2 10.42 (Debian 12)
+# knows Unicode 14; where Oniguruma already puts one of these into a property, the range is written out.
+# Properties of the older code points are the same in both (compared for all of them with PCRE2 10.42 and
+# tokenizers 0.23).
 _NEWER_THAN_UNICODE_14 = (
-    "897 cf3 ece 1b4e-1b4f 1b7f 1c89-1c8a 2427-2429 2ffc-2fff 31e4-31e5 31ef a7cb-a7cd a7da-a7dc 105c0-105f3 "
-    "10d40-10d65 10d69-10d85 10d8e-10d8f 10ec2-10ec4 10efc-10eff 1123f-11241 11380-11389 1138b 1138e 11390-113b5 "
-    "113b7-113c0 113c2 113c5 113c7-113ca 113cc-113d5 113d7-113d8 113e1-113e2 116d0-116e3 11b00-11b09 11bc0-11be1 "
-    "11bf0-11bf9 11f00-11f10 11f12-11f3a 11f3e-11f5a 1342f 13439-13455 13460-143fa 16100-16139 16d40-16d79 18cff "
-    "1b132 1b155 1cc00-1ccf9 1cd00-1ceb3 1d2c0-1d2d3 1df25-1df2a 1e030-1e06d 1e08f 1e4d0-1e4f9 1e5d0-1e5fa 1e5ff "
-    "1f6dc 1f774-1f776 1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f 1faad-1faaf "
-    "1fabb-1fabf 1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 1fbcb-1fbef 2b739 2ebf0-2ee5d "
+    "897 cf3 ece 1b4e-1b4f 1b7f 1c89-1c8a 2427-2429 2ffc-2fff 31e4-31e5 31ef a7cb-a7cd a7da-a7dc "
+    "105c0-105f3 10d40-10d65 10d69-10d85 10d8e-10d8f 10ec2-10ec4 10efc-10eff 1123f-11241 11380-11389 "
+    "1138b 1138e 11390-113b5 113b7-113c0 113c2 113c5 113c7-113ca 113cc-113d5 113d7-113d8 113e1-113e2 "
+    "116d0-116e3 11b00-11b09 11bc0-11be1 11bf0-11bf9 11f00-11f10 11f12-11f3a 11f3e-11f5a 1342f "
+    "13439-13455 13460-143fa 16100-16139 16d40-16d79 18cff 1b132 1b155 1cc00-1ccf9 1cd00-1ceb3 "
+    "1d2c0-1d2d3 1df25-1df2a 1e030-1e06d 1e08f 1e4d0-1e4f9 1e5d0-1e5fa 1e5ff 1f6dc 1f774-1f776 "
+    "1f77b-1f77f 1f7d9 1f8b2-1f8bb 1f8c0-1f8c1 1fa75-1fa77 1fa87-1fa89 1fa8f 1faad-1faaf 1fabb-1fabf "
+    "1fac6 1face-1facf 1fada-1fadc 1fadf 1fae8-1fae9 1faf7-1faf8 1fbcb-1fbef 2b739 2ebf0-2ee5d "
     "31350-323af"
 )
 _GENERAL_CATEGORIES = frozenset(
@@ -58,8 +60,10 @@ def literal(text: str) -> str:
 
 
 def word_class() -> str:
-    r"""A PCRE2 class for one word character as Rust's and Oniguruma's ``\w`` define it."""
-    return f"[{_word_members()}]"
+    r"""A PCRE2 class for one word character as Rust's ``\w``, which finds single_word tokens, defines it."""
+    members = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}"
+    # Oniguruma has no Join_Control in its \w, and has all of N.
+    return f"[{members}{_newer_members(f'[{members}]')}" + r"\x{200c}\x{200d}]"
 
 
 def _ranges(spec: str) -> list[int]:
@@ -86,7 +90,9 @@ def _newer_members(onig_class: str) -> str:
             members[-1][1] = point
         else:
             members.append([point, point])
-    return "".join(f"\\x{{{low:x}}}" if low == high else f"\\x{{{low:x}}}-\\x{{{high:x}}}" for low, high in members)
+    return "".join(
+        f"\\x{{{low:x}}}" if low == high else f"\\x{{{low:x}}}-\\x{{{high:x}}}" for low, high in members
+    )
 
 
 def _word_members() -> str:
@@ -161,7 +167,7 @@ class _Translation:
         if members is None:
             letter = self._pattern[self._at - 1]
             if letter in "bB":
-                word = word_class()
+                word = f"[{_word_members()}]"
                 inside = f"(?:(?<={word})(?={word})|(?<!{word})(?!{word}))"
                 return inside if letter == "B" else f"(?:(?<={word})(?!{word})|(?<!{word})(?={word}))"
             return f"\\{letter}"  # \A and \z

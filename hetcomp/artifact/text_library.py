@@ -24,11 +24,15 @@ def runtime_library() -> Path:
     package = Path(hetcomp.__file__).parent
     # Installed wheel first, then the build folders of a checkout.
     places = [package / "runtime_files" / "lib" / LIBRARY, package / "runtime_files" / LIBRARY]
-    built = sorted((package.parent / "build").rglob(LIBRARY), key=lambda path: path.stat().st_mtime, reverse=True)
+    built = sorted(
+        (package.parent / "build").rglob(LIBRARY), key=lambda path: path.stat().st_mtime, reverse=True
+    )
     for path in [*places, *built]:
         if path.is_file():
             return path
-    raise HetcompError(f"{LIBRARY} is not built; run `make build` or `pip install .` in the hetcomp checkout.")
+    raise HetcompError(
+        f"{LIBRARY} is not built; run `make build` or `pip install .` in the hetcomp checkout."
+    )
 
 
 class _Library:
@@ -56,7 +60,9 @@ class _Library:
                 function = getattr(self.c, name)
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
-            raise HetcompError(f"{path} is not a hetcomp runtime library: {error}; build it again.") from error
+            raise HetcompError(
+                f"{path} is not a hetcomp runtime library: {error}; build it again."
+            ) from error
         self._text_type = text
 
     def call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401  (ctypes values)
@@ -84,7 +90,9 @@ class NativeTokenizer:
         self._handle = ctypes.c_void_p()
         self._library.call("hetcomp_tokenizer_load", compiled, len(compiled), ctypes.byref(self._handle))
 
-    def encode(self, text: str | bytes, *, parse_special: bool = True, add_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str | bytes, *, parse_special: bool = True, add_special: bool = False
+    ) -> list[int]:
         data = text.encode() if isinstance(text, str) else text
         ids, count = ctypes.POINTER(ctypes.c_int32)(), ctypes.c_size_t()
         self._library.call(

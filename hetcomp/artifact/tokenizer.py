@@ -44,8 +44,8 @@ def compile_tokenizer(folder: Path) -> CompiledTokenizer | None:
     """The tokenizer of the model in ``folder``, or None if it has no ``tokenizer.json``.
 
     Done are BPE models, byte-level (GPT-2, Qwen, Llama-3, GPT-OSS, DeepSeek, GLM, OLMoE, MiniMax) or of
-    SentencePiece style with byte fallback (Llama-2, Mixtral). Raises HetcompError, naming the part, for anything
-    else and for files that cannot be read.
+    SentencePiece style with byte fallback (Llama-2, Mixtral). Raises HetcompError, naming the part, for
+    anything else and for files that cannot be read.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -58,7 +58,10 @@ def compile_tokenizer(folder: Path) -> CompiledTokenizer | None:
     added = sorted(tokenizer.get_added_tokens_decoder().items())
     vocabulary: dict[str, int] = model["vocab"]
     count = max([*vocabulary.values(), *(id for id, _ in added)], default=-1) + 1
-    pieces, unreachable = _pieces(vocabulary, [(id, token.content) for id, token in added], count, byte_level)
+    # HF decodes a normalized added token as its normalised text, and skips what has the text of a special token.
+    texts = {id: tokenizer.id_to_token(id) for id, _ in added}
+    special_texts = {token.content for _, token in added if token.special}
+    pieces, unreachable = _pieces(vocabulary, texts, count, byte_level)
     prefix, suffix = _post_processor(source.get("post_processor"))
     bos, eos = (tokenizer.token_to_id(name) if name else None for name in special)
     compiled = {
@@ -67,11 +70,12 @@ def compile_tokenizer(folder: Path) -> CompiledTokenizer | None:
         "byte_level": byte_level,
         "pieces": pieces,
         "unreachable": unreachable,
+        "special": [id for id, text in texts.items() if text in special_texts],
         "merges": _merges(model, vocabulary),
         "ignore_merges": bool(model.get("ignore_merges")),
         "fuse_unk": bool(model.get("fuse_unk")),
         "unk_id": vocabulary.get(model["unk_token"]) if model.get("unk_token") else None,
-        "byte_tokens": [vocabulary.get(f"<0x{b:02X}>") for b in range(256)] if model.get("byte_fallback") else None,
+        "byte_tokens": _byte_tokens(vocabulary) if model.get("byte_fallback") else None,
         "added_tokens": [
             {
                 "id": id, "text": token.content, "special": token.special, "normalized": token.normalized,
@@ -143,6 +147,10 @@ def _merges(model: Json, vocabulary: dict[str, int]) -> list[int]:
     return triples
 
 
+def _byte_tokens(vocabulary: dict[str, int]) -> list[int | None]:
+    return [vocabulary.get(f"<0x{byte:02X}>") for byte in range(256)]
+
+
 def _byte_characters() -> dict[str, str]:
     """Byte-level BPE's printable stand-in for each byte -> the code point U+00XX of the byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -152,17 +160,17 @@ def _byte_characters() -> dict[str, str]:
 
 
 def _pieces(
-    vocabulary: dict[str, int], added: list[tuple[int, str]], count: int, byte_level: bool
+    vocabulary: dict[str, int], added: dict[int, str], count: int, byte_level: bool
 ) -> tuple[list[str | None], list[int]]:
     """The tokens by id, and the ids that BPE itself can never give.
 
-    Byte-level: each byte of a token is the code point U+00XX. A token with a character that stands for no byte is
-    its own UTF-8 text, as HF's decoder has it.
+    Byte-level: each byte of a token is the code point U+00XX. A token with a character that stands for no byte
+    is its own UTF-8 text, as HF's decoder has it.
     """
     characters = _byte_characters()
     pieces: list[str | None] = [None] * count
-    unreachable = {id for id, _ in added} - set(vocabulary.values())
-    for text, id in [*((text, id) for id, text in added), *vocabulary.items()]:
+    unreachable = set(added) - set(vocabulary.values())
+    for id, text in [*((id, text) for text, id in vocabulary.items()), *added.items()]:
         if not byte_level:
             pieces[id] = text
         elif all(char in characters for char in text):
@@ -220,7 +228,9 @@ def _pretokenizers(pretokenizer: Json | None) -> tuple[list[Json], bool]:
             steps.append(_split(regex, _behavior(step["behavior"]), step["invert"]))
         elif kind == "Digits":
             # Rust's char::is_numeric is the general category N.
-            steps.append(_split(to_pcre2(r"\p{N}"), "isolated" if step["individual_digits"] else "contiguous"))
+            steps.append(
+                _split(to_pcre2(r"\p{N}"), "isolated" if step["individual_digits"] else "contiguous")
+            )
         elif kind == "Punctuation":
             steps.append(_split(to_pcre2(r"[\p{P}!-/:-@\[-`{-~]"), _behavior(step["behavior"])))
         elif kind == "Metaspace":
@@ -237,7 +247,12 @@ def _behavior(name: str) -> str:
 
 def _metaspace(step: Json) -> Json:
     scheme = step.get("prepend_scheme") or ("always" if step.get("add_prefix_space", True) else "never")
-    return {"kind": "metaspace", "replacement": step["replacement"], "scheme": scheme, "split": step.get("split", True)}
+    return {
+        "kind": "metaspace",
+        "replacement": step["replacement"],
+        "scheme": scheme,
+        "split": step.get("split", True),
+    }
 
 
 def _decoder(decoder: Json | None, byte_level: bool) -> Json:

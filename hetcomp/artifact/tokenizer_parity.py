@@ -43,7 +43,9 @@ _FRAGMENTS = (
 )  # fmt: skip
 
 
-def prove_parity(compiled: CompiledTokenizer, folder: Path, n: int = 2000, library: Path | None = None) -> int:
+def prove_parity(
+    compiled: CompiledTokenizer, folder: Path, n: int = 2000, library: Path | None = None
+) -> int:
     """Encodes and decodes at least ``n`` texts with HF ``tokenizers`` and with the C++ runtime.
 
     Returns the number of texts compared. Raises HetcompError with the first text on which the two differ, and if
@@ -77,7 +79,9 @@ def prove_parity(compiled: CompiledTokenizer, folder: Path, n: int = 2000, libra
     return compared
 
 
-def _compare_decoding(reference: object, native: NativeTokenizer, folder: Path, ids: list[int], stream: bool) -> None:
+def _compare_decoding(
+    reference: object, native: NativeTokenizer, folder: Path, ids: list[int], stream: bool
+) -> None:
     for skip in (True, False):
         expected = reference.decode(ids, skip_special_tokens=skip)  # type: ignore[attr-defined]
         for streaming in (False, True) if stream else (False,):
@@ -107,10 +111,14 @@ def parity_texts(n: int, added_tokens: list[str], numbers: random.Random) -> Ite
         lambda: _code_points(numbers, ((0x0, 0x24F), (0x300, 0x36F))),
         lambda: _code_points(numbers, ((0x370, 0x1FFF), (0x2000, 0x2BFF))),
         lambda: _code_points(numbers, ((0x3000, 0x9FFF), (0xAC00, 0xD7A3), (0xF900, 0xFFFF))),
-        lambda: _code_points(numbers, ((0x1F000, 0x1FAFF), (0x200D, 0x200D), (0xFE0F, 0xFE0F), (0x1F3FB, 0x1F3FF))),
+        lambda: _code_points(
+            numbers, ((0x1F000, 0x1FAFF), (0x200D, 0x200D), (0xFE0F, 0xFE0F), (0x1F3FB, 0x1F3FF))
+        ),
         lambda: _code_points(numbers, ((0x0, 0xD7FF), (0xE000, 0x10FFFF))),
         lambda: _code_points(numbers, ((0x10000, 0x3FFFF), (0xE0000, 0xE01FF))),
-        lambda: bytes(numbers.randrange(256) for _ in range(numbers.randint(1, 40))).decode("utf-8", "replace"),
+        lambda: bytes(numbers.randrange(256) for _ in range(numbers.randint(1, 40))).decode(
+            "utf-8", "replace"
+        ),
         lambda: _spliced(numbers, words, added_tokens),
         lambda: numbers.choice(_FRAGMENTS) * numbers.randint(1, 60),
     )

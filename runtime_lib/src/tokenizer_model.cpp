@@ -139,6 +139,9 @@ MergeTable read_merges(const Json& merges, std::size_t vocabulary) {
 void read_added_tokens(const Json& json, TokenizerModel* model) {
   std::vector<AddedToken> raw;
   std::vector<AddedToken> normalized;
+  for (const std::int32_t id : ids_of(json.at("special"), model->pieces.size())) {
+    model->pieces[static_cast<std::size_t>(id)].special = true;
+  }
   for (const Json& entry : json.at("added_tokens")) {
     AddedToken token{id_of(entry.at("id"), model->pieces.size()),
                      entry.at("text").get<std::string>(),
@@ -148,7 +151,6 @@ void read_added_tokens(const Json& json, TokenizerModel* model) {
                      entry.at("rstrip").get<bool>(),
                      entry.at("single_word").get<bool>()};
     model->added_ids[token.text] = token.id;
-    if (token.special) model->pieces[static_cast<std::size_t>(token.id)].special = true;
     if (token.normalized) {
       token.text = apply_normalizers(model->normalizers, token.text);
       normalized.push_back(std::move(token));
