@@ -28,7 +28,7 @@ lint: bootstrap
 	$(BIN)/ruff format --check .
 	scripts/typecheck.sh $(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
-	scripts/clang_tidy.sh
+	scripts/clang_tidy.sh $(BIN)/clang-tidy
 
 bench: bootstrap peers
 	$(BIN)/python -m benchmarks.run_all --peer-python $(PEERS)/bin/python
