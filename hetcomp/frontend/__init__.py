@@ -25,8 +25,8 @@ DEFAULT_CONTEXT = 4096
 class Imported:
     """A model as the passes take it over.
 
-    ``plan`` is folded. ``checkpoint`` is None for a config without weights. ``config`` is the model's config as
-    written. ``stages`` holds printed forms for dumps and docs: ``fx``. ``unused`` names tensors of the
+    ``plan`` is folded. ``checkpoint`` is None for a config without weights. ``config`` is the model's config
+    as written. ``stages`` holds printed forms for dumps and docs: ``fx``. ``unused`` names tensors of the
     checkpoint that the Plan does not use.
     """
 
@@ -55,7 +55,11 @@ def load(
     source = resolve(model)
     info = _model_info(source)
     context = _context(info, context_length, default_context)
-    for name, bound in (("max_batch", max_batch), ("max_tokens", max_tokens), ("max_logit_rows", max_logit_rows)):
+    for name, bound in (
+        ("max_batch", max_batch),
+        ("max_tokens", max_tokens),
+        ("max_logit_rows", max_logit_rows),
+    ):
         if bound < 1:
             raise HetcompError(f"{name} is {bound}; it must be at least 1")
     meta = meta_model(source.model_class, source.config)
@@ -129,7 +133,11 @@ def _model_info(source: ModelSource) -> ModelInfo:
         hidden=sizes["hidden_size"],
         layers=sizes["num_hidden_layers"],
         max_positions=sizes["max_position_embeddings"],
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,) if isinstance(eos, int) else (),
+        eos_token_ids=tuple(eos)
+        if isinstance(eos, (list, tuple))
+        else (eos,)
+        if isinstance(eos, int)
+        else (),
         bos_token_id=bos if isinstance(bos, int) else None,
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -53,8 +53,8 @@ class _Region:
 def emit_region(low: Lowering, wanted: list[fx.Node], narrow_integers: bool = False) -> None:
     """Emits one aten op that computes ``wanted`` and every unknown node they depend on.
 
-    ``narrow_integers``: int64 results are handed out as i32 (expert ids). Raises HetcompError naming the module
-    of what cannot be expressed.
+    ``narrow_integers``: int64 results are handed out as i32 (expert ids). Raises HetcompError naming the
+    module of what cannot be expressed.
     """
     if not wanted:
         return
@@ -75,9 +75,7 @@ def emit_region(low: Lowering, wanted: list[fx.Node], narrow_integers: bool = Fa
         outputs.append(value)
         low.bound[node] = Ref(value, made)
         low.pending.discard(node)
-    attrs = Aten(
-        tuple(region.nodes), tuple(region.input_shapes), tuple(region.input_dtypes), tuple(results)
-    )
+    attrs = Aten(tuple(region.nodes), tuple(region.input_shapes), tuple(region.input_dtypes), tuple(results))
     low.builder.emit(attrs, region.inputs, outputs, module_path(wanted[0]))
 
 
@@ -163,9 +161,7 @@ def _ordered(region: _Region, value: str, layout: Layout, dtype: str) -> AtenRef
     return region.add("aten.reshape.default", (ref, full), dtype, full)
 
 
-def _result(
-    low: Lowering, region: _Region, node: fx.Node, narrow_integers: bool
-) -> tuple[Layout, int]:
+def _result(low: Lowering, region: _Region, node: fx.Node, narrow_integers: bool) -> tuple[Layout, int]:
     """Layout and node index of a result, which must lie in memory rows first."""
     shape = low.dims(node)
     dtype = _name(node.meta["val"].dtype)
@@ -179,9 +175,7 @@ def _result(
     if not lay.is_row_major(made):
         at = shape.index(lay.ROWS)
         order = (at, *(i for i in range(len(shape)) if i != at))
-        ref = region.add(
-            "aten.permute.default", (ref, order), dtype, tuple(shape[i] for i in order)
-        )
+        ref = region.add("aten.permute.default", (ref, order), dtype, tuple(shape[i] for i in order))
     if narrow_integers and dtype == "int64":
         last = region.nodes[ref.index].shape if ref.source == "node" else shape
         ref = region.add("aten._to_copy.default", (ref,), "int32", last, (("dtype", "torch.int32"),))
@@ -190,7 +184,7 @@ def _result(
     return made, ref.index
 
 
-def _argument(low: Lowering, region: _Region, node: fx.Node, value: Any) -> AtenArg:
+def _argument(low: Lowering, region: _Region, node: fx.Node, value: object) -> AtenArg:
     if isinstance(value, fx.Node):
         if "sym_size" in str(value.target):
             return lay.ROWS

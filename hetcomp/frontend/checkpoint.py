@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 
 # bf16 comes as its bits in uint16: numpy has no such type.
 Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+# Numbers while they are cut and joined; numpy's types lose track of a union there.
+_Raw = npt.NDArray[Any]
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
 _INDEX = "model.safetensors.index.json"
@@ -106,7 +109,7 @@ class BaseCheckpoint(ABC):
     # ------------------------------------------------ numbers
 
     def read(self, value: Value) -> Numbers:
-        """The whole weight in the value's shape: f32, f16, or bf16 bits in uint16, as the checkpoint has it."""
+        """The whole weight in the value's shape, in the checkpoint's f32, f16, or bf16 (bits in uint16)."""
         source = self.source(value)
         if source.recipe == "plain":
             return _viewed(self._numbers(source.tensors[0]), source)
@@ -119,7 +122,7 @@ class BaseCheckpoint(ABC):
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
         return self._expert(self.source(value), expert)
 
-    def _expert(self, source: WeightSource, expert: int) -> Numbers:
+    def _expert(self, source: WeightSource, expert: int) -> _Raw:
         if source.recipe == "plain":
             part = self._numbers(source.tensors[0], expert)
         elif source.recipe == "stack":
@@ -131,12 +134,12 @@ class BaseCheckpoint(ABC):
             raise HetcompError(f"{source.tensors[0].name} is no weight of experts")
         return _viewed(part, source)
 
-    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> Numbers:
+    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw:
         raw = self._raw(tensor, row)
         return raw.astype(np.float32) if raw.dtype == np.float64 else raw
 
     @abstractmethod
-    def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:  # type: ignore[type-var]
+    def _raw(self, tensor: CheckpointTensor, row: int | None) -> _Raw:
         """The tensor, or its part ``row`` along the first axis, in the checkpoint's own type."""
 
 
@@ -162,15 +165,19 @@ def viewed_shape(source: WeightSource) -> tuple[int, ...] | None:
     return shape
 
 
-def _joined(parts: list[Numbers]) -> Numbers:
-    from hetcomp.backends.packing import to_f32
-
+def _joined(parts: list[_Raw]) -> _Raw:
     if len({p.dtype for p in parts}) > 1:
-        return np.concatenate([to_f32(p) for p in parts])
+        return np.concatenate([_to_f32(p) for p in parts])
     return np.concatenate(parts)
 
 
-def _viewed(numbers: Numbers, source: WeightSource) -> Numbers:
+def _to_f32(numbers: _Raw) -> _Raw:
+    if numbers.dtype == np.uint16:
+        return (numbers.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return numbers.astype(np.float32)
+
+
+def _viewed(numbers: _Raw, source: WeightSource) -> _Raw:
     """Applies the view to a whole weight or to one expert's part of it (then without the first axis)."""
     if source.transpose:
         numbers = np.swapaxes(numbers, -1, -2)
@@ -209,7 +216,7 @@ class FolderCheckpoint(BaseCheckpoint):
         super().__init__(str(folder), tensors, parts, aliases or {})
         self._folder = folder
 
-    def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:  # type: ignore[type-var]
+    def _raw(self, tensor: CheckpointTensor, row: int | None) -> _Raw:
         dtype = np.dtype(_NUMPY[tensor.dtype])
         shape = tensor.shape if row is None else tensor.shape[1:]
         count = math.prod(shape)
@@ -232,7 +239,9 @@ class ModuleCheckpoint(BaseCheckpoint):
         self._data = {name: tensor.detach() for name, tensor in everything}
         for name, tensor in self._data.items():
             if tensor.device.type == "meta":
-                raise HetcompError(f"{type(module).__name__}: parameter {name} is on the meta device, it has no data")
+                raise HetcompError(
+                    f"{type(module).__name__}: parameter {name} is on the meta device, it has no data"
+                )
         tensors = {
             name: CheckpointTensor("memory", name, _dtype_name(t.dtype), tuple(t.shape), 0, t.nbytes)
             for name, t in self._data.items()
@@ -240,7 +249,7 @@ class ModuleCheckpoint(BaseCheckpoint):
         parts = {name: Parts("plain", (name,)) for name in tensors}
         super().__init__(f"{type(module).__name__} in memory", tensors, parts, aliases or {})
 
-    def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:  # type: ignore[type-var]
+    def _raw(self, tensor: CheckpointTensor, row: int | None) -> _Raw:
         data = self._data[tensor.name] if row is None else self._data[tensor.name][row]
         data = data.cpu().contiguous()
         if data.dtype == torch.bfloat16:
@@ -275,8 +284,8 @@ def _folder_tensors(folder: Path) -> dict[str, CheckpointTensor]:
     files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         raise HetcompError(
-            f"{folder} has {len(files)} safetensors files and neither model.safetensors nor {_INDEX}, so it is "
-            "unclear which belong to the model"
+            f"{folder} has {len(files)} safetensors files and neither model.safetensors nor {_INDEX}, so it "
+            "is unclear which belong to the model"
         )
     return read_header(files[0])
 

@@ -6,6 +6,8 @@ dimension of 1 included.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -92,7 +94,7 @@ def _moe_experts(
     return torch.empty_like(x)
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., object]] = {
     "rms_norm": _rms_norm,
     "rope_table": _rope_table,
     "rope": _rope,
@@ -102,7 +104,7 @@ _FAKES = {
     "moe_experts": _moe_experts,
 }
 
-_library = torch.library.Library("hetcomp", "DEF")
+_library = torch.library.Library("hetcomp", "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema)
+    _library.define(_name + _schema)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"hetcomp::{_name}", _FAKES[_name], lib=_library)

@@ -26,7 +26,7 @@ class _Segment:
 
 def fold_layers(plan: Plan) -> Plan:
     """``plan`` (one template, one call) with a template for every kind of layer, and one each for what comes
-    before and after them. Templates are named ``layer_0``, ``layer_1``, ... in the order of their first use."""
+    before and after them. Templates are named ``layer_0``, ``layer_1``, ... in the order of first use."""
     (model,) = plan.templates
     values = model.value_map()
     segments = _segments(model)
@@ -53,9 +53,7 @@ def fold_layers(plan: Plan) -> Plan:
 
 
 def _segments(model: Template) -> list[_Segment]:
-    runs = [
-        (layer, tuple(ops)) for layer, ops in itertools.groupby(model.ops, key=lambda op: op.layer)
-    ]
+    runs = [(layer, tuple(ops)) for layer, ops in itertools.groupby(model.ops, key=lambda op: op.layer)]
     readers: dict[str, set[int]] = {}
     for index, (_, ops) in enumerate(runs):
         for op in ops:

@@ -70,7 +70,7 @@ def _random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-class TracingCache(Cache):
+class TracingCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A KV cache that only says what is appended: update() emits ``hetcomp::kv_append``."""
 
     def __init__(self, context: int) -> None:
@@ -78,7 +78,7 @@ class TracingCache(Cache):
         self._context = context
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """The layer's caches after the write."""
         pair: tuple[Tensor, Tensor] = torch.ops.hetcomp.kv_append(
@@ -113,7 +113,7 @@ def _attention_forward(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     layer = int(getattr(module, "layer_idx", 0))
     scale = float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5
@@ -276,9 +276,9 @@ def _replace_rotary_tables(model: PreTrainedModel, patches: _Patches, hooks: Hoo
 
 
 class _ComplexTable(tuple[Tensor, Tensor]):
-    """Stands for the complex tensor cos + i sin; a model may only move it and hand it to its rope function."""
+    """Stands for the complex tensor cos + i sin; a model may only move it and hand it on."""
 
-    def to(self, *args: Any, **kwargs: Any) -> _ComplexTable:
+    def to(self, *args: object, **kwargs: object) -> _ComplexTable:
         return self
 
 
@@ -303,10 +303,10 @@ def _rope_table_data(module: nn.Module, path: str) -> RopeTableData | None:
         return None
     with torch.device("cpu"):
         real = type(module)(config).float()
-    inv_freq = real.inv_freq.float()
+    inv_freq = torch.as_tensor(real.inv_freq).float()
     scaling = float(getattr(real, "attention_scaling", 1.0))
     positions = torch.tensor([[0, 1, 5, 100]])
-    got = real(torch.zeros(1, 4, 8), positions)
+    got: object = real(torch.zeros(1, 4, 8), positions)
     angles = positions[..., None].float() * inv_freq
     if isinstance(got, Tensor) and got.is_complex():
         same = _close(got.real, angles.cos() * scaling) and _close(got.imag, angles.sin() * scaling)
@@ -336,12 +336,16 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, style: 
 
 
 def _rope_style(function: Callable[..., Any], table: RopeTableData, head_dim: int) -> RopeStyle | None:
-    """The style in which ``function`` rotates heads of ``head_dim`` with such a table; None if none of ours."""
+    """The style in which ``function`` rotates heads of ``head_dim`` with such a table; None: none of ours."""
     rotary_dim = 2 * len(table.inv_freq)
     cos, sin = (_random(1, 5, rotary_dim // 2, seed=s) for s in (11, 12))
     q, k = _random(1, 3, 5, head_dim, seed=13), _random(1, 2, 5, head_dim, seed=14)
     repeats = table.width // cos.shape[-1]
-    given = [torch.complex(cos, sin)] if table.complex_pair else [torch.cat([t] * repeats, -1) for t in (cos, sin)]
+    given = (
+        [torch.complex(cos, sin)]
+        if table.complex_pair
+        else [torch.cat([t] * repeats, -1) for t in (cos, sin)]
+    )
     try:
         got = function(q, k, *given)
     except (RuntimeError, TypeError, ValueError, IndexError):
@@ -383,11 +387,11 @@ def _replace_rope_functions(model: PreTrainedModel, patches: _Patches, hooks: Ho
 def _rope_function(
     original: Callable[..., Any], styles: _Styles, rotary_dims: dict[int, int]
 ) -> Callable[..., Any]:
-    def apply(q: Tensor, k: Tensor, table: Any, *args: Any, **kwargs: Any) -> Any:
+    def apply(q: Tensor, k: Tensor, table: Tensor | _ComplexTable, *args: object, **kwargs: object) -> object:
         complex_pair = isinstance(table, _ComplexTable)
-        cos, sin = table if complex_pair else (table, args[0] if args else kwargs["sin"])
+        cos, sin = table if isinstance(table, _ComplexTable) else (table, args[0] if args else kwargs["sin"])
         integers = [a for a in args if isinstance(a, int)]
-        axis = int(kwargs.get("unsqueeze_dim", integers[-1] if integers else 1))
+        axis = kwargs.get("unsqueeze_dim", integers[-1] if integers else 1)
         width = int(cos.shape[-1])
         partial = q.shape[-1] > rotary_dims.get(width, 0)
         style = styles.get((width, complex_pair, partial))
@@ -408,7 +412,7 @@ class _Patches:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def set(self, target: Any, name: str, value: Any) -> None:
+    def set(self, target: object, name: str, value: object) -> None:
         own = vars(target)
         if name in own:
             previous = own[name]
@@ -417,7 +421,7 @@ class _Patches:
             self._undo.append(lambda: delattr(target, name))
         setattr(target, name, value)
 
-    def set_item(self, target: dict[str, Any], key: str, value: Any) -> None:
+    def set_item(self, target: dict[str, Any], key: str, value: object) -> None:
         previous = target[key]
         self._undo.append(lambda: target.__setitem__(key, previous))
         target[key] = value
@@ -481,4 +485,3 @@ def tracing_hooks(model: PreTrainedModel) -> Iterator[Hooks]:
         yield hooks
     finally:
         patches.undo()
-

@@ -1,13 +1,13 @@
-"""Names of checkpoint tensors -> parameters of the transformers model, by transformers' own conversion mapping."""
+"""Names of checkpoint tensors -> parameters of the model, by transformers' own conversion mapping."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightTransform
 
 from hetcomp.errors import HetcompError
 
@@ -31,7 +31,7 @@ def map_checkpoint(names: Iterable[str], parameters: Iterable[str], model_type: 
     known = set(parameters)
     transforms = get_checkpoint_conversion_mapping(model_type) or []
     single: dict[str, str] = {}
-    joined: dict[str, tuple[Any, dict[tuple[int, int], str]]] = {}
+    joined: dict[str, tuple[WeightTransform, dict[tuple[int, int], str]]] = {}
     for name in names:
         target, transform, pattern, matched = name, None, None, name
         for candidate in transforms:
@@ -74,7 +74,7 @@ def _expert(name: str, pattern: str) -> int:
     return int(match.group(1)) if match else -1
 
 
-def _joined(target: str, transform: Any, found: dict[tuple[int, int], str]) -> Parts:
+def _joined(target: str, transform: WeightTransform, found: dict[tuple[int, int], str]) -> Parts:
     operations = [type(o).__name__ for o in transform.operations]
     sources = len(transform.source_patterns)
     experts = sorted({expert for expert, _ in found})

@@ -1,8 +1,8 @@
 """How a torch tensor lies in token-major memory: transposes and views are bookkeeping, not work.
 
-A Plan value with T rows is memory [T, width]. A torch tensor over it has axes in some order: the rows, axes of
-size one, and feature axes with a stride within a row. ``[1, heads, T, head_dim]`` over ``[T, heads * head_dim]``
-is (one, feature(heads, head_dim), rows, feature(head_dim, 1)).
+A Plan value with T rows is memory [T, width]. A torch tensor over it has axes in some order: the rows, axes
+of size one, and feature axes with a stride within a row. ``[1, heads, T, head_dim]`` over
+``[T, heads * head_dim]`` is (one, feature(heads, head_dim), rows, feature(head_dim, 1)).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Layout = tuple[Axis, ...]
 
 
 def natural(shape: TorchShape) -> Layout | None:
-    """Layout in which the features lie in a row in the order of the axes; None if T is not there just once."""
+    """Layout with the features in a row in the order of the axes; None if T is not there just once."""
     if sum(d == ROWS for d in shape) != 1:
         return None
     axes: list[Axis] = []
@@ -67,13 +67,13 @@ def is_natural(layout: Layout) -> bool:
 
 
 def is_row_major(layout: Layout) -> bool:
-    """True if the torch tensor, read contiguously, is the memory: natural, with the rows before all features."""
+    """True if the torch tensor, read contiguously, is the memory: natural, rows before all features."""
     kinds = [a.kind for a in layout if a.kind != "one"]
     return is_natural(layout) and kinds[:1] == ["rows"]
 
 
 def heads_and_dim(layout: Layout) -> tuple[int, int] | None:
-    """(heads, head_dim) of a 4-d tensor whose last axis is innermost in a row of [heads, head_dim]; else None."""
+    """(heads, head_dim) if the last axis is innermost in a row of [heads, head_dim]; else None."""
     found = features(layout)
     if not found or layout[-1].kind != "feature" or layout[-1].stride != 1:
         return None

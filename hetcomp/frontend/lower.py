@@ -22,7 +22,7 @@ from hetcomp.frontend.plan_builder import PlanBuilder, assemble
 from hetcomp.frontend.rewrites import finish
 from hetcomp.frontend.routing import Router, find_routers
 from hetcomp.frontend.trace import TracedModel, module_path
-from hetcomp.ir.plan import ModelInfo, Plan, Value, ValueKind, WeightSource
+from hetcomp.ir.plan import ModelInfo, Op, Plan, Value, ValueKind, WeightSource
 from hetcomp.ir.types import Dim, DType, Shape, TensorType
 
 IDS, POSITIONS, LOGITS = "ids", "positions", "logits"
@@ -87,9 +87,9 @@ class Lowering:
 
     # ------------------------------------------------ reading nodes
 
-    def dims(self, node: fx.Node, value: Any = None) -> TorchShape:
+    def dims(self, node: fx.Node) -> TorchShape:
         """Shape of a node's tensor with ``T`` for the number of tokens."""
-        value = node.meta["val"] if value is None else value
+        value = node.meta["val"]
         out: list[int | str] = []
         for d in value.shape:
             if isinstance(d, int):
@@ -103,11 +103,11 @@ class Lowering:
                 )
         return tuple(out)
 
-    def parameter(self, node: Any) -> str | None:
+    def parameter(self, node: object) -> str | None:
         """Name of the parameter behind a placeholder, else None."""
         return self.traced.fqns.get(node.name) if isinstance(node, fx.Node) else None
 
-    def ref(self, node: Any) -> Ref | None:
+    def ref(self, node: object) -> Ref | None:
         """The tensor behind ``node`` in the Plan; an unknown node becomes an aten region now."""
         if not isinstance(node, fx.Node):
             return None
@@ -117,11 +117,11 @@ class Lowering:
         return found if isinstance(found, Ref) else None
 
     def weight(
-        self, node: Any, shape: Shape | None = None, view: WeightSource | None = None, suffix: str = ""
+        self, node: object, shape: Shape | None = None, view: WeightSource | None = None, suffix: str = ""
     ) -> str:
         """The Plan value of a parameter. ``suffix`` tells apart several views of one parameter."""
         fqn = self.parameter(node)
-        if fqn is None:
+        if fqn is None or not isinstance(node, fx.Node):
             raise HetcompError(
                 f"{module_path(node) if isinstance(node, fx.Node) else node}: a weight is computed, not a "
                 "parameter of the model; hetcomp cannot compile it"
@@ -157,9 +157,7 @@ class Lowering:
     def _placeholder(self, node: fx.Node) -> None:
         if node.name in self.traced.inputs:
             name = IDS if node.name == self.traced.inputs[0] else POSITIONS
-            self.builder.add_value(
-                Value(name, TensorType(DType.I32, (lay.ROWS,)), ValueKind.INPUT, fqn=name)
-            )
+            self.builder.add_value(Value(name, TensorType(DType.I32, (lay.ROWS,)), ValueKind.INPUT, fqn=name))
             self.bound[node] = RowsOnly(name)
 
     def _call(self, node: fx.Node) -> None:
@@ -168,7 +166,7 @@ class Lowering:
         if node.target is operator.getitem:
             several = self.bound.get(node.args[0])  # type: ignore[arg-type]
             if isinstance(several, Several):
-                self.bound[node] = several.parts[int(node.args[1])]  # type: ignore[call-overload]
+                self.bound[node] = several.parts[node.args[1]]  # type: ignore[index]
                 return
         elif "sym_size" in str(node.target):
             return
@@ -196,7 +194,7 @@ class Lowering:
         self.builder.ops = [_rename(op, ref.value, LOGITS) for op in self.builder.ops]
 
 
-def _rename(op: Any, old: str, new: str) -> Any:
+def _rename(op: Op, old: str, new: str) -> Op:
     swap = {old: new}
     return replace(
         op,
@@ -206,7 +204,7 @@ def _rename(op: Any, old: str, new: str) -> Any:
 
 
 def memory_shape(layout: Layout) -> Shape:
-    """Shape of the Plan value behind a natural layout: the rows, then the features; (T, 1) for no features."""
+    """Shape of the value behind a natural layout: the rows, then the features; (T, 1) for no features."""
     sizes = tuple(a.size for a in lay.features(layout))
     return (lay.ROWS, *(sizes or (1,)))
 

@@ -1,5 +1,5 @@
-"""Handlers of the nodes that the Plan has a kind for. A handler returns what the node became, or None to leave
-it to an aten region."""
+"""Handlers of the nodes that the Plan has a kind for. A handler returns what the node became, or None to
+leave it to an aten region."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hetcomp.ir.plan import Value, ValueKind, WeightSource
 from hetcomp.ir.types import DType, TensorType
 
 
-def _arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+def _arg(node: fx.Node, index: int, name: str, default: object = None) -> Any:  # noqa: ANN401 - as torch has it
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
@@ -30,11 +30,11 @@ def _view(low: Lowering, node: fx.Node) -> Ref | None:
     return Ref(source.value, made) if source and made else None
 
 
-def _same(low: Lowering, node: fx.Node) -> Any:
+def _same(low: Lowering, node: fx.Node) -> Ref | None:
     return low.ref(node.args[0])
 
 
-def _cast(low: Lowering, node: fx.Node) -> Any:
+def _cast(low: Lowering, node: fx.Node) -> Ref | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return low.ref(source) if source.meta["val"].dtype == node.meta["val"].dtype else None
@@ -146,13 +146,13 @@ def _state(low: Lowering, layer: int, part: str, heads: int, dim: int) -> str:
 
 def _kv_append(low: Lowering, node: fx.Node) -> Several | None:
     k, v, layer = low.ref(node.args[0]), low.ref(node.args[1]), int(node.args[2])  # type: ignore[arg-type]
-    found = [lay.heads_and_dim(r.layout) if r else None for r in (k, v)]
-    if k is None or v is None or found[0] is None or found[1] is None:
+    of_k, of_v = (lay.heads_and_dim(r.layout) if r else None for r in (k, v))
+    if k is None or v is None or of_k is None or of_v is None:
         return None
     origin, role = module_path(node), "attn.kv_append"
     readers = {str(u.target) for part in node.users for u in part.users}
     if "hetcomp.mla_attention.default" in readers:
-        (_, rank), (_, rope) = found
+        rank, rope = of_k[1], of_v[1]
         row = low.builder.act((lay.ROWS, 1, rank + rope))
         low.builder.retype(k.value, (lay.ROWS, 1, rank))
         low.builder.retype(v.value, (lay.ROWS, 1, rope))
@@ -161,15 +161,15 @@ def _kv_append(low: Lowering, node: fx.Node) -> Several | None:
         low.builder.emit(ops.KvAppend(1, rank + rope), [row, state], [], origin, role)
         return Several((Caches((state,)), Caches((state,))))
     states = []
-    for part, ref, (heads, dim) in (("k", k, found[0]), ("v", v, found[1])):
+    for part, ref, (heads, dim) in (("k", k, of_k), ("v", v, of_v)):
         state = _state(low, layer, part, heads, dim)
         low.builder.emit(ops.KvAppend(heads, dim), [ref.value, state], [], origin, role)
         states.append(Caches((state,)))
     return Several(tuple(states))
 
 
-def _cache_of(low: Lowering, node: Any) -> str | None:
-    found = low.bound.get(node)
+def _cache_of(low: Lowering, node: object) -> str | None:
+    found = low.bound.get(node)  # type: ignore[call-overload]
     return found.states[0] if isinstance(found, Caches) else None
 
 
@@ -238,7 +238,7 @@ def _mla_attention(low: Lowering, node: fx.Node) -> Ref | None:
 
 
 def _mla_query(low: Lowering, node: fx.Node, nope: int) -> tuple[str, str, int, int] | None:
-    """(value of q_nope, value of q_rot, heads, rotary dim): the two inputs of the cat before the attention."""
+    """(value of q_nope, value of q_rot, heads, rotary dim): what the cat before the attention joins."""
     cat = node.args[0]
     if not isinstance(cat, fx.Node) or str(cat.target) != "aten.cat.default":
         return None

@@ -89,9 +89,7 @@ def name_ops(ops: list[Op], values: dict[str, Value]) -> tuple[list[Op], dict[st
     return out, named
 
 
-def assemble(
-    ops: Iterable[Op], values: dict[str, Value], model: ModelInfo, dims: tuple[Dim, ...]
-) -> Plan:
+def assemble(ops: Iterable[Op], values: dict[str, Value], model: ModelInfo, dims: tuple[Dim, ...]) -> Plan:
     """The Plan of one template and one call. Values stand in the order of their first use."""
     ops = tuple(ops)
     used = dict.fromkeys(v for op in ops for v in (*op.inputs, *op.outputs))

@@ -73,7 +73,7 @@ def _fuse_glu(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
 
 
 def _select_rows(lowered: list[Op], values: dict[str, Value], logits: str) -> list[Op]:
-    """Puts select_rows before the head, and before the row-wise ops in front of it: logits for R rows only."""
+    """Puts select_rows before the head and the row-wise ops in front of it: logits for R rows only."""
     makers = {v: i for i, op in enumerate(lowered) for v in op.outputs}
     users = users_of(lowered)
     chain = [makers[logits]]

@@ -1,4 +1,4 @@
-"""What an op is in the field's words, from its place in the data flow and, for projections, its module's name."""
+"""What an op is in the field's words: from the data flow, for projections from the module's name."""
 
 from __future__ import annotations
 

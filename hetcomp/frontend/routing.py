@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from transformers import PreTrainedConfig
 
 from hetcomp.ir.ops import Route
 
@@ -51,7 +52,7 @@ def route_reference(logits: Tensor, bias: Tensor | None, r: Route) -> tuple[Tens
     return ids, weights * r.scaling
 
 
-def find_routers(graph: fx.Graph, config: Any) -> dict[fx.Node, Router]:
+def find_routers(graph: fx.Graph, config: PreTrainedConfig) -> dict[fx.Node, Router]:
     """Recognised routers by the moe_experts node that they feed."""
     out: dict[fx.Node, Router] = {}
     fitted: dict[str, Route | None] = {}
@@ -93,7 +94,7 @@ def _region(moe: fx.Node) -> tuple[list[fx.Node], fx.Node, fx.Node | None] | Non
     buffers = [n for n in outside if n.op == "placeholder"]
     if len(logits) != 1 or len(buffers) > 1 or len(logits) + len(buffers) != len(outside):
         return None
-    return [n for n in moe.graph.nodes if n in members], logits[0], (buffers or [None])[0]
+    return [n for n in moe.graph.nodes if n in members], logits[0], buffers[0] if buffers else None
 
 
 def _signature(nodes: list[fx.Node], logits: fx.Node, bias: fx.Node | None, moe: fx.Node) -> str:
@@ -109,7 +110,7 @@ def _signature(nodes: list[fx.Node], logits: fx.Node, bias: fx.Node | None, moe:
 
 
 def _fit(
-    nodes: list[fx.Node], logits: fx.Node, bias: fx.Node | None, moe: fx.Node, config: Any
+    nodes: list[fx.Node], logits: fx.Node, bias: fx.Node | None, moe: fx.Node, config: PreTrainedConfig
 ) -> Route | None:
     experts = int(logits.meta["val"].shape[-1])
     top_k = int(moe.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
@@ -159,12 +160,12 @@ def _run(
     return ids, weights
 
 
-def _numbers(config: Any, *names: str) -> list[float]:
+def _numbers(config: PreTrainedConfig, *names: str) -> list[float]:
     found = (getattr(config, n, None) for n in names)
     return [float(v) for v in found if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
-def _candidates(experts: int, top_k: int, bias: bool, config: Any) -> Iterator[Route]:
+def _candidates(experts: int, top_k: int, bias: bool, config: PreTrainedConfig) -> Iterator[Route]:
     """Route parameters that the config makes plausible, simple ones first."""
     scalings = dict.fromkeys([1.0, *_numbers(config, "routed_scaling_factor", "moe_routed_scaling_factor")])
     groups = [(1, 1)]
@@ -188,7 +189,7 @@ def _candidates(experts: int, top_k: int, bias: bool, config: Any) -> Iterator[R
             yield Route(
                 experts=experts,
                 top_k=top_k,
-                scoring=scoring,  # type: ignore[arg-type]
+                scoring=scoring,
                 normalise=normalise,
                 norm_eps=norm_eps,
                 groups=n,

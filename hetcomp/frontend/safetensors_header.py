@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import CheckpointTensor
@@ -37,7 +37,7 @@ _MAX_HEADER = 100_000_000  # safetensors' own limit
 
 
 def read_header(path: Path) -> dict[str, CheckpointTensor]:
-    """Tensors of a safetensors file by name. Raises HetcompError naming the file and what is wrong with it."""
+    """Tensors of a safetensors file by name. Raises HetcompError naming the file and what is wrong."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, CheckpointTensor]:
     return tensors
 
 
-def _tensor(path: Path, name: str, entry: Any, data_start: int) -> CheckpointTensor:
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> CheckpointTensor:
     where = f"{path}: tensor {name}"
     if not isinstance(entry, dict):
         raise HetcompError(f"{where} has no valid header entry")
@@ -80,7 +80,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> CheckpointTen
     return CheckpointTensor(path.name, name, dtype, tuple(shape), data_start + offsets[0], expected)
 
 
-def _naturals(value: Any) -> bool:
+def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value
     )

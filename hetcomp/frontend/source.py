@@ -90,8 +90,8 @@ def _from_folder(folder: Path) -> ModelSource:
         )
     if model_type not in CONFIG_MAPPING:
         raise HetcompError(
-            f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; models "
-            "with their own code (trust_remote_code) are not run"
+            f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; "
+            "models with their own code (trust_remote_code) are not run"
         )
     model_class = _model_class(path, architectures)
     _refuse_quantised(raw, str(path))
@@ -142,7 +142,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise HetcompError(f"{path.parent} has no config.json, so it is not a Hugging Face model folder") from None
+        raise HetcompError(
+            f"{path.parent} has no config.json, so it is not a Hugging Face model folder"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise HetcompError(f"cannot read {path}: {error}") from error
     try:

@@ -1,4 +1,4 @@
-"""torch.export of a meta-device model into a cleaned fx graph: the import dialect, left behind by lowering."""
+"""torch.export of a meta-device model into a clean fx graph: the import dialect, left behind by lowering."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _WRAPPER = "m."
 @dataclass(frozen=True)
 class TracedModel:
     """A cleaned graph. ``fqns`` names the parameter or buffer behind a placeholder; tied parameters have the
-    first of their names, ``aliases`` has the others. ``computed_buffers`` are not in checkpoints. ``inputs`` are the placeholders of the step: ids,
-    positions."""
+    first of their names, ``aliases`` has the others. ``computed_buffers`` are not in checkpoints. ``inputs``
+    are the placeholders of the step: ids, positions."""
 
     graph: fx.Graph
     fqns: dict[str, str]
@@ -60,9 +60,7 @@ class _Step(nn.Module):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         cache = TracingCache(self.context)
-        out = self.m(
-            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True
-        )
+        out = self.m(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
         logits: Tensor = out.logits
         return logits
 
@@ -102,9 +100,7 @@ def trace(model: PreTrainedModel, context: int) -> TracedModel:
     with torch.no_grad(), _quiet(), tracing_hooks(model) as hooks:
         step = _Step(model, context)
         try:
-            program = torch.export.export(
-                step, (ids, ids.clone()), dynamic_shapes=dynamic, strict=False
-            )
+            program = torch.export.export(step, (ids, ids.clone()), dynamic_shapes=dynamic, strict=False)
         except HetcompError:
             raise
         except Exception as error:
@@ -177,9 +173,7 @@ def _aliases_by_name(canonical: dict[str, str]) -> dict[str, tuple[str, ...]]:
     return out
 
 
-def _parameter_names(
-    program: torch.export.ExportedProgram, canonical: dict[str, str]
-) -> dict[str, str]:
+def _parameter_names(program: torch.export.ExportedProgram, canonical: dict[str, str]) -> dict[str, str]:
     """Placeholder -> parameter name, tied parameters under the first of their names."""
     out = {}
     for spec in program.graph_signature.input_specs:
@@ -228,7 +222,7 @@ def _packet(node: fx.Node) -> str:
 
 def _same_type(node: fx.Node) -> bool:
     source = node.args[0]
-    return isinstance(source, fx.Node) and source.meta["val"].dtype == node.meta["val"].dtype
+    return isinstance(source, fx.Node) and bool(source.meta["val"].dtype == node.meta["val"].dtype)
 
 
 def _whole_slice(node: fx.Node) -> bool:
@@ -238,7 +232,7 @@ def _whole_slice(node: fx.Node) -> bool:
     step = node.args[4] if len(node.args) > 4 else 1
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return step == 1 and all(
+    return bool(step == 1) and all(
         a is b or str(a) == str(b)
         for a, b in zip(source.meta["val"].shape, node.meta["val"].shape, strict=True)
     )

@@ -1,8 +1,8 @@
 """Tiny random models with the real structure of every supported family, for parity tests.
 
 ``build`` gives a float32 ``transformers`` model with eager attention and eager experts, the reference of all
-parity tests. ``odd`` models have sizes that are no multiples of vector or block widths. Weights are drawn wider
-than transformers' initialisation so that routers have clear winners and errors show in the logits.
+parity tests. ``odd`` models have sizes that are no multiples of vector or block widths. Weights are drawn
+wider than transformers' initialisation so that routers have clear winners and errors show in the logits.
 """
 
 from __future__ import annotations

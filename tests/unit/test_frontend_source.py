@@ -1,0 +1,126 @@
+"""What the user may give, and what is refused with which words."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hetcomp import frontend
+from hetcomp.errors import HetcompError
+from hetcomp.frontend.source import resolve
+from tests.reference import tiny_models
+
+BOUNDS = {"context_length": 32, "max_batch": 1, "max_tokens": 8, "max_logit_rows": 8}
+
+
+def write_config(folder, **changes: object):
+    config = json.loads(tiny_models.config("qwen3_moe").to_json_string())
+    for key, value in changes.items():
+        config.pop(key, None)
+        if value is not None:
+            config[key] = value
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def refused(model, *words: str, **bounds: int):
+    with pytest.raises(HetcompError) as caught:
+        frontend.load(model, **(BOUNDS | bounds))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_zoo_name_and_its_path_are_the_same():
+    assert resolve("demo-moe").folder == resolve("models_zoo/demo-moe").folder.resolve()
+    assert resolve("configs/mixtral-8x7b").name == "mixtral-8x7b"
+
+
+def test_unknown_names(tmp_path):
+    refused("no-such-model", "no-such-model", "demo-moe")
+    refused(tmp_path / "nowhere", "nowhere")
+    (tmp_path / "file.gguf").write_text("x")
+    refused(tmp_path / "file.gguf", "is a file")
+
+
+def test_folder_without_config(tmp_path):
+    refused(tmp_path, "config.json")
+
+
+def test_broken_json(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    refused(tmp_path, "config.json", "JSON")
+    (tmp_path / "config.json").write_text("[]")
+    refused(tmp_path, "config.json")
+
+
+def test_config_without_architecture(tmp_path):
+    refused(write_config(tmp_path / "a", architectures=None), "architectures")
+    refused(write_config(tmp_path / "b", model_type=None), "model_type")
+
+
+def test_unknown_architecture(tmp_path):
+    refused(write_config(tmp_path / "a", architectures=["NoSuchForCausalLM"]), "NoSuchForCausalLM")
+    refused(write_config(tmp_path / "b", model_type="no_such_type"), "no_such_type", "trust_remote_code")
+    refused(write_config(tmp_path / "c", architectures=["Qwen3MoeForSequenceClassification"]), "causal")
+
+
+def test_quantised_checkpoint(tmp_path):
+    refused(write_config(tmp_path, quantization_config={"quant_method": "fp8"}), "fp8", "bf16")
+
+
+def test_config_that_transformers_cannot_build(tmp_path):
+    refused(write_config(tmp_path, num_key_value_heads=0), "Qwen3Moe")
+
+
+def test_modules_that_are_no_language_model():
+    refused(nn.Linear(2, 2), "Linear", "transformers")
+    refused(tiny_models.build("qwen3").model, "ForCausalLM")
+
+
+def test_module_with_changed_parameters():
+    model = tiny_models.build("qwen3")
+    model.model.layers[0].mlp.up_proj = nn.Linear(64, 97, bias=False)
+    refused(model, "model.layers.0.mlp.up_proj.weight", "[97, 64]")
+
+
+def test_module_without_data():
+    with torch.device("meta"):
+        model = type(tiny_models.build("qwen3"))(tiny_models.config("qwen3"))
+    refused(model, "meta device")
+
+
+def test_context_beyond_the_model():
+    model = tiny_models.build("qwen3")
+    refused(model, "513", "512", context_length=513)
+    refused(model, "max_batch", max_batch=0)
+    assert frontend.load(model, **(BOUNDS | {"context_length": None})).plan.dim("context").max == 512
+
+
+def test_bounds_of_the_dimensions():
+    plan = frontend.load(
+        tiny_models.build("qwen3"), context_length=16, max_batch=3, max_tokens=40, max_logit_rows=64
+    ).plan
+    bounds = {d.name: (d.min, d.max) for d in plan.dims}
+    assert bounds == {"T": (1, 16), "R": (1, 16), "slots": (3, 3), "context": (16, 16)}
+
+
+def test_rope_that_depends_on_the_length(tmp_path):
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    refused(tiny_models.build("llama", rope_scaling=scaling), "dynamic", "yarn")
+
+
+def test_the_users_model_is_left_as_it_was():
+    model = tiny_models.build("deepseek_v3")
+    ids = tiny_models.token_ids(model, 5)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        frontend.load(model, **BOUNDS)
+        after = model(input_ids=ids).logits
+    assert torch.equal(before, after)
+    assert model.config._attn_implementation == "eager"
