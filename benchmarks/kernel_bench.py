@@ -119,7 +119,8 @@ def moe(isa: Isa, weight_format: str, data: npt.NDArray[np.uint8]) -> Iterator[C
         middle = start + sizes[0]
         pairs.append((data[start:middle], data[middle : middle + sizes[1]]))
     for rows, hot in ((1, False), (2, False), (8, False), (32, False), (ROWS, False), (ROWS, True)):
-        sets, touched = [], []
+        sets: list[Arrays] = []
+        touched: list[int] = []
         for i in range(len(pairs) * max(1, 16 // rows)):
             ids = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(rows)])
             if hot:

@@ -12,8 +12,8 @@ class CpuIsa:
     """Numbers that the templates are rendered with.
 
     ``vocabulary``: file ``codegen_templates/cpu/isa_<vocabulary>.h.j2``. ``tile_rows`` x ``tile_panels``:
-    tokens x panels of 16 rows whose sums a GEMM tile keeps in registers. ``gemv_rows``: token rows up to which
-    the weights are streamed against unpacked activations. ``attention_rows``: heights of attention's tiles,
+    tokens x panels of 16 rows whose sums a GEMM tile keeps in registers. ``gemv_rows``: token rows up to
+    which the weights are streamed against unpacked activations. ``attention_rows``: heights of attention's tiles,
     falling, the last one 1. ``prefetch_bytes``: distance of software prefetch, a multiple of 64.
     """
 

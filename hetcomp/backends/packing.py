@@ -7,9 +7,9 @@ A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K; rows beyo
                                the same bytes feed vdpbf16ps
 
 Layout ``panels16`` is one such matrix, or several (experts, heads: all axes before the last two) one after
-the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in panels
-of their own, interleaved: gate panel 0, up panel 0, gate panel 1, ... so that one task streams both halves of
-16 columns. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
+the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in
+panels of their own, interleaved: gate panel 0, up panel 0, gate panel 1, ... so that one task streams both
+halves of 16 columns. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
 from __future__ import annotations

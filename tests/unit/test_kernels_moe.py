@@ -103,8 +103,8 @@ def _hidden(a: MoeExperts, w: Doubles, x: Doubles, b: Doubles) -> tuple[Doubles,
     sum_error = EPS * (4 + np.sqrt(a.hidden)) * magnitude
     factor = np.clip(sums[n:], -a.limit, a.limit) + 1 if a.function == "swiglu_oai" else sums[n:]
     gate = _gate(a, sums[:n])
-    # None of the functions is steeper than 1.2 (silu, also with alpha 1.702: 1.1; gelu 1.13). gelu is x * (1 +
-    # erf), towards minus infinity with the absolute error of an ulp of 1: hence |x| beside |function(x)|.
+    # None of the functions is steeper than 1.2 (silu, also with alpha 1.702: 1.1; gelu 1.13). gelu is x *
+    # (1 + erf), towards minus infinity with the absolute error of an ulp of 1: hence |x| beside |function(x)|.
     own = 8 * EPS * (np.abs(gate) + np.abs(sums[:n])) * np.abs(factor)
     return gate * factor, 1.2 * sum_error[:n] * np.abs(factor) + np.abs(gate) * sum_error[n:] + own
 
