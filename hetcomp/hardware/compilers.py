@@ -15,14 +15,14 @@ from hetcomp.errors import HetcompError
 # First versions with C++20 as the templates use it and with -march=x86-64-v4.
 MINIMUM = {"g++": 11, "clang++": 14}
 CANDIDATES = (
-    *("g++", "g++-15", "g++-14", "g++-13", "g++-12", "g++-11"),
-    *("clang++", "clang++-20", "clang++-19", "clang++-18", "clang++-17", "clang++-16", "clang++-15", "clang++-14"),
+    *("g++", *(f"g++-{major}" for major in range(16, 10, -1))),
+    *("clang++", *(f"clang++-{major}" for major in range(21, 13, -1))),
 )
 
 
 @dataclass(frozen=True)
 class CxxCompiler:
-    """A C++ compiler that runs. ``kind``: g++ or clang++. ``identity``: first line of --version, for cache keys."""
+    """A compiler that runs. ``kind``: g++ or clang++. ``identity``: first line of --version, for cache keys."""
 
     path: Path
     kind: str
@@ -52,7 +52,8 @@ def find_cxx() -> CxxCompiler:
     what = "g++ (11 or newer) or clang++ (14 or newer)"
     what = f"CXX={named} as {what}" if named else what
     detail = f" ({'; '.join(seen)})" if seen else ""
-    raise HetcompError(f"No usable C++ compiler: {what} was not found{detail}. Install one: apt-get install g++.")
+    advice = "Install one: apt-get install g++."
+    raise HetcompError(f"No usable C++ compiler: {what} was not found{detail}. {advice}")
 
 
 def installed_cxx() -> list[CxxCompiler]:
@@ -67,7 +68,7 @@ def installed_cxx() -> list[CxxCompiler]:
 
 
 def probe_cxx(name: str) -> CxxCompiler | None:
-    """What the program ``name`` is; None if it is not there, cannot be run or is not a compiler known here."""
+    """What the program ``name`` is; None if it is absent, cannot be run or is no compiler known here."""
     path = shutil.which(name)
     if path is None:
         return None
@@ -76,9 +77,11 @@ def probe_cxx(name: str) -> CxxCompiler | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     first = done.stdout.partition("\n")[0]
-    # "g++ (Debian 12.2.0-14) 12.2.0": the version is the last one; "Debian clang version 14.0.6": the only one.
+    # "g++ (Debian 12.2.0-14) 12.2.0" ends with the version; "Debian clang version 14.0.6" has only one.
     versions = re.findall(r"(\d+)\.\d+(?:\.\d+)?", first)
     if done.returncode != 0 or not versions:
         return None
-    kind = "clang++" if "clang" in first else "g++"
+    kind = "clang++" if "clang" in first else "g++" if re.match(r"\S*(g|c)\+\+", first) else None
+    if kind is None:
+        return None
     return CxxCompiler(Path(path), kind, int(versions[0] if kind == "clang++" else versions[-1]), first)
