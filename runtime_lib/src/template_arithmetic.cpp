@@ -136,7 +136,7 @@ Value arithmetic(NodeKind kind, const Value& left, const Value& right) {
 
 Value slice(const Value& value, const Value& start, const Value& stop, const Value& step) {
   if (const auto* missing = value.as<Undefined>()) throw TemplateError(missing->what);
-  if (!is_indexed(value)) return Value::undefined(type_name(value) + " has no slices");
+  if (!is_indexed(value)) throw TemplateError(type_name(value) + " has no slices");
   const auto given = [](const Value& bound, std::int64_t otherwise) {
     if (bound.is_none()) return otherwise;
     if (!bound.is_integer()) throw TemplateError("a slice index is " + type_name(bound));

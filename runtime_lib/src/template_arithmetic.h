@@ -10,7 +10,7 @@ namespace hetcomp {
 // 64 bits.
 Value arithmetic(NodeKind kind, const Value& left, const Value& right);
 
-// value[start:stop:step] of a string, list or tuple, undefined for anything else; None stands for "not given".
+// value[start:stop:step] of a string, list or tuple; None stands for "not given". Throws TemplateError for others.
 Value slice(const Value& value, const Value& start, const Value& stop, const Value& step);
 
 }  // namespace hetcomp

@@ -113,8 +113,7 @@ void append_json_text(const std::string& text, bool ascii, std::string* out) {
       append_hex("\\u%04x", static_cast<unsigned>(0xD800 + ((code - 0x10000) >> 10)), out);
       append_hex("\\u%04x", static_cast<unsigned>(0xDC00 + ((code - 0x10000) & 0x3FF)), out);
     } else if (ascii && code >= 0x7F) {
-      // json.dumps leaves DEL as it is
-      code == 0x7F ? void(*out += '\x7f') : append_hex("\\u%04x", static_cast<unsigned>(code), out);
+      append_hex("\\u%04x", static_cast<unsigned>(code), out);
     } else {
       out->append(text, at, size);
     }

@@ -55,7 +55,7 @@ std::vector<std::string> split_spaces(std::string_view text, std::int64_t limit)
     if (i == all.size()) return out;
     const auto begin = static_cast<std::size_t>(all[i].data() - text.data());
     if (limit >= 0 && static_cast<std::int64_t>(out.size()) == limit) {
-      out.emplace_back(strip(text.substr(begin), std::nullopt, Side::kRight));
+      out.emplace_back(text.substr(begin));
       return out;
     }
     while (i < all.size() && !space(all[i])) ++i;
@@ -73,7 +73,7 @@ std::vector<std::string> split_spaces_right(std::string_view text, std::int64_t 
     if (i == 0) break;
     const std::size_t end = static_cast<std::size_t>(all[i - 1].data() - text.data()) + all[i - 1].size();
     if (limit >= 0 && static_cast<std::int64_t>(out.size()) == limit) {
-      out.emplace_back(strip(text.substr(0, end), std::nullopt, Side::kLeft));
+      out.emplace_back(text.substr(0, end));
       break;
     }
     while (i > 0 && !space(all[i - 1])) --i;
