@@ -1,4 +1,4 @@
-"""The files of docs/stages, one MoE layer at every stage; `pytest tests/golden --update-golden` makes them."""
+"""docs/stages: one MoE layer at every stage; `pytest tests/golden --update-golden` makes the files."""
 
 from __future__ import annotations
 
