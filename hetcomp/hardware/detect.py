@@ -98,10 +98,18 @@ def _nodes(root: Path, allowed: frozenset[int], limit: int | None) -> tuple[Node
     if not found:  # a kernel without NUMA, or /sys is not mounted
         found = [(0, tuple(sorted(allowed)), memory.get("MemTotal", 0), free)]
     budget = free if limit is None else min(free, limit)
-    usable_sum = sum(usable for *_, usable in found)
-    scale = min(1.0, budget / usable_sum) if usable_sum else 0.0
+    # What the nodes say is taken as shares of the machine's figures: MemAvailable knows the watermarks, and node
+    # files leave out memory that was plugged in later.
+    usable_sum = sum(usable for *_, usable in found) or 1
+    total_sum = sum(total for _, _, total, _ in found) or 1
     return tuple(
-        NodeFacts(id, cpus, _one_of_each_core(root, cpus), total, int(usable * scale))
+        NodeFacts(
+            id,
+            cpus,
+            _one_of_each_core(root, cpus),
+            memory.get("MemTotal", 0) * total // total_sum,
+            budget * usable // usable_sum,
+        )
         for id, cpus, total, usable in found
     )
 
