@@ -18,7 +18,7 @@ from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, Shape, TensorType
 
 REPOSITORY = Path(__file__).parents[2]
-FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror")
 ISA_FLAGS = {Isa.AVX2: "-march=x86-64-v3", Isa.AVX512: "-march=x86-64-v4"}
 GUARD = 64  # elements of a known pattern on either side of an output
 
