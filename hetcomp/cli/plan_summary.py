@@ -15,8 +15,10 @@ _WEIGHTS = (ValueKind.WEIGHT, ValueKind.CONST)
 
 @dataclass
 class PhaseSum:
-    """Costs of a group in one phase, for the whole step of ``tokens`` tokens. ``us`` is what the simulated timeline
-    says of it (barriers included) or, before simulate ran, the sum of the ops' predictions."""
+    """Costs of a group in one phase, for the whole step of ``tokens`` tokens.
+
+    ``us``: what the simulation says of the group, barriers included; before simulate ran, the sum of the ops'
+    predictions."""
 
     phase: str
     tokens: int
@@ -47,8 +49,9 @@ class PhaseSum:
 
 @dataclass
 class OpGroup:
-    """All ops of one role, over all calls. ``weight_bytes``: what lies in memory, each weight counted once, at
-    the first group that uses it."""
+    """All ops of one role, over all calls.
+
+    ``weight_bytes``: what lies in memory; each weight is counted once, at the first group that uses it."""
 
     role: str
     ops: int = 0
