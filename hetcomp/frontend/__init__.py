@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from hetcomp.errors import HetcompError
+
+# As modules: their main functions have the same names.
+from hetcomp.frontend import fold_layers, trace
 from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, ModuleCheckpoint, has_weights
-from hetcomp.frontend.fold_layers import fold_layers
 from hetcomp.frontend.lower import lower_to_plan
 from hetcomp.frontend.source import ModelSource, resolve
-from hetcomp.frontend.trace import TracedModel, meta_model, trace
 from hetcomp.ir.plan import ModelInfo, Plan, ValueKind
 
 DEFAULT_CONTEXT = 4096
@@ -62,8 +63,8 @@ def load(
     ):
         if bound < 1:
             raise HetcompError(f"{name} is {bound}; it must be at least 1")
-    meta = meta_model(source.model_class, source.config)
-    traced = trace(meta, context)
+    meta = trace.meta_model(source.model_class, source.config)
+    traced = trace.trace(meta, context)
     checkpoint = _checkpoint(source, traced)
     lowered = lower_to_plan(
         traced,
@@ -79,7 +80,7 @@ def load(
         weights = [v for v in lowered.values if v.kind is ValueKind.WEIGHT]
         unused = tuple(checkpoint.unused(weights))
     return Imported(
-        plan=fold_layers(lowered),
+        plan=fold_layers.fold_layers(lowered),
         checkpoint=checkpoint,
         config=source.raw,
         folder=source.folder,
@@ -88,7 +89,7 @@ def load(
     )
 
 
-def _checkpoint(source: ModelSource, traced: TracedModel) -> BaseCheckpoint | None:
+def _checkpoint(source: ModelSource, traced: trace.TracedModel) -> BaseCheckpoint | None:
     if source.module is not None:
         have = {n: tuple(t.shape) for n, t in source.module.named_parameters()}
         for name, shape in have.items():

@@ -124,7 +124,12 @@ def _fit(
         return None
     if ids.shape != (_ROWS, top_k) or weights.shape != (_ROWS, top_k):
         return None
-    for candidate in _candidates(experts, top_k, bias is not None, config):
+    candidates = list(_candidates(experts, top_k, bias is not None, config))
+    if any(n.target is torch.ops.aten.topk.default and n.args[0] is logits for n in nodes):
+        # Softmax over the chosen logits and softmax over all, normalised, are the same numbers: the choice
+        # by logits tells which of them it is.
+        candidates.sort(key=lambda r: r.scoring != "topk_softmax")
+    for candidate in candidates:
         if _agree((ids, weights), route_reference(scores, offsets, candidate)):
             return candidate
     return None
