@@ -36,7 +36,8 @@ AddedTokenMatcher::AddedTokenMatcher(std::vector<AddedToken> tokens, const std::
   for (std::size_t i = 0; i < tokens_.size(); ++i) {
     const std::string& text = tokens_[i].text;
     if (text.empty()) throw std::runtime_error("an added token is empty");
-    if (tokens_[i].single_word && !word_) throw std::runtime_error("a single_word token without a word pattern");
+    if (tokens_[i].single_word && !word_)
+      throw std::runtime_error("a single_word token without a word pattern");
     starts_[static_cast<unsigned char>(text[0])] = true;
     std::uint32_t node = 0;
     for (const char c : text) {

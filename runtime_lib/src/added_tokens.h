@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "regex.h"
+#include "unicode_regex.h"
 
 namespace hetcomp {
 

@@ -13,7 +13,8 @@ namespace {
 constexpr std::uint64_t kEmpty = ~std::uint64_t{0};  // ids are not negative, so no pair looks like this
 
 std::uint64_t key_of(std::int32_t left, std::int32_t right) {
-  return (static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32) | static_cast<std::uint32_t>(right);
+  return (static_cast<std::uint64_t>(static_cast<std::uint32_t>(left)) << 32) |
+         static_cast<std::uint32_t>(right);
 }
 
 struct Symbol {
@@ -84,8 +85,8 @@ std::vector<std::int32_t> Bpe::start_symbols(std::string_view piece) const {
     const std::size_t length = rules_.byte_level ? 1 : utf8_length(piece.substr(at));
     const std::string_view symbol = piece.substr(at, length);
     at += length;
-    const std::int32_t id = rules_.byte_level ? single_bytes_[static_cast<unsigned char>(symbol[0])]
-                                              : find(symbol).value_or(-1);
+    const std::int32_t id =
+        rules_.byte_level ? single_bytes_[static_cast<unsigned char>(symbol[0])] : find(symbol).value_or(-1);
     if (id >= 0) {
       if (unk_pending) symbols.push_back(*rules_.unk_id);
       unk_pending = false;
@@ -121,8 +122,8 @@ void Bpe::merge(std::vector<std::int32_t>* symbols) const {
     if (found) queue.push({found->rank, at, found->id});
   };
   for (std::int32_t i = 0; i < count; ++i) {
-    list[static_cast<std::size_t>(i)] = {(*symbols)[static_cast<std::size_t>(i)], i - 1, i + 1 < count ? i + 1 : -1,
-                                         true};
+    list[static_cast<std::size_t>(i)] = {(*symbols)[static_cast<std::size_t>(i)], i - 1,
+                                         i + 1 < count ? i + 1 : -1, true};
   }
   for (std::int32_t i = 0; i < count; ++i) offer(i);
   while (!queue.empty()) {

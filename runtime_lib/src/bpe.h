@@ -12,7 +12,8 @@
 
 namespace hetcomp {
 
-// (left id, right id) -> rank and merged id. Open addressing: looked up several times for every byte of a prompt.
+// (left id, right id) -> rank and merged id. Open addressing: looked up several times for every byte of a
+// prompt.
 class MergeTable {
  public:
   struct Merge {

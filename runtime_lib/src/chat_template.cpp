@@ -13,8 +13,8 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// What transformers does to each message before the template sees it: keys without a value go, and reasoning, which
-// callers pass under three names, is there under the two that templates read.
+// What transformers does to each message before the template sees it: keys without a value go, and reasoning,
+// which callers pass under three names, is there under the two that templates read.
 Json prepared_message(const Json& message) {
   if (!message.is_object()) throw TemplateError("a message is not an object with role and content");
   Json kept = Json::object();
@@ -34,7 +34,8 @@ Json prepared_message(const Json& message) {
 }
 
 Json prepared_messages(const Json& messages) {
-  if (!messages.is_array() || messages.empty()) throw TemplateError("messages is not a list of at least one message");
+  if (!messages.is_array() || messages.empty())
+    throw TemplateError("messages is not a list of at least one message");
   Json out = Json::array();
   for (const Json& message : messages) out.push_back(prepared_message(message));
   return out;
@@ -63,7 +64,8 @@ std::unique_ptr<ChatTemplate> ChatTemplate::load(std::string_view text, std::str
     }
     auto tree = std::make_unique<ChatTemplateTree>();
     tree->root = read_template_node(json.at("template"));
-    if (tree->root.kind != NodeKind::kTemplate) throw TemplateError("its tree does not start with a template");
+    if (tree->root.kind != NodeKind::kTemplate)
+      throw TemplateError("its tree does not start with a template");
     for (const auto& [name, token] : json.at("tokens").items()) {
       tree->tokens.emplace_back(name, Value(token.get<std::string>()));
     }

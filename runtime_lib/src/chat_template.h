@@ -22,9 +22,9 @@ class ChatTemplate {
 
   // context_json: one JSON object with the template's variables, usually
   //   {"messages": [{"role": "user", "content": "..."}], "add_generation_prompt": true}
-  // plus "tools", "documents", "enable_thinking" and so on. bos_token, eos_token and the other special tokens are
-  // already known; tools and documents are null unless given, as in transformers.
-  // Returns nothing and sets *error if the context is no JSON object or the template refuses the conversation.
+  // plus "tools", "documents", "enable_thinking" and so on. bos_token, eos_token and the other special tokens
+  // are already known; tools and documents are null unless given, as in transformers. Returns nothing and
+  // sets *error if the context is no JSON object or the template refuses the conversation.
   std::optional<std::string> render(std::string_view context_json, std::string* error) const;
 
  private:

@@ -74,11 +74,20 @@ std::vector<Part> merged_with_next(const std::vector<Part>& parts) {
 void apply(const SplitStep& step, std::string_view piece, bool, std::vector<std::string>* out) {
   std::vector<Part> parts = parts_of(piece, step);
   switch (step.behavior) {
-    case SplitBehavior::kRemoved: std::erase_if(parts, [](const Part& part) { return part.match; }); break;
-    case SplitBehavior::kIsolated: break;
-    case SplitBehavior::kMergedWithPrevious: parts = merged_with_previous(parts); break;
-    case SplitBehavior::kMergedWithNext: parts = merged_with_next(parts); break;
-    case SplitBehavior::kContiguous: parts = contiguous(parts); break;
+    case SplitBehavior::kRemoved:
+      std::erase_if(parts, [](const Part& part) { return part.match; });
+      break;
+    case SplitBehavior::kIsolated:
+      break;
+    case SplitBehavior::kMergedWithPrevious:
+      parts = merged_with_previous(parts);
+      break;
+    case SplitBehavior::kMergedWithNext:
+      parts = merged_with_next(parts);
+      break;
+    case SplitBehavior::kContiguous:
+      parts = contiguous(parts);
+      break;
   }
   for (const Part& part : parts) {
     if (part.end > part.begin) out->emplace_back(piece.substr(part.begin, part.end - part.begin));
@@ -144,7 +153,8 @@ Pretokenizer::Pretokenizer(const nlohmann::ordered_json& steps) {
     } else if (kind == "metaspace") {
       auto replacement = step.at("replacement").get<std::string>();
       if (replacement.empty()) throw std::runtime_error("the metaspace replacement is empty");
-      steps_.emplace_back(MetaspaceStep{std::move(replacement), scheme_of(step.at("scheme").get<std::string>()),
+      steps_.emplace_back(MetaspaceStep{std::move(replacement),
+                                        scheme_of(step.at("scheme").get<std::string>()),
                                         step.at("split").get<bool>()});
     } else {
       throw std::runtime_error("unknown pre-tokenizer kind '" + kind + "'");

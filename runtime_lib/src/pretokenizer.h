@@ -7,7 +7,7 @@
 #include <variant>
 #include <vector>
 
-#include "regex.h"
+#include "unicode_regex.h"
 
 namespace hetcomp {
 

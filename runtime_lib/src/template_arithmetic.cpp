@@ -61,7 +61,8 @@ Value divided(NodeKind kind, const Value& left, const Value& right) {
   const double quotient = std::floor(left.number() / right.number());
   if (kind == NodeKind::kFloorDiv) return Value(quotient);
   const double remainder = std::fmod(left.number(), right.number());
-  return Value(remainder != 0 && (remainder < 0) != (right.number() < 0) ? remainder + right.number() : remainder);
+  return Value(remainder != 0 && (remainder < 0) != (right.number() < 0) ? remainder + right.number()
+                                                                         : remainder);
 }
 
 Value numbers(NodeKind kind, const Value& left, const Value& right) {
@@ -80,8 +81,10 @@ Value numbers(NodeKind kind, const Value& left, const Value& right) {
       if (!whole) return Value(left.number() * right.number());
       if (__builtin_mul_overflow(left.integer(), right.integer(), &out)) overflow();
       return Value(out);
-    case NodeKind::kPow: return power(left, right);
-    default: return divided(kind, left, right);
+    case NodeKind::kPow:
+      return power(left, right);
+    default:
+      return divided(kind, left, right);
   }
 }
 
@@ -99,7 +102,8 @@ Value repeated(const Value& value, std::int64_t times) {
       items.insert(items.end(), more.begin(), more.end());
     }
   }
-  return value.text() ? Value(std::move(text)) : Value::make_sequence(std::move(items), value.sequence()->kind);
+  return value.text() ? Value(std::move(text))
+                      : Value::make_sequence(std::move(items), value.sequence()->kind);
 }
 
 bool is_indexed(const Value& value) {
@@ -108,13 +112,20 @@ bool is_indexed(const Value& value) {
 
 const char* sign_of(NodeKind kind) {
   switch (kind) {
-    case NodeKind::kAdd: return "+";
-    case NodeKind::kSub: return "-";
-    case NodeKind::kMul: return "*";
-    case NodeKind::kDiv: return "/";
-    case NodeKind::kFloorDiv: return "//";
-    case NodeKind::kMod: return "%";
-    default: return "**";
+    case NodeKind::kAdd:
+      return "+";
+    case NodeKind::kSub:
+      return "-";
+    case NodeKind::kMul:
+      return "*";
+    case NodeKind::kDiv:
+      return "/";
+    case NodeKind::kFloorDiv:
+      return "//";
+    case NodeKind::kMod:
+      return "%";
+    default:
+      return "**";
   }
 }
 
@@ -123,14 +134,16 @@ const char* sign_of(NodeKind kind) {
 Value arithmetic(NodeKind kind, const Value& left, const Value& right) {
   if (left.is_number() && right.is_number()) return numbers(kind, left, right);
   if (kind == NodeKind::kAdd && left.text() && right.text()) return Value(*left.text() + *right.text());
-  if (kind == NodeKind::kAdd && is_indexed(left) && is_indexed(right) && left.sequence() && right.sequence() &&
-      left.sequence()->kind == right.sequence()->kind) {
+  if (kind == NodeKind::kAdd && is_indexed(left) && is_indexed(right) && left.sequence() &&
+      right.sequence() && left.sequence()->kind == right.sequence()->kind) {
     std::vector<Value> items = left.sequence()->items;
     items.insert(items.end(), right.sequence()->items.begin(), right.sequence()->items.end());
     return Value::make_sequence(std::move(items), left.sequence()->kind);
   }
-  if (kind == NodeKind::kMul && is_indexed(left) && right.is_integer()) return repeated(left, right.integer());
-  if (kind == NodeKind::kMul && left.is_integer() && is_indexed(right)) return repeated(right, left.integer());
+  if (kind == NodeKind::kMul && is_indexed(left) && right.is_integer())
+    return repeated(left, right.integer());
+  if (kind == NodeKind::kMul && left.is_integer() && is_indexed(right))
+    return repeated(right, left.integer());
   refuse(sign_of(kind), left, right);
 }
 
@@ -165,7 +178,8 @@ Value slice(const Value& value, const Value& start, const Value& stop, const Val
     }
     if (__builtin_add_overflow(i, stride, &i)) break;
   }
-  return value.text() ? Value(std::move(text)) : Value::make_sequence(std::move(picked), value.sequence()->kind);
+  return value.text() ? Value(std::move(text))
+                      : Value::make_sequence(std::move(picked), value.sequence()->kind);
 }
 
 }  // namespace hetcomp

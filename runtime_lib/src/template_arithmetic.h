@@ -6,11 +6,12 @@
 
 namespace hetcomp {
 
-// kind: kAdd, kSub, kMul, kDiv, kFloorDiv, kMod or kPow. Throws TemplateError where Python raises; integers have
-// 64 bits.
+// kind: kAdd, kSub, kMul, kDiv, kFloorDiv, kMod or kPow. Throws TemplateError where Python raises; integers
+// have 64 bits.
 Value arithmetic(NodeKind kind, const Value& left, const Value& right);
 
-// value[start:stop:step] of a string, list or tuple; None stands for "not given". Throws TemplateError for others.
+// value[start:stop:step] of a string, list or tuple; None stands for "not given". Throws TemplateError for
+// others.
 Value slice(const Value& value, const Value& start, const Value& stop, const Value& step);
 
 }  // namespace hetcomp

@@ -32,7 +32,8 @@ struct Frame {
 
 namespace {
 
-// Bounds macros that call each other and trees nested in trees, well before the stack of a thread (8 MB) ends.
+// Bounds macros that call each other and trees nested in trees, well before the stack of a thread (8 MB)
+// ends.
 constexpr int kDeepest = 1500;
 
 class Evaluator {
@@ -66,7 +67,8 @@ class Evaluator {
     int* depth_;
   };
 
-  // Runs `body` in a fresh scope below `parent`. Scopes live until the end: a macro defined in one may still be called.
+  // Runs `body` in a fresh scope below `parent`. Scopes live until the end: a macro defined in one may still
+  // be called.
   template <typename Body>
   auto in_frame(Frame* parent, Body body) {
     Frame* const before = frame_;
@@ -102,34 +104,46 @@ class Evaluator {
       case NodeKind::kOutput:
         for (const TemplateNode& part : node.parts) out_ += to_text(evaluate(part));
         return Flow::kOn;
-      case NodeKind::kIf: return run(truthy(evaluate(node.parts[0])) ? node.body : node.otherwise);
-      case NodeKind::kFor: return run_for(node);
-      case NodeKind::kAssign: assign(node.parts[0], evaluate(node.parts[1])); return Flow::kOn;
+      case NodeKind::kIf:
+        return run(truthy(evaluate(node.parts[0])) ? node.body : node.otherwise);
+      case NodeKind::kFor:
+        return run_for(node);
+      case NodeKind::kAssign:
+        assign(node.parts[0], evaluate(node.parts[1]));
+        return Flow::kOn;
       case NodeKind::kAssignBlock: {
         std::string text = captured([&] { in_frame(frame_, [&] { run(node.body); }); });
         assign(node.parts[0], Value(std::move(text)));
         return Flow::kOn;
       }
-      case NodeKind::kMacro: frame_->set(node.name, Value(Value::Data(Macro{&node, frame_}))); return Flow::kOn;
+      case NodeKind::kMacro:
+        frame_->set(node.name, Value(Value::Data(Macro{&node, frame_})));
+        return Flow::kOn;
       case NodeKind::kCallBlock: {
         const Value caller(Value::Data(Macro{&node.body[0], frame_}));
         out_ += to_text(call(node.parts[0], &caller));
         return Flow::kOn;
       }
-      case NodeKind::kScope: return in_frame(frame_, [&] { return run(node.body); });
-      case NodeKind::kBreak: return Flow::kBreak;
-      case NodeKind::kContinue: return Flow::kContinue;
-      default: throw TemplateError("a node stands where it cannot");
+      case NodeKind::kScope:
+        return in_frame(frame_, [&] { return run(node.body); });
+      case NodeKind::kBreak:
+        return Flow::kBreak;
+      case NodeKind::kContinue:
+        return Flow::kContinue;
+      default:
+        throw TemplateError("a node stands where it cannot");
     }
   }
 
   Flow run_for(const TemplateNode& node) {
     auto loop = std::make_shared<Loop>();
     for (Value& item : iterate(evaluate(node.parts[1]))) {
-      const bool wanted = node.parts.size() < 3 || in_frame(frame_, [&] {
-                            assign(node.parts[0], item);
-                            return truthy(evaluate(node.parts[2]));
-                          });
+      const bool wanted = node.parts.size() < 3 || in_frame(
+                                                       frame_,
+                                                       [&] {
+                                                         assign(node.parts[0], item);
+                                                         return truthy(evaluate(node.parts[2]));
+                                                       });
       if (wanted) loop->items.push_back(std::move(item));
     }
     if (loop->items.empty()) {
@@ -192,12 +206,18 @@ class Evaluator {
     const Deeper deeper(&depth_);
     const auto& parts = node.parts;
     switch (node.kind) {
-      case NodeKind::kConst: return node.value;
-      case NodeKind::kName: return lookup(node.name);
-      case NodeKind::kTuple: return Value::make_sequence(evaluate_all(parts), Sequence::Kind::kTuple);
-      case NodeKind::kList: return Value::make_sequence(evaluate_all(parts));
-      case NodeKind::kDict: return dict_of(parts);
-      case NodeKind::kCondExpr: return conditional(parts);
+      case NodeKind::kConst:
+        return node.value;
+      case NodeKind::kName:
+        return lookup(node.name);
+      case NodeKind::kTuple:
+        return Value::make_sequence(evaluate_all(parts), Sequence::Kind::kTuple);
+      case NodeKind::kList:
+        return Value::make_sequence(evaluate_all(parts));
+      case NodeKind::kDict:
+        return dict_of(parts);
+      case NodeKind::kCondExpr:
+        return conditional(parts);
       case NodeKind::kAnd: {
         Value left = evaluate(parts[0]);
         return truthy(left) ? evaluate(parts[1]) : left;
@@ -206,17 +226,23 @@ class Evaluator {
         Value left = evaluate(parts[0]);
         return truthy(left) ? left : evaluate(parts[1]);
       }
-      case NodeKind::kNot: return Value(!truthy(evaluate(parts[0])));
-      case NodeKind::kNeg: return arithmetic(NodeKind::kMul, Value(std::int64_t{-1}), number_of(parts[0]));
-      case NodeKind::kPos: return number_of(parts[0]);
-      case NodeKind::kCompare: return Value(compare(node));
+      case NodeKind::kNot:
+        return Value(!truthy(evaluate(parts[0])));
+      case NodeKind::kNeg:
+        return arithmetic(NodeKind::kMul, Value(std::int64_t{-1}), number_of(parts[0]));
+      case NodeKind::kPos:
+        return number_of(parts[0]);
+      case NodeKind::kCompare:
+        return Value(compare(node));
       case NodeKind::kConcat: {
         std::string text;
         for (const TemplateNode& part : parts) text += to_text(evaluate(part));
         return Value(std::move(text));
       }
-      case NodeKind::kGetattr: return get_attribute(evaluate(parts[0]), node.name);
-      case NodeKind::kGetitem: return item_of(parts);
+      case NodeKind::kGetattr:
+        return get_attribute(evaluate(parts[0]), node.name);
+      case NodeKind::kGetitem:
+        return item_of(parts);
       case NodeKind::kFilter: {
         const Value value = evaluate(parts[0]);
         return apply_filter(node.name, value, arguments_of(node));
@@ -225,8 +251,10 @@ class Evaluator {
         const Value value = evaluate(parts[0]);
         return Value(apply_test(node.name, value, arguments_of(node)));
       }
-      case NodeKind::kCall: return call(node, nullptr);
-      default: return operation(node);
+      case NodeKind::kCall:
+        return call(node, nullptr);
+      default:
+        return operation(node);
     }
   }
 
@@ -300,7 +328,8 @@ class Evaluator {
     if (const auto* macro = callee.as<Macro>()) return call_macro(*macro, std::move(arguments), caller);
     if (caller) throw TemplateError("a call block calls something that is not a macro");
     if (const auto* builtin = callee.as<Builtin>()) return call_builtin(builtin->name, arguments);
-    if (const auto* method = callee.as<Method>()) return call_method(*method->object, method->name, arguments);
+    if (const auto* method = callee.as<Method>())
+      return call_method(*method->object, method->name, arguments);
     if (const auto* missing = callee.as<Undefined>()) throw TemplateError(missing->what);
     throw TemplateError(type_name(callee) + " cannot be called");
   }
@@ -309,12 +338,15 @@ class Evaluator {
     const TemplateNode& node = *macro.node;
     const std::size_t count = node.names.size();
     if (arguments.positional.size() > count) {
-      throw TemplateError("macro '" + node.name + "' takes not more than " + std::to_string(count) + " arguments");
+      throw TemplateError("macro '" + node.name + "' takes not more than " + std::to_string(count) +
+                          " arguments");
     }
     std::vector<std::optional<Value>> given(count);
-    for (std::size_t i = 0; i < arguments.positional.size(); ++i) given[i] = std::move(arguments.positional[i]);
+    for (std::size_t i = 0; i < arguments.positional.size(); ++i)
+      given[i] = std::move(arguments.positional[i]);
     for (auto& [name, value] : arguments.named) {
-      const auto at = static_cast<std::size_t>(std::find(node.names.begin(), node.names.end(), name) - node.names.begin());
+      const auto at = static_cast<std::size_t>(std::find(node.names.begin(), node.names.end(), name) -
+                                               node.names.begin());
       if (at == count) throw TemplateError("macro '" + node.name + "' takes no argument '" + name + "'");
       if (given[at]) throw TemplateError("macro '" + node.name + "' gets argument '" + name + "' twice");
       given[at] = std::move(value);

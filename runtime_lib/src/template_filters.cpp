@@ -1,4 +1,4 @@
-// jinja2's filters and tests, and tojson as transformers defines it.
+// jinja2's filters, and tojson as transformers defines it.
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -13,7 +13,6 @@ namespace hetcomp {
 namespace {
 
 using Filter = std::function<Value(const Value&, const CallArguments&)>;
-using Test = std::function<bool(const Value&, const CallArguments&)>;
 
 Value generator(std::vector<Value> items) {
   return Value::make_sequence(std::move(items), Sequence::Kind::kGenerator);
@@ -39,7 +38,8 @@ Value attribute_path(Value value, const Value& path, const Value* otherwise) {
 
 CallArguments rest(const CallArguments& arguments, std::size_t from) {
   CallArguments out;
-  for (std::size_t i = from; i < arguments.positional.size(); ++i) out.positional.push_back(arguments.positional[i]);
+  for (std::size_t i = from; i < arguments.positional.size(); ++i)
+    out.positional.push_back(arguments.positional[i]);
   out.named = arguments.named;
   return out;
 }
@@ -154,7 +154,9 @@ Value indent_filter(const Value& value, const CallArguments& arguments) {
   const std::string margin =
       width && width->text()
           ? *width->text()
-          : std::string(static_cast<std::size_t>(std::clamp<std::int64_t>(arguments.integer(0, "width", 4), 0, 4096)), ' ');
+          : std::string(
+                static_cast<std::size_t>(std::clamp<std::int64_t>(arguments.integer(0, "width", 4), 0, 4096)),
+                ' ');
   const bool blank = arguments.flag(2, "blank", false);
   std::string out;
   const std::vector<std::string> lines = text::split_lines(to_text(value) + "\n", false);
@@ -234,7 +236,8 @@ Value items_filter(const Value& value, const CallArguments& arguments) {
   arguments.at_most(0, "items");
   if (value.is_undefined()) return generator({});
   const auto* dict = value.dict();
-  if (!dict || dict->is_namespace) throw TemplateError("the filter items takes a dict, not " + type_name(value));
+  if (!dict || dict->is_namespace)
+    throw TemplateError("the filter items takes a dict, not " + type_name(value));
   return generator(iterate(call_method(value, "items", {})));
 }
 
@@ -244,7 +247,8 @@ Value float_filter(const Value& value, const CallArguments& arguments) {
     const std::string trimmed = text::strip(*value.text(), std::nullopt, text::Side::kBoth);
     double parsed = 0;
     const auto end = std::from_chars(trimmed.data(), trimmed.data() + trimmed.size(), parsed);
-    if (!trimmed.empty() && end.ec == std::errc() && end.ptr == trimmed.data() + trimmed.size()) return Value(parsed);
+    if (!trimmed.empty() && end.ec == std::errc() && end.ptr == trimmed.data() + trimmed.size())
+      return Value(parsed);
   }
   const Value* otherwise = arguments.find(0, "default");
   return otherwise ? *otherwise : Value(0.0);
@@ -259,12 +263,14 @@ Value int_filter(const Value& value, const CallArguments& arguments) {
     const auto base = static_cast<int>(std::clamp<std::int64_t>(arguments.integer(1, "base", 10), 2, 36));
     std::int64_t parsed = 0;
     const auto end = std::from_chars(trimmed.data(), trimmed.data() + trimmed.size(), parsed, base);
-    if (!trimmed.empty() && end.ec == std::errc() && end.ptr == trimmed.data() + trimmed.size()) return Value(parsed);
+    if (!trimmed.empty() && end.ec == std::errc() && end.ptr == trimmed.data() + trimmed.size())
+      return Value(parsed);
   }
   const Value* given = arguments.find(0, "default");
   const Value otherwise = given ? *given : Value(std::int64_t{0});
   const Value real = float_filter(value, {{Value()}, {}});
-  if (!real.as<double>() || !std::isfinite(real.number()) || std::fabs(real.number()) >= 9.2e18) return otherwise;
+  if (!real.as<double>() || !std::isfinite(real.number()) || std::fabs(real.number()) >= 9.2e18)
+    return otherwise;
   return Value(static_cast<std::int64_t>(real.number()));
 }
 
@@ -280,7 +286,8 @@ Value sum_filter(const Value& value, const CallArguments& arguments) {
     const Value term = attribute && !attribute->is_none() ? attribute_path(item, *attribute, nullptr) : item;
     if (!term.is_number()) throw TemplateError("sum takes numbers, not " + type_name(term));
     whole = whole && term.is_integer();
-    if (whole && __builtin_add_overflow(integer, term.integer(), &integer)) throw TemplateError("sum is too large");
+    if (whole && __builtin_add_overflow(integer, term.integer(), &integer))
+      throw TemplateError("sum is too large");
     real += term.number();
   }
   return whole ? Value(integer) : Value(real);
@@ -310,105 +317,62 @@ Value replace_filter(const Value& value, const CallArguments& arguments) {
 Value trim_filter(const Value& value, const CallArguments& arguments) {
   arguments.at_most(1, "trim");
   std::optional<std::string> characters;
-  if (const Value* given = arguments.find(0, "chars"); given && !given->is_none()) characters = to_text(*given);
+  if (const Value* given = arguments.find(0, "chars"); given && !given->is_none())
+    characters = to_text(*given);
   return Value(text::strip(to_text(value), characters, text::Side::kBoth));
 }
 
 const std::map<std::string, Filter>& filters() {
   static const std::map<std::string, Filter> table = [] {
     std::map<std::string, Filter> all{
-        {"abs", abs_filter}, {"default", default_filter}, {"dictsort", dictsort_filter}, {"first", first_filter},
-        {"float", float_filter}, {"indent", indent_filter}, {"int", int_filter}, {"items", items_filter},
-        {"join", join_filter}, {"last", last_filter}, {"map", map_filter}, {"replace", replace_filter},
-        {"reverse", reverse_filter}, {"sort", sort_filter}, {"sum", sum_filter}, {"tojson", tojson_filter},
-        {"trim", trim_filter}, {"unique", unique_filter},
-        {"capitalize", text_filter(text::capitalize)}, {"lower", text_filter(text::lower)},
-        {"title", text_filter(text::filter_title)}, {"upper", text_filter(text::upper)},
+        {"abs", abs_filter},
+        {"default", default_filter},
+        {"dictsort", dictsort_filter},
+        {"first", first_filter},
+        {"float", float_filter},
+        {"indent", indent_filter},
+        {"int", int_filter},
+        {"items", items_filter},
+        {"join", join_filter},
+        {"last", last_filter},
+        {"map", map_filter},
+        {"replace", replace_filter},
+        {"reverse", reverse_filter},
+        {"sort", sort_filter},
+        {"sum", sum_filter},
+        {"tojson", tojson_filter},
+        {"trim", trim_filter},
+        {"unique", unique_filter},
+        {"capitalize", text_filter(text::capitalize)},
+        {"lower", text_filter(text::lower)},
+        {"title", text_filter(text::filter_title)},
+        {"upper", text_filter(text::upper)},
     };
-    all["attr"] = [](const Value& value, const CallArguments& a) { return get_attribute(value, a.text(0, "name", "")); };
+    all["attr"] = [](const Value& value, const CallArguments& a) {
+      return get_attribute(value, a.text(0, "name", ""));
+    };
     all["length"] = [](const Value& value, const CallArguments&) { return Value(length(value)); };
-    all["list"] = [](const Value& value, const CallArguments&) { return Value::make_sequence(iterate(value)); };
+    all["list"] = [](const Value& value, const CallArguments&) {
+      return Value::make_sequence(iterate(value));
+    };
     all["max"] = [](const Value& value, const CallArguments& a) { return extreme_filter(value, a, true); };
     all["min"] = [](const Value& value, const CallArguments& a) { return extreme_filter(value, a, false); };
     all["safe"] = [](const Value& value, const CallArguments&) { return Value(to_text(value)); };
     all["string"] = all["safe"];
-    all["select"] = [](const Value& value, const CallArguments& a) { return select_filter(value, a, false, true); };
-    all["reject"] = [](const Value& value, const CallArguments& a) { return select_filter(value, a, false, false); };
-    all["selectattr"] = [](const Value& value, const CallArguments& a) { return select_filter(value, a, true, true); };
-    all["rejectattr"] = [](const Value& value, const CallArguments& a) { return select_filter(value, a, true, false); };
+    all["select"] = [](const Value& value, const CallArguments& a) {
+      return select_filter(value, a, false, true);
+    };
+    all["reject"] = [](const Value& value, const CallArguments& a) {
+      return select_filter(value, a, false, false);
+    };
+    all["selectattr"] = [](const Value& value, const CallArguments& a) {
+      return select_filter(value, a, true, true);
+    };
+    all["rejectattr"] = [](const Value& value, const CallArguments& a) {
+      return select_filter(value, a, true, false);
+    };
     all["count"] = all["length"];
     all["d"] = all["default"];
-    return all;
-  }();
-  return table;
-}
-
-std::int64_t whole(const Value& value) {
-  if (!value.is_integer()) throw TemplateError("a test takes an integer, not " + type_name(value));
-  return value.integer();
-}
-
-Test ordering(bool (*holds)(int)) {
-  return [holds](const Value& value, const CallArguments& a) { return holds(order(value, a.required(0, ""))); };
-}
-
-bool is_sized_and_indexed(const Value& value) {
-  const auto* items = value.sequence();
-  return value.text() || value.is_undefined() || (value.dict() && !value.dict()->is_namespace) ||
-         (items && items->kind < Sequence::Kind::kView);
-}
-
-bool same_as(const Value& a, const Value& b) {
-  if (a.data.index() != b.data.index()) return false;
-  if (a.sequence()) return a.sequence() == b.sequence();
-  if (a.dict()) return a.dict() == b.dict();
-  return equal(a, b);
-}
-
-const std::map<std::string, Test>& tests() {
-  using A = CallArguments;
-  static const std::map<std::string, Test> table = [] {
-    std::map<std::string, Test> all{
-        {"boolean", [](const Value& v, const A&) { return v.as<bool>() != nullptr; }},
-        {"callable",
-         [](const Value& v, const A&) { return v.as<Macro>() || v.as<Builtin>() || v.as<Method>(); }},
-        {"defined", [](const Value& v, const A&) { return !v.is_undefined(); }},
-        {"divisibleby",
-         [](const Value& v, const A& a) {
-           const std::int64_t by = whole(a.required(0, "num"));
-           if (by == 0) throw TemplateError("division by zero");
-           return by == -1 || whole(v) % by == 0;
-         }},
-        {"eq", [](const Value& v, const A& a) { return equal(v, a.required(0, "")); }},
-        {"even", [](const Value& v, const A&) { return whole(v) % 2 == 0; }},
-        {"false", [](const Value& v, const A&) { return v.as<bool>() && !*v.as<bool>(); }},
-        {"float", [](const Value& v, const A&) { return v.as<double>() != nullptr; }},
-        {"in", [](const Value& v, const A& a) { return contains(a.required(0, ""), v); }},
-        {"integer", [](const Value& v, const A&) { return v.as<std::int64_t>() != nullptr; }},
-        {"iterable", [](const Value& v, const A&) { return is_iterable(v); }},
-        {"lower", [](const Value& v, const A&) { return text::is_lower(to_text(v)); }},
-        {"mapping", [](const Value& v, const A&) { return v.dict() && !v.dict()->is_namespace; }},
-        {"ne", [](const Value& v, const A& a) { return !equal(v, a.required(0, "")); }},
-        {"none", [](const Value& v, const A&) { return v.is_none(); }},
-        {"number", [](const Value& v, const A&) { return v.is_number(); }},
-        {"odd", [](const Value& v, const A&) { return whole(v) % 2 != 0; }},
-        {"sameas", [](const Value& v, const A& a) { return same_as(v, a.required(0, "")); }},
-        {"sequence", [](const Value& v, const A&) { return is_sized_and_indexed(v); }},
-        {"string", [](const Value& v, const A&) { return v.text() != nullptr; }},
-        {"true", [](const Value& v, const A&) { return v.as<bool>() && *v.as<bool>(); }},
-        {"undefined", [](const Value& v, const A&) { return v.is_undefined(); }},
-        {"upper", [](const Value& v, const A&) { return text::is_upper(to_text(v)); }},
-        {"lt", ordering([](int c) { return c < 0; })},
-        {"le", ordering([](int c) { return c <= 0; })},
-        {"gt", ordering([](int c) { return c > 0; })},
-        {"ge", ordering([](int c) { return c >= 0; })},
-    };
-    all["=="] = all["equalto"] = all["eq"];
-    all["!="] = all["ne"];
-    all["<"] = all["lessthan"] = all["lt"];
-    all["<="] = all["le"];
-    all[">"] = all["greaterthan"] = all["gt"];
-    all[">="] = all["ge"];
     return all;
   }();
   return table;
@@ -419,12 +383,6 @@ const std::map<std::string, Test>& tests() {
 Value apply_filter(const std::string& name, const Value& value, const CallArguments& arguments) {
   const auto found = filters().find(name);
   if (found == filters().end()) throw TemplateError("there is no filter '" + name + "'");
-  return found->second(value, arguments);
-}
-
-bool apply_test(const std::string& name, const Value& value, const CallArguments& arguments) {
-  const auto found = tests().find(name);
-  if (found == tests().end()) throw TemplateError("there is no test '" + name + "'");
   return found->second(value, arguments);
 }
 

@@ -11,11 +11,12 @@ namespace hetcomp {
 namespace {
 
 constexpr std::array<std::string_view, 25> kTextMethods = {
-    "strip",   "lstrip",       "rstrip",       "split",   "rsplit",  "splitlines", "startswith", "endswith", "upper",
-    "lower",   "replace",      "title",        "capitalize", "join", "find",       "rfind",      "index",    "count",
-    "isdigit", "isalpha",      "isalnum",      "isspace", "isupper", "islower",    "removeprefix"};
-constexpr std::array<std::string_view, 11> kDictMethods = {"items", "keys",  "values", "get",    "copy",      "pop",
-                                                           "popitem", "clear", "update", "setdefault", "fromkeys"};
+    "strip",    "lstrip",  "rstrip",  "split",       "rsplit",  "splitlines", "startswith",
+    "endswith", "upper",   "lower",   "replace",     "title",   "capitalize", "join",
+    "find",     "rfind",   "index",   "count",       "isdigit", "isalpha",    "isalnum",
+    "isspace",  "isupper", "islower", "removeprefix"};
+constexpr std::array<std::string_view, 11> kDictMethods = {
+    "items", "keys", "values", "get", "copy", "pop", "popitem", "clear", "update", "setdefault", "fromkeys"};
 constexpr std::array<std::string_view, 2> kListMethods = {"index", "count"};
 // range(n) beyond this is refused, as in jinja2's sandbox.
 constexpr std::int64_t kMaxRange = 100000;
@@ -63,8 +64,11 @@ std::string joined(const std::string& separator, const Value& values) {
 Value strip_method(const std::string& self, const std::string& name, const CallArguments& arguments) {
   arguments.at_most(1, name);
   std::optional<std::string> characters;
-  if (const Value* given = arguments.find(0, "chars"); given && !given->is_none()) characters = to_text(*given);
-  const auto side = name == "strip" ? text::Side::kBoth : name == "lstrip" ? text::Side::kLeft : text::Side::kRight;
+  if (const Value* given = arguments.find(0, "chars"); given && !given->is_none())
+    characters = to_text(*given);
+  const auto side = name == "strip"    ? text::Side::kBoth
+                    : name == "lstrip" ? text::Side::kLeft
+                                       : text::Side::kRight;
   return Value(text::strip(self, characters, side));
 }
 
@@ -96,10 +100,12 @@ Value text_method(const std::string& self, const std::string& name, const CallAr
   }
   arguments.at_most(1, name);
   if (name == "startswith") {
-    return any_affix(arguments.required(0, ""), [&](const std::string& affix) { return self.starts_with(affix); });
+    return any_affix(arguments.required(0, ""),
+                     [&](const std::string& affix) { return self.starts_with(affix); });
   }
   if (name == "endswith") {
-    return any_affix(arguments.required(0, ""), [&](const std::string& affix) { return self.ends_with(affix); });
+    return any_affix(arguments.required(0, ""),
+                     [&](const std::string& affix) { return self.ends_with(affix); });
   }
   if (name == "join") return Value(joined(self, arguments.required(0, "")));
   if (name == "count") return Value(text::count(self, text_argument(arguments, 0, name)));
@@ -198,7 +204,8 @@ Value range_of(const CallArguments& arguments) {
   if (step == 0) throw TemplateError("range() arg 3 must not be zero");
   std::vector<Value> items;
   for (std::int64_t i = start; step > 0 ? i < stop : i > stop;) {
-    if (static_cast<std::int64_t>(items.size()) == kMaxRange) throw TemplateError("range() is longer than 100000");
+    if (static_cast<std::int64_t>(items.size()) == kMaxRange)
+      throw TemplateError("range() is longer than 100000");
     items.emplace_back(i);
     if (__builtin_add_overflow(i, step, &i)) break;
   }
@@ -210,7 +217,8 @@ Value dict_of(const CallArguments& arguments, bool is_namespace) {
   auto dict = std::make_shared<Dict>();
   if (!arguments.positional.empty()) {
     const auto* from = arguments.positional[0].dict();
-    if (!from) throw TemplateError("dict() and namespace() take a dict, not " + type_name(arguments.positional[0]));
+    if (!from)
+      throw TemplateError("dict() and namespace() take a dict, not " + type_name(arguments.positional[0]));
     dict->items = from->items;
   }
   for (const auto& [name, value] : arguments.named) dict->set(Value(name), value);
@@ -232,7 +240,8 @@ Value now_text(const std::string& format) {
 bool has_method(const Value& object, const std::string& name) {
   if (object.text()) return is_in(kTextMethods, name) || name == "removesuffix";
   if (const auto* dict = object.dict()) return !dict->is_namespace && is_in(kDictMethods, name);
-  if (const auto* items = object.sequence()) return items->kind < Sequence::Kind::kView && is_in(kListMethods, name);
+  if (const auto* items = object.sequence())
+    return items->kind < Sequence::Kind::kView && is_in(kListMethods, name);
   return object.as<std::shared_ptr<Loop>>() && (name == "cycle" || name == "changed");
 }
 
@@ -313,11 +322,13 @@ bool CallArguments::flag(std::size_t index, std::string_view name, bool otherwis
 std::int64_t CallArguments::integer(std::size_t index, std::string_view name, std::int64_t otherwise) const {
   const Value* value = find(index, name);
   if (!value || value->is_none()) return otherwise;
-  if (!value->is_integer()) throw TemplateError("argument '" + std::string(name) + "' is " + type_name(*value));
+  if (!value->is_integer())
+    throw TemplateError("argument '" + std::string(name) + "' is " + type_name(*value));
   return value->integer();
 }
 
-std::string CallArguments::text(std::size_t index, std::string_view name, const std::string& otherwise) const {
+std::string CallArguments::text(std::size_t index, std::string_view name,
+                                const std::string& otherwise) const {
   const Value* value = find(index, name);
   return value ? to_text(*value) : otherwise;
 }
@@ -330,7 +341,8 @@ const Value& CallArguments::required(std::size_t index, std::string_view name) c
 
 void CallArguments::at_most(std::size_t count, std::string_view callee) const {
   if (positional.size() + named.size() > count) {
-    throw TemplateError(std::string(callee) + "() is given more than " + std::to_string(count) + " arguments");
+    throw TemplateError(std::string(callee) + "() is given more than " + std::to_string(count) +
+                        " arguments");
   }
 }
 

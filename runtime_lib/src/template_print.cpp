@@ -37,8 +37,10 @@ bool printable(char32_t code) {
     case UTF8PROC_CATEGORY_CO:
     case UTF8PROC_CATEGORY_ZL:
     case UTF8PROC_CATEGORY_ZP:
-    case UTF8PROC_CATEGORY_ZS: return false;
-    default: return true;
+    case UTF8PROC_CATEGORY_ZS:
+      return false;
+    default:
+      return true;
   }
 }
 
@@ -68,7 +70,10 @@ std::string text_repr(const std::string& text) {
     } else if (printable(code)) {
       out += character;
     } else {
-      append_hex(code < 0x100 ? "\\x%02x" : code < 0x10000 ? "\\u%04x" : "\\U%08x", static_cast<unsigned>(code), &out);
+      append_hex(code < 0x100     ? "\\x%02x"
+                 : code < 0x10000 ? "\\u%04x"
+                                  : "\\U%08x",
+                 static_cast<unsigned>(code), &out);
     }
   }
   return out + quote;
@@ -135,7 +140,9 @@ class JsonWriter {
     } else if (const auto* whole = value.as<std::int64_t>()) {
       *out_ += std::to_string(*whole);
     } else if (const auto* real = value.as<double>()) {
-      *out_ += std::isnan(*real) ? "NaN" : std::isinf(*real) ? (*real < 0 ? "-Infinity" : "Infinity") : float_text(*real);
+      *out_ += std::isnan(*real)   ? "NaN"
+               : std::isinf(*real) ? (*real < 0 ? "-Infinity" : "Infinity")
+                                   : float_text(*real);
     } else if (const auto* text = value.text()) {
       append_json_text(*text, style_.ascii, out_);
     } else if (const auto* items = value.sequence(); items && items->kind < Sequence::Kind::kView) {

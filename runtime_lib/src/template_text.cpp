@@ -33,11 +33,13 @@ bool cased(std::string_view character) {
 }
 
 void append_upper(std::string_view character, std::string* out) {
-  utf8_append(static_cast<char32_t>(utf8proc_toupper(static_cast<utf8proc_int32_t>(code_of(character)))), out);
+  utf8_append(static_cast<char32_t>(utf8proc_toupper(static_cast<utf8proc_int32_t>(code_of(character)))),
+              out);
 }
 
 void append_lower(std::string_view character, std::string* out) {
-  utf8_append(static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(code_of(character)))), out);
+  utf8_append(static_cast<char32_t>(utf8proc_tolower(static_cast<utf8proc_int32_t>(code_of(character)))),
+              out);
 }
 
 template <typename Is>
@@ -59,7 +61,8 @@ std::vector<std::string> split_spaces(std::string_view text, std::int64_t limit)
       return out;
     }
     while (i < all.size() && !space(all[i])) ++i;
-    const std::size_t end = i < all.size() ? static_cast<std::size_t>(all[i].data() - text.data()) : text.size();
+    const std::size_t end =
+        i < all.size() ? static_cast<std::size_t>(all[i].data() - text.data()) : text.size();
     out.emplace_back(text.substr(begin, end - begin));
   }
 }
@@ -191,7 +194,8 @@ std::string lower(std::string_view text) {
 
 std::string capitalize(std::string_view text) {
   std::string out;
-  for (const auto character : characters(text)) out.empty() ? append_upper(character, &out) : append_lower(character, &out);
+  for (const auto character : characters(text))
+    out.empty() ? append_upper(character, &out) : append_lower(character, &out);
   return out;
 }
 
@@ -210,7 +214,8 @@ std::string filter_title(std::string_view text) {
   bool inside = false;
   for (const auto character : characters(text)) {
     // jinja2 starts a word behind any of these
-    const bool border = space(character) || std::string_view("-({[<").find(character) != std::string_view::npos;
+    const bool border =
+        space(character) || std::string_view("-({[<").find(character) != std::string_view::npos;
     inside ? append_lower(character, &out) : append_upper(character, &out);
     inside = !border;
   }
@@ -228,7 +233,8 @@ bool is_alpha(std::string_view text) { return all_of(text, letter); }
 bool is_alnum(std::string_view text) {
   return all_of(text, [](std::string_view c) {
     const auto kind = category(c);
-    return letter(c) || kind == UTF8PROC_CATEGORY_ND || kind == UTF8PROC_CATEGORY_NL || kind == UTF8PROC_CATEGORY_NO;
+    return letter(c) || kind == UTF8PROC_CATEGORY_ND || kind == UTF8PROC_CATEGORY_NL ||
+           kind == UTF8PROC_CATEGORY_NO;
   });
 }
 
@@ -255,7 +261,8 @@ std::int64_t find(std::string_view text, std::string_view part, bool from_right)
 std::int64_t count(std::string_view text, std::string_view part) {
   if (part.empty()) return static_cast<std::int64_t>(characters(text).size()) + 1;
   std::int64_t found = 0;
-  for (std::size_t at = text.find(part); at != std::string_view::npos; at = text.find(part, at + part.size())) ++found;
+  for (std::size_t at = text.find(part); at != std::string_view::npos; at = text.find(part, at + part.size()))
+    ++found;
   return found;
 }
 

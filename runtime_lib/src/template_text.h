@@ -1,5 +1,5 @@
-// Python's string methods on UTF-8. Case mapping is one code point to one code point (so "ß".upper() stays "ß");
-// templates change the case of role names and the like, which are ASCII.
+// Python's string methods on UTF-8. Case mapping is one code point to one code point (so "ß".upper() stays
+// "ß"); templates change the case of role names and the like, which are ASCII.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,8 @@ enum class Side { kBoth, kLeft, kRight };
 // Without `characters`: white space as str.isspace has it.
 std::string strip(std::string_view text, const std::optional<std::string>& characters, Side side);
 // separator empty: runs of white space. limit < 0: no limit. from_right: rsplit.
-std::vector<std::string> split(std::string_view text, std::string_view separator, std::int64_t limit, bool from_right);
+std::vector<std::string> split(std::string_view text, std::string_view separator, std::int64_t limit,
+                               bool from_right);
 std::vector<std::string> split_lines(std::string_view text, bool keep_ends);
 std::string replace(std::string_view text, std::string_view from, std::string_view to, std::int64_t limit);
 std::string upper(std::string_view text);

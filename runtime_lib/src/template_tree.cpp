@@ -11,27 +11,56 @@ using Json = nlohmann::ordered_json;
 
 NodeKind kind_of(const std::string& name) {
   static const std::map<std::string, NodeKind> kinds{
-      {"Add", NodeKind::kAdd}, {"And", NodeKind::kAnd}, {"Assign", NodeKind::kAssign},
-      {"AssignBlock", NodeKind::kAssignBlock}, {"Break", NodeKind::kBreak}, {"Call", NodeKind::kCall},
-      {"CallBlock", NodeKind::kCallBlock}, {"Compare", NodeKind::kCompare}, {"Concat", NodeKind::kConcat},
-      {"CondExpr", NodeKind::kCondExpr}, {"Const", NodeKind::kConst}, {"Continue", NodeKind::kContinue},
-      {"Dict", NodeKind::kDict}, {"Div", NodeKind::kDiv}, {"FloorDiv", NodeKind::kFloorDiv}, {"For", NodeKind::kFor},
-      {"Filter", NodeKind::kFilter}, {"Getattr", NodeKind::kGetattr}, {"Getitem", NodeKind::kGetitem},
-      {"If", NodeKind::kIf}, {"List", NodeKind::kList}, {"Macro", NodeKind::kMacro}, {"Mod", NodeKind::kMod},
-      {"Mul", NodeKind::kMul}, {"Name", NodeKind::kName}, {"Neg", NodeKind::kNeg}, {"Not", NodeKind::kNot},
-      {"NSRef", NodeKind::kNSRef}, {"Or", NodeKind::kOr}, {"Output", NodeKind::kOutput}, {"Pos", NodeKind::kPos},
-      {"Pow", NodeKind::kPow}, {"Scope", NodeKind::kScope}, {"Slice", NodeKind::kSlice}, {"Sub", NodeKind::kSub},
-      {"Template", NodeKind::kTemplate}, {"Test", NodeKind::kTest}, {"Tuple", NodeKind::kTuple},
+      {"Add", NodeKind::kAdd},
+      {"And", NodeKind::kAnd},
+      {"Assign", NodeKind::kAssign},
+      {"AssignBlock", NodeKind::kAssignBlock},
+      {"Break", NodeKind::kBreak},
+      {"Call", NodeKind::kCall},
+      {"CallBlock", NodeKind::kCallBlock},
+      {"Compare", NodeKind::kCompare},
+      {"Concat", NodeKind::kConcat},
+      {"CondExpr", NodeKind::kCondExpr},
+      {"Const", NodeKind::kConst},
+      {"Continue", NodeKind::kContinue},
+      {"Dict", NodeKind::kDict},
+      {"Div", NodeKind::kDiv},
+      {"FloorDiv", NodeKind::kFloorDiv},
+      {"For", NodeKind::kFor},
+      {"Filter", NodeKind::kFilter},
+      {"Getattr", NodeKind::kGetattr},
+      {"Getitem", NodeKind::kGetitem},
+      {"If", NodeKind::kIf},
+      {"List", NodeKind::kList},
+      {"Macro", NodeKind::kMacro},
+      {"Mod", NodeKind::kMod},
+      {"Mul", NodeKind::kMul},
+      {"Name", NodeKind::kName},
+      {"Neg", NodeKind::kNeg},
+      {"Not", NodeKind::kNot},
+      {"NSRef", NodeKind::kNSRef},
+      {"Or", NodeKind::kOr},
+      {"Output", NodeKind::kOutput},
+      {"Pos", NodeKind::kPos},
+      {"Pow", NodeKind::kPow},
+      {"Scope", NodeKind::kScope},
+      {"Slice", NodeKind::kSlice},
+      {"Sub", NodeKind::kSub},
+      {"Template", NodeKind::kTemplate},
+      {"Test", NodeKind::kTest},
+      {"Tuple", NodeKind::kTuple},
   };
   const auto found = kinds.find(name);
   if (found == kinds.end()) throw TemplateError("unknown node '" + name + "'");
   return found->second;
 }
 
-// How many `parts` the evaluator relies on; a tree with fewer is refused here rather than checked at every step.
+// How many `parts` the evaluator relies on; a tree with fewer is refused here rather than checked at every
+// step.
 std::size_t parts_needed(NodeKind kind) {
   switch (kind) {
-    case NodeKind::kSlice: return 3;
+    case NodeKind::kSlice:
+      return 3;
     case NodeKind::kAdd:
     case NodeKind::kAnd:
     case NodeKind::kAssign:
@@ -45,7 +74,8 @@ std::size_t parts_needed(NodeKind kind) {
     case NodeKind::kMul:
     case NodeKind::kOr:
     case NodeKind::kPow:
-    case NodeKind::kSub: return 2;
+    case NodeKind::kSub:
+      return 2;
     case NodeKind::kAssignBlock:
     case NodeKind::kCall:
     case NodeKind::kCallBlock:
@@ -55,16 +85,21 @@ std::size_t parts_needed(NodeKind kind) {
     case NodeKind::kNeg:
     case NodeKind::kNot:
     case NodeKind::kPos:
-    case NodeKind::kTest: return 1;
-    default: return 0;
+    case NodeKind::kTest:
+      return 1;
+    default:
+      return 0;
   }
 }
 
 void check(const TemplateNode& node) {
-  const auto fail = [](const char* what) { throw TemplateError(std::string("a node has the wrong ") + what); };
+  const auto fail = [](const char* what) {
+    throw TemplateError(std::string("a node has the wrong ") + what);
+  };
   if (node.parts.size() < parts_needed(node.kind)) fail("number of parts");
   if (node.kind == NodeKind::kDict && node.parts.size() % 2 != 0) fail("number of parts");
-  if (node.kind == NodeKind::kCompare && node.names.size() + 1 != node.parts.size()) fail("number of operators");
+  if (node.kind == NodeKind::kCompare && node.names.size() + 1 != node.parts.size())
+    fail("number of operators");
   if (node.kind == NodeKind::kMacro && node.parts.size() > node.names.size()) fail("number of defaults");
   if (node.kind == NodeKind::kNSRef && node.names.size() != 1) fail("number of names");
   if (node.kind == NodeKind::kCallBlock && (node.body.size() != 1 || node.body[0].kind != NodeKind::kMacro)) {

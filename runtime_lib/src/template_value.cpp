@@ -36,13 +36,17 @@ Value Value::make_dict(std::vector<std::pair<Value, Value>> items) {
 Value Value::from_json(const nlohmann::ordered_json& json, int depth) {
   if (depth > 200) throw TemplateError("the JSON is nested more than 200 levels deep");
   switch (json.type()) {
-    case nlohmann::ordered_json::value_t::boolean: return Value(json.get<bool>());
-    case nlohmann::ordered_json::value_t::number_integer: return Value(json.get<std::int64_t>());
+    case nlohmann::ordered_json::value_t::boolean:
+      return Value(json.get<bool>());
+    case nlohmann::ordered_json::value_t::number_integer:
+      return Value(json.get<std::int64_t>());
     case nlohmann::ordered_json::value_t::number_unsigned:
       if (json.get<std::uint64_t>() > INT64_MAX) throw TemplateError("an integer needs more than 64 bits");
       return Value(json.get<std::int64_t>());
-    case nlohmann::ordered_json::value_t::number_float: return Value(json.get<double>());
-    case nlohmann::ordered_json::value_t::string: return Value(json.get<std::string>());
+    case nlohmann::ordered_json::value_t::number_float:
+      return Value(json.get<double>());
+    case nlohmann::ordered_json::value_t::string:
+      return Value(json.get<std::string>());
     case nlohmann::ordered_json::value_t::array: {
       std::vector<Value> items;
       items.reserve(json.size());
@@ -55,7 +59,8 @@ Value Value::from_json(const nlohmann::ordered_json& json, int depth) {
       for (const auto& [key, item] : json.items()) items.emplace_back(Value(key), from_json(item, depth + 1));
       return make_dict(std::move(items));
     }
-    default: return Value();
+    default:
+      return Value();
   }
 }
 
@@ -177,7 +182,8 @@ std::vector<Value> iterate(const Value& value) {
 std::int64_t length(const Value& value) {
   if (value.is_undefined()) return 0;
   if (const auto* text = value.text()) {
-    return std::count_if(text->begin(), text->end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
+    return std::count_if(text->begin(), text->end(),
+                         [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
   }
   if (const auto* items = value.sequence(); items && items->kind != Sequence::Kind::kGenerator) {
     return static_cast<std::int64_t>(items->items.size());

@@ -22,7 +22,8 @@ class Value;
 struct TemplateNode;
 struct Frame;
 
-// A list, or something else that is iterated; Python tells them apart in truth, length, indexing and printing.
+// A list, or something else that is iterated; Python tells them apart in truth, length, indexing and
+// printing.
 struct Sequence {
   enum class Kind {
     kList,
@@ -72,8 +73,8 @@ struct Method {
 class Value {
  public:
   using Data = std::variant<None, Undefined, bool, std::int64_t, double, std::shared_ptr<const std::string>,
-                            std::shared_ptr<Sequence>, std::shared_ptr<Dict>, std::shared_ptr<Loop>, Macro, Builtin,
-                            Method>;
+                            std::shared_ptr<Sequence>, std::shared_ptr<Dict>, std::shared_ptr<Loop>, Macro,
+                            Builtin, Method>;
   Value() : data(None{}) {}
   explicit Value(bool value) : data(value) {}
   explicit Value(std::int64_t value) : data(value) {}

@@ -67,8 +67,8 @@ std::optional<std::vector<std::int32_t>> Tokenizer::encode(std::string_view utf8
         ids.push_back(*stretch.id);
         continue;
       }
-      encode_text(*model_, apply_normalizers(model_->normalizers, stretch.text), stretch.offset == 0, parse_special,
-                  &ids);
+      encode_text(*model_, apply_normalizers(model_->normalizers, stretch.text), stretch.offset == 0,
+                  parse_special, &ids);
     }
     if (add_special) ids.insert(ids.end(), model_->suffix.begin(), model_->suffix.end());
     return ids;

@@ -1,7 +1,9 @@
-// Text to token ids and back, from a compiled `tokenizer.hetc.json` (hetcomp/artifact/tokenizer.py writes it).
+// Text to token ids and back, from a compiled `tokenizer.hetc.json` (hetcomp/artifact/tokenizer.py writes
+// it).
 //
-// The steps and their order are those of HF `tokenizers`: cut at added tokens, normalise, cut at added tokens that
-// match normalised text, pre-tokenise, BPE on each piece. Equality of ids is proven when a model is compiled.
+// The steps and their order are those of HF `tokenizers`: cut at added tokens, normalise, cut at added tokens
+// that match normalised text, pre-tokenise, BPE on each piece. Equality of ids is proven when a model is
+// compiled.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +27,10 @@ class Tokenizer {
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
 
-  // parse_special: special added tokens written in the text (such as <|im_end|>) become their ids; if false they
-  // are text like any other. add_special: the ids that the model's post-processor puts around a text (such as BOS).
-  // Returns nothing and sets *error if `utf8` is not valid UTF-8: what HF would see depends on how its caller
-  // decoded the bytes, so there is no right answer to give.
+  // parse_special: special added tokens written in the text (such as <|im_end|>) become their ids; if false
+  // they are text like any other. add_special: the ids that the model's post-processor puts around a text
+  // (such as BOS). Returns nothing and sets *error if `utf8` is not valid UTF-8: what HF would see depends on
+  // how its caller decoded the bytes, so there is no right answer to give.
   std::optional<std::vector<std::int32_t>> encode(std::string_view utf8, bool parse_special, bool add_special,
                                                   std::string* error) const;
 
@@ -60,8 +62,8 @@ class StreamDecoder {
  public:
   explicit StreamDecoder(const Tokenizer& tokenizer, bool skip_special = true);
 
-  // The text that has become complete with this token; empty while a character is still open. Bytes that can no
-  // longer become a character give U+FFFD.
+  // The text that has become complete with this token; empty while a character is still open. Bytes that can
+  // no longer become a character give U+FFFD.
   std::string feed(std::int32_t id);
 
   // What is still held back, as U+FFFD if it is an incomplete character; the decoder is then as new.

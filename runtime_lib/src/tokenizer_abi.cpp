@@ -64,11 +64,12 @@ int hetcomp_tokenizer_load(const char* json, size_t length, hetcomp_tokenizer** 
 
 void hetcomp_tokenizer_free(hetcomp_tokenizer* tokenizer) { delete tokenizer; }
 
-int hetcomp_tokenizer_encode(const hetcomp_tokenizer* tokenizer, const char* text, size_t length, int parse_special,
-                             int add_special, int32_t** ids, size_t* count, char** error) {
+int hetcomp_tokenizer_encode(const hetcomp_tokenizer* tokenizer, const char* text, size_t length,
+                             int parse_special, int add_special, int32_t** ids, size_t* count, char** error) {
   return guarded(error, [&] {
     std::string message;
-    const auto found = tokenizer->tokenizer->encode({text, length}, parse_special != 0, add_special != 0, &message);
+    const auto found =
+        tokenizer->tokenizer->encode({text, length}, parse_special != 0, add_special != 0, &message);
     if (!found) return fail(message, error);
     *ids = static_cast<int32_t*>(std::malloc((found->size() + 1) * sizeof(int32_t)));
     if (!*ids) return fail("Out of memory.", error);
@@ -78,10 +79,11 @@ int hetcomp_tokenizer_encode(const hetcomp_tokenizer* tokenizer, const char* tex
   });
 }
 
-int hetcomp_tokenizer_decode(const hetcomp_tokenizer* tokenizer, const int32_t* ids, size_t count, int skip_special,
-                             char** text, size_t* length, char** error) {
+int hetcomp_tokenizer_decode(const hetcomp_tokenizer* tokenizer, const int32_t* ids, size_t count,
+                             int skip_special, char** text, size_t* length, char** error) {
   return guarded(error, [&] {
-    return give_text(tokenizer->tokenizer->decode(std::span(ids, count), skip_special != 0), text, length, error);
+    return give_text(tokenizer->tokenizer->decode(std::span(ids, count), skip_special != 0), text, length,
+                     error);
   });
 }
 

@@ -64,7 +64,8 @@ NormalizerStep normalizer_of(const Json& step) {
   if (kind == "replace") {
     auto from = step.at("from").get<std::string>();
     if (from.empty()) throw std::runtime_error("a replace normalizer looks for the empty text");
-    return {NormalizerStep::Kind::kReplace, NormalForm::kNfc, std::move(from), step.at("to").get<std::string>()};
+    return {NormalizerStep::Kind::kReplace, NormalForm::kNfc, std::move(from),
+            step.at("to").get<std::string>()};
   }
   throw std::runtime_error("unknown normalizer kind '" + kind + "'");
 }
@@ -75,7 +76,8 @@ Decoder decoder_of(const Json& json) {
   decoder.byte_fallback = json.at("byte_fallback").get<bool>();
   for (const Json& pair : json.at("replacements")) {
     decoder.replacements.emplace_back(pair.at(0).get<std::string>(), pair.at(1).get<std::string>());
-    if (decoder.replacements.back().first.empty()) throw std::runtime_error("the decoder replaces the empty text");
+    if (decoder.replacements.back().first.empty())
+      throw std::runtime_error("the decoder replaces the empty text");
   }
   decoder.strip = json.at("strip").get<std::string>();
   decoder.strip_count = json.at("strip_count").get<int>();
@@ -127,7 +129,8 @@ std::unordered_map<std::string, std::int32_t> read_vocabulary(const Json& json, 
 }
 
 MergeTable read_merges(const Json& merges, std::size_t vocabulary) {
-  if (!merges.is_array() || merges.size() % 3 != 0) throw std::runtime_error("\"merges\" is not a list of triples");
+  if (!merges.is_array() || merges.size() % 3 != 0)
+    throw std::runtime_error("\"merges\" is not a list of triples");
   MergeTable table(merges.size() / 3);
   for (std::size_t i = 0; i < merges.size(); i += 3) {
     table.insert(id_of(merges[i], vocabulary), id_of(merges[i + 1], vocabulary),
@@ -172,14 +175,17 @@ std::string apply_normalizers(const std::vector<NormalizerStep>& steps, std::str
     switch (step.kind) {
       case NormalizerStep::Kind::kForm: {
         std::string normal;
-        if (!normalize(out, step.form, &normal)) throw std::runtime_error("out of memory in Unicode normalisation");
+        if (!normalize(out, step.form, &normal))
+          throw std::runtime_error("out of memory in Unicode normalisation");
         out = std::move(normal);
         break;
       }
       case NormalizerStep::Kind::kPrepend:
         if (!out.empty()) out.insert(0, step.to);
         break;
-      case NormalizerStep::Kind::kReplace: replace_all(&out, step.from, step.to); break;
+      case NormalizerStep::Kind::kReplace:
+        replace_all(&out, step.from, step.to);
+        break;
     }
   }
   return out;
@@ -192,7 +198,8 @@ std::unique_ptr<TokenizerModel> read_tokenizer_model(std::string_view text) {
   }
   const int version = json.at("version").get<int>();
   if (version != 1) {
-    throw std::runtime_error("its version is " + std::to_string(version) + " and this runtime reads version 1");
+    throw std::runtime_error("its version is " + std::to_string(version) +
+                             " and this runtime reads version 1");
   }
   auto owner = std::make_unique<TokenizerModel>();
   TokenizerModel& model = *owner;

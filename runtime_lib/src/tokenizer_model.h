@@ -30,14 +30,14 @@ struct Decoder {
   // Tokens <0xNN> are bytes; HF shows each byte of a run that is not UTF-8 as one U+FFFD.
   bool byte_fallback = false;
   std::vector<std::pair<std::string, std::string>> replacements;
-  std::string strip;        // one character taken from the start of the text, up to strip_count times
+  std::string strip;  // one character taken from the start of the text, up to strip_count times
   int strip_count = 0;
-  std::string metaspace;    // if set: a space, but nothing at all in the first token when drop_first
+  std::string metaspace;  // if set: a space, but nothing at all in the first token when drop_first
   bool drop_first = false;
 };
 
 struct Piece {
-  std::string bytes;                // text of the token after the decoder's replacements
+  std::string bytes;  // text of the token after the decoder's replacements
   bool exists = false;
   bool special = false;
   std::optional<unsigned char> byte;  // a <0xNN> token under byte_fallback
@@ -45,7 +45,8 @@ struct Piece {
 
 struct TokenizerModel {
   std::vector<Piece> pieces;
-  std::vector<std::string> first_pieces;  // only with Decoder::drop_first: the text of a token that comes first
+  std::vector<std::string>
+      first_pieces;  // only with Decoder::drop_first: the text of a token that comes first
   std::unordered_map<std::string, std::int32_t> added_ids;
   AddedTokenMatcher raw_added;
   AddedTokenMatcher normalized_added;

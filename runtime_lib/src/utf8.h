@@ -9,9 +9,9 @@ namespace hetcomp {
 
 enum class NormalForm { kNfc, kNfd, kNfkc, kNfkd };
 
-// The length in bytes (1..4) of the well-formed character that starts `text`. If there is none: 0, and *bad (if
-// given) is the length of the maximal ill-formed part, which Unicode and Rust's from_utf8_lossy replace by one U+FFFD.
-// *truncated (if given) tells whether more bytes could still complete that part.
+// The length in bytes (1..4) of the well-formed character that starts `text`. If there is none: 0, and *bad
+// (if given) is the length of the maximal ill-formed part, which Unicode and Rust's from_utf8_lossy replace
+// by one U+FFFD. *truncated (if given) tells whether more bytes could still complete that part.
 std::size_t utf8_length(std::string_view text, std::size_t* bad = nullptr, bool* truncated = nullptr);
 
 // Offset of the first byte that is not UTF-8, or npos.

@@ -1,4 +1,4 @@
-#include "regex.h"
+#include "unicode_regex.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
@@ -22,8 +22,10 @@ template <typename T, void (*Free)(T*)>
 struct Freed {
   void operator()(T* p) const { Free(p); }
 };
-using CompileContext = std::unique_ptr<pcre2_compile_context, Freed<pcre2_compile_context, pcre2_compile_context_free>>;
-using MatchContext = std::unique_ptr<pcre2_match_context, Freed<pcre2_match_context, pcre2_match_context_free>>;
+using CompileContext =
+    std::unique_ptr<pcre2_compile_context, Freed<pcre2_compile_context, pcre2_compile_context_free>>;
+using MatchContext =
+    std::unique_ptr<pcre2_match_context, Freed<pcre2_match_context, pcre2_match_context_free>>;
 using MatchData = std::unique_ptr<pcre2_match_data, Freed<pcre2_match_data, pcre2_match_data_free>>;
 
 }  // namespace
@@ -41,8 +43,8 @@ Regex::Regex(const std::string& pattern) : code_(std::make_unique<Code>()) {
   pcre2_set_newline(context.get(), PCRE2_NEWLINE_LF);
   int error = 0;
   PCRE2_SIZE offset = 0;
-  code_->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP,
-                              &error, &offset, context.get());
+  code_->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
+                              PCRE2_UTF | PCRE2_UCP, &error, &offset, context.get());
   if (!code_->code) {
     throw std::runtime_error("pattern /" + pattern + "/ at offset " + std::to_string(offset) + ": " +
                              message_of(error));
@@ -66,13 +68,15 @@ std::vector<std::pair<std::size_t, std::size_t>> Regex::spans(std::string_view t
   std::size_t last_end = 0;
   while (from <= text.size()) {
     const auto subject = reinterpret_cast<PCRE2_SPTR>(text.data());
-    int rc = pcre2_match(code_->code, subject, text.size(), from, PCRE2_NO_UTF_CHECK, data.get(), code_->limits.get());
+    int rc = pcre2_match(code_->code, subject, text.size(), from, PCRE2_NO_UTF_CHECK, data.get(),
+                         code_->limits.get());
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) {
       rc = pcre2_match(code_->code, subject, text.size(), from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, data.get(),
                        code_->limits.get());
     }
     if (rc == PCRE2_ERROR_NOMATCH) break;
-    if (rc < 0) throw std::runtime_error("the pre-tokenizer's pattern gave up on this text: " + message_of(rc));
+    if (rc < 0)
+      throw std::runtime_error("the pre-tokenizer's pattern gave up on this text: " + message_of(rc));
     const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(data.get());
     const std::size_t begin = bounds[0];
     const std::size_t end = bounds[1];

@@ -18,8 +18,8 @@ class Regex {
   Regex(Regex&&) noexcept;
   Regex& operator=(Regex&&) noexcept;
 
-  // All non-overlapping matches of well-formed text as [begin, end) byte offsets, found as the `onig` crate that HF
-  // uses finds them: an empty match right behind the last match is skipped.
+  // All non-overlapping matches of well-formed text as [begin, end) byte offsets, found as the `onig` crate
+  // that HF uses finds them: an empty match right behind the last match is skipped.
   std::vector<std::pair<std::size_t, std::size_t>> spans(std::string_view text) const;
 
  private:
