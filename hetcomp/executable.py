@@ -25,7 +25,12 @@ class Executable:
     """An artifact loaded into this process. Made by :func:`hetcomp.compile` and :func:`hetcomp.load`."""
 
     def __init__(
-        self, path: Path, *, owner: TemporaryDirectory[str] | None = None, threads: int = 0, weights: str = "auto"
+        self,
+        path: Path,
+        *,
+        owner: TemporaryDirectory[str] | None = None,
+        threads: int = 0,
+        weights: str = "auto",
     ) -> None:
         self.path = path
         self._owner = owner  # keeps an artifact without a name alive

@@ -21,8 +21,7 @@ def _root() -> Path:
         if (root / "include" / "hetcomp" / "kernel.h").is_file():
             return root
     raise HetcompError(
-        f"The C++ runtime is not installed (looked in {', '.join(map(str, candidates))}); "
-        "run pip install again."
+        f"The C++ runtime is not installed (looked in {', '.join(map(str, candidates))}); run pip install again."
     )
 
 

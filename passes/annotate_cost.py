@@ -13,8 +13,8 @@ from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.registry import plan_pass
 
-# Fixed time of one op on the lane besides its barrier: drawing tasks, filling argument lists (measured on the
-# demo model with an empty kernel: 0.2 us).
+# Fixed time of one op on a lane besides its barrier: filling argument lists, drawing tasks. An estimate (some
+# hundred instructions); it only matters for models whose layers take microseconds.
 OP_LATENCY_US = 0.2
 
 
@@ -58,7 +58,8 @@ def annotate_cost(plan: Plan, context: Context) -> Plan:
 
 def roofline_us(profile: HardwareProfile, weight_format: str, flops: float, moved: float) -> tuple[float, str]:
     """Predicted microseconds and what bounds them (``memory`` or ``compute``)."""
-    memory = moved / (profile.bandwidth() * 1e3)  # GB/s = 1e3 bytes/us
+    reached = profile.bandwidth() * profile.rate(weight_format).bandwidth_fraction
+    memory = moved / (reached * 1e3)  # GB/s = 1e3 bytes/us
     compute = flops / (profile.gflops(weight_format) * 1e3)
     return max(memory, compute) + OP_LATENCY_US, "memory" if memory >= compute else "compute"
 

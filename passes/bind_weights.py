@@ -18,7 +18,5 @@ def bind_weights(plan: Plan, context: Context) -> Plan:
     checkpoint = context.checkpoint
     if checkpoint is None:
         return replace(plan, notes=(*plan.notes, "no checkpoint: weights are unbound, this plan cannot be compiled"))
-    values = tuple(
-        replace(v, source=checkpoint.source(v)) if v.kind is ValueKind.WEIGHT else v for v in plan.values
-    )
+    values = tuple(replace(v, source=checkpoint.source(v)) if v.kind is ValueKind.WEIGHT else v for v in plan.values)
     return replace(plan, values=values)

@@ -101,9 +101,7 @@ def _apply(plan: Plan, chosen: dict[str, tuple[str, str]], kv: DType) -> Plan:
                     "give one format a role."
                 )
     templates = {
-        t.name: replace(
-            t, values=tuple(formatted(v, first.get(t.name, {}).get(v.id, "")) for v in t.values)
-        )
+        t.name: replace(t, values=tuple(formatted(v, first.get(t.name, {}).get(v.id, "")) for v in t.values))
         for t in plan.templates
     }
     return replace(plan.map_templates(templates), values=tuple(formatted(v, v.id) for v in plan.values))

@@ -88,7 +88,12 @@ def _insert(template: Template, where: dict[str, str]) -> tuple[Template, dict[s
 
 
 def _return_result(
-    name: str, device: str, template: Template, new_ops: list[Op], new_values: list[Value], inserted: dict[str, str]
+    name: str,
+    device: str,
+    template: Template,
+    new_ops: list[Op],
+    new_values: list[Value],
+    inserted: dict[str, str],
 ) -> None:
     local = f"{name}.local"
     new_values.append(replace(template.value(name), id=local, kind=ValueKind.ACT))

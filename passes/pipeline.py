@@ -45,9 +45,7 @@ def _check_order() -> None:
 _check_order()
 
 
-def run_pipeline(
-    plan: Plan, context: Context, *, stop_after: str | None = None, dump_dir: Path | None = None
-) -> Plan:
+def run_pipeline(plan: Plan, context: Context, *, stop_after: str | None = None, dump_dir: Path | None = None) -> Plan:
     """Runs the passes in order, verifying the plan before the first and after each.
 
     stop_after: name of the last pass to run. dump_dir: folder for numbered text dumps, one a pass.

@@ -58,7 +58,9 @@ def place_lifetimes(lifetimes: Sequence[Lifetime], base: int) -> tuple[tuple[Are
             if alive_together and at < offset + life.bytes and offset < at + other.bytes:
                 offset = _align(at + other.bytes)
         placed.append((life, offset))
-    slots = tuple(ArenaSlot(life.value, at, life.bytes) for life, at in sorted(placed, key=lambda it: (it[1], it[0].value)))
+    slots = tuple(
+        ArenaSlot(life.value, at, life.bytes) for life, at in sorted(placed, key=lambda it: (it[1], it[0].value))
+    )
     return slots, max((_align(s.offset + s.bytes) for s in slots), default=base)
 
 

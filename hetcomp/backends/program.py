@@ -32,9 +32,7 @@ class ProgramLayout:
         return ProgramLayout(weights, states, tuple(roles))
 
 
-def render_program(
-    plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: Isa, plan_hash: str
-) -> str:
+def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: Isa, plan_hash: str) -> str:
     """C++ source of the program. ``plan`` is scheduled and has its memory planned; ``kernels`` holds the kernel
     of every (template, op). Raises HetcompError if a value has no home (a bug in a pass)."""
     layout = ProgramLayout.of(plan)
@@ -122,18 +120,14 @@ def _template(
         "name": template.name,
         "params": formals,
         "ops": ops,
-        "calls": [
-            {"index": i, "refs": [homes[v] for v in _actuals(template, call)]} for i, call in enumerate(calls)
-        ],
+        "calls": [{"index": i, "refs": [homes[v] for v in _actuals(template, call)]} for i, call in enumerate(calls)],
     }
 
 
 def _actuals(template: Template, call: Call) -> list[str]:
     """The plan values bound to ``params`` and then to those results that are not params, in order."""
     results = [
-        actual
-        for formal, actual in zip(template.results, call.results, strict=True)
-        if formal not in template.params
+        actual for formal, actual in zip(template.results, call.results, strict=True) if formal not in template.params
     ]
     return [*call.args, *results]
 

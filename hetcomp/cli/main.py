@@ -24,7 +24,8 @@ _err = Console(stderr=True)
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF folder, zoo name, or (plan) an artifact.")]
 Hw = Annotated[str, typer.Option("--hw", help="auto, preset:NAME, or a profile file.")]
 Formats = Annotated[
-    str, typer.Option("--formats", help="f32, bf16, auto, or role=format,... (experts, attention, dense, ...).")
+    str,
+    typer.Option("--formats", help="f32, bf16, auto, or role=format,... (experts, attention, dense, ...)."),
 ]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions of the KV cache.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences kept at once.")]
@@ -175,7 +176,8 @@ app.command("plan")(plan_command)
 
 @app.command("doctor")
 def doctor_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False, debug: Debug = False
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Says what this machine has and what is missing for what."""
 

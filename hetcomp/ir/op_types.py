@@ -53,7 +53,9 @@ def _rms_norm(op: Op, i: Types, o: Types) -> str | None:
     a = op.attrs
     assert isinstance(a, ops.RmsNorm)
     return _arity(i, o, 2, 1) or _first(
-        _row(i[0], a.groups * a.width, "input"), _shape(i[1], (a.width,), "weight"), _row(o[0], a.groups * a.width, "output")
+        _row(i[0], a.groups * a.width, "input"),
+        _shape(i[1], (a.width,), "weight"),
+        _row(o[0], a.groups * a.width, "output"),
     )
 
 

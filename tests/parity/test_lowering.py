@@ -25,9 +25,7 @@ def kinds(run: PlanInterpreter) -> set[str]:
 
 
 def interpreter(model) -> PlanInterpreter:
-    imported = frontend.load(
-        model, context_length=CONTEXT, max_batch=2, max_tokens=CONTEXT, max_logit_rows=CONTEXT
-    )
+    imported = frontend.load(model, context_length=CONTEXT, max_batch=2, max_tokens=CONTEXT, max_logit_rows=CONTEXT)
     return PlanInterpreter(imported.plan, imported.checkpoint)
 
 
