@@ -27,9 +27,9 @@ class CpuIsa:
 
 _ISAS = {
     # 16 registers of 8 floats: 6 x 16 sums take 12, two hold weights.
-    Isa.AVX2: CpuIsa("avx2", 6, 1, 2, (6, 3, 1), 2048),
+    Isa.AVX2: CpuIsa("avx2", 6, 1, 2, (6, 3, 1), 4096),
     # 32 registers of 16 floats: 12 x 32 sums take 24, four hold the weights of two k.
-    Isa.AVX512: CpuIsa("avx512", 12, 2, 4, (12, 4, 1), 2048),
+    Isa.AVX512: CpuIsa("avx512", 12, 2, 4, (12, 4, 1), 4096),
 }
 
 
