@@ -19,7 +19,7 @@ from hetcomp.artifact.tokenizer_parity import prove_parity
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
-from hetcomp.backends.pack_weights import WeightPacker
+from hetcomp.backends.pack_weights import WeightPacker, WeightReader
 from hetcomp.backends.program import ProgramLayout, render_program
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import CpuTarget, default_backends, select_kernels
@@ -129,7 +129,8 @@ def compile(
         dump_dir=dump_dir,
         progress=progress,
     )
-    if planned.imported.checkpoint is None:
+    checkpoint = planned.imported.checkpoint
+    if checkpoint is None:
         raise HetcompError(
             f"{planned.plan.model.name} is a config without weights: it can be planned (hetcomp plan), "
             "not compiled. Give a folder with safetensors files."
@@ -140,11 +141,11 @@ def compile(
         out = Path(owner.name) / f"{planned.plan.model.name}.hetc"
     target = Path(out)
     with staged_folder(target) as staging:
-        _write(planned, staging, progress)
+        _write(planned, checkpoint, staging, progress)
     return Executable(target, owner=owner)
 
 
-def _write(planned: Planned, staging: Path, progress: ProgressSink) -> None:
+def _write(planned: Planned, reader: WeightReader, staging: Path, progress: ProgressSink) -> None:
     plan = planned.plan
     layout = ProgramLayout.of(plan)
     documents = _documents(planned, progress)
@@ -152,7 +153,7 @@ def _write(planned: Planned, staging: Path, progress: ProgressSink) -> None:
     # Code first: it fails early and cheaply, weights are the long part.
     for isa in planned.target.isas:
         _build_program(planned, isa, digest, staging, progress)
-    packer = WeightPacker(planned.imported.checkpoint)
+    packer = WeightPacker(reader)
     sizes = [planned.target.packed_bytes(v) for v in layout.weights]
     progress.stage("pack weights", total=sum(sizes))
     records = write_weights(layout.weights, sizes, packer.chunks, staging, progress.advance)

@@ -87,7 +87,7 @@ def _write_shard(
             digest = xxhash.xxh3_64()
             written = 0
             for chunk in pack(value):
-                data = memoryview(np.ascontiguousarray(chunk)).cast("B")
+                data = np.ascontiguousarray(chunk).data
                 handle.write(data)
                 digest.update(data)
                 written += len(data)
