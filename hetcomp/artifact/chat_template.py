@@ -1,14 +1,15 @@
 """Compiles a model's Jinja2 chat template into a syntax tree that the C++ runtime evaluates.
 
-jinja2 itself parses the template, with the settings of transformers; only nodes, filters, tests and methods that the
-evaluator knows pass. A node of the tree is a JSON object:
+jinja2 itself parses the template, with the settings of transformers; only nodes, filters, tests and methods
+that the evaluator knows pass. A node of the tree is a JSON object:
 
     kind      the class of the jinja2 node
     name      Name, Filter, Test, Getattr, Macro, NSRef: the name
     value     Const: the constant
     names     Macro: its parameters. Compare: its operators. NSRef: [the attribute]
-    parts     its operands in order. For: target, iterable, condition if any. Assign: target, value. Filter, Test,
-              Call: what it is applied to, then the arguments. Macro: the defaults of its last parameters.
+    parts     its operands in order. For: target, iterable, condition if any. Assign: target, value.
+              Filter, Test, Call: what it is applied to, then the arguments. Macro: the defaults of its last
+              parameters.
               Dict: key, value, key, value, ... Slice: start, stop, step (a Const null where not given)
     named     Filter, Test, Call: keyword arguments
     body      statements of Template, If, For, Macro, AssignBlock, Scope. CallBlock: [the Macro `caller`]
@@ -37,17 +38,19 @@ _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 
 # What runtime_lib/src/template_filters.cpp and template_methods.cpp define.
 _FILTERS = frozenset(
-    "abs attr capitalize count d default dictsort first float indent int items join last length list lower map max min "
-    "reject rejectattr replace reverse safe select selectattr sort string sum title tojson trim unique upper".split()
+    "abs attr capitalize count d default dictsort first float indent int items join last length list "
+    "lower map max min reject rejectattr replace reverse safe select selectattr sort string sum title "
+    "tojson trim unique upper".split()
 )
 _TESTS = frozenset(
-    "boolean callable defined divisibleby eq equalto even false float ge greaterthan gt in integer iterable le lessthan "
-    "lower lt mapping ne none number odd sameas sequence string true undefined upper == != < <= > >=".split()
+    "boolean callable defined divisibleby eq equalto even false float ge greaterthan gt in integer "
+    "iterable le lessthan lower lt mapping ne none number odd sameas sequence string true undefined "
+    "upper == != < <= > >=".split()
 )
 _METHODS = frozenset(
-    "strip lstrip rstrip split rsplit splitlines startswith endswith upper lower replace title capitalize join find "
-    "rfind index count isdigit isalpha isalnum isspace isupper islower removeprefix removesuffix "
-    "items keys values get copy cycle changed".split()
+    "strip lstrip rstrip split rsplit splitlines startswith endswith upper lower replace title "
+    "capitalize join find rfind index count isdigit isalpha isalnum isspace isupper islower "
+    "removeprefix removesuffix items keys values get copy cycle changed".split()
 )
 _UNKNOWN_GLOBALS = frozenset("lipsum cycler joiner self super varargs kwargs".split())
 _BINARY = (
@@ -125,8 +128,8 @@ def _sources(folder: Path, config: Json) -> dict[str, str]:
         return {"default": named["default"]} | {k: v for k, v in named.items() if k == "tool_use"}
     except (KeyError, TypeError) as error:
         raise HetcompError(
-            f"The chat_template of {folder / 'tokenizer_config.json'} is neither a text nor a list of named templates "
-            "with one called 'default'; compile without a chat template."
+            f"The chat_template of {folder / 'tokenizer_config.json'} is neither a text nor a list of named "
+            "templates with one called 'default'; compile without a chat template."
         ) from error
 
 
@@ -280,11 +283,7 @@ def _expression(node: nodes.Node) -> Json:
     if isinstance(node, _UNARY):
         return {"kind": kind, "parts": [_expression(node.node)]}
     if isinstance(node, _BINARY):
-        if (
-            isinstance(node, nodes.Mod)
-            and isinstance(node.left, nodes.Const)
-            and isinstance(node.left.value, str)
-        ):
+        if isinstance(node, nodes.Mod) and isinstance(node.left, nodes.Const) and isinstance(node.left.value, str):
             raise _refuse("formatting with '%'", node)
         return {"kind": kind, "parts": [_expression(node.left), _expression(node.right)]}
     if isinstance(node, nodes.Filter | nodes.Test | nodes.Call):
@@ -303,18 +302,21 @@ def _call(node: nodes.Filter | nodes.Test | nodes.Call) -> Json:
     if node.dyn_args is not None or node.dyn_kwargs is not None:
         raise _refuse("* or ** arguments", node)
     compiled: Json = {"kind": kind}
+    applied = node.node
+    if applied is None:  # the bare filter of a filter block
+        raise _refuse(f"a {kind.lower()} without a value", node)
     if isinstance(node, nodes.Call):
         if isinstance(node.node, nodes.Getattr) and node.node.attr not in _METHODS:
             raise _refuse(f"the method .{node.node.attr}()", node)
     else:
         known = _FILTERS if isinstance(node, nodes.Filter) else _TESTS
-        if node.name not in known or node.node is None:
+        if node.name not in known:
             raise _refuse(f"the {kind.lower()} {node.name!r}", node)
         if node.name == "safe":
             raise _refuse("the filter 'safe' on a value that is used further", node)
         _check_inner(node)
         compiled["name"] = node.name
-    compiled["parts"] = [_expression(node.node), *(_expression(argument) for argument in node.args)]
+    compiled["parts"] = [_expression(applied), *(_expression(argument) for argument in node.args)]
     if node.kwargs:
         compiled["named"] = {pair.key: _expression(pair.value) for pair in node.kwargs}
     return compiled

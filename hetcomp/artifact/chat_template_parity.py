@@ -114,14 +114,15 @@ _CONVERSATIONS: tuple[list[Json], ...] = (
 
 
 def prove_chat_template_parity(compiled: Json, folder: Path, library: Path | None = None) -> int:
-    """Renders a set of conversations with transformers and with the C++ runtime, in all modes the template knows.
+    """Renders a set of conversations with transformers and with the C++ runtime, in all modes of the template.
 
     Returns the number of renderings compared; where transformers raises, the runtime must refuse too. Raises
-    HetcompError with the first conversation on which the two differ, or if the runtime library is missing.
+    HetcompError with the first conversation on which the two differ, if transformers renders none of them, or
+    if the runtime library is missing.
     """
     sources = template_sources(folder)
     reference = _Reference(sources, special_tokens(folder))
-    compared = 0
+    compared = rendered = 0
     with NativeChatTemplate(template_bytes(compiled), library) as native:
         for messages, options in _cases(" ".join(sources.values())):
             context = {"messages": messages, **options}
@@ -134,9 +135,16 @@ def prove_chat_template_parity(compiled: Json, folder: Path, library: Path | Non
             if got != expected:
                 raise HetcompError(
                     f"The compiled chat template of {folder} does not render {context!r} as transformers does "
-                    f"(expected {expected!r}, got {got!r}{refusal}); compile without a chat template and report this."
+                    f"(expected {expected!r}, got {got!r}{refusal}); compile without a chat template and "
+                    "report this."
                 )
             compared += 1
+            rendered += expected is not None
+    if rendered == 0:
+        raise HetcompError(
+            f"The chat template of {folder} renders none of hetcomp's test conversations, so it cannot be "
+            "checked; compile without a chat template."
+        )
     return compared
 
 

@@ -26,8 +26,8 @@ _GENERAL_CATEGORIES = frozenset(
     "L Lu Ll Lt Lm Lo M Mn Mc Me N Nd Nl No P Pc Pd Ps Pe Pi Pf Po S Sm Sc Sk So Z Zs Zl Zp".split()
 )
 _SCRIPTS = frozenset(
-    "Han Hiragana Katakana Hangul Latin Cyrillic Greek Arabic Hebrew Thai Devanagari Bengali Tamil Telugu Lao "
-    "Khmer Myanmar Tibetan Armenian Georgian Ethiopic Mongolian Bopomofo".split()
+    "Han Hiragana Katakana Hangul Latin Cyrillic Greek Arabic Hebrew Thai Devanagari Bengali Tamil Telugu "
+    "Lao Khmer Myanmar Tibetan Armenian Georgian Ethiopic Mongolian Bopomofo".split()
 )
 _LONG_NAMES = {
     "letter": "L", "mark": "M", "number": "N", "punctuation": "P", "symbol": "S", "separator": "Z",
@@ -90,9 +90,7 @@ def _newer_members(onig_class: str) -> str:
             members[-1][1] = point
         else:
             members.append([point, point])
-    return "".join(
-        f"\\x{{{low:x}}}" if low == high else f"\\x{{{low:x}}}-\\x{{{high:x}}}" for low, high in members
-    )
+    return "".join(f"\\x{{{low:x}}}" if low == high else f"\\x{{{low:x}}}-\\x{{{high:x}}}" for low, high in members)
 
 
 def _word_members() -> str:

@@ -15,7 +15,10 @@ LIBRARY = "libhetcomp_runtime.so"
 
 
 def runtime_library() -> Path:
-    """The runtime library of this installation, or ``$HETCOMP_RUNTIME_LIBRARY``. Raises HetcompError if absent."""
+    """The runtime library of this installation, or ``$HETCOMP_RUNTIME_LIBRARY``.
+
+    Raises HetcompError if it is absent.
+    """
     override = os.environ.get("HETCOMP_RUNTIME_LIBRARY")
     if override:
         if not Path(override).is_file():
@@ -24,15 +27,11 @@ def runtime_library() -> Path:
     package = Path(hetcomp.__file__).parent
     # Installed wheel first, then the build folders of a checkout.
     places = [package / "runtime_files" / "lib" / LIBRARY, package / "runtime_files" / LIBRARY]
-    built = sorted(
-        (package.parent / "build").rglob(LIBRARY), key=lambda path: path.stat().st_mtime, reverse=True
-    )
+    built = sorted((package.parent / "build").rglob(LIBRARY), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in [*places, *built]:
         if path.is_file():
             return path
-    raise HetcompError(
-        f"{LIBRARY} is not built; run `make build` or `pip install .` in the hetcomp checkout."
-    )
+    raise HetcompError(f"{LIBRARY} is not built; run `make build` or `pip install .` in the hetcomp checkout.")
 
 
 class _Library:
@@ -42,14 +41,16 @@ class _Library:
             handle, text = ctypes.c_void_p, ctypes.POINTER(ctypes.c_char)
             size, size_out, text_out = ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(text)
             ids, flag = ctypes.POINTER(ctypes.c_int32), ctypes.c_int
+            load = (flag, [ctypes.c_char_p, size, ctypes.POINTER(handle), text_out])
+            decode = (flag, [handle, ids, size, flag, text_out, size_out, text_out])
             signatures: dict[str, tuple[Any, list[Any]]] = {
-                "hetcomp_tokenizer_load": (flag, [ctypes.c_char_p, size, ctypes.POINTER(handle), text_out]),
+                "hetcomp_tokenizer_load": load,
                 "hetcomp_tokenizer_free": (None, [handle]),
                 "hetcomp_tokenizer_encode": (
                     flag, [handle, ctypes.c_char_p, size, flag, flag, ctypes.POINTER(ids), size_out, text_out]),
-                "hetcomp_tokenizer_decode": (flag, [handle, ids, size, flag, text_out, size_out, text_out]),
-                "hetcomp_tokenizer_decode_stream": (flag, [handle, ids, size, flag, text_out, size_out, text_out]),
-                "hetcomp_chat_template_load": (flag, [ctypes.c_char_p, size, ctypes.POINTER(handle), text_out]),
+                "hetcomp_tokenizer_decode": decode,
+                "hetcomp_tokenizer_decode_stream": decode,
+                "hetcomp_chat_template_load": load,
                 "hetcomp_chat_template_free": (None, [handle]),
                 "hetcomp_chat_template_render": (
                     flag, [handle, ctypes.c_char_p, size, text_out, size_out, text_out]),
@@ -60,9 +61,7 @@ class _Library:
                 function = getattr(self.c, name)
                 function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
-            raise HetcompError(
-                f"{path} is not a hetcomp runtime library: {error}; build it again."
-            ) from error
+            raise HetcompError(f"{path} is not a hetcomp runtime library: {error}; build it again.") from error
         self._text_type = text
 
     def call(self, name: str, *arguments: Any) -> None:  # noqa: ANN401  (ctypes values)
@@ -90,9 +89,7 @@ class NativeTokenizer:
         self._handle = ctypes.c_void_p()
         self._library.call("hetcomp_tokenizer_load", compiled, len(compiled), ctypes.byref(self._handle))
 
-    def encode(
-        self, text: str | bytes, *, parse_special: bool = True, add_special: bool = False
-    ) -> list[int]:
+    def encode(self, text: str | bytes, *, parse_special: bool = True, add_special: bool = False) -> list[int]:
         data = text.encode() if isinstance(text, str) else text
         ids, count = ctypes.POINTER(ctypes.c_int32)(), ctypes.c_size_t()
         self._library.call(

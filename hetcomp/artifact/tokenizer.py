@@ -58,8 +58,8 @@ def compile_tokenizer(folder: Path) -> CompiledTokenizer | None:
     added = sorted(tokenizer.get_added_tokens_decoder().items())
     vocabulary: dict[str, int] = model["vocab"]
     count = max([*vocabulary.values(), *(id for id, _ in added)], default=-1) + 1
-    # HF decodes a normalized added token as its normalised text, and skips what has the text of a special token.
-    texts = {id: tokenizer.id_to_token(id) for id, _ in added}
+    # HF decodes a normalized added token as its normalised text, and skips what has a special token's text.
+    texts = {id: tokenizer.id_to_token(id) or token.content for id, token in added}
     special_texts = {token.content for _, token in added if token.special}
     pieces, unreachable = _pieces(vocabulary, texts, count, byte_level)
     prefix, suffix = _post_processor(source.get("post_processor"))
@@ -164,8 +164,8 @@ def _pieces(
 ) -> tuple[list[str | None], list[int]]:
     """The tokens by id, and the ids that BPE itself can never give.
 
-    Byte-level: each byte of a token is the code point U+00XX. A token with a character that stands for no byte
-    is its own UTF-8 text, as HF's decoder has it.
+    Byte-level: each byte of a token is the code point U+00XX. A token with a character that stands for no
+    byte is its own UTF-8 text, as HF's decoder has it.
     """
     characters = _byte_characters()
     pieces: list[str | None] = [None] * count
@@ -228,9 +228,7 @@ def _pretokenizers(pretokenizer: Json | None) -> tuple[list[Json], bool]:
             steps.append(_split(regex, _behavior(step["behavior"]), step["invert"]))
         elif kind == "Digits":
             # Rust's char::is_numeric is the general category N.
-            steps.append(
-                _split(to_pcre2(r"\p{N}"), "isolated" if step["individual_digits"] else "contiguous")
-            )
+            steps.append(_split(to_pcre2(r"\p{N}"), "isolated" if step["individual_digits"] else "contiguous"))
         elif kind == "Punctuation":
             steps.append(_split(to_pcre2(r"[\p{P}!-/:-@\[-`{-~]"), _behavior(step["behavior"])))
         elif kind == "Metaspace":
@@ -258,8 +256,8 @@ def _metaspace(step: Json) -> Json:
 def _decoder(decoder: Json | None, byte_level: bool) -> Json:
     replacements: list[list[str]] = []
     compiled: Json = {
-        "byte_level": byte_level, "byte_fallback": False, "replacements": replacements, "strip": "", "strip_count": 0,
-        "metaspace": "", "drop_first": False,
+        "byte_level": byte_level, "byte_fallback": False, "replacements": replacements,
+        "strip": "", "strip_count": 0, "metaspace": "", "drop_first": False,
     }  # fmt: skip
     steps = _flat(decoder, "decoders")
     if byte_level:

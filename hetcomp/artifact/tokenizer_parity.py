@@ -35,21 +35,21 @@ _SENTENCES = (
     "K\u212a \u017f'\u017f 'S 'T 'LL 'Re 'vE 'D 'M don\u2019t l\u2019été ''s",
 )
 _FRAGMENTS = (
-    " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n", "\n ", "'s", "'ll", "'S", "\u2019s", "0", "12", "345", "6789", "1234567",
-    "the", " the", "The", "ing", "_", "__", "-", "--", ".", "...", ",", "!", "?!", "(", ")", "[", "]", "{", "}", "<", ">",
-    "<|", "|>", "</", "/", "//", "\\", '"', "``", "#", "=", "==", "+", "*", "&", "%", "$", "@", "~", "^", "é", "e\u0301",
-    "ß", "漢", "字", "が", "か\u3099", "한", "\u1112\u1161\u11ab", "🙂", "👍🏽", "\u200d", "\ufe0f", "\u0301", "\u0323", "\u00a0", "\u3000",
-    "\u2028", "\u0085", "\u180e", "\u200b", "\ufeff", "\x00", "\x1b", "\ufffd", "\u0660", "²", "Ⅷ", "ǅ", "ʰ", "ª", "K", "\u212a", "\u017f",
+    " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", " \n", "\n ", "'s", "'ll", "'S", "\u2019s", "0", "12",
+    "345", "6789", "1234567", "the", " the", "The", "ing", "_", "__", "-", "--", ".", "...", ",", "!",
+    "?!", "(", ")", "[", "]", "{", "}", "<", ">", "<|", "|>", "</", "/", "//", "\\", '"', "``", "#", "=",
+    "==", "+", "*", "&", "%", "$", "@", "~", "^", "é", "e\u0301", "ß", "漢", "字", "が", "か\u3099", "한",
+    "\u1112\u1161\u11ab", "🙂", "👍🏽", "\u200d", "\ufe0f", "\u0301", "\u0323", "\u00a0", "\u3000", "\u2028",
+    "\u0085", "\u180e", "\u200b", "\ufeff", "\x00", "\x1b", "\ufffd", "\u0660", "²", "Ⅷ", "ǅ", "ʰ", "ª",
+    "K", "\u212a", "\u017f",
 )  # fmt: skip
 
 
-def prove_parity(
-    compiled: CompiledTokenizer, folder: Path, n: int = 2000, library: Path | None = None
-) -> int:
+def prove_parity(compiled: CompiledTokenizer, folder: Path, n: int = 2000, library: Path | None = None) -> int:
     """Encodes and decodes at least ``n`` texts with HF ``tokenizers`` and with the C++ runtime.
 
-    Returns the number of texts compared. Raises HetcompError with the first text on which the two differ, and if
-    the runtime library (by default that of this installation) is missing.
+    Returns the number of texts compared. Raises HetcompError with the first text on which the two differ, and
+    if the runtime library (by default that of this installation) is missing.
     """
     from tokenizers import Tokenizer
 
@@ -72,16 +72,14 @@ def prove_parity(
             compared += 1
         numbers = random.Random(1)
         for _ in range(n // 4):
-            # Random ids make byte sequences that are no UTF-8. Streaming shows bytes as soon as they are decided,
-            # so it may differ from HF there for byte-fallback tokens.
+            # Random ids make byte sequences that are no UTF-8. Streaming shows bytes as soon as they are
+            # decided, so it may differ from HF there for byte-fallback tokens.
             ids = [numbers.randrange(compiled.vocab_size) for _ in range(numbers.randint(1, 12))]
             _compare_decoding(reference, native, folder, ids, stream=byte_level)
     return compared
 
 
-def _compare_decoding(
-    reference: object, native: NativeTokenizer, folder: Path, ids: list[int], stream: bool
-) -> None:
+def _compare_decoding(reference: object, native: NativeTokenizer, folder: Path, ids: list[int], stream: bool) -> None:
     for skip in (True, False):
         expected = reference.decode(ids, skip_special_tokens=skip)  # type: ignore[attr-defined]
         for streaming in (False, True) if stream else (False,):
@@ -92,8 +90,8 @@ def _compare_decoding(
 
 def _mismatch(folder: Path, verb: str, given: object, expected: object, got: object) -> HetcompError:
     return HetcompError(
-        f"The compiled tokenizer of {folder} does not {verb} {given!r} as HF tokenizers does (expected {expected!r}, "
-        f"got {got!r}); compile without a tokenizer and report this."
+        f"The compiled tokenizer of {folder} does not {verb} {given!r} as HF tokenizers does (expected "
+        f"{expected!r}, got {got!r}); compile without a tokenizer and report this."
     )
 
 
@@ -111,14 +109,10 @@ def parity_texts(n: int, added_tokens: list[str], numbers: random.Random) -> Ite
         lambda: _code_points(numbers, ((0x0, 0x24F), (0x300, 0x36F))),
         lambda: _code_points(numbers, ((0x370, 0x1FFF), (0x2000, 0x2BFF))),
         lambda: _code_points(numbers, ((0x3000, 0x9FFF), (0xAC00, 0xD7A3), (0xF900, 0xFFFF))),
-        lambda: _code_points(
-            numbers, ((0x1F000, 0x1FAFF), (0x200D, 0x200D), (0xFE0F, 0xFE0F), (0x1F3FB, 0x1F3FF))
-        ),
+        lambda: _code_points(numbers, ((0x1F000, 0x1FAFF), (0x200D, 0x200D), (0xFE0F, 0xFE0F), (0x1F3FB, 0x1F3FF))),
         lambda: _code_points(numbers, ((0x0, 0xD7FF), (0xE000, 0x10FFFF))),
         lambda: _code_points(numbers, ((0x10000, 0x3FFFF), (0xE0000, 0xE01FF))),
-        lambda: bytes(numbers.randrange(256) for _ in range(numbers.randint(1, 40))).decode(
-            "utf-8", "replace"
-        ),
+        lambda: bytes(numbers.randrange(256) for _ in range(numbers.randint(1, 40))).decode("utf-8", "replace"),
         lambda: _spliced(numbers, words, added_tokens),
         lambda: numbers.choice(_FRAGMENTS) * numbers.randint(1, 60),
     )

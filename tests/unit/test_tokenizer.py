@@ -1,4 +1,4 @@
-"""The compiled tokenizer gives the ids and texts of HF tokenizers, family by family, and refuses what it cannot do."""
+"""The compiled tokenizer gives the ids and texts of HF tokenizers, and refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from hetcomp.artifact.split_patterns import to_pcre2
 from hetcomp.artifact.text_library import NativeTokenizer
@@ -21,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models_zoo" / "demo-moe"
 
 QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 O200K = "|".join(
@@ -305,7 +316,9 @@ def test_unsupported_parts_are_named(part: str, value: object, tmp_path: Path) -
         compile_tokenizer(save(tokenizer, tmp_path))
 
 
-@pytest.mark.parametrize("pattern", [r"(a)\1", r"\p{Emoji}+", r"[[:alpha:]]", r"a{2}+", r"(?<n>a)", r"\R", r"[^a&&b]", "[a"])
+@pytest.mark.parametrize(
+    "pattern", [r"(a)\1", r"\p{Emoji}+", r"[[:alpha:]]", r"a{2}+", r"(?<n>a)", r"\R", r"[^a&&b]", "[a"]
+)
 def test_untranslatable_patterns_are_refused(pattern: str) -> None:
     with pytest.raises(HetcompError, match="which hetcomp does not translate"):
         to_pcre2(pattern)
