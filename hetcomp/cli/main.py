@@ -231,4 +231,6 @@ def main() -> None:
 
 def plan_main() -> None:
     """Entry point of ``hetcomp-plan``."""
-    typer.run(plan_command)
+    alone = typer.Typer(name="hetcomp-plan", add_completion=False, pretty_exceptions_enable=False)
+    alone.command()(plan_command)
+    alone()
