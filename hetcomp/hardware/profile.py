@@ -120,9 +120,10 @@ class HardwareProfile(_Model):
     @property
     def measured(self) -> bool:
         """Whether every figure that predictions use was measured on the machine itself."""
-        sources = [rate.source for rate in self.rates] + [n.source for n in self.compute_nodes()]
+        sources = [rate.source for rate in self.rates] + [n.source for n in self.compute_nodes]
         return all(source is Source.MEASURED for source in sources)
 
+    @property
     def compute_nodes(self) -> tuple[NumaNode, ...]:
         """Nodes that have cores for a lane; the others (memory expanders) only hold data."""
         return tuple(n for n in self.nodes if n.cores and n.read_bandwidth)
@@ -142,7 +143,7 @@ class HardwareProfile(_Model):
     def bandwidth(self, node: int | None = None) -> float:
         """Read bandwidth of the node in 10^9 bytes a second with its lane's threads; None: of the fastest node."""
         if node is None:
-            return max(self.bandwidth(n.id) for n in self.compute_nodes())
+            return max(self.bandwidth(n.id) for n in self.compute_nodes)
         found, threads = self.node(node), self.node_threads(node)
         usable = [p.gb_per_s for p in found.read_bandwidth if p.threads <= threads]
         # A curve that starts above our thread count: a thread reads at most its share of the first point.
@@ -164,7 +165,7 @@ class HardwareProfile(_Model):
     def gflops(self, weight_format: str, node: int | None = None, isa: str | None = None) -> float:
         """GEMM rate of one node's lane in 10^9 FLOP a second (None: of the node with most threads)."""
         rate = self.rate(weight_format, isa)
-        ids = [n.id for n in self.compute_nodes()] if node is None else [node]
+        ids = [n.id for n in self.compute_nodes] if node is None else [node]
         derate = DATA_SHEET_FLOPS if rate.source is Source.DATA_SHEET else 1.0
         return rate.gflops_per_core * max(self.node_threads(i) for i in ids) * derate
 
