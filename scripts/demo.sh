@@ -20,13 +20,15 @@ step "2. The plan: what runs where, what it costs, and how fast it should be."
 show hetcomp-plan $artifact
 "$bin/hetcomp-plan" "$artifact"
 
-step "3. Generate text from Python's command line (greedy)."
-show hetcomp run $artifact --prompt "\"$prompt\"" -n 48 --stats
-"$bin/hetcomp" run "$artifact" --prompt "$prompt" -n 48 --stats | tee out/demo-python.txt
+sampling=(--temperature 0.8 --top-p 0.95 --seed 4 -n 64)
+step "3. Generate text from Python's command line."
+show hetcomp run $artifact --prompt "\"$prompt\"" "${sampling[@]}"
+"$bin/hetcomp" run "$artifact" --prompt "$prompt" "${sampling[@]}" | tee out/demo-python.txt
 
 step "4. The same from the artifact's own binary: no Python, nothing but the C and C++ libraries."
-show $artifact/bin/hetcomp-run $artifact --prompt "\"$prompt\"" -n 48
-"$artifact/bin/hetcomp-run" "$artifact" --prompt "$prompt" -n 48 | tee out/demo-binary.txt
+show $artifact/bin/hetcomp-run $artifact --prompt "\"$prompt\"" "${sampling[@]}" --stats
+"$artifact/bin/hetcomp-run" "$artifact" --prompt "$prompt" "${sampling[@]}" --stats 2>out/demo-stats.txt | tee out/demo-binary.txt
+grep -E '"(tokens_per_second|load_seconds|threads)"' out/demo-stats.txt || true
 
 cmp out/demo-python.txt out/demo-binary.txt
 step "Both printed the same bytes. The artifact, a folder that you can copy to another machine of this kind:"
