@@ -33,7 +33,7 @@ def place(plan: Plan, context: Context) -> Plan:
     refuse_if_too_large(plan, context)
     devices = [
         Device(f"cpu:{node.id}", float(node.available_bytes), context.profile.bandwidth(node.id))
-        for node in context.profile.compute_nodes()
+        for node in context.profile.compute_nodes
     ]
     notes = tuple(
         f"GPU {gpu.name} is not used: this version generates code for CPUs only" for gpu in context.profile.gpus

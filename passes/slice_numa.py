@@ -25,11 +25,11 @@ def slice_numa(plan: Plan, context: Context) -> Plan:
 
 def node_slices(extent: int, profile: HardwareProfile) -> tuple[NodeSlice, ...]:
     """Cuts 0 .. ``extent`` in proportion to the nodes' bandwidths, at multiples of 16; empty parts are left out."""
-    total = sum(profile.bandwidth(node.id) for node in profile.compute_nodes())
+    total = sum(profile.bandwidth(node.id) for node in profile.compute_nodes)
     slices, start, share = [], 0, 0.0
-    for i, node in enumerate(profile.compute_nodes()):
+    for i, node in enumerate(profile.compute_nodes):
         share += profile.bandwidth(node.id) / total
-        stop = extent if i == len(profile.compute_nodes()) - 1 else min(extent, round(extent * share / PANEL) * PANEL)
+        stop = extent if i == len(profile.compute_nodes) - 1 else min(extent, round(extent * share / PANEL) * PANEL)
         if stop > start:
             slices.append(NodeSlice(node.id, start, stop))
             start = stop
