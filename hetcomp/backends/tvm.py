@@ -93,7 +93,7 @@ class TvmBackend:
 
         facts = {
             "attrs": repr(request.op.attrs),
-            "types": [str(v.type) for v in (*request.inputs, *request.outputs)],
+            "types": [(str(v.type), v.format) for v in (*request.inputs, *request.outputs)],
             "dims": sorted(request.dims.items()),
         }
         key = kernel_name("aten", Isa.AVX2, facts)

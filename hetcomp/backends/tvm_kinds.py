@@ -97,9 +97,7 @@ def _glu(request: KernelRequest) -> RowKernel:
     assert isinstance(attrs, ops.Glu)
     function = tvm_math.glu(attrs.function, attrs.alpha, attrs.limit)
     width = lanes(request.isa)
-    stage = Stage(
-        lambda: tvm_elementwise.binary(function, width), _flat("args.in[0]", "args.in[1]", "args.out[0]")
-    )
+    stage = Stage(lambda: tvm_elementwise.binary(function, width), _flat("args.in[0]", "args.in[1]", "args.out[0]"))
     return _elementwise(f"{attrs.function}(gate) * up", attrs.width, stage, MATH_GRAIN)
 
 
@@ -141,9 +139,7 @@ def _mul(request: KernelRequest) -> RowKernel:
             Operand("args.out[0]", (BLOCK, columns)),
         ),
     )
-    return RowKernel(
-        "a * b (one number a row)", "a row", "args.rows", _rows_grain(columns, COPY_GRAIN), (stage,)
-    )
+    return RowKernel("a * b (one number a row)", "a row", "args.rows", _rows_grain(columns, COPY_GRAIN), (stage,))
 
 
 def _copy_stage(
@@ -167,8 +163,7 @@ def _slice(request: KernelRequest) -> RowKernel:
     heads, width = math.prod(outer), attrs.stop - attrs.start
     if not 0 <= attrs.start < attrs.stop <= columns:
         raise HetcompError(
-            f"The slice {attrs.start}:{attrs.stop} at {place_of(request)} is outside of "
-            f"{request.inputs[0].type}."
+            f"The slice {attrs.start}:{attrs.stop} at {place_of(request)} is outside of {request.inputs[0].type}."
         )
     stage = _copy_stage(request.isa, heads, width, 0, (heads, columns, attrs.start), (width, 0))
     title = f"x[..., {attrs.start}:{attrs.stop}]"
@@ -184,9 +179,7 @@ def _concat(request: KernelRequest) -> RowKernel:
         *value_outer, width = _trailing(value)
         own = math.prod(value_outer)
         if own not in (1, heads):
-            raise HetcompError(
-                f"The concat at {place_of(request)} joins {value.type} to {request.outputs[0].type}."
-            )
+            raise HetcompError(f"The concat at {place_of(request)} joins {value.type} to {request.outputs[0].type}.")
         stages.append(_copy_stage(request.isa, heads, width, index, (own, width, 0), (columns, first)))
         first += width
     if first != columns:
@@ -206,9 +199,7 @@ def _rms_norm(request: KernelRequest) -> RowKernel:
         return tvm_norm.rms_norm(groups, width, attrs.eps, attrs.weight_offset, lanes(request.isa))
 
     rows = (BLOCK, groups, width)
-    stage = Stage(
-        build, (Operand("args.in[0]", rows), Operand("args.in[1]", (width,)), Operand("args.out[0]", rows))
-    )
+    stage = Stage(build, (Operand("args.in[0]", rows), Operand("args.in[1]", (width,)), Operand("args.out[0]", rows)))
     title = f"rms_norm of {groups} x {width}"
     return RowKernel(title, "a row", "args.rows", _rows_grain(groups * width, COPY_GRAIN // 2), (stage,))
 
@@ -292,9 +283,7 @@ def _check_route(attrs: ops.Route, request: KernelRequest) -> None:
     if not 0 < attrs.top_k <= attrs.experts:
         raise HetcompError(f"{where} chooses {attrs.top_k} of {attrs.experts} experts.")
     if attrs.experts % attrs.groups or not 0 < attrs.top_groups <= attrs.groups:
-        raise HetcompError(
-            f"{where} chooses {attrs.top_groups} of {attrs.groups} groups of {attrs.experts} experts."
-        )
+        raise HetcompError(f"{where} chooses {attrs.top_groups} of {attrs.groups} groups of {attrs.experts} experts.")
     if attrs.group_score == "top2" and attrs.groups > 1 and attrs.experts // attrs.groups < 2:
         raise HetcompError(f"{where} scores groups by their two best experts, but a group has only one.")
 
@@ -304,8 +293,7 @@ def _linear(request: KernelRequest) -> RowKernel:
     assert isinstance(attrs, ops.Linear)
     if request.inputs[1].format != "f32":
         raise HetcompError(
-            f"The linear at {place_of(request)} has {request.inputs[1].format} weights; TVM's kernel "
-            f"takes f32."
+            f"The linear at {place_of(request)} has {request.inputs[1].format} weights; TVM's kernel takes f32."
         )
     k, out = attrs.in_features, attrs.out_features
 

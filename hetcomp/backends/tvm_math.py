@@ -46,9 +46,7 @@ def exp(x: Expr) -> Expr:
 
 def _exp_clamped(x: Expr) -> Expr:
     n = tirx.floor(x * _f(1.44269504088896341) + _f(0.5))
-    return _bind(
-        n, lambda n: _bind(x - n * _f(0.693359375) - n * _f(-2.12194440e-4), lambda r: _exp_scaled(r, n))
-    )
+    return _bind(n, lambda n: _bind(x - n * _f(0.693359375) - n * _f(-2.12194440e-4), lambda r: _exp_scaled(r, n)))
 
 
 def _exp_scaled(r: Expr, n: Expr) -> Expr:

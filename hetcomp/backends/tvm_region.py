@@ -35,6 +35,8 @@ _TYPES = {
     "float64": ("tvm::kFloat", 64),
     "int32": ("tvm::kInt", 32),
     "int64": ("tvm::kInt", 64),
+    "int8": ("tvm::kInt", 8),
+    "uint8": ("tvm::kUInt", 8),
     "bool": ("tvm::kBool", 8),
 }
 
@@ -65,10 +67,9 @@ def plan_region(request: KernelRequest) -> Region:
 
     try:
         lowered = lower_region(exported)
+        offsets, total = _place(lowered, _rows_bound(attrs, request.dims))
     except Exception as error:  # TVM raises AssertionError, ValueError, its own InternalError, ...
         raise HetcompError(refusal(attrs, origin, error)) from error
-    rows = _rows_bound(attrs, request.dims)
-    offsets, total = _place(lowered, rows)
     return Region(lowered, offsets, total)
 
 
@@ -86,9 +87,7 @@ def emit_region(name: str, isa: Isa, region: Region, attrs: Aten, origin: str) -
     total = sum(c.nbytes for c in lowered.constants)
     if total > _MAX_CONSTANT_BYTES:
         raise HetcompError(refusal(attrs, origin, f"it contains {total} bytes of constants"))
-    calls = [
-        _call_values(name, symbol, call, region) for symbol, call in zip(symbols, lowered.calls, strict=True)
-    ]
+    calls = [_call_values(name, symbol, call, region) for symbol, call in zip(symbols, lowered.calls, strict=True)]
     copies = [
         {
             "target": _address(name, target, region),
@@ -101,8 +100,7 @@ def emit_region(name: str, isa: Isa, region: Region, attrs: Aten, origin: str) -
         "tvm/region.cpp.j2",
         kernel=name,
         isa=isa.value,
-        title="aten region "
-        + ", ".join(dict.fromkeys(n.target for n in attrs.nodes if n.target != "getitem")),
+        title="aten region " + ", ".join(dict.fromkeys(n.target for n in attrs.nodes if n.target != "getitem")),
         symbols=symbols,
         constants=[_constant(c) for c in lowered.constants],
         calls=calls,
@@ -144,9 +142,7 @@ def _with_memory_types(attrs: Aten, inputs: tuple[Value, ...], origin: str) -> A
     for node in attrs.nodes:
         kwargs = tuple((k, moved(v)) for k, v in node.kwargs)
         nodes.append(replace(node, args=tuple(moved(a) for a in node.args), kwargs=kwargs))
-    return replace(
-        attrs, nodes=tuple(nodes), input_dtypes=memory, results=tuple(r + shift for r in attrs.results)
-    )
+    return replace(attrs, nodes=tuple(nodes), input_dtypes=memory, results=tuple(r + shift for r in attrs.results))
 
 
 def _torch_name(value: Value, origin: str) -> str:
@@ -174,7 +170,7 @@ def _bytes(buffer: Buffer, rows: int) -> int:
 
 def _item_bytes(buffer: Buffer) -> int:
     if buffer.dtype not in _TYPES:
-        raise HetcompError(f"An aten region has an intermediate of type {buffer.dtype}.")
+        raise HetcompError(f"it has an intermediate of type {buffer.dtype}")
     return _TYPES[buffer.dtype][1] // 8
 
 

@@ -35,9 +35,7 @@ def export_region(attrs: Aten, output_dtypes: tuple[str, ...], dims: Mapping[str
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns about its own pytree code
-            return torch.export.export(
-                module, tuple(examples), dynamic_shapes=(tuple(dynamic),), strict=False
-            )
+            return torch.export.export(module, tuple(examples), dynamic_shapes=(tuple(dynamic),), strict=False)
     except Exception as error:  # torch raises whatever the op's meta function raises
         raise HetcompError(refusal(attrs, origin, error)) from error
 

@@ -54,23 +54,17 @@ def _ordered(x: Tensor, axis: int, descending: bool, count: Expr, dtype: str) ->
 
 def _gathered(x: Tensor, order: Tensor, axis: int) -> Tensor:
     axis = axis + len(x.shape) if axis < 0 else axis
-    return te.compute(
-        order.shape, lambda *index: x(*index[:axis], order(*index), *index[axis + 1 :]), name="values"
-    )
+    return te.compute(order.shape, lambda *index: x(*index[:axis], order(*index), *index[axis + 1 :]), name="values")
 
 
 def _topk(bb: Any, call: Any) -> Expr:  # noqa: ANN401
     x, attrs = call.args[0], call.attrs
     axis, largest, dtype = int(attrs.axis), bool(attrs.largest), str(attrs.dtype)
     count = int(attrs.k)
-    order = bb.emit(
-        bb.call_te(lambda t: _ordered(t, axis, largest, count, dtype), x, primfunc_name_hint="topk_order")
-    )
+    order = bb.emit(bb.call_te(lambda t: _ordered(t, axis, largest, count, dtype), x, primfunc_name_hint="topk_order"))
     if attrs.ret_type == "indices":
         return order
-    values = bb.emit(
-        bb.call_te(lambda t, o: _gathered(t, o, axis), x, order, primfunc_name_hint="topk_values")
-    )
+    values = bb.emit(bb.call_te(lambda t, o: _gathered(t, o, axis), x, order, primfunc_name_hint="topk_values"))
     return values if attrs.ret_type == "values" else relax.Tuple([values, order])
 
 

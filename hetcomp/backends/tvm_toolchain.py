@@ -59,9 +59,7 @@ def check_versions(tvm_version: str | None, ffi_version: str | None) -> None:
     if tvm_version is None:
         raise HetcompError(f"The package apache-tvm is not installed, but compiling needs it; {advice}")
     if tvm_version != TVM_VERSION:
-        raise HetcompError(
-            f"apache-tvm is version {tvm_version}, but only {TVM_VERSION} works here; {advice}"
-        )
+        raise HetcompError(f"apache-tvm is version {tvm_version}, but only {TVM_VERSION} works here; {advice}")
     release = re.match(r"(\d+)\.(\d+)\.(\d+)", ffi_version or "")
     if ffi_version is None or release is None or tuple(map(int, release.groups())) != FFI_RELEASE:
         raise HetcompError(
@@ -97,9 +95,7 @@ def _check_symbols(path: Path) -> None:
     """Refuses an object that would need TVM's runtime: its allocator, its thread pool, a packed function."""
     done = subprocess.run(["nm", "-P", str(path)], capture_output=True, text=True)
     if done.returncode != 0:
-        raise HetcompError(
-            f"nm cannot read an object that TVM wrote ({done.stderr.strip()}); install binutils."
-        )
+        raise HetcompError(f"nm cannot read an object that TVM wrote ({done.stderr.strip()}); install binutils.")
     for line in done.stdout.splitlines():
         symbol, kind = line.split()[:2]
         runtime = symbol.startswith("__TVMBackend") or symbol.startswith("__TVMFFI")

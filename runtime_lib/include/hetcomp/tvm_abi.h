@@ -8,6 +8,7 @@ namespace hetcomp::tvm {
 
 // DLDataTypeCode, DLDeviceType and TVMFFITypeIndex of the values used here.
 inline constexpr std::uint8_t kInt = 0;
+inline constexpr std::uint8_t kUInt = 1;
 inline constexpr std::uint8_t kFloat = 2;
 inline constexpr std::uint8_t kBool = 6;
 inline constexpr std::int32_t kCpu = 1;
