@@ -1,4 +1,4 @@
-"""What the kernel says about this machine: CPU, instruction sets, cores, caches, NUMA nodes, memory, limits."""
+"""What the kernel says of this machine: CPU, instruction sets, cores, caches, NUMA nodes, memory, limits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from hetcomp.hardware.limits import cpu_quota, memory_left
 from hetcomp.hardware.profile import Cache
 
-# /proc/cpuinfo flags that an instruction set needs, weakest first. The first two are the psABI levels v3 and v4
-# that programs are built for; the others are reported for planning.
+# /proc/cpuinfo flags that an instruction set needs, weakest first. avx2 and avx512 are the psABI levels v3 and
+# v4 that programs are built for; the others are reported for planning.
 ISA_FLAGS: dict[str, frozenset[str]] = {
     "avx2": frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"}),
     "avx_vnni": frozenset({"avx_vnni"}),
@@ -26,7 +26,7 @@ ISA_FLAGS: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A NUMA node: its logical CPUs that this process may use, one of each physical core first in ``cores``."""
+    """A NUMA node: its logical CPUs that this process may use, and of each physical core the first (``cores``)."""
 
     id: int
     cpus: tuple[int, ...]
@@ -51,7 +51,7 @@ class Machine:
 
 
 def detect_machine(root: Path = Path("/"), allowed: frozenset[int] | None = None) -> Machine:
-    """Reads /proc and /sys below ``root``. ``allowed``: logical CPUs of this process (None: ask the kernel)."""
+    """Reads /proc and /sys below ``root``. ``allowed``: logical CPUs of this process (None: asks the kernel)."""
     cpus = allowed if allowed is not None else frozenset(os.sched_getaffinity(0))
     info = _text(root / "proc/cpuinfo")
     flags = _flags(info)
@@ -92,14 +92,15 @@ def _nodes(root: Path, allowed: frozenset[int], limit: int | None) -> tuple[Node
         info = _meminfo(folder / "meminfo")
         cpus = tuple(c for c in cpu_list(_text(folder / "cpulist")) if c in allowed)
         # As the kernel estimates MemAvailable: free pages, page cache and reclaimable slabs.
-        usable = info.get("MemFree", 0) + info.get("FilePages", 0) + info.get("SReclaimable", 0) - info.get("Shmem", 0)
+        cached = info.get("FilePages", 0) - info.get("Shmem", 0) + info.get("SReclaimable", 0)
+        usable = info.get("MemFree", 0) + cached
         if cpus or info.get("MemTotal", 0):
             found.append((int(folder.name[4:]), cpus, info.get("MemTotal", 0), max(0, usable)))
     if not found:  # a kernel without NUMA, or /sys is not mounted
         found = [(0, tuple(sorted(allowed)), memory.get("MemTotal", 0), free)]
     budget = free if limit is None else min(free, limit)
-    # What the nodes say is taken as shares of the machine's figures: MemAvailable knows the watermarks, and node
-    # files leave out memory that was plugged in later.
+    # What the nodes say is taken as shares of the machine's figures: MemAvailable knows the watermarks, and
+    # node files may leave out memory that was plugged in later.
     usable_sum = sum(usable for *_, usable in found) or 1
     total_sum = sum(total for _, _, total, _ in found) or 1
     return tuple(
@@ -118,7 +119,8 @@ def _one_of_each_core(root: Path, cpus: tuple[int, ...]) -> tuple[int, ...]:
     seen: set[str] = set()
     cores = []
     for cpu in cpus:
-        siblings = _text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or f"cpu{cpu}"
+        siblings = _text(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings = siblings or f"cpu{cpu}"
         if siblings not in seen:
             seen.add(siblings)
             cores.append(cpu)

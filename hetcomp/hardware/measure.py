@@ -1,4 +1,4 @@
-"""The profile of this machine: detected facts, and figures that a small C++ program measures once and a cache keeps."""
+"""The profile of this machine: detected facts, and figures that a small C++ program measures once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import resources
@@ -36,8 +37,8 @@ _MARCH = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 # Figures taken while other processes kept the cores busy are used for this long, then measured again.
 _BUSY_SECONDS = 600.0
 _BUSY = "measured on a busy machine, likely too low"
-# Without a compiler: two channels of DDR4-3200 (51.2 GB/s) at 80 %, and half of the peak of 2 GHz cores with two
-# FMA units of the instruction set's width.
+# Without a compiler: two channels of DDR4-3200 (51.2 GB/s) at 80 %, and half of the peak of 2 GHz cores with
+# two FMA units of the instruction set's width.
 _ESTIMATED_GB_PER_S = 41.0
 _ESTIMATED_GFLOPS = {"avx2": 32.0, "avx512": 64.0}
 _ESTIMATED_BARRIER_US = 1.0
@@ -45,7 +46,7 @@ _ESTIMATED_BARRIER_US = 1.0
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What one run of the probe printed: GB/s by threads, barrier, and by format (GFLOP/s a core, GEMV GB/s)."""
+    """What a run of the probe printed: GB/s by threads, barrier, by format (GFLOP/s a core, GEMV GB/s)."""
 
     read: tuple[tuple[int, float], ...]
     barrier_us: float
@@ -53,9 +54,11 @@ class ProbeResult:
 
 
 def measured_profile() -> HardwareProfile:
-    """This machine as this process may use it. Figures come from the cache, or are measured in a few seconds; free
-    memory and GPUs are always asked for anew. Without a C++ compiler the figures are estimates, marked so and not
-    kept."""
+    """This machine as this process may use it.
+
+    Figures come from the cache, or are measured in a few seconds; free memory and GPUs are always asked for
+    anew. Without a C++ compiler the figures are estimates, marked so and not kept.
+    """
     machine = detect_machine()
     cached = cache_file(machine)
     profile = _read(cached)
@@ -69,8 +72,8 @@ def measured_profile() -> HardwareProfile:
 
 
 def cache_file(machine: Machine) -> Path:
-    """Where the figures of ``machine`` are kept: ``$HETCOMP_CACHE`` or the user's cache folder; the name is a hash of
-    all that they depend on."""
+    """Where the figures of ``machine`` are kept: in ``$HETCOMP_CACHE`` or the user's cache folder, under a hash
+    of all that they depend on."""
     root = os.environ.get("HETCOMP_CACHE")
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     facts = asdict(machine)
@@ -84,7 +87,7 @@ def cache_file(machine: Machine) -> Path:
 
 
 def measure(machine: Machine) -> HardwareProfile:
-    """Measures ``machine``, which must be this one; estimates, with the reason in ``origin``, if that fails."""
+    """Measures ``machine``, which must be this one; if that fails, estimates with the reason in ``origin``."""
     load = os.getloadavg()[0]
     busy = f"{_BUSY} (load {load:.1f})" if load > 0.5 * machine.threads else ""
     try:
@@ -94,8 +97,8 @@ def measure(machine: Machine) -> HardwareProfile:
 
 
 def buffer_mebibytes(machine: Machine, node: NodeFacts) -> int:
-    """Size of the buffer to read: four times the last-level caches, so that they hold little of it, and at least
-    512 MiB; at most an eighth of the node's free memory."""
+    """Size of the buffer to read: four times the last-level caches, so that they hold little of it, and at
+    least 512 MiB; at most an eighth of the node's free memory."""
     last = max((c.level for c in machine.caches), default=0)
     caches = sum(c.bytes * c.instances for c in machine.caches if c.level == last)
     return max(16, min(max(4 * caches, 512 << 20), node.available_bytes // 8) >> 20)
@@ -109,7 +112,9 @@ def _probe(machine: Machine) -> dict[int, dict[str, ProbeResult]]:
     compiler, include = find_cxx(), installed_runtime.include()
     results: dict[int, dict[str, ProbeResult]] = {}
     with tempfile.TemporaryDirectory(prefix="hetcomp-probe-") as folder:
-        probes = {isa: _build(compiler, include, isa, Path(folder)) for isa in isas}
+        with ThreadPoolExecutor(max_workers=min(len(isas), machine.logical_cpus)) as pool:
+            built = pool.map(lambda isa: _build(compiler, include, isa, Path(folder)), isas)
+            probes = dict(zip(isas, built, strict=True))
         for node, cpus in _lanes(machine):
             mebibytes = buffer_mebibytes(machine, node)
             results[node.id] = {isa: _run(probe, mebibytes, cpus) for isa, probe in probes.items()}
@@ -127,7 +132,7 @@ def _lanes(machine: Machine) -> list[tuple[NodeFacts, tuple[int, ...]]]:
 
 
 def _build(compiler: CxxCompiler, include: Path, isa: str, folder: Path) -> Path:
-    source, probe = folder / "probe.cpp", folder / f"probe_{isa}"
+    source, probe = folder / f"probe_{isa}.cpp", folder / f"probe_{isa}"
     source.write_text(_source(), encoding="utf-8")
     flags = ["-std=c++20", "-O3", f"-march={_MARCH[isa]}", "-pthread", f"-I{include}"]
     command = [str(compiler.path), *flags, str(source), "-o", str(probe)]

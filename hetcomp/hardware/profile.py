@@ -1,4 +1,4 @@
-"""The hardware profile: what the passes know of a machine. Measured here, from a file, or from a data sheet."""
+"""The hardware profile: what the passes know of a machine, measured, from a file or from a data sheet."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hetcomp.errors import HetcompError
 
 SCHEMA = (1, 0)  # major: readers refuse another; minor: fields were added
 
-# Part of a data sheet's peak that kernels reach, for profiles whose figures were not measured. Reads: 0.8 is what
-# STREAM-like reads give on server and desktop DDR5 (13-14 channels' worth lost to refresh and turnarounds on 16).
+# Estimated part of a data sheet's peak that is reached in practice: by reads of all cores together, and by GEMM.
 DATA_SHEET_READS = 0.8
 DATA_SHEET_FLOPS = 0.7
 
@@ -43,8 +42,8 @@ class BandwidthPoint(_Model):
 
 
 class NumaNode(_Model):
-    """One NUMA node. ``cores`` counts the physical cores that this process may use, ``cpus`` names the logical
-    ones. ``available_bytes`` is what can be allocated now, cgroup limits included."""
+    """One NUMA node. ``cores`` counts the physical cores that this process may use, ``cpus`` names the
+    logical ones. ``available_bytes`` is what can be allocated now, cgroup limits included."""
 
     id: int = Field(ge=0)
     cores: int = Field(ge=0)
@@ -67,8 +66,9 @@ class Cache(_Model):
 class KernelRate(_Model):
     """Speed of matrix kernels with weights of one format on one instruction set.
 
-    ``gflops_per_core``: GEMM on many rows with all cores busy, divided by their number. ``bandwidth_fraction``:
-    bytes of weights that a GEMV on one row streams, as a part of the node's read bandwidth.
+    ``gflops_per_core``: GEMM on many rows with all cores busy, divided by their number.
+    ``bandwidth_fraction``: bytes of weights that a GEMV on one row streams, as a part of the node's read
+    bandwidth.
     """
 
     isa: str
@@ -90,8 +90,8 @@ class Gpu(_Model):
 
 
 class HardwareProfile(_Model):
-    """A machine. ``isas`` as hetcomp names them, weakest first; ``threads`` is how many the lanes run (physical
-    cores within the cgroup's CPU quota); ``barrier_us`` what it costs all of them to meet once."""
+    """A machine. ``isas`` as hetcomp names them, weakest first; ``threads`` is how many the lanes run
+    (physical cores within the cgroup's CPU quota); ``barrier_us`` what it costs all of them to meet once."""
 
     schema_version: tuple[int, int] = Field(default=SCHEMA, alias="schema")
     name: str = Field(min_length=1)
@@ -141,7 +141,7 @@ class HardwareProfile(_Model):
         return max(1, min(self.node(id).cores, self.threads * self.node(id).cores // max(cores, 1)))
 
     def bandwidth(self, node: int | None = None) -> float:
-        """Read bandwidth of the node in 10^9 bytes a second with its lane's threads; None: of the fastest node."""
+        """Read bandwidth of the node in 10^9 bytes a second with its lane's threads (None: the fastest node)."""
         if node is None:
             return max(self.bandwidth(n.id) for n in self.compute_nodes)
         found, threads = self.node(node), self.node_threads(node)
@@ -152,7 +152,7 @@ class HardwareProfile(_Model):
         return best * (DATA_SHEET_READS if found.source is Source.DATA_SHEET else 1.0)
 
     def rate(self, weight_format: str, isa: str | None = None) -> KernelRate:
-        """The rate of a format on ``isa`` (None: the fastest that is known). Raises HetcompError if none is known."""
+        """The rate of a format on ``isa`` (None: the fastest). Raises HetcompError if none is known."""
         known = [r for r in self.rates if r.weight_format == weight_format and isa in (None, r.isa)]
         if not known:
             where = f" on {isa}" if isa else ""
@@ -187,7 +187,8 @@ class HardwareProfile(_Model):
 
     def sha256(self) -> str:
         """Names the machine and its figures; what changes from minute to minute (free memory) is left out."""
-        document = self.model_dump(mode="json", by_alias=True, exclude={"nodes": {"__all__": {"available_bytes"}}})
+        volatile = {"nodes": {"__all__": {"available_bytes"}}}
+        document = self.model_dump(mode="json", by_alias=True, exclude=volatile)
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
