@@ -26,7 +26,9 @@ class Node {
       : json_(json), path_(std::move(path)), where_(where) {}
 
   [[noreturn]] void refuse(const std::string& expected) const {
-    throw Error(HETCOMP_BAD_ARTIFACT, where_ + " is damaged: " + (path_.empty() ? "it" : path_) + " must be " +
+    std::string path = path_.empty() ? "it" : path_;
+    std::ranges::replace(path, '\0', '?');  // a NUL would end the message
+    throw Error(HETCOMP_BAD_ARTIFACT, where_ + " is damaged: " + path + " must be " +
                                           expected + "; compile the model again or copy the artifact anew.");
   }
 

@@ -1,0 +1,72 @@
+#include "fake_program.h"
+
+#include <limits>
+
+#include "hetcomp/lane.h"
+#include "hetcomp/program.h"
+
+namespace hetcomp::fake {
+namespace {
+
+void append(Lane& lane, const hetcomp_step& s) {
+  const auto* embed = reinterpret_cast<const float*>(s.weights[0]);
+  auto* state = reinterpret_cast<float*>(s.states[0]);
+  parallel_for(lane, s.n_tokens, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t) {
+      if (s.ids[t] == kErrorId) lane.set->error.store(kErrorId);
+      float* place = state + (s.slots[t] * s.context + s.positions[t]) * kWidth;
+      for (std::int64_t d = 0; d < kWidth; ++d) place[d] = embed[s.ids[t] * kWidth + d];
+    }
+  });
+}
+
+void sum_up(Lane& lane, const hetcomp_step& s) {
+  const auto* state = reinterpret_cast<const float*>(s.states[0]);
+  auto* sums = reinterpret_cast<float*>(s.arena);
+  parallel_for(lane, s.n_logit_rows, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t r = begin; r < end; ++r) {
+      const std::int32_t t = s.logit_rows[r];
+      for (std::int64_t d = 0; d < kWidth; ++d) {
+        float sum = s.ids[t] == kNanId ? std::numeric_limits<float>::quiet_NaN() : 0;
+        for (std::int64_t p = 0; p <= s.positions[t]; ++p)
+          sum += static_cast<float>(p % 5 + 1) * state[(s.slots[t] * s.context + p) * kWidth + d];
+        sums[r * kWidth + d] = sum;
+      }
+    }
+  });
+}
+
+void logits(Lane& lane, const hetcomp_step& s) {
+  const auto* head = reinterpret_cast<const float*>(s.weights[1]);
+  const auto* sums = reinterpret_cast<const float*>(s.arena);
+  const std::int64_t tasks = s.n_logit_rows * kVocab;
+  parallel_for(lane, tasks, grain_for(lane, tasks), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      float sum = 0;
+      for (std::int64_t d = 0; d < kWidth; ++d) sum += sums[i / kVocab * kWidth + d] * head[i % kVocab * kWidth + d];
+      s.logits[i] = sum;
+    }
+  });
+}
+
+void run(Lane* lane, const hetcomp_step* s) {
+  append(*lane, *s);
+  barrier(*lane);
+  if (lane->thread == 0 && s->lane_ns != nullptr) s->lane_ns[0] += 1'000'000;
+  sum_up(*lane, *s);
+  barrier(*lane);
+  logits(*lane, *s);
+  barrier(*lane);
+}
+
+constexpr hetcomp_program kProgram = {
+    HETCOMP_PROGRAM_ABI, 0,          FAKE_ISA,      kPlanHash, 2,       1,
+    kMaxLogitRows * kWidth * 4, kMaxTokens, kMaxLogitRows, kVocab,    kTimers, run,
+};
+
+}  // namespace
+}  // namespace hetcomp::fake
+
+extern "C" __attribute__((visibility("default"))) const hetcomp_program* hetcomp_program_entry(void) {
+  return &hetcomp::fake::kProgram;
+}

@@ -1,0 +1,189 @@
+// Lanes, barriers and dynamic tasks; meant to be run under ThreadSanitizer too.
+#include <gtest/gtest.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "hetcomp/lane.h"
+#include "lane_threads.h"
+
+namespace hetcomp {
+namespace {
+
+// As many entries as lanes, from the CPUs of this process over and over: more lanes than CPUs must work too.
+std::vector<int> cpus_for(int lanes) {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  sched_getaffinity(0, sizeof(mask), &mask);
+  std::vector<int> allowed;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &mask)) allowed.push_back(cpu);
+  std::vector<int> cpus;
+  for (int i = 0; i < lanes; ++i) cpus.push_back(allowed[static_cast<std::size_t>(i) % allowed.size()]);
+  return cpus;
+}
+
+hetcomp_program program_of(void (*run)(hetcomp_lane*, const hetcomp_step*)) {
+  hetcomp_program program{};
+  program.run = run;
+  return program;
+}
+
+// The tests' programs find their data behind the step's arena.
+template <class T>
+T& data(const hetcomp_step* step) {
+  return *reinterpret_cast<T*>(step->arena);
+}
+template <class T>
+hetcomp_step step_of(T& data) {
+  hetcomp_step step{};
+  step.arena = reinterpret_cast<std::uint8_t*>(&data);
+  return step;
+}
+
+class Lanes : public testing::TestWithParam<int> {};
+INSTANTIATE_TEST_SUITE_P(Threads, Lanes, testing::Values(1, 2, 3, 4));
+
+// Each region reads what the region before wrote everywhere: a missing barrier or a task done twice changes the sum.
+struct Relay {
+  std::vector<std::int64_t> a;
+  std::vector<std::int64_t> b;
+  std::int64_t grain;
+};
+
+void relay(hetcomp_lane* lane, const hetcomp_step* step) {
+  auto& d = data<Relay>(step);
+  const auto n = static_cast<std::int64_t>(d.a.size());
+  for (int region = 0; region < 100; ++region) {
+    const auto& from = region % 2 == 0 ? d.a : d.b;
+    auto& to = region % 2 == 0 ? d.b : d.a;
+    parallel_for(*lane, n, d.grain, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i)
+        to[static_cast<std::size_t>(i)] = from[static_cast<std::size_t>((i + 1) % n)] + 1;
+    });
+    barrier(*lane);
+  }
+}
+
+TEST_P(Lanes, EveryTaskOnceAndBarriersOrderRegions) {
+  LaneThreads lanes(cpus_for(GetParam()));
+  const hetcomp_program program = program_of(relay);
+  for (const std::int64_t n : {1, 2, 7, 100}) {
+    for (const std::int64_t grain : {1, 3, 1000}) {
+      Relay d{std::vector<std::int64_t>(static_cast<std::size_t>(n)), std::vector<std::int64_t>(static_cast<std::size_t>(n)), grain};
+      std::iota(d.a.begin(), d.a.end(), 0);
+      const hetcomp_step step = step_of(d);
+      EXPECT_EQ(lanes.run(program, step), 0);
+      for (std::int64_t i = 0; i < n; ++i) EXPECT_EQ(d.a[static_cast<std::size_t>(i)], (i + 100) % n + 100);
+    }
+  }
+}
+
+struct Counts {
+  std::vector<std::atomic<int>> done;
+};
+
+// More regions than counters without a barrier of their own; regions without tasks in between.
+void many_regions(hetcomp_lane* lane, const hetcomp_step* step) {
+  auto& d = data<Counts>(step);
+  for (std::size_t region = 0; region < d.done.size(); ++region) {
+    parallel_for(*lane, static_cast<std::int64_t>(region % 4), 1,
+                 [&](std::int64_t begin, std::int64_t end) { d.done[region] += static_cast<int>(end - begin); });
+  }
+  barrier(*lane);
+}
+
+TEST_P(Lanes, MoreRegionsThanCounters) {
+  LaneThreads lanes(cpus_for(GetParam()));
+  const hetcomp_program program = program_of(many_regions);
+  for (int round = 0; round < 5; ++round) {
+    Counts d{std::vector<std::atomic<int>>(3 * LaneSet::kCounters + 7)};
+    lanes.run(program, step_of(d));
+    for (std::size_t region = 0; region < d.done.size(); ++region)
+      EXPECT_EQ(d.done[region], static_cast<int>(region % 4)) << region;
+  }
+}
+
+void report_error(hetcomp_lane* lane, const hetcomp_step* step) {
+  parallel_for(*lane, 8, 1, [&](std::int64_t begin, std::int64_t) {
+    if (begin == 5) lane->set->error.store(data<int>(step));
+  });
+  barrier(*lane);
+}
+
+TEST_P(Lanes, ErrorOfOneStepOnly) {
+  LaneThreads lanes(cpus_for(GetParam()));
+  const hetcomp_program program = program_of(report_error);
+  int error = 42;
+  EXPECT_EQ(lanes.run(program, step_of(error)), 42);
+  error = 0;
+  EXPECT_EQ(lanes.run(program, step_of(error)), 0);
+}
+
+// A program may use its step until it returns, also after its last barrier.
+void late_reader(hetcomp_lane* lane, const hetcomp_step* step) {
+  barrier(*lane);
+  data<std::atomic<int>>(step).fetch_add(static_cast<int>(step->n_tokens));
+}
+
+TEST_P(Lanes, StepIsUsedByNobodyAfterRun) {
+  LaneThreads lanes(cpus_for(GetParam()));
+  const hetcomp_program program = program_of(late_reader);
+  std::atomic<int> sum{0};
+  for (int i = 0; i < 300; ++i) {
+    hetcomp_step step = step_of(sum);
+    step.n_tokens = 1;
+    lanes.run(program, step);
+    step.n_tokens = 1000;  // a lane still inside would add this
+  }
+  EXPECT_EQ(sum, 300 * GetParam());
+}
+
+// Without any spinning every wait parks: the futex path of the barrier.
+TEST_P(Lanes, BarrierThatAlwaysParks) {
+  LaneSet set(GetParam());
+  set.spin_iterations = 0;
+  std::vector<int> values(static_cast<std::size_t>(GetParam()));
+  std::atomic<int> wrong{0};
+  const auto body = [&](int thread) {
+    Lane lane{&set, thread};
+    for (int round = 1; round <= 2000; ++round) {
+      values[static_cast<std::size_t>(thread)] = round;
+      barrier(lane);
+      for (const int value : values) wrong += value != round;
+      barrier(lane);
+    }
+  };
+  {
+    std::vector<std::jthread> threads;
+    for (int t = 1; t < GetParam(); ++t) threads.emplace_back(body, t);
+    body(0);
+  }
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST_P(Lanes, StartsAndStopsWithoutSteps) {
+  for (int i = 0; i < 20; ++i) LaneThreads lanes(cpus_for(GetParam()));
+}
+
+TEST_P(Lanes, LeavesTheCallersAffinityAlone) {
+  cpu_set_t before;
+  cpu_set_t after;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(before), &before), 0);
+  Counts d{std::vector<std::atomic<int>>(3)};
+  {
+    LaneThreads lanes(cpus_for(GetParam()));
+    lanes.run(program_of(many_regions), step_of(d));
+    ASSERT_EQ(sched_getaffinity(0, sizeof(after), &after), 0);
+    EXPECT_TRUE(CPU_EQUAL(&before, &after));
+  }
+  ASSERT_EQ(sched_getaffinity(0, sizeof(after), &after), 0);
+  EXPECT_TRUE(CPU_EQUAL(&before, &after));
+}
+
+}  // namespace
+}  // namespace hetcomp
