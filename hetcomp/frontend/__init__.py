@@ -18,6 +18,7 @@ from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, Module
 from hetcomp.frontend.lower import lower_to_plan
 from hetcomp.frontend.source import ModelSource, resolve
 from hetcomp.ir.plan import ModelInfo, Plan, ValueKind
+from hetcomp.ir.printer import print_plan
 
 DEFAULT_CONTEXT = 4096
 
@@ -27,7 +28,7 @@ class Imported:
     """A model as the passes take it over.
 
     ``plan`` is folded. ``checkpoint`` is None for a config without weights. ``config`` is the model's config
-    as written. ``stages`` holds printed forms for dumps and docs: ``fx``. ``unused`` names tensors of the
+    as written. ``stages`` holds printed forms for dumps and docs: ``fx``, ``plan``. ``unused`` names tensors of the
     checkpoint that the Plan does not use.
     """
 
@@ -79,13 +80,14 @@ def load(
     if checkpoint is not None:
         weights = [v for v in lowered.values if v.kind is ValueKind.WEIGHT]
         unused = tuple(checkpoint.unused(weights))
+    folded = fold_layers.fold_layers(lowered)
     return Imported(
-        plan=fold_layers.fold_layers(lowered),
+        plan=folded,
         checkpoint=checkpoint,
         config=source.raw,
         folder=source.folder,
         unused=unused,
-        stages={"fx": traced.text()},
+        stages={"fx": traced.text(), "plan": print_plan(folded)},
     )
 
 
@@ -134,11 +136,7 @@ def _model_info(source: ModelSource) -> ModelInfo:
         hidden=sizes["hidden_size"],
         layers=sizes["num_hidden_layers"],
         max_positions=sizes["max_position_embeddings"],
-        eos_token_ids=tuple(eos)
-        if isinstance(eos, (list, tuple))
-        else (eos,)
-        if isinstance(eos, int)
-        else (),
+        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,) if isinstance(eos, int) else (),
         bos_token_id=bos if isinstance(bos, int) else None,
         config_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )

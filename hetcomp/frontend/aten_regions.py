@@ -99,9 +99,7 @@ def _add_node(low: Lowering, region: _Region, node: fx.Node) -> None:
         value = node.meta["val"]
         region.refs[node] = region.add("getitem", args, _name(value.dtype), low.dims(node))
         return
-    kwargs = tuple(
-        (k, _argument(low, region, node, v)) for k, v in node.kwargs.items() if k not in _IGNORED_KWARGS
-    )
+    kwargs = tuple((k, _argument(low, region, node, v)) for k, v in node.kwargs.items() if k not in _IGNORED_KWARGS)
     value = node.meta["val"]
     if isinstance(value, (tuple, list)):
         region.refs[node] = region.add(str(node.target), args, "tuple", (), kwargs)

@@ -239,9 +239,7 @@ class ModuleCheckpoint(BaseCheckpoint):
         self._data = {name: tensor.detach() for name, tensor in everything}
         for name, tensor in self._data.items():
             if tensor.device.type == "meta":
-                raise HetcompError(
-                    f"{type(module).__name__}: parameter {name} is on the meta device, it has no data"
-                )
+                raise HetcompError(f"{type(module).__name__}: parameter {name} is on the meta device, it has no data")
         tensors = {
             name: CheckpointTensor("memory", name, _dtype_name(t.dtype), tuple(t.shape), 0, t.nbytes)
             for name, t in self._data.items()

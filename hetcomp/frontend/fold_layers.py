@@ -105,9 +105,7 @@ def _template(segment: _Segment, values: dict[str, Value]) -> Template:
         for op in segment.ops
     )
     own = tuple(_local_value(values[v], name, layer) for v, name in local.items())
-    return Template(
-        "", own, ops, tuple(local[v] for v in segment.params), tuple(local[v] for v in segment.results)
-    )
+    return Template("", own, ops, tuple(local[v] for v in segment.params), tuple(local[v] for v in segment.results))
 
 
 def _local_value(value: Value, name: str, layer: int | None) -> Value:

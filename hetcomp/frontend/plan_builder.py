@@ -44,9 +44,7 @@ class PlanBuilder:
         old = self.values[value]
         self.values[value] = replace(old, type=replace(old.type, shape=shape))
 
-    def emit(
-        self, attrs: Attrs, inputs: Iterable[str], outputs: Iterable[str], origin: str, role: str = ""
-    ) -> Op:
+    def emit(self, attrs: Attrs, inputs: Iterable[str], outputs: Iterable[str], origin: str, role: str = "") -> Op:
         """Appends an op."""
         op = Op(
             id=f"op{len(self.ops)}",

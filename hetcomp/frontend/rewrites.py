@@ -102,9 +102,7 @@ def _select_rows(lowered: list[Op], values: dict[str, Value], logits: str) -> li
     return [*lowered[:at], select, moved, *lowered[at + 1 :]]
 
 
-def _single_source(
-    op: Op, values: dict[str, Value], makers: dict[str, int], users: dict[str, list[Op]]
-) -> int | None:
+def _single_source(op: Op, values: dict[str, Value], makers: dict[str, int], users: dict[str, list[Op]]) -> int | None:
     """The op that made the only activation that ``op`` reads, if nothing else reads it."""
     acts = [v for v in op.inputs if values[v].kind is ValueKind.ACT]
     if len(acts) != 1 or acts[0] not in makers or len(users[acts[0]]) != 1 or acts[0] != op.inputs[0]:

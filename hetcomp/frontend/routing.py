@@ -102,8 +102,7 @@ def _signature(nodes: list[fx.Node], logits: fx.Node, bias: fx.Node | None, moe:
     if bias is not None:
         index[bias] = "bias"
     lines = [
-        f"{n.target}{fx.node.map_arg((n.args, tuple(n.kwargs.items())), lambda a: index.get(a, 'T'))}"
-        for n in nodes
+        f"{n.target}{fx.node.map_arg((n.args, tuple(n.kwargs.items())), lambda a: index.get(a, 'T'))}" for n in nodes
     ]
     ends = [index[n] for n in moe.args[1:3] if isinstance(n, fx.Node)]
     return "\n".join([str(logits.meta["val"].shape[-1]), *lines, *ends])
@@ -179,9 +178,7 @@ def _candidates(experts: int, top_k: int, bias: bool, config: PreTrainedConfig) 
     ):
         if 1 < n <= experts and experts % int(n) == 0 and k <= n:
             groups.append((int(n), int(k)))
-    for scoring, (n, k), scaling in itertools.product(
-        ("softmax", "sigmoid", "topk_softmax"), groups, scalings
-    ):
+    for scoring, (n, k), scaling in itertools.product(("softmax", "sigmoid", "topk_softmax"), groups, scalings):
         # The models' own guard against an empty sum; it cannot be seen in float32 unless the sum is 0.
         eps = 1e-20 if scoring == "sigmoid" else 0.0
         norms = ((False, 0.0), (True, eps), (True, 1e-9), (True, 1e-6))

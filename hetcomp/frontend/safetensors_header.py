@@ -81,9 +81,7 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> Checkpoint
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value
-    )
+    return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
 
 
 def _check_extent(path: Path, tensors: list[CheckpointTensor], size: int) -> None:
@@ -94,6 +92,5 @@ def _check_extent(path: Path, tensors: list[CheckpointTensor], size: int) -> Non
         end = max(end, tensor.offset + tensor.bytes)
     if end > size:
         raise HetcompError(
-            f"{path} is truncated: its header names data up to byte {end}, the file has {size} bytes; "
-            "download it again"
+            f"{path} is truncated: its header names data up to byte {end}, the file has {size} bytes; download it again"
         )

@@ -36,9 +36,7 @@ def resolve(model: str | Path | nn.Module) -> ModelSource:
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_file():
-            raise HetcompError(
-                f"{folder} is a file; give the folder that holds config.json and the safetensors files"
-            )
+            raise HetcompError(f"{folder} is a file; give the folder that holds config.json and the safetensors files")
         folder = _from_zoo(str(model))
     return _from_folder(folder)
 
@@ -79,14 +77,9 @@ def _from_folder(folder: Path) -> ModelSource:
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if not isinstance(model_type, str) or not model_type:
         raise HetcompError(f"{path} has no model_type, so the model's architecture is unknown")
-    if (
-        not isinstance(architectures, list)
-        or not architectures
-        or not all(isinstance(a, str) for a in architectures)
-    ):
+    if not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
         raise HetcompError(
-            f'{path} has no architectures list, for example ["Qwen3MoeForCausalLM"], so the model\'s class '
-            "is unknown"
+            f'{path} has no architectures list, for example ["Qwen3MoeForCausalLM"], so the model\'s class is unknown'
         )
     if model_type not in CONFIG_MAPPING:
         raise HetcompError(
@@ -120,9 +113,7 @@ def _config(path: Path, raw: dict[str, Any], model_type: str) -> PreTrainedConfi
         made = CONFIG_MAPPING[model_type].from_dict(dict(raw))
     except Exception as error:
         text = " ".join(str(error).split())
-        raise HetcompError(
-            f"{path} is no valid {model_type} config: {type(error).__name__}: {text}"
-        ) from error
+        raise HetcompError(f"{path} is no valid {model_type} config: {type(error).__name__}: {text}") from error
     if not isinstance(made, PreTrainedConfig):
         raise HetcompError(f"{path} is no valid {model_type} config")
     return made
@@ -142,9 +133,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise HetcompError(
-            f"{path.parent} has no config.json, so it is not a Hugging Face model folder"
-        ) from None
+        raise HetcompError(f"{path.parent} has no config.json, so it is not a Hugging Face model folder") from None
     except (OSError, UnicodeDecodeError) as error:
         raise HetcompError(f"cannot read {path}: {error}") from error
     try:

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.hooks import RopeTableData, TracingCache, tracing_hooks
+from hetcomp.frontend.hooks import TracingCache, tracing_hooks
+from hetcomp.frontend.recognise import RopeTableData
 
 # Any length that a step may have; the Plan's own bound of T is set when it is lowered.
 _LONGEST_STEP = 1 << 20
@@ -105,8 +106,7 @@ def trace(model: PreTrainedModel, context: int) -> TracedModel:
             raise
         except Exception as error:
             raise HetcompError(
-                f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: "
-                f"{_first_line(error)}"
+                f"torch.export cannot trace {type(model).__name__}: {type(error).__name__}: {_first_line(error)}"
             ) from error
     canonical = _canonical_names(model)
     fqns = _parameter_names(program, canonical)
@@ -233,8 +233,7 @@ def _whole_slice(node: fx.Node) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return bool(step == 1) and all(
-        a is b or str(a) == str(b)
-        for a, b in zip(source.meta["val"].shape, node.meta["val"].shape, strict=True)
+        a is b or str(a) == str(b) for a, b in zip(source.meta["val"].shape, node.meta["val"].shape, strict=True)
     )
 
 
@@ -249,8 +248,7 @@ def _functionalise(graph: fx.Graph, node: fx.Node) -> None:
     for other in _aliases(target):
         if any(order[user] > order[node] for user in other.users):
             raise HetcompError(
-                f"{module_path(node)}: {node.target} writes into a view that is read later, which hetcomp "
-                "cannot trace"
+                f"{module_path(node)}: {node.target} writes into a view that is read later, which hetcomp cannot trace"
             )
     packet, overload = str(node.target).removeprefix("aten.").split(".")
     functional = getattr(getattr(torch.ops.aten, packet.removesuffix("_"), None), overload, None)

@@ -13,7 +13,7 @@ from torch import nn
 
 from hetcomp import frontend
 from hetcomp.errors import HetcompError
-from hetcomp.frontend import hooks, source, trace
+from hetcomp.frontend import hooks, recognise, source, trace
 from hetcomp.frontend.fold_layers import fold_layers, unfold_layers
 from hetcomp.frontend.lower import lower_to_plan
 from hetcomp.frontend.routing import find_routers, route_reference
@@ -207,11 +207,11 @@ class AlmostRmsNorm(nn.Module):
     ("change", "form"), [("", (1e-6, 0.0)), ("offset", (1e-6, 1.0)), ("mean", None), ("eps", None)]
 )
 def test_a_norm_is_replaced_only_if_its_numbers_agree(change, form):
-    assert hooks._rms_form(AlmostRmsNorm(change)) == form
+    assert recognise.rms_form(AlmostRmsNorm(change)) == form
 
 
 def test_a_rope_function_is_replaced_only_if_its_numbers_agree():
-    table = hooks.RopeTableData((1.0, 0.5, 0.25), 1.0, 6)
+    table = recognise.RopeTableData((1.0, 0.5, 0.25), 1.0, 6)
 
     def rotate(sign):
         def function(q, k, cos, sin):
@@ -223,8 +223,8 @@ def test_a_rope_function_is_replaced_only_if_its_numbers_agree():
 
         return function
 
-    assert hooks._rope_style(rotate(1.0), table, 6) == "half"
-    assert hooks._rope_style(rotate(-1.0), table, 6) is None
+    assert recognise.rope_style(rotate(1.0), table, 6) == "half"
+    assert recognise.rope_style(rotate(-1.0), table, 6) is None
 
 
 class InPlace(nn.Module):
@@ -256,6 +256,13 @@ def test_in_place_ops_become_functional_or_are_refused():
         trace.clean(graph_module.graph)
 
 
+def test_attention_with_an_unknown_operand_is_refused():
+    q = torch.zeros(1, 2, 3, 4)
+    for extra in ({"position_bias": torch.zeros(3, 3)}, {"is_causal": False}):
+        with pytest.raises(HetcompError, match=next(iter(extra))):
+            hooks._attention_forward(nn.Identity(), q, q, q, None, **extra)
+
+
 def test_the_same_model_gives_the_same_plan():
     assert lowered("glm4_moe") == lowered.__wrapped__("glm4_moe")
 
@@ -276,10 +283,10 @@ def test_zoo_configs_resolve_to_causal_models():
 def test_tracing_a_30b_model_takes_less_than_a_minute_and_2_gb():
     """In a process of its own, so that its peak memory is only its own."""
     program = (
-        "import resource, time; from hetcomp import frontend; start = time.monotonic();"
+        "import resource, time; from hetcomp import frontend; start = time.process_time();"
         "got = frontend.load('qwen3-30b-a3b', context_length=4096, max_batch=1, max_tokens=512,"
         " max_logit_rows=64);"
-        "print(time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,"
+        "print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,"
         " len(got.plan.calls), len(got.plan.templates))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
