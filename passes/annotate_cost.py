@@ -40,7 +40,10 @@ def phases(plan: Plan) -> tuple[Phase, ...]:
 
 @plan_pass(requires=("formats_chosen",), establishes=("costed",))
 def annotate_cost(plan: Plan, context: Context) -> Plan:
-    """Sets ``cost`` of every op from the roofline of the profile's CPU: max(bytes / bandwidth, FLOPs / rate)."""
+    """Sets ``cost`` of every op from the roofline of the profile's CPU: max(bytes / bandwidth, FLOPs / rate).
+
+    Where the profile's figures are not measured, or were measured on a busy machine, a note says so.
+    """
     steps = phases(plan)
 
     def cost_template(template: Template) -> Template:
@@ -53,7 +56,11 @@ def annotate_cost(plan: Plan, context: Context) -> Plan:
             ),
         )
 
-    return plan.map_templates({t.name: cost_template(t) for t in plan.templates})
+    caveat = context.profile.caveat
+    return replace(
+        plan.map_templates({t.name: cost_template(t) for t in plan.templates}),
+        notes=(*plan.notes, caveat) if caveat else plan.notes,
+    )
 
 
 def roofline_us(profile: HardwareProfile, weight_format: str, flops: float, moved: float) -> tuple[float, str]:

@@ -124,6 +124,16 @@ class HardwareProfile(_Model):
         return all(source is Source.MEASURED for source in sources)
 
     @property
+    def caveat(self) -> str:
+        """Why predictions from this profile deserve less trust than a measurement; empty if they do not."""
+        if self.measured:
+            return f"{self.name}: {self.origin}" if self.origin else ""
+        used = {rate.source for rate in self.rates} | {node.source for node in self.compute_nodes}
+        kinds = " and ".join(sorted(source.value for source in used - {Source.MEASURED}))
+        why = f" ({self.origin})" if Source.ESTIMATE in used and self.origin else ""
+        return f"{self.name}: times are predicted from {kinds} figures, not from measured ones{why}"
+
+    @property
     def compute_nodes(self) -> tuple[NumaNode, ...]:
         """Nodes that have cores for a lane; the others (memory expanders) only hold data."""
         return tuple(n for n in self.nodes if n.cores and n.read_bandwidth)
