@@ -1,0 +1,188 @@
+"""Recognises modules and functions of transformers by what they compute, on random numbers on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hetcomp.errors import HetcompError
+
+RopeStyle = Literal["half", "interleaved", "interleaved_to_half"]
+# inv_freq of these depends on the length of the sequence, so no constant table can stand for it.
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class RopeTableData:
+    """Frequencies of one rotary module: ``inv_freq`` of rotary_dim / 2 floats; cos and sin times ``scaling``.
+
+    ``width`` is the last dimension that the module's forward returns (rotary_dim, or half of it).
+    ``complex_pair``: it returns cos + i sin in one tensor (DeepSeek-V2)."""
+
+    inv_freq: tuple[float, ...]
+    scaling: float
+    width: int
+    complex_pair: bool = False
+
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """What an experts module computes between its two products; see ir.ops.MoeExperts."""
+
+    function: str
+    alpha: float
+    limit: float
+    interleaved: bool
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
+
+
+def _random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def glu_reference(function: str, gate: Tensor, up: Tensor, alpha: float = 0.0, limit: float = 0.0) -> Tensor:
+    """function(gate) * up as ir.ops.MoeExperts and Glu define it."""
+    if function == "swiglu_oai":
+        g = gate.clamp(max=limit)
+        return (up.clamp(-limit, limit) + 1) * g * torch.sigmoid(alpha * g)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "silu": nn.functional.silu,
+        "gelu": nn.functional.gelu,
+        "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+        "relu": nn.functional.relu,
+    }
+    return functions[function](gate) * up
+
+
+def experts_form(module: nn.Module, path: str) -> ExpertsForm:
+    """Runs the module's gate on random numbers and finds the function that gives the same."""
+    name = type(module).__name__
+    if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
+        raise HetcompError(
+            f"{path}: experts of class {name} have no gate or a norm of their own, which hetcomp does not compile yet"
+        )
+    # Wide enough that clamps at GPT-OSS's limit of 7 are reached.
+    gate_up = _random(64, 48, seed=3, scale=6.0)
+    apply_gate: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
+    want = apply_gate(gate_up)
+    alpha, limit = float(getattr(module, "alpha", 0.0) or 0.0), float(getattr(module, "limit", 0.0) or 0.0)
+    candidates = [("silu", 0.0, 0.0), ("gelu", 0.0, 0.0), ("gelu_tanh", 0.0, 0.0), ("relu", 0.0, 0.0)]
+    if limit > 0:
+        candidates.append(("swiglu_oai", alpha, limit))
+    for interleaved in (False, True):
+        gate, up = (gate_up[:, ::2], gate_up[:, 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
+        for function, a, b in candidates:
+            if _close(want, glu_reference(function, gate, up, a, b)):
+                return ExpertsForm(function, a, b, interleaved)
+    raise HetcompError(f"{path}: the activation of {name} is none that hetcomp knows")
+
+
+def _real_copy(module: nn.Module) -> nn.Module:
+    """The module with random CPU parameters in place of its own; shares nothing that is written to."""
+    clone = copy.copy(module)
+    clone.__dict__ = dict(module.__dict__)
+    clone._parameters = {
+        k: nn.Parameter(_random(*p.shape, seed=7) + 0.5, requires_grad=False) if p is not None else None
+        for k, p in module._parameters.items()
+    }
+    return clone
+
+
+def rms_form(module: nn.Module) -> tuple[float, float] | None:
+    """(eps, weight_offset) if the module is an RMS norm over the last dimension, else None."""
+    if list(module._parameters) != ["weight"] or module._buffers or list(module.children()):
+        return None
+    weight = module._parameters["weight"]
+    if weight is None or weight.dim() != 1:
+        return None
+    eps_candidates = {float(v) for v in vars(module).values() if isinstance(v, float) and 0 < v < 1e-2}
+    clone = _real_copy(module)
+    # Small enough that eps shows in the result.
+    x = torch.cat([_random(3, weight.shape[0], seed=1), _random(3, weight.shape[0], seed=2, scale=1e-3)])
+    try:
+        want = clone(x)
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    if not isinstance(want, Tensor):
+        return None
+    normed_by = {e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) for e in eps_candidates}
+    for eps, normed in normed_by.items():
+        for offset in (0.0, 1.0):
+            if _close(want, normed * (clone._parameters["weight"] + offset)):  # type: ignore[operator]
+                return eps, offset
+    return None
+
+
+def rope_table_data(module: nn.Module, path: str) -> RopeTableData | None:
+    """Rebuilds the rotary module on the CPU from its config (its buffers have no data on the meta device)."""
+    config = getattr(module, "config", None)
+    rope_type = getattr(module, "rope_type", "default")
+    if isinstance(rope_type, str) and rope_type in _LENGTH_DEPENDENT_ROPE:
+        raise HetcompError(
+            f"{path}: rope type {rope_type!r} changes its frequencies with the length of the sequence, which "
+            "hetcomp does not compile; use default, linear, llama3 or yarn"
+        )
+    if config is None or not isinstance(rope_type, str):
+        return None
+    with torch.device("cpu"):
+        real = type(module)(config).float()
+    inv_freq = torch.as_tensor(real.inv_freq).float()
+    scaling = float(getattr(real, "attention_scaling", 1.0))
+    positions = torch.tensor([[0, 1, 5, 100]])
+    got: object = real(torch.zeros(1, 4, 8), positions)
+    angles = positions[..., None].float() * inv_freq
+    if isinstance(got, Tensor) and got.is_complex():
+        same = _close(got.real, angles.cos() * scaling) and _close(got.imag, angles.sin() * scaling)
+        return RopeTableData(tuple(inv_freq.tolist()), scaling, angles.shape[-1], True) if same else None
+    if not (isinstance(got, tuple) and len(got) == 2):
+        return None
+    cos, sin = got
+    for repeat in (2, 1):
+        emb = torch.cat([angles] * repeat, dim=-1)
+        if _close(cos, emb.cos() * scaling) and _close(sin, emb.sin() * scaling):
+            return RopeTableData(tuple(inv_freq.tolist()), scaling, emb.shape[-1])
+    return None
+
+
+def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, style: str) -> Tensor:
+    """ir.ops.Rope with offset 0 on x[..., head_dim]; cos and sin broadcast to x[..., rotary_dim / 2]."""
+    h = rotary_dim // 2
+    rest = x[..., rotary_dim:]
+    if style == "half":
+        a, b = x[..., :h], x[..., h:rotary_dim]
+    else:
+        a, b = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
+    ra, rb = a * cos - b * sin, b * cos + a * sin
+    if style == "interleaved":
+        return torch.cat([torch.stack([ra, rb], -1).flatten(-2), rest], -1)
+    return torch.cat([ra, rb, rest], -1)
+
+
+def rope_style(function: Callable[..., Any], table: RopeTableData, head_dim: int) -> RopeStyle | None:
+    """The style in which ``function`` rotates heads of ``head_dim`` with such a table; None: none of ours."""
+    rotary_dim = 2 * len(table.inv_freq)
+    cos, sin = (_random(1, 5, rotary_dim // 2, seed=s) for s in (11, 12))
+    q, k = _random(1, 3, 5, head_dim, seed=13), _random(1, 2, 5, head_dim, seed=14)
+    repeats = table.width // cos.shape[-1]
+    given = [torch.complex(cos, sin)] if table.complex_pair else [torch.cat([t] * repeats, -1) for t in (cos, sin)]
+    try:
+        got = function(q, k, *given)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    if not (isinstance(got, tuple) and len(got) == 2):
+        return None
+    styles: tuple[RopeStyle, ...] = ("half", "interleaved", "interleaved_to_half")
+    for style in styles:
+        want = [rope_reference(x, cos[:, None], sin[:, None], rotary_dim, style) for x in (q, k)]
+        if _close(got[0], want[0]) and _close(got[1], want[1]):
+            return style
+    return None
