@@ -51,11 +51,11 @@ void Session::check(std::span<const std::int32_t> ids) const {
                                         " positions: shorten the input, or compile with a larger --context.");
 }
 
-void Session::step(std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows, float* logits) {
+void Session::step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
+                   float* logits) {
   std::vector<std::int32_t> positions(ids.size());
   std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(length()));
   const std::vector<std::int32_t> slots(ids.size(), slot_);
-  const Phase phase = ids.size() == 1 && length() > 0 ? Phase::kDecode : Phase::kPrefill;
   tokens_.reserve(tokens_.size() + ids.size());
   model_->run({phase, ids, positions, slots, logit_rows, logits});
   tokens_.insert(tokens_.end(), ids.begin(), ids.end());
@@ -64,25 +64,26 @@ void Session::step(std::span<const std::int32_t> ids, std::span<const std::int32
 void Session::forward(std::span<const std::int32_t> ids, float* logits) {
   check(ids);
   const ModelFacts& model = model_->facts();
+  const Phase phase = phase_of(ids);
   const auto largest = static_cast<std::size_t>(std::min(model.max_tokens, model.max_logit_rows));
   std::vector<std::int32_t> rows(std::min(largest, ids.size()));
   std::iota(rows.begin(), rows.end(), 0);
   while (!ids.empty()) {
     const std::size_t n = std::min(largest, ids.size());
-    step(ids.first(n), std::span(rows).first(n), logits);
+    step(phase, ids.first(n), std::span(rows).first(n), logits);
     ids = ids.subspan(n);
     logits += n * static_cast<std::size_t>(model.vocab);
   }
 }
 
-void Session::prefill(std::span<const std::int32_t> ids, float* logits) {
+void Session::prefill(std::span<const std::int32_t> ids, float* logits, Phase phase) {
   check(ids);
   const auto largest = static_cast<std::size_t>(model_->facts().max_tokens);
   while (!ids.empty()) {
     const std::size_t n = std::min(largest, ids.size());
     const std::int32_t last = static_cast<std::int32_t>(n) - 1;
     const bool wanted = n == ids.size() && logits != nullptr;
-    step(ids.first(n), {&last, wanted ? 1U : 0U}, logits);
+    step(phase, ids.first(n), {&last, wanted ? 1U : 0U}, logits);
     ids = ids.subspan(n);
   }
 }

@@ -30,8 +30,9 @@ class Session {
 
   // Appends ids. logits: [n, vocab].
   void forward(std::span<const std::int32_t> ids, float* logits);
-  // Appends ids. logits: [vocab] of the last token, or null.
-  void prefill(std::span<const std::int32_t> ids, float* logits);
+  // Appends ids. logits: [vocab] of the last token, or null. phase: what the statistics count it as.
+  void prefill(std::span<const std::int32_t> ids, float* logits, Phase phase);
+  void prefill(std::span<const std::int32_t> ids, float* logits) { prefill(ids, logits, phase_of(ids)); }
   // Throws Error unless 1 <= n <= room() and every id is in the vocabulary.
   void check(std::span<const std::int32_t> ids) const;
 
@@ -40,7 +41,11 @@ class Session {
                      float* logits);
 
  private:
-  void step(std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows, float* logits);
+  // One token after others is a decode step.
+  Phase phase_of(std::span<const std::int32_t> ids) const {
+    return ids.size() == 1 && length() > 0 ? Phase::kDecode : Phase::kPrefill;
+  }
+  void step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows, float* logits);
 
   std::shared_ptr<Model> model_;
   std::int32_t slot_;
