@@ -226,3 +226,18 @@ def test_the_buffer_is_larger_than_the_caches_but_leaves_the_memory_alone():
     roomy = machine(nodes=(NodeFacts(0, (0,), (0,), 64 * GIB, 60 * GIB),))
     assert measure.buffer_mebibytes(roomy, roomy.nodes[0]) == 4 * 4 * 64
     assert measure.buffer_mebibytes(machine(), machine().nodes[0]) == 4 * 1024 // 8
+
+
+def test_a_faster_gemv_raises_the_bandwidth_and_no_fraction_exceeds_one(monkeypatch):
+    runs = {
+        "avx2": measure.ProbeResult(((1, 8.0), (4, 20.0)), 2.0, {"f32": (50.0, 15.0), "bf16": (40.0, 12.0)}),
+        "avx512": measure.ProbeResult(((1, 9.0), (4, 18.0)), 1.0, {"f32": (90.0, 24.0), "bf16": (80.0, 18.0)}),
+    }
+    monkeypatch.setattr(measure, "_probe", lambda machine: {0: runs})
+    profile = measure.measure(machine())
+    assert [(p.threads, p.gb_per_s) for p in profile.nodes[0].read_bandwidth] == [(1, 9.0), (4, 24.0)]
+    fractions = {(r.isa, r.weight_format): r.bandwidth_fraction for r in profile.rates}
+    assert fractions == pytest.approx(
+        {("avx2", "f32"): 0.625, ("avx2", "bf16"): 0.5, ("avx512", "f32"): 1.0, ("avx512", "bf16"): 0.75}
+    )
+    assert profile.barrier_us == 2.0
