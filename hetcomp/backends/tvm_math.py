@@ -136,9 +136,10 @@ def gelu(x: Expr) -> Expr:
 
 
 def gelu_tanh(x: Expr) -> Expr:
-    """The tanh approximation of gelu: 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))."""
-    inner = _f(0.79788456080286536) * (x + _f(0.044715) * (x * x * x))
-    return _f(0.5) * x * (_f(1.0) + tanh(inner))
+    """The tanh approximation of gelu: 0.5 x (1 + tanh(u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), computed
+    as the equal x * sigmoid(2 u), which has no cancellation."""
+    twice = _f(2.0 * 0.79788456080286536) * (x + _f(0.044715) * (x * x * x))
+    return x / (_f(1.0) + exp(_f(0.0) - twice))
 
 
 def relu(x: Expr) -> Expr:

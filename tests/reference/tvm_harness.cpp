@@ -1,4 +1,4 @@
-// Runs one kernel on a lane set of its own, for the tests: `threads` std::threads, SPMD, as the runtime does it.
+// Runs one kernel on a lane set of its own, for the tests: `threads` std::threads, SPMD, as in the runtime.
 #include <cstring>
 #include <memory>
 #include <thread>

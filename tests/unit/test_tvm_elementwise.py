@@ -175,9 +175,7 @@ def test_exp_is_within_two_ulp():
             lambda: tvm_elementwise.unary(tvm_math.exp, 8),
             (Operand("args.in[0]", (BLOCK,)), Operand("args.out[0]", (BLOCK,))),
         )
-        kernel = emit_rowwise(
-            f"exp_{isa.value}", isa, RowKernel("exp", "an element", "args.rows", 64, (stage,))
-        )
+        kernel = emit_rowwise(f"exp_{isa.value}", isa, RowKernel("exp", "an element", "args.rows", 64, (stage,)))
         x = np.linspace(-103.9, 88.7, 300_001).astype(np.float32)
         special = np.array([np.nan, np.inf, -np.inf, 0.0, -200.0, 200.0], np.float32)
         both = np.concatenate([x, special])

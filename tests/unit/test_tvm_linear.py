@@ -22,9 +22,7 @@ def packed(weight: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(
-    ("k", "out", "bias"), [(70, 50, True), (64, 48, False), (1, 5, True), (33, 17, False)]
-)
+@pytest.mark.parametrize(("k", "out", "bias"), [(70, 50, True), (64, 48, False), (1, 5, True), (33, 17, False)])
 def test_linear(k: int, out: int, bias: bool, isa: Isa):
     rng = np.random.default_rng(k)
     for rows, threads in ((1, 3), (9, 2)):

@@ -92,9 +92,7 @@ def _rope(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, attrs: ops.Rope) -> n
             a, b = attrs.offset + i, attrs.offset + half + i
         else:
             a, b = attrs.offset + 2 * i, attrs.offset + 2 * i + 1
-        to_a, to_b = (
-            (a, b) if attrs.style != "interleaved_to_half" else (attrs.offset + i, attrs.offset + half + i)
-        )
+        to_a, to_b = (a, b) if attrs.style != "interleaved_to_half" else (attrs.offset + i, attrs.offset + half + i)
         c, s = cos[:, None, i], sin[:, None, i]
         y[:, :, to_a] = x[:, :, a] * c - x[:, :, b] * s
         y[:, :, to_b] = x[:, :, b] * c + x[:, :, a] * s

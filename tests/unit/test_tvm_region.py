@@ -67,19 +67,13 @@ CASES = {
     "clamp": one(node("clamp.default", IN[0], -0.5, 0.7)),
     "roll over tokens": one(node("roll.default", IN[0], (1,), (1,))),
     "gelu": one(node("gelu.default", IN[0])),
-    "where": one(
-        node("gt.Scalar", IN[0], 0.0, dtype="bool"), node("where.self", NODE[0], IN[0], IN[1]), shapes=[X, X]
-    ),
+    "where": one(node("gt.Scalar", IN[0], 0.0, dtype="bool"), node("where.self", NODE[0], IN[0], IN[1]), shapes=[X, X]),
     "masked_fill by a mask of the plan": one(
         node("masked_fill.Scalar", IN[0], IN[1], -7.0), shapes=[X, X], dtypes=[F32, "bool"]
     ),
     "matmul": one(node("matmul.default", IN[0], IN[1], shape=(1, "T", 24)), shapes=[X, (64, 24)]),
-    "einsum": one(
-        node("einsum.default", "bth,hd->btd", (IN[0], IN[1]), shape=(1, "T", 24)), shapes=[X, (64, 24)]
-    ),
-    "linear": one(
-        node("linear.default", IN[0], IN[1], IN[2], shape=(1, "T", 24)), shapes=[X, (24, 64), (24,)]
-    ),
+    "einsum": one(node("einsum.default", "bth,hd->btd", (IN[0], IN[1]), shape=(1, "T", 24)), shapes=[X, (64, 24)]),
+    "linear": one(node("linear.default", IN[0], IN[1], IN[2], shape=(1, "T", 24)), shapes=[X, (24, 64), (24,)]),
     "layer_norm": one(node("layer_norm.default", IN[0], (64,), IN[1], IN[2], 1e-5), shapes=[X, (64,), (64,)]),
     "softmax and top-k": one(
         node("softmax.int", IN[0], -1),
@@ -131,9 +125,7 @@ CASES = {
         node("unsqueeze.default", NODE[0], 1, shape=("T", 1), dtype="int64"),
         node("add.Tensor", IN[0], NODE[1]),
     ),
-    "a result twice and one inside": one(
-        node("relu.default", IN[0]), node("silu.default", NODE[0]), results=[0, 1, 0]
-    ),
+    "a result twice and one inside": one(node("relu.default", IN[0]), node("silu.default", NODE[0]), results=[0, 1, 0]),
     "an input handed on": one(node("clone.default", IN[0])),
 }
 

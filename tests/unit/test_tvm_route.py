@@ -60,9 +60,7 @@ VARIANTS = [
     ops.Route(
         256, 8, "sigmoid", True, 1e-20, groups=8, top_groups=4, group_score="top2", scaling=2.5, bias=True
     ),  # DeepSeek-V3
-    ops.Route(
-        160, 6, "softmax", False, groups=8, top_groups=3, group_score="max", scaling=16.0
-    ),  # DeepSeek-V2
+    ops.Route(160, 6, "softmax", False, groups=8, top_groups=3, outside_groups="zero", scaling=16.0),  # DeepSeek-V2
     ops.Route(33, 3, "sigmoid", True, 1e-20, scaling=1.5, bias=True),  # GLM-4-MoE, MiniMax-M2; odd size
     ops.Route(7, 7, "softmax", normalise=True),
     ops.Route(600, 5, "softmax", normalise=False),

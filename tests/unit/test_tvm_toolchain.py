@@ -116,9 +116,7 @@ def test_kinds_of_others_are_left_to_others():
         (TVM_VERSION, None, "apache-tvm-ffi is version absent"),
     ],
 )
-def test_an_unusable_tvm_is_named_with_the_remedy(
-    tvm_version: str | None, ffi_version: str | None, words: str
-):
+def test_an_unusable_tvm_is_named_with_the_remedy(tvm_version: str | None, ffi_version: str | None, words: str):
     with pytest.raises(HetcompError, match=words) as caught:
         check_versions(tvm_version, ffi_version)
     assert "pip install apache-tvm==0.27.0.post1 apache-tvm-ffi==0.1.14.post1" in str(caught.value)

@@ -50,7 +50,7 @@ struct Any {
 static_assert(sizeof(DataType) == 4 && sizeof(Device) == 8);
 static_assert(sizeof(Tensor) == 48 && sizeof(Any) == 16, "TVM's calling convention is for 64-bit machines");
 
-// What TVM emits for a function `f` is the symbol __tvm_ffi_f of this type; non-zero: an argument was refused.
+// TVM emits a function `f` as the symbol __tvm_ffi_f of this type; non-zero: an argument was refused.
 using Function = int(void* self, const Any* args, std::int32_t n_args, Any* result);
 
 inline Tensor tensor(const void* data, DataType dtype, std::int64_t* shape, std::int64_t* strides,
