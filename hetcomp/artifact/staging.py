@@ -42,7 +42,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
                 f"The disk is full while writing {target} ({error.strerror}); nothing was left behind. "
                 "Free space or choose another place with -o."
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             raise HetcompError(f"Cannot write {target}: {error.strerror}. Choose another place with -o.") from error
         raise
 
@@ -60,24 +60,34 @@ def _refuse_foreign(target: Path) -> None:
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
     path = target.with_name(f".{target.name}.lock")
-    with path.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise HetcompError(
-                f"Another hetcomp process (pid {handle.read().strip() or 'unknown'}) is writing {target}; "
-                "wait for it or choose another place with -o."
-            ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        try:
-            yield
-        finally:
-            # Unlinked while still locked: a process that opened it meanwhile holds a lock on a dead name, so it
-            # could run beside a third one; `_swap` is atomic, so the last writer wins and none is torn.
-            path.unlink(missing_ok=True)
+    while True:
+        with path.open("a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise HetcompError(
+                    f"Another hetcomp process (pid {handle.read().strip() or 'unknown'}) is writing {target}; "
+                    "wait for it or choose another place with -o."
+                ) from None
+            if not _is_still(path, handle.fileno()):
+                continue  # its owner unlinked it between our open and our lock: that lock guards nothing
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` names the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Compiling while the disk fills up, beside another process, or until Ctrl-C: whole or nothing, never half.
-"""
+"""Compiling while the disk fills up, beside another process, or until Ctrl-C: whole or nothing, never half."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -27,9 +27,7 @@ def _start(
     checkpoint: Path, out: Path, limit: Callable[[], None] | None = None, **environment: str
 ) -> subprocess.Popen[str]:
     command = [*_COMMAND, "compile", str(checkpoint), "-o", str(out), "--formats", "f32", "--context", "64"]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | environment, preexec_fn=limit
-    )
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment, preexec_fn=limit)
 
 
 @pytest.mark.slow
@@ -50,15 +48,11 @@ def test_disk_full_leaves_nothing(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    os.geteuid() != 0, reason="mounting a small file system needs root; RLIMIT_FSIZE covers the rest"
-)
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root; RLIMIT_FSIZE covers the rest")
 def test_small_file_system_leaves_nothing(tiny_checkpoint, tmp_path):
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode != 0:
         pytest.skip(f"this root may not mount: {mounted.stderr.decode().strip()}")
     try:
@@ -102,9 +96,7 @@ def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path, stage):
     # An empty cache makes the kernels' compilation last seconds; the staging folder shows that it has begun.
     deadline = time.monotonic() + 120
     while stage != "starting" and not (listing(place) and (cache / "objects").exists()):
-        assert process.poll() is None and time.monotonic() < deadline, (
-            "compile ended before it could be stopped"
-        )
+        assert process.poll() is None and time.monotonic() < deadline, "compile ended before it could be stopped"
         time.sleep(0.02)
     if stage == "starting":
         time.sleep(2.5)  # within the imports or the trace
@@ -128,3 +120,18 @@ def test_unwritable_place_is_named(tiny_checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HetcompError, match="file"):
         hetcomp.compile(tiny_checkpoint, formats="f32", context_length=64, out=tmp_path / "file" / "out.hetc")
+
+
+def test_a_lock_whose_file_was_unlinked_guards_nothing(tmp_path):
+    """A process that opened the lock file just before its owner removed it must not think that it holds it."""
+    out, lock = tmp_path / "out.hetc", tmp_path / ".out.hetc.lock"
+    with staged_folder(out):
+        stale = lock.open("a+")
+    assert not lock.exists()
+    fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with staged_folder(out) as staging:  # the dead name does not keep others out
+        (staging / "manifest.json").write_text("{}")
+        with pytest.raises(HetcompError, match="Another hetcomp process"), staged_folder(out):
+            pass
+    stale.close()
+    assert listing(tmp_path) == ["out.hetc"]
