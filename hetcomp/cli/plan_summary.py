@@ -111,6 +111,8 @@ def summarise(plan: Plan) -> PlanSummary:
             group.weight_bytes += size
             what = f"weights, {weight_role(op)}, {value.format}"
             memory[what] = memory.get(what, 0) + size
+    for group in groups.values():
+        group.devices.sort()
     _take_timelines(plan, groups)
     return PlanSummary(tuple(groups.values()), _memory(plan, memory))
 

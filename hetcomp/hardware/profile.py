@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from enum import StrEnum
 from importlib import resources
 from pathlib import Path
@@ -188,8 +189,10 @@ class HardwareProfile(_Model):
         return self.gflops(weight_format) / (self.bandwidth() * self.rate(weight_format).bandwidth_fraction)
 
     def compile_threads(self) -> int:
-        """Compilers to run at once: a large kernel takes up to about 1 GB."""
-        return max(1, min(self.logical_cpus, self.available_bytes() >> 30))
+        """Compilers to run at once: a large kernel takes up to about 1 GB. They run on this machine, whichever
+        one the profile describes, so that its CPUs are a bound as well."""
+        here = len(os.sched_getaffinity(0))
+        return max(1, min(self.logical_cpus, here, self.available_bytes() >> 30))
 
     def to_json(self) -> str:
         """The profile as JSON, as :func:`load_profile` reads it."""

@@ -59,7 +59,6 @@ def test_a_file_is_read_and_written_back(tmp_path):
     assert parse_profile(profile.to_json(), "again") == profile
     assert profile.available_bytes() == 12 * GIB
     assert profile.measured
-    assert profile.compile_threads() == 8
 
 
 def test_bandwidth_is_that_of_the_lanes_threads(tmp_path):
@@ -241,3 +240,14 @@ def test_a_faster_gemv_raises_the_bandwidth_and_no_fraction_exceeds_one(monkeypa
         {("avx2", "f32"): 0.625, ("avx2", "bf16"): 0.5, ("avx512", "f32"): 1.0, ("avx512", "bf16"): 0.75}
     )
     assert profile.barrier_us == 2.0
+
+
+def test_compilers_run_on_this_machine_whatever_the_profile_says(monkeypatch):
+    profile = HardwareProfile.model_validate_json(json.dumps(document()))
+    for here, expected in ((64, 8), (3, 3)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, here=here: set(range(here)))
+        assert profile.compile_threads() == expected
+    small = document()
+    for node in small["nodes"]:
+        node["available_bytes"] = GIB
+    assert HardwareProfile.model_validate_json(json.dumps(small)).compile_threads() == 2
