@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
-from hetcomp.ir.annotations import LaneShare, Timeline
+from hetcomp.ir.annotations import LaneShare, Placement, Timeline
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.annotate_cost import phases
 from hetcomp.passes.context import Context
@@ -38,7 +38,7 @@ def _timeline(plan: Plan, phase: int, context: Context) -> Timeline:
             assert op.schedule is not None
             cost = op.cost.phases[phase].us if op.cost else context.profile.barrier_us
             cost += context.profile.barrier_us if op.schedule.barrier_before else 0.0
-            shares = _lanes(placements[op.id].device, [(s.node, s.stop - s.start) for s in placements[op.id].slices])
+            shares = _lanes(placements[op.id])
             inputs = [ready[names.get(i, f"{index}.{i}")] for i in op.inputs]
             start = max([*inputs, *(free[lane] for lane in shares)])
             for lane, share in shares.items():
@@ -58,10 +58,14 @@ def _timeline(plan: Plan, phase: int, context: Context) -> Timeline:
     )
 
 
-def _lanes(device: str, slices: list[tuple[int, int]]) -> dict[str, float]:
-    """Lanes that the op occupies and their share of its work. The op's cost is that of one node, so a share of
-    1/2 on each of two nodes takes half the time."""
-    if len(slices) < 2:
-        return {device: 1.0}
-    total = sum(extent for _, extent in slices)
-    return {f"cpu:{node}": extent / total for node, extent in slices}
+def _lanes(placement: Placement) -> dict[str, float]:
+    """Lanes that the op occupies and their share of its work: by slices of the weights, by whole experts, or all
+    of it. The op's cost is that of one node, so a share of 1/2 on each of two nodes takes half the time."""
+    if len(placement.slices) > 1:
+        parts = [(f"cpu:{piece.node}", piece.stop - piece.start) for piece in placement.slices]
+    else:
+        parts = [(run.device, run.last - run.first + 1) for run in placement.experts]
+    if len(parts) < 2:
+        return {placement.device: 1.0}
+    total = sum(extent for _, extent in parts)
+    return {lane: extent / total for lane, extent in parts}

@@ -146,11 +146,12 @@ def plan_command(
         from hetcomp.ir.printer import print_plan
         from hetcomp.ir.serialise import from_json
 
+        free = None
         if (Path(model) / "plan.json").is_file():
             plan = from_json((Path(model) / "plan.json").read_text(encoding="utf-8"))
         else:
             with RichProgress(_err) as progress:
-                plan = plan_model(
+                planned = plan_model(
                     model,
                     hw_profile=hw,
                     context_length=context,
@@ -160,13 +161,16 @@ def plan_command(
                     stop_after=stop_after,
                     dump_dir=dump_dir,
                     progress=progress,
-                ).plan
+                )
+            plan, free = planned.plan, planned.profile.available_bytes()
         if as_json:
-            typer.echo(plan_report_json(plan))
+            typer.echo(plan_report_json(plan, free))
         elif text or stop_after:
             typer.echo(print_plan(plan))
         else:
-            Console().print(plan_report(plan))
+            # A pipe or file has no width of its own; the widest table takes less than this.
+            console = Console() if sys.stdout.isatty() else Console(width=140)
+            console.print(plan_report(plan, free))
 
     _guard(body, debug)
 
