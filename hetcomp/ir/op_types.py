@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
-from hetcomp.ir.types import Shape, TensorType
+from hetcomp.ir.types import DType, Shape, TensorType
 
 Types = Sequence[TensorType]
 
 
 def check(op: Op, inputs: Types, outputs: Types) -> str | None:
     """What is wrong with the op's operands, or None."""
-    rule = _RULES.get(op.kind)
-    return rule(op, inputs, outputs) if rule else None
+    return _RULES[op.kind](op, inputs, outputs) or _same_rows(op, inputs, outputs)
 
 
 def width(shape: Shape) -> int:
@@ -39,6 +38,19 @@ def _shape(type_: TensorType, shape: Shape, what: str) -> str | None:
     return f"{what} has shape {list(type_.shape)}, expected {list(shape)}" if type_.shape != shape else None
 
 
+def _ids(type_: TensorType, what: str) -> str | None:
+    return f"{what} is {type_}, expected i32" if type_.dtype is not DType.I32 else None
+
+
+def _same_rows(op: Op, inputs: Types, outputs: Types) -> str | None:
+    """All kinds but select_rows keep the rows (T or R) of their first input; a region's results say their own."""
+    if op.kind in ("select_rows", "aten"):
+        return None
+    rows = inputs[0].shape[:1]
+    wrong = next((o for o in outputs if o.shape[:1] != rows), None)
+    return f"output is {wrong}, expected {rows[0] if rows else 'no'} rows as the input has" if wrong else None
+
+
 def _first(*problems: str | None) -> str | None:
     return next((p for p in problems if p), None)
 
@@ -46,7 +58,9 @@ def _first(*problems: str | None) -> str | None:
 def _embed(op: Op, i: Types, o: Types) -> str | None:
     a = op.attrs
     assert isinstance(a, ops.Embed)
-    return _arity(i, o, 2, 1) or _first(_shape(i[1], (a.vocab, a.width), "the table"), _row(o[0], a.width, "output"))
+    return _arity(i, o, 2, 1) or _first(
+        _ids(i[0], "ids"), _shape(i[1], (a.vocab, a.width), "the table"), _row(o[0], a.width, "output")
+    )
 
 
 def _rms_norm(op: Op, i: Types, o: Types) -> str | None:
@@ -77,6 +91,15 @@ def _head_linear(op: Op, i: Types, o: Types) -> str | None:
         _row(i[0], a.heads * a.in_features, "input"),
         _shape(i[1], (a.heads, a.out_features, a.in_features), "weight"),
         _row(o[0], a.heads * a.out_features, "output"),
+    )
+
+
+def _rope_table(op: Op, i: Types, o: Types) -> str | None:
+    a = op.attrs
+    assert isinstance(a, ops.RopeTable)
+    half = a.rotary_dim // 2
+    return _arity(i, o, 2, 2) or _first(
+        _ids(i[0], "positions"), _shape(i[1], (half,), "inv_freq"), _row(o[0], half, "cos"), _row(o[1], half, "sin")
     )
 
 
@@ -120,7 +143,11 @@ def _route(op: Op, i: Types, o: Types) -> str | None:
     a = op.attrs
     assert isinstance(a, ops.Route)
     return _arity(i, o, 1 + a.bias, 2) or _first(
-        _row(i[0], a.experts, "logits"), _row(o[0], a.top_k, "ids"), _row(o[1], a.top_k, "weights")
+        _row(i[0], a.experts, "logits"),
+        _shape(i[1], (a.experts,), "bias") if a.bias else None,
+        _ids(o[0], "ids"),
+        _row(o[0], a.top_k, "ids"),
+        _row(o[1], a.top_k, "weights"),
     )
 
 
@@ -129,10 +156,13 @@ def _moe_experts(op: Op, i: Types, o: Types) -> str | None:
     assert isinstance(a, ops.MoeExperts)
     return _arity(i, o, 5 + 2 * a.bias, 1) or _first(
         _row(i[0], a.hidden, "input"),
+        _ids(i[1], "ids"),
         _row(i[1], a.top_k, "ids"),
         _row(i[2], a.top_k, "weights"),
         _shape(i[3], (a.experts, 2 * a.intermediate, a.hidden), "gate_up"),
         _shape(i[4], (a.experts, a.hidden, a.intermediate), "down"),
+        _shape(i[5], (a.experts, 2 * a.intermediate), "gate_up_bias") if a.bias else None,
+        _shape(i[6], (a.experts, a.hidden), "down_bias") if a.bias else None,
         _row(o[0], a.hidden, "output"),
     )
 
@@ -164,6 +194,40 @@ def _slice(op: Op, i: Types, o: Types) -> str | None:
     return _arity(i, o, 1, 1) or _shape(o[0], (*i[0].shape[:-1], a.stop - a.start), "output")
 
 
+def _concat(op: Op, i: Types, o: Types) -> str | None:
+    if not i or len(o) != 1:
+        return f"has {len(i)} inputs and {len(o)} outputs, expected some and 1"
+    last = [t.shape[-1] for t in i]
+    total = sum(d for d in last if isinstance(d, int))
+    if o[0].shape[-1] != total:
+        return f"output is {o[0]}, expected a last axis of {total}"
+    heads = width(o[0].shape) // max(total, 1)
+    wrong = next((t for t in i if width(t.shape) // max(int(t.shape[-1]), 1) not in (1, heads)), None)
+    return f"input {wrong} has neither 1 head nor {heads}" if wrong else None
+
+
+def _select_rows(op: Op, i: Types, o: Types) -> str | None:
+    arity = _arity(i, o, 1, 1)
+    if arity or o[0].shape[:1] == ("R",):
+        return arity or _row(o[0], width(i[0].shape), "output")
+    return f"output is {o[0]}, expected R rows"
+
+
+def _transfer(op: Op, i: Types, o: Types) -> str | None:
+    arity = _arity(i, o, 1, 1)
+    return arity or (f"output is {o[0]}, expected {i[0]}" if i[0] != o[0] else None)
+
+
+def _aten(op: Op, i: Types, o: Types) -> str | None:
+    a = op.attrs
+    assert isinstance(a, ops.Aten)
+    arity = _arity(i, o, len(a.input_shapes), len(a.results))
+    if arity or len(a.input_dtypes) != len(i):
+        return arity or f"names {len(a.input_dtypes)} types for {len(i)} inputs"
+    wrong = next((r for r in a.results if not 0 <= r < len(a.nodes)), None)
+    return f"hands out node {wrong} of {len(a.nodes)}" if wrong is not None else None
+
+
 _RULES: dict[str, Callable[[Op, Types, Types], str | None]] = {
     "embed": _embed,
     "rms_norm": _rms_norm,
@@ -180,4 +244,9 @@ _RULES: dict[str, Callable[[Op, Types, Types], str | None]] = {
     "mul": _mul,
     "scale": _same,
     "slice": _slice,
+    "rope_table": _rope_table,
+    "concat": _concat,
+    "select_rows": _select_rows,
+    "transfer": _transfer,
+    "aten": _aten,
 }

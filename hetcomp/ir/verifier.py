@@ -16,6 +16,8 @@ def verify(plan: Plan) -> None:
         _verify_template(template, dims)
     _verify_calls(plan)
     for invariant in plan.established:
+        if invariant not in _INVARIANTS:
+            raise HetcompError(f"The plan claims '{invariant}', which this hetcomp does not know.")
         _INVARIANTS[invariant](plan)
 
 
@@ -31,6 +33,9 @@ def _verify_template(template: Template, dims: set[str]) -> None:
         for extent in value.type.shape:
             if isinstance(extent, str) and extent not in dims:
                 raise HetcompError(f"Value {value.id} of template {template.name} has the unknown dimension {extent}.")
+    for name in template.params:
+        if name not in values:
+            raise HetcompError(f"Template {template.name} has the parameter {name}, which is none of its values.")
     defined = set(template.params)
     seen: set[str] = set()
     for op in template.ops:
@@ -56,8 +61,13 @@ def _verify_calls(plan: Plan) -> None:
     values = plan.value_map()
     if len(values) != len(plan.values):
         raise HetcompError("The plan names two values alike.")
+    known = {t.name for t in plan.templates}
+    if len(known) != len(plan.templates):
+        raise HetcompError("The plan names two templates alike.")
     ready = {v.id for v in plan.values if v.kind is not ValueKind.ACT and v.kind is not ValueKind.OUTPUT}
     for i, call in enumerate(plan.calls):
+        if call.template not in known:
+            raise HetcompError(f"call {i} is of template {call.template}, which the plan does not have.")
         template = plan.template(call.template)
         where = f"call {i} of template {call.template}"
         for given, formal in ((call.args, template.params), (call.results, template.results)):
@@ -87,6 +97,17 @@ def _formats_chosen(plan: Plan) -> None:
     for value in plan.values:
         if value.kind is ValueKind.WEIGHT and value.format is None:
             raise HetcompError(f"Weight {value.fqn or value.id} has no format.")
+    values = plan.value_map()
+    for call in plan.calls:
+        template = plan.template(call.template)
+        formals = template.value_map()
+        for name, actual in zip(template.params, call.args, strict=True):
+            # Kernels are generated for the template's format, weights are packed in the plan's.
+            if formals[name].format != values[actual].format:
+                raise HetcompError(
+                    f"Weight {actual} is stored as {values[actual].format}, "
+                    f"but template {template.name} reads it as {formals[name].format}."
+                )
 
 
 def _ops(plan: Plan) -> Iterator[tuple[Template, Op]]:
@@ -172,30 +193,55 @@ def _scheduled(plan: Plan) -> None:
 
 def _memory_planned(plan: Plan) -> None:
     dims = plan.max_dims()
+    _call_arena_planned(plan, dims)
     call_end = max((s.offset + s.bytes for s in plan.call_arena), default=0)
     for template in plan.templates:
         slots = {s.value: s for s in template.arena}
         live = _live_epochs(template)
-        for name, (first, last) in live.items():
+        for name in live:
             if name not in slots:
                 raise HetcompError(f"Value {name} of template {template.name} has no place in the arena.")
             slot = slots[name]
-            if slot.bytes < template.value(name).type.bytes(dims) or slot.offset % 64:
-                raise HetcompError(f"Value {name} of template {template.name} has too small or unaligned a place.")
+            if slot.bytes < template.value(name).type.bytes(dims):
+                raise HetcompError(f"Value {name} of template {template.name} has too small a place.")
+        for slot in template.arena:
+            if slot.offset % 64 or slot.bytes < 0:
+                raise HetcompError(f"{slot.value} of template {template.name} has an unaligned place.")
             if slot.offset < call_end or slot.offset + slot.bytes > plan.arena_bytes:
-                raise HetcompError(f"Value {name} of template {template.name} lies outside of its part of the arena.")
+                raise HetcompError(f"{slot.value} of template {template.name} lies outside of its part of the arena.")
         for op, epoch in zip(template.ops, _epochs(template), strict=True):
             if f"workspace:{op.id}" in slots:
                 live[f"workspace:{op.id}"] = (epoch, epoch)
-        _no_overlap(template, [(n, *live[n], slots[n].offset, slots[n].bytes) for n in live])
+        where = f"of template {template.name}"
+        _no_overlap(where, [(n, *live[n], slots[n].offset, slots[n].bytes) for n in live])
 
 
-def _no_overlap(template: Template, items: list[tuple[str, int, int, int, int]]) -> None:
+def _call_arena_planned(plan: Plan, dims: dict[str, int]) -> None:
+    """Values handed from call to call: each has a place of its own from its first call to its last."""
+    values = {v.id: v for v in plan.values if v.kind is ValueKind.ACT}
+    slots = {s.value: s for s in plan.call_arena}
+    live: dict[str, tuple[int, int]] = {}
+    for i, call in enumerate(plan.calls):
+        for name in (*call.args, *call.results):
+            if name in values:
+                live[name] = (live.get(name, (i, i))[0], i)
+    for name in live:
+        if name not in slots:
+            raise HetcompError(f"Value {name}, handed from call to call, has no place in the arena.")
+        slot = slots[name]
+        if slot.bytes < values[name].type.bytes(dims) or slot.offset % 64:
+            raise HetcompError(f"Value {name}, handed from call to call, has too small or unaligned a place.")
+        if slot.offset < 0 or slot.offset + slot.bytes > plan.arena_bytes:
+            raise HetcompError(f"Value {name}, handed from call to call, lies outside of the arena.")
+    _no_overlap("handed from call to call", [(n, *live[n], slots[n].offset, slots[n].bytes) for n in live])
+
+
+def _no_overlap(where: str, items: list[tuple[str, int, int, int, int]]) -> None:
     for i, (a, first_a, last_a, at_a, bytes_a) in enumerate(items):
         for b, first_b, last_b, at_b, bytes_b in items[i + 1 :]:
             alive = first_a <= last_b and first_b <= last_a
             if alive and at_a < at_b + bytes_b and at_b < at_a + bytes_a:
-                raise HetcompError(f"{a} and {b} of template {template.name} share memory while both are alive.")
+                raise HetcompError(f"{a} and {b} {where} share memory while both are alive.")
 
 
 def _epochs(template: Template) -> list[int]:
