@@ -220,6 +220,7 @@ Value dict_of(const CallArguments& arguments, bool is_namespace) {
     if (!from)
       throw TemplateError("dict() and namespace() take a dict, not " + type_name(arguments.positional[0]));
     dict->items = from->items;
+    dict->depth = from->depth;
   }
   for (const auto& [name, value] : arguments.named) dict->set(Value(name), value);
   dict->is_namespace = is_namespace;

@@ -8,6 +8,21 @@
 
 namespace hetcomp {
 
+namespace {
+
+constexpr int kDeepestValue = 300;
+
+// The depth of a container that holds `value`.
+int depth_around(const Value& value) {
+  int depth = 0;
+  if (const auto* items = value.sequence()) depth = items->depth;
+  if (const auto* dict = value.dict()) depth = dict->depth;
+  if (depth >= kDeepestValue) throw TemplateError("lists or dicts are nested more than 300 levels deep");
+  return depth + 1;
+}
+
+}  // namespace
+
 const Value* Dict::find(const Value& key) const {
   for (const auto& [name, value] : items) {
     if (equal(name, key)) return &value;
@@ -16,6 +31,7 @@ const Value* Dict::find(const Value& key) const {
 }
 
 void Dict::set(const Value& key, Value value) {
+  depth = std::max(depth, depth_around(value));
   for (auto& [name, old] : items) {
     if (equal(name, key)) {
       old = std::move(value);
@@ -26,11 +42,15 @@ void Dict::set(const Value& key, Value value) {
 }
 
 Value Value::make_sequence(std::vector<Value> items, Sequence::Kind kind) {
-  return Value(Data(std::make_shared<Sequence>(Sequence{kind, std::move(items)})));
+  int depth = 1;
+  for (const Value& item : items) depth = std::max(depth, depth_around(item));
+  return Value(Data(std::make_shared<Sequence>(Sequence{kind, std::move(items), depth})));
 }
 
 Value Value::make_dict(std::vector<std::pair<Value, Value>> items) {
-  return Value(Data(std::make_shared<Dict>(Dict{std::move(items), false})));
+  int depth = 1;
+  for (const auto& [key, item] : items) depth = std::max({depth, depth_around(key), depth_around(item)});
+  return Value(Data(std::make_shared<Dict>(Dict{std::move(items), false, depth})));
 }
 
 Value Value::from_json(const nlohmann::ordered_json& json, int depth) {

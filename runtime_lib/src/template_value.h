@@ -33,13 +33,16 @@ struct Sequence {
   };
   Kind kind = Kind::kList;
   std::vector<Value> items;
+  int depth = 1;  // levels of containers, this one included
 };
 
 struct Dict {
   // In order of insertion; templates' dictionaries are small, so lookup is linear.
   std::vector<std::pair<Value, Value>> items;
   bool is_namespace = false;
+  int depth = 1;
   const Value* find(const Value& key) const;
+  // Throws TemplateError where containers would nest too deeply.
   void set(const Value& key, Value value);
 };
 
@@ -83,6 +86,7 @@ class Value {
   explicit Value(const char* text) : Value(std::string(text)) {}
   explicit Value(Data any) : data(std::move(any)) {}
   static Value undefined(std::string what) { return Value(Data(Undefined{std::move(what)})); }
+  // Both throw TemplateError beyond 300 levels of nesting: printing, comparing and freeing a value recurse.
   static Value make_sequence(std::vector<Value> items, Sequence::Kind kind = Sequence::Kind::kList);
   static Value make_dict(std::vector<std::pair<Value, Value>> items = {});
   // Throws TemplateError beyond 200 levels of nesting or for integers above 64 bits.

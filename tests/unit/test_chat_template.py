@@ -228,6 +228,9 @@ def test_hostile_trees_and_contexts_are_refused(tmp_path: Path) -> None:
     [
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ range(100001) | list }}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(90000) %}{% set ns.x = [ns.x] %}{% endfor %}",
+        "{% set ns = namespace(x=1) %}{% for i in range(90000) %}{% set ns.x = namespace(x=ns.x) %}{% endfor %}",
+        "{% set ns = namespace(x={}) %}{% for i in range(90000) %}{% set ns.x = {1: ns.x} %}{% endfor %}",
         "{{ 'x' * 10000000 }}",
         "{{ 9223372036854775807 + 1 }}",
         "{{ 9223372036854775807 * 2 }}",
