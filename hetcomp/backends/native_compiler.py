@@ -96,22 +96,31 @@ def compile_objects(
         return list(pool.map(one, sources))
 
 
+# TVM's objects export their functions; a program exports its entry and nothing else.
+_EXPORTS = "{ global: hetcomp_program_entry; local: *; };\n"
+
+
 def link_program(objects: Sequence[Path], target: Path) -> None:
-    """Links objects to the shared library ``target``. Nothing may stay undefined; raises HetcompError."""
+    """Links objects to the shared library ``target``, whose only export is ``hetcomp_program_entry``. Nothing may
+    stay undefined. Raises HetcompError."""
     compiler = find_cxx()
-    command = [
-        str(compiler.path),
-        "-shared",
-        "-static-libgcc",
-        "-Wl,--no-undefined",
-        "-Wl,--gc-sections",
-        "-Wl,-z,relro,-z,now,-z,noexecstack",
-        "-o",
-        str(target),
-        *map(str, objects),
-        "-lm",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".map") as exports:
+        exports.write(_EXPORTS)
+        exports.flush()
+        command = [
+            str(compiler.path),
+            "-shared",
+            "-static-libgcc",
+            "-Wl,--no-undefined",
+            "-Wl,--gc-sections",
+            f"-Wl,--version-script={exports.name}",
+            "-Wl,-z,relro,-z,now,-z,noexecstack",
+            "-o",
+            str(target),
+            *map(str, objects),
+            "-lm",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise HetcompError(f"Linking {target.name} with {compiler.path} failed: {_tail(done.stderr)}")
 
