@@ -198,7 +198,8 @@ def main() -> None:
     isa, weight_format = options.isa, options.format
 
     def bandwidth() -> float:
-        return max(read_bandwidth.measure(options.threads, 3)[options.threads - 1])
+        best: float = max(read_bandwidth.measure(options.threads, 3)[options.threads - 1])
+        return best
 
     def cases(group: Callable[[], Iterator[Case]]) -> Iterator[Case]:
         return (case for case in group() if options.only in case.name)

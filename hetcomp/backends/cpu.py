@@ -82,17 +82,13 @@ def _refusal(request: KernelRequest) -> str | None:
         if layout == packing.ROW_MAJOR:
             continue
         if value.format not in FORMATS:
-            return (
-                f"weight {value.fqn or value.id} has format {value.format}; expected {' or '.join(FORMATS)}."
-            )
+            return f"weight {value.fqn or value.id} has format {value.format}; expected {' or '.join(FORMATS)}."
         if value.type.layout != layout:
             return f"weight {value.fqn or value.id} has layout {value.type.layout}; expected {layout}."
     if kind == "moe_experts" and request.inputs[3].format != request.inputs[4].format:
         return "gate_up and down have different formats."
     if kind in ("kv_append", "attention"):
-        for cache in request.inputs[
-            1 : 2 if kind == "kv_append" or _attrs(request, Attention).shared_kv else 3
-        ]:
+        for cache in request.inputs[1 : 2 if kind == "kv_append" or _attrs(request, Attention).shared_kv else 3]:
             if cache.type.dtype not in _CACHE_TYPES:
                 return f"state {cache.fqn or cache.id} has dtype {cache.type.dtype}; expected f32 or bf16."
     return None

@@ -227,8 +227,7 @@ def _form(weight_format: str) -> _Form:
         return _FORMS[weight_format]
     except KeyError:
         raise HetcompError(
-            f"Weight format '{weight_format}' cannot be packed for the CPU; "
-            f"expected one of {', '.join(_FORMS)}."
+            f"Weight format '{weight_format}' cannot be packed for the CPU; expected one of {', '.join(_FORMS)}."
         ) from None
 
 
@@ -236,9 +235,7 @@ def _check(value: Value) -> None:
     name = value.fqn or value.id
     if value.type.layout == ROW_MAJOR:
         if value.format not in (None, "f32"):
-            raise HetcompError(
-                f"Weight {name} has format {value.format} but layout row_major; expected {PANELS}."
-            )
+            raise HetcompError(f"Weight {name} has format {value.format} but layout row_major; expected {PANELS}.")
         return
     if value.type.layout not in (PANELS, PANELS_GLU):
         raise HetcompError(f"Weight {name} has the unknown layout '{value.type.layout}'.")
@@ -266,7 +263,5 @@ def _target(out: Bytes | None, size: int) -> Bytes:
     if out is None:
         return np.empty(size, np.uint8)
     if out.dtype != np.uint8 or out.shape != (size,) or not out.flags.c_contiguous:
-        raise HetcompError(
-            f"A buffer of {size} contiguous bytes is needed, got {out.dtype} {list(out.shape)}."
-        )
+        raise HetcompError(f"A buffer of {size} contiguous bytes is needed, got {out.dtype} {list(out.shape)}.")
     return out

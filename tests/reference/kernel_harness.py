@@ -37,9 +37,7 @@ def isas_here() -> list[Isa]:
     """The instruction sets that this machine can run."""
     flags = set(Path("/proc/cpuinfo").read_text().split())
     have = [Isa.AVX2] if {"avx2", "fma", "f16c"} <= flags else []
-    return have + (
-        [Isa.AVX512] if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else []
-    )
+    return have + ([Isa.AVX512] if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else [])
 
 
 @functools.cache
@@ -157,9 +155,7 @@ class CompiledKernel:
         self._call([held], [g.body for g in guarded], workspace.body, rows, threads, 1, step or Step())
         for region in (*guarded, workspace):
             region.check()
-        return [
-            g.body.view(np.float32).reshape(s).copy() for g, s in zip(guarded, output_shapes, strict=True)
-        ]
+        return [g.body.view(np.float32).reshape(s).copy() for g, s in zip(guarded, output_shapes, strict=True)]
 
     def seconds(
         self,

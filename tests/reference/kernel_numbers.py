@@ -12,9 +12,7 @@ Doubles = npt.NDArray[np.float64]
 EPS = float(np.finfo(np.float32).eps)
 
 
-def draw(
-    rng: np.random.Generator, shape: tuple[int, ...], weight_format: str = "f32"
-) -> npt.NDArray[np.float32]:
+def draw(rng: np.random.Generator, shape: tuple[int, ...], weight_format: str = "f32") -> npt.NDArray[np.float32]:
     """Normal numbers that the format holds exactly: reference and kernel then use the same weights."""
     numbers = rng.standard_normal(shape).astype(np.float32)
     return numbers if weight_format == "f32" else packing.to_f32(packing.to_bf16_bits(numbers))

@@ -63,9 +63,7 @@ def _stored(numbers: npt.NDArray[np.float32], dtype: DType) -> npt.NDArray[np.ge
     return packing.to_bf16_bits(numbers) if dtype is DType.BF16 else numbers
 
 
-def _reference(
-    a: Attention, q: Doubles, k: Doubles, v: Doubles, sinks: Doubles, step: Step
-) -> tuple[Doubles, Doubles]:
+def _reference(a: Attention, q: Doubles, k: Doubles, v: Doubles, sinks: Doubles, step: Step) -> tuple[Doubles, Doubles]:
     """Attention and the error it may have, [T, heads, v_head_dim]."""
     assert step.positions is not None
     assert step.slots is not None
@@ -103,11 +101,7 @@ def _check(name: str, isa: Isa, step: Step, threads: int, seed: int) -> None:
     step.context = CONTEXT
     q, sinks = draw(rng, (rows, a.heads, a.head_dim)), draw(rng, (a.heads,))
     k = draw(rng, (SLOTS, a.kv_heads, CONTEXT, a.head_dim), dtype.value)
-    v = (
-        k[..., : a.v_head_dim]
-        if a.shared_kv
-        else draw(rng, (SLOTS, a.kv_heads, CONTEXT, a.v_head_dim), dtype.value)
-    )
+    v = k[..., : a.v_head_dim] if a.shared_kv else draw(rng, (SLOTS, a.kv_heads, CONTEXT, a.v_head_dim), dtype.value)
     _poison_the_future(k, v, step)
     inputs = [
         q,
@@ -155,9 +149,7 @@ def test_attention(isa, name, step, threads, seed):
 
 
 @pytest.mark.parametrize("isa", isas_here())
-@pytest.mark.parametrize(
-    ("past", "tokens"), [(0, ROWS), (500, 100), (CONTEXT - 1, 1), (0, 1), (62, 8)], ids=str
-)
+@pytest.mark.parametrize(("past", "tokens"), [(0, ROWS), (500, 100), (CONTEXT - 1, 1), (0, 1), (62, 8)], ids=str)
 def test_prefill_and_decode_of_one_sequence(isa, past, tokens):
     positions = np.arange(past, past + tokens, dtype=np.int32)
     for name in ("gqa", "window-sinks"):
@@ -173,9 +165,7 @@ def test_scores_far_apart_do_not_overflow():
         q = draw(rng, (tokens, a.heads, a.head_dim)) * np.float32(300)
         positions = np.arange(600, 600 + tokens, dtype=np.int32)
         step = Step(positions, np.zeros(tokens, np.int32), context=CONTEXT)
-        (y,) = _kernel("gqa", isas_here()[-1])(
-            [q, k, v], [(tokens, a.heads, a.v_head_dim)], rows=tokens, step=step
-        )
+        (y,) = _kernel("gqa", isas_here()[-1])([q, k, v], [(tokens, a.heads, a.v_head_dim)], rows=tokens, step=step)
         for t in range(tokens):
             for h in range(a.heads):
                 best = np.argmax(k[0, h // 3, : positions[t] + 1].astype(np.float64) @ q[t, h])

@@ -99,9 +99,7 @@ def test_embed_reads_the_layout_of_lm_head(isa, weight_format, rows, threads, se
     table = draw(rng, (vocab, width), weight_format)
     data, _ = packing.pack(table, weight("w", (vocab, width), weight_format, packing.PANELS))
     ids = rng.integers(0, vocab, rows).astype(np.int32)
-    (y,) = _embed(vocab, width, scale, weight_format, isa)(
-        [ids, data], [(rows, width)], rows=rows, threads=threads
-    )
+    (y,) = _embed(vocab, width, scale, weight_format, isa)([ids, data], [(rows, width)], rows=rows, threads=threads)
     np.testing.assert_array_equal(y, table[ids] * np.float32(scale))
 
 

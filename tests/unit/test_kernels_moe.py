@@ -78,9 +78,7 @@ class Case:
             ids[:, 0] = ids[0, 0] if rows else 0
         weights = rng.random((rows, a.top_k), np.float32)
         biases = [draw(rng, (a.experts, 2 * a.intermediate)), draw(rng, (a.experts, a.hidden))]
-        packed = [
-            packing.pack(n, v)[0] for n, v in zip((gate_up, down), _weights(a, weight_format), strict=True)
-        ]
+        packed = [packing.pack(n, v)[0] for n, v in zip((gate_up, down), _weights(a, weight_format), strict=True)]
         self.inputs = [x, ids, weights, *packed, *(biases if a.bias else [])]
         self.want = np.zeros((rows, a.hidden))
         self.bound = np.zeros((rows, a.hidden))

@@ -21,12 +21,7 @@ def _unpack(data: np.ndarray, rows: int, columns: int, weight_format: str) -> np
     """The matrix of whole panels that the bytes hold, straight from the layout's definition; f32."""
     panels = -(-rows // 16)
     if weight_format == "f32":
-        return (
-            data.view(np.float32)
-            .reshape(panels, columns, 16)
-            .transpose(0, 2, 1)
-            .reshape(panels * 16, columns)
-        )
+        return data.view(np.float32).reshape(panels, columns, 16).transpose(0, 2, 1).reshape(panels * 16, columns)
     pairs = -(-columns // 2)
     bits = data.view(np.uint16).reshape(panels, pairs, 16, 2)
     return packing.to_f32(bits.transpose(0, 2, 1, 3).reshape(panels * 16, pairs * 2))
@@ -146,9 +141,7 @@ def test_numbers_that_are_not_finite_are_reported(bad, weight_format, dtype):
 
 
 def test_bad_requests_name_the_weight_and_what_was_expected():
-    with pytest.raises(
-        HetcompError, match="format 'q4' cannot be packed for the CPU; expected one of f32, bf16"
-    ):
+    with pytest.raises(HetcompError, match="format 'q4' cannot be packed for the CPU; expected one of f32, bf16"):
         packing.packed_bytes(_weight((4, 4), "q4", packing.PANELS))
     with pytest.raises(HetcompError, match=r"m\.w has shape \[4, 5\], expected \[4, 4\]"):
         packing.pack(np.zeros((4, 5), np.float32), _weight((4, 4), "f32", packing.PANELS))
@@ -157,8 +150,6 @@ def test_bad_requests_name_the_weight_and_what_was_expected():
     with pytest.raises(HetcompError, match=r"m\.w of shape \[5, 4\] does not fit layout panels16_glu"):
         packing.packed_bytes(_weight((5, 4), "f32", packing.PANELS_GLU))
     with pytest.raises(HetcompError, match="buffer of 1024 contiguous bytes"):
-        packing.pack(
-            np.zeros((4, 16), np.float32), _weight((4, 16), "f32", packing.PANELS), np.zeros(9, np.uint8)
-        )
+        packing.pack(np.zeros((4, 16), np.float32), _weight((4, 16), "f32", packing.PANELS), np.zeros(9, np.uint8))
     with pytest.raises(HetcompError, match="dtype int8 cannot be packed"):
         packing.pack(np.zeros((4, 4), np.int8), _weight((4, 4), "f32", packing.PANELS))
