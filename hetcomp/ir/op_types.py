@@ -34,6 +34,12 @@ def _row(type_: TensorType, elements: int, what: str) -> str | None:
     return None
 
 
+def _elements(type_: TensorType, count: int, what: str) -> str | None:
+    """A weight used as a flat list; its shape is the checkpoint's (ERNIE stores a bias as [1, experts])."""
+    total = math.prod(d for d in type_.shape if isinstance(d, int))
+    return f"{what} is {type_}, expected {count} elements" if total != count else None
+
+
 def _shape(type_: TensorType, shape: Shape, what: str) -> str | None:
     return f"{what} has shape {list(type_.shape)}, expected {list(shape)}" if type_.shape != shape else None
 
@@ -144,7 +150,7 @@ def _route(op: Op, i: Types, o: Types) -> str | None:
     assert isinstance(a, ops.Route)
     return _arity(i, o, 1 + a.bias, 2) or _first(
         _row(i[0], a.experts, "logits"),
-        _shape(i[1], (a.experts,), "bias") if a.bias else None,
+        _elements(i[1], a.experts, "bias") if a.bias else None,
         _ids(o[0], "ids"),
         _row(o[0], a.top_k, "ids"),
         _row(o[1], a.top_k, "weights"),
