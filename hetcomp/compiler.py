@@ -85,7 +85,7 @@ def plan_model(
         max_logit_rows=MAX_LOGIT_ROWS,
     )
     progress.stage("plan")
-    context = Context(profile=profile, checkpoint=imported.checkpoint, target=target, formats=request)
+    context = Context(profile, imported.checkpoint, target, request, isa=target.isas[0].value)
     plan = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir)
     if imported.unused:
         progress.warn(

@@ -63,11 +63,13 @@ def annotate_cost(plan: Plan, context: Context) -> Plan:
     )
 
 
-def roofline_us(profile: HardwareProfile, weight_format: str, flops: float, moved: float) -> tuple[float, str]:
+def roofline_us(
+    profile: HardwareProfile, weight_format: str, isa: str | None, flops: float, moved: float
+) -> tuple[float, str]:
     """Predicted microseconds and what bounds them (``memory`` or ``compute``)."""
-    reached = profile.bandwidth() * profile.rate(weight_format).bandwidth_fraction
+    reached = profile.bandwidth() * profile.rate(weight_format, isa).bandwidth_fraction
     memory = moved / (reached * 1e3)  # GB/s = 1e3 bytes/us
-    compute = flops / (profile.gflops(weight_format) * 1e3)
+    compute = flops / (profile.gflops(weight_format, isa=isa) * 1e3)
     return max(memory, compute) + OP_LATENCY_US, "memory" if memory >= compute else "compute"
 
 
@@ -91,7 +93,7 @@ def _phase_cost(op: Op, values: Mapping[str, Value], step: Phase, context: Conte
             acts += value.type.bytes(dims)
     flops = _FLOPS.get(op.kind, _elementwise)(op, values, step, rows)
     moved = weights + states + acts
-    us, bound = roofline_us(context.profile, form, flops, moved)
+    us, bound = roofline_us(context.profile, form, context.isa, flops, moved)
     return PhaseCost(step.name, step.tokens, flops, weights, acts, states, flops / max(moved, 1.0), us, bound)
 
 

@@ -58,11 +58,10 @@ def _check_format(name: str) -> None:
 @dataclass(frozen=True)
 class Context:
     """The machine, the checkpoint's headers (None: config only), the kernels that will be generated, and the
-    user's wishes. ``prompt_tokens`` and ``answer_tokens`` are the mix that placement optimises for."""
+    user's wishes. ``isa`` is the instruction set that costs are predicted for (None: the profile's fastest)."""
 
     profile: HardwareProfile
     checkpoint: Checkpoint | None
     target: KernelTarget
     formats: FormatRequest = field(default_factory=FormatRequest)
-    prompt_tokens: int = 512
-    answer_tokens: int = 256
+    isa: str | None = None
