@@ -302,7 +302,7 @@ class Session:
         _call("hetcomp_session_truncate", self._handle.pointer, length)
 
     def reuse(self, ids: IdsLike) -> int:
-        """Truncates to the longest common prefix with ``ids`` (at most all but the last); returns its length."""
+        """Truncates to the longest common prefix with ``ids`` (at most all but one); returns its length."""
         array = _ids(ids)
         kept = ctypes.c_int64()
         _call(
@@ -411,8 +411,8 @@ class Runtime:
 
         threads: 0 for the physical cores this process may use. weights: ``ram`` (2 MB pages), ``mmap``, or
         ``auto`` (ram if it fits into 80 % of the available memory). verify_weights: compare every tensor with
-        its hash. isa: force ``avx2`` or ``avx512``. Raises HetcompError: no artifact, damaged, newer schema, missing
-        instruction set, not enough memory.
+        its hash. isa: force ``avx2`` or ``avx512``. Raises HetcompError: no artifact, damaged, newer schema,
+        missing instruction set, not enough memory.
         """
         if weights not in _WEIGHTS:
             _refuse(f"weights must be auto, mmap or ram, not {weights!r}.")
@@ -480,7 +480,7 @@ class Runtime:
         _call("hetcomp_model_reset_stats", self._handle.pointer)
 
     def tokenize(self, text: str, *, parse_special: bool = True, add_special: bool = True) -> list[int]:
-        """Token ids of ``text``. parse_special: special tokens written in the text count as such. add_special:
+        """Token ids of ``text``. parse_special: special tokens in the text count as such. add_special:
         add what the model puts around a text (BOS). Raises HetcompError for a model without tokenizer."""
         data = _utf8(text)
         out, n = ctypes.c_void_p(), ctypes.c_size_t()

@@ -23,7 +23,8 @@ struct hetcomp_session {
 };
 
 struct hetcomp_generation {
-  hetcomp_generation(hetcomp::Session& session, std::span<const std::int32_t> ids, const hetcomp::GenerateParams& p)
+  hetcomp_generation(hetcomp::Session& session, std::span<const std::int32_t> ids,
+                     const hetcomp::GenerateParams& p)
       : generation(session, ids, p) {}
   hetcomp::Generation generation;
 };
@@ -60,7 +61,8 @@ hetcomp_status guard(const Body& body) noexcept {
 }
 
 void require(const void* pointer, const char* name) {
-  if (pointer == nullptr) throw Error(HETCOMP_INVALID_ARGUMENT, std::string("The argument ") + name + " is null.");
+  if (pointer == nullptr)
+    throw Error(HETCOMP_INVALID_ARGUMENT, std::string("The argument ") + name + " is null.");
 }
 
 std::span<const std::int32_t> id_span(const std::int32_t* ids, std::int64_t n) {
@@ -74,8 +76,9 @@ template <class Options>
 Options copy_options(const Options* given, Options defaults) {
   if (given == nullptr) return defaults;
   if (given->struct_size < sizeof(std::uint32_t) || given->struct_size > sizeof(Options)) {
-    throw Error(HETCOMP_INVALID_ARGUMENT,
-                "An options struct is not initialised, or of a newer hetcomp.h: call its _init function first.");
+    throw Error(
+        HETCOMP_INVALID_ARGUMENT,
+        "An options struct is not initialised, or of a newer hetcomp.h: call its _init function first.");
   }
   std::memcpy(static_cast<void*>(&defaults), given, given->struct_size);
   return defaults;
@@ -211,7 +214,9 @@ hetcomp_status hetcomp_session_create(hetcomp_model* model, hetcomp_session** ou
 
 void hetcomp_session_free(hetcomp_session* session) { delete session; }
 
-hetcomp_status hetcomp_session_reset(hetcomp_session* session) { return hetcomp_session_truncate(session, 0); }
+hetcomp_status hetcomp_session_reset(hetcomp_session* session) {
+  return hetcomp_session_truncate(session, 0);
+}
 
 hetcomp_status hetcomp_session_truncate(hetcomp_session* session, int64_t length) {
   return guard([&] {
@@ -251,8 +256,8 @@ hetcomp_status hetcomp_prefill(hetcomp_session* session, const int32_t* ids, int
   });
 }
 
-hetcomp_status hetcomp_decode(hetcomp_model* model, hetcomp_session* const* sessions, const int32_t* ids, int64_t n,
-                              float* logits) {
+hetcomp_status hetcomp_decode(hetcomp_model* model, hetcomp_session* const* sessions, const int32_t* ids,
+                              int64_t n, float* logits) {
   return guard([&] {
     require(model, "model");
     require(sessions, "sessions");
@@ -283,7 +288,8 @@ hetcomp_status hetcomp_generation_start(hetcomp_session* session, const int32_t*
   return guard([&] {
     require(session, "session");
     require(out, "out");
-    *out = std::make_unique<hetcomp_generation>(session->session, id_span(ids, n), generate_params(params)).release();
+    *out = std::make_unique<hetcomp_generation>(session->session, id_span(ids, n), generate_params(params))
+               .release();
   });
 }
 
@@ -298,8 +304,8 @@ hetcomp_status hetcomp_generation_next(hetcomp_generation* generation, hetcomp_t
 void hetcomp_generation_free(hetcomp_generation* generation) { delete generation; }
 
 hetcomp_status hetcomp_generate(hetcomp_session* session, const int32_t* ids, int64_t n,
-                                const hetcomp_generate_params* params, hetcomp_token_callback callback, void* user,
-                                int32_t* finish) {
+                                const hetcomp_generate_params* params, hetcomp_token_callback callback,
+                                void* user, int32_t* finish) {
   return guard([&] {
     require(session, "session");
     hetcomp::Generation generation(session->session, id_span(ids, n), generate_params(params));
@@ -317,16 +323,16 @@ hetcomp_status hetcomp_generate(hetcomp_session* session, const int32_t* ids, in
 
 // ---- text
 
-hetcomp_status hetcomp_tokenize(const hetcomp_model* model, const char* text, size_t length, int parse_special,
-                                int add_special, int32_t** ids, size_t* n) {
+hetcomp_status hetcomp_tokenize(const hetcomp_model* model, const char* text, size_t length,
+                                int parse_special, int add_special, int32_t** ids, size_t* n) {
   return guard([&] {
     require(model, "model");
     require(text, "text");
     require(ids, "ids");
     require(n, "n");
     std::string error;
-    const auto encoded = model->model->require_tokenizer().encode({text, length}, parse_special != 0, add_special != 0,
-                                                                  &error);
+    const auto encoded = model->model->require_tokenizer().encode({text, length}, parse_special != 0,
+                                                                  add_special != 0, &error);
     if (!encoded) throw Error(HETCOMP_INVALID_ARGUMENT, error);
     *ids = allocate<std::int32_t>(encoded->size() + 1);
     std::copy(encoded->begin(), encoded->end(), *ids);
@@ -345,15 +351,16 @@ hetcomp_status hetcomp_detokenize(const hetcomp_model* model, const int32_t* ids
   });
 }
 
-hetcomp_status hetcomp_chat_render(const hetcomp_model* model, const char* context_json, size_t context_length,
-                                   char** text, size_t* length) {
+hetcomp_status hetcomp_chat_render(const hetcomp_model* model, const char* context_json,
+                                   size_t context_length, char** text, size_t* length) {
   return guard([&] {
     require(model, "model");
     require(context_json, "context_json");
     require(text, "text");
     require(length, "length");
     std::string error;
-    const auto rendered = model->model->require_chat_template().render({context_json, context_length}, &error);
+    const auto rendered =
+        model->model->require_chat_template().render({context_json, context_length}, &error);
     if (!rendered) throw Error(HETCOMP_INVALID_ARGUMENT, error);
     *text = copy_text(*rendered, length);
   });

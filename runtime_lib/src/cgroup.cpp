@@ -19,7 +19,8 @@ struct Mount {
   fs::path point;  // where
 };
 
-// Field 4 and 5 of mountinfo, and after " - " the type, the source and the options (which name v1 controllers).
+// Field 4 and 5 of mountinfo, and after " - " the type, the source and the options (which name v1
+// controllers).
 std::optional<Mount> find_mount(const std::string& type, const std::string& controller) {
   std::ifstream info("/proc/self/mountinfo");
   for (std::string line; std::getline(info, line);) {
@@ -49,8 +50,9 @@ std::optional<std::string> group_path(const std::string& controller) {
     const std::size_t second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
     const std::string controllers = line.substr(first + 1, second - first - 1);
-    const bool match = controller.empty() ? controllers.empty() && line.starts_with("0:")
-                                          : ("," + controllers + ",").find("," + controller + ",") != std::string::npos;
+    const bool match = controller.empty()
+                           ? controllers.empty() && line.starts_with("0:")
+                           : ("," + controllers + ",").find("," + controller + ",") != std::string::npos;
     if (match) return line.substr(second + 1);
   }
   return std::nullopt;
@@ -88,7 +90,8 @@ std::uint64_t stat_entry(const fs::path& file, const std::string& wanted) {
   return 0;
 }
 
-std::uint64_t left(std::optional<std::uint64_t> limit, std::optional<std::uint64_t> used, std::uint64_t cache) {
+std::uint64_t left(std::optional<std::uint64_t> limit, std::optional<std::uint64_t> used,
+                   std::uint64_t cache) {
   if (!limit || !used) return kUnlimited;
   const std::uint64_t held = *used > cache ? *used - cache : 0;
   return *limit > held ? *limit - held : 0;
@@ -122,11 +125,13 @@ std::uint64_t cgroup_memory_left() {
   for (const fs::path& group : groups("cgroup2", "")) {
     const fs::path stat = group / "memory.stat";
     const std::uint64_t cache = stat_entry(stat, "inactive_file") + stat_entry(stat, "active_file");
-    smallest = std::min(smallest, left(number_in(group / "memory.max"), number_in(group / "memory.current"), cache));
+    smallest =
+        std::min(smallest, left(number_in(group / "memory.max"), number_in(group / "memory.current"), cache));
   }
   for (const fs::path& group : groups("cgroup", "memory")) {
     const fs::path stat = group / "memory.stat";
-    const std::uint64_t cache = stat_entry(stat, "total_inactive_file") + stat_entry(stat, "total_active_file");
+    const std::uint64_t cache =
+        stat_entry(stat, "total_inactive_file") + stat_entry(stat, "total_active_file");
     smallest = std::min(smallest, left(number_in(group / "memory.limit_in_bytes"),
                                        number_in(group / "memory.usage_in_bytes"), cache));
   }

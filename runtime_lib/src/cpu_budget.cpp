@@ -63,9 +63,9 @@ CpuBudget cpu_budget(int requested) {
     if (const auto quota = cgroup_cpu_quota()) threads = std::clamp(static_cast<int>(*quota), 1, threads);
   }
   if (threads < 1 || threads > budget.allowed) {
-    throw Error(HETCOMP_INVALID_ARGUMENT, "Cannot run " + std::to_string(requested) +
-                                              " threads: this process may use " + std::to_string(budget.allowed) +
-                                              " CPUs (threads 0 chooses by itself).");
+    throw Error(HETCOMP_INVALID_ARGUMENT,
+                "Cannot run " + std::to_string(requested) + " threads: this process may use " +
+                    std::to_string(budget.allowed) + " CPUs (threads 0 chooses by itself).");
   }
   cpus.resize(static_cast<std::size_t>(threads));
   budget.cpus = std::move(cpus);

@@ -11,8 +11,8 @@ struct CpuBudget {
   int cores;              // physical cores among them
 };
 
-// requested 0: the allowed physical cores, but no more than the cgroup's CPU quota. Throws Error for a request
-// beyond the allowed CPUs, where lanes would wait for each other.
+// requested 0: the allowed physical cores, but no more than the cgroup's CPU quota. Throws Error for a
+// request beyond the allowed CPUs, where lanes would wait for each other.
 CpuBudget cpu_budget(int requested);
 
 }  // namespace hetcomp

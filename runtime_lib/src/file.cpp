@@ -28,7 +28,7 @@ namespace {
 
 File::File(const std::filesystem::path& path) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
   if (fd_ < 0) fail(path, "open");
-  struct stat info {};
+  struct stat info{};
   if (fstat(fd_, &info) != 0) {
     const int error = errno;
     close(fd_);
@@ -51,8 +51,9 @@ void File::read(std::uint64_t offset, std::span<std::byte> out) const {
     const ssize_t n = pread(fd_, out.data(), out.size(), static_cast<off_t>(offset));
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) fail(path_, "read");
-    if (n == 0) throw Error(HETCOMP_BAD_ARTIFACT, path_.string() + " ends at byte " + std::to_string(offset) +
-                                                      ", earlier than expected; copy the artifact again.");
+    if (n == 0)
+      throw Error(HETCOMP_BAD_ARTIFACT, path_.string() + " ends at byte " + std::to_string(offset) +
+                                            ", earlier than expected; copy the artifact again.");
     out = out.subspan(static_cast<std::size_t>(n));
     offset += static_cast<std::uint64_t>(n);
   }

@@ -15,7 +15,8 @@ class File {
  public:
   explicit File(const std::filesystem::path& path);
   ~File();
-  File(File&& other) noexcept : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), size_(other.size_) {}
+  File(File&& other) noexcept
+      : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), size_(other.size_) {}
   File& operator=(File&&) = delete;
 
   int descriptor() const { return fd_; }

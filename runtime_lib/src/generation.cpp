@@ -26,7 +26,8 @@ bool Generation::advance() {
   const bool last = fed_ + n == pending_.size();
   const bool wanted = last && params_.max_new_tokens > 0;
   float* const logits = wanted ? reinterpret_cast<float*>(logits_.data()) : nullptr;
-  session_.prefill(std::span(pending_).subspan(fed_, n), logits, generated_ > 0 ? Phase::kDecode : Phase::kPrefill);
+  session_.prefill(std::span(pending_).subspan(fed_, n), logits,
+                   generated_ > 0 ? Phase::kDecode : Phase::kPrefill);
   fed_ += n;
   return last;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -11,10 +12,24 @@
 
 namespace hetcomp {
 
+// Tells from the involuntary context switches of the lanes whether other processes want their cores.
+class ContentionGauge {
+ public:
+  // preemptions: of all lanes in a step of that length.
+  void add(std::int64_t preemptions, std::chrono::nanoseconds step);
+  bool contended() const { return contended_; }
+
+ private:
+  std::int64_t preemptions_ = 0;
+  std::chrono::nanoseconds observed_{0};
+  bool contended_ = false;
+};
+
 // Not thread safe: one step at a time.
 class LaneThreads {
  public:
-  // One lane for each entry of `cpus`; the threads this class starts are bound to theirs.
+  // One lane for each entry of `cpus`. The threads this class starts may run on any of them, but nowhere
+  // else.
   explicit LaneThreads(const std::vector<int>& cpus);
   ~LaneThreads();
   LaneThreads(const LaneThreads&) = delete;
@@ -26,10 +41,19 @@ class LaneThreads {
   std::int32_t run(const hetcomp_program& program, const hetcomp_step& step);
 
  private:
+  // What a lane reports about the last step; on a cache line of its own.
+  struct alignas(64) Report {
+    std::atomic<std::int64_t> preemptions{0};
+  };
   void work(int thread);
+  void run_lane(int thread);
   void shut_down();
 
   LaneSet lanes_;
+  const std::int32_t quiet_spins_;  // iterations of pause, see LaneSet::spin_iterations
+  const std::int32_t contended_spins_;
+  std::vector<Report> reports_;
+  ContentionGauge gauge_;
   const hetcomp_program* program_ = nullptr;
   const hetcomp_step* step_ = nullptr;
   // Steps begun so far; workers wait for it to change.

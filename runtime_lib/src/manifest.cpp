@@ -28,8 +28,8 @@ class Node {
   [[noreturn]] void refuse(const std::string& expected) const {
     std::string path = path_.empty() ? "it" : path_;
     std::ranges::replace(path, '\0', '?');  // a NUL would end the message
-    throw Error(HETCOMP_BAD_ARTIFACT, where_ + " is damaged: " + path + " must be " +
-                                          expected + "; compile the model again or copy the artifact anew.");
+    throw Error(HETCOMP_BAD_ARTIFACT, where_ + " is damaged: " + path + " must be " + expected +
+                                          "; compile the model again or copy the artifact anew.");
   }
 
   Node operator[](const std::string& key) const {
@@ -62,15 +62,16 @@ class Node {
   }
 
   std::int32_t count(std::int32_t low, std::int32_t high = std::numeric_limits<std::int32_t>::max()) const {
-    return static_cast<std::int32_t>(number(static_cast<std::uint64_t>(low), static_cast<std::uint64_t>(high)));
+    return static_cast<std::int32_t>(
+        number(static_cast<std::uint64_t>(low), static_cast<std::uint64_t>(high)));
   }
 
   // Lower-case hexadecimal of a given length.
   std::string hex(std::size_t digits) const {
     std::string value = text();
     const bool good = value.size() == digits && std::ranges::all_of(value, [](char c) {
-      return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
-    });
+                        return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'f');
+                      });
     if (!good) refuse(std::to_string(digits) + " hexadecimal digits");
     return value;
   }
@@ -79,14 +80,16 @@ class Node {
     if (!json_.is_array()) refuse("a list");
     std::vector<Node> nodes;
     nodes.reserve(json_.size());
-    for (std::size_t i = 0; i < json_.size(); ++i) nodes.push_back({json_[i], path_ + "[" + std::to_string(i) + "]", where_});
+    for (std::size_t i = 0; i < json_.size(); ++i)
+      nodes.push_back({json_[i], path_ + "[" + std::to_string(i) + "]", where_});
     return nodes;
   }
 
   std::vector<std::pair<std::string, Node>> members() const {
     if (!json_.is_object()) refuse("an object");
     std::vector<std::pair<std::string, Node>> nodes;
-    for (const auto& [key, value] : json_.items()) nodes.emplace_back(key, Node(value, path_ + "." + key, where_));
+    for (const auto& [key, value] : json_.items())
+      nodes.emplace_back(key, Node(value, path_ + "." + key, where_));
     return nodes;
   }
 
@@ -111,7 +114,8 @@ void check_schema(const Node& root, const std::string& where) {
   const std::string version = std::to_string(major) + "." + std::to_string(minor);
   if (major > Manifest::kSchemaMajor) {
     throw Error(HETCOMP_NEWER_SCHEMA, where + " has schema " + version + ", this runtime (hetcomp " +
-                                          HETCOMP_VERSION + ") reads " + std::to_string(Manifest::kSchemaMajor) +
+                                          HETCOMP_VERSION + ") reads " +
+                                          std::to_string(Manifest::kSchemaMajor) +
                                           ".x: update hetcomp or compile the model with this version.");
   }
   throw Error(HETCOMP_BAD_ARTIFACT,
@@ -152,7 +156,8 @@ void read_files(const Node& node, Manifest& manifest) {
   constexpr auto kLargest = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
   for (const auto& [file, record] : node.members()) {
     if (!stays_inside(file)) record.refuse("named by a relative path inside the artifact");
-    manifest.files[file] = {record["bytes"].number(0, kLargest), record.has("sha256") ? record["sha256"].hex(64) : ""};
+    manifest.files[file] = {record["bytes"].number(0, kLargest),
+                            record.has("sha256") ? record["sha256"].hex(64) : ""};
   }
 }
 
@@ -217,10 +222,12 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
 Manifest Manifest::read(const std::filesystem::path& artifact) {
   std::error_code error;
   if (!std::filesystem::is_directory(artifact, error))
-    throw Error(HETCOMP_NOT_FOUND, artifact.string() + " is not a folder: give the path of a compiled model.");
+    throw Error(HETCOMP_NOT_FOUND,
+                artifact.string() + " is not a folder: give the path of a compiled model.");
   const std::filesystem::path path = artifact / "manifest.json";
   if (!std::filesystem::exists(path, error))
-    throw Error(HETCOMP_NOT_FOUND, artifact.string() + " is not a hetcomp artifact: it has no manifest.json.");
+    throw Error(HETCOMP_NOT_FOUND,
+                artifact.string() + " is not a hetcomp artifact: it has no manifest.json.");
   const File file(path);
   if (file.size() > kLargestManifest)
     throw Error(HETCOMP_BAD_ARTIFACT, path.string() + " is " + in_words(file.size()) + ": not a manifest.");
@@ -231,21 +238,24 @@ std::filesystem::path locate(const std::filesystem::path& artifact, const Manife
                              const std::string& file) {
   std::error_code error;
   const std::filesystem::path root = std::filesystem::canonical(artifact, error);
-  if (error) throw Error(HETCOMP_NOT_FOUND, "Cannot open " + artifact.string() + ": " + error.message() + ".");
+  if (error)
+    throw Error(HETCOMP_NOT_FOUND, "Cannot open " + artifact.string() + ": " + error.message() + ".");
   const std::filesystem::path path = std::filesystem::canonical(artifact / file, error);
   if (error) {
     throw Error(HETCOMP_BAD_ARTIFACT, "The artifact " + artifact.string() + " lacks its file " + file + " (" +
                                           error.message() + "); copy the artifact anew.");
   }
   if (std::mismatch(root.begin(), root.end(), path.begin(), path.end()).first != root.end()) {
-    throw Error(HETCOMP_BAD_ARTIFACT, "The file " + file + " of the artifact " + artifact.string() +
-                                          " is a link to a place outside of it; copy the artifact with its files.");
+    throw Error(HETCOMP_BAD_ARTIFACT,
+                "The file " + file + " of the artifact " + artifact.string() +
+                    " is a link to a place outside of it; copy the artifact with its files.");
   }
   const std::uint64_t expected = manifest.files.at(file).bytes;
   const std::uint64_t size = File(path).size();
   if (size != expected) {
-    throw Error(HETCOMP_BAD_ARTIFACT, path.string() + " has " + std::to_string(size) + " bytes, the manifest says " +
-                                          std::to_string(expected) + ": truncated or replaced; copy the artifact anew.");
+    throw Error(HETCOMP_BAD_ARTIFACT, path.string() + " has " + std::to_string(size) +
+                                          " bytes, the manifest says " + std::to_string(expected) +
+                                          ": truncated or replaced; copy the artifact anew.");
   }
   return path;
 }
@@ -255,7 +265,8 @@ void verify_files(const std::filesystem::path& artifact, const Manifest& manifes
     const std::filesystem::path path = locate(artifact, manifest, file);
     if (!record.sha256.empty() && File(path).sha256() != record.sha256) {
       throw Error(HETCOMP_BAD_ARTIFACT,
-                  path.string() + " does not have the SHA-256 in the manifest: it is damaged; copy the artifact anew.");
+                  path.string() +
+                      " does not have the SHA-256 in the manifest: it is damaged; copy the artifact anew.");
     }
   }
 }

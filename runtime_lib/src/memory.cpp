@@ -38,8 +38,8 @@ Memory::Memory(std::size_t bytes, const std::string& purpose) : size_(bytes) {
   base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base_ == MAP_FAILED) {
     base_ = nullptr;
-    throw Error(HETCOMP_OUT_OF_MEMORY, "The system refuses " + in_words(bytes) + " of memory for " + purpose + ": " +
-                                           std::strerror(errno) + ".");
+    throw Error(HETCOMP_OUT_OF_MEMORY, "The system refuses " + in_words(bytes) + " of memory for " + purpose +
+                                           ": " + std::strerror(errno) + ".");
   }
   const auto address = reinterpret_cast<std::uintptr_t>(base_);
   data_ = static_cast<std::uint8_t*>(base_) + (kHugePage - address % kHugePage) % kHugePage;

@@ -18,8 +18,10 @@ class Memory {
   Memory(std::size_t bytes, const std::string& purpose);
   ~Memory();
   Memory(Memory&& other) noexcept
-      : base_(std::exchange(other.base_, nullptr)), mapped_(std::exchange(other.mapped_, 0)),
-        data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+      : base_(std::exchange(other.base_, nullptr)),
+        mapped_(std::exchange(other.mapped_, 0)),
+        data_(std::exchange(other.data_, nullptr)),
+        size_(std::exchange(other.size_, 0)) {}
   Memory& operator=(Memory&& other) noexcept;
 
   std::uint8_t* data() const { return data_; }

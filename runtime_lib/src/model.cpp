@@ -39,8 +39,9 @@ Residency choose_residency(hetcomp_weights wanted, std::uint64_t weights, std::u
     return fits ? Residency::kRam : Residency::kMapped;
   }
   if (weights + others > available) {
-    throw Error(HETCOMP_OUT_OF_MEMORY, "The weights need " + in_words(weights) + " and KV cache and activations " +
-                                           in_words(others) + ", but " + in_words(available) +
+    throw Error(HETCOMP_OUT_OF_MEMORY, "The weights need " + in_words(weights) +
+                                           " and KV cache and activations " + in_words(others) + ", but " +
+                                           in_words(available) +
                                            " of memory are available: use --weights mmap, or free memory.");
   }
   return Residency::kRam;
@@ -71,13 +72,14 @@ void Model::allocate(const LoadOptions& options) {
   const std::uint64_t available = available_memory();
   const std::uint64_t others = state_bytes_ + arena_bytes;
   if (others > available) {
-    throw Error(HETCOMP_OUT_OF_MEMORY, "The KV cache of " + std::to_string(facts().max_batch) + " sequences of " +
-                                           std::to_string(facts().context) + " positions needs " +
-                                           in_words(state_bytes_) + " and the activations " + in_words(arena_bytes) +
-                                           ", but " + in_words(available) +
-                                           " of memory are available: compile with a smaller context or batch.");
+    throw Error(HETCOMP_OUT_OF_MEMORY,
+                "The KV cache of " + std::to_string(facts().max_batch) + " sequences of " +
+                    std::to_string(facts().context) + " positions needs " + in_words(state_bytes_) +
+                    " and the activations " + in_words(arena_bytes) + ", but " + in_words(available) +
+                    " of memory are available: compile with a smaller context or batch.");
   }
-  const Residency residency = choose_residency(options.weights, Weights::ram_bytes(manifest_), others, available);
+  const Residency residency =
+      choose_residency(options.weights, Weights::ram_bytes(manifest_), others, available);
   arena_ = Memory(arena_bytes, "the activations");
   for (const StateRecord& state : manifest_.states) {
     states_.emplace_back(state.bytes_per_slot * slots, "the KV cache (" + state.name + ")");
@@ -97,22 +99,25 @@ bool Model::is_eos(std::int32_t id) const {
 
 const Tokenizer& Model::require_tokenizer() const {
   if (!tokenizer_)
-    throw Error(HETCOMP_NO_TOKENIZER, "The model " + facts().name + " has no tokenizer: give token ids, not text.");
+    throw Error(HETCOMP_NO_TOKENIZER,
+                "The model " + facts().name + " has no tokenizer: give token ids, not text.");
   return *tokenizer_;
 }
 
 const ChatTemplate& Model::require_chat_template() const {
   if (!chat_template_)
-    throw Error(HETCOMP_NO_TOKENIZER, "The model " + facts().name + " has no chat template: give a plain prompt.");
+    throw Error(HETCOMP_NO_TOKENIZER,
+                "The model " + facts().name + " has no chat template: give a plain prompt.");
   return *chat_template_;
 }
 
 std::int32_t Model::take_slot() {
   const std::lock_guard lock(slots_mutex_);
   if (free_slots_.empty()) {
-    throw Error(HETCOMP_NO_FREE_SLOT, "All " + std::to_string(facts().max_batch) +
-                                          " sequences of this model are in use: free a session, or compile with a "
-                                          "larger --batch.");
+    throw Error(HETCOMP_NO_FREE_SLOT,
+                "All " + std::to_string(facts().max_batch) +
+                    " sequences of this model are in use: free a session, or compile with a "
+                    "larger --batch.");
   }
   const std::int32_t slot = free_slots_.back();
   free_slots_.pop_back();
@@ -127,11 +132,13 @@ void Model::give_back_slot(std::int32_t slot) {
 void Model::run(const StepRequest& request) {
   const std::lock_guard lock(step_mutex_);
   if (getpid() != process_) {
-    throw Error(HETCOMP_INVALID_ARGUMENT,
-                "This process is a fork of the one that loaded the model and has none of its threads: load the model "
-                "after the fork.");
+    throw Error(
+        HETCOMP_INVALID_ARGUMENT,
+        "This process is a fork of the one that loaded the model and has none of its threads: load the model "
+        "after the fork.");
   }
-  const std::size_t logit_bytes = request.logit_rows.size() * static_cast<std::size_t>(facts().vocab) * sizeof(float);
+  const std::size_t logit_bytes =
+      request.logit_rows.size() * static_cast<std::size_t>(facts().vocab) * sizeof(float);
   float* logits = request.logits;
   if (reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
     if (logits_.size() < logit_bytes) logits_ = Memory(logit_bytes, "the logits");
@@ -158,13 +165,15 @@ void Model::run(const StepRequest& request) {
   phase.steps += 1;
   phase.tokens += step.n_tokens;
   if (error != 0)
-    throw Error(HETCOMP_COMPUTE, "A kernel of the program reported error " + std::to_string(error) + "; report this bug.");
+    throw Error(HETCOMP_COMPUTE,
+                "A kernel of the program reported error " + std::to_string(error) + "; report this bug.");
   if (logits != request.logits && logit_bytes != 0) std::memcpy(request.logits, logits, logit_bytes);
 }
 
 std::string Model::statistics_json() const {
   const std::lock_guard lock(step_mutex_);
-  return to_json(statistics_, manifest_.timers, threads(), isa_, residency() == Residency::kRam ? "ram" : "mmap");
+  return to_json(statistics_, manifest_.timers, threads(), isa_,
+                 residency() == Residency::kRam ? "ram" : "mmap");
 }
 
 void Model::reset_statistics() {

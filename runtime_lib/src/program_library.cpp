@@ -30,11 +30,11 @@ const ProgramRecord& choose_program(const Manifest& manifest, const std::vector<
     if (contains(available, program.isa)) return program;
   }
   if (!forced.empty() && !contains(offered, forced)) {
-    throw Error(HETCOMP_MISSING_ISA, "The artifact has no program for " + forced + ", only for " + join(offered) +
-                                         ": compile it with --isa " + forced + ".");
+    throw Error(HETCOMP_MISSING_ISA, "The artifact has no program for " + forced + ", only for " +
+                                         join(offered) + ": compile it with --isa " + forced + ".");
   }
-  const std::string advice = available.empty() ? "run it on a CPU with AVX2 or better"
-                                               : "compile it with --isa " + available.back();
+  const std::string advice =
+      available.empty() ? "run it on a CPU with AVX2 or better" : "compile it with --isa " + available.back();
   throw Error(HETCOMP_MISSING_ISA, "This CPU has " + join(available) + ", the artifact needs " +
                                        (forced.empty() ? join(offered) : forced) + ": " + advice + ".");
 }
@@ -42,8 +42,8 @@ const ProgramRecord& choose_program(const Manifest& manifest, const std::vector<
 ProgramLibrary::ProgramLibrary(const std::filesystem::path& path, const ProgramRecord& record,
                                const Manifest& manifest)
     : file_(path) {
-  // dlopen takes a library of the same name for the same library, even after a new compile replaced the file. The
-  // descriptor's name is this file's only; without /proc (a bare chroot) the path must do.
+  // dlopen takes a library of the same name for the same library, even after a new compile replaced the file.
+  // The descriptor's name is this file's only; without /proc (a bare chroot) the path must do.
   const std::string by_descriptor = "/proc/self/fd/" + std::to_string(file_.descriptor());
   const std::string name = access(by_descriptor.c_str(), R_OK) == 0 ? by_descriptor : path.string();
   struct Close {
@@ -70,8 +70,9 @@ ProgramLibrary::~ProgramLibrary() {
 void ProgramLibrary::check(const ProgramRecord& record, const Manifest& manifest) const {
   const std::string where = "The program " + record.file;
   if (program_->abi != HETCOMP_PROGRAM_ABI) {
-    throw Error(HETCOMP_BAD_ARTIFACT, where + " has the ABI " + std::to_string(program_->abi) + ", this runtime has " +
-                                          std::to_string(HETCOMP_PROGRAM_ABI) + ": compile the model again.");
+    throw Error(HETCOMP_BAD_ARTIFACT, where + " has the ABI " + std::to_string(program_->abi) +
+                                          ", this runtime has " + std::to_string(HETCOMP_PROGRAM_ABI) +
+                                          ": compile the model again.");
   }
   struct Fact {
     const char* name;
@@ -94,9 +95,10 @@ void ProgramLibrary::check(const ProgramRecord& record, const Manifest& manifest
   }
   const auto plan = manifest.files.find("plan.json");
   if (program_->isa == nullptr || record.isa != program_->isa || program_->plan_hash == nullptr ||
-      plan == manifest.files.end() || plan->second.sha256 != program_->plan_hash || program_->arena_bytes < 0 ||
-      program_->n_timers < 0 || program_->run == nullptr)
-    throw Error(HETCOMP_BAD_ARTIFACT, where + " was not generated from the plan.json beside it: compile the model again.");
+      plan == manifest.files.end() || plan->second.sha256 != program_->plan_hash ||
+      program_->arena_bytes < 0 || program_->n_timers < 0 || program_->run == nullptr)
+    throw Error(HETCOMP_BAD_ARTIFACT,
+                where + " was not generated from the plan.json beside it: compile the model again.");
 }
 
 }  // namespace hetcomp

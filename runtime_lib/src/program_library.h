@@ -11,7 +11,8 @@
 
 namespace hetcomp {
 
-// The best program whose instruction set is in `available`; `forced` (may be empty) asks for one by name. Throws Error.
+// The best program whose instruction set is in `available`; `forced` (may be empty) asks for one by name.
+// Throws Error.
 const ProgramRecord& choose_program(const Manifest& manifest, const std::vector<std::string>& available,
                                     const std::string& forced);
 

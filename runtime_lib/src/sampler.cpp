@@ -21,7 +21,8 @@ std::size_t arg_max(std::span<const float> logits) {
     if (logits[i] > logits[best]) best = i;
   }
   if (nan || !std::isfinite(logits[best]))
-    throw Error(HETCOMP_COMPUTE, "The logits are not finite: the weights are damaged or the format overflows.");
+    throw Error(HETCOMP_COMPUTE,
+                "The logits are not finite: the weights are damaged or the format overflows.");
   return best;
 }
 
@@ -60,15 +61,16 @@ void Sampler::penalise(std::span<float> logits, std::span<const std::int32_t> se
   }
 }
 
-// The tokens that top-k and min-p leave, sorted. min-p compares with the most likely token, so it can go before top-p
-// unless the candidates' total is needed: top-p counts the tokens that min-p will remove.
+// The tokens that top-k and min-p leave, sorted. min-p compares with the most likely token, so it can go
+// before top-p unless the candidates' total is needed: top-p counts the tokens that min-p will remove.
 void Sampler::collect(std::span<const float> logits, float largest) {
   // exp((logit - largest) / temperature) is 0 in double below this; such a token is never drawn.
   const double least = params_.top_p < 1 || params_.min_p == 0 ? -746 : std::log(params_.min_p);
   const double lowest = static_cast<double>(largest) + least * params_.temperature;
   candidates_.clear();
   for (std::size_t i = 0; i < logits.size(); ++i)
-    if (static_cast<double>(logits[i]) >= lowest) candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
+    if (static_cast<double>(logits[i]) >= lowest)
+      candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
   const auto before = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
   };

@@ -1,9 +1,9 @@
 // Chooses the next token from logits.
 //
-// Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p, one draw. Every filter keeps at
-// least one token. Candidates are walked from the most to the least likely, equal logits in order of their ids, and
-// the draw is one output of std::mt19937_64 (top 53 bits as a fraction), so a seed gives the same tokens everywhere
-// where the logits and exp() are the same.
+// Order as in transformers: repetition penalty, temperature, top-k, top-p, min-p, one draw. Every filter
+// keeps at least one token. Candidates are walked from the most to the least likely, equal logits in order of
+// their ids, and the draw is one output of std::mt19937_64 (top 53 bits as a fraction), so a seed gives the
+// same tokens everywhere where the logits and exp() are the same.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,8 @@ class Sampler {
  public:
   Sampler(const SamplingParams& params, std::uint64_t seed);  // throws Error
 
-  // logits: [vocab], overwritten by the repetition penalty; seen: the tokens so far, for that penalty. Throws Error
-  // if no logit is a finite maximum (NaN anywhere, all minus infinity, or plus infinity).
+  // logits: [vocab], overwritten by the repetition penalty; seen: the tokens so far, for that penalty. Throws
+  // Error if no logit is a finite maximum (NaN anywhere, all minus infinity, or plus infinity).
   std::int32_t sample(std::span<float> logits, std::span<const std::int32_t> seen);
 
  private:

@@ -13,9 +13,9 @@ namespace {
 void check_ids(const ModelFacts& model, std::span<const std::int32_t> ids) {
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] >= 0 && ids[i] < model.vocab) continue;
-    throw Error(HETCOMP_INVALID_ARGUMENT, "Token id " + std::to_string(ids[i]) + " at position " + std::to_string(i) +
-                                              " is outside the vocabulary (0 to " + std::to_string(model.vocab - 1) +
-                                              ").");
+    throw Error(HETCOMP_INVALID_ARGUMENT, "Token id " + std::to_string(ids[i]) + " at position " +
+                                              std::to_string(i) + " is outside the vocabulary (0 to " +
+                                              std::to_string(model.vocab - 1) + ").");
   }
 }
 
@@ -34,7 +34,8 @@ void Session::truncate(std::int64_t length) {
 }
 
 std::int64_t Session::reuse(std::span<const std::int32_t> ids) {
-  if (ids.empty()) throw Error(HETCOMP_INVALID_ARGUMENT, "The prompt is empty: at least one token is needed.");
+  if (ids.empty())
+    throw Error(HETCOMP_INVALID_ARGUMENT, "The prompt is empty: at least one token is needed.");
   const auto usable = ids.first(ids.size() - 1);
   const auto differs = std::ranges::mismatch(tokens_, usable).in1;
   tokens_.erase(differs, tokens_.end());
@@ -45,8 +46,10 @@ void Session::check(std::span<const std::int32_t> ids) const {
   if (ids.empty()) throw Error(HETCOMP_INVALID_ARGUMENT, "There are no tokens: at least one is needed.");
   check_ids(model_->facts(), ids);
   if (static_cast<std::int64_t>(ids.size()) <= room()) return;
-  const std::string before = length() > 0 ? " after the " + std::to_string(length()) + " of this session" : "";
-  throw Error(HETCOMP_CONTEXT_FULL, std::to_string(ids.size()) + " tokens" + before + " do not fit into the context of " +
+  const std::string before =
+      length() > 0 ? " after the " + std::to_string(length()) + " of this session" : "";
+  throw Error(HETCOMP_CONTEXT_FULL, std::to_string(ids.size()) + " tokens" + before +
+                                        " do not fit into the context of " +
                                         std::to_string(model_->facts().context) +
                                         " positions: shorten the input, or compile with a larger --context.");
 }
@@ -90,7 +93,8 @@ void Session::prefill(std::span<const std::int32_t> ids, float* logits, Phase ph
 
 void Session::decode(Model& model, std::span<Session* const> sessions, std::span<const std::int32_t> ids,
                      float* logits) {
-  if (sessions.empty()) throw Error(HETCOMP_INVALID_ARGUMENT, "There are no sessions: at least one is needed.");
+  if (sessions.empty())
+    throw Error(HETCOMP_INVALID_ARGUMENT, "There are no sessions: at least one is needed.");
   check_ids(model.facts(), ids);
   const std::set<const Session*> different(sessions.begin(), sessions.end());
   if (different.size() != sessions.size())
@@ -100,7 +104,8 @@ void Session::decode(Model& model, std::span<Session* const> sessions, std::span
       throw Error(HETCOMP_INVALID_ARGUMENT, "Session " + std::to_string(i) + " belongs to another model.");
     sessions[i]->check(ids.subspan(i, 1));
   }
-  const auto largest = static_cast<std::size_t>(std::min(model.facts().max_tokens, model.facts().max_logit_rows));
+  const auto largest =
+      static_cast<std::size_t>(std::min(model.facts().max_tokens, model.facts().max_logit_rows));
   for (std::size_t at = 0; at < sessions.size(); at += largest) {
     const std::size_t n = std::min(largest, sessions.size() - at);
     std::vector<std::int32_t> positions;

@@ -45,7 +45,8 @@ class Session {
   Phase phase_of(std::span<const std::int32_t> ids) const {
     return ids.size() == 1 && length() > 0 ? Phase::kDecode : Phase::kPrefill;
   }
-  void step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows, float* logits);
+  void step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
+            float* logits);
 
   std::shared_ptr<Model> model_;
   std::int32_t slot_;

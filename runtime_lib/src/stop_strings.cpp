@@ -19,7 +19,8 @@ std::size_t overlap(std::string_view text, std::string_view stop) {
 
 StopStrings::StopStrings(std::vector<std::string> stops) : stops_(std::move(stops)) {
   for (const std::string& stop : stops_)
-    if (stop.empty()) throw Error(HETCOMP_INVALID_ARGUMENT, "A stop string is empty: it would stop every text.");
+    if (stop.empty())
+      throw Error(HETCOMP_INVALID_ARGUMENT, "A stop string is empty: it would stop every text.");
 }
 
 std::string StopStrings::feed(std::string_view text) {

@@ -37,12 +37,14 @@ void read_weight(const WeightRecord& weight, const File& file, std::uint8_t* hom
     done += size;
   }
   if (verify && XXH3_64bits_digest(hash.get()) != weight.xxh3_64) {
-    throw Error(HETCOMP_BAD_ARTIFACT, "The weight " + weight.name + " in " + file.path().string() +
-                                          " does not have the hash in the manifest: it is damaged; copy the artifact anew.");
+    throw Error(HETCOMP_BAD_ARTIFACT,
+                "The weight " + weight.name + " in " + file.path().string() +
+                    " does not have the hash in the manifest: it is damaged; copy the artifact anew.");
   }
 }
 
-// Calls work(i) for every i of `order` from several threads; rethrows the first exception after all have ended.
+// Calls work(i) for every i of `order` from several threads; rethrows the first exception after all have
+// ended.
 template <class Work>
 void in_parallel(const std::vector<std::size_t>& order, int threads, const Work& work) {
   std::atomic<std::size_t> next{0};
@@ -76,15 +78,16 @@ std::uint64_t Weights::ram_bytes(const Manifest& manifest) {
   return bytes;
 }
 
-Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest, Residency residency, bool verify,
-                 int threads)
+Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest, Residency residency,
+                 bool verify, int threads)
     : residency_(residency) {
   std::map<std::string, File> files;
   std::map<std::string, const std::uint8_t*> bases;
   for (const WeightRecord& weight : manifest.weights) {
     bytes_ += weight.bytes;
     const auto [file, added] = files.try_emplace(weight.file, locate(artifact, manifest, weight.file));
-    if (added && residency == Residency::kMapped) bases[weight.file] = mapped_.emplace_back(file->second).data();
+    if (added && residency == Residency::kMapped)
+      bases[weight.file] = mapped_.emplace_back(file->second).data();
   }
   if (residency == Residency::kRam) ram_ = Memory(ram_bytes(manifest), "the weights");
 

@@ -30,7 +30,10 @@ nlohmann::json weight(const std::string& name, std::size_t offset, const std::ve
   std::array<char, 17> hash{};
   std::snprintf(hash.data(), hash.size(), "%016llx",
                 static_cast<unsigned long long>(XXH3_64bits(values.data(), bytes)));
-  return {{"name", name}, {"file", "weights-00001.safetensors"}, {"offset", offset}, {"bytes", bytes},
+  return {{"name", name},
+          {"file", "weights-00001.safetensors"},
+          {"offset", offset},
+          {"bytes", bytes},
           {"xxh3_64", hash.data()}};
 }
 
@@ -56,7 +59,8 @@ FakeArtifact::FakeArtifact()
   const std::size_t second = (64 + bytes + 63) / 64 * 64;
   std::string weights(second + bytes, '\0');
   std::copy_n(reinterpret_cast<const char*>(embed_.data()), bytes, weights.begin() + 64);
-  std::copy_n(reinterpret_cast<const char*>(head_.data()), bytes, weights.begin() + static_cast<long>(second));
+  std::copy_n(reinterpret_cast<const char*>(head_.data()), bytes,
+              weights.begin() + static_cast<long>(second));
   write_file(path_ / "weights-00001.safetensors", weights);
 
   nlohmann::json files;
@@ -67,8 +71,14 @@ FakeArtifact::FakeArtifact()
       {"schema", {1, 0}},
       {"hetcomp", "0.1.0"},
       {"model",
-       {{"name", "fake"}, {"architecture", "Fake"}, {"vocab", kVocab}, {"context", kContext}, {"max_batch", kMaxBatch},
-        {"max_tokens", kMaxTokens}, {"max_logit_rows", kMaxLogitRows}, {"eos_token_ids", {kEosId}},
+       {{"name", "fake"},
+        {"architecture", "Fake"},
+        {"vocab", kVocab},
+        {"context", kContext},
+        {"max_batch", kMaxBatch},
+        {"max_tokens", kMaxTokens},
+        {"max_logit_rows", kMaxLogitRows},
+        {"eos_token_ids", {kEosId}},
         {"bos_token_id", nullptr}}},
       {"files", files},
       {"programs", {{{"isa", FAKE_ISA}, {"file", "kernels/lib.so"}}}},
@@ -85,7 +95,9 @@ FakeArtifact::~FakeArtifact() {
   fs::remove_all(path_, ignored);
 }
 
-nlohmann::json FakeArtifact::manifest() const { return nlohmann::json::parse(read_file(path_ / "manifest.json")); }
+nlohmann::json FakeArtifact::manifest() const {
+  return nlohmann::json::parse(read_file(path_ / "manifest.json"));
+}
 
 void FakeArtifact::write_manifest(const nlohmann::json& manifest) const {
   write_file(path_ / "manifest.json", manifest.dump(1));

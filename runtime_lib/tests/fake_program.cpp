@@ -43,7 +43,8 @@ void logits(Lane& lane, const hetcomp_step& s) {
   parallel_for(lane, tasks, grain_for(lane, tasks), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       float sum = 0;
-      for (std::int64_t d = 0; d < kWidth; ++d) sum += sums[i / kVocab * kWidth + d] * head[i % kVocab * kWidth + d];
+      for (std::int64_t d = 0; d < kWidth; ++d)
+        sum += sums[i / kVocab * kWidth + d] * head[i % kVocab * kWidth + d];
       s.logits[i] = sum;
     }
   });
@@ -60,7 +61,7 @@ void run(Lane* lane, const hetcomp_step* s) {
 }
 
 constexpr hetcomp_program kProgram = {
-    HETCOMP_PROGRAM_ABI, 0,          FAKE_ISA,      kPlanHash, 2,       1,
+    HETCOMP_PROGRAM_ABI,        0,          FAKE_ISA,      kPlanHash, 2,       1,
     kMaxLogitRows * kWidth * 4, kMaxTokens, kMaxLogitRows, kVocab,    kTimers, run,
 };
 

@@ -27,7 +27,8 @@ hetcomp_status load(const FakeArtifact& artifact, const hetcomp_load_options* op
 }
 
 // The status of a load after `change`, with the sentence checked for `word`.
-void expect_refused(hetcomp_status expected, const std::string& word, const std::function<void(Json&)>& change) {
+void expect_refused(hetcomp_status expected, const std::string& word,
+                    const std::function<void(Json&)>& change) {
   const FakeArtifact artifact;
   Json manifest = artifact.manifest();
   change(manifest);
@@ -75,7 +76,8 @@ TEST(BadArtifact, Numbers) {
 }
 
 TEST(BadArtifact, MoreMemoryThanThereIs) {
-  expect_refused(HETCOMP_OUT_OF_MEMORY, "KV cache", [](Json& m) { m["states"][0]["bytes_per_slot"] = 1ULL << 50; });
+  expect_refused(HETCOMP_OUT_OF_MEMORY, "KV cache",
+                 [](Json& m) { m["states"][0]["bytes_per_slot"] = 1ULL << 50; });
 }
 
 TEST(BadArtifact, WeightsOutsideTheirFile) {
@@ -89,8 +91,8 @@ TEST(BadArtifact, WeightsOutsideTheirFile) {
 
 TEST(BadArtifact, PathsThatLeaveTheArtifact) {
   const std::string sha(64, '0');
-  for (const std::string& name : {std::string("../escape"), std::string("/etc/passwd"), std::string("a/../../b"),
-                                  std::string(), std::string("a\0b", 3)}) {
+  for (const std::string& name : {std::string("../escape"), std::string("/etc/passwd"),
+                                  std::string("a/../../b"), std::string(), std::string("a\0b", 3)}) {
     expect_bad("relative path inside", [&](Json& m) { m["files"][name] = {{"bytes", 1}, {"sha256", sha}}; });
   }
   const FakeArtifact outside;
@@ -107,9 +109,8 @@ TEST(BadArtifact, FilesThatAreNotWhatTheManifestSays) {
   expect_bad("SHA-256", [](Json& m) { m["files"]["plan.json"]["sha256"] = std::string(64, 'a'); });
   expect_bad("hexadecimal", [](Json& m) { m["files"]["plan.json"]["sha256"] = std::string(64, 'A'); });
   expect_bad("has 2 bytes", [](Json& m) { m["files"]["plan.json"]["bytes"] = 3; });
-  expect_bad("absent.txt", [](Json& m) {
-    m["files"]["absent.txt"] = {{"bytes", 1}, {"sha256", std::string(64, '0')}};
-  });
+  expect_bad("absent.txt",
+             [](Json& m) { m["files"]["absent.txt"] = {{"bytes", 1}, {"sha256", std::string(64, '0')}}; });
   expect_bad("tokenizer", [](Json& m) { m["tokenizer"] = "tokenizer.hetc.json"; });
   expect_bad("plan.json", [](Json& m) { m["tokenizer"] = "plan.json"; });
   expect_bad("programs", [](Json& m) { m["programs"] = Json::array(); });
@@ -127,7 +128,8 @@ TEST(BadArtifact, Truncated) {
   for (const char* name : {"manifest.json", "plan.json", "kernels/lib.so", "weights-00001.safetensors"}) {
     const FakeArtifact artifact;
     fs::remove(artifact.file(name));
-    EXPECT_EQ(load(artifact), std::string(name) == "manifest.json" ? HETCOMP_NOT_FOUND : HETCOMP_BAD_ARTIFACT);
+    EXPECT_EQ(load(artifact),
+              std::string(name) == "manifest.json" ? HETCOMP_NOT_FOUND : HETCOMP_BAD_ARTIFACT);
   }
 }
 
@@ -159,10 +161,18 @@ TEST(BadArtifact, ManifestFuzz) {
     for (std::uint32_t n = 1 + random() % 4; n > 0; --n) {
       const std::size_t at = random() % text.size();
       switch (random() % 4) {
-        case 0: text[at] = static_cast<char>(random()); break;
-        case 1: text.erase(at, random() % 20); break;
-        case 2: text.insert(at, std::to_string(static_cast<std::int64_t>(random()) << (random() % 40))); break;
-        default: text.insert(at, text.substr(random() % text.size(), random() % 40)); break;
+        case 0:
+          text[at] = static_cast<char>(random());
+          break;
+        case 1:
+          text.erase(at, random() % 20);
+          break;
+        case 2:
+          text.insert(at, std::to_string(static_cast<std::int64_t>(random()) << (random() % 40)));
+          break;
+        default:
+          text.insert(at, text.substr(random() % text.size(), random() % 40));
+          break;
       }
       if (text.empty()) text = " ";
     }
@@ -183,7 +193,8 @@ TEST(BadArtifact, ManifestFuzz) {
   EXPECT_THROW(Manifest::parse("null", "manifest.json"), Error);
 }
 
-std::string refusal(const Manifest& manifest, const std::vector<std::string>& available, const std::string& forced) {
+std::string refusal(const Manifest& manifest, const std::vector<std::string>& available,
+                    const std::string& forced) {
   try {
     choose_program(manifest, available, forced);
   } catch (const Error& error) {
@@ -209,7 +220,8 @@ TEST(ChooseProgram, BestThatTheCpuHas) {
 }
 
 TEST(ChooseProgram, AnIsaThatNoCpuHasYet) {
-  expect_refused(HETCOMP_MISSING_ISA, "the artifact needs avx4096", [](Json& m) { m["programs"][0]["isa"] = "avx4096"; });
+  expect_refused(HETCOMP_MISSING_ISA, "the artifact needs avx4096",
+                 [](Json& m) { m["programs"][0]["isa"] = "avx4096"; });
 }
 
 TEST(Load, ArgumentsAreChecked) {

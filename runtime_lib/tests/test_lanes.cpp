@@ -48,7 +48,8 @@ hetcomp_step step_of(T& data) {
 class Lanes : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Threads, Lanes, testing::Values(1, 2, 3, 4));
 
-// Each region reads what the region before wrote everywhere: a missing barrier or a task done twice changes the sum.
+// Each region reads what the region before wrote everywhere: a missing barrier or a task done twice changes
+// the sum.
 struct Relay {
   std::vector<std::int64_t> a;
   std::vector<std::int64_t> b;
@@ -74,7 +75,8 @@ TEST_P(Lanes, EveryTaskOnceAndBarriersOrderRegions) {
   const hetcomp_program program = program_of(relay);
   for (const std::int64_t n : {1, 2, 7, 100}) {
     for (const std::int64_t grain : {1, 3, 1000}) {
-      Relay d{std::vector<std::int64_t>(static_cast<std::size_t>(n)), std::vector<std::int64_t>(static_cast<std::size_t>(n)), grain};
+      Relay d{std::vector<std::int64_t>(static_cast<std::size_t>(n)),
+              std::vector<std::int64_t>(static_cast<std::size_t>(n)), grain};
       std::iota(d.a.begin(), d.a.end(), 0);
       const hetcomp_step step = step_of(d);
       EXPECT_EQ(lanes.run(program, step), 0);
@@ -91,8 +93,9 @@ struct Counts {
 void many_regions(hetcomp_lane* lane, const hetcomp_step* step) {
   auto& d = data<Counts>(step);
   for (std::size_t region = 0; region < d.done.size(); ++region) {
-    parallel_for(*lane, static_cast<std::int64_t>(region % 4), 1,
-                 [&](std::int64_t begin, std::int64_t end) { d.done[region] += static_cast<int>(end - begin); });
+    parallel_for(*lane, static_cast<std::int64_t>(region % 4), 1, [&](std::int64_t begin, std::int64_t end) {
+      d.done[region] += static_cast<int>(end - begin);
+    });
   }
   barrier(*lane);
 }
@@ -164,6 +167,20 @@ TEST_P(Lanes, BarrierThatAlwaysParks) {
     body(0);
   }
   EXPECT_EQ(wrong, 0);
+}
+
+TEST(ContentionGauge, LooksAtTheRateOfPreemptions) {
+  using std::chrono::microseconds;
+  ContentionGauge gauge;
+  for (int i = 0; i < 1000; ++i)
+    gauge.add(i % 100 == 0 ? 1 : 0, microseconds(1000));  // ten a second: a quiet machine
+  EXPECT_FALSE(gauge.contended());
+  gauge.add(5, microseconds(1000));  // too short to say
+  EXPECT_FALSE(gauge.contended());
+  for (int i = 0; i < 100; ++i) gauge.add(i % 4 == 0 ? 1 : 0, microseconds(1000));  // a time slice of 4 ms
+  EXPECT_TRUE(gauge.contended());
+  for (int i = 0; i < 100; ++i) gauge.add(0, microseconds(1000));
+  EXPECT_FALSE(gauge.contended());
 }
 
 TEST_P(Lanes, StartsAndStopsWithoutSteps) {

@@ -50,14 +50,16 @@ class Model : public testing::TestWithParam<hetcomp_weights> {
 
   std::vector<float> forward(hetcomp_session* session, const Ids& ids) {
     std::vector<float> logits(ids.size() * fake::kVocab);
-    EXPECT_EQ(hetcomp_forward(session, ids.data(), static_cast<std::int64_t>(ids.size()), logits.data()), HETCOMP_OK)
+    EXPECT_EQ(hetcomp_forward(session, ids.data(), static_cast<std::int64_t>(ids.size()), logits.data()),
+              HETCOMP_OK)
         << last_error();
     return logits;
   }
 
   std::vector<float> prefill(hetcomp_session* session, const Ids& ids) {
     std::vector<float> logits(fake::kVocab);
-    EXPECT_EQ(hetcomp_prefill(session, ids.data(), static_cast<std::int64_t>(ids.size()), logits.data()), HETCOMP_OK)
+    EXPECT_EQ(hetcomp_prefill(session, ids.data(), static_cast<std::int64_t>(ids.size()), logits.data()),
+              HETCOMP_OK)
         << last_error();
     return logits;
   }
@@ -85,8 +87,11 @@ TEST_P(Model, ForwardGivesEveryRowAcrossSteps) {
   const SessionPtr s = session();
   const std::vector<float> logits = forward(s.get(), ids);
   for (std::size_t t = 0; t < ids.size(); ++t) {
-    const std::vector<float> expected = artifact_.expected(Ids(ids.begin(), ids.begin() + static_cast<long>(t) + 1));
-    EXPECT_TRUE(std::equal(expected.begin(), expected.end(), logits.begin() + static_cast<long>(t * fake::kVocab))) << t;
+    const std::vector<float> expected =
+        artifact_.expected(Ids(ids.begin(), ids.begin() + static_cast<long>(t) + 1));
+    EXPECT_TRUE(
+        std::equal(expected.begin(), expected.end(), logits.begin() + static_cast<long>(t * fake::kVocab)))
+        << t;
   }
   EXPECT_EQ(length(s.get()), 23);
 }
@@ -132,7 +137,8 @@ TEST_P(Model, DecodeStepsSeveralSequencesOfDifferentLength) {
     ids_a.push_back(next[1]);
     ids_b.push_back(next[2]);
     std::vector<float> logits(3 * fake::kVocab);
-    ASSERT_EQ(hetcomp_decode(model_.get(), sessions, next.data(), 3, logits.data()), HETCOMP_OK) << last_error();
+    ASSERT_EQ(hetcomp_decode(model_.get(), sessions, next.data(), 3, logits.data()), HETCOMP_OK)
+        << last_error();
     std::vector<float> expected;
     for (const Ids& ids : {ids_c, ids_a, ids_b}) {
       const std::vector<float> row = artifact_.expected(ids);
@@ -213,7 +219,8 @@ TEST_P(Model, GreedyGenerationFollowsTheLogits) {
   params.ignore_eos = 1;
   Collected out;
   std::int32_t finish = -1;
-  ASSERT_EQ(hetcomp_generate(s.get(), range(17).data(), 17, &params, collect, &out, &finish), HETCOMP_OK) << last_error();
+  ASSERT_EQ(hetcomp_generate(s.get(), range(17).data(), 17, &params, collect, &out, &finish), HETCOMP_OK)
+      << last_error();
   EXPECT_EQ(out.ids, expected);
   EXPECT_EQ(finish, HETCOMP_FINISH_LENGTH);
   EXPECT_EQ(length(s.get()), 17 + 11);  // the last token was not computed
@@ -233,7 +240,8 @@ TEST_P(Model, GenerationEndsWithTheContext) {
   params.ignore_eos = 1;
   Collected out;
   std::int32_t finish = -1;
-  ASSERT_EQ(hetcomp_generate(s.get(), range(37).data(), 37, &params, collect, &out, &finish), HETCOMP_OK) << last_error();
+  ASSERT_EQ(hetcomp_generate(s.get(), range(37).data(), 37, &params, collect, &out, &finish), HETCOMP_OK)
+      << last_error();
   EXPECT_EQ(out.ids.size(), 4U);  // one after each of the positions 36 .. 39
   EXPECT_EQ(finish, HETCOMP_FINISH_CONTEXT);
 }
@@ -253,7 +261,8 @@ TEST_P(Model, GenerationEndsWithEos) {
       Collected out;
       std::int32_t finish = -1;
       // Tokens that make errors may be drawn; such a run says nothing about EOS.
-      if (hetcomp_generate(s.get(), range(3).data(), 3, &params, collect, &out, &finish) != HETCOMP_OK) continue;
+      if (hetcomp_generate(s.get(), range(3).data(), 3, &params, collect, &out, &finish) != HETCOMP_OK)
+        continue;
       const bool has_eos = std::ranges::find(out.ids, FakeArtifact::kEosId) != out.ids.end();
       if (ignore != 0) {
         EXPECT_EQ(out.ids.size(), 30U);
@@ -307,15 +316,19 @@ TEST_P(Model, GenerationRefusesWhatItCannotDo) {
   const char* stop[] = {"x"};
   params.stop = stop;
   params.n_stop = 1;
-  EXPECT_EQ(hetcomp_generate(s.get(), nan.data(), 1, &params, nullptr, nullptr, &finish), HETCOMP_NO_TOKENIZER);
+  EXPECT_EQ(hetcomp_generate(s.get(), nan.data(), 1, &params, nullptr, nullptr, &finish),
+            HETCOMP_NO_TOKENIZER);
   params.n_stop = 0;
   params.top_p = 2;
-  EXPECT_EQ(hetcomp_generate(s.get(), nan.data(), 1, &params, nullptr, nullptr, &finish), HETCOMP_INVALID_ARGUMENT);
+  EXPECT_EQ(hetcomp_generate(s.get(), nan.data(), 1, &params, nullptr, nullptr, &finish),
+            HETCOMP_INVALID_ARGUMENT);
   params.top_p = 1;
   params.max_new_tokens = -1;
-  EXPECT_EQ(hetcomp_generate(s.get(), nan.data(), 1, &params, nullptr, nullptr, &finish), HETCOMP_INVALID_ARGUMENT);
+  EXPECT_EQ(hetcomp_generate(s.get(), nan.data(), 1, &params, nullptr, nullptr, &finish),
+            HETCOMP_INVALID_ARGUMENT);
   params.struct_size = 1000;
-  EXPECT_EQ(hetcomp_generate(s.get(), nan.data(), 1, &params, nullptr, nullptr, &finish), HETCOMP_INVALID_ARGUMENT);
+  EXPECT_EQ(hetcomp_generate(s.get(), nan.data(), 1, &params, nullptr, nullptr, &finish),
+            HETCOMP_INVALID_ARGUMENT);
 }
 
 TEST_P(Model, TextNeedsATokenizer) {

@@ -1,5 +1,3 @@
-#include "sampler.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -8,6 +6,7 @@
 #include <map>
 #include <numeric>
 
+#include "sampler.h"
 #include "status.h"
 
 namespace hetcomp {
@@ -23,7 +22,8 @@ std::vector<float> random_logits(std::size_t n, std::uint32_t seed) {
   return logits;
 }
 
-std::int32_t sample_once(const SamplingParams& params, std::vector<float> logits, std::vector<std::int32_t> seen = {}) {
+std::int32_t sample_once(const SamplingParams& params, std::vector<float> logits,
+                         std::vector<std::int32_t> seen = {}) {
   return Sampler(params, 0).sample(logits, seen);
 }
 
@@ -85,14 +85,19 @@ TEST(Sampler, RepetitionPenaltyCountsATokenOnce) {
 }
 
 class Distribution : public testing::TestWithParam<SamplingParams> {};
-INSTANTIATE_TEST_SUITE_P(
-    Params, Distribution,
-    testing::Values(SamplingParams{.temperature = 1}, SamplingParams{.temperature = 0.5},
-                    SamplingParams{.temperature = 2, .top_k = 5}, SamplingParams{.temperature = 1, .top_p = 0.7},
-                    SamplingParams{.temperature = 1.5, .min_p = 0.1},
-                    SamplingParams{.temperature = 1.3, .top_k = 9, .top_p = 0.9, .min_p = 0.05, .repetition_penalty = 1.5}));
+INSTANTIATE_TEST_SUITE_P(Params, Distribution,
+                         testing::Values(SamplingParams{.temperature = 1}, SamplingParams{.temperature = 0.5},
+                                         SamplingParams{.temperature = 2, .top_k = 5},
+                                         SamplingParams{.temperature = 1, .top_p = 0.7},
+                                         SamplingParams{.temperature = 1.5, .min_p = 0.1},
+                                         SamplingParams{.temperature = 1.3,
+                                                        .top_k = 9,
+                                                        .top_p = 0.9,
+                                                        .min_p = 0.05,
+                                                        .repetition_penalty = 1.5}));
 
-// Frequencies of many draws against the reference: chi-square at a level that a right sampler fails once in 10^6.
+// Frequencies of many draws against the reference: chi-square at a level that a right sampler fails once in
+// 10^6.
 TEST_P(Distribution, MatchesTheReference) {
   const std::vector<float> logits = random_logits(24, 7);
   const std::vector<std::int32_t> seen{1, 1, 4};

@@ -1,8 +1,7 @@
-#include "stop_strings.h"
-
 #include <gtest/gtest.h>
 
 #include "status.h"
+#include "stop_strings.h"
 
 namespace hetcomp {
 namespace {

@@ -1,12 +1,13 @@
 /* hetcomp: runs compiled Mixture-of-Experts models. C ABI of libhetcomp_runtime.so.
  *
- * Every function that can fail returns a hetcomp_status; after a failure hetcomp_last_error() has one sentence
- * that says what was wrong and what to do. No exception and no signal leaves the library.
+ * Every function that can fail returns a hetcomp_status; after a failure hetcomp_last_error() has one
+ * sentence that says what was wrong and what to do. No exception and no signal leaves the library.
  *
  * Threads: a model may be used from several threads; its steps run one after another, each on all lanes.
  * A session or a generation may be used from one thread at a time. A process that forked must load again.
  *
- * Strings are UTF-8. Memory that a function hands out is freed with hetcomp_free(), unless it says otherwise. */
+ * Strings are UTF-8. Memory that a function hands out is freed with hetcomp_free(), unless it says otherwise.
+ */
 #pragma once
 
 #include <stddef.h>
@@ -22,11 +23,12 @@ extern "C" {
 
 typedef enum hetcomp_status {
   HETCOMP_OK = 0,
-  HETCOMP_INVALID_ARGUMENT = 1, /* the call itself: a null pointer, an id outside the vocabulary, bad options */
-  HETCOMP_NOT_FOUND = 2,        /* no artifact at that path */
-  HETCOMP_BAD_ARTIFACT = 3,     /* damaged, truncated or inconsistent */
-  HETCOMP_NEWER_SCHEMA = 4,     /* written by a newer hetcomp */
-  HETCOMP_MISSING_ISA = 5,      /* this CPU runs none of the artifact's programs */
+  HETCOMP_INVALID_ARGUMENT =
+      1,                    /* the call itself: a null pointer, an id outside the vocabulary, bad options */
+  HETCOMP_NOT_FOUND = 2,    /* no artifact at that path */
+  HETCOMP_BAD_ARTIFACT = 3, /* damaged, truncated or inconsistent */
+  HETCOMP_NEWER_SCHEMA = 4, /* written by a newer hetcomp */
+  HETCOMP_MISSING_ISA = 5,  /* this CPU runs none of the artifact's programs */
   HETCOMP_OUT_OF_MEMORY = 6,
   HETCOMP_CONTEXT_FULL = 7, /* the tokens do not fit into the session's context */
   HETCOMP_NO_FREE_SLOT = 8, /* all max_batch sessions are taken */
@@ -41,7 +43,8 @@ HETCOMP_EXPORT const char* hetcomp_version(void);
 HETCOMP_EXPORT const char* hetcomp_last_error(void);
 HETCOMP_EXPORT void hetcomp_free(void* memory);
 
-/* ---- model ---------------------------------------------------------------------------------------------- */
+/* ---- model ----------------------------------------------------------------------------------------------
+ */
 
 typedef struct hetcomp_model hetcomp_model;
 typedef struct hetcomp_session hetcomp_session;
@@ -91,13 +94,14 @@ typedef struct hetcomp_model_info {
 HETCOMP_EXPORT void hetcomp_model_info_init(hetcomp_model_info* info);
 HETCOMP_EXPORT hetcomp_status hetcomp_model_get_info(const hetcomp_model* model, hetcomp_model_info* info);
 
-/* A JSON object: load seconds, bytes, threads, isa, and for prefill and decode tokens, steps, seconds, tokens per
- * second and the milliseconds of every timer of the plan. Freed with hetcomp_free. */
+/* A JSON object: load seconds, bytes, threads, isa, and for prefill and decode tokens, steps, seconds, tokens
+ * per second and the milliseconds of every timer of the plan. Freed with hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_stats(const hetcomp_model* model, char** json);
 /* Sets the prefill and decode figures to zero. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model);
 
-/* ---- sessions: one sequence each, with its place in the KV cache ---------------------------------------- */
+/* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------
+ */
 
 HETCOMP_EXPORT hetcomp_status hetcomp_session_create(hetcomp_model* model, hetcomp_session** out);
 HETCOMP_EXPORT void hetcomp_session_free(hetcomp_session* session);
@@ -107,8 +111,9 @@ HETCOMP_EXPORT hetcomp_status hetcomp_session_reset(hetcomp_session* session);
 HETCOMP_EXPORT hetcomp_status hetcomp_session_truncate(hetcomp_session* session, int64_t length);
 /* Tokens in the KV cache. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_length(const hetcomp_session* session, int64_t* length);
-/* Prepares for a prompt that repeats what the session holds (the next turn of a chat): truncates to the longest
- * common prefix with ids, but at most n - 1 tokens, and sets *kept to its length. Go on with ids + kept. */
+/* Prepares for a prompt that repeats what the session holds (the next turn of a chat): truncates to the
+ * longest common prefix with ids, but at most n - 1 tokens, and sets *kept to its length. Go on with ids +
+ * kept. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_reuse(hetcomp_session* session, const int32_t* ids, int64_t n,
                                                     int64_t* kept);
 
@@ -125,7 +130,8 @@ HETCOMP_EXPORT hetcomp_status hetcomp_prefill(hetcomp_session* session, const in
 HETCOMP_EXPORT hetcomp_status hetcomp_decode(hetcomp_model* model, hetcomp_session* const* sessions,
                                              const int32_t* ids, int64_t n, float* logits);
 
-/* ---- generation ----------------------------------------------------------------------------------------- */
+/* ---- generation -----------------------------------------------------------------------------------------
+ */
 
 /* Order of the sampler (that of transformers): repetition penalty, temperature, top-k, top-p, min-p, then one
  * draw. Same seed, same logits: same tokens. */
@@ -133,8 +139,8 @@ typedef struct hetcomp_generate_params {
   uint32_t struct_size; /* set by hetcomp_generate_params_init */
   int32_t ignore_eos;
   int64_t max_new_tokens;
-  double temperature;        /* 0: greedy */
-  int32_t top_k;             /* 0: off */
+  double temperature; /* 0: greedy */
+  int32_t top_k;      /* 0: off */
   int32_t n_stop;
   double top_p;              /* 1: off */
   double min_p;              /* 0: off */
@@ -157,16 +163,16 @@ typedef enum hetcomp_finish {
 typedef struct hetcomp_token {
   int32_t id;     /* -1: none yet (a part of the prompt was computed), or none was asked for */
   int32_t finish; /* hetcomp_finish: why this token is the last */
-  /* The complete characters that this token finished, NUL-terminated; valid until the next call. Text that may
-   * become a stop string is held back. The texts of all tokens together are the whole text. */
+  /* The complete characters that this token finished, NUL-terminated; valid until the next call. Text that
+   * may become a stop string is held back. The texts of all tokens together are the whole text. */
   const char* text;
   size_t text_length;
 } hetcomp_token;
 
-/* Generation step by step. The session must outlive it and not be used otherwise meanwhile. The prompt (n >= 1) is
- * appended to what the session holds. */
-HETCOMP_EXPORT hetcomp_status hetcomp_generation_start(hetcomp_session* session, const int32_t* ids, int64_t n,
-                                                       const hetcomp_generate_params* params,
+/* Generation step by step. The session must outlive it and not be used otherwise meanwhile. The prompt (n >=
+ * 1) is appended to what the session holds. */
+HETCOMP_EXPORT hetcomp_status hetcomp_generation_start(hetcomp_session* session, const int32_t* ids,
+                                                       int64_t n, const hetcomp_generate_params* params,
                                                        hetcomp_generation** out);
 /* Computes at most one step. After the last token every call returns id -1 and its finish. */
 HETCOMP_EXPORT hetcomp_status hetcomp_generation_next(hetcomp_generation* generation, hetcomp_token* token);
@@ -179,10 +185,11 @@ HETCOMP_EXPORT hetcomp_status hetcomp_generate(hetcomp_session* session, const i
                                                const hetcomp_generate_params* params,
                                                hetcomp_token_callback callback, void* user, int32_t* finish);
 
-/* ---- text ----------------------------------------------------------------------------------------------- */
+/* ---- text -----------------------------------------------------------------------------------------------
+ */
 
-/* parse_special: special tokens written in the text become their ids. add_special: the ids that the model puts
- * around a text (BOS). *ids is freed with hetcomp_free. */
+/* parse_special: special tokens written in the text become their ids. add_special: the ids that the model
+ * puts around a text (BOS). *ids is freed with hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_tokenize(const hetcomp_model* model, const char* text, size_t length,
                                                int parse_special, int add_special, int32_t** ids, size_t* n);
 /* *text has *length bytes and a NUL behind them; freed with hetcomp_free. */

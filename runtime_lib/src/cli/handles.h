@@ -35,7 +35,8 @@ using GenerationPtr = std::unique_ptr<hetcomp_generation, FreeWith<hetcomp_gener
 template <class T>
 using Buffer = std::unique_ptr<T, FreeWith<hetcomp_free>>;
 
-inline std::vector<std::int32_t> tokenize(const hetcomp_model* model, const std::string& text, bool add_special) {
+inline std::vector<std::int32_t> tokenize(const hetcomp_model* model, const std::string& text,
+                                          bool add_special) {
   std::int32_t* ids = nullptr;
   std::size_t n = 0;
   check(hetcomp_tokenize(model, text.data(), text.size(), 1, add_special ? 1 : 0, &ids, &n));

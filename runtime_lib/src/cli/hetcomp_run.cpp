@@ -1,5 +1,5 @@
-// hetcomp-run: generates text with a compiled model. Exit codes: 0, 1 (refused or failed, with one sentence on
-// stderr), 2 (command line), 130 (Ctrl-C).
+// hetcomp-run: generates text with a compiled model. Exit codes: 0, 1 (refused or failed, with one sentence
+// on stderr), 2 (command line), 130 (Ctrl-C).
 #include <unistd.h>
 
 #include <csignal>
@@ -22,7 +22,7 @@ volatile std::sig_atomic_t interrupted = 0;
 
 // Without SA_RESTART, so that a read of the terminal ends too.
 void catch_interrupt() {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = [](int) { interrupted = 1; };
   sigaction(SIGINT, &action, nullptr);
 }
@@ -44,7 +44,8 @@ ModelPtr load(const RunOptions& options) {
   return ModelPtr(model);
 }
 
-GenerationPtr start(hetcomp_session* session, const std::vector<std::int32_t>& ids, const RunOptions& options) {
+GenerationPtr start(hetcomp_session* session, const std::vector<std::int32_t>& ids,
+                    const RunOptions& options) {
   hetcomp_generate_params params;
   hetcomp_generate_params_init(&params);
   params.max_new_tokens = options.max_new_tokens;
@@ -60,7 +61,8 @@ GenerationPtr start(hetcomp_session* session, const std::vector<std::int32_t>& i
   params.stop = stops.data();
   params.n_stop = static_cast<std::int32_t>(stops.size());
   hetcomp_generation* generation = nullptr;
-  check(hetcomp_generation_start(session, ids.data(), static_cast<std::int64_t>(ids.size()), &params, &generation));
+  check(hetcomp_generation_start(session, ids.data(), static_cast<std::int64_t>(ids.size()), &params,
+                                 &generation));
   return GenerationPtr(generation);
 }
 
@@ -92,11 +94,16 @@ void complete(hetcomp_model* model, const RunOptions& options) {
   stream(start(session.get(), ids, options).get(), options);
 }
 
+// A line of the terminal may be no UTF-8; what JSON cannot carry becomes U+FFFD.
+std::string dump(const nlohmann::json& json) {
+  return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
 // One turn: only the tokens that the KV cache does not hold yet are computed.
 std::string reply(hetcomp_model* model, hetcomp_session* session, const nlohmann::json& messages,
                   const RunOptions& options) {
   const nlohmann::json context{{"messages", messages}, {"add_generation_prompt", true}};
-  std::vector<std::int32_t> ids = tokenize(model, chat_render(model, context.dump()), false);
+  std::vector<std::int32_t> ids = tokenize(model, chat_render(model, dump(context)), false);
   std::int64_t kept = 0;
   check(hetcomp_session_reuse(session, ids.data(), static_cast<std::int64_t>(ids.size()), &kept));
   ids.erase(ids.begin(), ids.begin() + kept);

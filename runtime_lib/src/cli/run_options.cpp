@@ -11,6 +11,9 @@
 namespace hetcomp::cli {
 namespace {
 
+const std::map<std::string, std::int32_t> kWeights{
+    {"auto", HETCOMP_WEIGHTS_AUTO}, {"mmap", HETCOMP_WEIGHTS_MMAP}, {"ram", HETCOMP_WEIGHTS_RAM}};
+
 // "1,2,3"; spaces are allowed.
 std::vector<std::int32_t> parse_ids(const std::string& text) {
   std::vector<std::int32_t> ids;
@@ -25,14 +28,17 @@ std::vector<std::int32_t> parse_ids(const std::string& text) {
     std::int32_t id = 0;
     const auto [end, error] = std::from_chars(part.data(), part.data() + part.size(), id);
     if (error != std::errc() || end != part.data() + part.size())
-      throw CLI::ValidationError("--ids", "'" + std::string(part) + "' is not a token id; give whole numbers: 1,2,3");
+      throw CLI::ValidationError("--ids",
+                                 "'" + std::string(part) + "' is not a token id; give whole numbers: 1,2,3");
     ids.push_back(id);
   }
   return ids;
 }
 
 void add_options(CLI::App& app, RunOptions* options, std::string* ids) {
-  app.add_option("artifact", options->artifact, "Folder of a compiled model")->required()->type_name("MODEL.hetc");
+  app.add_option("artifact", options->artifact, "Folder of a compiled model")
+      ->required()
+      ->type_name("MODEL.hetc");
   auto* input = app.add_option_group("input", "What to continue");
   input->add_option("--ids", *ids, "Token ids: 1,2,3")->type_name("IDS");
   input->add_option("--prompt", options->prompt, "Text")->type_name("TEXT");
@@ -44,7 +50,9 @@ void add_options(CLI::App& app, RunOptions* options, std::string* ids) {
   app.add_option("--top-k", options->top_k, "0: off")->capture_default_str()->type_name("K");
   app.add_option("--top-p", options->top_p, "1: off")->capture_default_str()->type_name("P");
   app.add_option("--min-p", options->min_p, "0: off")->capture_default_str()->type_name("P");
-  app.add_option("--repetition-penalty", options->repetition_penalty, "1: off")->capture_default_str()->type_name("X");
+  app.add_option("--repetition-penalty", options->repetition_penalty, "1: off")
+      ->capture_default_str()
+      ->type_name("X");
   app.add_option("--seed", options->seed, "Seed of the sampler")->capture_default_str()->type_name("SEED");
   app.add_option("--stop", options->stop, "End before this text; may be repeated")
       ->type_name("TEXT")
@@ -55,14 +63,14 @@ void add_options(CLI::App& app, RunOptions* options, std::string* ids) {
   app.add_option("--threads", options->threads, "0: the physical cores of this process")
       ->capture_default_str()
       ->type_name("N");
-  app.add_option("--isa", options->isa, "Instruction set: avx2, avx512 (default: the best here)")->type_name("ISA");
-  static const std::map<std::string, std::int32_t> kWeights{
-      {"auto", HETCOMP_WEIGHTS_AUTO}, {"mmap", HETCOMP_WEIGHTS_MMAP}, {"ram", HETCOMP_WEIGHTS_RAM}};
-  app.add_option("--weights", options->weights, "auto, mmap, or ram (2 MB pages)")
-      ->transform(CLI::Transformer(kWeights))
-      ->check(CLI::IsMember({HETCOMP_WEIGHTS_AUTO, HETCOMP_WEIGHTS_MMAP, HETCOMP_WEIGHTS_RAM}))
+  app.add_option("--isa", options->isa, "Instruction set: avx2, avx512 (default: the best here)")
+      ->type_name("ISA");
+  app.add_option_function<std::string>(
+         "--weights", [options](const std::string& where) { options->weights = kWeights.at(where); },
+         "auto, mmap, or ram (2 MB pages)")
+      ->check(CLI::IsMember({"auto", "mmap", "ram"}))
       ->type_name("WHERE");
-  app.add_flag("!--no-verify", options->verify_weights, "Do not compare the weights with their hashes");
+  app.add_flag("--no-verify{false}", options->verify_weights, "Do not compare the weights with their hashes");
   app.add_flag("--print-ids", options->print_ids, "Print token ids instead of text");
   app.add_flag("--stats", options->stats, "Print figures to stderr at the end");
   app.set_version_flag("--version", hetcomp_version());
@@ -76,7 +84,8 @@ std::optional<int> parse(int argc, char** argv, RunOptions* options) {
   add_options(app, options, &ids);
   try {
     app.parse(argc, argv);
-    if (app.count_all() > 0 && app.get_option_group("input")->count("--ids") > 0) options->ids = parse_ids(ids);
+    if (app.count_all() > 0 && app.get_option_group("input")->count("--ids") > 0)
+      options->ids = parse_ids(ids);
   } catch (const CLI::Success& asked) {
     return app.exit(asked);
   } catch (const CLI::ParseError& error) {

@@ -32,8 +32,8 @@ struct RunOptions {
   bool stats = false;
 };
 
-// Fills `options`. Returns nothing, or the exit code with which to leave (after --help, --version or a mistake, which
-// has then been printed).
+// Fills `options`. Returns nothing, or the exit code with which to leave (after --help, --version or a
+// mistake, which has then been printed).
 std::optional<int> parse(int argc, char** argv, RunOptions* options);
 
 }  // namespace hetcomp::cli
