@@ -38,15 +38,16 @@ def place(plan: Plan, context: Context) -> Plan:
     notes = tuple(
         f"GPU {gpu.name} is not used: this version generates code for CPUs only" for gpu in context.profile.gpus
     )
-    calls = tuple(_place_call(plan, call, devices, context) for call in plan.calls)
+    resident: set[str] = set()
+    calls = tuple(_place_call(plan, call, devices, resident, context) for call in plan.calls)
     return replace(plan, calls=calls, notes=(*plan.notes, *notes))
 
 
-def _place_call(plan: Plan, call: Call, devices: list[Device], context: Context) -> Call:
+def _place_call(plan: Plan, call: Call, devices: list[Device], resident: set[str], context: Context) -> Call:
     template = plan.template(call.template)
     placements = []
     for op in template.ops:
-        need = _resident_bytes(plan, call, op, context)
+        need = _new_bytes(plan, call, op, resident, context)
         if isinstance(op.attrs, ops.MoeExperts) and len(devices) > 1:
             experts = _place_experts(op.attrs.experts, need, devices)
             placements.append((op.id, Placement(experts[0].device, experts)))
@@ -87,7 +88,9 @@ def _place_experts(experts: int, need: float, devices: list[Device]) -> tuple[Ex
     return tuple(runs)
 
 
-def _resident_bytes(plan: Plan, call: Call, op: Op, context: Context) -> float:
+def _new_bytes(plan: Plan, call: Call, op: Op, resident: set[str], context: Context) -> float:
+    """Bytes of the op's weights and states that no op before it has brought in; they are added to ``resident``
+    (tied embeddings count once)."""
     template = plan.template(call.template)
     actual = dict(zip(template.params, call.args, strict=True))
     values = plan.value_map()
@@ -95,10 +98,13 @@ def _resident_bytes(plan: Plan, call: Call, op: Op, context: Context) -> float:
     need = 0.0
     for name in op.inputs:
         value = values.get(actual.get(name, ""))
-        if value is None:
+        if value is None or value.id in resident:
             continue
         if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
             need += context.target.packed_bytes(value)
-        elif value.kind is ValueKind.STATE and op.kind == "kv_append":
+        elif value.kind is ValueKind.STATE:
             need += value.type.bytes(dims)
+        else:
+            continue
+        resident.add(value.id)
     return need
