@@ -62,8 +62,8 @@ const MergeTable::Merge* MergeTable::find(std::int32_t left, std::int32_t right)
   return nullptr;
 }
 
-Bpe::Bpe(BpeRules rules, std::unordered_map<std::string, std::int32_t> vocabulary, MergeTable merges)
-    : rules_(std::move(rules)), vocabulary_(std::move(vocabulary)), merges_(std::move(merges)) {
+Bpe::Bpe(const BpeRules& rules, std::unordered_map<std::string, std::int32_t> vocabulary, MergeTable merges)
+    : rules_(rules), vocabulary_(std::move(vocabulary)), merges_(std::move(merges)) {
   for (int byte = 0; byte < 256; ++byte) {
     const auto id = find(std::string(1, static_cast<char>(byte)));
     single_bytes_[static_cast<std::size_t>(byte)] = id.value_or(-1);

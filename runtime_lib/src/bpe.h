@@ -49,7 +49,7 @@ struct BpeRules {
 // encode is const and thread safe; the cache of pieces is guarded by a mutex.
 class Bpe {
  public:
-  Bpe(BpeRules rules, std::unordered_map<std::string, std::int32_t> vocabulary, MergeTable merges);
+  Bpe(const BpeRules& rules, std::unordered_map<std::string, std::int32_t> vocabulary, MergeTable merges);
 
   void encode(std::string_view piece, std::vector<std::int32_t>* ids) const;
   std::optional<std::int32_t> find(std::string_view token) const;

@@ -32,8 +32,8 @@ struct Frame {
 
 namespace {
 
-// Bounds macros that call each other and trees nested in trees, well before the stack of a thread (8 MB) ends:
-// with the address sanitizer a level takes about 6 KB.
+// Bounds macros that call each other and trees nested in trees, well before the stack of a thread (8 MB)
+// ends: with the address sanitizer a level takes about 6 KB.
 constexpr int kDeepest = 600;
 
 class Evaluator {
@@ -198,7 +198,9 @@ class Evaluator {
 
   CallArguments arguments_of(const TemplateNode& node) {
     CallArguments arguments{evaluate_all(node.parts, 1), {}};
-    for (const auto& [name, value] : node.named) arguments.named.emplace_back(name, evaluate(value));
+    for (std::size_t i = 0; i < node.named.size(); ++i) {
+      arguments.named.emplace_back(node.keywords[i], evaluate(node.named[i]));
+    }
     return arguments;
   }
 

@@ -267,7 +267,7 @@ Value int_filter(const Value& value, const CallArguments& arguments) {
       return Value(parsed);
   }
   const Value* given = arguments.find(0, "default");
-  const Value otherwise = given ? *given : Value(std::int64_t{0});
+  Value otherwise = given ? *given : Value(std::int64_t{0});
   const Value real = float_filter(value, {{Value()}, {}});
   if (!real.as<double>() || !std::isfinite(real.number()) || std::fabs(real.number()) >= 9.2e18)
     return otherwise;

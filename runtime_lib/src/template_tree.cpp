@@ -129,7 +129,8 @@ TemplateNode read_template_node(const Json& json, int depth) {
   node.otherwise = nodes_of(json, "else", depth);
   if (json.contains("named")) {
     for (const auto& [key, child] : json.at("named").items()) {
-      node.named.emplace_back(key, read_template_node(child, depth + 1));
+      node.keywords.push_back(key);
+      node.named.push_back(read_template_node(child, depth + 1));
     }
   }
   check(node);

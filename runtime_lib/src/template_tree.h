@@ -60,7 +60,9 @@ struct TemplateNode {
   std::vector<TemplateNode> parts;
   std::vector<TemplateNode> body;
   std::vector<TemplateNode> otherwise;
-  std::vector<std::pair<std::string, TemplateNode>> named;
+  // keyword arguments: the value of keywords[i] is named[i]
+  std::vector<std::string> keywords;
+  std::vector<TemplateNode> named;
 };
 
 // Throws TemplateError or nlohmann::json::exception.

@@ -224,7 +224,7 @@ std::unique_ptr<TokenizerModel> read_tokenizer_model(std::string_view text) {
   model.suffix = ids_of(json.at("suffix"), count);
   model.bos = optional_id(json.at("bos_id"), count);
   model.eos = optional_id(json.at("eos_id"), count);
-  model.bpe.emplace(std::move(rules), std::move(vocabulary), read_merges(json.at("merges"), count));
+  model.bpe.emplace(rules, std::move(vocabulary), read_merges(json.at("merges"), count));
   return owner;
 }
 
