@@ -42,15 +42,11 @@ def run(model: str, peer_python: Path | None, threads: int, rounds: int, prompt:
     with ExitStack() as stack:
         workers = {
             "hetcomp": Worker(sys.executable, "hetcomp_worker", artifact, "--threads", str(threads)),
-            "transformers": Worker(
-                sys.executable, "transformers_worker", checkpoint, "--threads", str(threads)
-            ),
+            "transformers": Worker(sys.executable, "transformers_worker", checkpoint, "--threads", str(threads)),
         }
         if peer_python is not None:
             options = ("--threads", str(threads), "--context", str(CONTEXT))
-            workers["llama.cpp"] = Worker(
-                peer_python, "llama_cpp_worker", models.gguf(model, peer_python), *options
-            )
+            workers["llama.cpp"] = Worker(peer_python, "llama_cpp_worker", models.gguf(model, peer_python), *options)
         for worker in workers.values():
             stack.enter_context(worker)
         ids = random.Random(0).choices(range(plan.model.vocab), k=prompt)
@@ -77,9 +73,7 @@ def _check_agreement(record: Record, workers: dict[str, Worker], ids: list[int])
         cosine = float(logits[name] @ reference / np.linalg.norm(logits[name]) / np.linalg.norm(reference))
         record.derived[f"{name} logits cosine to transformers"] = cosine
         if not cosine > 0.99:
-            raise SystemExit(
-                f"{name} computes something else than transformers: cosine of the logits {cosine:.4f}"
-            )
+            raise SystemExit(f"{name} computes something else than transformers: cosine of the logits {cosine:.4f}")
 
 
 def _derive(record: Record, bytes_a_token: float) -> None:
@@ -96,11 +90,11 @@ def _derive(record: Record, bytes_a_token: float) -> None:
 
 def show(record: Record) -> None:
     """Prints the record as tables."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     table = Table("", "unit", "median", "best", "samples", title=f"{record.benchmark} {record.conditions}")
     for series in record.series:
-        samples = " ".join(f"{sample:.1f}" for sample in series.samples)
-        table.add_row(series.name, series.unit, f"{series.median:.1f}", f"{series.best:.1f}", samples)
+        samples = " ".join(f"{sample:.4g}" for sample in series.samples)
+        table.add_row(series.name, series.unit, f"{series.median:.4g}", f"{series.best:.4g}", samples)
     console.print(table)
     derived = Table("derived", "value")
     for name, value in record.derived.items():
@@ -112,17 +106,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="qwen3moe-1b")
-    parser.add_argument(
-        "--peer-python", type=Path, default=None, help="python of the environment with llama.cpp"
-    )
+    parser.add_argument("--peer-python", type=Path, default=None, help="python of the environment with llama.cpp")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     options = parser.parse_args()
-    record = run(
-        options.model, options.peer_python, options.threads, options.rounds, options.prompt, options.tokens
-    )
+    record = run(options.model, options.peer_python, options.threads, options.rounds, options.prompt, options.tokens)
     show(record)
     print(record.write())
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "hetcomp-bench/1"
+_IDLE_LOAD = 0.7  # one-minute load average up to which a machine of any size counts as idle
 RESULTS = Path(__file__).resolve().parent / "results"
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -56,6 +57,14 @@ class Record:
     derived: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     plan_sha256: str | None = None
+    load_before: float = field(default_factory=lambda: os.getloadavg()[0])
+
+    def __post_init__(self) -> None:
+        if self.load_before > _IDLE_LOAD:
+            print(
+                f"warning: the load of this machine is {self.load_before:.1f}; speeds measured now are of no use",
+                file=sys.stderr,
+            )
 
     def add(self, name: str, unit: str, value: float, higher_is_better: bool = True) -> None:
         """Appends a sample to the series ``name``, which is made at its first sample."""
@@ -77,7 +86,7 @@ class Record:
             "format": FORMAT,
             "benchmark": self.benchmark,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
+            "machine": machine() | {"load_before": self.load_before},
             "commit": commit(),
             "command": [Path(sys.executable).name, *sys.orig_argv[1:]],
             "plan_sha256": self.plan_sha256,
@@ -107,15 +116,12 @@ def machine() -> dict[str, Any]:
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
-        "cpu": next(
-            (value.strip() for key, value in fields.items() if key.strip() == "model name"), "unknown"
-        ),
+        "cpu": next((value.strip() for key, value in fields.items() if key.strip() == "model name"), "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
         "transparent_huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else "none",
         "flags": [flag for flag in wanted if flag in flags],
-        "load_1min": os.getloadavg()[0],
     }
 
 
