@@ -45,9 +45,7 @@ def run(model: str, peer_python: Path | None, threads: int, rounds: int, tokens:
         workers = {"hetcomp": Worker(sys.executable, "hetcomp_worker", artifact, "--threads", str(threads))}
         if peer_python is not None:
             options = ("--threads", str(threads), "--context", str(CONTEXT))
-            workers["llama.cpp"] = Worker(
-                peer_python, "llama_cpp_worker", models.gguf(model, peer_python), *options
-            )
+            workers["llama.cpp"] = Worker(peer_python, "llama_cpp_worker", models.gguf(model, peer_python), *options)
         for worker in workers.values():
             stack.enter_context(worker)
         ids = random.Random(0).choices(range(1000), k=16)

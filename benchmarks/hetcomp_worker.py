@@ -20,9 +20,7 @@ def main() -> None:
 
     def decode(prompt: list[int], tokens: int) -> float:
         """Tokens per second after the prompt and the first token."""
-        stamps = [
-            time.perf_counter() for _ in exe.generate(prompt, max_new_tokens=tokens + 1, ignore_eos=True)
-        ]
+        stamps = [time.perf_counter() for _ in exe.generate(prompt, max_new_tokens=tokens + 1, ignore_eos=True)]
         if len(stamps) != tokens + 1:
             raise RuntimeError(f"{len(stamps)} tokens came instead of {tokens + 1}")
         return tokens / (stamps[-1] - stamps[0])

@@ -111,9 +111,7 @@ def main() -> None:
             folder, context_length=options.length, formats=formats, out=target
         )
         record.plan_sha256 = models.plan_sha256(target)
-    texts = list(
-        windows(Tokenizer.from_file(str(folder / "tokenizer.json")), options.length, options.windows)
-    )
+    texts = list(windows(Tokenizer.from_file(str(folder / "tokenizer.json")), options.length, options.windows))
     record.versions = {"transformers": transformers.__version__, "hetcomp": hetcomp.__version__}
     results = evaluate(engines, "hetcomp f32", texts)
     for name, accuracy in results.items():

@@ -30,9 +30,7 @@ def build() -> Path:
 
 def measure(threads: int, repeats: int = 5) -> list[list[float]]:
     """GB/s (10^9 bytes) of ``repeats`` passes over 2 GiB, for 1, 2, .. ``threads`` threads."""
-    output = subprocess.run(
-        [str(build()), str(threads), "2048", str(repeats)], check=True, capture_output=True
-    )
+    output = subprocess.run([str(build()), str(threads), "2048", str(repeats)], check=True, capture_output=True)
     samples: list[list[float]] = json.loads(output.stdout)
     return samples
 

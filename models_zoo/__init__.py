@@ -11,9 +11,7 @@ _ROOT = Path(__file__).resolve().parent
 
 def names() -> list[str]:
     """Names that :func:`find` knows, sorted."""
-    return sorted(
-        path.parent.name for path in [*_ROOT.glob("*/config.json"), *_ROOT.glob("configs/*/config.json")]
-    )
+    return sorted(path.parent.name for path in [*_ROOT.glob("*/config.json"), *_ROOT.glob("configs/*/config.json")])
 
 
 def find(name: str) -> Path:

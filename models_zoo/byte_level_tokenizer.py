@@ -31,9 +31,7 @@ _CHAT_TEMPLATE = (
 MIN_VOCAB = 256 + 4  # every byte and the four special tokens
 
 
-def write_tokenizer(
-    folder: Path, vocab_size: int, bos_id: int | None, eos_id: int | None, context: int
-) -> None:
+def write_tokenizer(folder: Path, vocab_size: int, bos_id: int | None, eos_id: int | None, context: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json with exactly the ids 0 .. vocab_size-1.
 
     ``<|endoftext|>`` gets ``eos_id`` and ``<|startoftext|>`` gets ``bos_id`` (where they are given and

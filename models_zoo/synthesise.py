@@ -146,9 +146,7 @@ def checkpoint_shapes(folder: Path) -> tuple[dict[str, tuple[int, ...]], set[str
     }
     state = dict(model.state_dict())
     if config.tie_word_embeddings:
-        state = {
-            name: tensor for name, tensor in state.items() if name not in (model._tied_weights_keys or {})
-        }
+        state = {name: tensor for name, tensor in state.items() if name not in (model._tied_weights_keys or {})}
     published = revert_weight_conversion(model, state)
     return {name: tuple(tensor.shape) for name, tensor in published.items()}, transposed
 

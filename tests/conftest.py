@@ -13,9 +13,7 @@ Golden = Callable[[Path, str], None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--update-golden`` rewrites golden files instead of comparing with them."""
-    parser.addoption(
-        "--update-golden", action="store_true", help="rewrite golden files from what the code does"
-    )
+    parser.addoption("--update-golden", action="store_true", help="rewrite golden files from what the code does")
 
 
 @pytest.fixture

@@ -82,9 +82,7 @@ def test_graph(golden, checkpoint):
     source = resolve(checkpoint)
     traced = trace(meta_model(source.model_class, source.config), CONTEXT)
     inside = [
-        node
-        for node in traced.graph.nodes
-        if node.op == "call_function" and f"layers.{LAYER}" in module_path(node)
+        node for node in traced.graph.nodes if node.op == "call_function" and f"layers.{LAYER}" in module_path(node)
     ]
     lines = []
     for node in inside:
@@ -101,9 +99,7 @@ def test_lowered(golden, imported):
 
 
 def test_placed(golden, imported, context):
-    golden(
-        STAGES / "3-placed.txt", _template_and_call(run_pipeline(imported.plan, context, stop_after="place"))
-    )
+    golden(STAGES / "3-placed.txt", _template_and_call(run_pipeline(imported.plan, context, stop_after="place")))
 
 
 def test_scheduled(golden, planned):
