@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 _WITH_PEERS = ("decode_prefill", "busy_desktop")
-_ALONE = ("read_bandwidth", "perplexity", "trace_cost")
+_ALONE = ("read_bandwidth", "perplexity", "trace_cost", "compile_cost")
 
 
 def main() -> int:
