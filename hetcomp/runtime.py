@@ -305,9 +305,7 @@ class Session:
         """Truncates to the longest common prefix with ``ids`` (at most all but one); returns its length."""
         array = _ids(ids)
         kept = ctypes.c_int64()
-        _call(
-            "hetcomp_session_reuse", self._handle.pointer, array.ctypes.data, array.size, ctypes.byref(kept)
-        )
+        _call("hetcomp_session_reuse", self._handle.pointer, array.ctypes.data, array.size, ctypes.byref(kept))
         return kept.value
 
     def forward(self, ids: IdsLike) -> NDArray[np.float32]:

@@ -38,7 +38,10 @@ _FLAGS = (
     "-Werror",
 )
 # GCC 12 sees uninitialised reads inside its own AVX-512 intrinsics (GCC bug 105593); clang knows no such flag.
-_COMPILER_FLAGS = {"g++": ("-Wno-maybe-uninitialized", "-Wno-uninitialized"), "clang++": ("-Wno-unused-const-variable",)}
+_COMPILER_FLAGS = {
+    "g++": ("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    "clang++": ("-Wno-unused-const-variable",),
+}
 
 
 @dataclass(frozen=True)

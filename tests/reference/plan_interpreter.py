@@ -163,9 +163,7 @@ def _route(a: ops.Route, x: list[Tensor], step: _Step) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(x[0]), a.top_k, dtype=torch.int32)
     weights = torch.zeros(len(x[0]), a.top_k)
     for t, logits in enumerate(x[0]):
-        scores = {"softmax": logits.softmax(0), "sigmoid": logits.sigmoid(), "topk_softmax": logits}[
-            a.scoring
-        ]
+        scores = {"softmax": logits.softmax(0), "sigmoid": logits.sigmoid(), "topk_softmax": logits}[a.scoring]
         choice = scores + x[1] if a.bias else scores.clone()
         if a.groups > 1:
             size = a.experts // a.groups
@@ -240,8 +238,7 @@ def _aten(a: ops.Aten, x: list[Tensor], step: _Step) -> tuple[Tensor, ...]:
         if "T" in shape:
             tokens = tensor.numel() // int(np.prod([d for d in shape if d != "T"]))
     inputs = [
-        t.reshape([tokens if d == "T" else int(d) for d in shape])
-        for t, shape in zip(x, a.input_shapes, strict=True)
+        t.reshape([tokens if d == "T" else int(d) for d in shape]) for t, shape in zip(x, a.input_shapes, strict=True)
     ]
     made: list[Any] = []
 
