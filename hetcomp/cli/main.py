@@ -168,8 +168,9 @@ def plan_command(
         elif text or stop_after:
             typer.echo(print_plan(plan))
         else:
-            # A pipe or file has no width of its own; the widest table takes less than this.
-            console = Console() if sys.stdout.isatty() else Console(width=140)
+            # The widest table takes less than this; rich would leave out the figures to the right.
+            console = Console()
+            console = Console(width=max(console.width, 100))
             console.print(plan_report(plan, free))
 
     _guard(body, debug)

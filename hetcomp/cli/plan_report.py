@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -92,7 +93,15 @@ def _group_json(group: OpGroup) -> dict[str, Any]:
 
 def _group_table(summary: PlanSummary) -> Table:
     phases = summary.phases()
-    table = Table(title="Op groups", title_justify="left", show_footer=True)
+    # Lines between columns only: with boxes the table would need 120 columns.
+    table = Table(
+        title="Op groups",
+        title_justify="left",
+        show_footer=True,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("group", "total", no_wrap=True)
     table.add_column("device")
     totals = [
@@ -106,13 +115,13 @@ def _group_table(summary: PlanSummary) -> Table:
         known = [p for p in first if p is not None]
         read, flops = sum(p.weight_bytes for p in known), sum(p.flops for p in known)
         moved = sum(p.moved_bytes for p in known)
-        table.add_column("read a token", size(read), justify="right", no_wrap=True)
-        table.add_column("FLOP a token", count(flops), justify="right", no_wrap=True)
+        table.add_column("read a\ntoken", size(read), justify="right", no_wrap=True)
+        table.add_column("FLOP a\ntoken", count(flops), justify="right", no_wrap=True)
         table.add_column("FLOP/B", f"{flops / moved:.2f}" if moved else "", justify="right")
-        table.add_column("bound by")
+        table.add_column("bound\nby")
     for phase in phases:
         whole = sum(p.us for g in summary.groups if (p := g.phase(phase)) is not None)
-        table.add_column(f"{phase} ms", f"{whole / 1e3:.3f}", justify="right")
+        table.add_column(f"{phase}\nms", f"{whole / 1e3:.3f}", justify="right")
     for group in summary.groups:
         table.add_row(*_group_row(group, phases))
     return table
