@@ -26,11 +26,13 @@ inline void cpu_relax() {
 }
 
 inline void futex_wait(std::atomic<std::uint32_t>& word, std::uint32_t expected) {
-  syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr,
+          0);
 }
 
 inline void futex_wake_all(std::atomic<std::uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr,
+          0);
 }
 
 // A task counter on a cache line of its own.
@@ -60,9 +62,9 @@ struct LaneSet {
 // One thread's view of its lane set. Lives on the thread's stack for the length of one step.
 struct Lane {
   LaneSet* set;
-  int thread;                     // 0 .. set->n_threads - 1
-  std::uint32_t region = 0;       // number of parallel_for calls so far; equal on all threads
-  std::uint32_t first_region = 0; // value of `region` at the last barrier
+  int thread;                      // 0 .. set->n_threads - 1
+  std::uint32_t region = 0;        // number of parallel_for calls so far; equal on all threads
+  std::uint32_t first_region = 0;  // value of `region` at the last barrier
 };
 
 // Waits until all threads of the set have arrived. What any of them wrote before is visible to all after.
@@ -70,7 +72,8 @@ inline void barrier(Lane& lane) {
   LaneSet& set = *lane.set;
   if (set.n_threads > 1) {
     const std::uint32_t generation = set.generation.load(std::memory_order_relaxed);
-    if (set.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<std::uint32_t>(set.n_threads)) {
+    if (set.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 ==
+        static_cast<std::uint32_t>(set.n_threads)) {
       // Last to arrive: nobody draws from the counters of this epoch any more.
       for (std::uint32_t r = lane.first_region; r != lane.region; ++r)
         set.counters[r % LaneSet::kCounters].next.store(0, std::memory_order_relaxed);

@@ -22,32 +22,32 @@ typedef struct hetcomp_lane hetcomp_lane;
 // Tokens of one sequence are adjacent and in order of position; the pass appends them to the sequence's KV
 // cache at those positions and attends to positions 0 .. positions[t] of the same slot.
 typedef struct hetcomp_step {
-  int64_t n_tokens;           // T, 1 .. program.max_tokens
-  const int32_t* ids;         // [T] token ids, 0 .. vocab-1 (checked by the caller)
-  const int32_t* positions;   // [T] 0 .. context-1 (checked by the caller)
-  const int32_t* slots;       // [T] sequence slot, 0 .. max_batch-1
-  int64_t n_logit_rows;       // R, 0 .. program.max_logit_rows
-  const int32_t* logit_rows;  // [R] indices into the T tokens whose logits are wanted
-  float* logits;              // [R, vocab] out
-  uint8_t* arena;             // program.arena_bytes, 64-byte aligned: activations and workspaces
+  int64_t n_tokens;               // T, 1 .. program.max_tokens
+  const int32_t* ids;             // [T] token ids, 0 .. vocab-1 (checked by the caller)
+  const int32_t* positions;       // [T] 0 .. context-1 (checked by the caller)
+  const int32_t* slots;           // [T] sequence slot, 0 .. max_batch-1
+  int64_t n_logit_rows;           // R, 0 .. program.max_logit_rows
+  const int32_t* logit_rows;      // [R] indices into the T tokens whose logits are wanted
+  float* logits;                  // [R, vocab] out
+  uint8_t* arena;                 // program.arena_bytes, 64-byte aligned: activations and workspaces
   const uint8_t* const* weights;  // program.n_weights base addresses, 64-byte aligned, packed layout
-  uint8_t* const* states;         // program.n_states base addresses: [slot][...] as the plan's state types say
-  int64_t context;                // positions a slot of the KV cache holds
-  int64_t* lane_ns;           // null, or [program.n_timers]: nanoseconds spent per timer, added by thread 0
+  uint8_t* const* states;  // program.n_states base addresses: [slot][...] as the plan's state types say
+  int64_t context;         // positions a slot of the KV cache holds
+  int64_t* lane_ns;        // null, or [program.n_timers]: nanoseconds spent per timer, added by thread 0
 } hetcomp_step;
 
 typedef struct hetcomp_program {
-  uint32_t abi;               // HETCOMP_PROGRAM_ABI
-  uint32_t isa_size;          // reserved for growth; 0
-  const char* isa;            // "avx2", "avx512", ...
-  const char* plan_hash;      // SHA-256 (hex) of plan.json that this program was generated from
+  uint32_t abi;           // HETCOMP_PROGRAM_ABI
+  uint32_t isa_size;      // reserved for growth; 0
+  const char* isa;        // "avx2", "avx512", ...
+  const char* plan_hash;  // SHA-256 (hex) of plan.json that this program was generated from
   int64_t n_weights;
   int64_t n_states;
   int64_t arena_bytes;
   int64_t max_tokens;
   int64_t max_logit_rows;
   int64_t vocab;
-  int64_t n_timers;           // one per op group and phase; names in plan.json
+  int64_t n_timers;  // one per op group and phase; names in plan.json
   // Runs one step. Called by every thread of the lane set with its own lane and the same step.
   void (*run)(hetcomp_lane* lane, const hetcomp_step* step);
 } hetcomp_program;
