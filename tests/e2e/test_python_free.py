@@ -46,15 +46,22 @@ def bare_root(artifact: Path, tmp_path_factory) -> Path:
     return root
 
 
+def _tool(name: str) -> str:
+    path = shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin")
+    assert path, f"{name} is not installed"
+    return path
+
+
 def _in_root(root: Path, *args: str) -> subprocess.CompletedProcess[bytes]:
     """Runs the artifact's binary with ``root`` as its root: by chroot as root, in a user namespace
     otherwise.
     """
     command = ["/demo.hetc/bin/hetcomp-run", "/demo.hetc", *args]
     if os.geteuid() == 0:
-        wrap = ["chroot", str(root)]
+        wrap = [_tool("chroot"), str(root)]
     else:
-        wrap = ["unshare", "--user", "--map-root-user", f"--root={root}"]
+        wrap = [_tool("unshare"), "--user", "--map-root-user", f"--root={root}"]
+    # An empty environment: nothing of this machine's Python or library paths gets in.
     return subprocess.run([*wrap, *command], capture_output=True, env={}, timeout=120)
 
 
