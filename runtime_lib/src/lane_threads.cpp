@@ -16,16 +16,14 @@ namespace {
 // How long a lane spins before it parks. While nobody else wants the cores, the others arrive within this
 // time and a futex call would only cost. Under contention a lane must give its core away at once, so that the
 // scheduler can move the lane that was preempted there. Measured with one busy process beside the lanes
-// (Linux 6.18, 100 regions of about 60 us), speed in relation to a quiet machine:
-//   always spin  5 us: 0.51 on 2 cores, 0.81 on 8;  20 us: 0.42, 0.46;  200 us: 0.20 on 2 cores
+// (Linux 6.18), speed in relation to a quiet machine, 100 regions of about 60 us on 2 and on 8 cores:
+//   always spin  5 us: 0.51, 0.81;  20 us: 0.42, 0.46;  200 us: 0.20
 //   every lane bound to a CPU of its own, 5 us: 0.39, 0.38
-//   this switch of spin times: 0.48 to 0.56 on 2 cores, 0.67 on 8
+//   two spin times and LaneCount: 0.50 to 0.54, 0.51 to 0.78
+// and decoding with demo-moe, whose regions take a few us: without LaneCount 0.42 to 0.49, 0.23; with it 0.51
+// to 0.57, 0.85.
 constexpr std::chrono::nanoseconds kQuietSpin{50'000};
 constexpr std::chrono::nanoseconds kContendedSpin{2'000};
-
-// A process that shares a core preempts a lane every few milliseconds; a quiet system a few times a second.
-constexpr std::chrono::nanoseconds kWindow{20'000'000};
-constexpr std::int64_t kContendedPreemptionsPerWindow = 2;
 
 // The shortest of several probes: the others may have been interrupted.
 double pause_nanoseconds() {
@@ -52,20 +50,6 @@ std::int64_t preemptions() {
   return usage.ru_nivcsw;
 }
 
-// Waits while `word` has the value `old`.
-void wait_change(std::atomic<std::uint32_t>& word, std::uint32_t old, std::atomic<std::uint32_t>& sleeping,
-                 std::int32_t spins) {
-  while (word.load(std::memory_order_acquire) == old) {
-    if (spins-- > 0) {
-      cpu_relax();
-      continue;
-    }
-    sleeping.fetch_add(1, std::memory_order_seq_cst);
-    futex_wait(word, old);
-    sleeping.fetch_sub(1, std::memory_order_relaxed);
-  }
-}
-
 // The calling thread may run on these CPUs only. Those that were taken away meanwhile do not count; if none
 // is left, the thread stays where the scheduler puts it.
 void bind_to(const std::vector<int>& cpus) {
@@ -82,21 +66,14 @@ void bind_to(const std::vector<int>& cpus) {
 
 }  // namespace
 
-void ContentionGauge::add(std::int64_t preemptions, std::chrono::nanoseconds step) {
-  preemptions_ += preemptions;
-  observed_ += step;
-  if (observed_ < kWindow) return;
-  contended_ = preemptions_ * kWindow.count() >= kContendedPreemptionsPerWindow * observed_.count();
-  preemptions_ = 0;
-  observed_ = std::chrono::nanoseconds{0};
-}
-
 LaneThreads::LaneThreads(const std::vector<int>& cpus)
-    : lanes_(static_cast<int>(cpus.size())),
+    : places_(cpus.size()),
+      count_(static_cast<int>(cpus.size())),
       quiet_spins_(spins_for(kQuietSpin)),
       contended_spins_(spins_for(kContendedSpin)),
-      reports_(cpus.size()) {
-  lanes_.spin_iterations = quiet_spins_;
+      waiting_spins_(quiet_spins_) {
+  for (std::size_t n = 1; n <= cpus.size(); ++n)
+    sets_.push_back(std::make_unique<LaneSet>(static_cast<int>(n)));
   // Ctrl-C and the host's other signals are for the host's threads.
   sigset_t all;
   sigset_t before;
@@ -122,22 +99,37 @@ LaneThreads::~LaneThreads() { shut_down(); }
 
 void LaneThreads::shut_down() {
   stop_.store(true, std::memory_order_relaxed);
-  begun_.fetch_add(1, std::memory_order_seq_cst);
-  futex_wake_all(begun_);
+  for (Place& place : places_) begin_step(place);
   for (std::thread& worker : workers_) worker.join();
+}
+
+void LaneThreads::begin_step(Place& place) {
+  place.begun.fetch_add(1, std::memory_order_seq_cst);
+  // As in barrier(): either the lane sees the new value in its futex call, or it is seen sleeping here.
+  if (place.sleeping.load(std::memory_order_seq_cst) != 0) futex_wake_all(place.begun);
 }
 
 void LaneThreads::run_lane(int thread) {
   const std::int64_t before = preemptions();
-  Lane lane{&lanes_, thread};
+  Lane lane{set_, thread};
   program_->run(&lane, step_);
-  reports_[static_cast<std::size_t>(thread)].preemptions.store(preemptions() - before,
-                                                               std::memory_order_relaxed);
+  places_[static_cast<std::size_t>(thread)].preemptions.store(preemptions() - before,
+                                                              std::memory_order_relaxed);
 }
 
 void LaneThreads::work(int thread) {
+  Place& place = places_[static_cast<std::size_t>(thread)];
   for (std::uint32_t seen = 0;; ++seen) {
-    wait_change(begun_, seen, sleeping_, contended_spins_);
+    std::int32_t spins = waiting_spins_.load(std::memory_order_relaxed);
+    while (place.begun.load(std::memory_order_acquire) == seen) {
+      if (spins-- > 0) {
+        cpu_relax();
+        continue;
+      }
+      place.sleeping.store(1, std::memory_order_seq_cst);
+      futex_wait(place.begun, seen);
+      place.sleeping.store(0, std::memory_order_relaxed);
+    }
     if (stop_.load(std::memory_order_relaxed)) return;
     run_lane(thread);
     if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) futex_wake_all(running_);
@@ -146,27 +138,31 @@ void LaneThreads::work(int thread) {
 
 std::int32_t LaneThreads::run(const hetcomp_program& program, const hetcomp_step& step) {
   const auto start = std::chrono::steady_clock::now();
+  const auto active = static_cast<std::size_t>(count_.active());
+  const std::int32_t spins = count_.contended() ? contended_spins_ : quiet_spins_;
+  set_ = sets_[active - 1].get();
   program_ = &program;
   step_ = &step;
-  lanes_.error.store(0, std::memory_order_relaxed);
-  lanes_.spin_iterations = gauge_.contended() ? contended_spins_ : quiet_spins_;
-  running_.store(static_cast<std::uint32_t>(workers_.size()), std::memory_order_relaxed);
-  begun_.fetch_add(1, std::memory_order_seq_cst);
-  if (sleeping_.load(std::memory_order_seq_cst) != 0) futex_wake_all(begun_);
+  set_->error.store(0, std::memory_order_relaxed);
+  set_->spin_iterations = spins;
+  waiting_spins_.store(spins, std::memory_order_relaxed);
+  running_.store(static_cast<std::uint32_t>(active - 1), std::memory_order_relaxed);
+  for (std::size_t i = 1; i < active; ++i) begin_step(places_[i]);
   run_lane(0);
 
   // The last barrier was passed by all, but `step` is the caller's: nobody may still be looking at it.
-  std::int32_t spins = lanes_.spin_iterations;
+  std::int32_t left_spins = spins;
   for (std::uint32_t left; (left = running_.load(std::memory_order_acquire)) != 0;) {
-    if (spins-- > 0)
+    if (left_spins-- > 0)
       cpu_relax();
     else
       futex_wait(running_, left);
   }
   std::int64_t preempted = 0;
-  for (const Report& report : reports_) preempted += report.preemptions.load(std::memory_order_relaxed);
-  gauge_.add(preempted, std::chrono::steady_clock::now() - start);
-  return lanes_.error.load(std::memory_order_relaxed);
+  for (std::size_t i = 0; i < active; ++i)
+    preempted += places_[i].preemptions.load(std::memory_order_relaxed);
+  count_.add(step.n_tokens, preempted, std::chrono::steady_clock::now() - start);
+  return set_->error.load(std::memory_order_relaxed);
 }
 
 }  // namespace hetcomp

@@ -1,0 +1,100 @@
+// The choice of lanes on simulated machines.
+#include <gtest/gtest.h>
+
+#include "lane_count.h"
+
+namespace hetcomp {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::nanoseconds;
+
+// A machine with `cores` cores of which `busy` are wanted by other processes. A step takes 8 ms of one core's
+// time. Lanes beyond the free cores share: they are preempted every 4 ms and hold up the others.
+struct Machine {
+  int cores;
+  int busy;
+  double slowdown = 3;  // of a step some lane of which shares its core
+
+  nanoseconds run(LaneCount& count) {
+    const int lanes = count.active();
+    const bool shared = lanes + busy > cores;
+    const double us = 8000.0 / lanes * (shared ? slowdown : 1);
+    const auto time = microseconds(static_cast<long>(us));
+    preempted_us += shared ? us : 0;
+    std::int64_t preemptions = 0;
+    for (; preempted_us >= 4000; preempted_us -= 4000) ++preemptions;
+    count.add(1, preemptions, time);
+    return time;
+  }
+
+  double preempted_us = 0;
+};
+
+// Steps a second over five seconds of steps.
+double speed(Machine& machine, LaneCount& count) {
+  nanoseconds total{0};
+  int steps = 0;
+  for (; total < std::chrono::seconds(5); ++steps) total += machine.run(count);
+  return steps / std::chrono::duration<double>(total).count();
+}
+
+TEST(LaneCount, AllLanesOnAQuietMachine) {
+  Machine machine{8, 0};
+  LaneCount count(8);
+  for (int i = 0; i < 10000; ++i) {
+    machine.run(count);
+    ASSERT_EQ(count.active(), 8);
+    ASSERT_FALSE(count.contended());
+  }
+}
+
+TEST(LaneCount, LeavesTheCoresToOthersWhereThatIsFaster) {
+  for (const int busy : {1, 2, 3}) {
+    Machine machine{8, 0};
+    LaneCount count(8);
+    const double idle = speed(machine, count);
+    machine.busy = busy;
+    speed(machine, count);  // gets used to it
+    EXPECT_GT(speed(machine, count), 0.75 * idle * (8 - busy) / 8) << busy;
+    machine.busy = 0;
+    speed(machine, count);
+    speed(machine, count);
+    EXPECT_EQ(count.active(), 8);
+    EXPECT_GT(speed(machine, count), 0.99 * idle);
+  }
+}
+
+TEST(LaneCount, KeepsALaneThatIsWorthMoreThanItCosts) {
+  Machine machine{2, 1, 1.2};  // preempted often, but for moments only
+  LaneCount count(2);
+  speed(machine, count);
+  EXPECT_GT(speed(machine, count), 0.95 * 250 / 1.2);
+  EXPECT_TRUE(count.contended() || count.active() == 1);
+}
+
+TEST(LaneCount, OneLaneIsTheLeast) {
+  Machine machine{1, 3};
+  LaneCount count(2);
+  speed(machine, count);
+  for (int i = 0; i < 1000; ++i) {
+    machine.run(count);
+    ASSERT_GE(count.active(), 1);
+  }
+  LaneCount single(1);
+  speed(machine, single);
+  EXPECT_EQ(single.active(), 1);
+}
+
+TEST(LaneCount, PromptsBetweenDecodeStepsAreNotCompared) {
+  LaneCount count(2);
+  for (int i = 0; i < 1000; ++i) {
+    count.add(1, 1, microseconds(4000));
+    count.add(512, 20, microseconds(100000));
+    ASSERT_GE(count.active(), 1);
+    ASSERT_LE(count.active(), 2);
+  }
+}
+
+}  // namespace
+}  // namespace hetcomp
