@@ -8,42 +8,33 @@ from __future__ import annotations
 
 import ctypes
 import json
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetcomp import installed_runtime
-from hetcomp.errors import HetcompError
+from hetcomp.runtime_abi import (
+    GenerateParamsStruct,
+    Handle,
+    LoadOptionsStruct,
+    ModelInfoStruct,
+    RuntimeRefusal,
+    Status,
+    TokenStruct,
+    call,
+    library,
+    owned_bytes,
+    refuse,
+)
 
 _WEIGHTS = {"auto": 0, "mmap": 1, "ram": 2}
 _NOTHING_GENERATED = -1
 
 IdsLike = Sequence[int] | NDArray[np.integer[Any]]
-
-
-class Status(IntEnum):
-    """hetcomp_status."""
-
-    OK = 0
-    INVALID_ARGUMENT = 1
-    NOT_FOUND = 2
-    BAD_ARTIFACT = 3
-    NEWER_SCHEMA = 4
-    MISSING_ISA = 5
-    OUT_OF_MEMORY = 6
-    CONTEXT_FULL = 7
-    NO_FREE_SLOT = 8
-    NO_TOKENIZER = 9
-    COMPUTE = 10
-    IO = 11
-    INTERNAL = 12
 
 
 class Finish(IntEnum):
@@ -55,14 +46,6 @@ class Finish(IntEnum):
     STOP = 3
     CONTEXT = 4
     CALLBACK = 5
-
-
-class RuntimeRefusal(HetcompError):
-    """A call of the runtime that failed; ``status`` says of which kind."""
-
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,137 +79,16 @@ class ModelInfo:
     has_chat_template: bool
 
 
-class _LoadOptions(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32),
-        ("threads", ctypes.c_int32),
-        ("weights", ctypes.c_int32),
-        ("verify_weights", ctypes.c_int32),
-        ("isa", ctypes.c_char_p),
-    )
-
-
-class _ModelInfo(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32),
-        ("vocab", ctypes.c_int32),
-        ("context", ctypes.c_int64),
-        ("max_batch", ctypes.c_int32),
-        ("max_tokens", ctypes.c_int32),
-        ("max_logit_rows", ctypes.c_int32),
-        ("bos_token_id", ctypes.c_int32),
-        ("n_eos_token_ids", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("has_tokenizer", ctypes.c_int32),
-        ("has_chat_template", ctypes.c_int32),
-        ("eos_token_ids", ctypes.POINTER(ctypes.c_int32)),
-        ("name", ctypes.c_char_p),
-        ("architecture", ctypes.c_char_p),
-        ("isa", ctypes.c_char_p),
-        ("weights", ctypes.c_char_p),
-    )
-
-
-class _GenerateParams(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_uint32),
-        ("ignore_eos", ctypes.c_int32),
-        ("max_new_tokens", ctypes.c_int64),
-        ("temperature", ctypes.c_double),
-        ("top_k", ctypes.c_int32),
-        ("n_stop", ctypes.c_int32),
-        ("top_p", ctypes.c_double),
-        ("min_p", ctypes.c_double),
-        ("repetition_penalty", ctypes.c_double),
-        ("seed", ctypes.c_uint64),
-        ("stop", ctypes.POINTER(ctypes.c_char_p)),
-    )
-
-
-class _Token(ctypes.Structure):
-    _fields_ = (
-        ("id", ctypes.c_int32),
-        ("finish", ctypes.c_int32),
-        ("text", ctypes.c_void_p),
-        ("text_length", ctypes.c_size_t),
-    )
-
-
-_POINTER = ctypes.c_void_p
-_FLAG = ctypes.c_int
-_OUT = ctypes.POINTER(ctypes.c_void_p)
-_SIZE_OUT = ctypes.POINTER(ctypes.c_size_t)
-_INT64_OUT = ctypes.POINTER(ctypes.c_int64)
-
-# Arguments of every function that returns a status.
-_FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
-    "hetcomp_load": (ctypes.c_char_p, ctypes.POINTER(_LoadOptions), _OUT),
-    "hetcomp_model_get_info": (_POINTER, ctypes.POINTER(_ModelInfo)),
-    "hetcomp_model_stats": (_POINTER, _OUT),
-    "hetcomp_model_reset_stats": (_POINTER,),
-    "hetcomp_session_create": (_POINTER, _OUT),
-    "hetcomp_session_truncate": (_POINTER, ctypes.c_int64),
-    "hetcomp_session_length": (_POINTER, _INT64_OUT),
-    "hetcomp_session_reuse": (_POINTER, _POINTER, ctypes.c_int64, _INT64_OUT),
-    "hetcomp_forward": (_POINTER, _POINTER, ctypes.c_int64, _POINTER),
-    "hetcomp_prefill": (_POINTER, _POINTER, ctypes.c_int64, _POINTER),
-    "hetcomp_decode": (_POINTER, _POINTER, _POINTER, ctypes.c_int64, _POINTER),
-    "hetcomp_generation_start": (_POINTER, _POINTER, ctypes.c_int64, ctypes.POINTER(_GenerateParams), _OUT),
-    "hetcomp_generation_next": (_POINTER, ctypes.POINTER(_Token)),
-    "hetcomp_tokenize": (
-        _POINTER,
-        ctypes.c_char_p,
-        ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        _OUT,
-        _SIZE_OUT,
-    ),
-    "hetcomp_detokenize": (_POINTER, _POINTER, ctypes.c_size_t, _FLAG, _OUT, _SIZE_OUT),
-    "hetcomp_chat_render": (_POINTER, ctypes.c_char_p, ctypes.c_size_t, _OUT, _SIZE_OUT),
-}
-_FREE_FUNCTIONS = ("hetcomp_model_free", "hetcomp_session_free", "hetcomp_generation_free", "hetcomp_free")
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    path = installed_runtime.library()
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise HetcompError(f"Cannot load the runtime {path}: {error}. Install hetcomp again.") from error
-    for name, arguments in _FUNCTIONS.items():
-        getattr(library, name).argtypes = arguments
-        getattr(library, name).restype = ctypes.c_int
-    for name in _FREE_FUNCTIONS:
-        getattr(library, name).argtypes = (ctypes.c_void_p,)
-        getattr(library, name).restype = None
-    library.hetcomp_last_error.restype = ctypes.c_char_p
-    library.hetcomp_version.restype = ctypes.c_char_p
-    return library
-
-
 def version() -> str:
     """Version of the runtime library."""
-    text: bytes = _library().hetcomp_version()
+    text: bytes = library().hetcomp_version()
     return text.decode()
-
-
-def _call(name: str, *arguments: object) -> None:
-    library = _library()
-    status = getattr(library, name)(*arguments)
-    if status != Status.OK:
-        raise RuntimeRefusal(Status(status), library.hetcomp_last_error().decode(errors="replace"))
-
-
-def _refuse(message: str) -> NoReturn:
-    raise RuntimeRefusal(Status.INVALID_ARGUMENT, message)
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
     """ctypes would cut a number that does not fit."""
     if not low <= value <= high:
-        _refuse(f"{name} must be from {low} to {high}, not {value}.")
+        refuse(f"{name} must be from {low} to {high}, not {value}.")
 
 
 def _ids(ids: IdsLike) -> NDArray[np.int32]:
@@ -235,37 +97,10 @@ def _ids(ids: IdsLike) -> NDArray[np.int32]:
     if array.size == 0:
         array = array.astype(np.int64)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        _refuse(f"Token ids must be a flat list of whole numbers, not {array.dtype} of shape {array.shape}.")
+        refuse(f"Token ids must be a flat list of whole numbers, not {array.dtype} of shape {array.shape}.")
     if array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31):
-        _refuse(f"Token id {int(array.max())} is outside of every vocabulary.")
+        refuse(f"Token id {int(array.max())} is outside of every vocabulary.")
     return np.ascontiguousarray(array, dtype=np.int32)
-
-
-class _Handle:
-    """Owns a pointer of the library and frees it once, at the latest when it is collected."""
-
-    def __init__(self, pointer: int | None, free: str) -> None:
-        self._pointer = pointer
-        self._finalizer = weakref.finalize(self, getattr(_library(), free), pointer)
-        # The system takes everything back at exit; lanes must not be joined while Python shuts down.
-        self._finalizer.atexit = False
-
-    @property
-    def pointer(self) -> int:
-        if self._pointer is None or not self._finalizer.alive:
-            _refuse("This object has been closed.")
-        return self._pointer
-
-    def close(self) -> None:
-        self._finalizer()
-
-
-def _owned_bytes(pointer: ctypes.c_void_p, length: int) -> bytes:
-    """Copies ``length`` bytes at ``pointer`` and frees them."""
-    try:
-        return ctypes.string_at(pointer, length)
-    finally:
-        _library().hetcomp_free(pointer)
 
 
 class Session:
@@ -274,8 +109,8 @@ class Session:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         out = ctypes.c_void_p()
-        _call("hetcomp_session_create", runtime._handle.pointer, ctypes.byref(out))
-        self._handle = _Handle(out.value, "hetcomp_session_free")
+        call("hetcomp_session_create", runtime._handle.pointer, ctypes.byref(out))
+        self._handle = Handle(out.value, "hetcomp_session_free")
 
     def __enter__(self) -> Session:
         return self
@@ -289,7 +124,7 @@ class Session:
 
     def __len__(self) -> int:
         length = ctypes.c_int64()
-        _call("hetcomp_session_length", self._handle.pointer, ctypes.byref(length))
+        call("hetcomp_session_length", self._handle.pointer, ctypes.byref(length))
         return length.value
 
     def reset(self) -> None:
@@ -299,27 +134,27 @@ class Session:
     def truncate(self, length: int) -> None:
         """Keeps the first ``length`` tokens. Raises HetcompError if there are fewer."""
         _check_range("length", length, 0, 2**63 - 1)
-        _call("hetcomp_session_truncate", self._handle.pointer, length)
+        call("hetcomp_session_truncate", self._handle.pointer, length)
 
     def reuse(self, ids: IdsLike) -> int:
         """Truncates to the longest common prefix with ``ids`` (at most all but one); returns its length."""
         array = _ids(ids)
         kept = ctypes.c_int64()
-        _call("hetcomp_session_reuse", self._handle.pointer, array.ctypes.data, array.size, ctypes.byref(kept))
+        call("hetcomp_session_reuse", self._handle.pointer, array.ctypes.data, array.size, ctypes.byref(kept))
         return kept.value
 
     def forward(self, ids: IdsLike) -> NDArray[np.float32]:
         """Appends ``ids`` (T) and returns the logits of each, float32 [T, vocab]. Raises HetcompError."""
         array = _ids(ids)
         logits = np.empty((array.size, self.runtime.info.vocab), np.float32)
-        _call("hetcomp_forward", self._handle.pointer, array.ctypes.data, array.size, logits.ctypes.data)
+        call("hetcomp_forward", self._handle.pointer, array.ctypes.data, array.size, logits.ctypes.data)
         return logits
 
     def prefill(self, ids: IdsLike) -> NDArray[np.float32]:
         """Appends ``ids`` and returns the logits of the last, float32 [vocab]. Raises HetcompError."""
         array = _ids(ids)
         logits = np.empty(self.runtime.info.vocab, np.float32)
-        _call("hetcomp_prefill", self._handle.pointer, array.ctypes.data, array.size, logits.ctypes.data)
+        call("hetcomp_prefill", self._handle.pointer, array.ctypes.data, array.size, logits.ctypes.data)
         return logits
 
     def generate(
@@ -344,11 +179,11 @@ class Session:
         _check_range("top_k", top_k, 0, 2**31 - 1)
         _check_range("max_new_tokens", max_new_tokens, 0, 2**63 - 1)
         if any("\0" in text for text in stop):
-            _refuse("A stop string contains a NUL character.")
+            refuse("A stop string contains a NUL character.")
         array = _ids(ids)
         texts = [text.encode() for text in stop]
-        params = _GenerateParams(
-            struct_size=ctypes.sizeof(_GenerateParams),
+        params = GenerateParamsStruct(
+            struct_size=ctypes.sizeof(GenerateParamsStruct),
             ignore_eos=int(ignore_eos),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -361,7 +196,7 @@ class Session:
             stop=(ctypes.c_char_p * len(texts))(*texts),
         )
         out = ctypes.c_void_p()
-        _call(
+        call(
             "hetcomp_generation_start",
             self._handle.pointer,
             array.ctypes.data,
@@ -369,15 +204,15 @@ class Session:
             ctypes.byref(params),
             ctypes.byref(out),
         )
-        return self._tokens(_Handle(out.value, "hetcomp_generation_free"))
+        return self._tokens(Handle(out.value, "hetcomp_generation_free"))
 
-    def _tokens(self, generation: _Handle) -> Iterator[Token]:
-        token = _Token()
+    def _tokens(self, generation: Handle) -> Iterator[Token]:
+        token = TokenStruct()
         try:
             while True:
                 # A closed session would leave the generation without its memory.
                 _ = self._handle.pointer
-                _call("hetcomp_generation_next", generation.pointer, ctypes.byref(token))
+                call("hetcomp_generation_next", generation.pointer, ctypes.byref(token))
                 finish = Finish(token.finish)
                 if token.id != _NOTHING_GENERATED:
                     text = ctypes.string_at(token.text, token.text_length).decode()
@@ -391,7 +226,7 @@ class Session:
 class Runtime:
     """A loaded artifact. Made by :meth:`load`; may be used from several threads."""
 
-    def __init__(self, handle: _Handle) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
         self.info = _model_info(handle)
 
@@ -413,18 +248,18 @@ class Runtime:
         missing instruction set, not enough memory.
         """
         if weights not in _WEIGHTS:
-            _refuse(f"weights must be auto, mmap or ram, not {weights!r}.")
+            refuse(f"weights must be auto, mmap or ram, not {weights!r}.")
         _check_range("threads", threads, 0, 2**31 - 1)
-        options = _LoadOptions(
-            struct_size=ctypes.sizeof(_LoadOptions),
+        options = LoadOptionsStruct(
+            struct_size=ctypes.sizeof(LoadOptionsStruct),
             threads=threads,
             weights=_WEIGHTS[weights],
             verify_weights=int(verify_weights),
             isa=None if isa is None else isa.encode(),
         )
         out = ctypes.c_void_p()
-        _call("hetcomp_load", str(path).encode(), ctypes.byref(options), ctypes.byref(out))
-        return cls(_Handle(out.value, "hetcomp_model_free"))
+        call("hetcomp_load", str(path).encode(), ctypes.byref(options), ctypes.byref(out))
+        return cls(Handle(out.value, "hetcomp_model_free"))
 
     def close(self) -> None:
         """Frees the model when its last session is closed."""
@@ -443,10 +278,10 @@ class Runtime:
         """One token for each of n different sessions in one step: float32 [n, vocab]. Raises HetcompError."""
         array = _ids(ids)
         if array.size != len(sessions):
-            _refuse(f"{len(sessions)} sessions need as many token ids, not {array.size}.")
+            refuse(f"{len(sessions)} sessions need as many token ids, not {array.size}.")
         pointers = (ctypes.c_void_p * len(sessions))(*(session._handle.pointer for session in sessions))
         logits = np.empty((array.size, self.info.vocab), np.float32)
-        _call(
+        call(
             "hetcomp_decode",
             self._handle.pointer,
             pointers,
@@ -469,20 +304,20 @@ class Runtime:
     def stats(self) -> dict[str, Any]:
         """Measured since loading: see ``hetcomp_model_stats`` in hetcomp.h."""
         out = ctypes.c_void_p()
-        _call("hetcomp_model_stats", self._handle.pointer, ctypes.byref(out))
-        figures: dict[str, Any] = json.loads(_owned_bytes(out, -1))
+        call("hetcomp_model_stats", self._handle.pointer, ctypes.byref(out))
+        figures: dict[str, Any] = json.loads(owned_bytes(out, -1))
         return figures
 
     def reset_stats(self) -> None:
         """Sets the prefill and decode figures to zero."""
-        _call("hetcomp_model_reset_stats", self._handle.pointer)
+        call("hetcomp_model_reset_stats", self._handle.pointer)
 
     def tokenize(self, text: str, *, parse_special: bool = True, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. parse_special: special tokens in the text count as such. add_special:
         add what the model puts around a text (BOS). Raises HetcompError for a model without tokenizer."""
         data = _utf8(text)
         out, n = ctypes.c_void_p(), ctypes.c_size_t()
-        _call(
+        call(
             "hetcomp_tokenize",
             self._handle.pointer,
             data,
@@ -492,14 +327,14 @@ class Runtime:
             ctypes.byref(out),
             ctypes.byref(n),
         )
-        ids: list[int] = np.frombuffer(_owned_bytes(out, 4 * n.value), np.int32).tolist()
+        ids: list[int] = np.frombuffer(owned_bytes(out, 4 * n.value), np.int32).tolist()
         return ids
 
     def detokenize(self, ids: IdsLike, *, skip_special: bool = True) -> str:
         """The text of ``ids``. Raises HetcompError for a model without tokenizer."""
         array = _ids(ids)
         out, length = ctypes.c_void_p(), ctypes.c_size_t()
-        _call(
+        call(
             "hetcomp_detokenize",
             self._handle.pointer,
             array.ctypes.data,
@@ -508,7 +343,7 @@ class Runtime:
             ctypes.byref(out),
             ctypes.byref(length),
         )
-        return _owned_bytes(out, length.value).decode()
+        return owned_bytes(out, length.value).decode()
 
     def chat_render(
         self,
@@ -522,7 +357,7 @@ class Runtime:
         context = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **variables}
         data = _utf8(json.dumps(context, ensure_ascii=False))
         out, length = ctypes.c_void_p(), ctypes.c_size_t()
-        _call(
+        call(
             "hetcomp_chat_render",
             self._handle.pointer,
             data,
@@ -530,7 +365,7 @@ class Runtime:
             ctypes.byref(out),
             ctypes.byref(length),
         )
-        return _owned_bytes(out, length.value).decode()
+        return owned_bytes(out, length.value).decode()
 
 
 def _closing(session: Session, tokens: Iterator[Token]) -> Iterator[Token]:
@@ -548,9 +383,9 @@ def _utf8(text: str) -> bytes:
         ) from error
 
 
-def _model_info(handle: _Handle) -> ModelInfo:
-    raw = _ModelInfo(struct_size=ctypes.sizeof(_ModelInfo))
-    _call("hetcomp_model_get_info", handle.pointer, ctypes.byref(raw))
+def _model_info(handle: Handle) -> ModelInfo:
+    raw = ModelInfoStruct(struct_size=ctypes.sizeof(ModelInfoStruct))
+    call("hetcomp_model_get_info", handle.pointer, ctypes.byref(raw))
     return ModelInfo(
         name=raw.name.decode(),
         architecture=raw.architecture.decode(),

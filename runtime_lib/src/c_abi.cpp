@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "generation.h"
@@ -14,6 +15,7 @@
 #include "status.h"
 
 struct hetcomp_model {
+  explicit hetcomp_model(std::shared_ptr<hetcomp::Model> loaded) : model(std::move(loaded)) {}
   std::shared_ptr<hetcomp::Model> model;
 };
 

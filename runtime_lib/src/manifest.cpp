@@ -240,7 +240,7 @@ std::filesystem::path locate(const std::filesystem::path& artifact, const Manife
   const std::filesystem::path root = std::filesystem::canonical(artifact, error);
   if (error)
     throw Error(HETCOMP_NOT_FOUND, "Cannot open " + artifact.string() + ": " + error.message() + ".");
-  const std::filesystem::path path = std::filesystem::canonical(artifact / file, error);
+  std::filesystem::path path = std::filesystem::canonical(artifact / file, error);
   if (error) {
     throw Error(HETCOMP_BAD_ARTIFACT, "The artifact " + artifact.string() + " lacks its file " + file + " (" +
                                           error.message() + "); copy the artifact anew.");
