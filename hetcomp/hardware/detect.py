@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetcomp.hardware.figures import Cache
 from hetcomp.hardware.limits import cpu_quota, memory_left
-from hetcomp.hardware.profile import Cache
 
 # /proc/cpuinfo flags that an instruction set needs, weakest first. avx2 and avx512 are the psABI levels v3 and
 # v4 that programs are built for; the others are reported for planning.

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hetcomp.hardware.profile import Gpu, Source
+from hetcomp.hardware.figures import Gpu, Source
 
 # CUdevice_attribute (cuda.h).
 _CLOCK_KHZ, _BUS_BITS, _MAJOR, _MINOR = 36, 37, 75, 76

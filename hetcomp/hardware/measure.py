@@ -21,16 +21,9 @@ from hetcomp import installed_runtime
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.compilers import CxxCompiler, find_cxx
 from hetcomp.hardware.detect import Machine, NodeFacts, detect_machine
+from hetcomp.hardware.figures import BandwidthPoint, KernelRate, NumaNode, Source
 from hetcomp.hardware.gpus import detect_gpus
-from hetcomp.hardware.profile import (
-    SCHEMA,
-    BandwidthPoint,
-    HardwareProfile,
-    KernelRate,
-    NumaNode,
-    Source,
-    parse_profile,
-)
+from hetcomp.hardware.profile import SCHEMA, HardwareProfile, parse_profile
 
 # The psABI levels that programs are built for.
 _MARCH = {"avx2": "x86-64-v3", "avx512": "x86-64-v4"}

@@ -2,97 +2,47 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
-from enum import StrEnum
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from hetcomp.errors import HetcompError
+from hetcomp.hardware.figures import (
+    Cache,
+    Calibration,
+    Disk,
+    Gpu,
+    KernelCurve,
+    KernelName,
+    KernelRate,
+    Microseconds,
+    Model,
+    NumaNode,
+    Source,
+    WorkingSetPoint,
+)
 
-SCHEMA = (1, 0)  # major: readers refuse another; minor: fields were added
+SCHEMA = (2, 0)  # major: readers refuse another; minor: fields were added
 
 # Estimated part of a data sheet's peak that is reached in practice: by reads of all cores together, and by GEMM.
 DATA_SHEET_READS = 0.8
 DATA_SHEET_FLOPS = 0.7
 
-Positive = Annotated[float, Field(gt=0)]
 
-
-class Source(StrEnum):
-    """Where a figure comes from. Measured and other figures are never mixed up."""
-
-    MEASURED = "measured"
-    DATA_SHEET = "data sheet"
-    ESTIMATE = "estimate"
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class BandwidthPoint(_Model):
-    """DRAM read bandwidth in 10^9 bytes a second with ``threads`` threads on the node's own memory."""
-
-    threads: int = Field(ge=1)
-    gb_per_s: Positive
-
-
-class NumaNode(_Model):
-    """One NUMA node. ``cores`` counts the physical cores that this process may use, ``cpus`` names the
-    logical ones. ``available_bytes`` is what can be allocated now, cgroup limits included."""
-
-    id: int = Field(ge=0)
-    cores: int = Field(ge=0)
-    cpus: tuple[int, ...] = ()
-    memory_bytes: int = Field(ge=0)
-    available_bytes: int = Field(ge=0)
-    read_bandwidth: tuple[BandwidthPoint, ...] = ()
-    source: Source
-
-
-class Cache(_Model):
-    """One kind of cache: bytes of one instance and how many of them the process can use."""
-
-    level: int = Field(ge=1)
-    type: str
-    bytes: int = Field(gt=0)
-    instances: int = Field(ge=1)
-
-
-class KernelRate(_Model):
-    """Speed of matrix kernels with weights of one format on one instruction set.
-
-    ``gflops_per_core``: GEMM on many rows with all cores busy, divided by their number.
-    ``bandwidth_fraction``: bytes of weights that a GEMV on one row streams, as a part of the node's read
-    bandwidth.
-    """
-
-    isa: str
-    weight_format: str
-    gflops_per_core: Positive
-    bandwidth_fraction: float = Field(gt=0, le=1)
-    source: Source
-
-
-class Gpu(_Model):
-    """One GPU: memory, its bandwidth and the host link's, in 10^9 bytes a second (None: not known)."""
-
-    name: str
-    memory_bytes: int = Field(gt=0)
-    compute_capability: tuple[int, int]
-    gb_per_s: Positive | None = None
-    link_gb_per_s: Positive | None = None
-    source: Source
-
-
-class HardwareProfile(_Model):
+class HardwareProfile(Model):
     """A machine. ``isas`` as hetcomp names them, weakest first; ``threads`` is how many the lanes run
-    (physical cores within the cgroup's CPU quota); ``barrier_us`` what it costs all of them to meet once."""
+    (physical cores within the cgroup's CPU quota); ``barrier_us`` what it costs all of them to meet once.
+
+    ``rates`` is the roofline that every profile has; ``curves`` are measurements of our own kernels, which take
+    precedence where they exist. ``cpu_quota`` and ``memory_limit_bytes`` are the cgroup's (None: none).
+    ``references`` says where each figure of a data sheet comes from, by the field's path (``gpus.0.gb_per_s``);
+    ``samples`` holds the raw readings of measured figures by the same paths. ``calibrations`` correct predictions.
+    """
 
     schema_version: tuple[int, int] = Field(default=SCHEMA, alias="schema")
     name: str = Field(min_length=1)
@@ -103,9 +53,17 @@ class HardwareProfile(_Model):
     nodes: tuple[NumaNode, ...] = Field(min_length=1)
     caches: tuple[Cache, ...] = ()
     rates: tuple[KernelRate, ...] = Field(min_length=1)
-    barrier_us: float = Field(ge=0)
+    curves: tuple[KernelCurve, ...] = ()
+    cached_reads: tuple[WorkingSetPoint, ...] = ()
+    barrier_us: Microseconds
     huge_pages: str = "unknown"
+    cpu_quota: float | None = Field(default=None, gt=0)
+    memory_limit_bytes: int | None = Field(default=None, ge=0)
     gpus: tuple[Gpu, ...] = ()
+    disk: Disk | None = None
+    calibrations: tuple[Calibration, ...] = ()
+    references: dict[str, str] = Field(default_factory=dict)
+    samples: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     measured_at: str | None = None
     origin: str = ""
 
@@ -179,6 +137,19 @@ class HardwareProfile(_Model):
         ids = [n.id for n in self.compute_nodes] if node is None else [node]
         derate = DATA_SHEET_FLOPS if rate.source is Source.DATA_SHEET else 1.0
         return rate.gflops_per_core * max(self.node_threads(i) for i in ids) * derate
+
+    def curve(self, kernel: KernelName, variant: str, weight_format: str, isa: str | None) -> KernelCurve | None:
+        """The measured curve of a kernel, None if there is none; ``isa`` None: the profile's last measured one."""
+        found = [
+            c
+            for c in self.curves
+            if (c.kernel, c.variant, c.weight_format) == (kernel, variant, weight_format) and isa in (None, c.isa)
+        ]
+        return found[-1] if found else None
+
+    def calibration(self, term: str) -> float:
+        """Factor on predicted times of ``term``; 1 without a calibration."""
+        return next((c.factor for c in reversed(self.calibrations) if c.term == term), 1.0)
 
     def available_bytes(self) -> int:
         """Memory that a model may take on all nodes together."""
@@ -256,7 +227,9 @@ def preset_names() -> tuple[str, ...]:
 
 def _preset(name: str) -> HardwareProfile:
     if name not in preset_names():
-        raise HetcompError(f"There is no hardware preset '{name}'; choose from {_preset_list()}.")
+        near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.4)
+        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
+        raise HetcompError(f"There is no hardware preset '{name}'{meant}; choose from {_preset_list()}.")
     path = resources.files("hetcomp.models_zoo") / "hardware" / f"{name}.json"
     return parse_profile(path.read_text(encoding="utf-8"), f"preset:{name}")
 

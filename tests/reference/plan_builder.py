@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hetcomp.hardware.profile import BandwidthPoint, HardwareProfile, KernelRate, NumaNode, Source
+from hetcomp.hardware.figures import BandwidthPoint, KernelRate, NumaNode, Source
+from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
 from hetcomp.ir.plan import (
     Call,

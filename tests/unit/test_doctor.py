@@ -21,8 +21,8 @@ from hetcomp.cli.doctor_checks import (
 )
 from hetcomp.hardware.compilers import find_cxx
 from hetcomp.hardware.detect import Machine, NodeFacts
+from hetcomp.hardware.figures import Gpu, Source
 from hetcomp.hardware.gpus import GpuDriver
-from hetcomp.hardware.profile import Gpu, Source
 
 
 def machine(**changes: object) -> Machine:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from hetcomp.hardware.profile import HardwareProfile, Source, load_profile, preset_names
+from hetcomp.hardware.figures import Source
+from hetcomp.hardware.profile import HardwareProfile, load_profile, preset_names
 from hetcomp.passes.pipeline import run_pipeline
 from tests.reference.plan_builder import context, profile, tiny_plan
 

@@ -12,15 +12,8 @@ import pytest
 from hetcomp.errors import HetcompError
 from hetcomp.hardware import measure
 from hetcomp.hardware.detect import Machine, NodeFacts
-from hetcomp.hardware.profile import (
-    DATA_SHEET_READS,
-    Cache,
-    HardwareProfile,
-    Source,
-    load_profile,
-    parse_profile,
-    preset_names,
-)
+from hetcomp.hardware.figures import Cache, Source
+from hetcomp.hardware.profile import DATA_SHEET_READS, HardwareProfile, load_profile, parse_profile, preset_names
 
 GIB = 1 << 30
 
@@ -36,7 +29,7 @@ def document(**changes: object) -> dict:
     }
     rate = {"isa": "avx2", "gflops_per_core": 50.0, "bandwidth_fraction": 0.9, "source": "measured"}
     return {
-        "schema": [1, 0],
+        "schema": [2, 0],
         "name": "test",
         "cpu": "a CPU",
         "isas": ["avx2"],
@@ -112,7 +105,7 @@ def test_a_wrong_entry_is_named_with_its_file(tmp_path, change, place):
     [
         ("{", "not valid JSON"),
         ("[]", "schema"),
-        (document(schema=[2, 0]), r"schema \[2, 0\], this hetcomp reads 1.x"),
+        (document(schema=[1, 0]), r"schema \[1, 0\], this hetcomp reads 2.x"),
     ],
 )
 def test_what_is_no_profile_is_refused(tmp_path, content, words):
