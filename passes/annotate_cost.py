@@ -44,7 +44,12 @@ def annotate_cost(plan: Plan, context: Context) -> Plan:
 
     Where the profile's figures are not measured, or were measured on a busy machine, a note says so.
     """
-    steps = phases(plan)
+    caveat = context.profile.caveat
+    return replace(cost_plan(plan, phases(plan), context), notes=(*plan.notes, caveat) if caveat else plan.notes)
+
+
+def cost_plan(plan: Plan, steps: tuple[Phase, ...], context: Context) -> Plan:
+    """The plan with every op's cost at each of ``steps``."""
 
     def cost_template(template: Template) -> Template:
         values = template.value_map()
@@ -56,11 +61,7 @@ def annotate_cost(plan: Plan, context: Context) -> Plan:
             ),
         )
 
-    caveat = context.profile.caveat
-    return replace(
-        plan.map_templates({t.name: cost_template(t) for t in plan.templates}),
-        notes=(*plan.notes, caveat) if caveat else plan.notes,
-    )
+    return plan.map_templates({t.name: cost_template(t) for t in plan.templates})
 
 
 def roofline_us(

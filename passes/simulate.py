@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hetcomp.ir.annotations import LaneShare, Placement, Timeline
 from hetcomp.ir.plan import Plan
-from hetcomp.passes.annotate_cost import phases
+from hetcomp.passes.annotate_cost import Phase, phases
 from hetcomp.passes.context import Context
 from hetcomp.passes.registry import plan_pass
 
@@ -19,12 +19,12 @@ def simulate(plan: Plan, context: Context) -> Plan:
     An op starts when its lane is free and its inputs are there; a barrier costs what the profile measured. An op
     sliced over NUMA nodes takes all of their lanes, each for its share of the work.
     """
-    timelines = tuple(_timeline(plan, i, context) for i in range(len(phases(plan))))
+    timelines = tuple(timeline(plan, i, step, context) for i, step in enumerate(phases(plan)))
     return replace(plan, timelines=timelines)
 
 
-def _timeline(plan: Plan, phase: int, context: Context) -> Timeline:
-    step = phases(plan)[phase]
+def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:
+    """The simulated step whose costs are entry ``phase`` of every op's."""
     free: dict[str, float] = defaultdict(float)
     busy: dict[str, float] = defaultdict(float)
     roles: dict[str, float] = defaultdict(float)
