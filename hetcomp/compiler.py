@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +27,14 @@ from hetcomp.backends.tvm import support_source
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
+from hetcomp.ir.annotations import Mix
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import to_json
 from hetcomp.passes.context import Context, FormatRequest
+from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
+from hetcomp.passes.phases import default_mix
+from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
 from hetcomp.progress import ProgressSink, QuietProgress
 
@@ -47,14 +51,35 @@ MAX_STEP_TOKENS = 512
 MAX_LOGIT_ROWS = 64
 
 
+# Largest step where a GPU takes part: weights that are streamed to it pay only when many tokens share them
+# (FreeToken streams whole layers for chunks of 4,096 and more).
+MAX_GPU_STEP_TOKENS = 4096
+
+
 @dataclass(frozen=True)
 class Planned:
-    """A model after the passes: what `hetcomp-plan` shows and what the backends generate from."""
+    """A model after the passes: what `hetcomp-plan` shows and what the backends generate from. ``seconds`` is the
+    time that each pass took."""
 
     plan: Plan
     imported: frontend.Imported
     target: CpuTarget
     profile: HardwareProfile
+    context: Context
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class PlanWishes:
+    """What a user may ask of placement. mix: prompt, answer and batch to optimise for. vram: bytes of each GPU that may
+    be used, pinned_bytes: of pinned host memory. pins: ``ROLE[@LAYERS]=DEVICE`` each. statistics: path of a file of
+    expert statistics, or ``PATH#DOMAIN``."""
+
+    mix: Mix | None = None
+    vram: int | None = None
+    pinned_bytes: int | None = None
+    pins: Sequence[str] = ()
+    statistics: str | None = None
 
 
 def plan_model(
@@ -65,33 +90,98 @@ def plan_model(
     max_batch: int = 1,
     formats: str | Mapping[str, str] = "auto",
     isa: Sequence[str] | None = None,
+    wishes: PlanWishes | None = None,
+    planning: bool = True,
     stop_after: str | None = None,
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Planned:
-    """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`."""
+    """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
+
+    planning: nothing will be generated from the plan; the profile's GPUs and formats without kernels may be used.
+    """
     progress = progress or QuietProgress()
-    request = FormatRequest.parse(formats)
+    wishes = wishes or PlanWishes()
+    request = FormatRequest.parse(formats, planning=planning)
     progress.stage("measure hardware" if hw_profile == "auto" else "read hardware profile")
     profile = hw_profile if isinstance(hw_profile, HardwareProfile) else load_profile(str(hw_profile))
     target = CpuTarget(_choose_isas(isa, profile), default_backends())
+    context = Context(
+        profile,
+        None,
+        target,
+        request,
+        isa=target.isas[0].value,
+        planning=planning,
+        use_gpus=planning and bool(profile.gpus),
+        vram=wishes.vram,
+        pinned_bytes=wishes.pinned_bytes,
+        pins=tuple(parse_pin(pin) for pin in wishes.pins),
+        statistics=_statistics(wishes.statistics),
+    )
+    mix = wishes.mix
     progress.stage("trace")
     imported = frontend.load(
         model,
-        context_length=context_length,
+        context_length=_context_length(context_length, mix),
         default_context=DEFAULT_CONTEXT,
-        max_batch=max_batch,
-        max_tokens=MAX_STEP_TOKENS,
+        max_batch=max(max_batch, mix.batch if mix else 1),
+        max_tokens=min(MAX_GPU_STEP_TOKENS, max(MAX_STEP_TOKENS, mix.prompt if mix else 0))
+        if context.use_gpus
+        else MAX_STEP_TOKENS,
         max_logit_rows=MAX_LOGIT_ROWS,
     )
-    progress.stage("plan")
-    context = Context(profile, imported.checkpoint, target, request, isa=target.isas[0].value)
-    plan = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir)
+    context = replace(context, checkpoint=imported.checkpoint)
+    imported = replace(imported, plan=replace(imported.plan, mix=mix or default_mix(imported.plan.dim("context").max)))
+    _check_mix(imported.plan)
     if imported.unused:
         progress.warn(
             f"{len(imported.unused)} tensors of the checkpoint are not used, the first is {imported.unused[0]}"
         )
-    return Planned(plan, imported, target, profile)
+    progress.stage("plan")
+    return _run_passes(imported, context, target, stop_after, dump_dir)
+
+
+def replan(planned: Planned, profile: HardwareProfile) -> Planned:
+    """The same model and wishes on another machine; nothing is traced again."""
+    context = replace(planned.context, profile=profile, use_gpus=planned.context.planning and bool(profile.gpus))
+    return _run_passes(planned.imported, context, planned.target, None, None)
+
+
+def _run_passes(
+    imported: frontend.Imported, context: Context, target: CpuTarget, stop_after: str | None, dump_dir: Path | None
+) -> Planned:
+    seconds: dict[str, float] = {}
+    plan = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir, seconds=seconds)
+    return Planned(plan, imported, target, context.profile, context, seconds)
+
+
+def _context_length(wanted: int | None, mix: Mix | None) -> int | None:
+    """The user's; else what the mix needs where that is more than the default."""
+    if wanted is not None or mix is None:
+        return wanted
+    needed = mix.prompt + mix.answer
+    return needed if needed > DEFAULT_CONTEXT else None
+
+
+def _check_mix(plan: Plan) -> None:
+    mix, context = plan.mix, plan.dim("context").max
+    if mix is not None and mix.prompt + mix.answer > context:
+        raise HetcompError(
+            f"A prompt of {mix.prompt} and an answer of {mix.answer} tokens do not fit into a context of {context}; "
+            "give a longer --context or shorter texts."
+        )
+
+
+def _statistics(spec: str | None) -> ExpertStatistics | None:
+    if spec is None:
+        return None
+    name, _, domain = spec.partition("#")
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HetcompError(f"Expert statistics {name} cannot be read: {error}.") from None
+    return parse_statistics(text, name, domain or None)
 
 
 def compile(
@@ -126,6 +216,7 @@ def compile(
         max_batch=max_batch,
         formats=formats,
         isa=isa,
+        planning=False,
         dump_dir=dump_dir,
         progress=progress,
     )

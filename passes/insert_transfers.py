@@ -23,31 +23,42 @@ def memory_of(device: str) -> str:
 def insert_transfers(plan: Plan, context: Context) -> Plan:
     """Gives every placement pattern of a template a template of its own and inserts transfers into it.
 
-    A value handed between calls lives in CPU memory. Where all ops share one memory nothing changes.
+    A value handed between calls stays in the memory of the op that wrote it; the next call's template moves it where
+    its readers need it elsewhere. Inputs (ids, positions) lie in mapped host memory that every device reads. The
+    experts of one op that live on other devices get their input and return their sum within the op. Where all ops
+    share one memory nothing changes.
     """
-    patterns: dict[str, dict[Devices, str]] = defaultdict(dict)
+    patterns: dict[str, dict[tuple[Devices, Devices], str]] = defaultdict(dict)
+    home = {v.id: "cpu" for v in plan.values}
     calls = []
     for call in plan.calls:
+        template = plan.template(call.template)
         devices = tuple(memory_of(p.device) for _, p in call.placements)
+        inputs = tuple(home[a] for a in call.args)
         names = patterns[call.template]
-        name = names.setdefault(devices, call.template if not names else f"{call.template}_{len(names)}")
+        name = names.setdefault((devices, inputs), call.template if not names else f"{call.template}_{len(names)}")
+        written = {out: memory for op, memory in zip(template.ops, devices, strict=True) for out in op.outputs}
+        for formal, actual in zip(template.results, call.results, strict=True):
+            kind = template.value(formal).kind
+            home[actual] = "cpu" if kind is ValueKind.OUTPUT else written.get(formal, home.get(actual, "cpu"))
         calls.append(replace(call, template=name))
     templates: list[Template] = []
     placed: dict[str, dict[str, str]] = {}
     for template in plan.templates:
-        for devices, name in patterns[template.name].items():
+        for (devices, inputs), name in patterns[template.name].items():
             where = dict(zip((op.id for op in template.ops), devices, strict=True))
-            done, placed[name] = _insert(replace(template, name=name), where)
+            homes = dict(zip(template.params, inputs, strict=True))
+            done, placed[name] = _insert(replace(template, name=name), where, homes)
             templates.append(done)
     return replace(
         plan, templates=tuple(templates), calls=tuple(_place_transfers(c, placed[c.template]) for c in calls)
     )
 
 
-def _insert(template: Template, where: dict[str, str]) -> tuple[Template, dict[str, str]]:
+def _insert(template: Template, where: dict[str, str], params: dict[str, str]) -> tuple[Template, dict[str, str]]:
     """The template with transfers, and the memory that each inserted transfer writes to."""
     values = template.value_map()
-    home = {v.id: "cpu" for v in template.values}
+    home = {v.id: params.get(v.id, "cpu") for v in template.values}
     copies: dict[tuple[str, str], str] = {}
     new_values: list[Value] = []
     new_ops: list[Op] = []
@@ -74,14 +85,13 @@ def _insert(template: Template, where: dict[str, str]) -> tuple[Template, dict[s
     for op in template.ops:
         target = where[op.id]
         inputs = tuple(
-            move(n, target, op) if values[n].kind in (ValueKind.ACT, ValueKind.INPUT) and home[n] != target else n
-            for n in op.inputs
+            move(n, target, op) if values[n].kind is ValueKind.ACT and home[n] != target else n for n in op.inputs
         )
         new_ops.append(replace(op, inputs=inputs))
         for name in op.outputs:
             home[name] = target
     for name in template.results:
-        if home[name] != "cpu":
+        if home[name] != "cpu" and values[name].kind is ValueKind.OUTPUT:
             # The result is written by its transfer under the old name; the op writes to the device's copy.
             _return_result(name, home[name], template, new_ops, new_values, inserted)
     return replace(template, values=(*template.values, *new_values), ops=tuple(new_ops)), inserted

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetcomp.errors import HetcompError
+from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.plan import Plan, ValueKind
-from hetcomp.passes.choose_formats import weight_role
+from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
 from hetcomp.passes.context import Context
 
 
@@ -42,16 +43,72 @@ def memory_table(plan: Plan, context: Context) -> tuple[MemoryRow, ...]:
 
 
 def refuse_if_too_large(plan: Plan, context: Context) -> None:
-    """Raises HetcompError with the byte table if the plan needs more memory than the profile says is free."""
+    """Raises HetcompError with the byte table, and the nearest plans that would fit, if the plan needs more memory than
+    the profile says is free on all devices that take part."""
     rows = memory_table(plan, context)
     need = sum(row.bytes for row in rows)
-    free = context.profile.available_bytes()
-    if need <= free:
-        return
-    lines = [f"  {row.what:<44} {row.bytes:>18,} bytes" for row in (*rows, MemoryRow("needed", need))]
-    lines.append(f"  {'free on ' + context.profile.name:<44} {free:>18,} bytes")
-    lines.append(f"  {'missing':<44} {need - free:>18,} bytes")
-    raise HetcompError(
-        f"{plan.model.name} does not fit into memory; nothing was read. Use a shorter --context, a smaller --batch, "
-        "or --formats bf16:\n" + "\n".join(lines)
+    limits = _limits(context)
+    free = sum(row.bytes for row in limits)
+    if need > free:
+        missing = MemoryRow("missing", need - free)
+        raise HetcompError(
+            f"{plan.model.name} does not fit into memory; nothing was read. {_nearest(plan, context, need, free)}\n"
+            + _lines([*rows, MemoryRow("needed", need), *limits, missing])
+        )
+
+
+def refuse_placement(plan: Plan, context: Context, limits: tuple[MemoryRow, ...], message: str) -> HetcompError:
+    """Why the solver found no placement although the sum of all memories would do: the limits that it had to keep."""
+    rows = memory_table(plan, context)
+    need = sum(row.bytes for row in rows)
+    why = "with these pins " if context.pins else ""
+    return HetcompError(
+        f"{plan.model.name} cannot be placed {why}within each device's memory ({message}); nothing was read. "
+        f"{'Loosen a pin, or ' if context.pins else ''}{_nearest(plan, context, need, need - 1)}\n"
+        + _lines([*rows, MemoryRow("needed", need), *limits])
     )
+
+
+def _limits(context: Context) -> tuple[MemoryRow, ...]:
+    gpus = context.profile.gpus if context.use_gpus else ()
+    cpu = MemoryRow(f"free on {context.profile.name}", context.profile.available_bytes())
+    return (cpu, *(MemoryRow(f"free on gpu:{i}, {g.name}", gpu_limit(g, context)) for i, g in enumerate(gpus)))
+
+
+def gpu_limit(gpu: Gpu, context: Context) -> int:
+    """Bytes of the GPU that a plan may use: what is free, at most the user's limit."""
+    free = gpu.memory_bytes if gpu.free_bytes is None else gpu.free_bytes
+    return min(free, context.vram) if context.vram is not None else free
+
+
+def _lines(rows: list[MemoryRow]) -> str:
+    return "\n".join(f"  {row.what:<52} {row.bytes:>20,} bytes" for row in rows)
+
+
+def _nearest(plan: Plan, context: Context, need: int, free: int) -> str:
+    """The smallest changes with which the sum would fit: another format, a shorter context, more memory."""
+    ways = []
+    for form in context.nearest_formats:
+        size = _bytes_in(plan, context, form)
+        if size < need and size <= free:
+            ways.append(f"with --formats {form} ({size / 1e9:.1f} GB)")
+            break
+    dims = plan.max_dims()
+    cache = sum(v.type.bytes(dims) for v in plan.values if v.kind is ValueKind.STATE)
+    length = dims["context"]
+    while length > 256 and cache:
+        length //= 2
+        if need - cache + cache * length // dims["context"] <= free:
+            ways.append(f"with --context {length}")
+            break
+    ways.append(f"with {(need - free) / 1e9:.1f} GB more memory")
+    return f"It would fit {', or '.join(ways)}."
+
+
+def _bytes_in(plan: Plan, context: Context, form: str) -> int:
+    """Bytes of the plan with all packed matrices in ``form``."""
+    size = sum(row.bytes for row in memory_table(plan, context))
+    for value in plan.values:
+        if value.kind is ValueKind.WEIGHT and value.type.layout != ROW_MAJOR and value.format != form:
+            size += context.target.packed_bytes(replace(value, format=form)) - context.target.packed_bytes(value)
+    return size

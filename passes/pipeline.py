@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from hetcomp.errors import HetcompError
@@ -45,10 +46,18 @@ def _check_order() -> None:
 _check_order()
 
 
-def run_pipeline(plan: Plan, context: Context, *, stop_after: str | None = None, dump_dir: Path | None = None) -> Plan:
+def run_pipeline(
+    plan: Plan,
+    context: Context,
+    *,
+    stop_after: str | None = None,
+    dump_dir: Path | None = None,
+    seconds: dict[str, float] | None = None,
+) -> Plan:
     """Runs the passes in order, verifying the plan before the first and after each.
 
-    stop_after: name of the last pass to run. dump_dir: folder for numbered text dumps, one a pass.
+    stop_after: name of the last pass to run. dump_dir: folder for numbered text dumps, one a pass. seconds: is told how
+    long each pass took.
     Raises HetcompError if a pass refuses, or names a pass that breaks the plan (with the passes already run).
     """
     names = [p.name for p in PIPELINE]
@@ -59,7 +68,10 @@ def run_pipeline(plan: Plan, context: Context, *, stop_after: str | None = None,
     if stop_after == "lower":
         return plan
     for i, plan_pass in enumerate(PIPELINE):
+        start = time.perf_counter()
         plan = plan_pass(plan, context)
+        if seconds is not None:
+            seconds[plan_pass.name] = time.perf_counter() - start
         _checked(plan, plan_pass.name, tuple(names[:i]))
         _dump(plan, dump_dir, i + 1, plan_pass.name)
         if plan_pass.name == stop_after:

@@ -2,109 +2,133 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import replace
 
-from hetcomp.ir import ops
-from hetcomp.ir.annotations import ExpertPlacement, Placement
-from hetcomp.ir.plan import Call, Op, Plan, ValueKind
+from hetcomp.errors import HetcompError
+from hetcomp.ir.annotations import ExpertPlacement, Placement, Solution
+from hetcomp.ir.plan import Plan
 from hetcomp.passes.context import Context
-from hetcomp.passes.memory_table import refuse_if_too_large
+from hetcomp.passes.expert_statistics import UNIFORM, check_statistics
+from hetcomp.passes.memory_table import MemoryRow, refuse_if_too_large, refuse_placement
+from hetcomp.passes.pins import Pin
+from hetcomp.passes.placement_greedy import assignment_us, greedy
+from hetcomp.passes.placement_milp import Assignment, PlacementModel
+from hetcomp.passes.placement_problem import ExpertSet, Problem, placement_problem
 from hetcomp.passes.registry import plan_pass
-
-
-@dataclass
-class Device:
-    """A candidate: its memory left for weights and states, and its speed relative to the profile's CPU."""
-
-    name: str
-    free_bytes: float
-    speed: float
 
 
 @plan_pass(requires=("costed",), establishes=("placed",))
 def place(plan: Plan, context: Context) -> Plan:
-    """Sets ``placements`` of every call.
+    """Sets ``placements`` of every call and the plan's ``solution``.
 
-    Every op goes to the device that finishes it first among those with room for its weights and states; experts
-    are split over the devices by the same rule, one by one. Candidates are the profile's NUMA nodes. GPUs of the
-    profile are named in a note: code for them cannot be generated yet.
-    Raises HetcompError with a byte table if the plan does not fit into the memory of all devices together.
+    Minimises the predicted time of the plan's mix over GPU, CPU and streamed weights with HiGHS, within the memory of
+    every device, the pinned memory and the user's pins (see placement_milp). Weights on the CPU are cut over the NUMA
+    nodes by slice_numa; whole experts go to single nodes only where the cut does not fit. GPUs take part if the
+    context says so: code for them cannot be generated yet.
+    Raises HetcompError with a byte table if the plan does not fit, and if pins contradict or cannot be met.
     """
+    _check_pins(context.pins, plan, context)
+    if context.statistics is not None:
+        check_statistics(context.statistics, plan)
     refuse_if_too_large(plan, context)
-    devices = [
-        Device(f"cpu:{node.id}", float(node.available_bytes), context.profile.bandwidth(node.id))
-        for node in context.profile.compute_nodes
-    ]
-    notes = tuple(
+    notes = () if context.use_gpus else _unused_gpus(context)
+    problem = placement_problem(plan, context)
+    if not problem.gpu_bytes and len(problem.node_share) == 1:
+        # One memory and one lane: there is nothing to decide.
+        return _write(plan, context, problem, greedy(problem), None, notes)
+    assignment, solved = PlacementModel(problem).solve()
+    if assignment is None and len(problem.node_share) > 1:
+        assignment, solved = PlacementModel(problem, whole_nodes=True).solve()
+    if assignment is None:
+        raise refuse_placement(plan, context, _limits(problem, context), solved.message)
+    solution = Solution(
+        method="HiGHS",
+        objective_us=solved.objective,
+        bound_us=solved.bound,
+        greedy_us=assignment_us(problem, greedy(problem)),
+        gap=solved.gap,
+        statistics=context.statistics.name if context.statistics else UNIFORM,
+    )
+    return _write(plan, context, problem, assignment, solution, notes)
+
+
+def _limits(problem: Problem, context: Context) -> tuple[MemoryRow, ...]:
+    nodes = zip(context.profile.compute_nodes, problem.node_bytes, strict=True)
+    rows = [MemoryRow(f"free on CPU node {node.id}", free) for node, free in nodes]
+    rows += [MemoryRow(f"usable on gpu:{i} (without its runtime's)", free) for i, free in enumerate(problem.gpu_bytes)]
+    return (*rows, MemoryRow("workspace of every device in use", problem.workspace_bytes))
+
+
+def _unused_gpus(context: Context) -> tuple[str, ...]:
+    return tuple(
         f"GPU {gpu.name} is not used: this version generates code for CPUs only" for gpu in context.profile.gpus
     )
-    resident: set[str] = set()
-    calls = tuple(_place_call(plan, call, devices, resident, context) for call in plan.calls)
-    return replace(plan, calls=calls, notes=(*plan.notes, *notes))
 
 
-def _place_call(plan: Plan, call: Call, devices: list[Device], resident: set[str], context: Context) -> Call:
-    template = plan.template(call.template)
-    placements = []
-    for op in template.ops:
-        need = _new_bytes(plan, call, op, resident, context)
-        if isinstance(op.attrs, ops.MoeExperts) and len(devices) > 1:
-            experts = _place_experts(op.attrs.experts, need, devices)
-            placements.append((op.id, Placement(experts[0].device, experts)))
-            continue
-        device = _fastest(devices, need, op)
-        device.free_bytes -= need
-        experts = ()
-        if isinstance(op.attrs, ops.MoeExperts):
-            experts = (ExpertPlacement(0, op.attrs.experts - 1, device.name),)
-        placements.append((op.id, Placement(device.name, experts)))
-    return replace(call, placements=tuple(placements))
+def _check_pins(pins: tuple[Pin, ...], plan: Plan, context: Context) -> None:
+    count = len(context.profile.gpus) if context.use_gpus else 0
+    for pin in pins:
+        kind, _, number = pin.device.partition(":")
+        if kind == "gpu" and int(number) >= count:
+            have = f"it has {count} GPU{'s' if count != 1 else ''}" if context.use_gpus else "code is for CPUs only"
+            raise HetcompError(
+                f"Pin '{pin.text}' names {pin.device}, which profile {context.profile.name} does not offer ({have})."
+            )
+        ops = ((op, call.layer) for call in plan.calls for op in plan.template(call.template).ops)
+        if not any(pin.matches(op, layer) for op, layer in ops):
+            roles = sorted({op.role or op.kind for t in plan.templates for op in t.ops})
+            raise HetcompError(
+                f"Pin '{pin.text}' matches no op of {plan.model.name} ({plan.model.layers} layers); its roles are "
+                f"{', '.join(roles)}."
+            )
 
 
-def _fastest(devices: list[Device], need: float, op: Op) -> Device:
-    """The device with room that finishes the op first; if none has room, the one with most (the sum fits, and the
-    OS lets an allocation spill over to other nodes)."""
-    assert op.cost is not None
-    decode = op.cost.phases[0].us
-    with_room = [d for d in devices if d.free_bytes >= need]
-    if not with_room:
-        return max(devices, key=lambda d: d.free_bytes)
-    return min(with_room, key=lambda d: (decode / d.speed, -d.free_bytes))
+def _write(
+    plan: Plan,
+    context: Context,
+    problem: Problem,
+    assignment: Assignment,
+    solution: Solution | None,
+    notes: tuple[str, ...],
+) -> Plan:
+    main = f"cpu:{context.profile.compute_nodes[problem.main].id}"
+    placed: dict[int, dict[str, Placement]] = defaultdict(dict)
+    for index, group in enumerate(problem.groups):
+        device = assignment.groups[index]
+        placement = Placement(main if device == "cpu" else device, streamed=index in assignment.streamed)
+        for op in group.ops:
+            placed[group.call][op] = placement
+    for e, counts in zip(problem.experts, assignment.experts, strict=True):
+        spine = assignment.groups[e.spine]
+        runs = _expert_runs(e, counts, context, main)
+        placed[e.call][e.op] = Placement(main if spine == "cpu" else spine, runs)
+    calls = []
+    for index, call in enumerate(plan.calls):
+        order = [op.id for op in plan.template(call.template).ops]
+        calls.append(replace(call, placements=tuple((op, placed[index][op]) for op in order)))
+    return replace(plan, calls=tuple(calls), solution=solution, notes=(*plan.notes, *notes))
 
 
-def _place_experts(experts: int, need: float, devices: list[Device]) -> tuple[ExpertPlacement, ...]:
-    """Runs of experts in proportion to the devices' bandwidths, cut where a device is full."""
-    each = need / experts
-    total = sum(d.speed for d in devices)
-    runs, first = [], 0
-    for i, device in enumerate(devices):
-        left = experts - first
-        want = left if i == len(devices) - 1 else round(experts * device.speed / total)
-        count = max(0, min(left, want, int(device.free_bytes // each) if i < len(devices) - 1 else left))
-        if count:
-            device.free_bytes -= count * each
-            runs.append(ExpertPlacement(first, first + count - 1, device.name))
-            first += count
-    return tuple(runs)
-
-
-def _new_bytes(plan: Plan, call: Call, op: Op, resident: set[str], context: Context) -> float:
-    """Bytes of the op's weights and states that no op before it has brought in; they are added to ``resident``
-    (tied embeddings count once)."""
-    template = plan.template(call.template)
-    actual = dict(zip(template.params, call.args, strict=True))
-    values = plan.value_map()
-    dims = plan.max_dims()
-    need = 0.0
-    for name in op.inputs:
-        value = values.get(actual.get(name, ""))
-        if value is None or value.id in resident:
-            continue
-        if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
-            need += context.target.packed_bytes(value)
-        elif value.kind is ValueKind.STATE:
-            need += value.type.bytes(dims)
+def _expert_runs(
+    e: ExpertSet, counts: tuple[dict[str, int], ...], context: Context, main: str
+) -> tuple[ExpertPlacement, ...]:
+    """Experts by number, neighbours with one fate joined. Within a class the lowest numbers go to the GPU."""
+    nodes = context.profile.compute_nodes
+    fate: dict[int, tuple[str, str | None]] = {}
+    for cls, options in zip(e.classes, counts, strict=True):
+        members = iter(cls.members)
+        for option in sorted(options, key=lambda o: ({"gpu": 0, "stream": 1}.get(o.partition(":")[0], 2), o)):
+            kind, _, number = option.partition(":")
+            home = option if kind == "gpu" else (f"cpu:{nodes[int(number)].id}" if kind == "cpu" and number else main)
+            for _ in range(options[option]):
+                fate[next(members)] = (home, f"gpu:{number}" if kind == "stream" else None)
+    runs: list[ExpertPlacement] = []
+    for expert in sorted(fate):
+        device, streamed = fate[expert]
+        last = runs[-1] if runs else None
+        if last is not None and (last.device, last.streamed_to) == (device, streamed):
+            runs[-1] = replace(last, last=expert)
         else:
-            continue
-        resident.add(value.id)
-    return need
+            runs.append(ExpertPlacement(expert, expert, device, streamed))
+    return tuple(runs)

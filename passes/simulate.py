@@ -3,69 +3,126 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from hetcomp.ir.annotations import LaneShare, Placement, Timeline
+import numpy as np
+
+from hetcomp.ir.annotations import LaneShare, Timeline
+from hetcomp.ir.events import Event
 from hetcomp.ir.plan import Plan
-from hetcomp.passes.annotate_cost import Phase, phases
 from hetcomp.passes.context import Context
+from hetcomp.passes.device_time import joint_gb_per_s
+from hetcomp.passes.lane_engine import Run, Task, run_lanes
+from hetcomp.passes.lane_tasks import StepTasks
+from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.registry import plan_pass
+
+# Routings drawn for a step of few tokens, where lanes race; the mean's error is then about a percent.
+SAMPLES = 24
+# With more tokens the numbers hardly vary.
+SAMPLES_OF_MANY = 4
+CRITICAL_ENTRIES = 12
+
+
+@dataclass(frozen=True)
+class _Sample:
+    tasks: Sequence[Task]
+    run: Run
 
 
 @plan_pass(requires=("memory_planned",), establishes=("simulated",))
 def simulate(plan: Plan, context: Context) -> Plan:
-    """Sets ``timelines``: a discrete-event simulation of in-order lanes.
+    """Sets ``timelines``: a discrete-event simulation of in-order lanes (CPU nodes, GPUs, their copy engines).
 
-    An op starts when its lane is free and its inputs are there; a barrier costs what the profile measured. An op
-    sliced over NUMA nodes takes all of their lanes, each for its share of the work.
+    An op starts when its lane is free and its inputs are there; barriers and hand-shakes cost what the profile says;
+    reads of CPU cores and copies share the memory's bandwidth. Where experts live on several devices, routings are
+    sampled and the mean is taken, because the mean of the slower lane is not the slower lane's mean.
     """
-    timelines = tuple(timeline(plan, i, step, context) for i, step in enumerate(phases(plan)))
-    return replace(plan, timelines=timelines)
+    return replace(plan, timelines=tuple(timeline(plan, i, step, context) for i, step in enumerate(phases(plan))))
 
 
 def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:
     """The simulated step whose costs are entry ``phase`` of every op's."""
-    free: dict[str, float] = defaultdict(float)
-    busy: dict[str, float] = defaultdict(float)
-    roles: dict[str, float] = defaultdict(float)
-    ready: dict[str, float] = defaultdict(float)  # by plan value
-    for index, call in enumerate(plan.calls):
-        template = plan.template(call.template)
-        formals = (*template.params, *template.results)
-        names = dict(zip(formals, (*call.args, *call.results), strict=True))
-        placements = dict(call.placements)
-        for op in template.ops:
-            assert op.schedule is not None
-            cost = op.cost.phases[phase].us if op.cost else context.profile.barrier_us
-            cost += context.profile.barrier_us if op.schedule.barrier_before else 0.0
-            shares = _lanes(placements[op.id])
-            inputs = [ready[names.get(i, f"{index}.{i}")] for i in op.inputs]
-            start = max([*inputs, *(free[lane] for lane in shares)])
-            for lane, share in shares.items():
-                busy[lane] += cost * share
-                free[lane] = start + cost * max(shares.values())
-            for output in op.outputs:
-                ready[names.get(output, f"{index}.{output}")] = start + cost * max(shares.values())
-            roles[op.role or op.kind] += cost * max(shares.values())
-    total = max(free.values(), default=0.0)
+    samples = _samples(plan, phase, step, context)
+    totals = [s.run.total_us for s in samples]
+    middle = samples[int(np.argsort(totals, kind="stable")[len(totals) // 2])]
+    total = float(np.mean(totals))
     return Timeline(
         phase=step.name,
         tokens=step.tokens,
         total_us=total,
         tokens_per_s=step.tokens / total * 1e6 if total else 0.0,
-        lanes=tuple(LaneShare(lane, us) for lane, us in sorted(busy.items())),
-        roles=tuple(sorted(roles.items(), key=lambda item: -item[1])),
+        lanes=tuple(LaneShare(lane, us) for lane, us in sorted(_lane_times(samples).items())),
+        roles=tuple(sorted(_role_times(samples).items(), key=lambda item: -item[1])),
+        critical=_critical(middle),
+        low_us=float(np.percentile(totals, 10)),
+        high_us=float(np.percentile(totals, 90)),
     )
 
 
-def _lanes(placement: Placement) -> dict[str, float]:
-    """Lanes that the op occupies and their share of its work: by slices of the weights, by whole experts, or all
-    of it. The op's cost is that of one node, so a share of 1/2 on each of two nodes takes half the time."""
-    if len(placement.slices) > 1:
-        parts = [(f"cpu:{piece.node}", piece.stop - piece.start) for piece in placement.slices]
-    else:
-        parts = [(run.device, run.last - run.first + 1) for run in placement.experts]
-    if len(parts) < 2:
-        return {placement.device: 1.0}
-    total = sum(extent for _, extent in parts)
-    return {lane: extent / total for lane, extent in parts}
+def trace(plan: Plan, phase: int, step: Phase, context: Context) -> tuple[Event, ...]:
+    """What happens when in the sample whose total is the median."""
+    samples = _samples(plan, phase, step, context)
+    totals = [s.run.total_us for s in samples]
+    sample = samples[int(np.argsort(totals, kind="stable")[len(totals) // 2])]
+    critical = set(sample.run.critical())
+    run = sample.run
+    return tuple(
+        Event(_name(task), task.role, task.layer, task.lane, run.start[i], run.end[i] - run.start[i], i in critical)
+        for i, task in enumerate(sample.tasks)
+    )
+
+
+def _samples(plan: Plan, phase: int, step: Phase, context: Context) -> list[_Sample]:
+    builder = StepTasks(plan, phase, step, context)
+    joint = joint_gb_per_s(context.profile)
+    first = builder.tasks(0)
+    samples = [_Sample(first, run_lanes(first, joint))]
+    if _races(plan, context):
+        for seed in range(1, SAMPLES if step.tokens <= 64 else SAMPLES_OF_MANY):
+            tasks = builder.tasks(seed)
+            samples.append(_Sample(tasks, run_lanes(tasks, joint)))
+    return samples
+
+
+def _races(plan: Plan, context: Context) -> bool:
+    """Whether the routing changes the step's time."""
+    runs = (run for call in plan.calls for _, placement in call.placements for run in placement.experts)
+    homes = {run.device.partition(":")[0] for run in runs}
+    return bool(homes) and (homes != {"cpu"} or context.statistics is not None)
+
+
+def _lane_times(samples: Sequence[_Sample]) -> dict[str, float]:
+    sums: dict[str, float] = defaultdict(float)
+    for sample in samples:
+        for i, task in enumerate(sample.tasks):
+            sums[task.lane] += (sample.run.end[i] - sample.run.start[i]) / len(samples)
+    return sums
+
+
+def _role_times(samples: Sequence[_Sample]) -> dict[str, float]:
+    """Time by role; of an op that occupies several lanes at once the longest, so that CPU-only times add up."""
+    sums: dict[str, float] = defaultdict(float)
+    for sample in samples:
+        spans: dict[tuple[str, int | None, float], float] = {}
+        for i, task in enumerate(sample.tasks):
+            key = (task.role, task.layer, sample.run.start[i])
+            spans[key] = max(spans.get(key, 0.0), sample.run.end[i] - sample.run.start[i])
+        for (role, _, _), us in spans.items():
+            sums[role] += us / len(samples)
+    return sums
+
+
+def _critical(sample: _Sample) -> tuple[tuple[str, float], ...]:
+    several = len({task.lane for task in sample.tasks}) > 1
+    sums: dict[str, float] = defaultdict(float)
+    for i in sample.run.critical():
+        task = sample.tasks[i]
+        name = f"{task.role} on {task.lane}" if several else task.role
+        sums[name] += sample.run.end[i] - sample.run.start[i]
+    return tuple(sorted(sums.items(), key=lambda item: -item[1])[:CRITICAL_ENTRIES])
+
+
+def _name(task: Task) -> str:
+    return task.role if task.layer is None else f"layer {task.layer} {task.role}"

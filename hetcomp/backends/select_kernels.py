@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetcomp.backends import packing
 from hetcomp.backends.cpu import CpuBackend
@@ -29,7 +29,7 @@ class CpuTarget:
         """Largest scratch memory over the instruction sets (one plan serves them all)."""
         needs = []
         for isa in self.isas:
-            ask = request(op, template, isa, dims)
+            ask = _with_kernels(request(op, template, isa, dims))
             needs.append(choose(self.backends, ask).workspace_bytes(ask))
         return max(needs)
 
@@ -52,6 +52,12 @@ def request(op: Op, template: Template, isa: Isa, dims: Mapping[str, int]) -> Ke
         isa=isa,
         dims=dict(dims),
     )
+
+
+def _with_kernels(ask: KernelRequest) -> KernelRequest:
+    """The request with bf16 in place of formats that are only planned with: their kernels need about the same."""
+    inputs = tuple(replace(v, format="bf16") if v.format in packing.PLANNED_BITS else v for v in ask.inputs)
+    return replace(ask, inputs=inputs)
 
 
 def choose(backends: Sequence[KernelBackend], ask: KernelRequest) -> KernelBackend:

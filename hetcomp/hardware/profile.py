@@ -123,6 +123,9 @@ class HardwareProfile(Model):
     def rate(self, weight_format: str, isa: str | None = None) -> KernelRate:
         """The rate of a format on ``isa`` (None: the fastest). Raises HetcompError if none is known."""
         known = [r for r in self.rates if r.weight_format == weight_format and isa in (None, r.isa)]
+        if not known and weight_format in ("q8", "fp8", "q4", "mxfp4"):
+            # Formats that can be planned before their kernels exist: dequantised to bf16, at bf16's rates.
+            known = [r for r in self.rates if r.weight_format == "bf16" and isa in (None, r.isa)]
         if not known:
             where = f" on {isa}" if isa else ""
             raise HetcompError(

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Mix:
+    """The use that a plan is made for: ``batch`` sequences at once, each with a prompt of ``prompt`` tokens and an
+    answer of ``answer`` tokens."""
+
+    prompt: int
+    answer: int
+    batch: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class PhaseCost:
     """Work of one op in one phase (``decode`` or ``prefill``) at ``tokens`` tokens.
 
@@ -40,11 +50,13 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlacement:
-    """Experts ``first`` .. ``last`` (inclusive) of an op live and run on ``device``."""
+    """Experts ``first`` .. ``last`` (inclusive) of an op live and run on ``device``. ``streamed_to``: in prefill
+    their weights are copied to that GPU and run there."""
 
     first: int
     last: int
     device: str
+    streamed_to: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +71,28 @@ class NodeSlice:
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where one op of one call runs. Devices are ``cpu:<node>`` and ``gpu:<index>``. ``experts`` is given for
-    moe_experts only and covers every expert once; ``slices`` is filled by slice_numa."""
+    moe_experts only and covers every expert once: where each lives and runs, while ``device`` is where the op's
+    input is and its sum is wanted. ``streamed``: the op runs on its GPU with weights that live in CPU memory and
+    are copied there in every step. ``slices`` is filled by slice_numa."""
 
     device: str
     experts: tuple[ExpertPlacement, ...] = ()
     slices: tuple[NodeSlice, ...] = ()
+    streamed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """How the placement was found. ``objective_us``: predicted time of the whole mix (prompt and answer of every
+    sequence) in the solver's linear model; ``bound_us``: no placement is faster there; ``greedy_us``: what placing
+    by gain a byte gives; ``gap`` = (objective - bound) / objective."""
+
+    method: str
+    objective_us: float
+    bound_us: float
+    greedy_us: float
+    gap: float
+    statistics: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +124,10 @@ class LaneShare:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Prediction of one phase by the lane simulation: total time of a step of ``tokens`` tokens, per lane and
-    per role, and the roles on the critical chain in order of their share."""
+    """Prediction of one phase by the lane simulation: total time of a step of ``tokens`` tokens (the mean over
+    sampled routings, ``low_us`` and ``high_us`` their 10th and 90th percentile), busy time per lane, time per role
+    (what its ops occupied, in order of their share), and the critical path: the time that each of its members
+    (role, with the lane where there are several) holds the step up, longest first."""
 
     phase: str
     tokens: int
@@ -104,3 +135,6 @@ class Timeline:
     tokens_per_s: float
     lanes: tuple[LaneShare, ...]
     roles: tuple[tuple[str, float], ...]
+    critical: tuple[tuple[str, float], ...] = ()
+    low_us: float = 0.0
+    high_us: float = 0.0

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from hetcomp.ir.annotations import ArenaSlot, Cost, Placement, Schedule, Timeline
+from hetcomp.ir.annotations import ArenaSlot, Cost, Mix, Placement, Schedule, Solution, Timeline
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 0)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 1)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):
@@ -155,7 +155,8 @@ class ModelInfo:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """See the module's text. ``dims`` fixes the bounds of T, R, slots and context. ``established`` names the
-    invariants that the passes run so far have established."""
+    invariants that the passes run so far have established. ``mix`` is the use that it is optimised for,
+    ``solution`` how its placement was found."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -167,6 +168,8 @@ class Plan:
     arena_bytes: int = 0
     call_arena: tuple[ArenaSlot, ...] = ()
     timelines: tuple[Timeline, ...] = ()
+    mix: Mix | None = None
+    solution: Solution | None = None
     notes: tuple[str, ...] = field(default=())
 
     def dim(self, name: str) -> Dim:

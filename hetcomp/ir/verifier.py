@@ -159,10 +159,12 @@ def _sliced(plan: Plan) -> None:
 
 
 def _transfers_inserted(plan: Plan) -> None:
+    handed = {v.id: "cpu" for v in plan.values}
     for call in plan.calls:
         template = plan.template(call.template)
         devices = dict(call.placements)
         home = {v.id: "cpu" for v in template.values}
+        home.update({formal: handed[actual] for formal, actual in zip(template.params, call.args, strict=True)})
         for op in template.ops:
             memory = "cpu" if devices[op.id].device.startswith("cpu:") else devices[op.id].device
             for name in op.inputs:
@@ -170,6 +172,7 @@ def _transfers_inserted(plan: Plan) -> None:
                     raise HetcompError(f"{_where(template, op)} reads {name} from {home[name]} without a transfer.")
             target = getattr(op.attrs, "target", memory)
             home.update(dict.fromkeys(op.outputs, target))
+        handed.update({actual: home[formal] for formal, actual in zip(template.results, call.results, strict=True)})
 
 
 def _scheduled(plan: Plan) -> None:

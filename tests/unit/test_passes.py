@@ -11,7 +11,7 @@ from hetcomp.ir.annotations import ExpertPlacement, NodeSlice, Placement
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.ir.types import DType
 from hetcomp.ir.verifier import verify
-from hetcomp.passes.annotate_cost import annotate_cost, expected_experts
+from hetcomp.passes.annotate_cost import annotate_cost
 from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context, FormatRequest
@@ -20,6 +20,7 @@ from hetcomp.passes.pipeline import PIPELINE, run_pipeline
 from hetcomp.passes.place import place
 from hetcomp.passes.plan_memory import Lifetime, place_lifetimes
 from hetcomp.passes.slice_numa import node_slices, slice_numa
+from hetcomp.passes.work import expected_experts
 from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, TOP_K, WIDTH, context, profile, tiny_plan
 
 
@@ -93,8 +94,8 @@ def test_costs_by_hand():
     head = op_cost(plan, "epilogue", "head", "prefill")
     assert head.flops == 2 * HIDDEN * 128  # one row of logits of a prompt
     attention = op_cost(plan, "layer_0", "attend", "decode")
-    assert attention.flops == 2 * 64 * 2 * 32  # half of the context of 64
-    assert attention.state_bytes == 2 * 64 * 32 * 2
+    assert attention.flops == 2 * 64 * 2 * 53  # a prompt of 43 and half of an answer of 21 in a context of 64
+    assert attention.state_bytes == 2 * 64 * 53 * 2
 
 
 def test_expected_experts_against_counting():
@@ -109,10 +110,11 @@ def test_place_on_one_node_gives_every_expert_its_home():
     assert placement == Placement("cpu:0", (ExpertPlacement(0, EXPERTS - 1, "cpu:0"),))
 
 
-def test_place_splits_experts_by_bandwidth():
-    plan = upto("place", context(nodes=2, bandwidths=(30.0, 90.0)))
-    experts = dict(plan.calls[1].placements)["experts"].experts
-    assert experts == (ExpertPlacement(0, 1, "cpu:0"), ExpertPlacement(2, 7, "cpu:1"))
+def test_place_cuts_weights_over_nodes_before_it_gives_whole_experts_away():
+    even = upto("slice_numa", context(nodes=2, bandwidths=(30.0, 30.0)))
+    placement = dict(even.calls[1].placements)["experts"]
+    assert placement.experts == (ExpertPlacement(0, EXPERTS - 1, "cpu:0"),)
+    assert placement.slices == (NodeSlice(0, 0, 16), NodeSlice(1, 16, 32))
 
 
 def test_too_little_memory_is_refused_with_a_byte_table():

@@ -1,0 +1,187 @@
+"""How long a device takes for an op's work: measured curves of the kernels where there are any, else the roofline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetcomp.errors import HetcompError
+from hetcomp.hardware.figures import Gpu, KernelCurve, KernelName, Source, interpolate
+from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.ir import ops
+from hetcomp.ir.plan import Op
+from hetcomp.passes.phases import Phase
+from hetcomp.passes.work import Work
+
+# Fixed time of one op on a CPU lane besides its barrier where no curve holds it already: filling argument lists,
+# drawing tasks (some hundred instructions; an estimate).
+OP_LATENCY_US = 0.2
+# Part of a GPU's data-sheet peak that is reached in practice, by reads and by matrix products (estimates: STREAM-like
+# copies reach 0.85 to 0.93 on Ampere to Hopper, cuBLAS 0.7 to 0.8 of the dense tensor peak).
+GPU_READS, GPU_FLOPS = 0.85, 0.7
+# Where the profile does not say: one more node of a CUDA graph, and a round trip through flags in pinned memory
+# (6 us: 285 to 300 us for 48 on an H200 machine, stream memory operations in a graph).
+GPU_LAUNCH_US, GPU_HANDSHAKE_US = 2.0, 6.0
+# Elementwise work on a GPU whose rate of matrix products is not known for a format (bf16 tensor cores do it after
+# dequantisation in the kernel).
+_GPU_FALLBACK = "bf16"
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """Microseconds, what bounds them (``memory`` or ``compute``), and whether a measured curve of our own kernel
+    says so (its fixed costs are then in it)."""
+
+    us: float
+    bound: str
+    measured: bool = False
+
+
+def cpu_time(op: Op, work: Work, step: Phase, profile: HardwareProfile, isa: str | None, cached: float) -> DeviceTime:
+    """Time on the fastest node's lane. ``cached``: part of the weights that the caches still hold from the last
+    step."""
+    term = term_of(op, step)
+    roofline = _roofline(work, profile, isa, cached)
+    found = _from_curve(op, work, step, profile, isa, cached) if term else None
+    us = found if found is not None else roofline.us + OP_LATENCY_US
+    factor = profile.calibration(op.kind) * (profile.calibration(term) if term and term != op.kind else 1.0)
+    return DeviceTime(us * factor, roofline.bound, found is not None)
+
+
+def term_of(op: Op, step: Phase) -> KernelName:
+    """The kernel family (a term of the cost model) that the op's time is taken from."""
+    if isinstance(op.attrs, (ops.Linear, ops.HeadLinear)):
+        return "linear"
+    if isinstance(op.attrs, ops.MoeExperts):
+        return "moe_experts"
+    if isinstance(op.attrs, ops.Attention):
+        return "attention_decode" if step.tokens == step.sequences else "attention_prefill"
+    return "elementwise"
+
+
+def cached_fraction(working_set: float, profile: HardwareProfile) -> float:
+    """Part of a working set that is read from caches when it is passed over again and again: from the measured
+    bandwidth at that size, between memory's and the last-level cache's."""
+    points = profile.cached_reads
+    if len(points) < 2:
+        return 0.0
+    sizes, rates = [float(p.bytes) for p in points], [p.gb_per_s for p in points]
+    memory, here = rates[-1], interpolate(max(working_set, 1.0), sizes, rates)
+    last_level = max((c.bytes * c.instances for c in profile.caches), default=0)
+    cache = interpolate(last_level / 2, sizes, rates) if last_level else max(rates)
+    if cache <= memory * 1.05:
+        return 0.0
+    return min(1.0, max(0.0, (1 / memory - 1 / here) / (1 / memory - 1 / cache)))
+
+
+def gpu_time(op: Op, work: Work, step: Phase, gpu: Gpu) -> DeviceTime:
+    """Time on a GPU, its kernel's launch included. Raises HetcompError if the profile lacks its bandwidth."""
+    if gpu.gb_per_s is None:
+        raise HetcompError(
+            f"The hardware profile does not say how fast {gpu.name} reads its memory; run hetcomp profile on that "
+            "machine, or give gpus.*.gb_per_s in the profile file."
+        )
+    measured = gpu.source is Source.MEASURED
+    memory = work.bytes / (gpu.gb_per_s * (1.0 if measured else GPU_READS) * 1e3)
+    compute = work.flops / (gpu_tflops(gpu, work.weight_format) * 1e6)
+    return DeviceTime(max(memory, compute) + launch_us(gpu), "memory" if memory >= compute else "compute")
+
+
+def gpu_tflops(gpu: Gpu, weight_format: str) -> float:
+    """Rate of matrix products in 10^12 FLOP a second that predictions use. Raises HetcompError if none is known."""
+    rates = {r.weight_format: r for r in gpu.rates}
+    rate = rates.get(weight_format) or rates.get(_GPU_FALLBACK)
+    if rate is None:
+        raise HetcompError(
+            f"The hardware profile has no rate of matrix products for {gpu.name}; run hetcomp profile on that machine, "
+            "or give gpus.*.rates in the profile file."
+        )
+    return rate.tflops * (1.0 if rate.source is Source.MEASURED else GPU_FLOPS)
+
+
+def launch_us(gpu: Gpu) -> float:
+    """One more node of a CUDA graph."""
+    return gpu.launch_us if gpu.launch_us is not None else GPU_LAUNCH_US
+
+
+def handshake_us(gpu: Gpu) -> float:
+    """A round trip GPU -> CPU lane -> GPU through flags in pinned memory."""
+    return gpu.handshake_us if gpu.handshake_us is not None else GPU_HANDSHAKE_US
+
+
+def link_gb_per_s(gpu: Gpu) -> float:
+    """Host-to-device bandwidth of large copies. Raises HetcompError if it is not known."""
+    if gpu.link_gb_per_s is None:
+        raise HetcompError(
+            f"The hardware profile does not say how fast {gpu.name} is linked to the host; run hetcomp profile on that "
+            "machine, or give gpus.*.link_gb_per_s in the profile file."
+        )
+    return gpu.link_gb_per_s * (1.0 if gpu.source is Source.MEASURED else GPU_READS)
+
+
+def copy_us(gpu: Gpu, moved: float) -> float:
+    """Microseconds to move that many bytes between host and GPU, start included where copies were measured."""
+    if gpu.copies:
+        sizes = [float(p.bytes) for p in gpu.copies]
+        rates = [min(p.to_device_gb_per_s, p.to_host_gb_per_s) for p in gpu.copies]
+        if moved <= sizes[0]:
+            return sizes[0] / rates[0] / 1e3
+        return moved / interpolate(moved, sizes, rates) / 1e3
+    return moved / link_gb_per_s(gpu) / 1e3
+
+
+def joint_gb_per_s(profile: HardwareProfile) -> float:
+    """What the memories of all nodes give to CPU cores and copies together."""
+    measured = [gpu.joint_gb_per_s for gpu in profile.gpus if gpu.joint_gb_per_s is not None]
+    return max([*measured, sum(profile.bandwidth(n.id) for n in profile.compute_nodes)])
+
+
+def _roofline(work: Work, profile: HardwareProfile, isa: str | None, cached: float) -> DeviceTime:
+    reached = profile.bandwidth() * profile.rate(work.weight_format, isa).bandwidth_fraction
+    memory = (work.bytes - cached * work.weight_bytes) / (reached * 1e3)
+    compute = work.flops / (profile.gflops(work.weight_format, isa=isa) * 1e3)
+    return DeviceTime(max(memory, compute), "memory" if memory >= compute else "compute")
+
+
+def _from_curve(
+    op: Op, work: Work, step: Phase, profile: HardwareProfile, isa: str | None, cached: float
+) -> float | None:
+    """Microseconds by the measured curves, None where there is none for this op."""
+    kernel = term_of(op, step)
+    if kernel in ("linear", "moe_experts"):
+        return _matrix_us(kernel, work, profile, isa, cached)
+    if kernel == "elementwise":
+        variant = op.kind if op.kind in _ELEMENTWISE_LIKE else _ELEMENTWISE_KIN.get(op.kind, "add")
+        curve = profile.curve(kernel, variant, "f32", isa)
+        if curve is None:
+            return None
+        rows = work.written / curve.shape.get("width", 1024)
+        return work.written / (curve.rate(max(rows, 1e-9)) * 1e3) if work.written else None
+    curve = profile.curve(kernel, "dram", work.state_format, isa)
+    if curve is None:
+        return None
+    done = work.flops / 2
+    size = step.position if kernel == "attention_decode" else max(step.tokens, step.position)
+    if kernel == "attention_decode" and work.rows:
+        size = min(size, op.attrs.window) if isinstance(op.attrs, ops.Attention) and op.attrs.window else size
+    return done / (curve.rate(size) * 1e3)
+
+
+_ELEMENTWISE_LIKE = frozenset({"rms_norm", "rope", "add", "route", "glu"})
+_ELEMENTWISE_KIN = {"kv_append": "rope", "rope_table": "rope", "activation": "glu"}
+
+
+def _matrix_us(
+    kernel: KernelName, work: Work, profile: HardwareProfile, isa: str | None, cached: float
+) -> float | None:
+    cold = profile.curve(kernel, "dram", work.weight_format, isa)
+    if cold is None:
+        return None
+    us = _pass_us(cold, work)
+    warm = profile.curve(kernel, "cache", work.weight_format, isa)
+    if warm is not None and cached > 0 and work.group <= warm.points[-1].size:
+        us = (1 - cached) * us + cached * min(us, _pass_us(warm, work))
+    return us
+
+
+def _pass_us(curve: KernelCurve, work: Work) -> float:
+    return work.weights / (curve.rate(work.group) * 1e3)

@@ -1,0 +1,83 @@
+"""Runs tasks on in-order lanes: a discrete-event simulation in which lanes share the memory's bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work for one lane: ``us`` alone on the machine, of which memory is read at ``gb_per_s`` (0: none of the shared
+    memory). It starts when its lane has done what came before and ``after`` (indices of earlier tasks) are done."""
+
+    role: str
+    layer: int | None
+    lane: str
+    us: float
+    after: tuple[int, ...]
+    gb_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """Start and end of every task in microseconds, and for each the task that it waited for last (None: none)."""
+
+    start: tuple[float, ...]
+    end: tuple[float, ...]
+    waited_for: tuple[int | None, ...]
+
+    @property
+    def total_us(self) -> float:
+        """When the last task ends."""
+        return max(self.end, default=0.0)
+
+    def critical(self) -> list[int]:
+        """The chain of tasks, first to last, each of which the next waited for, up to the one that ends last."""
+        at: int | None = max(range(len(self.end)), key=lambda i: (self.end[i], i), default=None)
+        chain = []
+        while at is not None:
+            chain.append(at)
+            at = self.waited_for[at]
+        return chain[::-1]
+
+
+def run_lanes(tasks: Sequence[Task], joint_gb_per_s: float) -> Run:
+    """Simulates the tasks, given in program order.
+
+    While the tasks that run want more than ``joint_gb_per_s`` of the shared memory together, each gets its share in
+    proportion: reads by CPU cores and copies over PCIe slow each other down.
+    """
+    n = len(tasks)
+    start, end, waited = [0.0] * n, [0.0] * n, [None] * n  # type: list[float], list[float], list[int | None]
+    previous: list[int | None] = [None] * n
+    last_of: dict[str, int] = {}
+    readers: list[list[int]] = [[] for _ in range(n)]
+    missing = [0] * n
+    for i, task in enumerate(tasks):
+        previous[i] = last_of.get(task.lane)
+        last_of[task.lane] = i
+        needs = set(task.after) | ({previous[i]} if previous[i] is not None else set())  # type: ignore[arg-type]
+        missing[i] = len(needs)
+        for need in needs:
+            readers[need].append(i)
+    active: dict[int, float] = {i: tasks[i].us for i in range(n) if missing[i] == 0}
+    now = 0.0
+    while active:
+        wanted = sum(tasks[i].gb_per_s for i in active)
+        slowed = min(1.0, joint_gb_per_s / wanted) if wanted > 0 else 1.0
+        speed = {i: slowed if tasks[i].gb_per_s > 0 else 1.0 for i in active}
+        step = min(left / speed[i] for i, left in active.items())
+        now += step
+        done = [i for i, left in active.items() if left / speed[i] <= step * (1 + 1e-12)]
+        for i in active:
+            active[i] -= step * speed[i]
+        for i in done:
+            del active[i]
+            end[i] = now
+            for reader in readers[i]:
+                missing[reader] -= 1
+                if missing[reader] == 0:
+                    start[reader], waited[reader] = now, i
+                    active[reader] = tasks[reader].us
+    return Run(tuple(start), tuple(end), tuple(waited))

@@ -1,0 +1,288 @@
+"""A scheduled plan's step as tasks of lanes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetcomp.hardware.figures import Gpu
+from hetcomp.ir import ops
+from hetcomp.ir.annotations import ExpertPlacement, Placement
+from hetcomp.ir.plan import Op, Plan, Template, ValueKind
+from hetcomp.passes.context import Context
+from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, launch_us
+from hetcomp.passes.lane_engine import Task
+from hetcomp.passes.phases import Phase
+from hetcomp.passes.placement_problem import expert_cpu_us
+from hetcomp.passes.routing import sample_tokens
+from hetcomp.passes.work import Work, work_of
+
+
+class StepTasks:
+    """Tasks of one step; MoE layers whose experts live on several devices (or whose popularity is known) take their
+    numbers of tokens from a routing drawn with ``seed``."""
+
+    def __init__(self, plan: Plan, phase: int, step: Phase, context: Context) -> None:
+        self.plan, self.phase, self.step, self.context = plan, phase, step, context
+        self.profile = context.profile
+        self._works: dict[tuple[str, str], Work] = {}
+        self._expert_us: dict[tuple[str, str, int, str], float] = {}
+
+    def tasks(self, seed: int) -> list[Task]:
+        """The step's tasks in program order."""
+        self._tasks: list[Task] = []
+        self._ready: dict[str, tuple[int, ...]] = defaultdict(tuple)
+        self._streamed: dict[str, list[int]] = defaultdict(list)
+        self._moe_layer = 0
+        generator = np.random.default_rng(seed)
+        for index, call in enumerate(self.plan.calls):
+            template = self.plan.template(call.template)
+            names = dict(zip((*template.params, *template.results), (*call.args, *call.results), strict=True))
+            placements = dict(call.placements)
+            for op in template.ops:
+                after = tuple({t for name in op.inputs for t in self._ready[names.get(name, f"{index}.{name}")]})
+                done = self._op(template, op, placements[op.id], call.layer, after, generator)
+                for output in self._written(template, op):
+                    self._ready[names.get(output, f"{index}.{output}")] = done
+        return self._tasks
+
+    def _written(self, template: Template, op: Op) -> Iterator[str]:
+        yield from op.outputs
+        if op.kind == "kv_append":
+            yield from (n for n in op.inputs if template.value(n).kind is ValueKind.STATE)
+
+    def _add(
+        self, op: Op, layer: int | None, lane: str, us: float, after: tuple[int, ...], gb_per_s: float = 0.0
+    ) -> tuple[int, ...]:
+        self._tasks.append(Task(op.role or op.kind, layer, lane, us, after, gb_per_s))
+        return (len(self._tasks) - 1,)
+
+    def _op(
+        self,
+        template: Template,
+        op: Op,
+        placement: Placement,
+        layer: int | None,
+        after: tuple[int, ...],
+        generator: np.random.Generator,
+    ) -> tuple[int, ...]:
+        if isinstance(op.attrs, ops.Transfer):
+            return self._transfer(template, op, layer, after)
+        if isinstance(op.attrs, ops.MoeExperts):
+            self._moe_layer += 1
+            if self.context.statistics is not None or _devices(placement) != {"cpu"}:
+                return self._experts(template, op, placement, layer, after, generator)
+        if placement.device.startswith("gpu:"):
+            return self._gpu_op(template, op, placement, layer, after)
+        assert op.cost is not None
+        return self._cpu_op(op, placement, layer, op.cost.phases[self.phase].us, after)
+
+    def _cpu_op(
+        self, op: Op, placement: Placement, layer: int | None, us: float, after: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """On the lanes of all nodes that own a part of it; an op's time is that of one node for all of it."""
+        meet = op.schedule is not None and op.schedule.barrier_before
+        barrier = self.profile.barrier_us * self.profile.calibration("barrier") if meet else 0.0
+        shares = lane_shares(placement)
+        took = us * max(shares.values()) + barrier
+        moved = 0.0
+        if op.cost is not None:
+            cost = op.cost.phases[self.phase]
+            moved = cost.weight_bytes + cost.act_bytes + cost.state_bytes
+        done: list[int] = []
+        for lane, share in shares.items():
+            rate = min(moved * share / took / 1e3, self.profile.bandwidth(int(lane[4:]))) if took else 0.0
+            done += self._add(op, layer, lane, took, after, rate)
+        return tuple(done)
+
+    def _gpu_op(
+        self, template: Template, op: Op, placement: Placement, layer: int | None, after: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        gpu = self._gpu(placement.device)
+        work = self._work(template, op)
+        if placement.streamed and work.weight_bytes:
+            after = (*after, *self._stream(op, layer, placement.device, work.weight_bytes, ()))
+        return self._add(op, layer, placement.device, gpu_time(op, work, self.step, gpu).us, after)
+
+    def _stream(self, op: Op, layer: int | None, device: str, moved: float, after: tuple[int, ...]) -> tuple[int, ...]:
+        """A copy of weights into one of two buffers: it waits for the op that read the buffer before."""
+        gpu = self._gpu(device)
+        earlier = self._streamed[device]
+        wait = (earlier[-2],) if len(earlier) > 1 else ()
+        us = copy_us(gpu, moved)
+        done = self._add(op, layer, f"{device} copy in", us, (*after, *wait), moved / us / 1e3)
+        earlier.append(done[0])
+        return done
+
+    def _transfer(self, template: Template, op: Op, layer: int | None, after: tuple[int, ...]) -> tuple[int, ...]:
+        assert isinstance(op.attrs, ops.Transfer)
+        value = template.value(op.inputs[0])
+        rows = self.step.sequences if value.type.shape and value.type.shape[0] == "R" else self.step.tokens
+        moved = float(value.type.bytes({"T": self.step.tokens, "R": rows, "slots": 1, "context": 1}))
+        into = op.attrs.target.startswith("gpu:")
+        device = op.attrs.target if into else op.attrs.source
+        gpu = self._gpu(device)
+        lane = f"{device} copy {'in' if into else 'out'}"
+        return self._add(op, layer, lane, handshake_us(gpu) / 2 + copy_us(gpu, moved), after)
+
+    def _experts(
+        self,
+        template: Template,
+        op: Op,
+        placement: Placement,
+        layer: int | None,
+        after: tuple[int, ...],
+        generator: np.random.Generator,
+    ) -> tuple[int, ...]:
+        a = op.attrs
+        assert isinstance(a, ops.MoeExperts)
+        statistics = self.context.statistics
+        shares = statistics.shares[self._moe_layer - 1] if statistics else (1.0 / a.experts,) * a.experts
+        work = self._work(template, op)
+        tokens = sample_tokens(shares, a.top_k, work.rows, generator)
+        size = self._expert_bytes(template, op)
+        done: list[int] = []
+        on_cpu: dict[str, float] = defaultdict(float)
+        read: dict[str, float] = defaultdict(float)
+        for device, runs in _by_device(placement, self.step).items():
+            mine = np.concatenate([tokens[r.first : r.last + 1] for r in runs])
+            if device.startswith("cpu:"):
+                on_cpu[device] += self._sum_us(template, op, mine, size, device)
+                read[device] += size * float(np.count_nonzero(mine))
+                continue
+            done += self._gpu_experts(template, op, device, runs, tokens, size, layer, after, placement)
+        done += self._cpu_experts(op, placement, layer, on_cpu, read, after)
+        return tuple(done)
+
+    def _gpu_experts(
+        self,
+        template: Template,
+        op: Op,
+        device: str,
+        runs: list[ExpertPlacement],
+        tokens: NDArray[np.int64],
+        size: float,
+        layer: int | None,
+        after: tuple[int, ...],
+        placement: Placement,
+    ) -> tuple[int, ...]:
+        gpu = self._gpu(device)
+        mine = np.concatenate([tokens[r.first : r.last + 1] for r in runs])
+        if not mine.any():
+            return after
+        if placement.device != device:
+            after = self._cross(op, layer, device, "in", after)
+        streamed = [tokens[r.first : r.last + 1] for r in runs if r.device != device]
+        needed = sum(int(np.count_nonzero(part)) for part in streamed)
+        if needed:
+            after = (*after, *self._stream(op, layer, device, needed * size, ()))
+        us = launch_us(gpu) + self._sum_us(template, op, mine, size, device)
+        done = self._add(op, layer, device, us, after)
+        return self._cross(op, layer, device, "out", done) if placement.device != device else done
+
+    def _cpu_experts(
+        self,
+        op: Op,
+        placement: Placement,
+        layer: int | None,
+        us: dict[str, float],
+        read: dict[str, float],
+        after: tuple[int, ...],
+    ) -> tuple[int, ...]:
+        if not any(us.values()):
+            return after if not us else ()
+        away = placement.device.startswith("gpu:")
+        if away:
+            after = self._cross(op, layer, placement.device, "out", after)
+        slices = lane_shares(replace(placement, experts=())) if placement.slices else None
+        done: list[int] = []
+        for device, took in us.items():
+            if took <= 0:
+                continue
+            lanes = slices if slices and len(us) == 1 else {device: 1.0}
+            whole = took * max(lanes.values()) + self.profile.barrier_us
+            for lane, share in lanes.items():
+                rate = min(read[device] * share / whole / 1e3, self.profile.bandwidth(int(lane[4:])))
+                done += self._add(op, layer, lane, whole, after, rate)
+        return self._cross(op, layer, placement.device, "in", tuple(done)) if away else tuple(done)
+
+    def _cross(self, op: Op, layer: int | None, device: str, direction: str, after: tuple[int, ...]) -> tuple[int, ...]:
+        """Half of a hand-shake and the activations of the step."""
+        a = op.attrs
+        assert isinstance(a, ops.MoeExperts)
+        gpu = self._gpu(device)
+        us = handshake_us(gpu) / 2 + copy_us(gpu, 4.0 * a.hidden * self.step.tokens)
+        return self._add(op, layer, f"{device} copy {direction}", us, after)
+
+    def _sum_us(self, template: Template, op: Op, tokens: NDArray[np.int64], size: float, device: str) -> float:
+        numbers, counts = np.unique(tokens[tokens > 0], return_counts=True)
+        return float(
+            sum(c * self._one_expert(template, op, int(n), size, device) for n, c in zip(numbers, counts, strict=True))
+        )
+
+    def _one_expert(self, template: Template, op: Op, tokens: int, size: float, device: str) -> float:
+        key = (template.name, op.id, tokens, device)
+        if key not in self._expert_us:
+            a = op.attrs
+            assert isinstance(a, ops.MoeExperts)
+            whole = 3.0 * a.hidden * a.intermediate
+            base = self._work(template, op)
+            part = tokens / max(1, base.rows * a.top_k)
+            work = replace(
+                base, flops=2 * whole * tokens, weight_bytes=size, act_bytes=base.act_bytes * part, weights=whole,
+                group=float(tokens),
+            )  # fmt: skip
+            if device.startswith("cpu:"):
+                us = expert_cpu_us(op, work, self.step, self.context)
+            else:
+                gpu = self._gpu(device)
+                us = max(0.0, gpu_time(op, work, self.step, gpu).us - launch_us(gpu))
+            self._expert_us[key] = us
+        return self._expert_us[key]
+
+    def _expert_bytes(self, template: Template, op: Op) -> float:
+        a = op.attrs
+        assert isinstance(a, ops.MoeExperts)
+        values = [template.value(name) for name in op.inputs]
+        return sum(self.context.target.packed_bytes(v) for v in values if v.kind is ValueKind.WEIGHT) / a.experts
+
+    def _work(self, template: Template, op: Op) -> Work:
+        key = (template.name, op.id)
+        if key not in self._works:
+            self._works[key] = work_of(op, template.value_map(), self.step, self.context.target)
+        return self._works[key]
+
+    def _gpu(self, device: str) -> Gpu:
+        return self.profile.gpus[int(device.partition(":")[2])]
+
+
+def lane_shares(placement: Placement) -> dict[str, float]:
+    """CPU lanes that the op occupies and their share of its work: by slices of the weights, by whole experts, or all
+    of it."""
+    if len(placement.slices) > 1:
+        parts = [(f"cpu:{piece.node}", piece.stop - piece.start) for piece in placement.slices]
+    else:
+        parts = [(run.device, run.last - run.first + 1) for run in placement.experts if run.device.startswith("cpu")]
+    sums: dict[str, int] = defaultdict(int)
+    for lane, extent in parts:
+        sums[lane] += extent
+    total = sum(sums.values())
+    return {lane: extent / total for lane, extent in sums.items()} if total else {placement.device: 1.0}
+
+
+def _devices(placement: Placement) -> set[str]:
+    kinds = {run.device.partition(":")[0] for run in placement.experts} | {placement.device.partition(":")[0]}
+    return kinds | {"gpu" for run in placement.experts if run.streamed_to is not None}
+
+
+def _by_device(placement: Placement, step: Phase) -> dict[str, list[ExpertPlacement]]:
+    """Where each run of experts is computed in this step: streamed ones on their GPU in prefill."""
+    found: dict[str, list[ExpertPlacement]] = defaultdict(list)
+    for run in placement.experts:
+        streams = run.streamed_to is not None and step.tokens > step.sequences
+        found[run.streamed_to if streams and run.streamed_to else run.device].append(run)
+    return found

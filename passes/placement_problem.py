@@ -1,0 +1,408 @@
+"""The placement problem in numbers: groups of ops and sets of experts, what each takes where, and the limits."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import networkx as nx
+
+from hetcomp.ir import ops
+from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
+from hetcomp.passes.context import Context
+from hetcomp.passes.device_time import (
+    OP_LATENCY_US,
+    copy_us,
+    cpu_time,
+    gpu_time,
+    handshake_us,
+    joint_gb_per_s,
+    launch_us,
+    link_gb_per_s,
+)
+from hetcomp.passes.expert_statistics import inclusion
+from hetcomp.passes.memory_table import gpu_limit
+from hetcomp.passes.phases import Phase, phases
+from hetcomp.passes.pins import pinned_device
+from hetcomp.passes.work import Work, work_of
+
+# Weights below this are not worth a decision of their own (norms, biases): such ops go where their input is made.
+SMALL_BYTES = 1 << 18
+# CUDA context, module code and the graph's own nodes on every GPU in use (300 to 500 MB seen with R570 drivers).
+GPU_RESERVE = 600 << 20
+# Experts in flight to the GPU: two halves of a ring of this many.
+STAGED_EXPERTS = 16
+
+Times = tuple[float, ...]  # microseconds by phase
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ops of one call that go together. ``cpu_us``, ``gpu_us[i]``: time by phase; ``stream_us[i]``: the time to copy
+    the weights to that GPU. ``sliced_bytes`` can be cut over nodes, ``whole_bytes`` (states, small weights) lie on
+    the main node. ``beside``: runs while the call's experts do. ``pin``: device, where the user decided."""
+
+    call: int
+    ops: tuple[str, ...]
+    layer: int | None
+    label: str
+    cpu_us: Times
+    gpu_us: tuple[Times, ...]
+    stream_us: tuple[float, ...]
+    sliced_bytes: int
+    whole_bytes: int
+    state_bytes: int
+    beside: bool
+    pin: str | None
+
+    @property
+    def bytes(self) -> int:
+        """Weights and states."""
+        return self.sliced_bytes + self.whole_bytes
+
+
+@dataclass(frozen=True)
+class Edge:
+    """An activation written by one group and read by others; ``us[i]`` by phase: moving it to or from GPU i."""
+
+    source: int
+    readers: tuple[int, ...]
+    us: tuple[Times, ...]
+
+
+@dataclass(frozen=True)
+class ExpertClass:
+    """Experts of a layer that are chosen equally often: the time that one of them takes in the mean of a step, and
+    the time to stream one that is needed."""
+
+    share: float
+    members: tuple[int, ...]
+    cpu_us: Times
+    gpu_us: tuple[Times, ...]
+    stream_us: tuple[Times, ...]
+    read_bytes: Times
+
+
+@dataclass(frozen=True)
+class ExpertSet:
+    """The experts of one MoE op. ``spine``: the group that makes their input; ``exchange_us[i]``: sending the input
+    to the other side and the sum back, hand-shake included."""
+
+    call: int
+    op: str
+    layer: int | None
+    spine: int
+    expert_bytes: int
+    classes: tuple[ExpertClass, ...]
+    exchange_us: tuple[Times, ...]
+    pin: str | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What place decides on. ``node_share`` and ``node_bytes``: part of sliced weights that each CPU node owns and
+    what fits there, in order of the profile's compute nodes; ``main`` indexes the node that holds the rest.
+    ``joint_share``: part of the memory's joint bandwidth that the fastest link takes while it copies."""
+
+    phases: tuple[Phase, ...]
+    groups: tuple[Group, ...]
+    edges: tuple[Edge, ...]
+    experts: tuple[ExpertSet, ...]
+    gpu_bytes: tuple[int, ...]
+    node_share: tuple[float, ...]
+    node_bytes: tuple[int, ...]
+    main: int
+    workspace_bytes: int
+    pinned_bytes: int
+    joint_share: float = 0.0
+
+
+def placement_problem(plan: Plan, context: Context) -> Problem:
+    """Puts the problem together from the plan's ops and the profile."""
+    profile = context.profile
+    gpus = profile.gpus if context.use_gpus else ()
+    nodes = profile.compute_nodes
+    total = sum(profile.bandwidth(n.id) for n in nodes)
+    share = tuple(profile.bandwidth(n.id) / total for n in nodes)
+    builder = _Builder(plan, context, max(share))
+    builder.build()
+    main = max(range(len(nodes)), key=lambda i: (share[i], -i))
+    caps = [gpu_limit(gpu, context) for gpu in gpus]
+    return Problem(
+        phases=builder.steps,
+        groups=tuple(builder.groups),
+        edges=tuple(builder.edges),
+        experts=tuple(builder.experts),
+        gpu_bytes=tuple(max(0, cap - GPU_RESERVE) for cap in caps),
+        node_share=share,
+        node_bytes=tuple(n.available_bytes for n in nodes),
+        main=main,
+        workspace_bytes=workspace_estimate(plan),
+        pinned_bytes=context.pinned_bytes if context.pinned_bytes is not None else profile.available_bytes(),
+        joint_share=max((link_gb_per_s(g) for g in gpus), default=0.0) / joint_gb_per_s(profile),
+    )
+
+
+def workspace_estimate(plan: Plan) -> int:
+    """Upper bound of a step's activations: those of the largest template without sharing memory."""
+    dims = plan.max_dims()
+    sizes = [sum(v.type.bytes(dims) for v in t.values if v.kind is ValueKind.ACT) for t in plan.templates]
+    handed = {v.type.bytes(dims) for v in plan.values if v.kind is ValueKind.ACT}
+    return max(sizes, default=0) + 2 * max(handed, default=0)
+
+
+class _Builder:
+    """Walks the calls in order; every template is taken apart once."""
+
+    def __init__(self, plan: Plan, context: Context, largest_share: float) -> None:
+        self.plan, self.context = plan, context
+        self.gpus = context.profile.gpus if context.use_gpus else ()
+        self.steps = tuple(step for step in phases(plan) if step.steps > 0)
+        self.largest_share = largest_share
+        self.groups: list[Group] = []
+        self.edges: list[Edge] = []
+        self.experts: list[ExpertSet] = []
+        self._parts = {t.name: op_groups(t, context) for t in plan.templates}
+        self._beside = {t.name: beside_experts(t) for t in plan.templates}
+        self._resident: set[str] = set()
+        self._values = plan.value_map()
+        self._times: dict[tuple[str, str], tuple[Times, tuple[Times, ...]]] = {}
+        self._moe_layer = 0
+
+    def build(self) -> None:
+        """Fills groups, edges and experts."""
+        written: dict[str, int] = {}
+        readers: dict[str, list[int]] = defaultdict(list)
+        for index, call in enumerate(self.plan.calls):
+            template = self.plan.template(call.template)
+            actual = dict(zip(template.params, call.args, strict=True))
+            actual |= dict(zip(template.results, call.results, strict=True))
+            owner: dict[str, int] = {}
+            for part in self._parts[template.name]:
+                for op in part:
+                    owner[op.id] = len(self.groups)
+                self.groups.append(self._group(index, call, template, part, actual))
+            for op in template.ops:
+                if isinstance(op.attrs, ops.MoeExperts):
+                    spine = next(owner[o.id] for o in template.ops if set(o.outputs) & {op.inputs[1]})
+                    owner[op.id] = spine
+                    self.experts.append(self._expert_set(index, call, template, op, actual, spine))
+                for name in op.inputs:
+                    if template.value(name).kind is ValueKind.ACT:
+                        readers[actual.get(name, f"{index}.{name}")].append(owner[op.id])
+                for name in op.outputs:
+                    written[actual.get(name, f"{index}.{name}")] = owner[op.id]
+        sizes = self._activation_bytes()
+        for name, source in written.items():
+            others = tuple(sorted(set(readers[name]) - {source}))
+            if others:
+                us = tuple(tuple(copy_us(g, sizes[name](step)) for step in self.steps) for g in self.gpus)
+                self.edges.append(Edge(source, others, us))
+
+    def _activation_bytes(self) -> dict[str, Callable[[Phase], float]]:
+        sizes: dict[str, Callable[[Phase], float]] = {}
+        for index, call in enumerate(self.plan.calls):
+            template = self.plan.template(call.template)
+            actual = dict(zip(template.results, call.results, strict=True))
+            for v in template.values:
+                sizes[actual.get(v.id, f"{index}.{v.id}")] = _sizer(v)
+        return sizes
+
+    def _group(self, index: int, call: Call, template: Template, part: Sequence[Op], actual: dict[str, str]) -> Group:
+        cpu = [0.0] * len(self.steps)
+        gpu = [[0.0] * len(self.steps) for _ in self.gpus]
+        sliced = whole = states = 0
+        for op in part:
+            op_cpu, op_gpu = self._op_times(template, op)
+            share = self.largest_share if isinstance(op.attrs, ops.Linear) else 1.0
+            for p in range(len(self.steps)):
+                cpu[p] += op_cpu[p] * share
+                for i in range(len(self.gpus)):
+                    gpu[i][p] += op_gpu[i][p]
+            weights, state = self._new_bytes(op, actual)
+            sliced += weights if isinstance(op.attrs, ops.Linear) else 0
+            whole += (0 if isinstance(op.attrs, ops.Linear) else weights) + state
+            states += state
+        pins = {pin for op in part if (pin := pinned_device(self.context.pins, op, call.layer)) is not None}
+        if len(pins) > 1:
+            pins = {pinned_device(self.context.pins, max(part, key=lambda o: len(o.inputs)), call.layer) or "cpu"}
+        weight_bytes = sliced + whole - states
+        return Group(
+            call=index,
+            ops=tuple(op.id for op in part),
+            layer=call.layer,
+            label=part[0].role or part[0].kind,
+            cpu_us=tuple(cpu),
+            gpu_us=tuple(tuple(g) for g in gpu),
+            stream_us=tuple(copy_us(g, weight_bytes) if weight_bytes else 0.0 for g in self.gpus),
+            sliced_bytes=sliced,
+            whole_bytes=whole,
+            state_bytes=states,
+            beside=any(op.id in self._beside[template.name] for op in part),
+            pin=next(iter(pins), None),
+        )
+
+    def _op_times(self, template: Template, op: Op) -> tuple[Times, tuple[Times, ...]]:
+        key = (template.name, op.id)
+        if key not in self._times:
+            values = template.value_map()
+            works = [work_of(op, values, step, self.context.target) for step in self.steps]
+            assert op.cost is not None
+            barrier = self.context.profile.barrier_us
+            cpu = tuple(op.cost.phase(step.name).us + barrier for step in self.steps)
+            gpu = tuple(
+                tuple(gpu_time(op, w, s, g).us for w, s in zip(works, self.steps, strict=True)) for g in self.gpus
+            )
+            self._times[key] = (cpu, gpu)
+        return self._times[key]
+
+    def _new_bytes(self, op: Op, actual: dict[str, str]) -> tuple[int, int]:
+        """Bytes of weights and of states that no op before has brought in (tied embeddings count once)."""
+        weights = states = 0
+        dims = self.plan.max_dims()
+        for name in op.inputs:
+            value = self._values.get(actual.get(name, ""))
+            if value is None or value.id in self._resident:
+                continue
+            if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
+                weights += self.context.target.packed_bytes(value)
+            elif value.kind is ValueKind.STATE:
+                states += value.type.bytes(dims)
+            else:
+                continue
+            self._resident.add(value.id)
+        return weights, states
+
+    def _expert_set(
+        self, index: int, call: Call, template: Template, op: Op, actual: dict[str, str], spine: int
+    ) -> ExpertSet:
+        a = op.attrs
+        assert isinstance(a, ops.MoeExperts)
+        size = self._new_bytes(op, actual)[0] // a.experts
+        statistics = self.context.statistics
+        row = statistics.shares[self._moe_layer] if statistics else (1.0 / a.experts,) * a.experts
+        self._moe_layer += 1
+        by_share: dict[float, list[int]] = defaultdict(list)
+        for expert, part in enumerate(row):
+            by_share[part].append(expert)
+        classes = tuple(
+            self._expert_class(template, op, part, tuple(members), size)
+            for part, members in sorted(by_share.items(), reverse=True)
+        )
+        x = template.value(op.inputs[0])
+        exchange = tuple(
+            tuple(handshake_us(g) + 2 * copy_us(g, _sizer(x)(step)) for step in self.steps) for g in self.gpus
+        )
+        pin = pinned_device(self.context.pins, op, call.layer)
+        return ExpertSet(index, op.id, call.layer, spine, size, classes, exchange, pin)
+
+    def _expert_class(
+        self, template: Template, op: Op, share: float, members: tuple[int, ...], size: int
+    ) -> ExpertClass:
+        cpu, gpu, stream, read = [], [[] for _ in self.gpus], [[] for _ in self.gpus], []  # type: ignore[var-annotated]
+        for step in self.steps:
+            work, active = expert_work(op, template, step, share, size, self.context)
+            cpu.append(expert_cpu_us(op, work, step, self.context) * self.largest_share)
+            read.append(work.weight_bytes)
+            for i, g in enumerate(self.gpus):
+                gpu[i].append(max(0.0, gpu_time(op, work, step, g).us - launch_us(g)))
+                stream[i].append(active * copy_us(g, size))
+        return ExpertClass(
+            share, members, tuple(cpu), tuple(tuple(g) for g in gpu), tuple(tuple(s) for s in stream), tuple(read)
+        )
+
+
+def expert_work(
+    op: Op, template: Template, step: Phase, share: float, size: float, context: Context
+) -> tuple[Work, float]:
+    """What one expert with that share of the assignments has to do in the mean of a step, and the probability that
+    it has to do anything."""
+    a = op.attrs
+    assert isinstance(a, ops.MoeExperts)
+    work = work_of(op, template.value_map(), step, context.target)
+    chosen = inclusion(share, a.top_k)
+    active = 1.0 - (1.0 - chosen) ** work.rows
+    tokens = work.rows * chosen
+    whole = 3.0 * a.hidden * a.intermediate
+    return (
+        replace(
+            work,
+            flops=2.0 * whole * tokens,
+            weight_bytes=size * active,
+            act_bytes=work.act_bytes * tokens / max(1, work.rows * a.top_k),
+            weights=whole * active,
+            group=max(1.0, tokens / active) if active > 0 else 1.0,
+        ),
+        active,
+    )
+
+
+def expert_cpu_us(op: Op, work: Work, step: Phase, context: Context) -> float:
+    """CPU time of an expert's work without the op's own fixed latency, which all experts share."""
+    time = cpu_time(op, work, step, context.profile, context.isa, 0.0)
+    return time.us if time.measured else max(0.0, time.us - OP_LATENCY_US)
+
+
+def _sizer(value: Value) -> Callable[[Phase], float]:
+    """Bytes of an activation in a step."""
+
+    def size(step: Phase) -> float:
+        rows = step.sequences if value.type.shape and value.type.shape[0] == "R" else step.tokens
+        return float(value.type.bytes({"T": step.tokens, "R": rows, "slots": 1, "context": 1}))
+
+    return size
+
+
+def op_groups(template: Template, context: Context) -> list[list[Op]]:
+    """The template's ops, experts left out, in groups that belong on one device: ops that share a state or a weight,
+    and ops without weights worth mentioning with the op that makes their input (or reads their output)."""
+    values = template.value_map()
+    members = [op for op in template.ops if not isinstance(op.attrs, ops.MoeExperts)]
+    graph = nx.Graph()
+    graph.add_nodes_from(op.id for op in members)
+    maker = {name: op.id for op in members for name in op.outputs}
+    users: dict[str, str] = {}
+    for op in members:
+        heavy = False
+        for name in op.inputs:
+            value = values[name]
+            if value.kind is ValueKind.STATE or (value.kind is ValueKind.WEIGHT and name in users):
+                if name in users:
+                    graph.add_edge(op.id, users[name])
+            if value.kind in (ValueKind.WEIGHT, ValueKind.STATE):
+                users[name] = op.id
+                heavy = heavy or value.kind is ValueKind.STATE or context.target.packed_bytes(value) > SMALL_BYTES
+        made = [maker[name] for name in op.inputs if name in maker]
+        if not heavy and made:
+            graph.add_edge(op.id, made[-1])
+        elif not heavy:
+            reader = next((o.id for o in members if set(o.inputs) & set(op.outputs)), None)
+            if reader is not None:
+                graph.add_edge(op.id, reader)
+    component = {node: i for i, nodes in enumerate(nx.connected_components(graph)) for node in nodes}
+    parts: dict[int, list[Op]] = defaultdict(list)
+    for op in members:
+        parts[component[op.id]].append(op)
+    return list(parts.values())
+
+
+def beside_experts(template: Template) -> set[str]:
+    """Ops that neither feed the experts nor read their sum: what another device can do meanwhile."""
+    graph = nx.DiGraph()
+    maker = {name: op.id for op in template.ops for name in op.outputs}
+    for op in template.ops:
+        graph.add_node(op.id)
+        graph.add_edges_from((maker[name], op.id) for name in op.inputs if name in maker)
+    beside: set[str] = set()
+    for op in template.ops:
+        if isinstance(op.attrs, ops.MoeExperts):
+            beside |= set(graph) - nx.ancestors(graph, op.id) - nx.descendants(graph, op.id) - {op.id}
+    # What only starts after the experts' input is made runs beside them; a rope table does not.
+    return {name for name in beside if _reads_experts_input(template, name, graph)}
+
+
+def _reads_experts_input(template: Template, name: str, graph: nx.DiGraph) -> bool:
+    inputs = {op.inputs[0] for op in template.ops if isinstance(op.attrs, ops.MoeExperts)}
+    by_id = {op.id: op for op in template.ops}
+    return any(inputs & set(by_id[n].inputs) for n in (*nx.ancestors(graph, name), name))
