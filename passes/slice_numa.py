@@ -18,7 +18,8 @@ PANEL = 16  # rows of a packed panel: the smallest piece that a kernel streams
 def slice_numa(plan: Plan, context: Context) -> Plan:
     """Sets ``slices`` of ops with large weights: rows of a linear, the intermediate dimension of experts.
 
-    On one node there is one slice over all of it. Experts that `place` gave to nodes as a whole are not sliced.
+    On one node there is one slice over all of it. Experts that `place` gave to nodes as a whole are not sliced, nor is
+    what lives on a GPU; of experts that live on both, the slices are those of the CPU's.
     """
     return replace(plan, calls=tuple(_slice_call(plan, call, context.profile) for call in plan.calls))
 
@@ -46,8 +47,10 @@ def _slice_call(plan: Plan, call: Call, profile: HardwareProfile) -> Call:
 
 def _slice(op: Op, placement: Placement, profile: HardwareProfile) -> Placement:
     extent = _split_extent(op)
-    if extent is None or len({e.device for e in placement.experts}) > 1:
-        return placement
+    homes = {run.device for run in placement.experts if run.device.startswith("cpu:")}
+    main = placement.device if placement.device.startswith("cpu:") else None
+    if extent is None or len(homes) > 1 or (main is None and not homes):
+        return placement  # whole experts by node, or nothing of it on the CPU
     return replace(placement, slices=node_slices(extent, profile))
 
 

@@ -27,6 +27,8 @@ class CpuTarget:
 
     def workspace_bytes(self, op: Op, template: Template, dims: Mapping[str, int]) -> int:
         """Largest scratch memory over the instruction sets (one plan serves them all)."""
+        if op.kind == "transfer":  # a copy, or mapped memory: no kernel
+            return 0
         needs = []
         for isa in self.isas:
             ask = _with_kernels(request(op, template, isa, dims))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hetcomp.hardware.figures import BandwidthPoint, KernelRate, NumaNode, Source
+from hetcomp.hardware.figures import BandwidthPoint, Gpu, GpuRate, KernelRate, NumaNode, Source
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
 from hetcomp.ir.plan import (
@@ -155,7 +155,27 @@ class HandCheckpoint:
         return WeightSource("plain", (CheckpointTensor("f", value.fqn or "", self.dtype, shape, 0, 0),))
 
 
-def profile(nodes: int = 1, memory: int = 8 * GIB, bandwidths: tuple[float, ...] = (30.0, 30.0)) -> HardwareProfile:
+def gpu(memory: int = 2 * GIB, gb_per_s: float = 600.0, link: float = 20.0) -> Gpu:
+    """A GPU of the hand-built machine."""
+    return Gpu(
+        name="hand-gpu",
+        memory_bytes=memory,
+        compute_capability=(8, 9),
+        gb_per_s=gb_per_s,
+        link_gb_per_s=link,
+        rates=(GpuRate(weight_format="bf16", tflops=50.0, source=Source.MEASURED),),
+        handshake_us=6.0,
+        launch_us=2.0,
+        source=Source.MEASURED,
+    )
+
+
+def profile(
+    nodes: int = 1,
+    memory: int = 8 * GIB,
+    bandwidths: tuple[float, ...] = (30.0, 30.0),
+    gpus: tuple[Gpu, ...] = (),
+) -> HardwareProfile:
     """A machine with 4 cores a node."""
     return HardwareProfile(
         name="hand",
@@ -185,6 +205,7 @@ def profile(nodes: int = 1, memory: int = 8 * GIB, bandwidths: tuple[float, ...]
             for f in ("f32", "bf16")
         ),
         barrier_us=1.0,
+        gpus=gpus,
     )
 
 

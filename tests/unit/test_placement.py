@@ -1,0 +1,244 @@
+"""Placement over GPUs, CPU and streams: limits, optimality, pins, and what is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetcomp.errors import HetcompError
+from hetcomp.ir.plan import Plan, ValueKind
+from hetcomp.ir.serialise import from_json, to_json
+from hetcomp.ir.verifier import verify
+from hetcomp.passes.annotate_cost import annotate_cost
+from hetcomp.passes.bind_weights import bind_weights
+from hetcomp.passes.choose_formats import choose_formats
+from hetcomp.passes.context import Context
+from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
+from hetcomp.passes.pins import parse_pin
+from hetcomp.passes.pipeline import run_pipeline
+from hetcomp.passes.placement_greedy import assignment_us, greedy
+from hetcomp.passes.placement_milp import PlacementModel
+from hetcomp.passes.placement_problem import GPU_RESERVE, Problem, placement_problem
+from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, WIDTH, context, gpu, tiny_plan
+
+LAYERS = 3
+EXPERT_BYTES = 3 * HIDDEN * WIDTH * 2
+# All weights of the plan are about 0.5 MB: these give the GPU room for none, some or all of them.
+SCRATCH = 1 << 20
+
+
+def hybrid(vram: int = SCRATCH, *, gpus: int = 1, gb_per_s: float = 600.0, dram: float = 30.0, **more: object) -> Context:
+    cards = tuple(gpu(GPU_RESERVE + vram, gb_per_s) for _ in range(gpus))
+    made = context(nodes=1, bandwidths=(dram, dram), gpus=cards)
+    return replace(made, use_gpus=True, planning=True, **more)
+
+
+def costed(ctx: Context) -> Plan:
+    return annotate_cost(choose_formats(bind_weights(tiny_plan(LAYERS), ctx), ctx), ctx)
+
+
+def problem(ctx: Context) -> Problem:
+    """The problem with no workspace, so that small budgets mean what they say."""
+    return replace(placement_problem(costed(ctx), ctx), workspace_bytes=0)
+
+
+def knapsack(ctx: Context) -> Problem:
+    """Only experts are left to decide and hand-overs cost nothing: attention and the rest are pinned to the GPU."""
+    whole = problem(ctx)
+    groups = tuple(replace(g, pin="gpu:0", sliced_bytes=0, whole_bytes=0, state_bytes=0) for g in whole.groups)
+    experts = tuple(
+        replace(
+            e,
+            exchange_us=tuple((0.0,) * len(us) for us in e.exchange_us),
+            classes=tuple(replace(c, gpu_us=tuple((0.0,) * len(u) for u in c.gpu_us)) for c in e.classes),
+        )
+        for e in whole.experts
+    )
+    return replace(whole, groups=groups, experts=experts, joint_share=0.0)
+
+
+def bytes_by_device(plan: Plan, ctx: Context) -> Counter[str]:
+    """Weights and states at their homes, from the finished plan alone."""
+    used: Counter[str] = Counter()
+    values, seen = plan.value_map(), set()
+    for call in plan.calls:
+        template = plan.template(call.template)
+        actual = dict(zip(template.params, call.args, strict=True))
+        placements = dict(call.placements)
+        for op in template.ops:
+            place = placements[op.id]
+            for name in op.inputs:
+                value = values.get(actual.get(name, ""))
+                if value is None or value.id in seen or value.kind not in (ValueKind.WEIGHT, ValueKind.STATE):
+                    continue
+                seen.add(value.id)
+                state = value.kind is ValueKind.STATE
+                size = value.type.bytes(plan.max_dims()) if state else ctx.target.packed_bytes(value)
+                if op.kind == "moe_experts":
+                    for run in place.experts:
+                        used[run.device] += size * (run.last - run.first + 1) // EXPERTS
+                else:
+                    used["cpu:0" if place.streamed and not state else place.device] += size
+    return used
+
+
+@settings(max_examples=25, deadline=None)
+@given(vram=st.integers(0, 4 * SCRATCH), gpus=st.integers(1, 2))
+def test_no_device_is_over_its_limit_and_every_tensor_has_one_home(vram, gpus):
+    ctx = hybrid(vram, gpus=gpus)
+    plan = run_pipeline(tiny_plan(LAYERS), ctx)
+    verify(plan)
+    for device, used in bytes_by_device(plan, ctx).items():
+        assert used <= (vram if device.startswith("gpu") else 8 * GIB), device
+
+
+@settings(max_examples=20, deadline=None)
+@given(vram=st.integers(0, 3 * SCRATCH), more=st.integers(0, SCRATCH), faster=st.floats(1.0, 4.0))
+def test_more_memory_or_bandwidth_is_never_slower(vram, more, faster):
+    def best(**machine: object) -> float:
+        _, solved = PlacementModel(problem(hybrid(**machine))).solve()
+        return solved.objective
+
+    base = best(vram=vram)
+    slack = 1.0 + 1.5e-3  # the solver stops at a gap of a thousandth
+    assert best(vram=vram + more) <= base * slack
+    assert best(vram=vram, gb_per_s=600.0 * faster) <= base * slack
+    assert best(vram=vram, dram=30.0 * faster) <= base * slack
+
+
+@settings(max_examples=10, deadline=None)
+@given(vram=st.integers(0, 3 * SCRATCH))
+def test_the_same_input_gives_the_same_plan_and_json_keeps_it(vram):
+    plan = run_pipeline(tiny_plan(LAYERS), hybrid(vram))
+    assert run_pipeline(tiny_plan(LAYERS), hybrid(vram)) == plan
+    assert from_json(to_json(plan)) == plan
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_greedy_and_the_solver_agree_on_the_knapsack(data):
+    numbers = st.lists(st.integers(1, 1000), min_size=EXPERTS, max_size=EXPERTS)
+    rows = [data.draw(numbers) for _ in range(LAYERS)]
+    shares = tuple(tuple(n / sum(row) for n in row) for row in rows)
+    staging = 32 * EXPERT_BYTES
+    room = staging + data.draw(st.integers(0, LAYERS * EXPERTS)) * EXPERT_BYTES
+    ctx = hybrid(room, statistics=ExpertStatistics("drawn", 2, shares), pinned_bytes=0)
+    small = knapsack(ctx)
+    _, solved = PlacementModel(small).solve()
+    assert assignment_us(small, greedy(small)) == pytest.approx(solved.objective, rel=2e-3)
+
+
+def test_where_they_do_not_agree_the_solver_is_better():
+    """Greedy does not see what a hand-over costs: it moves experts whose gain the exchange eats up."""
+    whole = problem(hybrid(33 * EXPERT_BYTES, pinned_bytes=0))
+    _, solved = PlacementModel(whole).solve()
+    assert solved.objective < assignment_us(whole, greedy(whole)) * 0.99
+
+
+def test_popular_experts_go_to_the_gpu_first():
+    shares = tuple(1.0 + (i in (2, 5)) * 20 for i in range(EXPERTS))
+    row = tuple(s / sum(shares) for s in shares)
+    ctx = hybrid(40 * EXPERT_BYTES, statistics=ExpertStatistics("hot", 2, (row,) * LAYERS), pinned_bytes=0)
+    assignment, _ = PlacementModel(knapsack(ctx)).solve()
+    assert assignment is not None
+    for e, classes in zip(problem(ctx).experts, assignment.experts, strict=True):
+        on_gpu = {m for c, n in zip(e.classes, classes, strict=True) if n.get("gpu:0") for m in c.members}
+        assert {2, 5} <= on_gpu
+
+
+@pytest.mark.parametrize(
+    ("pin", "op", "layer", "device"),
+    [
+        ("attn@0-1=gpu:0", "q", 1, "gpu:0"),
+        ("attn@0-1=cpu", "q", 0, "cpu:0"),
+        ("moe.experts@2=cpu", "experts", 2, "cpu:0"),
+        ("moe.experts=gpu", "experts", 0, "gpu:0"),
+        ("lm_head=cpu", "head", None, "cpu:0"),
+    ],
+)
+def test_pins_are_obeyed(pin, op, layer, device):
+    plan = run_pipeline(tiny_plan(LAYERS), hybrid(8 * SCRATCH, pins=(parse_pin(pin),)), stop_after="place")
+    for call in plan.calls:
+        placement = dict(call.placements).get(op)
+        if placement is not None and call.layer == layer:
+            homes = {run.device for run in placement.experts} or {placement.device}
+            assert homes == {device}
+
+
+@pytest.mark.parametrize(
+    ("pins", "words"),
+    [
+        (("attn@0-1=gpu:0", "attn.q@1=cpu"), "contradict each other for attn"),
+        (("attn=gpu:3",), "names gpu:3, which profile hand does not offer"),
+        (("mamba=cpu",), "matches no op of"),
+        (("attn@7-9=cpu",), "matches no op of"),
+    ],
+)
+def test_impossible_pins_are_refused(pins, words):
+    with pytest.raises(HetcompError, match=words):
+        run_pipeline(tiny_plan(LAYERS), hybrid(pins=tuple(parse_pin(p) for p in pins)))
+
+
+@pytest.mark.parametrize("text", ["attn", "attn=tpu", "attn@3-1=cpu", "=cpu", "attn@x=cpu"])
+def test_pins_that_are_not_understood_are_refused(text):
+    with pytest.raises(HetcompError, match="Pin"):
+        parse_pin(text)
+
+
+def test_pins_that_cannot_be_met_name_the_limit():
+    with pytest.raises(HetcompError, match="cannot be placed with these pins") as caught:
+        run_pipeline(tiny_plan(LAYERS), hybrid(0, pins=(parse_pin("*=gpu:0"),)))
+    assert "usable on gpu:0" in str(caught.value)
+
+
+def test_what_does_not_fit_says_what_would():
+    ctx = replace(context("f32", memory=800_000), planning=True)
+    with pytest.raises(HetcompError, match="It would fit with --formats bf16") as caught:
+        run_pipeline(tiny_plan(LAYERS), ctx)
+    assert "GB more memory" in str(caught.value) and "missing" in str(caught.value)
+
+
+def test_uneven_nodes_get_whole_experts_where_the_cut_does_not_fit():
+    ctx = context(nodes=2)
+    small = tuple(replace_bytes(n, 100_000 if n.id else 8 * GIB) for n in ctx.profile.nodes)
+    ctx = replace(ctx, profile=ctx.profile.model_copy(update={"nodes": small}))
+    plan = run_pipeline(tiny_plan(LAYERS), ctx, stop_after="slice_numa")
+    assert plan.calls  # fits, though half of it on each node would not
+
+
+def replace_bytes(node, free):
+    return node.model_copy(update={"available_bytes": free})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("{}", "no file of expert statistics"),
+        ('{"top_k": 2, "frequency": [[0.5, -1]]}', "layer 0, expert 1 is -1"),
+        ('{"top_k": 2, "frequency": [[0, 0]]}', "no expert of layer 0"),
+        ('{"top_k": 2, "frequency": 3}', "must be a table"),
+        ('{"top_k": 2, "frequency": {"a": [[1]], "b": [[1, 2]]}}', "differ in shape"),
+    ],
+)
+def test_broken_statistics_are_refused(text, words):
+    with pytest.raises(HetcompError, match=words):
+        parse_statistics(text, "stats.json")
+
+
+def test_statistics_of_another_model_are_refused():
+    other = ExpertStatistics("other.json", 4, ((0.25,) * 4,) * 5)
+    with pytest.raises(HetcompError, match="are of another model: they have 5 MoE layers of 4 experts with top-4"):
+        run_pipeline(tiny_plan(LAYERS), hybrid(statistics=other))
+
+
+def test_domains_of_a_statistics_file():
+    text = '{"top_k": 1, "frequency": {"a": [[1, 0]], "b": [[0, 1]]}, "tokens_per_domain": {"a": 3, "b": 1}}'
+    assert parse_statistics(text, "s").shares == ((0.75, 0.25),)
+    assert parse_statistics(text, "s", "b").shares == ((0.0, 1.0),)
+    with pytest.raises(HetcompError, match="no domain 'c'; it has a, b"):
+        parse_statistics(text, "s", "c")
