@@ -31,7 +31,9 @@ EXPERT_BYTES = 3 * HIDDEN * WIDTH * 2
 SCRATCH = 1 << 20
 
 
-def hybrid(vram: int = SCRATCH, *, gpus: int = 1, gb_per_s: float = 600.0, dram: float = 30.0, **more: object) -> Context:
+def hybrid(
+    vram: int = SCRATCH, *, gpus: int = 1, gb_per_s: float = 600.0, dram: float = 30.0, **more: object
+) -> Context:
     cards = tuple(gpu(GPU_RESERVE + vram, gb_per_s) for _ in range(gpus))
     made = context(nodes=1, bandwidths=(dram, dram), gpus=cards)
     return replace(made, use_gpus=True, planning=True, **more)
