@@ -1,0 +1,214 @@
+"""Which of our kernels are timed, on which operands: the points of the profile's kernel curves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from hetcomp.backends import packing
+from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
+from hetcomp.backends.select_kernels import choose, default_backends
+from hetcomp.hardware.figures import KernelName
+from hetcomp.ir import ops
+from hetcomp.ir.ops import Attrs
+from hetcomp.ir.plan import Op, Value, ValueKind
+from hetcomp.ir.types import DType, TensorType
+from hetcomp.passes.context import AVAILABLE_FORMATS
+
+# Shapes of a mid-size MoE layer; a curve is used for others in proportion to their weights.
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 512, 64, 8
+ROWS, COLUMNS = 2048, 2048
+HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
+CONTEXT = 16384
+MOST_TOKENS = 4096
+# Weights that take turns: far more than any last-level cache but those of the largest servers.
+STREAM_BYTES = 640 << 20
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+FEW_TOKENS = (1, 2, 4, 8, 16)
+EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+POSITIONS = (128, 512, 2048, 8192, 16383)
+PROMPTS = (16, 64, 256, 512, 1024)
+ROW_COUNTS = (1, 4, 16, 64, 512)
+COARSE = (1, 8, 64, 512)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An input of a timed kernel, as kernel_probe.cpp.j2 describes it."""
+
+    kind: str
+    bytes: int
+    sets: int = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a curve. ``work``: what the curve's rate counts, in one call."""
+
+    size: int
+    rows: int
+    work: float
+    inputs: tuple[Operand, ...]
+    outputs: tuple[int, ...]
+    position: int = 0
+
+
+@dataclass(frozen=True)
+class CurvePlan:
+    """A curve to measure: its kernel and its points."""
+
+    name: KernelName
+    variant: str
+    weight_format: str
+    shape: dict[str, int]
+    kernel: Kernel
+    cases: tuple[Case, ...]
+
+
+def curve_plans(isa: Isa, *, coarse: bool, tail: bool) -> Iterator[CurvePlan]:
+    """The curves of one instruction set. coarse: few points, and no cached variants; tail: with elementwise kinds
+    (through TVM)."""
+    backends = default_backends()
+
+    def emit(attrs: Attrs, inputs: Sequence[Value], outputs: Sequence[Value]) -> Kernel:
+        dims = {"T": MOST_TOKENS, "R": MOST_TOKENS, "slots": 1, "context": CONTEXT}
+        ask = KernelRequest(Op("op", attrs, (), ()), tuple(inputs), tuple(outputs), isa, dims)
+        return choose(backends, ask).emit(ask)
+
+    for form in AVAILABLE_FORMATS:
+        yield from _linear(emit, form, coarse)
+        yield from _experts(emit, form, coarse)
+        if DType(form) in (DType.F32, DType.BF16):
+            yield from _attention(emit, DType(form), coarse)
+    if tail:
+        yield from _tail(emit)
+
+
+def _act(id: str, *shape: int | str, dtype: DType = DType.F32) -> Value:
+    return Value(id, TensorType(dtype, shape), ValueKind.ACT)
+
+
+def _weight(id: str, shape: tuple[int, ...], form: str, layout: str) -> Value:
+    return Value(id, TensorType(DType.F32, shape, layout), ValueKind.WEIGHT, fqn=id, format=form)
+
+
+def _linear(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    weight = _weight("w", (ROWS, COLUMNS), form, packing.PANELS)
+    size = packing.packed_bytes(weight)
+    kernel = emit(ops.Linear(COLUMNS, ROWS), [_act("x", "T", COLUMNS), weight], [_act("y", "T", ROWS)])
+    shape = {"out_features": ROWS, "in_features": COLUMNS}
+
+    def cases(tokens: Sequence[int], sets: int) -> tuple[Case, ...]:
+        return tuple(
+            Case(t, t, float(ROWS * COLUMNS), (Operand("a", 4 * t * COLUMNS), Operand("w", size, sets)), (4 * t * ROWS,))
+            for t in tokens
+        )
+
+    yield CurvePlan("linear", "dram", form, shape, kernel, cases(COARSE if coarse else TOKENS, STREAM_BYTES // size))
+    if not coarse:
+        small = _weight("w", (512, 512), form, packing.PANELS)
+        bytes_ = packing.packed_bytes(small)
+        warm = emit(ops.Linear(512, 512), [_act("x", "T", 512), small], [_act("y", "T", 512)])
+        points = tuple(
+            Case(t, t, 512.0 * 512, (Operand("a", 4 * t * 512), Operand("w", bytes_)), (4 * t * 512,))
+            for t in FEW_TOKENS
+        )
+        yield CurvePlan("linear", "cache", form, {"out_features": 512, "in_features": 512}, warm, points)
+
+
+def _experts(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    sizes = EXPERT_TOKENS if not coarse else COARSE
+    yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes)
+    if not coarse:
+        # Small enough that the second-level caches of two cores hold all experts that a call touches.
+        yield _expert_curve(emit, form, "cache", (8, 2, 256, 128), FEW_TOKENS)
+
+
+def _expert_curve(  # type: ignore[no-untyped-def]
+    emit,  # noqa: ANN001
+    form: str,
+    variant: str,
+    shape: tuple[int, int, int, int],
+    sizes: Sequence[int],
+) -> CurvePlan:
+    experts, top_k, hidden, width = shape
+    gate_up = _weight("gate_up", (experts, 2 * width, hidden), form, packing.PANELS_GLU)
+    down = _weight("down", (experts, hidden, width), form, packing.PANELS)
+    each = packing.packed_bytes(gate_up), packing.packed_bytes(down)
+    routed = (_act("ids", "T", top_k, dtype=DType.I32), _act("weights", "T", top_k))
+    kernel = emit(
+        ops.MoeExperts(experts, top_k, hidden, width),
+        [_act("x", "T", hidden), *routed, gate_up, down],
+        [_act("y", "T", hidden)],
+    )
+    sets = max(1, STREAM_BYTES // sum(each)) if variant == "dram" else 1
+    cases = []
+    for size in sizes:
+        tokens = 1 if size == 1 else size * experts // top_k
+        if tokens > MOST_TOKENS:
+            continue
+        touched = min(experts, tokens * top_k)
+        inputs = (
+            Operand("a", 4 * tokens * hidden),
+            Operand("i", experts, top_k),
+            Operand("d", 4 * tokens * top_k, top_k),
+            Operand("w", each[0], sets),
+            Operand("w", each[1], sets),
+        )
+        cases.append(Case(size, tokens, 3.0 * touched * hidden * width, inputs, (4 * tokens * hidden,)))
+    names = {"experts": experts, "top_k": top_k, "hidden": hidden, "intermediate": width}
+    return CurvePlan("moe_experts", variant, form, names, kernel, tuple(cases))
+
+
+def _attention(emit, dtype: DType, coarse: bool) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    cache = ("slots", KV_HEADS, "context", HEAD_DIM)
+    states = [Value(n, TensorType(dtype, cache), ValueKind.STATE) for n in ("k", "v")]
+    row = HEADS * HEAD_DIM
+    kernel = emit(
+        ops.Attention(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5),
+        [_act("q", "T", HEADS, HEAD_DIM), *states],
+        [_act("y", "T", HEADS, HEAD_DIM)],
+    )
+    size = KV_HEADS * CONTEXT * HEAD_DIM * dtype.bytes
+    sets = max(1, STREAM_BYTES // (2 * size))
+    shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+
+    def case(size_: int, rows: int, position: int, macs: float) -> Case:
+        inputs = (Operand("a", 4 * rows * row), Operand("s", size, sets), Operand("s", size, sets))
+        return Case(size_, rows, macs, inputs, (4 * rows * row,), position)
+
+    each = 2.0 * HEADS * HEAD_DIM
+    decode = tuple(case(p, 1, p, each * (p + 1)) for p in (POSITIONS if not coarse else (512, 8192)))
+    prefill = tuple(case(t, t, t - 1, each * t * (t + 1) / 2) for t in (PROMPTS if not coarse else (64, 512)))
+    yield CurvePlan("attention_decode", "dram", dtype.value, shape, kernel, decode)
+    yield CurvePlan("attention_prefill", "dram", dtype.value, shape, kernel, prefill)
+
+
+def _tail(emit) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    x, y = _act("x", "T", HIDDEN), _act("y", "T", HIDDEN)
+    norm = Value("w", TensorType(DType.F32, (HIDDEN,)), ValueKind.WEIGHT, fqn="w", format="f32")
+    rows = HEADS * HEAD_DIM
+    wide, turned = _act("x", "T", HEADS, HEAD_DIM), _act("y", "T", HEADS, HEAD_DIM)
+    angles = [_act(n, "T", HEAD_DIM // 2) for n in ("cos", "sin")]
+    logits, ids = _act("l", "T", EXPERTS), _act("i", "T", TOP_K, dtype=DType.I32)
+    chosen = _act("r", "T", TOP_K)
+    cache = Value("k", TensorType(DType.BF16, ("slots", KV_HEADS, "context", HEAD_DIM)), ValueKind.STATE)
+    append = _act("x", "T", KV_HEADS, HEAD_DIM)
+    gate, up, glu = (_act(n, "T", INTERMEDIATE) for n in ("g", "u", "z"))
+    kinds: list[tuple[Attrs, list[Value], list[Value], int]] = [
+        (ops.RmsNorm(HIDDEN, 1e-6), [x, norm], [y], HIDDEN),
+        (ops.Rope(HEADS, HEAD_DIM, HEAD_DIM), [wide, *angles], [turned], rows),
+        (ops.Add(), [x, _act("x2", "T", HIDDEN)], [y], HIDDEN),
+        (ops.Route(EXPERTS, TOP_K, "softmax", True), [logits], [ids, chosen], 2 * TOP_K),
+        (ops.Glu(INTERMEDIATE), [gate, up], [glu], INTERMEDIATE),
+        (ops.KvAppend(KV_HEADS, HEAD_DIM), [append, cache], [], KV_HEADS * HEAD_DIM),
+    ]
+    for attrs, inputs, outputs, width in kinds:
+        cases = []
+        for t in ROW_COUNTS:
+            dims = {"T": t, "slots": 1, "context": CONTEXT}
+            operands = tuple(Operand("s" if v.kind is ValueKind.STATE else "a", v.type.bytes(dims)) for v in inputs)
+            cases.append(Case(t, t, float(t * width), operands, tuple(v.type.bytes(dims) for v in outputs), t - 1))
+        kernel = emit(attrs, inputs, outputs)
+        yield CurvePlan("elementwise", attrs.kind, "f32", {"width": width}, kernel, tuple(cases))
