@@ -10,7 +10,7 @@ from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
 from hetcomp.passes.phases import Phase
-from hetcomp.passes.work import Work
+from hetcomp.passes.work import Work, expert_borders
 
 # Fixed time of one op on a CPU lane besides its barrier where no curve holds it already: filling argument lists,
 # drawing tasks (some hundred instructions; an estimate).
@@ -166,22 +166,41 @@ def _from_curve(
     return done / (curve.rate(size) * 1e3)
 
 
-_ELEMENTWISE_LIKE = frozenset({"rms_norm", "rope", "add", "route", "glu"})
-_ELEMENTWISE_KIN = {"kv_append": "rope", "rope_table": "rope", "activation": "glu"}
+_ELEMENTWISE_LIKE = frozenset({"rms_norm", "rope", "add", "route", "glu", "kv_append"})
+_ELEMENTWISE_KIN = {"rope_table": "rope", "activation": "glu"}
 
 
 def _matrix_us(
     kernel: KernelName, work: Work, profile: HardwareProfile, isa: str | None, cached: float
 ) -> float | None:
-    cold = profile.curve(kernel, "dram", work.weight_format, isa)
-    if cold is None:
+    large = profile.curve(kernel, "dram", work.weight_format, isa)
+    if large is None:
         return None
-    us = _pass_us(cold, work)
-    warm = profile.curve(kernel, "cache", work.weight_format, isa)
-    if warm is not None and cached > 0 and work.group <= warm.points[-1].size:
-        us = (1 - cached) * us + cached * min(us, _pass_us(warm, work))
-    return us
+    us = _pass_us(large, work)
+    small = profile.curve(kernel, "cache", work.weight_format, isa)
+    if small is None:
+        return us
+    if work.group <= MEMORY_BOUND_TOKENS:
+        return (1 - cached) * us + cached * min(us, _pass_us(small, work))
+    # Bound by compute, wherever the weights are. A kernel's time a weight grows with what it has to do for the
+    # activations at the weights' borders; two shapes give that line.
+    at_large, at_small = _borders(large), _borders(small)
+    here = work.borders / work.weights if work.weights else at_large
+    slope = max(0.0, (_pass_us(small, work) - us) / (at_small - at_large))
+    return max(0.9 * us, us + slope * (here - at_large))
+
+
+# Up to this many tokens a weight the kernels wait for memory (10 FLOP a byte of bf16 is below every CPU's ridge).
+MEMORY_BOUND_TOKENS = 8
 
 
 def _pass_us(curve: KernelCurve, work: Work) -> float:
     return work.weights / (curve.rate(work.group) * 1e3)
+
+
+def _borders(curve: KernelCurve) -> float:
+    """Borders a weight of the operands that the curve was measured on."""
+    shape = curve.shape
+    if curve.kernel == "moe_experts":
+        return expert_borders(shape["hidden"], shape["intermediate"])
+    return (shape["in_features"] + shape["out_features"]) / (shape["in_features"] * shape["out_features"])

@@ -19,7 +19,7 @@ from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import expert_cpu_us
 from hetcomp.passes.routing import sample_tokens
-from hetcomp.passes.work import Work, work_of
+from hetcomp.passes.work import Work, expert_borders, work_of
 
 
 class StepTasks:
@@ -234,6 +234,7 @@ class StepTasks:
             part = tokens / max(1, base.rows * a.top_k)
             work = replace(
                 base, flops=2 * whole * tokens, weight_bytes=size, act_bytes=base.act_bytes * part, weights=whole,
+                borders=whole * expert_borders(a.hidden, a.intermediate),
                 group=float(tokens),
             )  # fmt: skip
             if device.startswith("cpu:"):

@@ -25,7 +25,7 @@ from hetcomp.passes.expert_statistics import inclusion
 from hetcomp.passes.memory_table import gpu_limit
 from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.pins import pinned_device
-from hetcomp.passes.work import Work, work_of
+from hetcomp.passes.work import Work, expert_borders, work_of
 
 # Weights below this are not worth a decision of their own (norms, biases): such ops go where their input is made.
 SMALL_BYTES = 1 << 18
@@ -332,6 +332,7 @@ def expert_work(
             weight_bytes=size * active,
             act_bytes=work.act_bytes * tokens / max(1, work.rows * a.top_k),
             weights=whole * active,
+            borders=whole * active * expert_borders(a.hidden, a.intermediate),
             group=max(1.0, tokens / active) if active > 0 else 1.0,
         ),
         active,

@@ -17,7 +17,7 @@ Values = Mapping[str, Value]
 @dataclass(frozen=True)
 class Work:
     """Of one op in one step. ``weights``: elements of weight matrices passed over (of the experts that get tokens);
-    ``group``: rows that each of them meets (tokens an expert for moe_experts, else the op's rows); ``written``:
+    ``borders``: their rows and columns added up (activations that a row of work reads and writes). ``group``: rows that each of them meets (tokens an expert for moe_experts, else the op's rows); ``written``:
     elements of its outputs. ``weight_format`` is the matrices', ``state_format`` the KV cache's."""
 
     rows: int
@@ -26,6 +26,7 @@ class Work:
     act_bytes: float
     state_bytes: float
     weights: float
+    borders: float
     group: float
     written: float
     weight_format: str
@@ -55,12 +56,15 @@ def work_of(op: Op, values: Values, step: Phase, target: KernelTarget) -> Work:
             state_form = value.type.dtype.value
         else:
             acts += value.type.bytes(dims)
-    written = math.fsum(values[o].type.numel(dims) for o in op.outputs)
+    # kv_append has no output: it writes its input to the cache.
+    made = op.outputs if op.kind != "kv_append" else op.inputs[:1]
+    written = math.fsum(values[o].type.numel(dims) for o in made)
     flops = _FLOPS.get(op.kind, _elementwise)(op, step, rows, written)
     group = float(rows)
     if isinstance(op.attrs, ops.MoeExperts):
         group = rows * op.attrs.top_k / expected_experts(op.attrs.experts, op.attrs.top_k, rows)
-    return Work(rows, flops, weight_bytes, acts, states, weights, group, written, form, state_form)
+    borders = _borders(op, weights)
+    return Work(rows, flops, weight_bytes, acts, states, weights, borders, group, written, form, state_form)
 
 
 def expected_experts(experts: int, top_k: int, tokens: int) -> float:
@@ -75,6 +79,22 @@ def share_read(op: Op, operand: int, rows: int) -> float:
     if isinstance(op.attrs, ops.Embed) and operand == 1:
         return min(1.0, rows / op.attrs.vocab)
     return 1.0
+
+
+def _borders(op: Op, weights: float) -> float:
+    a = op.attrs
+    if isinstance(a, ops.Linear):
+        return float(a.in_features + a.out_features)
+    if isinstance(a, ops.HeadLinear):
+        return float(a.heads * (a.in_features + a.out_features))
+    if isinstance(a, ops.MoeExperts):
+        return weights * expert_borders(a.hidden, a.intermediate)
+    return 0.0
+
+
+def expert_borders(hidden: int, intermediate: int) -> float:
+    """Borders a weight of an expert's three matrices."""
+    return (2 * hidden + 3 * intermediate) / (3 * hidden * intermediate)
 
 
 def visible(window: int, step: Phase) -> float:

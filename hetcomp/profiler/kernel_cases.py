@@ -21,11 +21,15 @@ ROWS, COLUMNS = 2048, 2048
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
 CONTEXT = 16384
 MOST_TOKENS = 4096
+# Width of the small operands: a second shape shows what a kernel pays for rows of activations besides its weights, and
+# in few tokens what it takes when caches hold the weights.
+SMALL = 256
+# Activations of the long tail take turns over this much, as those of a step's many ops do.
+TAIL_BYTES = 96 << 20
 # Weights that take turns: far more than any last-level cache but those of the largest servers.
 STREAM_BYTES = 640 << 20
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-FEW_TOKENS = (1, 2, 4, 8, 16)
 EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 POSITIONS = (128, 512, 2048, 8192, 16383)
 PROMPTS = (16, 64, 256, 512, 1024)
@@ -52,6 +56,7 @@ class Case:
     inputs: tuple[Operand, ...]
     outputs: tuple[int, ...]
     position: int = 0
+    output_sets: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,20 +106,24 @@ def _linear(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: igno
 
     def cases(tokens: Sequence[int], sets: int) -> tuple[Case, ...]:
         return tuple(
-            Case(t, t, float(ROWS * COLUMNS), (Operand("a", 4 * t * COLUMNS), Operand("w", size, sets)), (4 * t * ROWS,))
+            Case(
+                t, t, float(ROWS * COLUMNS), (Operand("a", 4 * t * COLUMNS), Operand("w", size, sets)), (4 * t * ROWS,)
+            )
             for t in tokens
         )
 
     yield CurvePlan("linear", "dram", form, shape, kernel, cases(COARSE if coarse else TOKENS, STREAM_BYTES // size))
     if not coarse:
-        small = _weight("w", (512, 512), form, packing.PANELS)
+        n = SMALL
+        small = _weight("w", (n, n), form, packing.PANELS)
         bytes_ = packing.packed_bytes(small)
-        warm = emit(ops.Linear(512, 512), [_act("x", "T", 512), small], [_act("y", "T", 512)])
+        warm = emit(ops.Linear(n, n), [_act("x", "T", n), small], [_act("y", "T", n)])
         points = tuple(
-            Case(t, t, 512.0 * 512, (Operand("a", 4 * t * 512), Operand("w", bytes_)), (4 * t * 512,))
-            for t in FEW_TOKENS
+            Case(t, t, float(n * n), (Operand("a", 4 * t * n), Operand("w", bytes_)), (4 * t * n,))
+            for t in TOKENS
+            if t <= 512
         )
-        yield CurvePlan("linear", "cache", form, {"out_features": 512, "in_features": 512}, warm, points)
+        yield CurvePlan("linear", "cache", form, {"out_features": n, "in_features": n}, warm, points)
 
 
 def _experts(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
@@ -122,7 +131,7 @@ def _experts(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: ign
     yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes)
     if not coarse:
         # Small enough that the second-level caches of two cores hold all experts that a call touches.
-        yield _expert_curve(emit, form, "cache", (8, 2, 256, 128), FEW_TOKENS)
+        yield _expert_curve(emit, form, "cache", (8, 2, SMALL, SMALL // 2), EXPERT_TOKENS)
 
 
 def _expert_curve(  # type: ignore[no-untyped-def]
@@ -208,7 +217,15 @@ def _tail(emit) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa:
         cases = []
         for t in ROW_COUNTS:
             dims = {"T": t, "slots": 1, "context": CONTEXT}
-            operands = tuple(Operand("s" if v.kind is ValueKind.STATE else "a", v.type.bytes(dims)) for v in inputs)
-            cases.append(Case(t, t, float(t * width), operands, tuple(v.type.bytes(dims) for v in outputs), t - 1))
+            made = tuple(v.type.bytes(dims) for v in outputs)
+            moved = sum(v.type.bytes(dims) for v in inputs if v.kind is ValueKind.ACT) + sum(made)
+            sets = max(1, min(TAIL_BYTES // moved, 512)) if t >= ROW_COUNTS[-2] else 1
+            operands = tuple(
+                Operand("s", v.type.bytes(dims))
+                if v.kind is ValueKind.STATE
+                else Operand("w", v.type.bytes(dims), sets)
+                for v in inputs
+            )
+            cases.append(Case(t, t, float(t * width), operands, made, t - 1, sets))
         kernel = emit(attrs, inputs, outputs)
         yield CurvePlan("elementwise", attrs.kind, "f32", {"width": width}, kernel, tuple(cases))

@@ -52,16 +52,12 @@ def kernel_curves(
             if progress:
                 progress(f"time kernels ({isa.value}), round {number + 1}")
             rounds.append(_run(probe, plans, cpus, Path(folder)))
-    return tuple(
-        _curve(plan, isa, [r[i] for r in rounds], barrier_us) for i, plan in enumerate(plans)
-    )
+    return tuple(_curve(plan, isa, [r[i] for r in rounds], barrier_us) for i, plan in enumerate(plans))
 
 
 def _build(plans: Sequence[CurvePlan], isa: Isa, folder: Path, threads: int, progress: Progress | None) -> Path:
     kernels = {plan.kernel.name: plan.kernel for plan in plans}
-    driver = render(
-        "probe/kernel_probe.cpp.j2", kernels=list(kernels), stream_bytes=STREAM_BYTES, context=CONTEXT
-    )
+    driver = render("probe/kernel_probe.cpp.j2", kernels=list(kernels), stream_bytes=STREAM_BYTES, context=CONTEXT)
     sources = [Source(k.name, k.source) for k in kernels.values()]
     sources.append(Source("tvm_support", support_source()))
     compiler, include = find_cxx(), installed_runtime.include()
@@ -109,7 +105,9 @@ def _line(kernel: int, workspace: int, case: Case) -> str:
     words: list[object] = [kernel, case.rows, POINT_US, case.position, workspace, len(case.inputs)]
     for operand in case.inputs:
         words += [operand.kind, operand.bytes, operand.sets]
-    words += [len(case.outputs), *case.outputs]
+    words.append(len(case.outputs))
+    for size in case.outputs:
+        words += [size, case.output_sets]
     return " ".join(map(str, words))
 
 
