@@ -213,6 +213,26 @@ void print_bandwidth(const std::vector<int>& cpus, const std::uint8_t* data, std
   std::printf("], ");
 }
 
+// Reads over buffers that are passed over again and again: what the caches give while a working set fits.
+void print_cached(const std::vector<int>& cpus, const std::uint8_t* data, std::int64_t bytes) {
+  const int threads = static_cast<int>(cpus.size());
+  std::printf("\"cached\": [");
+  const char* comma = "";
+  for (std::int64_t size = 256 << 10; size <= bytes; size *= 2) {
+    const std::int64_t part = size / threads / 4096 * 4096;
+    if (part == 0) continue;
+    const std::int64_t passes = std::max<std::int64_t>(1, (256 << 20) / size);
+    const double seconds = timed(cpus, threads, 4, [&](int t, hetcomp::Lane&) {
+      for (std::int64_t i = 0; i < passes; ++i)
+        sink = static_cast<float>(read_all(data + t * part, data + (t + 1) * part));
+    });
+    std::printf("%s[%lld, %.4f]", comma, static_cast<long long>(part * threads),
+                static_cast<double>(part * threads * passes) / seconds * 1e-9);
+    comma = ", ";
+  }
+  std::printf("], ");
+}
+
 void print_barrier(const std::vector<int>& cpus) {
   constexpr int kRounds = 2000;
   const double seconds = timed(cpus, static_cast<int>(cpus.size()), 5, [&](int, hetcomp::Lane& lane) {
@@ -249,6 +269,7 @@ int main(int argc, char** argv) {
   });
   std::printf("{");
   print_bandwidth(cpus, data, bytes);
+  print_cached(cpus, data, bytes);
   print_barrier(cpus);
   std::printf("\"rates\": {");
   print_rates<F32>(cpus, data, bytes, false);

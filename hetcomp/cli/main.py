@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from hetcomp.cli.guard import guard
+from hetcomp.cli.profile_command import profile_command
 from hetcomp.errors import HetcompError
 
 app = typer.Typer(
@@ -67,7 +68,7 @@ def compile_command(
                 text = f"{exe.path}"
         typer.echo(text)
 
-    _guard(body, debug)
+    guard(body, debug)
 
 
 @app.command("run")
@@ -121,7 +122,7 @@ def run_command(
         if stats:
             typer.echo(json.dumps(exe.stats, indent=2), err=True)
 
-    _guard(body, debug)
+    guard(body, debug)
 
 
 def plan_command(
@@ -173,10 +174,11 @@ def plan_command(
             console = Console(width=max(console.width, 100))
             console.print(plan_report(plan, free))
 
-    _guard(body, debug)
+    guard(body, debug)
 
 
 app.command("plan")(plan_command)
+app.command("profile")(profile_command)
 
 
 @app.command("doctor")
@@ -191,7 +193,7 @@ def doctor_command(
 
         raise typer.Exit(doctor(as_json=as_json))
 
-    _guard(body, debug)
+    guard(body, debug)
 
 
 def _formats(text: str) -> str | dict[str, str]:
@@ -213,20 +215,6 @@ def _ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise HetcompError(f"--ids {text} is not a list of integers such as 1,2,3.") from None
-
-
-def _guard(body: Callable[[], None], debug: bool) -> None:
-    """Runs a command; a refusal becomes one sentence on stderr and exit code 1, Ctrl-C exit code 130."""
-    try:
-        body()
-    except HetcompError as error:
-        if debug:
-            raise
-        typer.echo(f"hetcomp: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("hetcomp: interrupted; nothing half-written was left behind.", err=True)
-        raise typer.Exit(130) from None
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from hetcomp import installed_runtime
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.compilers import CxxCompiler, find_cxx
 from hetcomp.hardware.detect import Machine, NodeFacts, detect_machine
-from hetcomp.hardware.figures import BandwidthPoint, KernelRate, NumaNode, Source
+from hetcomp.hardware.figures import BandwidthPoint, KernelRate, NumaNode, Source, WorkingSetPoint
 from hetcomp.hardware.gpus import detect_gpus
 from hetcomp.hardware.profile import SCHEMA, HardwareProfile, parse_profile
 
@@ -39,9 +39,11 @@ _ESTIMATED_BARRIER_US = 1.0
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a run of the probe printed: GB/s by threads, barrier, by format (GFLOP/s a core, GEMV GB/s)."""
+    """What a run of the probe printed: GB/s by threads and, with all of them, by working set (bytes); barrier; by
+    format (GFLOP/s a core, GEMV GB/s)."""
 
     read: tuple[tuple[int, float], ...]
+    cached: tuple[tuple[int, float], ...]
     barrier_us: float
     rates: dict[str, tuple[float, float]]
 
@@ -58,7 +60,7 @@ def measured_profile() -> HardwareProfile:
     if profile is None:
         profile = measure(machine)
         if profile.measured:
-            _keep(profile, cached)
+            keep(profile, cached)
     free = {node.id: node.available_bytes for node in machine.nodes}
     nodes = tuple(n.model_copy(update={"available_bytes": free.get(n.id, 0)}) for n in profile.nodes)
     return profile.model_copy(update={"nodes": nodes, "gpus": detect_gpus().gpus})
@@ -108,20 +110,20 @@ def _probe(machine: Machine) -> dict[int, dict[str, ProbeResult]]:
         with ThreadPoolExecutor(max_workers=min(len(isas), machine.logical_cpus)) as pool:
             built = pool.map(lambda isa: _build(compiler, include, isa, Path(folder)), isas)
             probes = dict(zip(isas, built, strict=True))
-        for node, cpus in _lanes(machine):
+        for node, cpus in lanes(machine):
             mebibytes = buffer_mebibytes(machine, node)
             results[node.id] = {isa: _run(probe, mebibytes, cpus) for isa, probe in probes.items()}
     return results
 
 
-def _lanes(machine: Machine) -> list[tuple[NodeFacts, tuple[int, ...]]]:
+def lanes(machine: Machine) -> list[tuple[NodeFacts, tuple[int, ...]]]:
     """The CPUs of every node's lane: one of each core, as many as the thread count gives the node."""
     total = sum(len(node.cores) for node in machine.nodes)
-    lanes = []
+    found = []
     for node in machine.nodes:
         if node.cores:
-            lanes.append((node, node.cores[: max(1, machine.threads * len(node.cores) // total)]))
-    return lanes
+            found.append((node, node.cores[: max(1, machine.threads * len(node.cores) // total)]))
+    return found
 
 
 def _build(compiler: CxxCompiler, include: Path, isa: str, folder: Path) -> Path:
@@ -147,6 +149,7 @@ def _run(probe: Path, mebibytes: int, cpus: Sequence[int]) -> ProbeResult:
     document: dict[str, Any] = json.loads(done.stdout)
     return ProbeResult(
         tuple((threads, rate) for threads, rate in document["read"]),
+        tuple((size, rate) for size, rate in document["cached"]),
         document["barrier_us"],
         {form: (r["gflops_per_core"], r["gemv_gb_per_s"]) for form, r in document["rates"].items()},
     )
@@ -158,12 +161,13 @@ def _estimates(machine: Machine) -> dict[int, dict[str, ProbeResult]]:
         node.id: {
             isa: ProbeResult(
                 ((len(cpus), _ESTIMATED_GB_PER_S),),
+                (),
                 _ESTIMATED_BARRIER_US,
                 {form: (_ESTIMATED_GFLOPS[isa], 0.9 * _ESTIMATED_GB_PER_S) for form in ("f32", "bf16")},
             )
             for isa in isas
         }
-        for node, cpus in _lanes(machine)
+        for node, cpus in lanes(machine)
     }
 
 
@@ -190,6 +194,9 @@ def _profile(
             for node in machine.nodes
         ),
         caches=machine.caches,
+        cached_reads=_cached_reads(results),
+        cpu_quota=machine.quota,
+        memory_limit_bytes=machine.memory_limit,
         rates=_rates(results, curves, source),
         barrier_us=max(run.barrier_us for by_isa in results.values() for run in by_isa.values()),
         huge_pages=machine.huge_pages,
@@ -207,6 +214,19 @@ def _curve(by_isa: dict[str, ProbeResult]) -> tuple[BandwidthPoint, ...]:
         for threads, rate in (*run.read, *((most, gemv) for _, gemv in run.rates.values())):
             best[threads] = max(best.get(threads, 0.0), rate)
     return tuple(BandwidthPoint(threads=n, gb_per_s=best[n]) for n in sorted(best))
+
+
+def _cached_reads(results: dict[int, dict[str, ProbeResult]]) -> tuple[WorkingSetPoint, ...]:
+    """Of the first node, by its best probe; a larger set is never read faster."""
+    best: dict[int, float] = {}
+    for run in next(iter(results.values()), {}).values():
+        for size, rate in run.cached:
+            best[size] = max(best.get(size, 0.0), rate)
+    points, ceiling = [], float("inf")
+    for size in sorted(best):
+        ceiling = min(ceiling, best[size])
+        points.append(WorkingSetPoint(bytes=size, gb_per_s=ceiling))
+    return tuple(points)
 
 
 def _rates(
@@ -245,7 +265,8 @@ def _read(cached: Path) -> HardwareProfile | None:
     return None if profile.origin.startswith(_BUSY) and age > _BUSY_SECONDS else profile
 
 
-def _keep(profile: HardwareProfile, target: Path) -> None:
+def keep(profile: HardwareProfile, target: Path) -> None:
+    """Writes the figures to the cache, whole or not at all."""
     # A cache that cannot be written costs the next start a few seconds and nothing else.
     with contextlib.suppress(OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
