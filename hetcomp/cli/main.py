@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from hetcomp.cli.bench_command import bench_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.profile_command import profile_command
 from hetcomp.errors import HetcompError
@@ -179,6 +180,7 @@ def plan_command(
 
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
+app.command("bench")(bench_command)
 
 
 @app.command("doctor")

@@ -1,0 +1,106 @@
+"""``hetcomp bench``: predicted beside measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hetcomp.cli.guard import guard
+from hetcomp.errors import HetcompError
+
+if TYPE_CHECKING:
+    from hetcomp.bench import BenchRecord
+
+
+def bench_command(
+    artifact: Annotated[Path, typer.Argument(metavar="MODEL.hetc", help="A compiled model.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Prompt lengths.")] = "64,512,2048",
+    context: Annotated[str, typer.Option("--context", help="Positions behind which decode is timed.")] = "128,2048",
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Decode steps a round.")] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", min=1)] = 3,
+    hw: Annotated[str, typer.Option("--hw", help="Profile to predict with: auto, or a file.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="Record; default MODEL.bench.json beside it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Times prefill and decode of MODEL.hetc and holds the plan's predictions against them."""
+
+    def body() -> None:
+        import hetcomp
+        from hetcomp.bench import bench, record_path
+        from hetcomp.cli.profile_command import write_text
+        from hetcomp.cli.progress import RichProgress
+        from hetcomp.hardware.profile import load_profile
+
+        exe = hetcomp.load(artifact)
+        profile = load_profile(hw)
+        with RichProgress(Console(stderr=True)) as progress:
+            record = bench(
+                exe,
+                profile,
+                prompts=_lengths("--prompt", prompt),
+                contexts=_lengths("--context", context),
+                tokens=tokens,
+                rounds=rounds,
+                progress=progress.stage,
+            )
+        target = out or record_path(artifact)
+        write_text(target, record.to_json())
+        if as_json:
+            typer.echo(record.to_json(), nl=False)
+            return
+        console = Console()
+        console.print(_table(record))
+        for line in verdict(record, target):
+            console.print(line, soft_wrap=True, highlight=False)
+
+    guard(body, debug)
+
+
+def _lengths(option: str, text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        lengths = (0,)
+    if any(n < 1 for n in lengths):
+        raise HetcompError(f"{option} {text} is not a list of lengths such as 64,512.")
+    return lengths
+
+
+def _table(record: BenchRecord) -> Table:
+    table = Table(title=f"{record.model} on {record.cpu}, {record.threads} threads", title_justify="left")
+    table.add_column("case", no_wrap=True)
+    for name in ("predicted ms", "measured ms", "predicted tok/s", "measured tok/s", "off by"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for case in record.cases:
+        table.add_row(
+            case.name,
+            f"{case.predicted_ms:.3f}",
+            f"{case.measured_ms:.3f}",
+            f"{case.tokens / case.predicted_ms * 1e3:,.1f}",
+            f"{case.tokens / case.measured_ms * 1e3:,.1f}",
+            f"{case.deviation:+.1%}",
+        )
+    return table
+
+
+def verdict(record: BenchRecord, stored: Path) -> list[str]:
+    """What is wrong with the predictions, and where the record lies."""
+    from hetcomp.bench import TOLERANCE
+
+    lines = [f"note: {note}" for note in record.notes]
+    wrong = [case for case in record.cases if abs(case.deviation) > TOLERANCE]
+    for case in wrong:
+        role = case.worst
+        lines.append(
+            f"{case.name} is off by {case.deviation:+.0%}, mostly {role.role} ({role.term}): "
+            f"{role.predicted_ms:.3f} ms predicted, {role.measured_ms:.3f} ms measured"
+        )
+    if wrong:
+        lines.append(f"hetcomp profile --calibrate {stored} refits these terms; measure on a quiet machine first")
+    lines.append(f"stored in {stored}")
+    return lines
