@@ -11,6 +11,20 @@ from rich.console import Console
 
 from hetcomp.cli.bench_command import bench_command
 from hetcomp.cli.guard import guard
+from hetcomp.cli.options import (
+    Batch,
+    Context,
+    Debug,
+    DumpDir,
+    Formats,
+    Hw,
+    IsaList,
+    Model,
+    StopAfter,
+    formats_of,
+    isas_of,
+)
+from hetcomp.cli.plan_command import plan_command
 from hetcomp.cli.profile_command import profile_command
 from hetcomp.errors import HetcompError
 
@@ -22,19 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _err = Console(stderr=True)
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF folder, zoo name, or (plan) an artifact.")]
-Hw = Annotated[str, typer.Option("--hw", help="auto, preset:NAME, or a profile file.")]
-Formats = Annotated[
-    str,
-    typer.Option("--formats", help="f32, bf16, auto, or role=format,... (experts, attention, dense, ...)."),
-]
-Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions of the KV cache.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences kept at once.")]
-IsaList = Annotated[str, typer.Option("--isa", help="auto (the profile's), or a list: avx512,avx2.")]
-StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
-DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
 
 @app.command("compile")
@@ -58,7 +59,7 @@ def compile_command(
         from hetcomp.ir.printer import print_plan
 
         options: dict[str, Any] = dict(
-            hw_profile=hw, context_length=context, max_batch=batch, formats=_formats(formats), isa=_isas(isa)
+            hw_profile=hw, context_length=context, max_batch=batch, formats=formats_of(formats), isa=isas_of(isa)
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:
@@ -126,58 +127,6 @@ def run_command(
     guard(body, debug)
 
 
-def plan_command(
-    model: Model,
-    hw: Hw = "auto",
-    formats: Formats = "auto",
-    context: Context = None,
-    batch: Batch = 1,
-    isa: IsaList = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
-    text: Annotated[bool, typer.Option("--text", help="Print the whole plan.")] = False,
-    stop_after: StopAfter = None,
-    dump_dir: DumpDir = None,
-    debug: Debug = False,
-) -> None:
-    """Shows where each part of MODEL would live and run, and how fast, without reading a weight."""
-
-    def body() -> None:
-        from hetcomp.cli.plan_report import plan_report, plan_report_json
-        from hetcomp.cli.progress import RichProgress
-        from hetcomp.compiler import plan_model
-        from hetcomp.ir.printer import print_plan
-        from hetcomp.ir.serialise import from_json
-
-        free = None
-        if (Path(model) / "plan.json").is_file():
-            plan = from_json((Path(model) / "plan.json").read_text(encoding="utf-8"))
-        else:
-            with RichProgress(_err) as progress:
-                planned = plan_model(
-                    model,
-                    hw_profile=hw,
-                    context_length=context,
-                    max_batch=batch,
-                    formats=_formats(formats),
-                    isa=_isas(isa),
-                    stop_after=stop_after,
-                    dump_dir=dump_dir,
-                    progress=progress,
-                )
-            plan, free = planned.plan, planned.profile.available_bytes()
-        if as_json:
-            typer.echo(plan_report_json(plan, free))
-        elif text or stop_after:
-            typer.echo(print_plan(plan))
-        else:
-            # The widest table takes less than this; rich would leave out the figures to the right.
-            console = Console()
-            console = Console(width=max(console.width, 100))
-            console.print(plan_report(plan, free))
-
-    guard(body, debug)
-
-
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("bench")(bench_command)
@@ -196,20 +145,6 @@ def doctor_command(
         raise typer.Exit(doctor(as_json=as_json))
 
     guard(body, debug)
-
-
-def _formats(text: str) -> str | dict[str, str]:
-    if "=" not in text:
-        return text
-    pairs = [part.partition("=") for part in text.split(",")]
-    for role, equals, form in pairs:
-        if not (role and equals and form):
-            raise HetcompError(f"--formats {text} is not understood; write one format or role=format,role=format.")
-    return {role.strip(): form.strip() for role, _, form in pairs}
-
-
-def _isas(text: str) -> list[str] | None:
-    return None if text == "auto" else [part.strip() for part in text.split(",")]
 
 
 def _ids(text: str) -> list[int]:

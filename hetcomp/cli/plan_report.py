@@ -10,16 +10,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from hetcomp.cli.plan_placement import critical_lines, device_memory_table, layer_table, solution_line, uses_gpus
 from hetcomp.cli.plan_summary import OpGroup, PlanSummary, summarise
+from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.ir.annotations import Timeline
 from hetcomp.ir.plan import Plan
 
 _SCHEMA = (1, 0)
 
 
-def plan_report(plan: Plan, available_bytes: int | None = None) -> RenderableType:
+def plan_report(
+    plan: Plan, available_bytes: int | None = None, profile: HardwareProfile | None = None
+) -> RenderableType:
     """Tables of op groups, predicted speed and memory, and the plan's notes, for rich's Console.
 
-    ``available_bytes``: free memory of the machine that the plan is for, where it is known.
+    ``available_bytes``, ``profile``: free memory and the machine that the plan is for, where they are known.
     """
     summary = summarise(plan)
     model, dims = plan.model, plan.max_dims()
@@ -30,7 +35,12 @@ def plan_report(plan: Plan, available_bytes: int | None = None) -> RenderableTyp
     parts: list[RenderableType] = [Text(title), _group_table(summary)]
     if plan.timelines:
         parts.append(_speed_table(plan))
+        parts.append(critical_lines(plan))
     parts.append(_memory_table(summary, available_bytes))
+    if uses_gpus(plan):
+        parts += [layer_table(plan), device_memory_table(plan, profile)]
+    if plan.solution is not None:
+        parts.append(Text(solution_line(plan, plan.solution)))
     parts.extend(Text(f"note: {note}") for note in plan.notes)
     return Group(*parts)
 
@@ -164,10 +174,18 @@ def _speed_table(plan: Plan) -> Table:
             timeline.phase,
             f"{timeline.tokens:,}",
             f"{timeline.total_us / 1e3:.3f}",
-            f"{timeline.tokens_per_s:,.1f}",
+            f"{timeline.tokens_per_s:,.1f}" + _spread(timeline),
             ", ".join(f"{lane.lane} {lane.busy_us / whole:.0%}" for lane in timeline.lanes),
         )
     return table
+
+
+def _spread(timeline: Timeline) -> str:
+    """10th to 90th percentile of tokens/s over sampled routings, where they differ."""
+    if timeline.high_us <= timeline.low_us * 1.005 or timeline.low_us <= 0:
+        return ""
+    low, high = (timeline.tokens / us * 1e6 for us in (timeline.high_us, timeline.low_us))
+    return f" ({low:,.0f} .. {high:,.0f})"
 
 
 def _memory_table(summary: PlanSummary, available_bytes: int | None) -> Table:

@@ -1,0 +1,167 @@
+"""``hetcomp plan`` and ``hetcomp-plan``: where each part of a model would live, and how fast it would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hetcomp.cli.guard import guard
+from hetcomp.cli.options import (
+    Batch,
+    Context,
+    Debug,
+    DumpDir,
+    Formats,
+    Hw,
+    IsaList,
+    Model,
+    StopAfter,
+    formats_of,
+    isas_of,
+)
+from hetcomp.errors import HetcompError
+
+if TYPE_CHECKING:
+    from hetcomp.compiler import Planned, PlanWishes
+
+
+def plan_command(
+    model: Model,
+    hw: Hw = "auto",
+    formats: Formats = "auto",
+    context: Context = None,
+    batch: Batch = 1,
+    isa: IsaList = "auto",
+    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens of a prompt.")] = None,
+    answer: Annotated[int | None, typer.Option("--answer", min=1, help="Tokens of an answer.")] = None,
+    vram: Annotated[str | None, typer.Option("--vram", help="Of each GPU, e.g. 16G (powers of 1024).")] = None,
+    pinned: Annotated[str | None, typer.Option("--pinned", help="Limit of pinned host memory.")] = None,
+    pin: Annotated[list[str] | None, typer.Option("--pin", help="ROLE[@LAYERS]=DEVICE, e.g. attn@0-3=gpu:0.")] = None,
+    stats: Annotated[str | None, typer.Option("--stats", help="Expert statistics: FILE or FILE#DOMAIN.")] = None,
+    what_if: Annotated[
+        list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
+    ] = None,
+    help_most: Annotated[
+        bool, typer.Option("--improvements/--no-improvements", help="Plan anew to find what would help most.")
+    ] = True,
+    plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Write the plan as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Print the whole plan.")] = False,
+    stop_after: StopAfter = None,
+    dump_dir: DumpDir = None,
+    debug: Debug = False,
+) -> None:
+    """Shows where each part of MODEL would live and run, and how fast, without reading a weight."""
+
+    def body() -> None:
+        from hetcomp.cli.plan_report import plan_report, plan_report_json
+        from hetcomp.cli.profile_command import write_text
+        from hetcomp.cli.progress import RichProgress
+        from hetcomp.compiler import plan_model
+        from hetcomp.ir.printer import print_plan
+        from hetcomp.ir.serialise import from_json, to_json
+
+        planned, gains, compared = None, [], []
+        if (Path(model) / "plan.json").is_file():
+            plan = from_json((Path(model) / "plan.json").read_text(encoding="utf-8"))
+        else:
+            with RichProgress(Console(stderr=True)) as progress:
+                planned = plan_model(
+                    model,
+                    hw_profile=hw,
+                    context_length=context,
+                    max_batch=batch,
+                    formats=formats_of(formats),
+                    isa=isas_of(isa),
+                    wishes=_wishes(prompt, answer, batch, vram, pinned, pin, stats),
+                    stop_after=stop_after,
+                    dump_dir=dump_dir,
+                    progress=progress,
+                )
+                plan = planned.plan
+                if plan.timelines:
+                    compared = _compare(planned, what_if or [])
+                    if help_most and not (as_json or text):
+                        progress.stage("what would help")
+                        gains = _gains(planned)
+        if plan_out is not None:
+            write_text(plan_out, to_json(plan))
+        free = planned.profile.available_bytes() if planned else None
+        if as_json:
+            typer.echo(plan_report_json(plan, free))
+        elif text or stop_after:
+            typer.echo(print_plan(plan))
+        else:
+            # The widest table takes less than this; rich would leave out the figures to the right.
+            console = Console()
+            console = Console(width=max(console.width, 100))
+            console.print(plan_report(plan, free, planned.profile if planned else None))
+            if compared and planned is not None:
+                console.print(_comparison(planned, compared))
+            for label, gain in gains:
+                console.print(f"would help: {label}: {gain:+.0%}", highlight=False)
+
+    guard(body, debug)
+
+
+def _wishes(
+    prompt: int | None,
+    answer: int | None,
+    batch: int,
+    vram: str | None,
+    pinned: str | None,
+    pins: list[str] | None,
+    stats: str | None,
+) -> PlanWishes:
+    from hetcomp.compiler import PlanWishes
+    from hetcomp.ir.annotations import Mix
+    from hetcomp.passes.phases import DEFAULT_ANSWER, DEFAULT_PROMPT
+    from hetcomp.what_if import parse_size
+
+    mix = Mix(prompt or DEFAULT_PROMPT, answer or DEFAULT_ANSWER, batch) if prompt or answer or batch > 1 else None
+    return PlanWishes(
+        mix=mix,
+        vram=parse_size(vram, "--vram") if vram else None,
+        pinned_bytes=parse_size(pinned, "--pinned") if pinned else None,
+        pins=tuple(pins or ()),
+        statistics=stats,
+    )
+
+
+def _compare(planned: Planned, changes: list[str]) -> list[tuple[str, Planned]]:
+    from hetcomp.compiler import replan
+    from hetcomp.what_if import apply_change, parse_change
+
+    return [(text, replan(planned, apply_change(planned.profile, parse_change(text)))) for text in changes]
+
+
+def _gains(planned: Planned) -> list[tuple[str, float]]:
+    from hetcomp.compiler import replan
+    from hetcomp.hardware.profile import HardwareProfile
+    from hetcomp.what_if import improvements, mix_seconds
+
+    def seconds_on(profile: HardwareProfile) -> float:
+        try:
+            return mix_seconds(replan(planned, profile).plan)
+        except HetcompError:  # the change alone does not fit: it helps nobody
+            return float("inf")
+
+    return improvements(planned.profile, mix_seconds(planned.plan), seconds_on)
+
+
+def _comparison(planned: Planned, compared: list[tuple[str, Planned]]) -> Table:
+    table = Table(title="What if", title_justify="left")
+    table.add_column("machine", no_wrap=True)
+    for timeline in planned.plan.timelines:
+        table.add_column(f"{timeline.phase} tok/s", justify="right")
+    for name, other in [("as it is", planned), *compared]:
+        row = []
+        for before, after in zip(planned.plan.timelines, other.plan.timelines, strict=True):
+            gain = after.tokens_per_s / before.tokens_per_s - 1.0
+            row.append(f"{after.tokens_per_s:,.1f}" + (f" ({gain:+.0%})" if other is not planned else ""))
+        table.add_row(name, *row)
+    return table
