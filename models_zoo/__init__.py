@@ -26,6 +26,12 @@ def find(name: str) -> Path:
     raise HetcompError(f"The zoo has no model {name!r}; it has {', '.join(names())}.")
 
 
+def unsupported(name: str) -> str | None:
+    """Why the zoo model ``name`` cannot be traced yet; None if it can."""
+    note = _ROOT / "configs" / name / "unsupported.txt"
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
+
+
 def evaluation_texts() -> list[Path]:
     """Small texts of several domains (``models_zoo/eval``), held out of demo-moe's training; see DATA.md."""
     return sorted((_ROOT / "eval").glob("*.txt"))

@@ -43,6 +43,9 @@ def resolve(model: str | Path | nn.Module) -> ModelSource:
 
 def _from_zoo(name: str) -> Path:
     # models_zoo/demo-moe also means the zoo's model where no such folder is in the working directory.
+    reason = models_zoo.unsupported(name) if name in models_zoo.names() else None
+    if reason is not None:
+        raise HetcompError(f"{name} cannot be traced by this version: {reason}.")
     if name in models_zoo.names():
         return models_zoo.find(name)
     tail = Path(name).name

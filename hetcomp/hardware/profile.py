@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
-from importlib import resources
 from pathlib import Path
 
 from pydantic import Field, ValidationError, model_validator
@@ -180,7 +178,7 @@ class HardwareProfile(Model):
 
 
 def load_profile(spec: str) -> HardwareProfile:
-    """``auto``: this machine, measured once and then cached; ``preset:NAME``; or the path of a profile file.
+    """``auto``: this machine, measured once and then cached; ``preset:MACHINE+GPU`` (see presets); or a profile file.
 
     Raises HetcompError if there is no such preset or file, or if it is not a valid profile.
     """
@@ -189,13 +187,16 @@ def load_profile(spec: str) -> HardwareProfile:
 
         return measured_profile()
     if spec.startswith("preset:"):
-        return _preset(spec.removeprefix("preset:"))
+        from hetcomp.hardware.presets import preset
+
+        return preset(spec.removeprefix("preset:"))
     path = Path(spec)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise HetcompError(
-            f"Hardware profile {spec} does not exist; give auto, a profile file, or a preset: {_preset_list()}."
+            f"Hardware profile {spec} does not exist; give auto, a profile file, or a preset such as "
+            "preset:rtx4090+2x8480."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise HetcompError(f"Hardware profile {spec} cannot be read: {error}.") from None
@@ -220,22 +221,3 @@ def parse_profile(text: str, origin: str) -> HardwareProfile:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"]) or "the top level"
         raise HetcompError(f"Hardware profile {origin} is not valid at {path}: {first['msg']}.") from None
-
-
-def preset_names() -> tuple[str, ...]:
-    """Names of the machines that ship with hetcomp, for ``preset:NAME``."""
-    folder = resources.files("hetcomp.models_zoo") / "hardware"
-    return tuple(sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json")))
-
-
-def _preset(name: str) -> HardwareProfile:
-    if name not in preset_names():
-        near = difflib.get_close_matches(name, preset_names(), n=3, cutoff=0.4)
-        meant = f" (did you mean {' or '.join(near)}?)" if near else ""
-        raise HetcompError(f"There is no hardware preset '{name}'{meant}; choose from {_preset_list()}.")
-    path = resources.files("hetcomp.models_zoo") / "hardware" / f"{name}.json"
-    return parse_profile(path.read_text(encoding="utf-8"), f"preset:{name}")
-
-
-def _preset_list() -> str:
-    return ", ".join(f"preset:{name}" for name in preset_names())

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from hetcomp.hardware.figures import Source
-from hetcomp.hardware.profile import HardwareProfile, load_profile, preset_names
+from hetcomp.hardware.presets import machine_names
+from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.passes.pipeline import run_pipeline
 from tests.reference.plan_builder import context, profile, tiny_plan
 
@@ -44,7 +45,7 @@ def test_mixed_sources_are_all_named():
     assert "data sheet and estimate figures" in both.caveat
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", machine_names())
 def test_every_preset_has_one(name: str):
     assert "data sheet" in load_profile(f"preset:{name}").caveat
 

@@ -13,7 +13,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.hardware import measure
 from hetcomp.hardware.detect import Machine, NodeFacts
 from hetcomp.hardware.figures import Cache, Source
-from hetcomp.hardware.profile import DATA_SHEET_READS, HardwareProfile, load_profile, parse_profile, preset_names
+from hetcomp.hardware.profile import HardwareProfile, load_profile, parse_profile
 
 GIB = 1 << 30
 
@@ -65,8 +65,8 @@ def test_bandwidth_is_that_of_the_lanes_threads(tmp_path):
 
 
 def test_a_rate_that_is_not_known_is_refused(tmp_path):
-    with pytest.raises(HetcompError, match="no kernel rate for format q8"):
-        load_profile(write(tmp_path / "p.json", document())).gflops("q8")
+    with pytest.raises(HetcompError, match="no kernel rate for format q5"):
+        load_profile(write(tmp_path / "p.json", document())).gflops("q5")
 
 
 def test_the_hash_names_the_machine_and_not_the_minute():
@@ -115,25 +115,8 @@ def test_what_is_no_profile_is_refused(tmp_path, content, words):
 
 def test_unknown_files_and_presets_are_answered_with_the_list(tmp_path):
     for spec in ("preset:nothing", str(tmp_path / "absent.json")):
-        with pytest.raises(HetcompError, match="preset:epyc-9354-384gb"):
+        with pytest.raises(HetcompError, match=r"9354-384gb|preset:rtx4090"):
             load_profile(spec)
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_presets(name):
-    profile = load_profile(f"preset:{name}")
-    assert profile.name == name
-    assert profile.origin  # says where the figures come from
-    assert not profile.measured
-    assert all(node.source is Source.DATA_SHEET for node in profile.nodes)
-    peak = max(point.gb_per_s for node in profile.nodes for point in node.read_bandwidth)
-    assert profile.bandwidth() == pytest.approx(DATA_SHEET_READS * peak)
-    assert profile.threads == sum(node.cores for node in profile.nodes)
-    assert profile.logical_cpus == sum(len(node.cpus) for node in profile.nodes)
-    for isa in ("avx2", "avx512"):
-        assert isa in profile.isas
-        assert profile.gflops("bf16", isa=isa) > 0
-    assert profile.available_bytes() < sum(node.memory_bytes for node in profile.nodes)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from hetcomp import models_zoo
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.models_zoo import synthesise as synthesis
 from hetcomp.models_zoo.safetensors_stream import plan_shards
@@ -22,14 +25,20 @@ from tests.reference import tiny_models
 PUBLISHED = {
     "deepseek-v2-lite": 15.7,
     "deepseek-v3": 671.0,
+    "deepseek-r1": 671.0,
+    "glm-4.5": 352.8,
     "glm-4.5-air": 106.9,
+    "glm-4.6": 352.8,
     "gpt-oss-120b": 116.8,
     "gpt-oss-20b": 20.9,
+    "kimi-k2": 1026.5,
     "llama-3.1-8b": 8.03,
     "minimax-m2": 228.7,
+    "mixtral-8x22b": 140.6,
     "mixtral-8x7b": 46.7,
     "olmoe-1b-7b": 6.92,
     "qwen1.5-moe-a2.7b": 14.3,
+    "qwen3-235b-a22b": 235.1,
     "qwen3-30b-a3b": 30.5,
     "qwen3-8b": 8.19,
 }
@@ -50,6 +59,18 @@ def test_every_name_is_found_and_an_unknown_one_lists_them():
         models_zoo.find("qwen4")
     with pytest.raises(HetcompError):
         models_zoo.find("../models_zoo/demo-moe")
+
+
+@pytest.mark.parametrize("name", [n for n in models_zoo.names() if models_zoo.unsupported(n)])
+def test_what_the_zoo_calls_unsupported_is_refused_with_its_reason_and_does_fail(name, tmp_path):
+    reason = models_zoo.unsupported(name)
+    assert reason is not None
+    with pytest.raises(HetcompError, match=re.escape(reason)):
+        plan_model(name, hw_profile="preset:2x8480", formats="q4")
+    # The same config under another name is traced for real, and fails: the reason is still true.
+    shutil.copy(models_zoo.find(name) / "config.json", tmp_path / "config.json")
+    with pytest.raises(HetcompError, match="cannot trace"):
+        plan_model(tmp_path, hw_profile="preset:2x8480", formats="q4")
 
 
 def _config_folder(tmp_path: Path, family: str, **overrides: object) -> Path:
