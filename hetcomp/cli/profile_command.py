@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +13,9 @@ from rich.text import Text
 
 from hetcomp.cli.guard import guard
 from hetcomp.errors import HetcompError
+from hetcomp.hardware.figures import KernelCurve, KernelPoint
+from hetcomp.hardware.measure import cache_file, is_full, keep, read_cached
+from hetcomp.hardware.measure import write_text as write_text  # for the other commands
 from hetcomp.hardware.profile import HardwareProfile
 
 
@@ -31,9 +33,11 @@ def profile_command(
     def body() -> None:
         from hetcomp.cli.progress import RichProgress
         from hetcomp.hardware.detect import detect_machine
-        from hetcomp.hardware.measure import cache_file, keep
 
         errors = Console(stderr=True)
+        if out is not None:
+            _refuse_unwritable(out)
+        machine = detect_machine()
         if calibrate is not None:
             from hetcomp.calibrate import calibrated_from
             from hetcomp.hardware.profile import load_profile
@@ -43,34 +47,48 @@ def profile_command(
             from hetcomp.profiler.measure_machine import measure_machine
 
             with RichProgress(errors) as progress:
-                profile = measure_machine(quick=quick, progress=progress.stage)
-        stored = cache_file(detect_machine())
-        if profile.measured:
-            keep(profile, stored)
+                profile = measure_machine(machine, quick=quick, progress=progress)
+        remark = _keep(profile, cache_file(machine), errors)
         if out is not None:
             write_text(out, profile.to_json())
+            remark += f"; also written to {out}"
         if as_json:
             typer.echo(profile.to_json(), nl=False)
         else:
-            Console().print(profile_report(profile, stored if profile.measured else None))
+            console = Console()
+            Console(width=max(console.width, 100)).print(profile_report(profile, remark))
 
     guard(body, debug)
 
 
-def write_text(target: Path, text: str) -> None:
-    """Writes a file whole or not at all. Raises HetcompError."""
+def _refuse_unwritable(target: Path) -> None:
+    """Raises HetcompError now rather than after a minute of measuring."""
+    if target.is_dir():
+        raise HetcompError(f"{target} cannot be written: it is a folder.")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}-", delete=False) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(target)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
     except OSError as error:
         raise HetcompError(f"{target} cannot be written: {error.strerror or error}.") from None
 
 
-def profile_report(profile: HardwareProfile, stored: Path | None) -> RenderableType:
-    """What was measured, for people."""
+def _keep(profile: HardwareProfile, stored: Path, errors: Console) -> str:
+    """Keeps the profile for --hw auto, and says where. A quick one does not take the place of a full one."""
+    if not profile.measured:
+        return "not kept: not every figure is measured"
+    known = read_cached(stored)
+    if known is not None and is_full(known) and not is_full(profile):
+        return f"not kept: --hw auto goes on with the full profile of {known.measured_at} in {stored}"
+    try:
+        keep(profile, stored)
+    except HetcompError as error:
+        errors.print(f"warning: the profile is not kept for --hw auto: {error}", style="yellow", soft_wrap=True)
+        return "not kept"
+    return f"kept for --hw auto in {stored}"
+
+
+def profile_report(profile: HardwareProfile, remark: str) -> RenderableType:
+    """What was measured, for people. ``remark``: where it is kept."""
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in _facts(profile):
         facts.add_row(name, value)
@@ -79,8 +97,7 @@ def profile_report(profile: HardwareProfile, stored: Path | None) -> RenderableT
         parts.append(_curves(profile))
     if profile.caveat:
         parts.append(Text(f"note: {profile.caveat}"))
-    if stored is not None:
-        parts.append(Text(f"kept for --hw auto in {stored}"))
+    parts.append(Text(remark))
     return Group(*parts)
 
 
@@ -88,7 +105,7 @@ def _facts(profile: HardwareProfile) -> list[tuple[str, str]]:
     quota = f", cgroup quota {profile.cpu_quota:g} CPUs" if profile.cpu_quota else ""
     rows = [
         ("CPU", f"{profile.cpu}, {', '.join(profile.isas)}"),
-        ("threads", f"{profile.threads} lanes on {profile.logical_cpus} logical CPUs{quota}"),
+        ("threads", f"{profile.threads} used of {profile.logical_cpus} logical CPUs{quota}"),
         ("caches", ", ".join(f"L{c.level} {c.instances} x {c.bytes >> 10} KiB" for c in profile.caches)),
         ("barrier", f"{profile.barrier_us:.2f} us; huge pages {profile.huge_pages}"),
     ]
@@ -107,15 +124,27 @@ def _facts(profile: HardwareProfile) -> list[tuple[str, str]]:
 
 
 def _curves(profile: HardwareProfile) -> Table:
-    table = Table(title="Our kernels: 10^9 a second at each size", title_justify="left", box=None, pad_edge=False)
+    """One token's stream and the largest size's rate where a kernel has both; else the rates at both ends."""
+    table = Table(title="Our kernels", title_justify="left", box=None, pad_edge=False)
     for name in ("kernel", "operands", "format", "isa"):
         table.add_column(name, no_wrap=True)
-    table.add_column("size: rate")
+    for name in ("smallest", "largest"):
+        table.add_column(name, justify="right")
     for c in profile.curves:
-        points = "  ".join(f"{p.size}: {p.rate:.3g}" for p in c.points)
-        table.add_row(c.kernel, c.variant, c.weight_format, c.isa, points)
-    table.caption = (
-        "linear, moe_experts: weights passed over by tokens a weight; attention: multiply-adds; elementwise: elements"
-    )
-    table.caption_justify = "left"
+        first, last = c.points[0], c.points[-1]
+        table.add_row(c.kernel, c.variant, c.weight_format, c.isa, _speed(c, first), _speed(c, last))
     return table
+
+
+def _speed(curve: KernelCurve, point: KernelPoint) -> str:
+    """The rate in a unit that can be held against the machine: bytes of weights for one token, FLOP for many."""
+    from hetcomp.profiler.kernel_cases import bytes_a_weight
+
+    if curve.kernel in ("linear", "moe_experts"):
+        if point.size == 1:
+            return f"1 token: {point.rate * bytes_a_weight(curve.weight_format):.1f} GB/s"
+        return f"{point.size} tokens: {2 * point.size * point.rate:.0f} GFLOP/s"
+    if curve.kernel == "elementwise":
+        return f"{point.size} tokens: {point.rate:.2f} G elements/s"
+    unit = "positions" if curve.kernel == "attention_decode" else "tokens"
+    return f"{point.size} {unit}: {2 * point.rate:.0f} GFLOP/s"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,16 @@ ISA_FLAGS: dict[str, frozenset[str]] = {
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """A NUMA node: its logical CPUs that this process may use, and of each physical core the first (``cores``)."""
+    """A NUMA node: its logical CPUs that this process may use, and of each physical core the first (``cores``).
+
+    ``distances`` are the kernel's (SLIT) to every node of the machine in their order; empty if it says none."""
 
     id: int
     cpus: tuple[int, ...]
     cores: tuple[int, ...]
     memory_bytes: int
     available_bytes: int
+    distances: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ def _nodes(root: Path, allowed: frozenset[int], limit: int | None) -> tuple[Node
     # node files may leave out memory that was plugged in later.
     usable_sum = sum(usable for *_, usable in found) or 1
     total_sum = sum(total for _, _, total, _ in found) or 1
+    online = [int(folder.name[4:]) for folder in folders]
+    kept = [online.index(id) for id, *_ in found if id in online]
     return tuple(
         NodeFacts(
             id,
@@ -110,9 +115,16 @@ def _nodes(root: Path, allowed: frozenset[int], limit: int | None) -> tuple[Node
             _one_of_each_core(root, cpus),
             memory.get("MemTotal", 0) * total // total_sum,
             budget * usable // usable_sum,
+            _distances(root, id, kept),
         )
         for id, cpus, total, usable in found
     )
+
+
+def _distances(root: Path, id: int, kept: Sequence[int]) -> tuple[int, ...]:
+    """The file has a distance to each online node; ``kept`` are the places of those that the machine has."""
+    words = _text(root / f"sys/devices/system/node/node{id}/distance").split()
+    return tuple(int(words[i]) for i in kept) if len(words) > max(kept, default=0) else ()
 
 
 def _one_of_each_core(root: Path, cpus: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,39 +10,50 @@ import tempfile
 import time
 from pathlib import Path
 
+from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Disk, Source
 
 FILE_BYTES = 512 << 20
 _BLOCK = 8 << 20
+_PARTS = 4  # readings of one pass over the file
 _LEAST_FREE = 2 << 30
 
 
-def measure_disk(folder: Path) -> Disk | None:
-    """Sequential read of a file of 512 MiB written to ``folder`` for this, past the page cache (O_DIRECT; where its
-    file system does not know it, None: a cached read would say nothing). None too with less than 2 GiB free."""
+def measure_disk(folder: Path) -> tuple[Disk, tuple[float, ...]]:
+    """Sequential read, past the page cache, of a file of 512 MiB that is written to ``folder`` for this and removed.
+
+    Returns the figure and its readings (GB/s of every quarter). Raises HetcompError with less than 2 GiB free, and
+    where O_DIRECT is not possible: a cached read would say nothing.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < _LEAST_FREE:
-            return None
+            raise HetcompError(f"The disk of {folder} was not measured: less than 2 GiB are free.")
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".disk-") as file:
             block = os.urandom(_BLOCK)
             for _ in range(FILE_BYTES // _BLOCK):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            return Disk(path=str(folder), gb_per_s=_read(Path(file.name)) / 1e9, source=Source.MEASURED)
-    except OSError:
-        return None
+            seconds = _read(Path(file.name))
+    except OSError as error:
+        raise HetcompError(f"The disk of {folder} was not measured: {error.strerror or error}.") from None
+    rates = tuple(FILE_BYTES / _PARTS / s / 1e9 for s in seconds)
+    return Disk(path=str(folder), gb_per_s=FILE_BYTES / sum(seconds) / 1e9, source=Source.MEASURED), rates
 
 
-def _read(path: Path) -> float:
-    """Bytes a second. Raises OSError where O_DIRECT is not possible."""
+def _read(path: Path) -> list[float]:
+    """Seconds of each part. Raises OSError where O_DIRECT is not possible."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    seconds = []
     try:
         with contextlib.closing(mmap.mmap(-1, _BLOCK)) as buffer:  # page-aligned, as O_DIRECT wants
-            start, total = time.perf_counter(), 0
-            while got := os.readv(handle, [buffer]):
-                total += got
-            return total / (time.perf_counter() - start)
+            for _ in range(_PARTS):
+                start = time.perf_counter()
+                for _ in range(FILE_BYTES // _PARTS // _BLOCK):
+                    if os.readv(handle, [buffer]) != _BLOCK:
+                        raise OSError("the file was read short")
+                seconds.append(time.perf_counter() - start)
     finally:
         os.close(handle)
+    return seconds

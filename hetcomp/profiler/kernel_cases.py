@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 from hetcomp.backends import packing
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
@@ -26,8 +27,10 @@ MOST_TOKENS = 4096
 SMALL = 256
 # Activations of the long tail take turns over this much, as those of a step's many ops do.
 TAIL_BYTES = 96 << 20
-# Weights that take turns: far more than any last-level cache but those of the largest servers.
-STREAM_BYTES = 640 << 20
+# Most weights that take turns to be cold (kernel_probe.cpp.j2 calls no point more often).
+_MOST_SETS = 400
+# What a quick measurement looks at.
+_QUICK_FORMATS = ("bf16", "f32")
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -58,6 +61,12 @@ class Case:
     position: int = 0
     output_sets: int = 1
 
+    def stream_bytes(self) -> int:
+        """Memory of the operands that take turns, all their sets."""
+        turning = [o for o in self.inputs if o.kind in ("w", "s")]
+        outputs = sum(self.outputs) if self.output_sets > 1 else 0
+        return (sum(o.bytes for o in turning) + outputs) * max((o.sets for o in turning), default=1)
+
 
 @dataclass(frozen=True)
 class CurvePlan:
@@ -71,9 +80,20 @@ class CurvePlan:
     cases: tuple[Case, ...]
 
 
-def curve_plans(isa: Isa, *, coarse: bool, tail: bool) -> Iterator[CurvePlan]:
-    """The curves of one instruction set. coarse: few points, and no cached variants; tail: with elementwise kinds
-    (through TVM)."""
+Emit = Callable[[Attrs, Sequence[Value], Sequence[Value]], Kernel]
+
+
+class Detail(StrEnum):
+    """How much of an instruction set is measured: ``FULL``, all curves, elementwise kinds (through TVM) included;
+    ``COARSE``, few points, operands from memory only; ``QUICK``, of these linear and moe_experts in two formats."""
+
+    FULL = "full"
+    COARSE = "coarse"
+    QUICK = "quick"
+
+
+def curve_plans(isa: Isa, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
+    """The curves of one instruction set. cold_bytes: memory over which weights take turns to be cold."""
     backends = default_backends()
 
     def emit(attrs: Attrs, inputs: Sequence[Value], outputs: Sequence[Value]) -> Kernel:
@@ -81,13 +101,24 @@ def curve_plans(isa: Isa, *, coarse: bool, tail: bool) -> Iterator[CurvePlan]:
         ask = KernelRequest(Op("op", attrs, (), ()), tuple(inputs), tuple(outputs), isa, dims)
         return choose(backends, ask).emit(ask)
 
-    for form in AVAILABLE_FORMATS:
-        yield from _linear(emit, form, coarse)
-        yield from _experts(emit, form, coarse)
-        if DType(form) in (DType.F32, DType.BF16):
-            yield from _attention(emit, DType(form), coarse)
-    if tail:
+    for form in AVAILABLE_FORMATS if detail is not Detail.QUICK else _QUICK_FORMATS:
+        yield from _linear(emit, form, detail, cold_bytes)
+        yield from _experts(emit, form, detail, cold_bytes)
+    if detail is not Detail.QUICK:
+        for dtype in (DType.F32, DType.BF16):
+            yield from _attention(emit, dtype, detail, cold_bytes)
+    if detail is Detail.FULL:
         yield from _tail(emit)
+
+
+def stream_bytes(plans: Sequence[CurvePlan]) -> int:
+    """Memory that the operands which take turns need at most."""
+    return max(case.stream_bytes() for plan in plans for case in plan.cases)
+
+
+def bytes_a_weight(weight_format: str) -> float:
+    """Packed bytes of an element of the matrix of ``linear``."""
+    return packing.matrix_bytes(ROWS, COLUMNS, weight_format) / (ROWS * COLUMNS)
 
 
 def _act(id: str, *shape: int | str, dtype: DType = DType.F32) -> Value:
@@ -98,7 +129,12 @@ def _weight(id: str, shape: tuple[int, ...], form: str, layout: str) -> Value:
     return Value(id, TensorType(DType.F32, shape, layout), ValueKind.WEIGHT, fqn=id, format=form)
 
 
-def _linear(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _sets(cold_bytes: int, each: int) -> int:
+    """How many sets of operands of ``each`` bytes take turns."""
+    return max(1, min(cold_bytes // each, _MOST_SETS))
+
+
+def _linear(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
     weight = _weight("w", (ROWS, COLUMNS), form, packing.PANELS)
     size = packing.packed_bytes(weight)
     kernel = emit(ops.Linear(COLUMNS, ROWS), [_act("x", "T", COLUMNS), weight], [_act("y", "T", ROWS)])
@@ -112,8 +148,9 @@ def _linear(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: igno
             for t in tokens
         )
 
-    yield CurvePlan("linear", "dram", form, shape, kernel, cases(COARSE if coarse else TOKENS, STREAM_BYTES // size))
-    if not coarse:
+    tokens = TOKENS if detail is Detail.FULL else COARSE
+    yield CurvePlan("linear", "dram", form, shape, kernel, cases(tokens, _sets(cold_bytes, size)))
+    if detail is Detail.FULL:
         n = SMALL
         small = _weight("w", (n, n), form, packing.PANELS)
         bytes_ = packing.packed_bytes(small)
@@ -126,20 +163,16 @@ def _linear(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: igno
         yield CurvePlan("linear", "cache", form, {"out_features": n, "in_features": n}, warm, points)
 
 
-def _experts(emit, form: str, coarse: bool) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
-    sizes = EXPERT_TOKENS if not coarse else COARSE
-    yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes)
-    if not coarse:
+def _experts(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
+    sizes = EXPERT_TOKENS if detail is Detail.FULL else COARSE
+    yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes, cold_bytes)
+    if detail is Detail.FULL:
         # Small enough that the second-level caches of two cores hold all experts that a call touches.
-        yield _expert_curve(emit, form, "cache", (8, 2, SMALL, SMALL // 2), EXPERT_TOKENS)
+        yield _expert_curve(emit, form, "cache", (8, 2, SMALL, SMALL // 2), EXPERT_TOKENS, 0)
 
 
-def _expert_curve(  # type: ignore[no-untyped-def]
-    emit,  # noqa: ANN001
-    form: str,
-    variant: str,
-    shape: tuple[int, int, int, int],
-    sizes: Sequence[int],
+def _expert_curve(
+    emit: Emit, form: str, variant: str, shape: tuple[int, int, int, int], sizes: Sequence[int], cold_bytes: int
 ) -> CurvePlan:
     experts, top_k, hidden, width = shape
     gate_up = _weight("gate_up", (experts, 2 * width, hidden), form, packing.PANELS_GLU)
@@ -151,7 +184,7 @@ def _expert_curve(  # type: ignore[no-untyped-def]
         [_act("x", "T", hidden), *routed, gate_up, down],
         [_act("y", "T", hidden)],
     )
-    sets = max(1, STREAM_BYTES // sum(each)) if variant == "dram" else 1
+    sets = _sets(cold_bytes, sum(each))
     cases = []
     for size in sizes:
         tokens = 1 if size == 1 else size * experts // top_k
@@ -170,7 +203,7 @@ def _expert_curve(  # type: ignore[no-untyped-def]
     return CurvePlan("moe_experts", variant, form, names, kernel, tuple(cases))
 
 
-def _attention(emit, dtype: DType, coarse: bool) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _attention(emit: Emit, dtype: DType, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
     cache = ("slots", KV_HEADS, "context", HEAD_DIM)
     states = [Value(n, TensorType(dtype, cache), ValueKind.STATE) for n in ("k", "v")]
     row = HEADS * HEAD_DIM
@@ -180,21 +213,21 @@ def _attention(emit, dtype: DType, coarse: bool) -> Iterator[CurvePlan]:  # type
         [_act("y", "T", HEADS, HEAD_DIM)],
     )
     size = KV_HEADS * CONTEXT * HEAD_DIM * dtype.bytes
-    sets = max(1, STREAM_BYTES // (2 * size))
+    sets = _sets(cold_bytes, 2 * size)
     shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
 
     def case(size_: int, rows: int, position: int, macs: float) -> Case:
         inputs = (Operand("a", 4 * rows * row), Operand("s", size, sets), Operand("s", size, sets))
         return Case(size_, rows, macs, inputs, (4 * rows * row,), position)
 
-    each = 2.0 * HEADS * HEAD_DIM
-    decode = tuple(case(p, 1, p, each * (p + 1)) for p in (POSITIONS if not coarse else (512, 8192)))
-    prefill = tuple(case(t, t, t - 1, each * t * (t + 1) / 2) for t in (PROMPTS if not coarse else (64, 512)))
+    each, full = 2.0 * HEADS * HEAD_DIM, detail is Detail.FULL
+    decode = tuple(case(p, 1, p, each * (p + 1)) for p in (POSITIONS if full else (512, 8192)))
+    prefill = tuple(case(t, t, t - 1, each * t * (t + 1) / 2) for t in (PROMPTS if full else (64, 512)))
     yield CurvePlan("attention_decode", "dram", dtype.value, shape, kernel, decode)
     yield CurvePlan("attention_prefill", "dram", dtype.value, shape, kernel, prefill)
 
 
-def _tail(emit) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _tail(emit: Emit) -> Iterator[CurvePlan]:
     x, y = _act("x", "T", HIDDEN), _act("y", "T", HIDDEN)
     norm = Value("w", TensorType(DType.F32, (HIDDEN,)), ValueKind.WEIGHT, fqn="w", format="f32")
     rows = HEADS * HEAD_DIM
@@ -219,7 +252,7 @@ def _tail(emit) -> Iterator[CurvePlan]:  # type: ignore[no-untyped-def]  # noqa:
             dims = {"T": t, "slots": 1, "context": CONTEXT}
             made = tuple(v.type.bytes(dims) for v in outputs)
             moved = sum(v.type.bytes(dims) for v in inputs if v.kind is ValueKind.ACT) + sum(made)
-            sets = max(1, min(TAIL_BYTES // moved, 512)) if t >= ROW_COUNTS[-2] else 1
+            sets = max(1, min(TAIL_BYTES // moved, _MOST_SETS)) if t >= ROW_COUNTS[-2] else 1
             operands = tuple(
                 Operand("s", v.type.bytes(dims))
                 if v.kind is ValueKind.STATE
