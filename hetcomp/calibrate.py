@@ -30,8 +30,8 @@ def calibrated(profile: HardwareProfile, record: BenchRecord) -> HardwareProfile
         )
     if record.profile_sha256 != profile.sha256():
         raise HetcompError(
-            f"The bench record was predicted with another profile ({record.profile_name}); run hetcomp bench again with "
-            "this one and calibrate from that."
+            f"The bench record was predicted with another profile ({record.profile_name}); run hetcomp bench again "
+            "with this one and calibrate from that."
         )
     predicted: dict[str, float] = defaultdict(float)
     measured: dict[str, float] = defaultdict(float)

@@ -37,6 +37,7 @@ from hetcomp.passes.phases import default_mix
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
 from hetcomp.progress import ProgressSink, QuietProgress
+from hetcomp.replay import replay
 
 if TYPE_CHECKING:
     import torch
@@ -193,6 +194,7 @@ def compile(
     formats: str | Mapping[str, str] = "auto",
     out: str | Path | None = None,
     isa: Sequence[str] | None = None,
+    plan: str | Path | None = None,
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Executable:
@@ -217,9 +219,12 @@ def compile(
         formats=formats,
         isa=isa,
         planning=False,
+        stop_after="lower" if plan is not None else None,
         dump_dir=dump_dir,
         progress=progress,
     )
+    if plan is not None:
+        planned = replace(planned, plan=replay(Path(plan), planned.imported.plan, planned.context))
     checkpoint = planned.imported.checkpoint
     if checkpoint is None:
         raise HetcompError(

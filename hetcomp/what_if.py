@@ -42,7 +42,8 @@ def parse_change(text: str) -> Change:
     found = _CHANGE.fullmatch(text.strip())
     if found is None:
         raise HetcompError(
-            f"--what-if {text} is not understood; write NAME=2x, NAME=+8G or NAME=VALUE with one of {', '.join(_CHANGES)}."
+            f"--what-if {text} is not understood; write NAME=2x, NAME=+8G or NAME=VALUE with one of "
+            f"{', '.join(_CHANGES)}."
         )
     name = found["name"].lower()
     if name not in _CHANGES:
@@ -101,8 +102,8 @@ New = Callable[[float], float]
 
 
 def _dram_bandwidth(profile: HardwareProfile, new: New) -> HardwareProfile:
-    """Reads of all nodes, and the curves where they wait for memory: a rate rises until the kernel's arithmetic holds it
-    (its rate from caches, or its multiply-adds a second at many tokens)."""
+    """Reads of all nodes, and the curves where they wait for memory: a rate rises until the kernel's arithmetic holds
+    it (its rate from caches, or its multiply-adds a second at many tokens)."""
     old = profile.bandwidth()
     factor = new(old) / old
 

@@ -47,6 +47,7 @@ def compile_command(
     context: Context = None,
     batch: Batch = 1,
     isa: IsaList = "auto",
+    plan: Annotated[Path | None, typer.Option("--plan", help="Take the decisions of this plan.json.")] = None,
     stop_after: StopAfter = None,
     dump_dir: DumpDir = None,
     debug: Debug = False,
@@ -66,7 +67,7 @@ def compile_command(
                 planned = plan_model(model, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options)
                 text = print_plan(planned.plan)
             else:
-                exe = compile(model, out=out, dump_dir=dump_dir, progress=progress, **options)
+                exe = compile(model, out=out, plan=plan, dump_dir=dump_dir, progress=progress, **options)
                 text = f"{exe.path}"
         typer.echo(text)
 

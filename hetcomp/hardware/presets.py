@@ -34,8 +34,8 @@ def gpu_names() -> tuple[str, ...]:
 def preset(spec: str) -> HardwareProfile:
     """The profile of ``PART+PART+..``: exactly one machine and any number of GPUs (``2xrtx5090``: two of them).
 
-    All figures are data-sheet figures or estimates, each with its reference. Raises HetcompError for unknown parts, with
-    near names, and for no or several machines.
+    All figures are data-sheet figures or estimates, each with its reference. Raises HetcompError for unknown parts,
+    with near names, and for no or several machines.
     """
     machines: list[str] = []
     gpus: list[str] = []

@@ -1,0 +1,115 @@
+"""Compiles from a stored plan instead of deciding anew: ``hetcomp compile --plan plan.json``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from hetcomp.errors import HetcompError
+from hetcomp.ir.plan import Call, Plan, Template, ValueKind
+from hetcomp.ir.serialise import from_json
+from hetcomp.ir.verifier import verify
+from hetcomp.passes.bind_weights import bind_weights
+from hetcomp.passes.context import AVAILABLE_FORMATS, Context
+from hetcomp.passes.memory_table import refuse_if_too_large
+
+
+def replay(path: Path, imported: Plan, context: Context) -> Plan:
+    """The plan in ``path`` with its weights bound to the checkpoint: every decision in it (formats, placements, slices,
+    order, memory) is kept as it stands, edited by hand or not.
+
+    imported: the same model as traced now. Raises HetcompError, naming the place, if the file is not a finished plan of
+    this model, breaks an invariant, or asks for what cannot be generated.
+    """
+    try:
+        plan = from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise HetcompError(f"Plan {path} cannot be read: {error}.") from None
+    except HetcompError as error:
+        raise HetcompError(f"{path}: {error}") from None
+    if "simulated" not in plan.established:
+        last = plan.established[-1] if plan.established else "nothing"
+        raise HetcompError(f"{path} is no finished plan (it ends at {last}); write one with hetcomp plan --plan-out.")
+    _same_model(path, plan, imported)
+    _can_be_generated(path, plan, context)
+    try:
+        verify(plan)
+    except HetcompError as error:
+        raise HetcompError(f"{path}: {error}") from None
+    bound = bind_weights(_unbound(plan), context)
+    refuse_if_too_large(bound, context)
+    return bound
+
+
+def _unbound(plan: Plan) -> Plan:
+    notes = tuple(n for n in plan.notes if not n.startswith("no checkpoint"))
+    return replace(plan, values=tuple(replace(v, source=None) for v in plan.values), notes=notes)
+
+
+def _same_model(path: Path, plan: Plan, imported: Plan) -> None:
+    if plan.model.config_sha256 != imported.model.config_sha256:
+        raise HetcompError(
+            f"{path} is a plan of {plan.model.name} ({plan.model.architecture}), not of {imported.model.name} "
+            f"({imported.model.architecture}) with this config; plan the model again."
+        )
+    mine, theirs = imported.value_map(), plan.value_map()
+    if missing := sorted(set(mine) ^ set(theirs)):
+        raise HetcompError(f"{path}: values.{missing[0]} is not in both the plan and the model.")
+    for name, value in theirs.items():
+        if value.kind is not mine[name].kind or value.type.shape != mine[name].type.shape:
+            raise HetcompError(
+                f"{path}: values.{name} is {value.kind} {list(value.type.shape)}, the model's is {mine[name].kind} "
+                f"{list(mine[name].type.shape)}."
+            )
+    if len(plan.calls) != len(imported.calls):
+        raise HetcompError(f"{path}: calls has {len(plan.calls)} entries, the model needs {len(imported.calls)}.")
+    for index, (call, own) in enumerate(zip(plan.calls, imported.calls, strict=True)):
+        _same_ops(path, f"calls.{index}", plan, call, imported.template(own.template))
+
+
+def _same_ops(path: Path, where: str, plan: Plan, call: Call, own: Template) -> None:
+    try:
+        template = plan.template(call.template)
+    except KeyError:
+        raise HetcompError(f"{path}: {where}.template {call.template} is not among the templates.") from None
+    wanted = {op.id: op for op in own.ops}
+    for op in template.ops:
+        if op.kind == "transfer":
+            continue
+        twin = wanted.pop(op.id, None)
+        if twin is None or twin.attrs != op.attrs or twin.outputs != op.outputs:
+            raise HetcompError(f"{path}: op {op.id} of template {template.name} ({where}) is not the model's.")
+    if wanted:
+        raise HetcompError(f"{path}: template {template.name} ({where}) lacks the model's op {next(iter(wanted))}.")
+
+
+def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
+    for index, call in enumerate(plan.calls):
+        for op, placement in call.placements:
+            devices = {placement.device, *(r.device for r in placement.experts)}
+            devices |= {r.streamed_to for r in placement.experts if r.streamed_to is not None}
+            for device in sorted(devices):
+                if not device.startswith("cpu:"):
+                    raise HetcompError(
+                        f"{path}: calls.{index}.placements.{op} is on {device}; this version generates code for CPUs "
+                        "only. Plan without the GPU (--vram 0), or change the placement."
+                    )
+                if device not in {f"cpu:{n.id}" for n in context.profile.compute_nodes}:
+                    raise HetcompError(f"{path}: calls.{index}.placements.{op} is on {device}, which does not exist.")
+    for value in plan.values:
+        if value.kind is ValueKind.WEIGHT and value.format not in AVAILABLE_FORMATS:
+            raise HetcompError(
+                f"{path}: values.{value.id} has format {value.format}; there are kernels for "
+                f"{', '.join(AVAILABLE_FORMATS)}."
+            )
+    dims = plan.max_dims()
+    for template in plan.templates:
+        slots = {slot.value: slot.bytes for slot in template.arena}
+        for op in template.ops:
+            needed = context.target.workspace_bytes(op, template, dims)
+            if needed > slots.get(f"workspace:{op.id}", 0):
+                raise HetcompError(
+                    f"{path}: templates.{template.name}.arena gives op {op.id} "
+                    f"{slots.get(f'workspace:{op.id}', 0)} bytes of workspace, its kernel needs {needed}; plan again "
+                    "for these instruction sets."
+                )
