@@ -105,11 +105,11 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
     dims = plan.max_dims()
     for template in plan.templates:
         slots = {slot.value: slot.bytes for slot in template.arena}
-        for op in template.ops:
-            needed = context.target.workspace_bytes(op, template, dims)
-            if needed > slots.get(f"workspace:{op.id}", 0):
+        for node in template.ops:
+            needed = context.target.workspace_bytes(node, template, dims)
+            if needed > slots.get(f"workspace:{node.id}", 0):
                 raise HetcompError(
-                    f"{path}: templates.{template.name}.arena gives op {op.id} "
-                    f"{slots.get(f'workspace:{op.id}', 0)} bytes of workspace, its kernel needs {needed}; plan again "
+                    f"{path}: templates.{template.name}.arena gives op {node.id} "
+                    f"{slots.get(f'workspace:{node.id}', 0)} bytes of workspace, its kernel needs {needed}; plan again "
                     "for these instruction sets."
                 )

@@ -50,14 +50,13 @@ def run_lanes(tasks: Sequence[Task], joint_gb_per_s: float) -> Run:
     """
     n = len(tasks)
     start, end, waited = [0.0] * n, [0.0] * n, [None] * n  # type: list[float], list[float], list[int | None]
-    previous: list[int | None] = [None] * n
     last_of: dict[str, int] = {}
     readers: list[list[int]] = [[] for _ in range(n)]
     missing = [0] * n
     for i, task in enumerate(tasks):
-        previous[i] = last_of.get(task.lane)
+        before = last_of.get(task.lane)
+        needs = set(task.after) if before is None else {*task.after, before}
         last_of[task.lane] = i
-        needs = set(task.after) | ({previous[i]} if previous[i] is not None else set())  # type: ignore[arg-type]
         missing[i] = len(needs)
         for need in needs:
             readers[need].append(i)

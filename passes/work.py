@@ -17,8 +17,9 @@ Values = Mapping[str, Value]
 @dataclass(frozen=True)
 class Work:
     """Of one op in one step. ``weights``: elements of weight matrices passed over (of the experts that get tokens);
-    ``borders``: their rows and columns added up (activations that a row of work reads and writes). ``group``: rows that each of them meets (tokens an expert for moe_experts, else the op's rows); ``written``:
-    elements of its outputs. ``weight_format`` is the matrices', ``state_format`` the KV cache's."""
+    ``borders``: their rows and columns added up (activations that a row of work reads
+    and writes). ``group``: rows that each of them meets (tokens an expert for moe_experts, else the op's rows);
+    ``written``: elements of its outputs. ``weight_format`` is the matrices', ``state_format`` the KV cache's."""
 
     rows: int
     flops: float

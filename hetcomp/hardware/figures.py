@@ -219,5 +219,5 @@ def interpolate(x: float, xs: Sequence[float], ys: Sequence[float], slope_beyond
     for i in range(1, len(xs)):
         if x <= xs[i]:
             part = math.log(x / xs[i - 1]) / math.log(xs[i] / xs[i - 1])
-            return ys[i - 1] * (ys[i] / ys[i - 1]) ** part
+            return float(ys[i - 1] * (ys[i] / ys[i - 1]) ** part)
     return float(ys[-1] * (x / xs[-1]) ** slope_beyond)

@@ -36,9 +36,17 @@ def record(factors=FACTORS, **changes: object) -> BenchRecord:
             )
         )
     fields = {
-        "model": "m", "plan_sha256": "p", "profile_name": "hand", "profile_sha256": machine.sha256(),
-        "cpu": machine.cpu, "isa": "avx512", "threads": machine.threads, "measured_at": "2026-11-24", "load_before": 0.0, "cases": cases,
-    }  # fmt: skip
+        "model": "m",
+        "plan_sha256": "p",
+        "profile_name": "hand",
+        "profile_sha256": machine.sha256(),
+        "cpu": machine.cpu,
+        "isa": "avx512",
+        "threads": machine.threads,
+        "measured_at": "2026-11-24",
+        "load_before": 0.0,
+        "cases": cases,
+    }
     return BenchRecord.model_validate({**fields, **changes})
 
 
