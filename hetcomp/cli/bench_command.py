@@ -54,6 +54,7 @@ def bench_command(
             typer.echo(record.to_json(), nl=False)
             return
         console = Console()
+        console = Console(width=max(console.width, 100))  # rich would cut the figures off
         console.print(_table(record))
         for line in verdict(record, target):
             console.print(line, soft_wrap=True, highlight=False)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from hetcomp.cli.bench_command import bench_command
+from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.options import (
     Batch,
@@ -131,6 +132,7 @@ def run_command(
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("bench")(bench_command)
+app.command("explain")(explain_command)
 
 
 @app.command("doctor")

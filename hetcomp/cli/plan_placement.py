@@ -47,7 +47,7 @@ def layer_table(plan: Plan) -> Table:
     table.add_column("layers", no_wrap=True)
     table.add_column("attention, dense", no_wrap=True)
     table.add_column("experts")
-    for layers, dense, experts in _layer_runs(plan):
+    for layers, dense, experts in layer_runs(plan):
         table.add_row(layers, dense, experts)
     return table
 
@@ -118,7 +118,8 @@ def _free(device: str, profile: HardwareProfile | None) -> int:
     return gpu.memory_bytes if gpu.free_bytes is None else gpu.free_bytes
 
 
-def _layer_runs(plan: Plan) -> Iterator[tuple[str, str, str]]:
+def layer_runs(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Layers, devices of attention and dense ops, and of experts: one entry a run of layers that are placed alike."""
     runs: list[tuple[int, int, str, str]] = []
     for call in plan.calls:
         if call.layer is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -10,13 +11,21 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetcomp.cli.plan_placement import critical_lines, device_memory_table, layer_table, solution_line, uses_gpus
+from hetcomp.cli.plan_placement import (
+    critical_lines,
+    device_bytes,
+    device_memory_table,
+    layer_runs,
+    layer_table,
+    solution_line,
+    uses_gpus,
+)
 from hetcomp.cli.plan_summary import OpGroup, PlanSummary, summarise
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.annotations import Timeline
 from hetcomp.ir.plan import Plan
 
-_SCHEMA = (1, 0)
+_SCHEMA = (1, 1)
 
 
 def plan_report(
@@ -65,7 +74,10 @@ def plan_report_json(plan: Plan, available_bytes: int | None = None) -> str:
                 "tokens": timeline.tokens,
                 "total_us": timeline.total_us,
                 "tokens_per_s": timeline.tokens_per_s,
+                "low_us": timeline.low_us,
+                "high_us": timeline.high_us,
                 "busy_us": {lane.lane: lane.busy_us for lane in timeline.lanes},
+                "critical_us": dict(timeline.critical),
             }
             for timeline in plan.timelines
         ],
@@ -74,9 +86,18 @@ def plan_report_json(plan: Plan, available_bytes: int | None = None) -> str:
             "bytes": summary.memory_bytes,
             "available_bytes": available_bytes,
         },
+        "mix": asdict(plan.mix) if plan.mix else None,
+        "solution": asdict(plan.solution) if plan.solution else None,
+        "layers": [{"layers": a, "dense": b, "experts": c} for a, b, c in layer_runs(plan)],
+        "devices": _devices_json(plan),
         "notes": list(plan.notes),
     }
     return json.dumps(document, indent=2)
+
+
+def _devices_json(plan: Plan) -> dict[str, dict[str, int]]:
+    weights, states = device_bytes(plan)
+    return {d: {"weight_bytes": weights[d], "kv_cache_bytes": states[d]} for d in sorted({*weights, *states})}
 
 
 def _group_json(group: OpGroup) -> dict[str, Any]:
