@@ -47,11 +47,18 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Seconds that `threads` pinned threads take for work(thread, lane) between two barriers, `repeats` times.
+// When a thread left the barriers around the work, on a cache line of its own.
+struct alignas(64) Stamps {
+  double start = 0, end = 0;
+};
+
+// Seconds that `threads` pinned threads take for work(thread, lane), between two barriers, `repeats` times.
+// Clocks are read by all: the one that leaves a barrier first was not held up by other processes.
 std::vector<double> timed(const std::vector<int>& cpus, int threads, int repeats,
                           const std::function<void(int, hetcomp::Lane&)>& work) {
   hetcomp::LaneSet set(threads);
   std::vector<double> seconds;
+  std::vector<Stamps> stamps(static_cast<std::size_t>(threads));
   std::vector<std::thread> workers;
   for (int t = 0; t < threads; ++t) {
     workers.emplace_back([&, t] {
@@ -60,12 +67,21 @@ std::vector<double> timed(const std::vector<int>& cpus, int threads, int repeats
       CPU_SET(cpus[static_cast<std::size_t>(t)], &mask);
       pthread_setaffinity_np(pthread_self(), sizeof mask, &mask);
       hetcomp::Lane lane{&set, t};
+      Stamps& own = stamps[static_cast<std::size_t>(t)];
       for (int i = 0; i < repeats; ++i) {
         hetcomp::barrier(lane);
-        const double start = now();
+        own.start = now();
         work(t, lane);
         hetcomp::barrier(lane);
-        if (t == 0) seconds.push_back(now() - start);
+        own.end = now();
+        hetcomp::barrier(lane);
+        if (t != 0) continue;
+        double start = own.start, end = own.end;
+        for (const Stamps& s : stamps) {
+          start = std::min(start, s.start);
+          end = std::min(end, s.end);
+        }
+        seconds.push_back(end - start);
       }
     });
   }

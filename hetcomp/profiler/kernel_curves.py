@@ -33,7 +33,7 @@ from hetcomp.progress import ProgressSink
 _ROUNDS = {Detail.FULL: 2, Detail.COARSE: 1, Detail.QUICK: 1}
 # Seconds for the calls of all points of an instruction set, and what one point gets of it in a round. A point of long
 # calls takes up to eight times as much, or a call and the one that warms up.
-_SECONDS = {Detail.FULL: 16.0, Detail.COARSE: 3.0, Detail.QUICK: 2.0}
+_SECONDS = {Detail.FULL: 12.0, Detail.COARSE: 3.0, Detail.QUICK: 2.0}
 _LEAST_POINT_US, _MOST_POINT_US = 10_000.0, 75_000.0
 _KEPT_SAMPLES = 8
 _TIMEOUT_S = 300

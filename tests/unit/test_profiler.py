@@ -244,7 +244,7 @@ def test_more_points_get_less_time_each_within_bounds():
     few, many = (kernel_curves.point_us(plans * n, Detail.FULL) for n in (2, 8))
     assert few > many
     points = sum(len(plan.cases) for plan in plans * 8)
-    assert points * many * 2 == pytest.approx(16e6)  # two rounds, 16 s for all
+    assert points * many * 2 == pytest.approx(kernel_curves._SECONDS[Detail.FULL] * 1e6)  # two rounds
     assert kernel_curves.point_us(plans * 1000, Detail.FULL) == kernel_curves._LEAST_POINT_US
     assert kernel_curves.point_us(plans[:1], Detail.FULL) == kernel_curves._MOST_POINT_US
 
