@@ -186,6 +186,13 @@ def test_rates_follow_from_the_curves():
     }
 
 
+def test_kernels_that_stream_faster_than_plain_reads_are_believed_and_mentioned(fake):
+    fake["avx512"] = (curve("linear", "avx512", "bf16", {1: 30.0, 512: 0.4}),)
+    profile = measure_machine.measure_machine(machine(), quick=True)
+    assert [p.gb_per_s for p in profile.nodes[0].read_bandwidth] == [20.0, 60.0]
+    assert "kernels streamed 60.0 GB/s on node 0, plain reads 40.0" in profile.origin
+
+
 def test_an_instruction_set_that_fails_does_not_take_the_others_with_it(fake):
     fake["avx2"] = HetcompError("The kernel probe failed with status -11 in linear_x: no message.")
     with pytest.warns(UserWarning, match="status -11 in linear_x"):
