@@ -275,7 +275,7 @@ def test_the_trace_can_be_printed():
 def test_zoo_configs_resolve_to_causal_models():
     from hetcomp import models_zoo
 
-    for name in models_zoo.names():
+    for name in (n for n in models_zoo.names() if models_zoo.unsupported(n) is None):
         assert source.resolve(name).model_class.__name__.endswith("ForCausalLM")
 
 

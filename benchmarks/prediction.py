@@ -1,0 +1,56 @@
+"""Predictions held against runs on this machine: demo-moe and qwen3moe-1b in every CPU format.
+
+python -m benchmarks.prediction [--rounds N]
+
+Measures the profile first (what `hetcomp profile` does), then every artifact as `hetcomp bench` does, and records the
+deviations: predicted / measured - 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+
+import hetcomp
+from benchmarks import models
+from benchmarks.record import Record, Series
+from hetcomp.bench import bench
+from hetcomp.models_zoo import find
+from hetcomp.passes.context import AVAILABLE_FORMATS
+from hetcomp.profiler.measure_machine import measure_machine
+
+CONTEXT = 2304  # room for a prompt of 2048 and the decode steps behind it
+
+
+def main() -> None:
+    """Runs, prints and records."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    record = Record("prediction", {"rounds": rounds, "context": CONTEXT, "formats": list(AVAILABLE_FORMATS)})
+    artifacts = []
+    for name in ("qwen3moe-1b", "demo-moe"):
+        for form in AVAILABLE_FORMATS:
+            folder = models.FOLDER / f"{name}-{form}-prediction.hetc"
+            source = models.checkpoint(name) if name != "demo-moe" else find(name)
+            hetcomp.compile(source, context_length=CONTEXT, formats=form, out=folder)
+            artifacts.append((f"{name} {form}", folder))
+    profile = measure_machine(progress=lambda stage: print(stage, file=sys.stderr))
+    deviations = []
+    for name, folder in artifacts:
+        result = bench(hetcomp.load(folder), profile, rounds=rounds)
+        for case in result.cases:
+            deviations.append(case.deviation)
+            record.series.append(Series(f"{name}, {case.name}, measured", "ms", list(case.samples_ms), False))
+            record.series.append(Series(f"{name}, {case.name}, predicted", "ms", [case.predicted_ms], False))
+            print(
+                f"{name:18} {case.name:16} {case.predicted_ms:10.3f} {case.measured_ms:10.3f} ms {case.deviation:+7.1%}"
+            )
+    sizes = [abs(d) for d in deviations]
+    record.derived = {"median error": statistics.median(sizes), "worst error": max(sizes)}
+    print(f"median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}; {record.write()}")
+
+
+if __name__ == "__main__":
+    main()
