@@ -8,10 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import hetcomp
+from hetcomp import installed_runtime
 from hetcomp.errors import HetcompError
-
-LIBRARY = "libhetcomp_runtime.so"
 
 
 def runtime_library() -> Path:
@@ -20,18 +18,11 @@ def runtime_library() -> Path:
     Raises HetcompError if it is absent.
     """
     override = os.environ.get("HETCOMP_RUNTIME_LIBRARY")
-    if override:
-        if not Path(override).is_file():
-            raise HetcompError(f"HETCOMP_RUNTIME_LIBRARY={override} is not a file; unset it or correct it.")
-        return Path(override)
-    package = Path(hetcomp.__file__).parent
-    # Installed wheel first, then the build folders of a checkout.
-    places = [package / "runtime_files" / "lib" / LIBRARY, package / "runtime_files" / LIBRARY]
-    built = sorted((package.parent / "build").rglob(LIBRARY), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in [*places, *built]:
-        if path.is_file():
-            return path
-    raise HetcompError(f"{LIBRARY} is not built; run `make build` or `pip install .` in the hetcomp checkout.")
+    if not override:
+        return installed_runtime.library()
+    if not Path(override).is_file():
+        raise HetcompError(f"HETCOMP_RUNTIME_LIBRARY={override} is not a file; unset it or correct it.")
+    return Path(override)
 
 
 class _Library:

@@ -1,7 +1,9 @@
 // Reads a large buffer with 1 .. n threads and prints the DRAM read bandwidth of each count as JSON.
-//   read_bandwidth THREADS [MEBIBYTES=2048] [REPEATS=5]
-// Every thread streams its own contiguous part with four independent chains of vector loads, as a GEMV kernel
+//   read_bandwidth THREADS [MEBIBYTES=2048] [REPEATS=5] [FIRST=1] [CPU,CPU,...]
+// Counts go from FIRST to THREADS. With a list of CPUs thread i keeps to the i-th, and the first one touches the
+// buffer, so that it lies on that CPU's NUMA node. Needs nothing but this file. Every thread streams its own contiguous part with four independent chains of vector loads, as a GEMV kernel
 // would. Huge pages are asked for: decode speed is bounded by what the machine gives with them.
+#include <sched.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -29,7 +31,17 @@ std::uint64_t stream(const std::uint8_t* begin, const std::uint8_t* end) {
   return result;
 }
 
-double seconds_of_one_pass(const std::uint8_t* data, std::size_t bytes, int threads, std::uint64_t* sink) {
+// Keeps the calling thread to the index-th CPU, if there are any.
+bool pin(const std::vector<int>& cpus, int index) {
+  if (cpus.empty()) return true;
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  CPU_SET(cpus[static_cast<std::size_t>(index)], &mask);
+  return sched_setaffinity(0, sizeof mask, &mask) == 0;
+}
+
+double seconds_of_one_pass(const std::uint8_t* data, std::size_t bytes, int threads,
+                           const std::vector<int>& cpus, std::uint64_t* sink) {
   std::atomic<int> ready{0};
   std::atomic<bool> go{false};
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(threads) * 8);  // one cache line a thread
@@ -37,6 +49,7 @@ double seconds_of_one_pass(const std::uint8_t* data, std::size_t bytes, int thre
   const std::size_t part = bytes / static_cast<std::size_t>(threads) / 4096 * 4096;
   for (int t = 0; t < threads; ++t) {
     workers.emplace_back([&, t] {
+      pin(cpus, t);
       ready.fetch_add(1);
       while (!go.load(std::memory_order_acquire)) {
       }
@@ -60,9 +73,25 @@ int main(int argc, char** argv) {
   const int max_threads = argc > 1 ? std::atoi(argv[1]) : 0;
   const std::size_t bytes = static_cast<std::size_t>(argc > 2 ? std::atoi(argv[2]) : 2048) << 20;
   const int repeats = argc > 3 ? std::atoi(argv[3]) : 5;
-  if (max_threads < 1 || bytes == 0 || repeats < 1) {
-    std::fprintf(stderr, "usage: read_bandwidth THREADS [MEBIBYTES] [REPEATS]\n");
+  const int first = argc > 4 ? std::atoi(argv[4]) : 1;
+  std::vector<int> cpus;
+  for (const char* at = argc > 5 ? argv[5] : ""; *at != 0;) {
+    char* end = nullptr;
+    cpus.push_back(static_cast<int>(std::strtol(at, &end, 10)));
+    if (end == at || cpus.back() < 0 || cpus.back() >= CPU_SETSIZE) {
+      std::fprintf(stderr, "read_bandwidth: %s is not a list of CPUs\n", argv[5]);
+      return 2;
+    }
+    at = *end == ',' ? end + 1 : end;
+  }
+  const bool enough = cpus.empty() || cpus.size() >= static_cast<std::size_t>(std::max(max_threads, 1));
+  if (first < 1 || max_threads < first || bytes == 0 || repeats < 1 || !enough) {
+    std::fprintf(stderr, "usage: read_bandwidth THREADS [MEBIBYTES] [REPEATS] [FIRST] [CPU,CPU,...]\n");
     return 2;
+  }
+  if (!pin(cpus, 0)) {
+    std::fprintf(stderr, "read_bandwidth: this process may not use CPU %d\n", cpus[0]);
+    return 1;
   }
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
@@ -74,10 +103,10 @@ int main(int argc, char** argv) {
   std::fill_n(data, bytes, std::uint8_t{0x5a});
   std::uint64_t sink = 0;
   std::printf("[");
-  for (int threads = 1; threads <= max_threads; ++threads) {
-    std::printf("%s[", threads == 1 ? "" : ", ");
+  for (int threads = first; threads <= max_threads; ++threads) {
+    std::printf("%s[", threads == first ? "" : ", ");
     for (int i = 0; i < repeats; ++i) {
-      const double seconds = seconds_of_one_pass(data, bytes, threads, &sink);
+      const double seconds = seconds_of_one_pass(data, bytes, threads, cpus, &sink);
       std::printf("%s%.3f", i == 0 ? "" : ", ", static_cast<double>(bytes) / seconds * 1e-9);
     }
     std::printf("]");
