@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 
 import hetcomp
 from benchmarks import models
 from benchmarks.record import Record, Series
 from hetcomp.bench import bench
+from hetcomp.hardware.detect import detect_machine
 from hetcomp.models_zoo import find
 from hetcomp.passes.context import AVAILABLE_FORMATS
 from hetcomp.profiler.measure_machine import measure_machine
@@ -36,7 +36,7 @@ def main() -> None:
             source = models.checkpoint(name) if name != "demo-moe" else find(name)
             hetcomp.compile(source, context_length=CONTEXT, formats=form, out=folder)
             artifacts.append((f"{name} {form}", folder))
-    profile = measure_machine(progress=lambda stage: print(stage, file=sys.stderr))
+    profile = measure_machine(detect_machine())
     deviations = []
     for name, folder in artifacts:
         result = bench(hetcomp.load(folder), profile, rounds=rounds)
