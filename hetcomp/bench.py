@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hetcomp.errors import HetcompError
@@ -22,15 +25,24 @@ from hetcomp.ir.serialise import plan_hash
 from hetcomp.passes.device_time import term_of
 from hetcomp.passes.phases import Phase
 from hetcomp.prediction import predict
+from hetcomp.progress import ProgressSink
+from hetcomp.read_bandwidth import current_gb_per_s
 from hetcomp.runtime import Runtime
 
-SCHEMA = (1, 0)
+SCHEMA = (1, 1)
 # Off by more than this, a prediction is wrong enough to say which term was.
 TOLERANCE = 0.15
 DEFAULT_PROMPTS = (64, 512, 2048)
 DEFAULT_CONTEXTS = (128, 2048)
+# Rounds whose slowest takes this many times the fastest were disturbed by something else than the model.
+DISTURBED = 1.3
+# Roles are short; what interrupts one hits another in the next round.
+DISTURBED_ROLE = 2.0
+# From this difference on the memory's bandwidth during the run was not the profile's.
+BANDWIDTH_TOLERANCE = 0.10
+OUTSIDE = "outside of the program"
 
-Progress = Callable[[str], None]
+Bandwidth = Callable[[HardwareProfile], float]
 
 
 class _Record(BaseModel):
@@ -38,17 +50,33 @@ class _Record(BaseModel):
 
 
 class RoleTime(_Record):
-    """Milliseconds of one op class in one case; ``term`` is its kernel family in the cost model."""
+    """Milliseconds of one op class in one case; ``kind`` is its op kind in the plan, ``term`` its kernel family in
+    the cost model. ``samples_ms`` are the rounds' times, ``measured_ms`` that of the case's median round, so that the
+    roles of a case add up to its time."""
 
     role: str
     term: str
     predicted_ms: float
     measured_ms: float
+    kind: str = ""
+    samples_ms: tuple[float, ...] = ()
+
+    @property
+    def typical_ms(self) -> float:
+        """Median of the rounds: what an interruption of the case's median round does not move."""
+        return statistics.median(self.samples_ms) if self.samples_ms else self.measured_ms
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the rounds differ so much that the time says little about the kernel."""
+        return len(self.samples_ms) > 1 and max(self.samples_ms) > DISTURBED_ROLE * min(self.samples_ms)
 
 
 class CaseResult(_Record):
     """One case: a prompt of ``tokens`` (prefill) or one token at ``position`` (decode). ``samples_ms`` are the rounds'
-    times, ``measured_ms`` their median. Role times are thread 0's, of the median round."""
+    times, ``measured_ms`` their median. Role times are thread 0's, of the median round; what is not in the program
+    (the call, copies of logits) is the role ``outside of the program``. A decode round's figures are means over the
+    middle half of its steps by time."""
 
     phase: Literal["prefill", "decode"]
     tokens: int
@@ -69,13 +97,19 @@ class CaseResult(_Record):
         return self.predicted_ms / self.measured_ms - 1.0
 
     @property
+    def disturbed(self) -> bool:
+        """Whether the rounds differ so much that the deviation says little about the prediction."""
+        return max(self.samples_ms) > DISTURBED * min(self.samples_ms)
+
+    @property
     def worst(self) -> RoleTime:
         """The op class that contributes most to the deviation."""
-        return max(self.roles, key=lambda r: abs(r.predicted_ms - r.measured_ms))
+        return max(self.roles, key=lambda r: abs(r.predicted_ms - r.typical_ms))
 
 
 class BenchRecord(_Record):
-    """What a run of ``hetcomp bench`` stores."""
+    """What a run of ``hetcomp bench`` stores. ``read_gb_per_s``: the machine's DRAM read bandwidth beside each round,
+    ``profile_gb_per_s`` the profile's (10^9 bytes a second). ``prompt``: what the tokens were."""
 
     schema_version: tuple[int, int] = Field(default=SCHEMA, alias="schema")
     model: str
@@ -89,8 +123,26 @@ class BenchRecord(_Record):
     load_before: float
     cases: tuple[CaseResult, ...]
     notes: tuple[str, ...] = ()
+    read_gb_per_s: tuple[float, ...] = ()
+    profile_gb_per_s: float | None = None
+    prompt: str = "random tokens"
+    seed: int = 0
+    machine: dict[str, str] = Field(default_factory=dict)
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Median read bandwidth during the run, 10^9 bytes a second; None if it was not measured."""
+        return statistics.median(self.read_gb_per_s) if self.read_gb_per_s else None
+
+    @property
+    def bandwidth_change(self) -> float:
+        """Bandwidth during the run against the profile's, as a part of the latter; 0 if within the tolerance."""
+        if self.gb_per_s is None or self.profile_gb_per_s is None:
+            return 0.0
+        change = self.gb_per_s / self.profile_gb_per_s - 1.0
+        return change if abs(change) > BANDWIDTH_TOLERANCE else 0.0
 
     def to_json(self) -> str:
         """As :func:`read_record` reads it."""
@@ -99,6 +151,7 @@ class BenchRecord(_Record):
 
 def record_path(artifact: Path) -> Path:
     """Where the latest record of an artifact lies: beside it, so that the artifact stays as it was compiled."""
+    artifact = artifact.absolute()
     return artifact.parent / f"{artifact.name.removesuffix('.hetc')}.bench.json"
 
 
@@ -125,6 +178,20 @@ def read_record(path: Path) -> BenchRecord:
         raise HetcompError(f"Bench record {path} is not valid at {place}: {first['msg']}.") from None
 
 
+@dataclass
+class _Case:
+    """A case while it is measured: milliseconds of each round, whole and by role."""
+
+    phase: Literal["prefill", "decode"]
+    length: int
+    times: list[float] = field(default_factory=list)
+    roles: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.phase} {self.length}" if self.phase == "prefill" else f"decode behind {self.length}"
+
+
 def bench(
     exe: Executable,
     profile: HardwareProfile,
@@ -134,122 +201,172 @@ def bench(
     tokens: int = 64,
     rounds: int = 3,
     seed: int = 0,
-    progress: Progress | None = None,
+    text: Sequence[int] | None = None,
+    progress: ProgressSink | None = None,
+    bandwidth: Bandwidth = current_gb_per_s,
 ) -> BenchRecord:
     """Times prefill of prompts of each length, and ``tokens`` decode steps behind each context, in interleaved rounds,
-    and predicts the same steps on ``profile``. Prompts are random tokens (every expert about equally likely).
+    and predicts the same steps on ``profile``.
 
-    Cases that do not fit into the artifact's context are left out with a note. Raises HetcompError if none fits.
+    text: token ids of a text to take the prompts from (routing differs from that of random tokens, to which every
+    expert is about equally likely); None: random tokens by ``seed``. Cases that do not fit into the artifact's
+    context are left out with a note. bandwidth: measures the machine's read bandwidth, before each round. Raises
+    HetcompError if no case fits or the text is too short.
     """
-    plan, runtime = exe.plan, exe.runtime
-    room = plan.dim("context").max
-    cases = [("prefill", n) for n in prompts] + [("decode", n) for n in contexts]
-    fits = [(p, n) for p, n in cases if 0 < n and n + (tokens if p == "decode" else 0) <= room]
-    notes = tuple(f"{p} of {n} does not fit into the context of {room}" for p, n in cases if (p, n) not in fits)
-    if not fits:
+    plan, stats = exe.plan, exe.stats
+    cases, notes = _fitting(plan.dim("context").max, prompts, contexts, tokens)
+    longest = max(c.length + (tokens if c.phase == "decode" else 0) for c in cases)
+    if text is not None and len(text) < longest:
         raise HetcompError(
-            f"None of the wanted lengths fits into the artifact's context of {room}; ask for shorter ones."
+            f"The text has {len(text)} tokens, but the longest case needs {longest}; give a longer text or ask for "
+            "shorter lengths."
         )
-    generator = np.random.default_rng(seed)
-    load = os.getloadavg()[0]
-    times: dict[tuple[str, int], list[float]] = {case: [] for case in fits}
-    roles: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in fits}
+    load, generator, readings = os.getloadavg()[0], np.random.default_rng(seed), list[float]()
+    if progress:
+        progress.stage("measure", total=(rounds + 1) * len(cases))
     for number in range(rounds + 1):  # the first warms up: pages, clocks, caches
-        for phase, length in fits:
-            if progress:
-                progress(f"round {number} of {rounds}: {phase} {length}")
-            took, by_role = _run(runtime, plan, phase, length, tokens, generator)
+        if number and not any(note.startswith(_NO_BANDWIDTH) for note in notes):
+            try:
+                readings.append(bandwidth(profile))
+            except HetcompError as error:
+                notes.append(f"{_NO_BANDWIDTH}: {error}")
+        for case in cases:
+            ids = generator.integers(0, plan.model.vocab, longest) if text is None else np.asarray(text[:longest])
+            took, roles = _run(exe.runtime, case, ids.astype(np.int32), tokens)
             if number:
-                times[phase, length].append(took)
-                roles[phase, length].append(by_role)
-    results = tuple(_result(plan, profile, exe, c, tokens, times[c], roles[c]) for c in fits)
+                case.times.append(took)
+                case.roles.append(roles)
+            if progress:
+                progress.advance(1, f"round {number} of {rounds}: {case.name}" if number else f"warm-up: {case.name}")
     return BenchRecord(
         model=plan.model.name,
         plan_sha256=plan_hash(plan),
         profile_name=profile.name,
         profile_sha256=profile.sha256(),
         cpu=profile.cpu,
-        isa=str(exe.stats["isa"]),
-        threads=int(exe.stats["threads"]),
+        isa=str(stats["isa"]),
+        threads=int(stats["threads"]),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         load_before=load,
-        cases=results,
-        notes=notes,
+        cases=tuple(_result(plan, profile, str(stats["isa"]), case, tokens) for case in cases),
+        notes=tuple(notes),
+        read_gb_per_s=tuple(readings),
+        profile_gb_per_s=profile.bandwidth(),
+        prompt="random tokens" if text is None else "text",
+        seed=seed,
+        machine=_machine(),
     )
 
 
-def _run(
-    runtime: Runtime, plan: Plan, phase: str, length: int, tokens: int, generator: np.random.Generator
-) -> tuple[float, dict[str, float]]:
-    """Milliseconds of the prompt, or of one decode step (the median), and of each role in it."""
-    ids = generator.integers(0, plan.model.vocab, length + tokens).astype(np.int32)
+_NO_BANDWIDTH = "the read bandwidth during the run is not known"
+
+
+def _fitting(room: int, prompts: Sequence[int], contexts: Sequence[int], tokens: int) -> tuple[list[_Case], list[str]]:
+    """The cases that fit into ``room`` positions, each once, and a note for each other."""
+    wanted = [
+        *(_Case("prefill", n) for n in dict.fromkeys(prompts)),
+        *(_Case("decode", n) for n in dict.fromkeys(contexts)),
+    ]
+    fits = [c for c in wanted if 0 < c.length and c.length + (tokens if c.phase == "decode" else 0) <= room]
+    if not fits:
+        raise HetcompError(
+            f"None of the wanted lengths fits into the artifact's context of {room}; ask for shorter ones."
+        )
+    why = {"prefill": "", "decode": f" with {tokens} tokens"}
+    return fits, [f"{c.name}{why[c.phase]} does not fit into the context of {room}" for c in wanted if c not in fits]
+
+
+def _machine() -> dict[str, str]:
+    """What else a judge of the figures asks for."""
+    return {
+        "kernel": platform.release(),
+        "system": platform.platform(),
+        "usable CPUs": str(len(os.sched_getaffinity(0))),
+        "memory GiB": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
+    }
+
+
+def _run(runtime: Runtime, case: _Case, ids: NDArray[np.int32], tokens: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of the prompt or of one decode step, and of each role in it."""
     with runtime.session() as session:
         runtime.reset_stats()
         start = time.perf_counter()
-        session.prefill(ids[:length])
+        session.prefill(ids[: case.length])
         took = (time.perf_counter() - start) * 1e3
-        if phase == "prefill":
+        if case.phase == "prefill":
             return took, dict(runtime.stats()["prefill"]["timers_ms"])
-        runtime.reset_stats()
-        steps = []
-        for i in range(tokens):
+        steps: list[tuple[float, dict[str, float]]] = []
+        before = runtime.stats()["decode"]["timers_ms"]
+        for id in ids[case.length : case.length + tokens]:
             start = time.perf_counter()
-            runtime.decode([session], ids[length + i : length + i + 1])
-            steps.append((time.perf_counter() - start) * 1e3)
-        timers = runtime.stats()["decode"]["timers_ms"]
-        return statistics.median(steps), {role: ms / tokens for role, ms in timers.items()}
+            runtime.decode([session], [int(id)])
+            took = (time.perf_counter() - start) * 1e3
+            after = runtime.stats()["decode"]["timers_ms"]
+            steps.append((took, {role: ms - before[role] for role, ms in after.items()}))
+            before = after
+    return middle_half(steps)
 
 
-def _steps(plan: Plan, phase: str, length: int, tokens: int) -> list[Phase]:
+def middle_half(steps: Sequence[tuple[float, dict[str, float]]]) -> tuple[float, dict[str, float]]:
+    """Mean time and role times of the steps without the fastest and the slowest quarter: a step that was interrupted
+    does not count, and the roles still add up to the time."""
+    ordered = sorted(steps, key=lambda step: step[0])
+    cut = len(ordered) // 4
+    kept = ordered[cut : len(ordered) - cut]
+    roles = {role: statistics.fmean(step[1][role] for step in kept) for role in kept[0][1]}
+    return statistics.fmean(step[0] for step in kept), roles
+
+
+def case_steps(plan: Plan, phase: str, length: int, position: int) -> list[Phase]:
+    """The steps of the model that a case consists of: one decode step at ``position``, or the prompt of ``length``
+    tokens in pieces of what the plan takes at once, each at its own position."""
     if phase == "decode":
-        return [Phase("decode", 1, 1, length + tokens // 2)]
+        return [Phase("decode", 1, 1, position)]
     largest = plan.dim("T").max
     starts = range(0, length, largest)
     return [Phase("prefill", min(largest, length - s), 1, min(length, s + largest)) for s in starts]
 
 
-def _result(
-    plan: Plan,
-    profile: HardwareProfile,
-    exe: Executable,
-    case: tuple[str, int],
-    tokens: int,
-    times: list[float],
-    roles: list[dict[str, float]],
-) -> CaseResult:
-    phase, length = case
-    steps = _steps(plan, phase, length, tokens)
+def _result(plan: Plan, profile: HardwareProfile, isa: str, case: _Case, tokens: int) -> CaseResult:
+    # Of n steps behind p positions the first sees p + 1, the last p + n.
+    steps = case_steps(plan, case.phase, case.length, case.length + (tokens + 1) // 2)
     predicted: dict[str, float] = {}
     total = 0.0
     for step in steps:
-        timeline = predict(plan, profile, step, str(exe.stats["isa"]))
+        timeline = predict(plan, profile, step, isa)
         total += timeline.total_us / 1e3
         for role, us in timeline.roles:
             predicted[role] = predicted.get(role, 0.0) + us / 1e3
-    middle = roles[int(np.argsort(times, kind="stable")[len(times) // 2])]
-    measured = statistics.median(times)
-    terms = role_terms(plan, steps[0])
-    entries = [
-        RoleTime(role=r, term=terms.get(r, "elementwise"), predicted_ms=predicted.get(r, 0.0), measured_ms=ms)
-        for r, ms in sorted(middle.items(), key=lambda item: -item[1])
-    ]
-    outside = max(0.0, measured - sum(middle.values()))
-    entries.append(RoleTime(role="outside of the program", term="other", predicted_ms=0.0, measured_ms=outside))
+    measured = statistics.median_low(case.times)
+    middle = case.times.index(measured)
+    for times, roles in zip(case.times, case.roles, strict=True):
+        roles[OUTSIDE] = max(0.0, times - sum(roles.values()))
+    terms = role_terms(plan, steps[0]) | {OUTSIDE: ("", "other")}
     return CaseResult(
-        phase="decode" if phase == "decode" else "prefill",
-        tokens=1 if phase == "decode" else length,
+        phase=case.phase,
+        tokens=1 if case.phase == "decode" else case.length,
         position=steps[-1].position,
         predicted_ms=total,
         measured_ms=measured,
-        samples_ms=tuple(times),
-        roles=tuple(entries),
+        samples_ms=tuple(case.times),
+        roles=tuple(
+            RoleTime(
+                role=role,
+                kind=terms[role][0] if role in terms else "",
+                term=terms[role][1] if role in terms else "elementwise",
+                predicted_ms=predicted.get(role, 0.0),
+                measured_ms=ms,
+                samples_ms=tuple(roles.get(role, 0.0) for roles in case.roles),
+            )
+            for role, ms in sorted(case.roles[middle].items(), key=lambda item: -item[1])
+        ),
     )
 
 
-def role_terms(plan: Plan, step: Phase) -> dict[str, str]:
-    """The cost model's term of every role: its kernel family, by the largest op of the role."""
-    found: dict[str, str] = {}
+def role_terms(plan: Plan, step: Phase) -> dict[str, tuple[str, str]]:
+    """Op kind of every role and the cost model's term for it (its kernel family), by the role's first op."""
+    found: dict[str, tuple[str, str]] = {}
     for template in plan.templates:
         for op in template.ops:
-            found.setdefault(op.role or op.kind, term_of(op, step))
+            found.setdefault(op.role or op.kind, (op.kind, term_of(op, step)))
     return found

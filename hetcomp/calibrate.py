@@ -14,14 +14,16 @@ from hetcomp.hardware.profile import HardwareProfile
 LEAST_SHARE = 0.005
 # What one run may correct: beyond this the profile is of another machine, or was measured while it was busy.
 _LOWEST, _HIGHEST = 0.2, 5.0
+# What Calibration allows for all runs together.
+_LEAST_FACTOR, _MOST_FACTOR = 0.05, 20.0
 
 
 def calibrated(profile: HardwareProfile, record: BenchRecord) -> HardwareProfile:
     """The profile with a factor for every term that the record says enough about, multiplied into earlier ones.
 
-    A term's factor is the ratio of sums, measured over predicted, over the record's cases, each weighted so that all
-    cases count alike. Raises HetcompError if the record is of another profile or machine, or asks for a correction by
-    more than five times.
+    A term's factor is the ratio of sums, measured (median of the rounds) over predicted, over the record's cases, each
+    weighted so that all cases count alike. Raises HetcompError if the record is of another profile or machine, or asks
+    for a correction by more than five times.
     """
     if record.cpu != profile.cpu or record.threads != profile.threads:
         raise HetcompError(
@@ -38,7 +40,7 @@ def calibrated(profile: HardwareProfile, record: BenchRecord) -> HardwareProfile
     for case in record.cases:
         for role in case.roles:
             predicted[role.term] += role.predicted_ms / case.measured_ms
-            measured[role.term] += role.measured_ms / case.measured_ms
+            measured[role.term] += role.typical_ms / case.measured_ms
     fitted = []
     for term in sorted(predicted):
         if predicted[term] <= 0 or measured[term] < LEAST_SHARE * len(record.cases):
@@ -50,6 +52,11 @@ def calibrated(profile: HardwareProfile, record: BenchRecord) -> HardwareProfile
                 "another machine state. Run hetcomp profile again on a quiet machine."
             )
         whole = factor * profile.calibration(term)
+        if not _LEAST_FACTOR < whole < _MOST_FACTOR:
+            raise HetcompError(
+                f"With earlier calibrations {term} would be corrected by {whole:.2f} times; run hetcomp profile again "
+                "instead of correcting the old one."
+            )
         fitted.append(Calibration(term=term, factor=whole, run=record.plan_sha256, measured_at=record.measured_at))
     kept = tuple(c for c in profile.calibrations if c.term not in {f.term for f in fitted})
     return profile.model_copy(update={"calibrations": (*kept, *fitted)})

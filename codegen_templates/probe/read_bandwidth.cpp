@@ -1,8 +1,9 @@
 // Reads a large buffer with 1 .. n threads and prints the DRAM read bandwidth of each count as JSON.
 //   read_bandwidth THREADS [MEBIBYTES=2048] [REPEATS=5] [FIRST=1] [CPU,CPU,...]
-// Counts go from FIRST to THREADS. With a list of CPUs thread i keeps to the i-th, and the first one touches the
-// buffer, so that it lies on that CPU's NUMA node. Needs nothing but this file. Every thread streams its own contiguous part with four independent chains of vector loads, as a GEMV kernel
-// would. Huge pages are asked for: decode speed is bounded by what the machine gives with them.
+// Counts go from FIRST to THREADS. With a list of CPUs thread i keeps to the i-th, and the buffer lies on
+// the NUMA node of the first. Every thread streams its own contiguous part with four independent chains of
+// vector loads, as a GEMV kernel would. Huge pages are asked for: decode speed is bounded by what the
+// machine gives with them.
 #include <sched.h>
 #include <sys/mman.h>
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,10 @@ from hetcomp.cli.guard import guard
 from hetcomp.errors import HetcompError
 
 if TYPE_CHECKING:
-    from hetcomp.bench import BenchRecord
+    from collections.abc import Sequence
+
+    from hetcomp.bench import BenchRecord, CaseResult
+    from hetcomp.runtime import Runtime
 
 
 def bench_command(
@@ -22,6 +26,10 @@ def bench_command(
     context: Annotated[str, typer.Option("--context", help="Positions behind which decode is timed.")] = "128,2048",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Decode steps a round.")] = 64,
     rounds: Annotated[int, typer.Option("--rounds", min=1)] = 3,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random tokens of the prompts.")] = 0,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Take prompts from this text: routing differs from random tokens'.")
+    ] = None,
     hw: Annotated[str, typer.Option("--hw", help="Profile to predict with: auto, or a file.")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Record; default MODEL.bench.json beside it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record.")] = False,
@@ -36,19 +44,23 @@ def bench_command(
         from hetcomp.cli.progress import RichProgress
         from hetcomp.hardware.profile import load_profile
 
-        exe = hetcomp.load(artifact)
+        target = out or record_path(artifact)
+        lengths, positions = _lengths("--prompt", prompt), _lengths("--context", context)
         profile = load_profile(hw)
+        exe = hetcomp.load(artifact)
+        _refuse_unwritable(target)
         with RichProgress(Console(stderr=True)) as progress:
             record = bench(
                 exe,
                 profile,
-                prompts=_lengths("--prompt", prompt),
-                contexts=_lengths("--context", context),
+                prompts=lengths,
+                contexts=positions,
                 tokens=tokens,
                 rounds=rounds,
-                progress=progress.stage,
+                seed=seed,
+                text=None if text is None else _text_ids(exe.runtime, text),
+                progress=progress,
             )
-        target = out or record_path(artifact)
         write_text(target, record.to_json())
         if as_json:
             typer.echo(record.to_json(), nl=False)
@@ -60,6 +72,19 @@ def bench_command(
             console.print(line, soft_wrap=True, highlight=False)
 
     guard(body, debug)
+
+
+def _refuse_unwritable(target: Path) -> None:
+    """Raises HetcompError now rather than after minutes of measuring."""
+    if target.is_dir() or not os.access(target.absolute().parent, os.W_OK):
+        raise HetcompError(f"The record cannot be written to {target}; choose a file in another folder with --out.")
+
+
+def _text_ids(runtime: Runtime, path: Path) -> list[int]:
+    try:
+        return runtime.tokenize(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise HetcompError(f"--text {path} cannot be read: {error}; give a text file in UTF-8.") from None
 
 
 def _lengths(option: str, text: str) -> tuple[int, ...]:
@@ -90,18 +115,44 @@ def _table(record: BenchRecord) -> Table:
 
 
 def verdict(record: BenchRecord, stored: Path) -> list[str]:
-    """What is wrong with the predictions, and where the record lies."""
+    """What is wrong with the predictions, why, and where the record lies."""
     from hetcomp.bench import TOLERANCE
 
     lines = [f"note: {note}" for note in record.notes]
+    for case in record.cases:
+        if case.disturbed:
+            lines.append(
+                f"note: {case.name} took from {min(case.samples_ms):.3f} to {max(case.samples_ms):.3f} ms: something "
+                "else took the cores meanwhile, so that its figures say little"
+            )
     wrong = [case for case in record.cases if abs(case.deviation) > TOLERANCE]
     for case in wrong:
         role = case.worst
         lines.append(
             f"{case.name} is off by {case.deviation:+.0%}, mostly {role.role} ({role.term}): "
-            f"{role.predicted_ms:.3f} ms predicted, {role.measured_ms:.3f} ms measured"
+            f"{role.predicted_ms:.3f} ms predicted, {role.typical_ms:.3f} ms measured"
         )
+    lines += _bandwidth(record, wrong)
     if wrong:
         lines.append(f"hetcomp profile --calibrate {stored} refits these terms; measure on a quiet machine first")
     lines.append(f"stored in {stored}")
     return lines
+
+
+def _bandwidth(record: BenchRecord, wrong: Sequence[CaseResult]) -> list[str]:
+    """Whether the memory was as fast as in the profile, and whether that explains what is wrong."""
+    if record.gb_per_s is None or record.profile_gb_per_s is None:
+        return []
+    from hetcomp.bench import TOLERANCE
+
+    line = f"memory read {record.gb_per_s:.1f} GB/s during the run, {record.profile_gb_per_s:.1f} in the profile"
+    change = record.bandwidth_change
+    if not change:
+        return [line]
+    # Memory alone stretches a step by this at most; less bandwidth makes deviations negative.
+    stretch = record.profile_gb_per_s / record.gb_per_s
+    same_way = [case for case in wrong if case.deviation * change > 0]
+    whole = [c.name for c in same_way if abs(c.predicted_ms * stretch / c.measured_ms - 1) < TOLERANCE]
+    part = [c.name for c in same_way if c.name not in whole]
+    causes = [f"the cause of {', '.join(whole)}"] * bool(whole) + [f"at most a part of {', '.join(part)}"] * bool(part)
+    return [f"{line} ({change:+.0%})" + (f": {'; '.join(causes)}" if causes else "")]
