@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import CpuTarget, default_backends
-from hetcomp.bench import BenchRecord, CaseResult
+from hetcomp.bench import BenchRecord, CaseResult, RoleTime, case_steps
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.profile import HardwareProfile
-from hetcomp.ir.plan import Plan
+from hetcomp.ir import ops
+from hetcomp.ir.plan import Op, Plan
+from hetcomp.ir.serialise import plan_hash
 from hetcomp.passes.annotate_cost import cost_plan, working_set
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import cached_fraction
-from hetcomp.passes.phases import Phase
+from hetcomp.passes.device_time import cached_fraction, link_gb_per_s
 
 # From this share of a ceiling on, that ceiling is what holds an op class.
 NEAR = 0.6
+# Below this share of both ceilings neither says anything.
+FAR = 0.3
 # Ops that take less than this are mostly their barriers and the drawing of tasks.
 SMALL_US = 5.0
+
+Holder = Literal["memory", "compute", "link", "latency", "cache", "mixed", "kernel", "disturbed"]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One op class in one case. ``memory``: bytes moved in the measured time, as a part of the DRAM read bandwidth
-    (above 1: caches served it); ``compute``: FLOPs likewise of the peak of matrix kernels; ``share``: part of the
-    case's time."""
+    """One op class in one case.
+
+    ``measured_ms``: median of the rounds; ``share``: its part of the case's time. ``memory``: bytes moved in that
+    time as a part of the DRAM read bandwidth (above 1: caches served it); ``compute``: FLOPs likewise of the rate of
+    matrix kernels with all threads; ``link``: bytes of transfers likewise of the PCIe link, None without transfers.
+    ``holder`` names what holds it, ``held_by`` says it in words, with a remedy where there is one.
+    """
 
     case: str
     role: str
@@ -33,98 +43,153 @@ class Explanation:
     measured_ms: float
     memory: float
     compute: float
+    link: float | None
+    holder: Holder
     held_by: str
+
+
+@dataclass
+class _Work:
+    """Of one role over all steps of a case. ``form``: format of its matrices."""
+
+    weights: float = 0.0
+    state: float = 0.0
+    moved: float = 0.0
+    flops: float = 0.0
+    linked: float = 0.0
+    ops: int = 0
+    form: str = "f32"
+
+
+@dataclass(frozen=True)
+class _Shares:
+    memory: float
+    compute: float
+    link: float | None
+    each_us: float
 
 
 def explain(plan: Plan, profile: HardwareProfile, record: BenchRecord) -> list[Explanation]:
     """What holds every op class of every case of the record, most time first.
 
-    Raises HetcompError if the record is of another plan.
+    The DRAM ceiling is the bandwidth measured during the run (the profile's where it was not), the FLOP ceiling the
+    profile's. Raises HetcompError if the record is of another plan or the profile of another machine.
     """
-    from hetcomp.ir.serialise import plan_hash
-
     if record.plan_sha256 != plan_hash(plan):
         raise HetcompError(
             f"The bench record is of another compile of {record.model}; run hetcomp bench on this artifact again."
         )
+    if record.cpu != profile.cpu:
+        raise HetcompError(
+            f"The bench record is of {record.cpu}, the profile of {profile.cpu}; give the profile of the machine that "
+            "the record was taken on with --hw."
+        )
+    context = Context(profile, None, CpuTarget((Isa.AVX2,), default_backends()), isa=record.isa)
+    cached = cached_fraction(working_set(plan, context), profile)
     found = []
     for case in record.cases:
-        work = _work(plan, profile, case, record.isa)
-        cached = cached_fraction(working_set(plan, _context(profile, record.isa)), profile)
-        for role in case.roles:
-            if role.role in work and role.measured_ms > 0:
-                found.append(_explain(case, role.role, role.measured_ms, work[role.role], profile, record, cached))
+        work = _work(plan, context, case)
+        for role in sorted(case.roles, key=lambda r: -r.typical_ms):
+            if role.role in work and role.typical_ms > 0:
+                found.append(_explanation(case, role, work[role.role], profile, record, cached))
     return found
 
 
-@dataclass
-class _RoleWork:
-    bytes: float = 0.0
-    flops: float = 0.0
-    ops: int = 0
-    form: str = "f32"
+def dram_gb_per_s(profile: HardwareProfile, record: BenchRecord) -> float:
+    """The DRAM ceiling of the run in 10^9 bytes a second."""
+    return record.gb_per_s or profile.bandwidth()
 
 
-def _context(profile: HardwareProfile, isa: str) -> Context:
-    return Context(profile, None, CpuTarget((Isa.AVX2,), default_backends()), isa=isa)
-
-
-def _work(plan: Plan, profile: HardwareProfile, case: CaseResult, isa: str) -> dict[str, _RoleWork]:
-    """Bytes, FLOPs and number of ops of each role over all steps of the case."""
-    largest = plan.dim("T").max
-    if case.phase == "decode":
-        steps = [Phase("decode", 1, 1, case.position)]
-    else:
-        starts = range(0, case.tokens, largest)
-        steps = [Phase("prefill", min(largest, case.tokens - s), 1, min(case.tokens, s + largest)) for s in starts]
-    sums: dict[str, _RoleWork] = {}
-    for step in steps:
-        costed = cost_plan(plan, (step,), _context(profile, isa))
+def _work(plan: Plan, context: Context, case: CaseResult) -> dict[str, _Work]:
+    """What each role does over all steps of the case."""
+    sums: dict[str, _Work] = {}
+    for step in case_steps(plan, case.phase, case.tokens, case.position):
+        costed = cost_plan(plan, (step,), context)
         for call in costed.calls:
             template = costed.template(call.template)
-            values = template.value_map()
             for op in template.ops:
-                if op.cost is None:
-                    continue
-                cost, entry = op.cost.phases[0], sums.setdefault(op.role or op.kind, _RoleWork())
-                entry.bytes += cost.weight_bytes + cost.act_bytes + cost.state_bytes
-                entry.flops += cost.flops
-                entry.ops += 1
-                formats = [f for n in op.inputs if (f := values[n].format) not in (None, "f32")]
-                entry.form = str(formats[0]) if formats else entry.form
+                formats = [f for name in op.inputs if (f := template.value(name).format)]
+                _add(sums.setdefault(op.role or op.kind, _Work()), op, formats)
     return sums
 
 
-def _explain(
-    case: CaseResult,
-    role: str,
-    ms: float,
-    work: _RoleWork,
-    profile: HardwareProfile,
-    record: BenchRecord,
-    cached: float,
+def _add(work: _Work, op: Op, formats: list[str]) -> None:
+    if op.cost is None:
+        return
+    cost = op.cost.phases[0]
+    work.weights += cost.weight_bytes
+    work.state += cost.state_bytes
+    work.moved += cost.weight_bytes + cost.act_bytes + cost.state_bytes
+    work.flops += cost.flops
+    # A transfer's input and output are the same bytes, once over the link.
+    work.linked += cost.act_bytes / 2 if isinstance(op.attrs, ops.Transfer) else 0.0
+    work.ops += 1
+    work.form = next((f for f in formats if f != "f32"), work.form)
+
+
+def _explanation(
+    case: CaseResult, role: RoleTime, work: _Work, profile: HardwareProfile, record: BenchRecord, cached: float
 ) -> Explanation:
-    memory = work.bytes / (ms * 1e6) / profile.bandwidth()
-    compute = work.flops / (ms * 1e6) / profile.gflops(work.form, isa=record.isa)
-    each_us = ms * 1e3 / max(1, work.ops)
-    return Explanation(
-        case.name, role, ms / case.measured_ms, ms, memory, compute, _held_by(memory, compute, each_us, work, cached)
+    ms = role.typical_ms
+    link = None
+    if work.linked and profile.gpus:
+        link = work.linked / (ms * 1e6) / link_gb_per_s(profile.gpus[0])
+    shares = _Shares(
+        memory=work.moved / (ms * 1e6) / dram_gb_per_s(profile, record),
+        compute=work.flops / (ms * 1e6) / profile.gflops(work.form, isa=record.isa),
+        link=link,
+        each_us=ms * 1e3 / max(1, work.ops),
     )
+    holder, words = _disturbance(role) or _holder(shares, work, cached)
+    total = sum(r.typical_ms for r in case.roles)
+    return Explanation(case.name, role.role, ms / total, ms, shares.memory, shares.compute, link, holder, words)
 
 
-def _held_by(memory: float, compute: float, each_us: float, work: _RoleWork, cached: float) -> str:
+def _disturbance(role: RoleTime) -> tuple[Holder, str] | None:
+    if not role.disturbed:
+        return None
+    low, high = min(role.samples_ms), max(role.samples_ms)
+    return "disturbed", f"not known: took {low:.3g} to {high:.3g} ms; run hetcomp bench again on a quiet machine"
+
+
+def _holder(shares: _Shares, work: _Work, cached: float) -> tuple[Holder, str]:
+    """What holds an op class, and the sentence that says so. The largest share decides."""
+    memory, compute = shares.memory, shares.compute
+    if shares.link is not None and shares.link >= NEAR:
+        return "link", f"copies at {shares.link:.0%} of the PCIe link: only fewer bytes over it or a faster link help"
+    if memory > 1.0 and memory >= compute:
+        remedy = "smaller formats or more cache help"
+        return "cache", f"caches: it gets its {_what(work)} at {memory:.1f} times what DRAM gives; {remedy}"
     if memory >= NEAR and memory >= compute:
-        if memory > 1.0:
-            return "memory: caches serve part of it, or the profile's bandwidth was measured on a busy machine"
-        what = "weights of fewer bits (a smaller --formats)" if work.form != "f32" or work.flops else "fewer bytes"
-        return f"DRAM bandwidth: only {what} or more memory channels help"
+        return "memory", f"memory bandwidth: reads {_what(work)} at {memory:.0%} of DRAM; {_memory_remedy(work)}"
     if compute >= NEAR:
-        return "arithmetic: only a wider instruction set, more cores or a GPU help"
-    if each_us < SMALL_US:
-        return f"latency: {work.ops} ops of {each_us:.1f} us each, mostly barriers and task hand-out"
-    if memory >= 0.3 or compute >= 0.3:
-        nearer = "DRAM bandwidth" if memory >= compute else "arithmetic"
-        return f"between memory and arithmetic, nearer to {nearer}: few tokens share each weight"
-    if cached > 0.5:
-        return "caches hold it; the kernel's own fixed costs show at this size"
-    return "neither ceiling: the kernel itself has room here"
+        caveat = " (above 100 %: the profile's rate is too low for it; run hetcomp profile)" if compute > 1.05 else ""
+        return "compute", (
+            f"compute: {compute:.0%} of the FLOP/s{caveat}; only a wider instruction set, more cores or a GPU help"
+        )
+    if shares.each_us < SMALL_US:
+        return "latency", (
+            f"latency: {work.ops} ops of {shares.each_us:.1f} us, mostly barriers and handing out tasks; fewer threads "
+            "or more sequences at once help"
+        )
+    if max(memory, compute) >= FAR:
+        nearer = f"memory ({memory:.0%} of DRAM)" if memory >= compute else f"compute ({compute:.0%} of FLOP/s)"
+        shared = work.weights > work.moved / 2
+        remedy = "; more tokens a step use each weight that is read more often" if shared else ""
+        return "mixed", f"between the ceilings, nearest to {nearer}{remedy}"
+    if cached > 0.5 and work.weights:
+        return "kernel", "weights lie in the caches; the kernel's fixed costs show at this size"
+    return "kernel", "neither ceiling is near: the kernel, or how evenly its work divides among threads, has room"
+
+
+def _what(work: _Work) -> str:
+    acts = work.moved - work.weights - work.state
+    return max(("weights", work.weights), ("the KV cache", work.state), ("activations", acts), key=lambda e: e[1])[0]
+
+
+def _memory_remedy(work: _Work) -> str:
+    return {
+        "weights": "only smaller formats, more memory channels or more sequences at once help",
+        "the KV cache": "only a shorter context or more memory channels help",
+        "activations": "only fewer tokens a step (so that they stay in the caches) or more memory channels help",
+    }[_what(work)]

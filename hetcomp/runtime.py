@@ -302,7 +302,13 @@ class Runtime:
         return _closing(session, tokens)
 
     def stats(self) -> dict[str, Any]:
-        """Measured since loading: see ``hetcomp_model_stats`` in hetcomp.h."""
+        """Measured since loading: see ``hetcomp_model_stats`` in hetcomp.h.
+
+        ``prefill`` and ``decode`` have ``seconds`` of their steps and ``timers_ms`` by role. Timers are those of
+        thread 0 of the first lane: what it computed or waited for. They cover the program of a step, not what is
+        around it (the call, sampling, text), so that their sum is a little below ``seconds``; with several lanes
+        they do not show what only the others do.
+        """
         out = ctypes.c_void_p()
         call("hetcomp_model_stats", self._handle.pointer, ctypes.byref(out))
         figures: dict[str, Any] = json.loads(owned_bytes(out, -1))
