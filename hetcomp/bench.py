@@ -26,7 +26,7 @@ from hetcomp.passes.device_time import term_of
 from hetcomp.passes.phases import Phase
 from hetcomp.prediction import predict
 from hetcomp.progress import ProgressSink
-from hetcomp.read_bandwidth import current_gb_per_s
+from hetcomp.read_bandwidth import current_gb_per_s, profiled_gb_per_s
 from hetcomp.runtime import Runtime
 
 SCHEMA = (1, 1)
@@ -108,8 +108,9 @@ class CaseResult(_Record):
 
 
 class BenchRecord(_Record):
-    """What a run of ``hetcomp bench`` stores. ``read_gb_per_s``: the machine's DRAM read bandwidth beside each round,
-    ``profile_gb_per_s`` the profile's (10^9 bytes a second). ``prompt``: what the tokens were."""
+    """What a run of ``hetcomp bench`` stores. ``read_gb_per_s``: what plain reads of DRAM gave before each
+    round, ``profile_gb_per_s`` what they gave when the profile was measured, None if it does not say (10^9 bytes a
+    second). ``prompt``: what the tokens were."""
 
     schema_version: tuple[int, int] = Field(default=SCHEMA, alias="schema")
     model: str
@@ -137,11 +138,14 @@ class BenchRecord(_Record):
         return statistics.median(self.read_gb_per_s) if self.read_gb_per_s else None
 
     @property
+    def bandwidth_ratio(self) -> float:
+        """Bandwidth during the run over the profile's; 1 if either is not known."""
+        return self.gb_per_s / self.profile_gb_per_s if self.gb_per_s and self.profile_gb_per_s else 1.0
+
+    @property
     def bandwidth_change(self) -> float:
         """Bandwidth during the run against the profile's, as a part of the latter; 0 if within the tolerance."""
-        if self.gb_per_s is None or self.profile_gb_per_s is None:
-            return 0.0
-        change = self.gb_per_s / self.profile_gb_per_s - 1.0
+        change = self.bandwidth_ratio - 1.0
         return change if abs(change) > BANDWIDTH_TOLERANCE else 0.0
 
     def to_json(self) -> str:
@@ -251,7 +255,7 @@ def bench(
         cases=tuple(_result(plan, profile, str(stats["isa"]), case, tokens) for case in cases),
         notes=tuple(notes),
         read_gb_per_s=tuple(readings),
-        profile_gb_per_s=profile.bandwidth(),
+        profile_gb_per_s=profiled_gb_per_s(profile),
         prompt="random tokens" if text is None else "text",
         seed=seed,
         machine=_machine(),

@@ -72,8 +72,8 @@ class _Shares:
 def explain(plan: Plan, profile: HardwareProfile, record: BenchRecord) -> list[Explanation]:
     """What holds every op class of every case of the record, most time first.
 
-    The DRAM ceiling is the bandwidth measured during the run (the profile's where it was not), the FLOP ceiling the
-    profile's. Raises HetcompError if the record is of another plan or the profile of another machine.
+    The DRAM ceiling is that of the run (:func:`dram_gb_per_s`), the FLOP ceiling the profile's. Raises HetcompError if
+    the record is of another plan or the profile of another machine.
     """
     if record.plan_sha256 != plan_hash(plan):
         raise HetcompError(
@@ -96,8 +96,9 @@ def explain(plan: Plan, profile: HardwareProfile, record: BenchRecord) -> list[E
 
 
 def dram_gb_per_s(profile: HardwareProfile, record: BenchRecord) -> float:
-    """The DRAM ceiling of the run in 10^9 bytes a second."""
-    return record.gb_per_s or profile.bandwidth()
+    """The DRAM ceiling of the run in 10^9 bytes a second: the profile's bandwidth (what our kernels streamed counts for
+    it), changed as plain reads were between the profile and the run."""
+    return profile.bandwidth() * record.bandwidth_ratio
 
 
 def _work(plan: Plan, context: Context, case: CaseResult) -> dict[str, _Work]:

@@ -21,7 +21,7 @@ from hetcomp.hardware.profile import HardwareProfile
 _FLAGS = ("-std=c++20", "-O3", "-march=native", "-Wall", "-Wextra", "-Werror", "-pthread")
 _TIMEOUT_SECONDS = 120
 # Readings of one call; the best counts, since everything else that runs only takes away from it.
-_REPEATS = 3
+_REPEATS = 5  # as the profiler's probe
 
 
 def current_gb_per_s(profile: HardwareProfile) -> float:
@@ -29,12 +29,27 @@ def current_gb_per_s(profile: HardwareProfile) -> float:
 
     Takes about half a second. Raises HetcompError if there is no compiler or too little memory.
     """
-    machine = detect_machine()
-    fastest = max(profile.compute_nodes, key=lambda node: profile.bandwidth(node.id)).id
+    machine, fastest = detect_machine(), _fastest(profile)
     cores = next((node.cores for node in machine.nodes if node.id == fastest and node.cores), ())
     threads = min(profile.node_threads(fastest), len(cores)) or machine.threads
     cpus = cores[:threads]
     return max(measure(threads, mebibytes=_mebibytes(machine), repeats=_REPEATS, first=threads, cpus=cpus)[0])
+
+
+def profiled_gb_per_s(profile: HardwareProfile) -> float | None:
+    """The best such reading when the profile was measured; None if it does not have its readings.
+
+    It may be less than ``profile.bandwidth()``, which counts what our kernels streamed as well: only readings of the
+    same kind can be held against each other.
+    """
+    node = profile.node(_fastest(profile))
+    usable = [i for i, p in enumerate(node.read_bandwidth) if p.threads <= profile.node_threads(node.id)]
+    paths = [f"nodes.{profile.nodes.index(node)}.read_bandwidth.{i}.gb_per_s" for i in usable[-1:]]
+    return max((max(profile.samples[p]) for p in paths if profile.samples.get(p)), default=None)
+
+
+def _fastest(profile: HardwareProfile) -> int:
+    return max(profile.compute_nodes, key=lambda node: profile.bandwidth(node.id)).id
 
 
 def measure(

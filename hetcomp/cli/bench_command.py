@@ -141,8 +141,12 @@ def verdict(record: BenchRecord, stored: Path) -> list[str]:
 
 def _bandwidth(record: BenchRecord, wrong: Sequence[CaseResult]) -> list[str]:
     """Whether the memory was as fast as in the profile, and whether that explains what is wrong."""
-    if record.gb_per_s is None or record.profile_gb_per_s is None:
+    if record.gb_per_s is None:
         return []
+    if record.profile_gb_per_s is None:
+        return [
+            f"memory read {record.gb_per_s:.1f} GB/s during the run; the profile has no readings to hold it against"
+        ]
     from hetcomp.bench import TOLERANCE
 
     line = f"memory read {record.gb_per_s:.1f} GB/s during the run, {record.profile_gb_per_s:.1f} in the profile"
@@ -150,9 +154,11 @@ def _bandwidth(record: BenchRecord, wrong: Sequence[CaseResult]) -> list[str]:
     if not change:
         return [line]
     # Memory alone stretches a step by this at most; less bandwidth makes deviations negative.
-    stretch = record.profile_gb_per_s / record.gb_per_s
+    stretch = 1 / record.bandwidth_ratio
     same_way = [case for case in wrong if case.deviation * change > 0]
     whole = [c.name for c in same_way if abs(c.predicted_ms * stretch / c.measured_ms - 1) < TOLERANCE]
     part = [c.name for c in same_way if c.name not in whole]
-    causes = [f"the cause of {', '.join(whole)}"] * bool(whole) + [f"at most a part of {', '.join(part)}"] * bool(part)
+    causes = [f"enough to be the cause of {', '.join(whole)}"] * bool(whole) + [
+        f"at most a part of {', '.join(part)}"
+    ] * bool(part)
     return [f"{line} ({change:+.0%})" + (f": {'; '.join(causes)}" if causes else "")]

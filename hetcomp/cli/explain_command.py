@@ -81,11 +81,12 @@ def _short_run(exe: Executable, profile: HardwareProfile) -> BenchRecord:
 def _print(found: Sequence[Explanation], ceiling: float, record: BenchRecord) -> None:
     console = Console()
     console = Console(width=max(console.width, 120))
-    when = "measured during the run" if record.gb_per_s else "of the profile"
+    change = f" {record.bandwidth_ratio - 1:+.0%}, as plain reads changed" if record.bandwidth_ratio != 1.0 else ""
     console.print(
-        f"DRAM: {ceiling:.1f} GB/s, {when} of {record.measured_at}; {record.prompt}, {record.threads} threads, "
-        f"{record.isa}",
+        f"DRAM: {ceiling:.1f} GB/s (the profile's{change}); run of {record.measured_at}: {record.prompt}, "
+        f"{record.threads} threads, {record.isa}",
         highlight=False,
+        soft_wrap=True,
     )
     for case in dict.fromkeys(e.case for e in found):
         console.print(_table(case, [e for e in found if e.case == case]))

@@ -11,14 +11,21 @@ import pytest
 from hetcomp.bench import OUTSIDE, BenchRecord, RoleTime, bench, case_steps, middle_half, record_path, role_terms
 from hetcomp.cli.bench_command import verdict
 from hetcomp.errors import HetcompError
+from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.serialise import plan_hash
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.pipeline import run_pipeline
 from hetcomp.prediction import predict
+from hetcomp.read_bandwidth import profiled_gb_per_s
 from tests.reference.plan_builder import VOCAB, context, profile, tiny_plan
 
 STORED = Path("m.bench.json")
 ROLES = ("moe.experts", "lm_head")
+
+
+def machine() -> HardwareProfile:
+    """Kernels streamed 30 GB/s; of the readings of plain reads the best counts."""
+    return profile().model_copy(update={"samples": {"nodes.0.read_bandwidth.0.gb_per_s": (22.0, 30.0, 25.0)}})
 
 
 class FakeSession:
@@ -79,7 +86,7 @@ class FakeExecutable:
 
 def run(exe: FakeExecutable | None = None, **options: object) -> BenchRecord:
     defaults = {"prompts": (8, 40, 65), "contexts": (20, 61), "tokens": 4, "rounds": 3, "bandwidth": lambda _: 20.0}
-    return bench(exe or FakeExecutable(), profile(), **{**defaults, **options})  # type: ignore[arg-type]
+    return bench(exe or FakeExecutable(), machine(), **{**defaults, **options})  # type: ignore[arg-type]
 
 
 def test_what_fits_is_measured_and_what_does_not_is_named():
@@ -97,7 +104,7 @@ def test_what_fits_is_measured_and_what_does_not_is_named():
 def test_the_record_names_plan_profile_machine_and_kinds():
     exe = FakeExecutable()
     record = run(exe)
-    assert record.plan_sha256 == plan_hash(exe.plan) and record.profile_sha256 == profile().sha256()
+    assert record.plan_sha256 == plan_hash(exe.plan) and record.profile_sha256 == machine().sha256()
     assert (record.read_gb_per_s, record.profile_gb_per_s) == ((20.0,) * 3, 30.0)
     assert record.machine["usable CPUs"] and record.seed == 0
     found = {role.role: (role.kind, role.term) for role in record.cases[0].roles}
@@ -157,6 +164,13 @@ def test_interrupted_steps_do_not_count():
     assert middle_half(steps[:1]) == (1.0, {"a": 1.0})
 
 
+def test_a_profile_without_readings_is_not_held_against_the_run():
+    assert profiled_gb_per_s(profile()) is None and profiled_gb_per_s(machine()) == 30.0
+    record = run().model_copy(update={"profile_gb_per_s": None})
+    assert (record.gb_per_s, record.bandwidth_ratio, record.bandwidth_change) == (20.0, 1.0, 0.0)
+    assert any("no readings to hold it against" in line for line in verdict(record, STORED))
+
+
 def test_disturbed_rounds_are_named():
     record = run()
     case = record.cases[0].model_copy(update={"samples_ms": (1.0, 1.1, 4.0)})
@@ -170,7 +184,7 @@ def test_disturbed_rounds_are_named():
 @pytest.mark.parametrize(
     ("readings", "predicted", "words"),
     [
-        ((20.0, 20.0), 10.0, "(-33%): the cause of prefill 8"),  # 15 ms measured = 10 * 30 / 20
+        ((20.0, 20.0), 10.0, "(-33%): enough to be the cause of prefill 8"),  # 15 ms measured = 10 * 30 / 20
         ((20.0, 20.0), 3.0, "(-33%): at most a part of prefill 8"),
         ((20.0, 20.0), 20.0, "20.0 GB/s during the run, 30.0 in the profile (-33%)"),  # off, but the other way
         ((29.5, 29.5), 3.0, "29.5 GB/s during the run, 30.0 in the profile"),

@@ -93,7 +93,10 @@ def test_prefill_counts_all_pieces_of_the_prompt():
 
 
 def test_the_ceiling_is_what_memory_gave_during_the_run():
-    quiet, busy = one("moe.experts", 2.0), one("moe.experts", 2.0, read_gb_per_s=(14.0, 15.0, 16.0))
+    quiet, busy = (
+        one("moe.experts", 2.0),
+        one("moe.experts", 2.0, read_gb_per_s=(9.0, 10.0, 11.0), profile_gb_per_s=20.0),
+    )
     assert busy.memory == pytest.approx(2 * quiet.memory)
     assert dram_gb_per_s(profile(), record(plan(), {"lm_head": (1.0,)})) == 30.0
 
@@ -126,7 +129,13 @@ def test_compute_bound_op_classes_are_told_what_helps():
     steps = [Phase("prefill", 16, 1, 16), Phase("prefill", 16, 1, 32), Phase("prefill", 8, 1, 40)]
     flops = sum(costs("moe.experts", step)[1] for step in steps)
     planned = plan()
-    fast_memory = record(planned, {"moe.experts": (flops / 200e9 * 1e3 / 0.8,)}, "prefill", read_gb_per_s=(1000.0,))
+    fast_memory = record(
+        planned,
+        {"moe.experts": (flops / 200e9 * 1e3 / 0.8,)},
+        "prefill",
+        read_gb_per_s=(1000.0,),
+        profile_gb_per_s=30.0,
+    )
     [found] = explain(planned, profile(), fast_memory)
     assert found.holder == "compute" and "80% of the FLOP/s" in found.held_by and "GPU" in found.held_by
 
