@@ -97,8 +97,9 @@ def explain(plan: Plan, profile: HardwareProfile, record: BenchRecord) -> list[E
 
 def dram_gb_per_s(profile: HardwareProfile, record: BenchRecord) -> float:
     """The DRAM ceiling of the run in 10^9 bytes a second: the profile's bandwidth (what our kernels streamed counts for
-    it), changed as plain reads were between the profile and the run."""
-    return profile.bandwidth() * record.bandwidth_ratio
+    it), less as far as plain reads gave less during the run; never below what they gave. More than was ever read is not
+    assumed: a profile whose plain reads were held up may have had undisturbed kernels."""
+    return max(record.gb_per_s or 0.0, profile.bandwidth() * min(1.0, record.bandwidth_ratio))
 
 
 def _work(plan: Plan, context: Context, case: CaseResult) -> dict[str, _Work]:

@@ -81,9 +81,9 @@ def _short_run(exe: Executable, profile: HardwareProfile) -> BenchRecord:
 def _print(found: Sequence[Explanation], ceiling: float, record: BenchRecord) -> None:
     console = Console()
     console = Console(width=max(console.width, 120))
-    change = f" {record.bandwidth_ratio - 1:+.0%}, as plain reads changed" if record.bandwidth_ratio != 1.0 else ""
+    reads = f"; plain reads gave {record.gb_per_s:.1f} during the run" if record.gb_per_s else ""
     console.print(
-        f"DRAM: {ceiling:.1f} GB/s (the profile's{change}); run of {record.measured_at}: {record.prompt}, "
+        f"DRAM: {ceiling:.1f} GB/s{reads}; run of {record.measured_at}: {record.prompt}, "
         f"{record.threads} threads, {record.isa}",
         highlight=False,
         soft_wrap=True,

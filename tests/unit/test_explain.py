@@ -98,7 +98,21 @@ def test_the_ceiling_is_what_memory_gave_during_the_run():
         one("moe.experts", 2.0, read_gb_per_s=(9.0, 10.0, 11.0), profile_gb_per_s=20.0),
     )
     assert busy.memory == pytest.approx(2 * quiet.memory)
-    assert dram_gb_per_s(profile(), record(plan(), {"lm_head": (1.0,)})) == 30.0
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "ceiling"),
+    [
+        ((), None, 30.0),  # the profile's
+        ((25.0,), None, 30.0),  # nothing to hold it against
+        ((10.0,), 20.0, 15.0),
+        ((25.0,), 20.0, 30.0),  # not 37.5, which nothing ever read
+        ((40.0,), 20.0, 40.0),
+    ],
+)
+def test_the_ceiling_is_never_more_than_was_read(now, then, ceiling):
+    taken = record(plan(), {"lm_head": (1.0,)}, read_gb_per_s=now, profile_gb_per_s=then)
+    assert dram_gb_per_s(profile(), taken) == pytest.approx(ceiling)
 
 
 def test_the_median_of_the_rounds_counts_and_shares_add_up():
