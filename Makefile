@@ -15,12 +15,12 @@ PYTEST_ARGS ?=
 RUNTIME_SOURCES := $(shell find runtime_lib -type f)
 CXX_SOURCES := $(shell find runtime_lib benchmarks -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench bootstrap peers clean
+.PHONY: demo test lint bench bootstrap test-packages peers clean
 
 demo: bootstrap
 	@scripts/demo.sh $(BIN)
 
-test: bootstrap
+test: bootstrap test-packages
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
 lint: bootstrap
@@ -38,6 +38,10 @@ bootstrap: $(INSTALLED)
 $(INSTALLED): pyproject.toml scripts/bootstrap.sh $(RUNTIME_SOURCES)
 	@scripts/bootstrap.sh $(VENV)
 	@touch $@
+
+# What only the tests need: a browser for the plan's HTML report.
+test-packages: | $(INSTALLED)
+	@scripts/bootstrap.sh $(VENV) --test-packages
 
 peers: $(PEERS_INSTALLED)
 

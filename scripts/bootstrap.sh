@@ -1,9 +1,11 @@
 #!/bin/bash
 # Brings a bare Debian or Ubuntu machine to the point where hetcomp builds and runs: system packages (where
 # missing and permitted), a virtual environment, torch, hetcomp itself. Run by the Makefile; safe to run again.
-#   scripts/bootstrap.sh VENV_DIR
+#   scripts/bootstrap.sh VENV_DIR [--test-packages]
+# With --test-packages it adds what only the tests need (a browser that opens the plan's HTML report), nothing else.
 set -euo pipefail
-venv=${1:?usage: scripts/bootstrap.sh VENV_DIR}
+venv=${1:?usage: scripts/bootstrap.sh VENV_DIR [--test-packages]}
+purpose=${2:-run}
 cd "$(dirname "$0")/.."
 
 say() { printf 'bootstrap: %s\n' "$*"; }
@@ -20,7 +22,19 @@ find_python() {  # the first interpreter that is new enough
   done
 }
 
+missing_test_packages() {  # a browser that tests/unit/test_plan_html.py finds, or the package that has one
+  local browser
+  for browser in "${HETCOMP_CHROMIUM:-}" chromium chromium-browser google-chrome; do
+    [ -n "$browser" ] && command -v "$browser" >/dev/null 2>&1 && return
+  done
+  if grep -q '^ID=ubuntu' /etc/os-release 2>/dev/null; then echo chromium-browser; else echo chromium; fi
+}
+
 missing_packages() {  # Debian package names, one a line; what is there already is judged by use, not by dpkg
+  if [ "$purpose" = --test-packages ]; then
+    missing_test_packages
+    return
+  fi
   local python tool header
   python=$(find_python)
   [ -n "$python" ] || echo python3
@@ -85,6 +99,7 @@ install_hetcomp() {
 }
 
 install_packages
+[ "$purpose" != --test-packages ] || exit 0
 make_venv
 install_hetcomp
 say "ready: $venv/bin/hetcomp"

@@ -26,6 +26,7 @@ from hetcomp.cli.options import (
 from hetcomp.errors import HetcompError
 
 if TYPE_CHECKING:
+    from hetcomp.cli.plan_figures import Figures
     from hetcomp.compiler import Planned, PlanWishes
 
 
@@ -49,6 +50,7 @@ def plan_command(
         bool, typer.Option("--improvements/--no-improvements", help="Plan anew to find what would help most.")
     ] = True,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Write the plan as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one page: roofline, memory, timeline.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Print the whole plan.")] = False,
     stop_after: StopAfter = None,
@@ -58,7 +60,9 @@ def plan_command(
     """Shows where each part of MODEL would live and run, and how fast, without reading a weight."""
 
     def body() -> None:
-        from hetcomp.cli.plan_report import plan_report, plan_report_json
+        from hetcomp.cli.plan_html import plan_html
+        from hetcomp.cli.plan_json import plan_report_json
+        from hetcomp.cli.plan_report import plan_report
         from hetcomp.cli.profile_command import write_text
         from hetcomp.cli.progress import RichProgress
         from hetcomp.compiler import plan_model
@@ -85,21 +89,25 @@ def plan_command(
                 plan = planned.plan
                 if plan.timelines:
                     compared = _compare(planned, what_if or [])
-                    if help_most and not (as_json or text):
+                    if help_most and not text:
                         progress.stage("what would help")
                         gains = _gains(planned)
         if plan_out is not None:
             write_text(plan_out, to_json(plan))
         free = planned.profile.available_bytes() if planned else None
+        figures = _figures(planned) if planned is not None and plan.timelines else None
+        if html is not None:
+            write_text(html, plan_html(plan, _needed(figures)))
         if as_json:
-            typer.echo(plan_report_json(plan, free))
+            others = [(name, other.plan) for name, other in compared]
+            typer.echo(plan_report_json(plan, free, figures, compared=others, gains=gains))
         elif text or stop_after:
             typer.echo(print_plan(plan))
         else:
             # The widest table takes less than this; rich would leave out the figures to the right.
             console = Console()
             console = Console(width=max(console.width, 100))
-            console.print(plan_report(plan, free, planned.profile if planned else None))
+            console.print(plan_report(plan, free, figures))
             if compared and planned is not None:
                 console.print(_comparison(planned, compared))
             for label, gain in gains:
@@ -125,11 +133,34 @@ def _wishes(
     mix = Mix(prompt or DEFAULT_PROMPT, answer or DEFAULT_ANSWER, batch) if prompt or answer or batch > 1 else None
     return PlanWishes(
         mix=mix,
-        vram=parse_size(vram, "--vram") if vram else None,
-        pinned_bytes=parse_size(pinned, "--pinned") if pinned else None,
+        vram=parse_size(vram, "--vram") if vram is not None else None,
+        pinned_bytes=parse_size(pinned, "--pinned") if pinned is not None else None,
         pins=tuple(pins or ()),
         statistics=stats,
     )
+
+
+def _figures(planned: Planned) -> Figures:
+    from hetcomp.cli.plan_figures import figures_of
+
+    context = planned.context
+    return figures_of(
+        planned.plan,
+        planned.profile,
+        isa=context.isa,
+        shares=context.statistics.shares if context.statistics is not None else None,
+        vram=context.vram,
+        place_seconds=planned.seconds.get("place"),
+    )
+
+
+def _needed(figures: Figures | None) -> Figures:
+    if figures is None:
+        raise HetcompError(
+            "--html draws a simulated plan: give a model (not an artifact) and leave --stop-after out, so that the "
+            "machine is known."
+        )
+    return figures
 
 
 def _compare(planned: Planned, changes: list[str]) -> list[tuple[str, Planned]]:

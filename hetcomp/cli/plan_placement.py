@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from rich.table import Table
 from rich.text import Text
 
 from hetcomp.backends.packing import packed_bytes
-from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.annotations import Placement, Solution
 from hetcomp.ir.plan import Call, Op, Plan, ValueKind
-
-
-def uses_gpus(plan: Plan) -> bool:
-    """Whether anything of the plan is on a GPU."""
-    return any(device.startswith("gpu") for call in plan.calls for _, p in call.placements for device in _devices(p))
 
 
 def critical_lines(plan: Plan) -> Text:
@@ -30,49 +24,25 @@ def critical_lines(plan: Plan) -> Text:
     return Text("\n".join(lines))
 
 
-def solution_line(plan: Plan, solution: Solution) -> str:
-    """The solver's answer in a sentence."""
+def solution_line(plan: Plan, solution: Solution, seconds: float | None = None) -> str:
+    """The solver's answer in a sentence; ``seconds``: what it took."""
     mix = plan.mix
     what = f"prompt {mix.prompt}, answer {mix.answer}, batch {mix.batch}" if mix else "the default mix"
     greedy = solution.greedy_us / solution.objective_us - 1.0 if solution.objective_us else 0.0
     return (
-        f"placement for {what}: {solution.method}, {solution.objective_us / 1e6:.2f} s, optimality gap "
-        f"{solution.gap:.2%}; greedy {greedy:+.1%}; experts chosen: {solution.statistics}"
+        f"placement for {what}: {solution.method}, {solution.objective_us / 1e6:.2f} s in its linear model, "
+        f"optimality gap {solution.gap:.2%}; greedy {greedy:+.1%}; experts chosen: {solution.statistics}"
+        + (f"; solved in {seconds:.1f} s" if seconds is not None else "")
     )
 
 
-def layer_table(plan: Plan) -> Table:
-    """One line a run of layers that are placed alike."""
-    table = Table(title="Layers", title_justify="left")
-    table.add_column("layers", no_wrap=True)
-    table.add_column("attention, dense", no_wrap=True)
-    table.add_column("experts")
-    for layers, dense, experts in layer_runs(plan):
-        table.add_row(layers, dense, experts)
-    return table
-
-
-def device_memory_table(plan: Plan, profile: HardwareProfile | None) -> Table:
-    """Bytes of weights and KV cache at their homes."""
-    table = Table(title="Memory by device", title_justify="left")
-    table.add_column("device", no_wrap=True)
-    for name in ("weights", "KV cache", "sum", "free"):
-        table.add_column(name, justify="right", no_wrap=True)
-    weights, states = device_bytes(plan)
-    for device in sorted({*weights, *states}):
-        free = _free(device, profile)
-        sizes = (weights[device], states[device], weights[device] + states[device])
-        table.add_row(device, *(f"{s / 2**30:.2f} GiB" for s in sizes), f"{free / 2**30:.1f} GiB" if free else "–")
-    return table
-
-
-def device_bytes(plan: Plan) -> tuple[Counter[str], Counter[str]]:
+def device_bytes(plan: Plan, only: Call | None = None) -> tuple[Counter[str], Counter[str]]:
     """Bytes of packed weights and of states by the device whose memory is their home; CPU weights that are cut over
-    nodes are counted at each node's part."""
+    nodes are counted at each node's part. ``only``: of that call alone."""
     weights: Counter[str] = Counter()
     states: Counter[str] = Counter()
     values, seen = plan.value_map(), set()
-    for call, op, placement in _placed(plan):
+    for call, op, placement in placed_ops(plan, only):
         actual = dict(zip(plan.template(call.template).params, call.args, strict=True))
         for name in op.inputs:
             value = values.get(actual.get(name, ""))
@@ -80,7 +50,7 @@ def device_bytes(plan: Plan) -> tuple[Counter[str], Counter[str]]:
                 continue
             if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
                 seen.add(value.id)
-                for device, share in _homes(op, placement).items():
+                for device, share in homes(op, placement).items():
                     weights[device] += int(packed_bytes(value) * share)
             elif value.kind is ValueKind.STATE:
                 seen.add(value.id)
@@ -88,7 +58,8 @@ def device_bytes(plan: Plan) -> tuple[Counter[str], Counter[str]]:
     return weights, states
 
 
-def _homes(op: Op, placement: Placement) -> dict[str, float]:
+def homes(op: Op, placement: Placement) -> dict[str, float]:
+    """Devices in whose memory the op's weights live, and their parts."""
     homes: Counter[str] = Counter()
     if placement.experts:
         total = sum(run.last - run.first + 1 for run in placement.experts)
@@ -108,35 +79,45 @@ def _homes(op: Op, placement: Placement) -> dict[str, float]:
     return found
 
 
-def _free(device: str, profile: HardwareProfile | None) -> int:
-    if profile is None:
-        return 0
-    kind, _, number = device.partition(":")
-    if kind == "cpu":
-        return profile.node(int(number)).available_bytes
-    gpu = profile.gpus[int(number)]
-    return gpu.memory_bytes if gpu.free_bytes is None else gpu.free_bytes
+@dataclass(frozen=True)
+class LayerRun:
+    """Layers ``first`` .. ``last`` that are placed alike: devices of attention and dense ops, of experts, and bytes of
+    weights and KV cache by device, of the run as a whole."""
+
+    first: int
+    last: int
+    dense: str
+    experts: str
+    bytes: tuple[tuple[str, int], ...]
+
+    @property
+    def layers(self) -> str:
+        """``3`` or ``0-47``."""
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
-def layer_runs(plan: Plan) -> Iterator[tuple[str, str, str]]:
-    """Layers, devices of attention and dense ops, and of experts: one entry a run of layers that are placed alike."""
-    runs: list[tuple[int, int, str, str]] = []
+def layer_runs(plan: Plan) -> list[LayerRun]:
+    """The layers in order, neighbours that are placed alike joined."""
+    runs: list[LayerRun] = []
     for call in plan.calls:
         if call.layer is None:
             continue
+        weights, states = device_bytes(plan, call)
+        sizes = weights + states
         dense, experts = _describe(plan, call)
-        if runs and runs[-1][2:] == (dense, experts) and runs[-1][1] == call.layer - 1:
-            runs[-1] = (runs[-1][0], call.layer, dense, experts)
+        last = runs[-1] if runs else None
+        if last is not None and (last.dense, last.experts, last.last) == (dense, experts, call.layer - 1):
+            sizes += Counter(dict(last.bytes))
+            runs[-1] = replace(last, last=call.layer, bytes=tuple(sorted(sizes.items())))
         else:
-            runs.append((call.layer, call.layer, dense, experts))
-    for first, last, dense, experts in runs:
-        yield (str(first) if first == last else f"{first}-{last}"), dense, experts
+            runs.append(LayerRun(call.layer, call.layer, dense, experts, tuple(sorted(sizes.items()))))
+    return runs
 
 
 def _describe(plan: Plan, call: Call) -> tuple[str, str]:
     dense: Counter[str] = Counter()
     experts: Counter[str] = Counter()
-    for _, op, placement in _placed(plan, call):
+    for _, op, placement in placed_ops(plan, call):
         if op.kind == "moe_experts":
             for run in placement.experts:
                 streamed = f", in prefill streamed to {run.streamed_to}" if run.streamed_to else ""
@@ -147,14 +128,10 @@ def _describe(plan: Plan, call: Call) -> tuple[str, str]:
     return ", ".join(device for device, _ in dense.most_common()), spelled or "–"
 
 
-def _placed(plan: Plan, only: Call | None = None) -> Iterator[tuple[Call, Op, Placement]]:
+def placed_ops(plan: Plan, only: Call | None = None) -> Iterator[tuple[Call, Op, Placement]]:
+    """Ops that have a placement, call by call."""
     for call in plan.calls if only is None else (only,):
         placements = dict(call.placements)
         for op in plan.template(call.template).ops:
             if op.id in placements:
                 yield call, op, placements[op.id]
-
-
-def _devices(placement: Placement) -> Iterator[str]:
-    yield placement.device
-    yield from (run.device for run in placement.experts)

@@ -1,39 +1,24 @@
-"""The plan as a table for people and as JSON for programs."""
+"""The plan as tables for people."""
 
 from __future__ import annotations
-
-import json
-from dataclasses import asdict
-from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hetcomp.cli.plan_placement import (
-    critical_lines,
-    device_bytes,
-    device_memory_table,
-    layer_runs,
-    layer_table,
-    solution_line,
-    uses_gpus,
-)
+from hetcomp.cli.plan_figures import Figures, device_memory
+from hetcomp.cli.plan_placement import critical_lines, solution_line
 from hetcomp.cli.plan_summary import OpGroup, PlanSummary, summarise
-from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.cli.plan_tables import device_memory_table, intensity_table, layer_table
 from hetcomp.ir.annotations import Timeline
 from hetcomp.ir.plan import Plan
 
-_SCHEMA = (1, 1)
 
+def plan_report(plan: Plan, available_bytes: int | None = None, figures: Figures | None = None) -> RenderableType:
+    """Tables of op groups, predicted speed, layers and memory, and the plan's notes, for rich's Console.
 
-def plan_report(
-    plan: Plan, available_bytes: int | None = None, profile: HardwareProfile | None = None
-) -> RenderableType:
-    """Tables of op groups, predicted speed and memory, and the plan's notes, for rich's Console.
-
-    ``available_bytes``, ``profile``: free memory and the machine that the plan is for, where they are known.
+    ``available_bytes``: free memory of the CPU's nodes; ``figures``: of the plan on its machine; where they are known.
     """
     summary = summarise(plan)
     model, dims = plan.model, plan.max_dims()
@@ -42,84 +27,25 @@ def plan_report(
         f"{dims['slots']} x {dims['context']:,} positions, steps of up to {dims['T']} tokens"
     )
     parts: list[RenderableType] = [Text(title), _group_table(summary)]
+    if figures is not None and (intensities := intensity_table(plan, summary, figures.roofs)) is not None:
+        parts.append(intensities)
     if plan.timelines:
-        parts.append(_speed_table(plan))
-        parts.append(critical_lines(plan))
-    parts.append(_memory_table(summary, available_bytes))
-    if uses_gpus(plan):
-        parts += [layer_table(plan), device_memory_table(plan, profile)]
+        parts += [_speed_table(plan), critical_lines(plan)]
+    parts += _memory_parts(plan, summary, available_bytes, figures)
     if plan.solution is not None:
-        parts.append(Text(solution_line(plan, plan.solution)))
+        parts.append(Text(solution_line(plan, plan.solution, figures.place_seconds if figures else None)))
     parts.extend(Text(f"note: {note}") for note in plan.notes)
     return Group(*parts)
 
 
-def plan_report_json(plan: Plan, available_bytes: int | None = None) -> str:
-    """The same numbers as JSON: bytes, FLOPs of a whole step, microseconds, tokens/s."""
-    summary = summarise(plan)
-    model = plan.model
-    document = {
-        "schema": list(_SCHEMA),
-        "model": {
-            "name": model.name,
-            "architecture": model.architecture,
-            "layers": model.layers,
-            "vocab": model.vocab,
-        },
-        "dims": plan.max_dims(),
-        "groups": [_group_json(group) for group in summary.groups],
-        "predictions": [
-            {
-                "phase": timeline.phase,
-                "tokens": timeline.tokens,
-                "total_us": timeline.total_us,
-                "tokens_per_s": timeline.tokens_per_s,
-                "low_us": timeline.low_us,
-                "high_us": timeline.high_us,
-                "busy_us": {lane.lane: lane.busy_us for lane in timeline.lanes},
-                "critical_us": dict(timeline.critical),
-            }
-            for timeline in plan.timelines
-        ],
-        "memory": {
-            "items": [{"what": item.what, "bytes": item.bytes} for item in summary.memory],
-            "bytes": summary.memory_bytes,
-            "available_bytes": available_bytes,
-        },
-        "mix": asdict(plan.mix) if plan.mix else None,
-        "solution": asdict(plan.solution) if plan.solution else None,
-        "layers": [{"layers": a, "dense": b, "experts": c} for a, b, c in layer_runs(plan)],
-        "devices": _devices_json(plan),
-        "notes": list(plan.notes),
-    }
-    return json.dumps(document, indent=2)
-
-
-def _devices_json(plan: Plan) -> dict[str, dict[str, int]]:
-    weights, states = device_bytes(plan)
-    return {d: {"weight_bytes": weights[d], "kv_cache_bytes": states[d]} for d in sorted({*weights, *states})}
-
-
-def _group_json(group: OpGroup) -> dict[str, Any]:
-    return {
-        "role": group.role,
-        "devices": group.devices,
-        "ops": group.ops,
-        "weight_bytes": group.weight_bytes,
-        "phases": [
-            {
-                "phase": phase.phase,
-                "tokens": phase.tokens,
-                "flops": phase.flops,
-                "weight_bytes_read": phase.weight_bytes,
-                "bytes_moved": phase.moved_bytes,
-                "intensity": phase.intensity,
-                "bound": phase.bound,
-                "us": phase.us,
-            }
-            for phase in group.phases.values()
-        ],
-    }
+def _memory_parts(
+    plan: Plan, summary: PlanSummary, available_bytes: int | None, figures: Figures | None
+) -> list[RenderableType]:
+    """Of one memory the sum in bytes; of several the layers on them and a table by device."""
+    memories = figures.memory if figures is not None else device_memory(plan, None)
+    if len(memories) < 2:
+        return [_memory_table(summary, available_bytes)]
+    return [layer_table(plan, figures.steps if figures is not None else ()), device_memory_table(memories)]
 
 
 def _group_table(summary: PlanSummary) -> Table:

@@ -23,9 +23,9 @@ def bare_path(tmp_path: Path) -> Path:
     return folder
 
 
-def _run(path: Path, venv: Path) -> subprocess.CompletedProcess[str]:
+def _run(path: Path, venv: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["/bin/bash", str(SCRIPT), str(venv)],
+        ["/bin/bash", str(SCRIPT), str(venv), *options],
         env={"PATH": str(path)},
         capture_output=True,
         text=True,
@@ -52,3 +52,15 @@ def test_asks_for_root_where_apt_is_there_but_not_permitted(bare_path, tmp_path)
     done = _run(bare_path, tmp_path / "venv")
     assert done.returncode == 1
     assert "needs root" in done.stderr and "apt-get install" in done.stderr and "g++" in done.stderr
+
+
+def test_a_missing_browser_is_named_where_the_tests_are_prepared_and_nothing_else(bare_path, tmp_path):
+    done = _run(bare_path, tmp_path / "venv", "--test-packages")
+    assert done.returncode == 1
+    assert "chromium" in done.stderr and "g++" not in done.stderr
+    browser = bare_path / "chromium"
+    browser.write_text("#!/bin/bash\n")
+    browser.chmod(0o755)
+    done = _run(bare_path, tmp_path / "venv", "--test-packages")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "venv").exists()

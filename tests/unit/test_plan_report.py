@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from hetcomp.cli.plan_report import count, plan_report, plan_report_json, size
+from hetcomp.cli.plan_json import plan_report_json
+from hetcomp.cli.plan_report import count, plan_report, size
 from hetcomp.cli.plan_summary import summarise
 from hetcomp.passes.pipeline import run_pipeline
 from tests.reference.plan_builder import EXPERTS, HIDDEN, TOP_K, VOCAB, WIDTH, context, tiny_plan
@@ -73,7 +74,7 @@ def test_memory_adds_up(planned):
 
 def test_json_has_the_numbers_of_the_table(planned):
     document = json.loads(plan_report_json(planned, available_bytes=10**9))
-    assert document["schema"] == [1, 1]
+    assert document["schema"] == [2, 0]
     experts = next(g for g in document["groups"] if g["role"] == "moe.experts")
     decode = next(p for p in experts["phases"] if p["phase"] == "decode")
     assert decode["flops"] == LAYERS * 6 * TOP_K * HIDDEN * WIDTH
