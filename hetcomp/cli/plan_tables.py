@@ -39,13 +39,12 @@ def intensity_table(plan: Plan, summary: PlanSummary, roofs: Sequence[Roof]) -> 
         lines[tuple(values), limits].append(group.role)
     if not lines or not roofs:
         return None
-    ridges = ", ".join(f"{r.device} {r.ridge:.1f}" for r in roofs)
-    table = _table(f"Arithmetic intensity, FLOP/B (ridge of {roofs[0].weight_format}: {ridges})")
+    table = _table(f"Arithmetic intensity, FLOP/B; ridges of {roofs[0].weight_format}")
     table.add_column("op class")
     for name in phases:
         table.add_column(name, justify="right", no_wrap=True)
         for roof in roofs:
-            table.add_column(f"on {roof.device}", no_wrap=True)
+            table.add_column(f"{roof.device}\nridge {roof.ridge:.1f}", no_wrap=True)
     for (shown, limits), roles in lines.items():
         row = []
         for i, value in enumerate(shown):
