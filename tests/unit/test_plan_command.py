@@ -70,8 +70,8 @@ def test_the_report_fits_a_hundred_columns_and_has_its_parts(asked):
     out = plan("--no-improvements").stdout
     assert max(map(len, out.splitlines())) <= 100
     for words in (
-        "Op groups", "Arithmetic intensity", "ridges of bf16", "ridge 6.7", "Predicted speed", "decode waits for", "Layers", "0-2",
-        "1 on cpu:0, in prefill", "Memory by device", "ring for streamed experts", "limit", "free",
+        "Op groups", "Arithmetic intensity", "ridges of bf16", "ridge 6.7", "Predicted speed", "decode waits for",
+        "Layers", "0-2", "1 on cpu:0, in prefill", "Memory by device", "ring for streamed experts", "limit", "free",
     ):  # fmt: skip
         assert words in out
 
