@@ -198,7 +198,7 @@ class StepTasks:
         away = placement.device.startswith("gpu:")
         if away:
             after = self._cross(op, layer, placement.device, "out", after)
-        slices = lane_shares(replace(placement, experts=())) if placement.slices else None
+        slices = lane_shares(replace(placement, experts=())) if len(placement.slices) > 1 else None
         done: list[int] = []
         for device, took in us.items():
             if took <= 0:

@@ -18,11 +18,13 @@ from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
+from hetcomp.passes.phases import phases
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
 from hetcomp.passes.placement_greedy import assignment_us, greedy
 from hetcomp.passes.placement_milp import PlacementModel
 from hetcomp.passes.placement_problem import GPU_RESERVE, Problem, placement_problem
+from hetcomp.passes.simulate import trace
 from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, WIDTH, context, gpu, tiny_plan
 
 LAYERS = 3
@@ -244,3 +246,14 @@ def test_domains_of_a_statistics_file():
     assert parse_statistics(text, "s", "b").shares == ((0.0, 1.0),)
     with pytest.raises(HetcompError, match="no domain 'c'; it has a, b"):
         parse_statistics(text, "s", "c")
+
+
+def test_cpu_experts_of_a_gpu_layer_are_simulated_on_the_cpu():
+    """On one node the slices are a single piece; they must not be taken for the op's own device."""
+    pins = (parse_pin("attn=gpu:0"), parse_pin("moe.router=gpu:0"), parse_pin("moe.experts=cpu"))
+    ctx = hybrid(8 * SCRATCH, pins=pins)
+    plan = run_pipeline(tiny_plan(LAYERS), ctx)
+    events = trace(plan, 0, phases(plan)[0], ctx)
+    lanes = {e.lane for e in events if e.role == "moe.experts" and "copy" not in e.lane}
+    assert lanes == {"cpu:0"}
+    assert any(e.lane == "gpu:0" for e in events)
