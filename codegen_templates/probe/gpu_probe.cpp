@@ -206,7 +206,8 @@ std::string launches(const Session& session, const Request& request) {
   for (int i = 0; i <= request.repeats(); ++i) {  // the first warms up
     const double less = session.microseconds([&] { small.launch(); });
     const double more = session.microseconds([&] { large.launch(); });
-    if (i) times.push_back(std::max(0.0, more - less) / 1000);
+    if (more <= less) throw Failure("More kernels in a graph took no more time.");
+    if (i) times.push_back((more - less) / 1000);
   }
   return "{\"us\": " + number(median(times)) + ", \"samples\": " + list(times) + "}";
 }
@@ -232,12 +233,17 @@ void identity(const Driver& cuda, CUdevice device, Report& report) {
 void measure(const Driver& cuda, CUdevice device, const Request& request, Report& report) {
   Watchdog watchdog(report);
   std::unique_ptr<Session> session;
+  bool silent = false;
   const auto step = [&](const char* field, const std::function<std::string()>& work) {
     watchdog.arm();
     std::string value = "null";
     try {
       if (!session) throw Failure("There is no context.");
+      if (silent) throw Failure("Not measured, the GPU had stopped answering.");
       value = work();
+    } catch (const Timeout& error) {
+      silent = true;
+      report.warn(std::string(field) + ": " + error.what());
     } catch (const std::exception& error) {
       report.warn(std::string(field) + ": " + error.what());
     }

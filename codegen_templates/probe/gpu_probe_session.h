@@ -22,10 +22,18 @@
 namespace gpu_probe {
 
 constexpr std::size_t kMebi = std::size_t{1} << 20;
-constexpr double kStepSeconds = 20;  // a step that takes longer is given up
+inline double step_seconds() {  // a step that takes longer is given up; tests shorten it
+  const char* text = std::getenv("HETCOMP_GPU_STEP_SECONDS");
+  return text ? std::atof(text) : 20;
+}
 constexpr double kDrainSeconds = 5;  // then the GPU gets this long to come to rest
 // At least every value that is waited for, as stream memory operations compare (cyclically).
 constexpr std::uint32_t kRelease = 0x3fffffff;
+
+// The GPU does not answer: nothing more is asked of it.
+struct Timeout : Failure {
+  using Failure::Failure;
+};
 
 inline double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -93,7 +101,7 @@ class Watchdog {
     stop_ = true;
     thread_.join();
   }
-  void arm() { deadline_ = now() + kStepSeconds; }
+  void arm() { deadline_ = now() + step_seconds(); }
   double deadline() const { return deadline_; }
   // Flags that a GPU may wait on; none: nullptr. They must live until guard is called again.
   void guard(volatile std::uint32_t* flag) {
@@ -112,7 +120,7 @@ class Watchdog {
       const double late = now() - deadline_;
       if (late > 0) release();
       if (late > 2 * kDrainSeconds) {
-        report_.warn("The CUDA driver did not return within " + number(kStepSeconds) +
+        report_.warn("The CUDA driver did not return within " + number(step_seconds()) +
                      " s; measuring was given up.");
         report_.print();
         _exit(0);
@@ -121,7 +129,7 @@ class Watchdog {
   }
 
   Report& report_;
-  std::atomic<double> deadline_{now() + kStepSeconds};
+  std::atomic<double> deadline_{now() + step_seconds()};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
   volatile std::uint32_t* flag_ = nullptr;
@@ -161,7 +169,7 @@ class Session {
       const CUresult state = cuda.cuStreamQuery.raw(stream);
       if (state != CUDA_ERROR_NOT_READY) return cuda.cuStreamQuery.require(state);
       if (now() > watchdog.deadline() + grace)
-        throw Failure("The GPU did not answer within " + number(kStepSeconds) + " s.");
+        throw Timeout("The GPU did not answer within " + number(step_seconds()) + " s.");
     }
   }
   // Microseconds on the GPU's clock that the enqueued work takes.
