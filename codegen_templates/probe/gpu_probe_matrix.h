@@ -10,7 +10,7 @@ namespace gpu_probe {
 
 class MatrixProduct {
  public:
-  MatrixProduct(const Session& session, bool int8, GemmShape shape = kGemmShape)
+  MatrixProduct(const Session& session, bool int8, GemmShape shape)
       : session_(session), int8_(int8), shape_(shape), module_(session, GemmPtx(int8, shape).text()) {
     function_ = module_.function("gemm");
     session.cuda.cuFuncSetAttribute(function_, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,

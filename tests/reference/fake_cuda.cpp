@@ -179,7 +179,7 @@ ENTRY cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned, unsi
   if (setting("FAKE_CUDA_WRONG") == name) return CUDA_SUCCESS;
   if (name == "fill") fill(arguments);
   if (name == "read_sum") read_sum(std::size_t(x) * threads, arguments);
-  if (name == "gemm") gemm(function->int8, y * 128, x * 256, arguments);
+  if (name == "gemm") gemm(function->int8, y * 128, x * 128, arguments);
   return result("cuLaunchKernel");
 }
 ENTRY cuStreamCreate(CUstream* stream, unsigned) {

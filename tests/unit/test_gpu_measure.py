@@ -215,7 +215,7 @@ def test_the_kernels_assemble_where_there_is_an_assembler(probe, tmp_path):
     ptxas = shutil.which("ptxas")
     if ptxas is None:
         pytest.skip("no ptxas")
-    for kernel in ("basic", "bf16", "int8"):
+    for kernel in ("basic", "bf16", "bf16-2", "int8", "int8-2"):
         (tmp_path / "k.ptx").write_text(run(probe, "ptx", kernel)[1])
         for target in ("sm_80", "sm_89", "sm_90", "sm_120"):
             command = [ptxas, f"-arch={target}", "-o", os.devnull, str(tmp_path / "k.ptx")]
