@@ -3,8 +3,6 @@ measured."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,11 +12,12 @@ from pathlib import Path
 from hetcomp.backends.protocol import Isa
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.detect import Machine
-from hetcomp.hardware.figures import BandwidthPoint, Disk, Gpu, KernelCurve, KernelRate, NumaNode, RemoteRead, Source
+from hetcomp.hardware.figures import BandwidthPoint, Disk, KernelCurve, KernelRate, NumaNode, RemoteRead, Source
 from hetcomp.hardware.gpus import detect_gpus
 from hetcomp.hardware.measure import BUSY, cache_file
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.profiler.disk import measure_disk
+from hetcomp.profiler.gpu_measure import GpuFigures, measure_gpu_figures
 from hetcomp.profiler.kernel_cases import Detail
 from hetcomp.profiler.kernel_curves import kernel_curves, kernel_rates
 from hetcomp.profiler.memory import SCATTER, MemoryFigures, MemoryRounds, Mode, buffer_mebibytes, lanes, probe_runner
@@ -60,9 +59,14 @@ def measure_machine(machine: Machine, *, quick: bool = False, progress: Progress
     figures = rounds.figures()
     notes += [figures.scatter] if figures.scatter else []
     disk, disk_samples = (None, {}) if quick else _disk(machine, progress)
-    gpus = detect_gpus().gpus if quick else _gpus(progress)
+    gpus = _gpus(progress, quick)
     return _profile(machine, figures, curves, notes).model_copy(
-        update={"disk": disk, "gpus": gpus, "samples": _samples(machine, figures) | disk_samples}
+        update={
+            "disk": disk,
+            "gpus": gpus.gpus,
+            "samples": _samples(machine, figures) | disk_samples | gpus.samples,
+            "references": gpus.references,
+        }
     )
 
 
@@ -194,14 +198,13 @@ def _disk(machine: Machine, progress: ProgressSink) -> tuple[Disk | None, dict[s
     return disk, {"disk.gb_per_s": readings}
 
 
-def _gpus(progress: ProgressSink) -> tuple[Gpu, ...]:
+def _gpus(progress: ProgressSink, quick: bool) -> GpuFigures:
+    """Measured figures of the GPUs; where the probe cannot be built, what the driver says of them, with a warning."""
     found = detect_gpus().gpus
-    if not found or importlib.util.find_spec("hetcomp.profiler.gpu_measure") is None:
-        return found
-    progress.stage("GPUs", total=len(found))
-    try:
-        measured: tuple[Gpu, ...] = importlib.import_module("hetcomp.profiler.gpu_measure").measure_gpus(progress)
-    except HetcompError as error:
-        progress.warn(str(error))
-        return found
-    return measured
+    if found and not quick:
+        progress.stage("GPUs", total=len(found))
+        try:
+            return measure_gpu_figures(progress)
+        except HetcompError as error:
+            progress.warn(str(error))
+    return GpuFigures(found, {}, {}, (), ())
