@@ -2,19 +2,22 @@
 
 python -m benchmarks.prediction [--rounds N]
 
-Measures the profile first (what `hetcomp profile` does), then every artifact as `hetcomp bench` does, and records the
-deviations: predicted / measured - 1.
+Measures the profile first (what `hetcomp profile` does), then runs `hetcomp bench` on every artifact, each in a process
+of its own as users do, and records the deviations: predicted / measured - 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import hetcomp
 from benchmarks import models
 from benchmarks.record import Record, Series
-from hetcomp.bench import bench
+from hetcomp.bench import BenchRecord, read_record, record_path
 from hetcomp.hardware.detect import detect_machine
 from hetcomp.models_zoo import find
 from hetcomp.passes.context import AVAILABLE_FORMATS
@@ -37,9 +40,11 @@ def main() -> None:
             hetcomp.compile(source, context_length=CONTEXT, formats=form, out=folder)
             artifacts.append((f"{name} {form}", folder))
     profile = measure_machine(detect_machine())
+    described = models.FOLDER / "prediction-profile.json"
+    described.write_text(profile.to_json(), encoding="utf-8")
     deviations = []
     for name, folder in artifacts:
-        result = bench(hetcomp.load(folder), profile, rounds=rounds)
+        result = _bench(folder, described, rounds)
         for case in result.cases:
             deviations.append(case.deviation)
             record.series.append(Series(f"{name}, {case.name}, measured", "ms", list(case.samples_ms), False))
@@ -50,6 +55,12 @@ def main() -> None:
     sizes = [abs(d) for d in deviations]
     record.derived = {"median error": statistics.median(sizes), "worst error": max(sizes)}
     print(f"median error {statistics.median(sizes):.1%}, worst {max(sizes):.1%}; {record.write()}")
+
+
+def _bench(artifact: Path, profile: Path, rounds: int) -> BenchRecord:
+    command = [sys.executable, "-c", "from hetcomp.cli.main import main; main()", "bench", str(artifact)]
+    subprocess.run([*command, "--hw", str(profile), "--rounds", str(rounds)], check=True, capture_output=True)
+    return read_record(record_path(artifact))
 
 
 if __name__ == "__main__":
