@@ -81,6 +81,10 @@ class Context:
     pins: tuple[Pin, ...] = ()
     statistics: ExpertStatistics | None = None
 
+    def expert_shares(self, moe_layer: int, experts: int) -> tuple[float, ...]:
+        """Part of its assignments that each expert of a MoE layer gets: the statistics', or equal parts."""
+        return self.statistics.shares[moe_layer] if self.statistics else (1.0 / experts,) * experts
+
     @property
     def nearest_formats(self) -> tuple[str, ...]:
         """Formats to suggest where a plan does not fit, by falling size."""

@@ -41,9 +41,9 @@ def cpu_time(op: Op, work: Work, step: Phase, profile: HardwareProfile, isa: str
     step."""
     term = term_of(op, step)
     roofline = _roofline(work, profile, isa, cached)
-    found = _from_curve(op, work, step, profile, isa, cached) if term else None
+    found = _from_curve(op, work, step, profile, isa, cached)
     us = found if found is not None else roofline.us + OP_LATENCY_US
-    factor = profile.calibration(op.kind) * (profile.calibration(term) if term and term != op.kind else 1.0)
+    factor = profile.calibration(op.kind) * (profile.calibration(term) if term != op.kind else 1.0)
     return DeviceTime(us * factor, roofline.bound, found is not None)
 
 

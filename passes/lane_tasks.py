@@ -15,11 +15,11 @@ from hetcomp.ir.annotations import ExpertPlacement, Placement
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, launch_us
+from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
-from hetcomp.passes.placement_problem import expert_cpu_us
 from hetcomp.passes.routing import sample_tokens
-from hetcomp.passes.work import Work, expert_borders, work_of
+from hetcomp.passes.work import Work, activation_bytes, work_of
 
 
 class StepTasks:
@@ -120,9 +120,7 @@ class StepTasks:
 
     def _transfer(self, template: Template, op: Op, layer: int | None, after: tuple[int, ...]) -> tuple[int, ...]:
         assert isinstance(op.attrs, ops.Transfer)
-        value = template.value(op.inputs[0])
-        rows = self.step.sequences if value.type.shape and value.type.shape[0] == "R" else self.step.tokens
-        moved = float(value.type.bytes({"T": self.step.tokens, "R": rows, "slots": 1, "context": 1}))
+        moved = activation_bytes(template.value(op.inputs[0]), self.step)
         into = op.attrs.target.startswith("gpu:")
         device = op.attrs.target if into else op.attrs.source
         gpu = self._gpu(device)
@@ -140,10 +138,8 @@ class StepTasks:
     ) -> tuple[int, ...]:
         a = op.attrs
         assert isinstance(a, ops.MoeExperts)
-        statistics = self.context.statistics
-        shares = statistics.shares[self._moe_layer - 1] if statistics else (1.0 / a.experts,) * a.experts
-        work = self._work(template, op)
-        tokens = sample_tokens(shares, a.top_k, work.rows, generator)
+        shares = self.context.expert_shares(self._moe_layer - 1, a.experts)
+        tokens = sample_tokens(shares, a.top_k, self._work(template, op).rows, generator)
         size = self._expert_bytes(template, op)
         done: list[int] = []
         on_cpu: dict[str, float] = defaultdict(float)
@@ -227,21 +223,11 @@ class StepTasks:
     def _one_expert(self, template: Template, op: Op, tokens: int, size: float, device: str) -> float:
         key = (template.name, op.id, tokens, device)
         if key not in self._expert_us:
-            a = op.attrs
-            assert isinstance(a, ops.MoeExperts)
-            whole = 3.0 * a.hidden * a.intermediate
-            base = self._work(template, op)
-            part = tokens / max(1, base.rows * a.top_k)
-            work = replace(
-                base, flops=2 * whole * tokens, weight_bytes=size, act_bytes=base.act_bytes * part, weights=whole,
-                borders=whole * expert_borders(a.hidden, a.intermediate),
-                group=float(tokens),
-            )  # fmt: skip
+            work = expert_work(op, self._work(template, op), size, float(tokens))
             if device.startswith("cpu:"):
                 us = expert_cpu_us(op, work, self.step, self.context)
             else:
-                gpu = self._gpu(device)
-                us = max(0.0, gpu_time(op, work, self.step, gpu).us - launch_us(gpu))
+                us = expert_gpu_us(op, work, self.step, self._gpu(device))
             self._expert_us[key] = us
         return self._expert_us[key]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetcomp.passes.placement_milp import Assignment
-from hetcomp.passes.placement_problem import STAGED_EXPERTS, ExpertSet, Problem
+from hetcomp.passes.placement_problem import ExpertSet, Problem
 
 
 def greedy(problem: Problem) -> Assignment:
@@ -13,13 +13,12 @@ def greedy(problem: Problem) -> Assignment:
     Where experts are of one size and the rest fits, filling by popularity is the optimum of the knapsack."""
     devices = ["cpu" if g.pin is None else g.pin for g in problem.groups]
     counts = [[{_home(e): len(c.members)} for c in e.classes] for e in problem.experts]
-    staging = 2 * STAGED_EXPERTS * max((e.expert_bytes for e in problem.experts), default=0)
     for gpu, capacity in enumerate(problem.gpu_bytes):
-        left = capacity - problem.workspace_bytes - staging
+        left = capacity - problem.workspace_bytes - problem.staging_bytes
         left -= sum(g.bytes for g, d in zip(problem.groups, devices, strict=True) if d == f"gpu:{gpu}")
-        for _, index, group in sorted(_group_gains(problem, devices, gpu), reverse=True):
+        for _, index in sorted(_group_gains(problem, devices, gpu), reverse=True):
             if problem.groups[index].bytes <= left:
-                devices[group] = f"gpu:{gpu}"
+                devices[index] = f"gpu:{gpu}"
                 left -= problem.groups[index].bytes
         for _, index, number in sorted(_expert_gains(problem, gpu), key=lambda item: (-item[0], item[1:])):
             e = problem.experts[index]
@@ -81,12 +80,12 @@ def _number(device: str) -> int:
     return int(device.partition(":")[2])
 
 
-def _group_gains(problem: Problem, devices: list[str], gpu: int) -> list[tuple[float, int, int]]:
+def _group_gains(problem: Problem, devices: list[str], gpu: int) -> list[tuple[float, int]]:
     gains = []
     for index, g in enumerate(problem.groups):
         saved = sum(s.steps * (g.cpu_us[p] - g.gpu_us[gpu][p]) for p, s in enumerate(problem.phases))
         if devices[index] == "cpu" and g.pin is None and saved > 0:
-            gains.append((saved / max(1, g.bytes), index, index))
+            gains.append((saved / max(1, g.bytes), index))
     return gains
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from hetcomp.passes.linear_model import LinearModel, Solved
-from hetcomp.passes.placement_problem import STAGED_EXPERTS, ExpertClass, ExpertSet, Problem
+from hetcomp.passes.placement_problem import ExpertClass, ExpertSet, Problem
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class PlacementModel:
 
     def _limits(self) -> None:
         for i in self.gpus:
-            terms = {**self._vram[i], self._used[i]: float(self.problem.workspace_bytes + self._staging())}
+            terms = {**self._vram[i], self._used[i]: float(self.problem.workspace_bytes + self.problem.staging_bytes)}
             self.model.row(_scaled(terms), high=self.problem.gpu_bytes[i] / _SCALE)
         for node, free in enumerate(self.problem.node_bytes):
             workspace = self.problem.workspace_bytes if node == self.problem.main else 0
@@ -280,9 +280,6 @@ class PlacementModel:
             self.model.row(_scaled(self._dram[node]), high=(free - fixed) / _SCALE)
         if self._pinned:
             self.model.row(_scaled(self._pinned), high=self.problem.pinned_bytes / _SCALE)
-
-    def _staging(self) -> int:
-        return 2 * STAGED_EXPERTS * max((e.expert_bytes for e in self.problem.experts), default=0)
 
 
 # Bytes in the rows are given in MiB: HiGHS's feasibility tolerance of 1e-6 then means a byte or so.

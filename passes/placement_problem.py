@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import networkx as nx
 
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import (
-    OP_LATENCY_US,
-    copy_us,
-    cpu_time,
-    gpu_time,
-    handshake_us,
-    joint_gb_per_s,
-    launch_us,
-    link_gb_per_s,
-)
+from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, link_gb_per_s
 from hetcomp.passes.expert_statistics import inclusion
+from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.memory_table import gpu_limit
 from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.pins import pinned_device
-from hetcomp.passes.work import Work, expert_borders, work_of
+from hetcomp.passes.work import activation_bytes, work_of
 
 # Weights below this are not worth a decision of their own (norms, biases): such ops go where their input is made.
 SMALL_BYTES = 1 << 18
@@ -45,8 +37,6 @@ class Group:
 
     call: int
     ops: tuple[str, ...]
-    layer: int | None
-    label: str
     cpu_us: Times
     gpu_us: tuple[Times, ...]
     stream_us: tuple[float, ...]
@@ -81,7 +71,6 @@ class ExpertClass:
     cpu_us: Times
     gpu_us: tuple[Times, ...]
     stream_us: tuple[Times, ...]
-    read_bytes: Times
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,6 @@ class ExpertSet:
 
     call: int
     op: str
-    layer: int | None
     spine: int
     expert_bytes: int
     classes: tuple[ExpertClass, ...]
@@ -116,6 +104,11 @@ class Problem:
     workspace_bytes: int
     pinned_bytes: int
     joint_share: float = 0.0
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the ring through which experts are streamed to a GPU."""
+        return staging_bytes(max((e.expert_bytes for e in self.experts), default=0))
 
 
 def placement_problem(plan: Plan, context: Context) -> Problem:
@@ -142,6 +135,11 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         pinned_bytes=context.pinned_bytes if context.pinned_bytes is not None else profile.available_bytes(),
         joint_share=max((link_gb_per_s(g) for g in gpus), default=0.0) / joint_gb_per_s(profile),
     )
+
+
+def staging_bytes(largest_expert: int) -> int:
+    """Memory of a GPU for experts in flight: both halves of the ring."""
+    return 2 * STAGED_EXPERTS * largest_expert
 
 
 def workspace_estimate(plan: Plan) -> int:
@@ -172,7 +170,7 @@ class _Builder:
 
     def build(self) -> None:
         """Fills groups, edges and experts."""
-        written: dict[str, int] = {}
+        written: dict[str, tuple[int, Value]] = {}
         readers: dict[str, list[int]] = defaultdict(list)
         for index, call in enumerate(self.plan.calls):
             template = self.plan.template(call.template)
@@ -192,22 +190,12 @@ class _Builder:
                     if template.value(name).kind is ValueKind.ACT:
                         readers[actual.get(name, f"{index}.{name}")].append(owner[op.id])
                 for name in op.outputs:
-                    written[actual.get(name, f"{index}.{name}")] = owner[op.id]
-        sizes = self._activation_bytes()
-        for name, source in written.items():
+                    written[actual.get(name, f"{index}.{name}")] = owner[op.id], template.value(name)
+        for name, (source, value) in written.items():
             others = tuple(sorted(set(readers[name]) - {source}))
             if others:
-                us = tuple(tuple(copy_us(g, sizes[name](step)) for step in self.steps) for g in self.gpus)
+                us = tuple(tuple(copy_us(g, activation_bytes(value, step)) for step in self.steps) for g in self.gpus)
                 self.edges.append(Edge(source, others, us))
-
-    def _activation_bytes(self) -> dict[str, Callable[[Phase], float]]:
-        sizes: dict[str, Callable[[Phase], float]] = {}
-        for index, call in enumerate(self.plan.calls):
-            template = self.plan.template(call.template)
-            actual = dict(zip(template.results, call.results, strict=True))
-            for v in template.values:
-                sizes[actual.get(v.id, f"{index}.{v.id}")] = _sizer(v)
-        return sizes
 
     def _group(self, index: int, call: Call, template: Template, part: Sequence[Op], actual: dict[str, str]) -> Group:
         cpu = [0.0] * len(self.steps)
@@ -231,8 +219,6 @@ class _Builder:
         return Group(
             call=index,
             ops=tuple(op.id for op in part),
-            layer=call.layer,
-            label=part[0].role or part[0].kind,
             cpu_us=tuple(cpu),
             gpu_us=tuple(tuple(g) for g in gpu),
             stream_us=tuple(copy_us(g, weight_bytes) if weight_bytes else 0.0 for g in self.gpus),
@@ -280,79 +266,39 @@ class _Builder:
         a = op.attrs
         assert isinstance(a, ops.MoeExperts)
         size = self._new_bytes(op, actual)[0] // a.experts
-        statistics = self.context.statistics
-        row = statistics.shares[self._moe_layer] if statistics else (1.0 / a.experts,) * a.experts
-        self._moe_layer += 1
         by_share: dict[float, list[int]] = defaultdict(list)
-        for expert, part in enumerate(row):
+        for expert, part in enumerate(self.context.expert_shares(self._moe_layer, a.experts)):
             by_share[part].append(expert)
+        self._moe_layer += 1
         classes = tuple(
             self._expert_class(template, op, part, tuple(members), size)
             for part, members in sorted(by_share.items(), reverse=True)
         )
         x = template.value(op.inputs[0])
         exchange = tuple(
-            tuple(handshake_us(g) + 2 * copy_us(g, _sizer(x)(step)) for step in self.steps) for g in self.gpus
+            tuple(handshake_us(g) + 2 * copy_us(g, activation_bytes(x, step)) for step in self.steps) for g in self.gpus
         )
         pin = pinned_device(self.context.pins, op, call.layer)
-        return ExpertSet(index, op.id, call.layer, spine, size, classes, exchange, pin)
+        return ExpertSet(index, op.id, spine, size, classes, exchange, pin)
 
     def _expert_class(
         self, template: Template, op: Op, share: float, members: tuple[int, ...], size: int
     ) -> ExpertClass:
-        cpu, gpu, stream, read = [], [[] for _ in self.gpus], [[] for _ in self.gpus], []  # type: ignore[var-annotated]
+        a = op.attrs
+        assert isinstance(a, ops.MoeExperts)
+        chosen = inclusion(share, a.top_k)
+        cpu: list[float] = []
+        gpu: list[list[float]] = [[] for _ in self.gpus]
+        stream: list[list[float]] = [[] for _ in self.gpus]
         for step in self.steps:
-            work, active = expert_work(op, template, step, share, size, self.context)
+            whole = work_of(op, template.value_map(), step, self.context.target)
+            active = 1.0 - (1.0 - chosen) ** whole.rows
+            work = expert_work(op, whole, size, whole.rows * chosen, active)
             cpu.append(expert_cpu_us(op, work, step, self.context) * self.largest_share)
-            read.append(work.weight_bytes)
             for i, g in enumerate(self.gpus):
-                gpu[i].append(max(0.0, gpu_time(op, work, step, g).us - launch_us(g)))
+                gpu[i].append(expert_gpu_us(op, work, step, g))
                 stream[i].append(active * copy_us(g, size))
-        return ExpertClass(
-            share, members, tuple(cpu), tuple(tuple(g) for g in gpu), tuple(tuple(s) for s in stream), tuple(read)
-        )
-
-
-def expert_work(
-    op: Op, template: Template, step: Phase, share: float, size: float, context: Context
-) -> tuple[Work, float]:
-    """What one expert with that share of the assignments has to do in the mean of a step, and the probability that
-    it has to do anything."""
-    a = op.attrs
-    assert isinstance(a, ops.MoeExperts)
-    work = work_of(op, template.value_map(), step, context.target)
-    chosen = inclusion(share, a.top_k)
-    active = 1.0 - (1.0 - chosen) ** work.rows
-    tokens = work.rows * chosen
-    whole = 3.0 * a.hidden * a.intermediate
-    return (
-        replace(
-            work,
-            flops=2.0 * whole * tokens,
-            weight_bytes=size * active,
-            act_bytes=work.act_bytes * tokens / max(1, work.rows * a.top_k),
-            weights=whole * active,
-            borders=whole * active * expert_borders(a.hidden, a.intermediate),
-            group=max(1.0, tokens / active) if active > 0 else 1.0,
-        ),
-        active,
-    )
-
-
-def expert_cpu_us(op: Op, work: Work, step: Phase, context: Context) -> float:
-    """CPU time of an expert's work without the op's own fixed latency, which all experts share."""
-    time = cpu_time(op, work, step, context.profile, context.isa, 0.0)
-    return time.us if time.measured else max(0.0, time.us - OP_LATENCY_US)
-
-
-def _sizer(value: Value) -> Callable[[Phase], float]:
-    """Bytes of an activation in a step."""
-
-    def size(step: Phase) -> float:
-        rows = step.sequences if value.type.shape and value.type.shape[0] == "R" else step.tokens
-        return float(value.type.bytes({"T": step.tokens, "R": rows, "slots": 1, "context": 1}))
-
-    return size
+        return ExpertClass(share, members, tuple(cpu), tuple(map(tuple, gpu)), tuple(map(tuple, stream)))
 
 
 def op_groups(template: Template, context: Context) -> list[list[Op]]:

@@ -46,7 +46,6 @@ def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:
     """The simulated step whose costs are entry ``phase`` of every op's."""
     samples = _samples(plan, phase, step, context)
     totals = [s.run.total_us for s in samples]
-    middle = samples[int(np.argsort(totals, kind="stable")[len(totals) // 2])]
     total = float(np.mean(totals))
     return Timeline(
         phase=step.name,
@@ -55,7 +54,7 @@ def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:
         tokens_per_s=step.tokens / total * 1e6 if total else 0.0,
         lanes=tuple(LaneShare(lane, us) for lane, us in sorted(_lane_times(samples).items())),
         roles=tuple(sorted(_role_times(samples).items(), key=lambda item: -item[1])),
-        critical=_critical(middle),
+        critical=_critical(_middle(samples)),
         low_us=float(np.percentile(totals, 10)),
         high_us=float(np.percentile(totals, 90)),
     )
@@ -63,11 +62,8 @@ def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:
 
 def trace(plan: Plan, phase: int, step: Phase, context: Context) -> tuple[Event, ...]:
     """What happens when in the sample whose total is the median."""
-    samples = _samples(plan, phase, step, context)
-    totals = [s.run.total_us for s in samples]
-    sample = samples[int(np.argsort(totals, kind="stable")[len(totals) // 2])]
-    critical = set(sample.run.critical())
-    run = sample.run
+    sample = _middle(_samples(plan, phase, step, context))
+    run, critical = sample.run, set(sample.run.critical())
     return tuple(
         Event(_name(task), task.role, task.layer, task.lane, run.start[i], run.end[i] - run.start[i], i in critical)
         for i, task in enumerate(sample.tasks)
@@ -84,6 +80,11 @@ def _samples(plan: Plan, phase: int, step: Phase, context: Context) -> list[_Sam
             tasks = builder.tasks(seed)
             samples.append(_Sample(tasks, run_lanes(tasks, joint)))
     return samples
+
+
+def _middle(samples: Sequence[_Sample]) -> _Sample:
+    """The sample whose total is the median."""
+    return sorted(samples, key=lambda s: s.run.total_us)[len(samples) // 2]
 
 
 def _races(plan: Plan, context: Context) -> bool:

@@ -17,9 +17,9 @@ Values = Mapping[str, Value]
 @dataclass(frozen=True)
 class Work:
     """Of one op in one step. ``weights``: elements of weight matrices passed over (of the experts that get tokens);
-    ``borders``: their rows and columns added up (activations that a row of work reads
-    and writes). ``group``: rows that each of them meets (tokens an expert for moe_experts, else the op's rows);
-    ``written``: elements of its outputs. ``weight_format`` is the matrices', ``state_format`` the KV cache's."""
+    ``borders``: their rows and columns added up (activations that a row of work reads and writes). ``group``: rows that
+    each of them meets (tokens an expert for moe_experts, else the op's rows); ``written``: elements of its outputs.
+    ``weight_format`` is the matrices', ``state_format`` the KV cache's."""
 
     rows: int
     flops: float
@@ -68,6 +68,12 @@ def work_of(op: Op, values: Values, step: Phase, target: KernelTarget) -> Work:
     return Work(rows, flops, weight_bytes, acts, states, weights, borders, group, written, form, state_form)
 
 
+def activation_bytes(value: Value, step: Phase) -> float:
+    """Bytes of an activation in a step."""
+    rows = _rows_of(value, step)
+    return float(value.type.bytes({"T": step.tokens, "R": rows, "slots": 1, "context": 1}))
+
+
 def expected_experts(experts: int, top_k: int, tokens: int) -> float:
     """Distinct experts that ``tokens`` tokens are expected to choose if the choice is uniform."""
     return experts * (1.0 - (1.0 - top_k / experts) ** tokens)
@@ -106,9 +112,12 @@ def visible(window: int, step: Phase) -> float:
 
 
 def _rows(op: Op, values: Values, step: Phase) -> int:
-    shape = values[(op.outputs or op.inputs)[0]].type.shape
+    return _rows_of(values[(op.outputs or op.inputs)[0]], step)
+
+
+def _rows_of(value: Value, step: Phase) -> int:
     # Of a prompt only the last row's logits are wanted; of a decode step one row a sequence.
-    return step.sequences if shape and shape[0] == "R" else step.tokens
+    return step.sequences if value.type.shape[:1] == ("R",) else step.tokens
 
 
 def _state_bytes(op: Op, value: Value, step: Phase) -> float:

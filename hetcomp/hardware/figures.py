@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# Finite and above zero: a profile with a bandwidth of 0, -5 or inf predicts nonsense.
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# No machine that this can run on reads faster than this from one memory, or computes faster (GFLOP/s a core).
+# Finite and above zero: a profile with a bandwidth of 0, -5 or inf predicts nonsense. No machine that this can run on
+# reads faster than this from one memory, or computes faster (GFLOP/s a core).
 Bandwidth = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Microseconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
