@@ -18,7 +18,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.ir.ops import Attention, Embed, HeadLinear, KvAppend, Linear, MoeExperts
 from hetcomp.ir.types import DType
 
-FORMATS = ("f32", "bf16")
+FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")
 _CACHE_TYPES = (DType.F32, DType.BF16)
 _NAME = "kernel_name_goes_here"
 
@@ -34,8 +34,8 @@ class _Rendering:
 
 
 class CpuBackend:
-    """Generates embed, linear, head_linear, moe_experts, attention, kv_append and select_rows for AVX2 and
-    AVX-512. Weights in f32 or bf16 (``hetcomp.backends.packing``), activations f32, KV cache f32 or bf16."""
+    """Generates embed, linear, head_linear, moe_experts, attention, kv_append and select_rows for every ISA. Weights
+    in any of FORMATS (``hetcomp.backends.packing``), activations f32, KV cache f32 or bf16."""
 
     name = "cpu"
 
@@ -82,7 +82,7 @@ def _refusal(request: KernelRequest) -> str | None:
         if layout == packing.ROW_MAJOR:
             continue
         if value.format not in FORMATS:
-            return f"weight {value.fqn or value.id} has format {value.format}; expected {' or '.join(FORMATS)}."
+            return f"weight {value.fqn or value.id} has format {value.format}; expected one of {', '.join(FORMATS)}."
         if value.type.layout != layout:
             return f"weight {value.fqn or value.id} has layout {value.type.layout}; expected {layout}."
     if kind == "moe_experts" and request.inputs[3].format != request.inputs[4].format:
@@ -111,17 +111,11 @@ def _linear(request: KernelRequest) -> _Rendering:
     bias = attrs.bias if isinstance(attrs, Linear) else False
     weight_format = request.inputs[1].format
     stem = f"{request.op.kind}_{f'{heads}x' if heads > 1 else ''}{attrs.out_features}x{attrs.in_features}"
-    isa = cpu_isa(request.isa)
+    isa, form = cpu_isa(request.isa), str(weight_format)
     rows = _max_rows(request)
     packed = 0
-    if rows > isa.gemv_rows:
-        # Blocks of equal height waste less than one row a block.
-        packed = (
-            heads
-            * (rows + -(-rows // isa.tile_rows))
-            * packing.padded_columns(attrs.in_features, str(weight_format))
-            * 4
-        )
+    if rows > isa.gemv_rows(form):
+        packed = heads * isa.padded_rows(rows, form) * isa.block_row_bytes(attrs.in_features, form)
     return _Rendering(
         "cpu/linear.cpp.j2",
         f"{stem}{'_bias' if bias else ''}_{weight_format}",
@@ -139,14 +133,15 @@ def _linear(request: KernelRequest) -> _Rendering:
 def _moe_experts(request: KernelRequest) -> _Rendering:
     attrs = _attrs(request, MoeExperts)
     weight_format = request.inputs[3].format
-    entries = _max_rows(request) * attrs.top_k
-    rows = entries + -(-entries // cpu_isa(request.isa).tile_rows)
-    hidden = packing.padded_columns(attrs.hidden, str(weight_format))
-    intermediate = packing.padded_columns(attrs.intermediate, str(weight_format))
-    # decode: h of the chosen experts; grouped: five tables an expert, the entries, packed x, packed h.
-    decode = attrs.top_k * -(-attrs.intermediate // 16) * 64
+    isa, form = cpu_isa(request.isa), str(weight_format)
+    tokens = _max_rows(request)
+    rows = isa.padded_rows(tokens * attrs.top_k, form)
+    # decode: h of the chosen experts; grouped: five tables an expert, the entries, packed x, packed h, prepared rows.
+    decode = attrs.top_k * isa.row_bytes(attrs.intermediate, form)
     tables = _align(8 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1)) + _align(rows * 4)
-    grouped = tables + _align(rows * hidden * 4) + _align(rows * intermediate * 4)
+    blocks = [rows * isa.block_row_bytes(columns, form) for columns in (attrs.hidden, attrs.intermediate)]
+    prepared = tokens * isa.row_bytes(attrs.hidden, form) if isa.gemm(form) == "int8" else 0
+    grouped = tables + sum(_align(b) for b in blocks) + prepared
     return _Rendering(
         "cpu/moe_experts.cpp.j2",
         f"moe_experts_{attrs.experts}x{attrs.intermediate}x{attrs.hidden}_{attrs.function}_{weight_format}",

@@ -20,10 +20,14 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.compilers import CxxCompiler, find_cxx
 
-# The micro-architecture levels of the x86-64 psABI; both known to g++ >= 11 and clang >= 12.
+# The micro-architecture levels of the x86-64 psABI and what an ISA adds; all known to g++ >= 11 and clang >= 12.
 _ISA_FLAGS = {
     Isa.AVX2: ("-march=x86-64-v3",),
+    Isa.AVX_VNNI: ("-march=x86-64-v3", "-mavxvnni"),
     Isa.AVX512: ("-march=x86-64-v4",),
+    Isa.AVX512_VNNI: ("-march=x86-64-v4", "-mavx512vnni"),
+    Isa.AVX512_BF16: ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+    Isa.AMX_BF16: ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 _FLAGS = (
     "-std=c++20",

@@ -14,7 +14,16 @@ class Isa(StrEnum):
     """Instruction sets that CPU code is generated for, weakest first."""
 
     AVX2 = "avx2"  # x86-64-v3: AVX2, FMA, F16C
+    AVX_VNNI = "avx_vnni"  # and byte products in 256 bits (Intel Core since Alder Lake, Zen 5)
     AVX512 = "avx512"  # x86-64-v4: AVX-512 F, BW, CD, DQ, VL
+    AVX512_VNNI = "avx512_vnni"  # and byte products (Cascade Lake and later)
+    AVX512_BF16 = "avx512_bf16"  # and products of bf16 pairs (Cooper Lake, Zen 4, Sapphire Rapids)
+    AMX_BF16 = "amx_bf16"  # and matrix tiles of bf16 (Sapphire Rapids and later)
+
+    @property
+    def level(self) -> Isa:
+        """The micro-architecture level that it extends: AVX2 (x86-64-v3) or AVX512 (x86-64-v4)."""
+        return Isa.AVX2 if self in (Isa.AVX2, Isa.AVX_VNNI) else Isa.AVX512
 
 
 @dataclass(frozen=True)

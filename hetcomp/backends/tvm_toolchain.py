@@ -25,12 +25,12 @@ _LANES = {Isa.AVX2: 8, Isa.AVX512: 16}
 
 def lanes(isa: Isa) -> int:
     """f32 lanes of a vector register."""
-    return _LANES[isa]
+    return _LANES[isa.level]
 
 
 def whole_vectors(n: int, isa: Isa) -> int:
     """``n`` rounded up to whole vectors."""
-    return -(-n // _LANES[isa]) * _LANES[isa]
+    return -(-n // lanes(isa)) * lanes(isa)
 
 
 @cache
@@ -71,7 +71,7 @@ def check_versions(tvm_version: str | None, ffi_version: str | None) -> None:
 def compile_object(functions: dict[str, Any], isa: Isa) -> bytes:
     """Compiles PrimFuncs, keyed by global symbol, to a position-independent object without TVM's runtime."""
     tvm = load_tvm()
-    target = tvm.target.Target({"kind": "llvm", "mcpu": _MCPU[isa], "num-cores": 1})
+    target = tvm.target.Target({"kind": "llvm", "mcpu": _MCPU[isa.level], "num-cores": 1})
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     executable = tvm.compile(module, target=target)
     with tempfile.TemporaryDirectory(prefix="hetcomp-tvm-") as folder:

@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.backends.cpu import CpuBackend
+from hetcomp.backends.native_compiler import isa_flags
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
+from hetcomp.hardware.detect import detect_machine
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
 ROOT = Path(__file__).resolve().parents[2]
-_FLAGS = {Isa.AVX2: "-march=x86-64-v3", Isa.AVX512: "-march=x86-64-v4"}
 _COMMON = (
     *("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-shared"),
     *("-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'runtime_lib' / 'include'}"),
@@ -35,9 +36,8 @@ _GUARD = 256  # bytes in front of and behind a buffer
 
 def isas_here() -> list[Isa]:
     """The instruction sets that this machine can run."""
-    flags = set(Path("/proc/cpuinfo").read_text().split())
-    have = [Isa.AVX2] if {"avx2", "fma", "f16c"} <= flags else []
-    return have + ([Isa.AVX512] if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"} <= flags else [])
+    have = detect_machine().isas
+    return [isa for isa in Isa if isa.value in have]
 
 
 @functools.cache
@@ -47,7 +47,7 @@ def _folder() -> Path:
 
 def _compile(compiler: str, isa: Isa, source: Path, library: Path) -> None:
     warnings = _GCC if Path(compiler).name.startswith("g++") else ()
-    command = [compiler, *_COMMON, *warnings, _FLAGS[isa], "-pthread", "-o", str(library), str(source)]
+    command = [compiler, *_COMMON, *warnings, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
 
 
