@@ -1,16 +1,18 @@
 """Packed weight layouts: the bytes that kernels stream, the same for GEMV, GEMM and row gather.
 
-A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K; rows beyond N are zero. A panel is its elements,
-then its scales, each part padded to a multiple of 64 bytes. With G = ceil(K/32) groups and B = ceil(K/128) blocks:
+A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K, padded to a multiple of 64 bytes; rows beyond N are
+zero. In formats with groups of 32 columns (G = ceil(K/32)) a group is its elements, then its scales: a stretch of scales
+behind all elements would be a second stream of memory, which halves the speed of the first. fp8 has B = ceil(K/128)
+scales behind its elements, a line or two.
 
 ``f32``    elements [K][16]: one vector of 16 rows for every k
 ``bf16``   elements [K/2][16][2]: 64 bytes hold 16 rows of two adjacent k, the same bytes feed vdpbf16ps
-``q8``     elements u8 = q + 128, q in -127..127, [8 G][16][4]: 64 bytes hold four adjacent k; scales fp16 [G][16];
+``q8``     elements u8 = q + 128, q in -127..127, a group [8][16][4]: 64 bytes hold four adjacent k; scales fp16 [16];
            w = scale * q
-``q4``     elements 4-bit c = q + 8, q in -8..7: byte 256 g + 64 j + 4 r + b holds, of row r, k = 32 g + 8 j + b in its
-           low half and k + 4 in its high half; scales fp16 [G][16], which may be negative; w = scale * q
+``q4``     elements 4-bit c = q + 8, q in -8..7: byte 64 j + 4 r + b of group g holds, of row r, k = 32 g + 8 j + b in
+           its low half and k + 4 in its high half; scales fp16 [16], which may be negative; w = scale * q
 ``mxfp4``  elements as q4, the codes being e2m1 (bit 3 is the sign, magnitudes 0 .5 1 1.5 2 3 4 6); scales e8m0
-           [G][16], the byte s meaning 2^(s - 127) (OCP Microscaling Formats 1.0)
+           [16], the byte s meaning 2^(s - 127) (OCP Microscaling Formats 1.0)
 ``fp8``    elements e4m3fn [K/2][16][2]; scales f32 [B], one for 128 columns, equal in the 8 panels of a block of
            128 x 128; w = scale * e4m3
 
@@ -62,7 +64,7 @@ def padded_columns(columns: int, weight_format: str) -> int:
 
 
 def element_bytes(columns: int, weight_format: str) -> int:
-    """Bytes of a panel's elements, which are also the offset of its scales; a multiple of 64."""
+    """Bytes of a panel's elements; a multiple of 64. In fp8 they are also the offset of its scales."""
     form = _form(weight_format)
     return _up(PANEL * _up(columns, form.step) * form.bits // 8, ALIGNMENT)
 
@@ -71,7 +73,7 @@ def panel_bytes(columns: int, weight_format: str) -> int:
     """Bytes of one panel of 16 rows, scales included; a multiple of 64."""
     form = _form(weight_format)
     scales = -(-columns // form.group) * form.scale_bytes if form.group else 0
-    return element_bytes(columns, weight_format) + _up(scales, ALIGNMENT)
+    return _up(element_bytes(columns, weight_format) + scales, ALIGNMENT)
 
 
 def panels(rows: int, layout: str) -> int:
@@ -203,6 +205,10 @@ def _pack_rows(matrix: Numbers, weight_format: str, by_panel: Bytes) -> bool:
     else:
         codes, tail, ok = _ENCODERS[weight_format](parts[:, :, :width])
     laid = _LAID[weight_format](codes[:, :, :width])
+    if _form(weight_format).group == 32:
+        groups = width // 32
+        laid = np.concatenate((laid.reshape(len(by_panel), groups, -1), tail.reshape(len(by_panel), groups, -1)), axis=2)
+        tail = tail[:, :0]
     laid = laid.reshape(len(by_panel), -1)
     by_panel[:, : laid.shape[1]] = laid
     tail = tail.reshape(len(by_panel), -1)
@@ -328,12 +334,20 @@ def unpack_panels(data: Bytes, columns: int, weight_format: str) -> npt.NDArray[
     width = padded_columns(columns, weight_format)
     form = _form(weight_format)
     by_panel = np.ascontiguousarray(data).reshape(-1, panel_bytes(columns, weight_format))
-    elements = np.ascontiguousarray(by_panel[:, : PANEL * width * form.bits // 8])
+    if form.group == 32:
+        groups, each = width // 32, PANEL * 32 * form.bits // 8
+        stride = each + form.scale_bytes
+        by_group = by_panel[:, : groups * stride].reshape(len(by_panel), groups, stride)
+        elements, raw = (np.ascontiguousarray(part) for part in (by_group[:, :, :each], by_group[:, :, each:]))
+        elements, raw = elements.reshape(len(by_panel), -1), raw.reshape(len(by_panel), -1)
+    else:
+        elements = np.ascontiguousarray(by_panel[:, : PANEL * width * form.bits // 8])
+        start, groups = element_bytes(columns, weight_format), -(-columns // form.group) if form.group else 0
+        raw = np.ascontiguousarray(by_panel[:, start : start + groups * form.scale_bytes])
     codes = form.decode(elements, width)
     if not form.group:
         return codes
-    start, groups = element_bytes(columns, weight_format), -(-columns // form.group)
-    scales = form.scales(np.ascontiguousarray(by_panel[:, start : start + groups * form.scale_bytes]))
+    scales = form.scales(raw)
     scales = scales.reshape(len(by_panel), groups, -1).transpose(0, 2, 1)
     return codes * np.repeat(scales, form.group, axis=2)[:, :, :width]
 
