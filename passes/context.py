@@ -15,7 +15,8 @@ from hetcomp.passes.pins import Pin
 Role = Literal["experts", "attention", "dense", "router", "embedding", "kv"]
 ROLES: tuple[Role, ...] = ("experts", "attention", "dense", "router", "embedding", "kv")
 FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")  # by falling size
-AVAILABLE_FORMATS = ("f32", "bf16")
+AVAILABLE_FORMATS = FORMATS  # those whose kernels exist
+KV_FORMATS = ("f32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class FormatRequest:
             _check_format(formats, planning)
             # A router decides which experts run; in a coarser format than f32 it flips near ties for nothing
             # saved (0.03 % of the bytes of a Qwen3-30B-A3B).
-            kv = formats if formats in AVAILABLE_FORMATS else "auto"
+            kv = formats if formats in KV_FORMATS else "auto"
             return FormatRequest({**{role: formats for role in ROLES}, "router": "f32", "kv": kv})
         by_role: dict[Role, str] = {}
         for name, form in formats.items():

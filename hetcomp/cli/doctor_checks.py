@@ -15,6 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from hetcomp import installed_runtime
+from hetcomp.backends.protocol import Isa
 from hetcomp.backends.tvm_toolchain import check_versions
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.compilers import CxxCompiler, find_cxx, installed_cxx
@@ -32,7 +33,7 @@ _HEADERS = {
     "xxhash.h": "libxxhash-dev",
     "sha256.h": "libmd-dev",
 }
-_PROGRAM_ISAS = ("avx2", "avx512")
+_PROGRAM_ISAS = tuple(isa.value for isa in Isa)
 _CMAKE = (3, 22)
 _NINJA = (1, 10)
 

@@ -119,18 +119,18 @@ class HardwareProfile(Model):
         return best * (DATA_SHEET_READS if found.source is Source.DATA_SHEET else 1.0)
 
     def rate(self, weight_format: str, isa: str | None = None) -> KernelRate:
-        """The rate of a format on ``isa`` (None: the fastest). Raises HetcompError if none is known."""
-        known = [r for r in self.rates if r.weight_format == weight_format and isa in (None, r.isa)]
-        if not known and weight_format in ("q8", "fp8", "q4", "mxfp4"):
-            # Formats that can be planned before their kernels exist: dequantised to bf16, at bf16's rates.
-            known = [r for r in self.rates if r.weight_format == "bf16" and isa in (None, r.isa)]
-        if not known:
-            where = f" on {isa}" if isa else ""
-            raise HetcompError(
-                f"Hardware profile {self.name} has no kernel rate for format {weight_format}{where}; "
-                "measure the machine again (--hw auto) or add the rate to the profile file."
-            )
-        return max(known, key=lambda r: r.gflops_per_core)
+        """The rate of a format on ``isa`` (None: the fastest); where the profile lacks it, that of another instruction
+        set, then bf16's (data sheets know no more). Raises HetcompError if none is known."""
+        of_format = [r for r in self.rates if r.weight_format == weight_format]
+        bf16 = [r for r in self.rates if r.weight_format == "bf16"]
+        for known in (of_format, bf16):
+            same = [r for r in known if isa in (None, r.isa)]
+            if same or known:
+                return max(same or known, key=lambda r: r.gflops_per_core)
+        raise HetcompError(
+            f"Hardware profile {self.name} has no kernel rate for format {weight_format}; "
+            "measure the machine again (--hw auto) or add the rate to the profile file."
+        )
 
     def gflops(self, weight_format: str, node: int | None = None, isa: str | None = None) -> float:
         """GEMM rate of one node's lane in 10^9 FLOP a second (None: of the node with most threads)."""
@@ -140,13 +140,11 @@ class HardwareProfile(Model):
         return rate.gflops_per_core * max(self.node_threads(i) for i in ids) * derate
 
     def curve(self, kernel: KernelName, variant: str, weight_format: str, isa: str | None) -> KernelCurve | None:
-        """The measured curve of a kernel, None if there is none; ``isa`` None: the profile's last measured one."""
-        found = [
-            c
-            for c in self.curves
-            if (c.kernel, c.variant, c.weight_format) == (kernel, variant, weight_format) and isa in (None, c.isa)
-        ]
-        return found[-1] if found else None
+        """The measured curve of a kernel on ``isa`` (None or not measured: on the profile's last measured one), None if
+        there is none."""
+        found = [c for c in self.curves if (c.kernel, c.variant, c.weight_format) == (kernel, variant, weight_format)]
+        same = [c for c in found if c.isa == isa]
+        return (same or found or [None])[-1]
 
     def calibration(self, term: str) -> float:
         """Factor on predicted times of ``term``; 1 without a calibration."""

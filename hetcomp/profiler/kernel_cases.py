@@ -14,7 +14,6 @@ from hetcomp.ir import ops
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
-from hetcomp.passes.context import AVAILABLE_FORMATS
 
 # Shapes of a mid-size MoE layer; a curve is used for others in proportion to their weights.
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 512, 64, 8
@@ -29,9 +28,6 @@ SMALL = 256
 TAIL_BYTES = 96 << 20
 # Most weights that take turns to be cold (kernel_probe.cpp.j2 calls no point more often).
 _MOST_SETS = 400
-# What a quick measurement looks at.
-_QUICK_FORMATS = ("bf16", "f32")
-
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 POSITIONS = (128, 512, 2048, 8192, 16383)
@@ -84,12 +80,20 @@ Emit = Callable[[Attrs, Sequence[Value], Sequence[Value]], Kernel]
 
 
 class Detail(StrEnum):
-    """How much of an instruction set is measured: ``FULL``, all curves, elementwise kinds (through TVM) included;
-    ``COARSE``, few points, operands from memory only; ``QUICK``, of these linear and moe_experts in two formats."""
+    """How much is measured: ``FULL``, all curves of the usual formats, attention and elementwise kinds (through TVM)
+    included; ``COARSE``, few points of the other formats, from memory only; ``QUICK``, few points of the usual ones."""
 
     FULL = "full"
     COARSE = "coarse"
     QUICK = "quick"
+
+
+# Formats by how much of them is measured: those of most use everything, the others few points, from memory only.
+_FORMATS = {
+    Detail.FULL: ("f32", "bf16", "q8", "q4"),
+    Detail.COARSE: ("fp8", "mxfp4"),
+    Detail.QUICK: ("f32", "bf16", "q8", "q4"),
+}
 
 
 def curve_plans(isa: Isa, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
@@ -101,13 +105,12 @@ def curve_plans(isa: Isa, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan
         ask = KernelRequest(Op("op", attrs, (), ()), tuple(inputs), tuple(outputs), isa, dims)
         return choose(backends, ask).emit(ask)
 
-    for form in AVAILABLE_FORMATS if detail is not Detail.QUICK else _QUICK_FORMATS:
+    for form in _FORMATS[detail]:
         yield from _linear(emit, form, detail, cold_bytes)
         yield from _experts(emit, form, detail, cold_bytes)
-    if detail is not Detail.QUICK:
+    if detail is Detail.FULL:
         for dtype in (DType.F32, DType.BF16):
             yield from _attention(emit, dtype, detail, cold_bytes)
-    if detail is Detail.FULL:
         yield from _tail(emit)
 
 

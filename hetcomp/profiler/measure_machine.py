@@ -49,9 +49,9 @@ def measure_machine(machine: Machine, *, quick: bool = False, progress: Progress
         rounds = MemoryRounds(machine, probe_runner(isas[-1], Path(folder)))
         rounds.measure(remote=not quick)
         curves: list[KernelCurve] = []
-        for isa in isas[-1:] if quick else isas:
-            detail = Detail.QUICK if quick else Detail.FULL if isa is isas[-1] else Detail.COARSE
-            curves += _curves(machine, isa, detail, rounds.barrier_us(), progress)
+        # Of the instruction set that programs are built for unless the user asks for another.
+        for detail in (Detail.QUICK,) if quick else (Detail.FULL, Detail.COARSE):
+            curves += _curves(machine, isas[-1], detail, rounds.barrier_us(), progress)
             progress.stage("memory, another round")
             rounds.measure()
     if not curves:
@@ -80,7 +80,7 @@ def estimated_profile(machine: Machine, reason: str) -> HardwareProfile:
         KernelRate(
             isa=isa.value,
             weight_format=form,
-            gflops_per_core=_ESTIMATED_GFLOPS.get(isa, max(_ESTIMATED_GFLOPS.values())),
+            gflops_per_core=_ESTIMATED_GFLOPS[isa.level],
             bandwidth_fraction=_ESTIMATED_FRACTION,
             source=Source.ESTIMATE,
         )

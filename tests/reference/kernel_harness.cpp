@@ -1,5 +1,7 @@
 // Runs one generated kernel on a lane set of N std::threads, for the Python tests (ctypes).
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <thread>
 #include <vector>
@@ -12,6 +14,8 @@ extern "C" double hetcomp_harness_run(void* kernel, int threads, int calls, cons
                                       std::int64_t rows, int sets, int n_in, const void* const* in,
                                       void* const* out, void* workspace) {
   using namespace hetcomp;
+  // AMX: the process asks for its tiles (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA); elsewhere that fails.
+  syscall(SYS_arch_prctl, 0x1023, 18);
   const auto fn = reinterpret_cast<KernelFn>(kernel);
   LaneSet set(threads);
   double seconds = 0;
