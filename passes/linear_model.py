@@ -56,6 +56,10 @@ class LinearModel:
 
     def solve(self) -> Solved:
         """The best solution found; deterministic for equal models unless the time limit cuts it off."""
+        if self.constant:
+            # As a column held at 1, so that HiGHS's relative gap is that of the whole objective.
+            self.column(self.constant, 1.0, lower=1.0)
+            self.constant = 0.0
         at = [(r, c, v) for r, terms in enumerate(self.rows) for c, v in terms.items()]
         shape = (len(self.rows), len(self.cost))
         matrix = csr_matrix(([v for *_, v in at], ([r for r, *_ in at], [c for _, c, _ in at])), shape=shape)

@@ -12,8 +12,9 @@ from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import UNIFORM, check_statistics
 from hetcomp.passes.memory_table import MemoryRow, refuse_if_too_large, refuse_placement
 from hetcomp.passes.pins import Pin
-from hetcomp.passes.placement_greedy import assignment_us, greedy
-from hetcomp.passes.placement_milp import Assignment, PlacementModel
+from hetcomp.passes.placement_assignment import Assignment, assignment_us
+from hetcomp.passes.placement_greedy import greedy
+from hetcomp.passes.placement_milp import PlacementModel
 from hetcomp.passes.placement_problem import ExpertSet, Problem, placement_problem
 from hetcomp.passes.registry import plan_pass
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetcomp.passes.placement_milp import Assignment
+from hetcomp.passes.placement_assignment import Assignment
 from hetcomp.passes.placement_problem import ExpertSet, Problem
 
 
@@ -14,7 +14,7 @@ def greedy(problem: Problem) -> Assignment:
     devices = ["cpu" if g.pin is None else g.pin for g in problem.groups]
     counts = [[{_home(e): len(c.members)} for c in e.classes] for e in problem.experts]
     for gpu, capacity in enumerate(problem.gpu_bytes):
-        left = capacity - problem.workspace_bytes - problem.staging_bytes
+        left = capacity - problem.workspace_bytes
         left -= sum(g.bytes for g, d in zip(problem.groups, devices, strict=True) if d == f"gpu:{gpu}")
         for _, index in sorted(_group_gains(problem, devices, gpu), reverse=True):
             if problem.groups[index].bytes <= left:
@@ -30,46 +30,6 @@ def greedy(problem: Problem) -> Assignment:
                 left -= moved * e.expert_bytes
     experts = tuple(tuple({o: n for o, n in c.items() if n} for c in classes) for classes in counts)
     return Assignment(tuple(devices), frozenset(), experts)
-
-
-def assignment_us(problem: Problem, assignment: Assignment) -> float:
-    """What the solver's linear model says of an assignment: microseconds of the whole mix, without streaming."""
-    total = 0.0
-    for p, step in enumerate(problem.phases):
-        chain = 0.0
-        for g, device in zip(problem.groups, assignment.groups, strict=True):
-            if not g.beside:
-                chain += g.cpu_us[p] if device == "cpu" else g.gpu_us[_number(device)][p]
-        for edge in problem.edges:
-            homes = {assignment.groups[edge.source], *(assignment.groups[r] for r in edge.readers)}
-            chain += sum(edge.us[_number(d)][p] for d in homes if d != "cpu" and len(homes) > 1)
-        for e, counts in zip(problem.experts, assignment.experts, strict=True):
-            chain += _experts_us(problem, e, counts, assignment, p)
-        total += step.steps * chain
-    return total
-
-
-def _experts_us(
-    problem: Problem, e: ExpertSet, counts: tuple[dict[str, int], ...], assignment: Assignment, p: int
-) -> float:
-    cpu = sum(n.get("cpu", 0) * c.cpu_us[p] for c, n in zip(e.classes, counts, strict=True))
-    gpus = [0.0] * len(problem.gpu_bytes)
-    for c, n in zip(e.classes, counts, strict=True):
-        for i in range(len(gpus)):
-            gpus[i] += n.get(f"gpu:{i}", 0) * c.gpu_us[i][p]
-    spine = assignment.groups[e.spine]
-    on_cpu = any(n.get("cpu", 0) for n in counts)
-    for i in range(len(gpus)):
-        used = any(n.get(f"gpu:{i}", 0) for n in counts)
-        if (spine == f"gpu:{i}" and on_cpu) or (spine != f"gpu:{i}" and used):
-            cpu += e.exchange_us[i][p]
-    for g, device in zip(problem.groups, assignment.groups, strict=True):
-        if g.call == e.call and g.beside:
-            if device == "cpu":
-                cpu += g.cpu_us[p]
-            else:
-                gpus[_number(device)] += g.gpu_us[_number(device)][p]
-    return max([cpu, *gpus])
 
 
 def _home(e: ExpertSet) -> str:
