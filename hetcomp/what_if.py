@@ -13,7 +13,7 @@ from hetcomp.hardware.figures import Gpu, KernelCurve, NumaNode
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.device_time import MEMORY_BOUND_TOKENS
-from hetcomp.passes.phases import phases
+from hetcomp.passes.mix_time import mix_us
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -69,8 +69,7 @@ def apply_change(profile: HardwareProfile, change: Change) -> HardwareProfile:
 
 def mix_seconds(plan: Plan) -> float:
     """Predicted seconds of the plan's mix: all prompts and answers."""
-    by_name = {t.phase: t.total_us for t in plan.timelines}
-    return sum(step.steps * by_name[step.name] for step in phases(plan)) / 1e6
+    return mix_us(plan) / 1e6
 
 
 def improvements(

@@ -18,6 +18,7 @@ from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, launch_u
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
+from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.passes.routing import sample_tokens
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
@@ -104,18 +105,21 @@ class StepTasks:
     ) -> tuple[int, ...]:
         gpu = self._gpu(placement.device)
         work = self._work(template, op)
+        us = gpu_time(op, work, self.step, gpu).us
         if placement.streamed and work.weight_bytes:
-            after = (*after, *self._stream(op, layer, placement.device, work.weight_bytes, ()))
-        return self._add(op, layer, placement.device, gpu_time(op, work, self.step, gpu).us, after)
+            return self._stream(op, layer, placement.device, work.weight_bytes, us, after)
+        return self._add(op, layer, placement.device, us, after)
 
-    def _stream(self, op: Op, layer: int | None, device: str, moved: float, after: tuple[int, ...]) -> tuple[int, ...]:
-        """A copy of weights into one of two buffers: it waits for the op that read the buffer before."""
-        gpu = self._gpu(device)
-        earlier = self._streamed[device]
-        wait = (earlier[-2],) if len(earlier) > 1 else ()
-        us = copy_us(gpu, moved)
-        done = self._add(op, layer, f"{device} copy in", us, (*after, *wait), moved / us / 1e3)
-        earlier.append(done[0])
+    def _stream(
+        self, op: Op, layer: int | None, device: str, moved: float, us: float, after: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """A copy of weights into one of two buffers, which waits for the work that read that buffer before, and the
+        work on them. Activations have queues of their own (mapped memory), so that they never wait for weights."""
+        copy = copy_us(self._gpu(device), moved)
+        before = self._streamed[device][-2:-1]
+        copied = self._add(op, layer, f"{device} copy weights", copy, tuple(before), moved / copy / 1e3)
+        done = self._add(op, layer, device, us, (*after, *copied))
+        self._streamed[device] += done
         return done
 
     def _transfer(self, template: Template, op: Op, layer: int | None, after: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,18 +170,25 @@ class StepTasks:
         after: tuple[int, ...],
         placement: Placement,
     ) -> tuple[int, ...]:
-        gpu = self._gpu(device)
-        mine = np.concatenate([tokens[r.first : r.last + 1] for r in runs])
-        if not mine.any():
+        mine = [tokens[r.first : r.last + 1] for r in runs if r.device == device]
+        streamed = [tokens[r.first : r.last + 1] for r in runs if r.device != device]
+        resident, passing = (np.concatenate([*parts, tokens[:0]]) for parts in (mine, streamed))
+        passing = passing[passing > 0]
+        if not resident.any() and not passing.size:
             return after
         if placement.device != device:
             after = self._cross(op, layer, device, "in", after)
-        streamed = [tokens[r.first : r.last + 1] for r in runs if r.device != device]
-        needed = sum(int(np.count_nonzero(part)) for part in streamed)
-        if needed:
-            after = (*after, *self._stream(op, layer, device, needed * size, ()))
-        us = launch_us(gpu) + self._sum_us(template, op, mine, size, device)
-        done = self._add(op, layer, device, us, after)
+        us = launch_us(self._gpu(device))
+        done = after
+        if resident.any():
+            # While they are computed the first of the others arrive.
+            done = self._add(op, layer, device, us + self._sum_us(template, op, resident, size, device), after)
+            us = 0.0
+        for start in range(0, passing.size, STAGED_EXPERTS):
+            part = passing[start : start + STAGED_EXPERTS]
+            work = us + self._sum_us(template, op, part, size, device)
+            done = self._stream(op, layer, device, part.size * size, work, after)
+            us = 0.0
         return self._cross(op, layer, device, "out", done) if placement.device != device else done
 
     def _cpu_experts(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from hetcomp.passes.linear_model import LinearModel, Solved
+from hetcomp.passes.linear_model import RELATIVE_GAP, LinearModel, Solved
 from hetcomp.passes.placement_assignment import Assignment, gpu_of, overrun_us, whole_gpu_us
 from hetcomp.passes.placement_problem import ExpertClass, ExpertSet, Problem
+
+
+# Equal GPUs make the last half percent a long search among mirror images.
+GAP_OF_SEVERAL_GPUS = 5e-3
 
 
 class PlacementModel:
@@ -42,7 +46,7 @@ class PlacementModel:
 
     def solve(self) -> tuple[Assignment | None, Solved]:
         """The assignment and what HiGHS says of it; None if it found nothing that fits."""
-        solved = self.model.solve()
+        solved = self.model.solve(RELATIVE_GAP if len(self.gpus) < 2 else GAP_OF_SEVERAL_GPUS)
         if solved.values is None:
             return None, solved
         x = solved.values
