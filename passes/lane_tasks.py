@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,18 @@ from hetcomp.passes.routing import sample_tokens
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
 
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """An op of a call, with the plan-wide names of the values that it reads and writes (a kv_append: the cache)."""
+
+    template: Template
+    op: Op
+    placement: Placement
+    layer: int | None
+    read: tuple[str, ...]
+    written: tuple[str, ...]
+
+
 class StepTasks:
     """Tasks of one step; MoE layers whose experts live on several devices (or whose popularity is known) take their
     numbers of tokens from a routing drawn with ``seed``."""
@@ -32,6 +44,23 @@ class StepTasks:
         self.profile = context.profile
         self._works: dict[tuple[str, str], Work] = {}
         self._expert_us: dict[tuple[str, str, int, str], float] = {}
+        self._sizes: dict[tuple[str, str], float] = {}
+        self._gpu_us: dict[tuple[str, str, str], float] = {}
+        self._steps = list(self._uses())
+
+    def _uses(self) -> Iterator[_Use]:
+        for index, call in enumerate(self.plan.calls):
+            template = self.plan.template(call.template)
+            values = template.value_map()
+            names = dict(zip((*template.params, *template.results), (*call.args, *call.results), strict=True))
+            placements = dict(call.placements)
+            for op in template.ops:
+                states = [n for n in op.inputs if values[n].kind is ValueKind.STATE] if op.kind == "kv_append" else []
+                read, written = (
+                    tuple(names.get(name, f"{index}.{name}") for name in some)
+                    for some in (op.inputs, (*op.outputs, *states))
+                )
+                yield _Use(template, op, placements[op.id], call.layer, read, written)
 
     def tasks(self, seed: int) -> list[Task]:
         """The step's tasks in program order."""
@@ -40,21 +69,12 @@ class StepTasks:
         self._streamed: dict[str, list[int]] = defaultdict(list)
         self._moe_layer = 0
         generator = np.random.default_rng(seed)
-        for index, call in enumerate(self.plan.calls):
-            template = self.plan.template(call.template)
-            names = dict(zip((*template.params, *template.results), (*call.args, *call.results), strict=True))
-            placements = dict(call.placements)
-            for op in template.ops:
-                after = tuple({t for name in op.inputs for t in self._ready[names.get(name, f"{index}.{name}")]})
-                done = self._op(template, op, placements[op.id], call.layer, after, generator)
-                for output in self._written(template, op):
-                    self._ready[names.get(output, f"{index}.{output}")] = done
+        for use in self._steps:
+            after = tuple({t for name in use.read for t in self._ready[name]})
+            done = self._op(use.template, use.op, use.placement, use.layer, after, generator)
+            for name in use.written:
+                self._ready[name] = done
         return self._tasks
-
-    def _written(self, template: Template, op: Op) -> Iterator[str]:
-        yield from op.outputs
-        if op.kind == "kv_append":
-            yield from (n for n in op.inputs if template.value(n).kind is ValueKind.STATE)
 
     def _add(
         self, op: Op, layer: int | None, lane: str, us: float, after: tuple[int, ...], gb_per_s: float = 0.0
@@ -103,9 +123,10 @@ class StepTasks:
     def _gpu_op(
         self, template: Template, op: Op, placement: Placement, layer: int | None, after: tuple[int, ...]
     ) -> tuple[int, ...]:
-        gpu = self._gpu(placement.device)
-        work = self._work(template, op)
-        us = gpu_time(op, work, self.step, gpu).us
+        work, key = self._work(template, op), (template.name, op.id, placement.device)
+        if key not in self._gpu_us:
+            self._gpu_us[key] = gpu_time(op, work, self.step, self._gpu(placement.device)).us
+        us = self._gpu_us[key]
         if placement.streamed and work.weight_bytes:
             return self._stream(op, layer, placement.device, work.weight_bytes, us, after)
         return self._add(op, layer, placement.device, us, after)
@@ -226,9 +247,9 @@ class StepTasks:
         return self._add(op, layer, f"{device} copy {direction}", us, after)
 
     def _sum_us(self, template: Template, op: Op, tokens: NDArray[np.int64], size: float, device: str) -> float:
-        numbers, counts = np.unique(tokens[tokens > 0], return_counts=True)
+        counts = np.bincount(tokens).tolist()
         return float(
-            sum(c * self._one_expert(template, op, int(n), size, device) for n, c in zip(numbers, counts, strict=True))
+            sum(c * self._one_expert(template, op, n, size, device) for n, c in enumerate(counts) if n and c)
         )
 
     def _one_expert(self, template: Template, op: Op, tokens: int, size: float, device: str) -> float:
@@ -245,8 +266,12 @@ class StepTasks:
     def _expert_bytes(self, template: Template, op: Op) -> float:
         a = op.attrs
         assert isinstance(a, ops.MoeExperts)
-        values = [template.value(name) for name in op.inputs]
-        return sum(self.context.target.packed_bytes(v) for v in values if v.kind is ValueKind.WEIGHT) / a.experts
+        key = (template.name, op.id)
+        if key not in self._sizes:
+            values = [template.value(name) for name in op.inputs]
+            whole = sum(self.context.target.packed_bytes(v) for v in values if v.kind is ValueKind.WEIGHT)
+            self._sizes[key] = whole / a.experts
+        return self._sizes[key]
 
     def _work(self, template: Template, op: Op) -> Work:
         key = (template.name, op.id)

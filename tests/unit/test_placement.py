@@ -21,7 +21,8 @@ from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
 from hetcomp.passes.phases import phases
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
-from hetcomp.passes.placement_greedy import assignment_us, greedy
+from hetcomp.passes.placement_assignment import assignment_us
+from hetcomp.passes.placement_greedy import greedy
 from hetcomp.passes.placement_milp import PlacementModel
 from hetcomp.passes.placement_problem import GPU_RESERVE, Problem, placement_problem
 from hetcomp.passes.simulate import trace
@@ -62,7 +63,8 @@ def knapsack(ctx: Context) -> Problem:
         )
         for e in whole.experts
     )
-    return replace(whole, groups=groups, experts=experts, joint_share=0.0)
+    free = (0.0,) * len(whole.launch_us)
+    return replace(whole, groups=groups, experts=experts, joint_share=0.0, barrier_us=0.0, launch_us=free)
 
 
 def bytes_by_device(plan: Plan, ctx: Context) -> Counter[str]:
@@ -128,8 +130,7 @@ def test_greedy_and_the_solver_agree_on_the_knapsack(data):
     numbers = st.lists(st.integers(1, 1000), min_size=EXPERTS, max_size=EXPERTS)
     rows = [data.draw(numbers) for _ in range(LAYERS)]
     shares = tuple(tuple(n / sum(row) for n in row) for row in rows)
-    staging = 32 * EXPERT_BYTES
-    room = staging + data.draw(st.integers(0, LAYERS * EXPERTS)) * EXPERT_BYTES
+    room = data.draw(st.integers(0, LAYERS * EXPERTS)) * EXPERT_BYTES
     ctx = hybrid(room, statistics=ExpertStatistics("drawn", 2, shares), pinned_bytes=0)
     small = knapsack(ctx)
     _, solved = PlacementModel(small).solve()
