@@ -16,6 +16,8 @@ Planner = Callable[[Context], Plan]
 
 # Whole pipelines are run with every combination of the formats that the user allowed.
 MAX_COMBINATIONS = 12
+# Times within half a percent are equal: the simulation's samples are not more exact. The finer formats then win.
+TIE = 1.005
 # What gives way first where memory is short: experts hold nearly all bytes and are the least sensitive, each is one of
 # several that are averaged; the KV cache next; attention, dense layers and embeddings last. Routers never.
 _STEPS: tuple[tuple[tuple[Role, ...], str], ...] = (
@@ -59,7 +61,7 @@ def search_formats(context: Context, run: Planner) -> tuple[Context, Plan | None
         refused += [t for t in tried if t.plan is None]
         if fitting:
             times = [mix_us(t.plan) for t in fitting if t.plan is not None]
-            best = fitting[times.index(min(times))]
+            best = next(t for t, us in zip(fitting, times, strict=True) if us <= min(times) * TIE)
             assert best.plan is not None
             notes = (*best.plan.notes, *_notes(best.plan, fitting, times, refused))
             return replace(context, formats=best.request), replace(best.plan, notes=notes)

@@ -10,6 +10,7 @@ from hetcomp.ir.annotations import Candidate, ExpertPlacement, Placement, Soluti
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import UNIFORM, check_statistics
+from hetcomp.passes.gpu_evidence import gpu_evidence
 from hetcomp.passes.memory_table import MemoryRow, refuse_if_too_large, refuse_placement
 from hetcomp.passes.mix_time import placed_mix_us
 from hetcomp.passes.pins import Pin
@@ -62,7 +63,8 @@ def place(plan: Plan, context: Context) -> Plan:
         candidates=tuple(times),
         chosen=times[best].method,
     )
-    return replace(plans[best], solution=solution)
+    notes = (*plan.notes, *gpu_evidence(plans[best], context))
+    return replace(plans[best], solution=solution, notes=notes)
 
 
 def _limits(problem: Problem, context: Context) -> tuple[MemoryRow, ...]:

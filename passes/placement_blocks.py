@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hetcomp.passes.placement_assignment import Assignment
+from hetcomp.passes.placement_assignment import Assignment, assignment_us
 from hetcomp.passes.placement_problem import Edge, ExpertClass, ExpertSet, Group, Problem, Times
 
 # Devices of groups to choose (groups x GPUs) above which layers are joined. Qwen3-30B-A3B has 292 groups, DeepSeek-V3 672:
@@ -66,6 +66,35 @@ def join_layers(problem: Problem) -> Blocks:
     edges = _edges(problem, group_of)
     joined = replace(problem, groups=tuple(block_groups), edges=edges, experts=tuple(block_experts))
     return Blocks(joined, tuple(group_of), tuple(expert_of))
+
+
+def in_order(problem: Problem, assignment: Assignment) -> Assignment:
+    """The assignment with equal neighbouring layers exchanged so that such as are placed alike stand together: of the
+    solver's many mirror images always the same one. Unchanged where that would cost transfers."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    experts: dict[int, list[int]] = defaultdict(list)
+    for index, g in enumerate(problem.groups):
+        groups[g.call].append(index)
+    for index, e in enumerate(problem.experts):
+        experts[e.call].append(index)
+    devices, streamed, counts = list(assignment.groups), set(assignment.streamed), list(assignment.experts)
+    for run in _blocks([_signature(problem, groups[c], experts[c]) for c in sorted(groups)], 1):
+        fates = sorted(
+            (
+                [(assignment.groups[g], g in assignment.streamed) for g in groups[call]],
+                [[sorted(options.items()) for options in assignment.experts[e]] for e in experts[call]],
+            )
+            for call in run
+        )
+        for call, (of_groups, of_experts) in zip(run, fates, strict=True):
+            for g, (device, streams) in zip(groups[call], of_groups, strict=True):
+                devices[g] = device
+                (streamed.add if streams else streamed.discard)(g)
+            for e, classes in zip(experts[call], of_experts, strict=True):
+                counts[e] = tuple(dict(options) for options in classes)
+    ordered = Assignment(tuple(devices), frozenset(streamed), tuple(counts))
+    costs_more = assignment_us(problem, ordered) > assignment_us(problem, assignment) * (1 + 1e-9)
+    return assignment if costs_more else ordered
 
 
 def _signature(problem: Problem, groups: Sequence[int], experts: Sequence[int]) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetcomp.passes.placement_assignment import Assignment, assignment_us, fits
-from hetcomp.passes.placement_blocks import join_layers
+from hetcomp.passes.placement_blocks import in_order, join_layers
 from hetcomp.passes.placement_greedy import cpu_only, greedy, topped_up
 from hetcomp.passes.placement_milp import PlacementModel
 from hetcomp.passes.placement_problem import Problem
@@ -41,7 +41,7 @@ def propose(problem: Problem) -> Proposals:
     blocks = join_layers(problem)
     model = PlacementModel(blocks.problem)
     found, solved = model.solve()
-    solved_for = topped_up(problem, blocks.expand(found)) if found is not None else None
+    solved_for = in_order(problem, topped_up(problem, blocks.expand(found))) if found is not None else None
     by_gain = greedy(problem)
     others = [(MILP, solved_for), (GREEDY, by_gain), (GPU_FIRST, greedy(problem, whatever=True))]
     others.append((CPU_ONLY, cpu_only(problem)))
