@@ -12,8 +12,8 @@ class HetcompError(Exception):
 
 
 class DoesNotFit(HetcompError):
-    """Refused because memory is short: ``needed`` bytes where ``free`` are there. ``needed`` may be the smaller where the
-    sum would do, but no placement keeps every device within its own memory."""
+    """Refused because memory is short: ``needed`` bytes where ``free`` are there. ``needed`` may be the smaller where
+    the sum would do, but no placement keeps every device within its own memory."""
 
     def __init__(self, message: str, needed: int, free: int) -> None:
         super().__init__(message)

@@ -217,7 +217,7 @@ def _gpu_bandwidth(gpu: Gpu, new: New) -> Mapping[str, object]:
 
 
 def _gpu_flops(gpu: Gpu, new: New) -> Mapping[str, object]:
-    """Rates of matrix products, and the curves where arithmetic bounds them (half of the kernel's best rate or more)."""
+    """Rates of matrix products, and the curves where arithmetic bounds them (half of its best rate or more)."""
     best = max((r.tflops for r in gpu.rates), default=1.0)
     factor = new(best) / best
 

@@ -77,7 +77,9 @@ def _check_format(name: str, role: Role, planning: bool) -> None:
             f"{what} format '{name}' is known but its kernels do not exist yet; choose from auto, {', '.join(usable)}."
         )
     known = ", ".join(formats_of(role, planning=True))
-    raise HetcompError(f"Unknown {'weight' if what == 'Weight' else what} format '{name}'; the formats are auto, {known}.")
+    raise HetcompError(
+        f"Unknown {'weight' if what == 'Weight' else what} format '{name}'; the formats are auto, {known}."
+    )
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,7 @@ def _try(request: FormatRequest, context: Context, run: Planner) -> _Tried:
         return _Tried(request, None, error)
 
 
-def _notes(
-    best: Plan, fitting: Sequence[_Tried], times: Sequence[float], refused: Sequence[_Tried]
-) -> tuple[str, ...]:
+def _notes(best: Plan, fitting: Sequence[_Tried], times: Sequence[float], refused: Sequence[_Tried]) -> tuple[str, ...]:
     notes = [f"formats: {_spell(best)}"]
     if len(fitting) > 1:
         spelled = (f"{_spell(t.plan)} {us / 1e6:.3g} s" for t, us in zip(fitting, times, strict=True) if t.plan)

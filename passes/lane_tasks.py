@@ -248,9 +248,7 @@ class StepTasks:
 
     def _sum_us(self, template: Template, op: Op, tokens: NDArray[np.int64], size: float, device: str) -> float:
         counts = np.bincount(tokens).tolist()
-        return float(
-            sum(c * self._one_expert(template, op, n, size, device) for n, c in enumerate(counts) if n and c)
-        )
+        return float(sum(c * self._one_expert(template, op, n, size, device) for n, c in enumerate(counts) if n and c))
 
     def _one_expert(self, template: Template, op: Op, tokens: int, size: float, device: str) -> float:
         key = (template.name, op.id, tokens, device)

@@ -8,7 +8,6 @@ from hetcomp.passes.linear_model import RELATIVE_GAP, LinearModel, Solved
 from hetcomp.passes.placement_assignment import Assignment, gpu_of, overrun_us, whole_gpu_us
 from hetcomp.passes.placement_problem import ExpertClass, ExpertSet, Problem
 
-
 # Equal GPUs make the last half percent a long search among mirror images.
 GAP_OF_SEVERAL_GPUS = 5e-3
 
@@ -153,7 +152,9 @@ class PlacementModel:
         """Columns that are 1 where experts are computed on the CPU, and on each GPU, in such steps."""
         count = float(sum(len(c.members) for c in e.classes))
         cpu = self.model.column(upper=1, integer=True)
-        self.model.row({**{c: 1.0 for o in columns for n, c in o.items() if not gpu_of(n, streams)}, cpu: -count}, high=0)
+        self.model.row(
+            {**{c: 1.0 for o in columns for n, c in o.items() if not gpu_of(n, streams)}, cpu: -count}, high=0
+        )
         gpus = []
         for i in self.gpus:
             gpus.append(self.model.column(upper=1, integer=True))
@@ -187,7 +188,9 @@ class PlacementModel:
                         self.model.row({c: 1.0, needed: -float(members)}, high=0)
         return options
 
-    def _cpu_terms(self, e: ExpertSet, columns: list[dict[str, int]], node: int, p: int, streams: bool) -> dict[int, float]:
+    def _cpu_terms(
+        self, e: ExpertSet, columns: list[dict[str, int]], node: int, p: int, streams: bool
+    ) -> dict[int, float]:
         """Time of the node's lane: sliced experts occupy every node for their (already divided) time, whole ones only
         theirs, for longer."""
         terms: dict[int, float] = {}
