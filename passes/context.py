@@ -32,8 +32,8 @@ class FormatRequest:
 
     @staticmethod
     def parse(formats: str | Mapping[str, str], *, planning: bool = False) -> FormatRequest:
-        """One format for all roles, or a mapping by role to a format or several, joined with ``|``. ``planning``: formats
-        are allowed whose kernels do not exist yet. Raises HetcompError for unknown spellings."""
+        """One format for all roles, or a mapping by role to a format or several, joined with ``|``. ``planning``:
+        formats are allowed whose kernels do not exist yet. Raises HetcompError for unknown spellings."""
         if isinstance(formats, str):
             _check_format(formats, "experts", planning)
             kv = formats if formats in ("f32", "bf16") else "auto"

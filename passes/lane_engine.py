@@ -65,11 +65,11 @@ def run_lanes(tasks: Sequence[Task], joint_gb_per_s: float) -> Run:
     while active:
         wanted = sum(tasks[i].gb_per_s for i in active)
         slowed = min(1.0, joint_gb_per_s / wanted) if wanted > 0 else 1.0
-        needs = {i: left / slowed if tasks[i].gb_per_s > 0 else left for i, left in active.items()}
-        step = min(needs.values())
+        lasts = {i: left / slowed if tasks[i].gb_per_s > 0 else left for i, left in active.items()}
+        step = min(lasts.values())
         now += step
         near = step * (1 + 1e-12)
-        done = [i for i, need in needs.items() if need <= near]
+        done = [i for i, last in lasts.items() if last <= near]
         for i in active:
             active[i] -= step * slowed if tasks[i].gb_per_s > 0 else step
         for i in done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,11 +10,11 @@ from dataclasses import dataclass, replace
 from hetcomp.passes.placement_assignment import Assignment, assignment_us
 from hetcomp.passes.placement_problem import Edge, ExpertClass, ExpertSet, Group, Problem, Times
 
-# Devices of groups to choose (groups x GPUs) above which layers are joined. Qwen3-30B-A3B has 292 groups, DeepSeek-V3 672:
-# with one GPU joining makes HiGHS four times as fast, with two GPUs it spent 50 s on the first cuts of the whole problem
-# and ended worse than greedy.
+# Devices of groups to choose (groups x GPUs) above which layers are joined. Qwen3-30B-A3B has 292 groups, DeepSeek-V3
+# 672: with one GPU joining makes HiGHS four times as fast, with two GPUs it spent 50 s on the first cuts of the whole
+# problem and ended worse than greedy.
 MAX_CHOICES = 200
-# Blocks by number of GPUs. The joined optimum was 0.02 % above the whole one's with 12 blocks (both models, one GPU) and
+# Blocks, shared among the GPUs. The joined optimum was 0.02 % above the whole one's with 12 (both models, one GPU) and
 # 0.5 % above the bound with 6 (DeepSeek-V3, two GPUs).
 BLOCKS = 12
 
@@ -37,9 +38,9 @@ class Blocks:
 
 
 def join_layers(problem: Problem) -> Blocks:
-    """The problem as it is where it is small, else with neighbours among equal layers joined into at most
-    ``BLOCKS`` (shared among the GPUs) blocks a run of them. Every time and size of a block is the sum of its layers': what a joined assignment is said to take is
-    what its expansion takes."""
+    """The problem as it is where it is small, else with neighbours among equal layers joined into at most ``BLOCKS``
+    blocks a run of them. Every time and size of a block is the sum of its layers': what a joined assignment is said to
+    take is what its expansion takes."""
     if len(problem.groups) * len(problem.gpu_bytes) <= MAX_CHOICES:
         return Blocks(problem, tuple(range(len(problem.groups))), tuple(range(len(problem.experts))))
     groups: dict[int, list[int]] = defaultdict(list)
@@ -87,11 +88,11 @@ def in_order(problem: Problem, assignment: Assignment) -> Assignment:
             for call in run
         )
         for call, (of_groups, of_experts) in zip(run, fates, strict=True):
-            for g, (device, streams) in zip(groups[call], of_groups, strict=True):
-                devices[g] = device
-                (streamed.add if streams else streamed.discard)(g)
-            for e, classes in zip(experts[call], of_experts, strict=True):
-                counts[e] = tuple(dict(options) for options in classes)
+            for group, (device, streams) in zip(groups[call], of_groups, strict=True):
+                devices[group] = device
+                (streamed.add if streams else streamed.discard)(group)
+            for number, classes in zip(experts[call], of_experts, strict=True):
+                counts[number] = tuple(dict(options) for options in classes)
     ordered = Assignment(tuple(devices), frozenset(streamed), tuple(counts))
     costs_more = assignment_us(problem, ordered) > assignment_us(problem, assignment) * (1 + 1e-9)
     return assignment if costs_more else ordered
@@ -118,7 +119,7 @@ def _blocks(signatures: Sequence[object], most: int) -> list[list[int]]:
     for run in runs:
         count = min(most, len(run))
         borders = [round(len(run) * b / count) for b in range(count + 1)]
-        found += [run[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+        found += [run[start:stop] for start, stop in itertools.pairwise(borders)]
     return found
 
 

@@ -68,7 +68,8 @@ def test_auto_gives_up_experts_first_and_attention_last():
     plan = search(planning("auto", memory=room))
     assert formats(plan) == ("q8", "bf16", "bf16")
     assert any("finer ones do not fit" in note and "GB" in note for note in plan.notes)
-    smallest = needed({"experts": "q4", "attention": "q4", "dense": "q4", "embedding": "q4", "kv": "q8"}) + arena
+    every = {"experts": "q4", "attention": "q4", "dense": "q4", "embedding": "q4", "kv": "q8"}
+    smallest = needed(every) + run_pipeline(tiny_plan(), planning(every)).arena_bytes
     assert formats(search(planning("auto", memory=smallest))) == ("q4", "q4", "q8")
 
 

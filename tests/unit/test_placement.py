@@ -115,8 +115,8 @@ def test_no_device_is_over_its_limit_and_every_tensor_has_one_home(vram, gpus):
 )
 def test_more_memory_or_bandwidth_is_never_slower(vram, more, faster, dram):
     """By the simulated mix. Slack: the solver stops a thousandth from its best, and its linear model knows a routing by
-    its mean, so that on the better machine it may take another plan; three layers of eight experts, drawn 24 times, have
-    a standard error of about a percent (see simulate.SAMPLES), and both machines have one."""
+    its mean, so that on the better machine it may take another plan; three layers of eight experts, drawn 24 times,
+    have a standard error of about a percent (see simulate.SAMPLES), and both machines have one."""
 
     def best(**machine: object) -> float:
         return mix_us(run_pipeline(tiny_plan(LAYERS), hybrid(**{"vram": vram, "dram": dram, **machine})))
