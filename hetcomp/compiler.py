@@ -33,6 +33,7 @@ from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import to_json
 from hetcomp.passes.context import Context, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
+from hetcomp.passes.format_search import search_formats
 from hetcomp.passes.phases import default_mix
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
@@ -144,17 +145,30 @@ def plan_model(
 
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:
-    """The same model and wishes on another machine; nothing is traced again."""
+    """The same model, wishes and formats on another machine; nothing is traced again."""
     context = replace(planned.context, profile=profile, use_gpus=planned.context.planning and bool(profile.gpus))
-    return _run_passes(planned.imported, context, planned.target, None, None)
+    seconds: dict[str, float] = {}
+    plan = run_pipeline(planned.imported.plan, context, seconds=seconds)
+    return Planned(plan, planned.imported, planned.target, profile, context, seconds)
 
 
 def _run_passes(
     imported: frontend.Imported, context: Context, target: CpuTarget, stop_after: str | None, dump_dir: Path | None
 ) -> Planned:
     seconds: dict[str, float] = {}
-    plan = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir, seconds=seconds)
-    return Planned(plan, imported, target, context.profile, context, seconds)
+    found = None
+    if stop_after not in ("lower", "bind_weights"):  # nothing depends on formats yet
+
+        def run(context: Context) -> Plan:
+            seconds.clear()
+            return run_pipeline(imported.plan, context, seconds=seconds)
+
+        context, found = search_formats(context, run)
+    if found is None or stop_after is not None or dump_dir is not None:
+        notes = found.notes if found is not None and stop_after is None else None
+        found = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir, seconds=seconds)
+        found = found if notes is None else replace(found, notes=notes)
+    return Planned(found, imported, target, context.profile, context, seconds)
 
 
 def _context_length(wanted: int | None, mix: Mix | None) -> int | None:
@@ -203,8 +217,9 @@ def compile(
     model: a Hugging Face folder (config.json and safetensors), a transformers module, or a zoo name.
     hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
-    max_batch: sequences kept at once. formats: ``auto``, ``f32``, ``bf16``, or a mapping by role (experts,
-    attention, dense, router, embedding, kv). out: the artifact's folder; by default a temporary one that lives
+    max_batch: sequences kept at once. formats: ``auto`` (the checkpoint's, coarser where memory requires it), ``f32``,
+    ``bf16``, or a mapping by role (experts, attention, dense, router, embedding, kv) to one, or to several to choose
+    from: ``f32|bf16``. out: the artifact's folder; by default a temporary one that lives
     as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit

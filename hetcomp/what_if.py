@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hetcomp.errors import HetcompError
-from hetcomp.hardware.figures import Gpu, KernelCurve, NumaNode
+from hetcomp.hardware.figures import Gpu, KernelCurve, KernelPoint, NumaNode
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.device_time import MEMORY_BOUND_TOKENS
-from hetcomp.passes.phases import phases
+from hetcomp.passes.mix_time import mix_us
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -69,8 +69,7 @@ def apply_change(profile: HardwareProfile, change: Change) -> HardwareProfile:
 
 def mix_seconds(plan: Plan) -> float:
     """Predicted seconds of the plan's mix: all prompts and answers."""
-    by_name = {t.phase: t.total_us for t in plan.timelines}
-    return sum(step.steps * by_name[step.name] for step in phases(plan)) / 1e6
+    return mix_us(plan) / 1e6
 
 
 def improvements(
@@ -197,11 +196,44 @@ def _vram(gpu: Gpu, new: New) -> Mapping[str, object]:
 
 
 def _gpu_bandwidth(gpu: Gpu, new: New) -> Mapping[str, object]:
-    return {"gb_per_s": new(gpu.gb_per_s) if gpu.gb_per_s else None}
+    """Reads, and the curves where they wait for them: up to the multiply-adds a second that the kernel reaches."""
+    if not gpu.gb_per_s:
+        return {}
+    factor = new(gpu.gb_per_s) / gpu.gb_per_s
+
+    def curve(c: KernelCurve) -> KernelCurve:
+        if c.kernel not in ("linear", "moe_experts", "attention_decode"):
+            return c
+        peak = max(p.rate * p.size for p in c.points)
+
+        def rate(p: KernelPoint) -> float:
+            if c.kernel == "attention_decode":
+                return p.rate * factor
+            return max(p.rate * min(1.0, factor), min(p.rate * factor, peak / p.size))
+
+        return c.model_copy(update={"points": tuple(p.model_copy(update={"rate": rate(p)}) for p in c.points)})
+
+    return {"gb_per_s": gpu.gb_per_s * factor, "curves": tuple(map(curve, gpu.curves))}
 
 
 def _gpu_flops(gpu: Gpu, new: New) -> Mapping[str, object]:
-    return {"rates": tuple(r.model_copy(update={"tflops": new(r.tflops)}) for r in gpu.rates)}
+    """Rates of matrix products, and the curves where arithmetic bounds them (half of its best rate or more)."""
+    best = max((r.tflops for r in gpu.rates), default=1.0)
+    factor = new(best) / best
+
+    def curve(c: KernelCurve) -> KernelCurve:
+        if c.kernel not in ("linear", "moe_experts", "attention_prefill"):
+            return c
+        weights = c.kernel != "attention_prefill"
+        done = [p.rate * p.size if weights else p.rate for p in c.points]
+        points = tuple(
+            p.model_copy(update={"rate": p.rate * factor}) if d >= max(done) / 2 else p
+            for p, d in zip(c.points, done, strict=True)
+        )
+        return c.model_copy(update={"points": points})
+
+    rates = tuple(r.model_copy(update={"tflops": new(r.tflops)}) for r in gpu.rates)
+    return {"rates": rates, "curves": tuple(map(curve, gpu.curves))}
 
 
 def _link(gpu: Gpu, new: New) -> Mapping[str, object]:

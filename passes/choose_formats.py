@@ -31,7 +31,8 @@ def choose_formats(plan: Plan, context: Context) -> Plan:
 
     ``auto`` keeps what the checkpoint has: bf16 stays bf16 (nothing is lost), f32 and f16 become f32 if all of
     it fits into 80 % of the free memory and bf16 otherwise, with a note. Without a checkpoint auto is bf16.
-    One-dimensional weights stay f32 row-major. The KV cache is f32 if attention is, else bf16.
+    Where memory wants coarser formats than these, or the user allowed several, format_search decides which request
+    comes here. One-dimensional weights stay f32 row-major. The KV cache is f32 if attention is, else bf16.
     Raises HetcompError if two ops want one weight in different formats.
     """
     chosen: dict[str, tuple[str, str]] = {}

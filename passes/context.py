@@ -14,50 +14,72 @@ from hetcomp.passes.pins import Pin
 
 Role = Literal["experts", "attention", "dense", "router", "embedding", "kv"]
 ROLES: tuple[Role, ...] = ("experts", "attention", "dense", "router", "embedding", "kv")
-FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")  # by falling size
-AVAILABLE_FORMATS = FORMATS  # those whose kernels exist
-KV_FORMATS = ("f32", "bf16")
+# Weight formats by falling size, and those that there are kernels for; of the KV cache likewise.
+FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")
+AVAILABLE_FORMATS = FORMATS
+KV_FORMATS = ("f32", "bf16", "q8")
+AVAILABLE_KV_FORMATS = ("f32", "bf16")
+# A router decides which experts run; in a coarser format than f32 it flips near ties for nothing saved (0.03 % of the
+# bytes of a Qwen3-30B-A3B).
+_ROUTER = "f32"
 
 
 @dataclass(frozen=True)
 class FormatRequest:
-    """Formats the user asked for by role; ``auto`` where the user leaves the choice to choose_formats."""
+    """Formats the user asked for by role: one, several of which the planner may choose (``q4|q8``), or ``auto``."""
 
     by_role: Mapping[Role, str] = field(default_factory=dict)
 
     @staticmethod
     def parse(formats: str | Mapping[str, str], *, planning: bool = False) -> FormatRequest:
-        """One format for all roles, or a mapping by role. ``planning``: formats are allowed whose kernels do not exist
-        yet. Raises HetcompError for unknown spellings."""
+        """One format for all roles, or a mapping by role to a format or several, joined with ``|``. ``planning``:
+        formats are allowed whose kernels do not exist yet. Raises HetcompError for unknown spellings."""
         if isinstance(formats, str):
-            _check_format(formats, planning)
-            # A router decides which experts run; in a coarser format than f32 it flips near ties for nothing
-            # saved (0.03 % of the bytes of a Qwen3-30B-A3B).
-            kv = formats if formats in KV_FORMATS else "auto"
-            return FormatRequest({**{role: formats for role in ROLES}, "router": "f32", "kv": kv})
+            _check_format(formats, "experts", planning)
+            kv = formats if formats in ("f32", "bf16") else "auto"
+            return FormatRequest({**{role: formats for role in ROLES}, "router": _ROUTER, "kv": kv})
         by_role: dict[Role, str] = {}
-        for name, form in formats.items():
+        for name, wanted in formats.items():
             role = next((r for r in ROLES if r == name), None)
             if role is None:
                 raise HetcompError(f"Unknown weight role '{name}' in formats; the roles are {', '.join(ROLES)}.")
-            _check_format(form, planning and role != "kv")
-            by_role[role] = form
+            forms = [form.strip() for form in wanted.split("|")]
+            for form in forms:
+                _check_format(form, role, planning)
+            if "auto" in forms and len(forms) > 1:
+                raise HetcompError(f"Formats '{wanted}' of {role} mix auto with others; give auto or a list.")
+            by_role[role] = "|".join(sorted(set(forms), key=(*formats_of(role, planning=True), "auto").index))
         return FormatRequest(by_role)
 
     def of(self, role: Role) -> str:
-        """The request for ``role``: a format or ``auto``."""
-        return self.by_role.get(role, "f32" if role == "router" else "auto")
+        """The request for ``role``: a format or ``auto``. Where the user allowed several, the finest."""
+        return self.allowed(role)[0]
+
+    def allowed(self, role: Role) -> tuple[str, ...]:
+        """The formats that the user allowed for ``role``, finest first, or ``auto`` alone."""
+        return tuple(self.by_role.get(role, _ROUTER if role == "router" else "auto").split("|"))
 
 
-def _check_format(name: str, planning: bool) -> None:
-    if name == "auto" or name in (FORMATS if planning else AVAILABLE_FORMATS):
+def formats_of(role: Role, *, planning: bool) -> tuple[str, ...]:
+    """The formats of a role by falling size: all, or those that there are kernels for."""
+    if role == "kv":
+        return KV_FORMATS if planning else AVAILABLE_KV_FORMATS
+    return FORMATS if planning else AVAILABLE_FORMATS
+
+
+def _check_format(name: str, role: Role, planning: bool) -> None:
+    usable = formats_of(role, planning=planning)
+    if name == "auto" or name in usable:
         return
-    if name in FORMATS:
+    what = "KV cache" if role == "kv" else "Weight"
+    if name in formats_of(role, planning=True):
         raise HetcompError(
-            f"Weight format '{name}' is known but its kernels do not exist yet; choose from auto, "
-            f"{', '.join(AVAILABLE_FORMATS)}."
+            f"{what} format '{name}' is known but its kernels do not exist yet; choose from auto, {', '.join(usable)}."
         )
-    raise HetcompError(f"Unknown weight format '{name}'; the formats are auto, {', '.join(FORMATS)}.")
+    known = ", ".join(formats_of(role, planning=True))
+    raise HetcompError(
+        f"Unknown {'weight' if what == 'Weight' else what} format '{name}'; the formats are auto, {known}."
+    )
 
 
 @dataclass(frozen=True)

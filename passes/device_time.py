@@ -74,7 +74,8 @@ def cached_fraction(working_set: float, profile: HardwareProfile) -> float:
 
 
 def gpu_time(op: Op, work: Work, step: Phase, gpu: Gpu) -> DeviceTime:
-    """Time on a GPU, its kernel's launch included. Raises HetcompError if the profile lacks its bandwidth."""
+    """Time on a GPU, its kernel's launch included: by the measured curve of the kernel for these weights (or this KV
+    cache) where the profile has one, else by the roofline. Raises HetcompError if the profile lacks its bandwidth."""
     if gpu.gb_per_s is None:
         raise HetcompError(
             f"The hardware profile does not say how fast {gpu.name} reads its memory; run hetcomp profile on that "
@@ -83,7 +84,20 @@ def gpu_time(op: Op, work: Work, step: Phase, gpu: Gpu) -> DeviceTime:
     measured = gpu.source is Source.MEASURED
     memory = work.bytes / (gpu.gb_per_s * (1.0 if measured else GPU_READS) * 1e3)
     compute = work.flops / (gpu_tflops(gpu, work.weight_format) * 1e6)
-    return DeviceTime(max(memory, compute) + launch_us(gpu), "memory" if memory >= compute else "compute")
+    bound = "memory" if memory >= compute else "compute"
+    curve = gpu_curve(gpu, op, work, step)
+    if curve is None:
+        return DeviceTime(max(memory, compute) + launch_us(gpu), bound)
+    us = _attention_us(curve, op, work, step) if curve.kernel.startswith("attention") else _pass_us(curve, work)
+    return DeviceTime(us + launch_us(gpu), bound, measured=True)
+
+
+def gpu_curve(gpu: Gpu, op: Op, work: Work, step: Phase) -> KernelCurve | None:
+    """The GPU's measured curve for the op's kernel and format, None where there is none."""
+    kernel = term_of(op, step)
+    form = work.state_format if kernel.startswith("attention") else work.weight_format
+    found = (c for c in gpu.curves if (c.kernel, c.variant, c.weight_format) == (kernel, "dram", form))
+    return next(found, None) if kernel != "elementwise" else None
 
 
 def gpu_tflops(gpu: Gpu, weight_format: str) -> float:
@@ -159,11 +173,15 @@ def _from_curve(
     curve = profile.curve(kernel, "dram", work.state_format, isa)
     if curve is None:
         return None
-    done = work.flops / 2
-    size = step.position if kernel == "attention_decode" else max(step.tokens, step.position)
-    if kernel == "attention_decode" and work.rows:
-        size = min(size, op.attrs.window) if isinstance(op.attrs, ops.Attention) and op.attrs.window else size
-    return done / (curve.rate(size) * 1e3)
+    return _attention_us(curve, op, work, step)
+
+
+def _attention_us(curve: KernelCurve, op: Op, work: Work, step: Phase) -> float:
+    decode = curve.kernel == "attention_decode"
+    size = step.position if decode else max(step.tokens, step.position)
+    if decode and isinstance(op.attrs, ops.Attention) and op.attrs.window:
+        size = min(size, op.attrs.window)
+    return work.flops / 2 / (curve.rate(size) * 1e3)
 
 
 _ELEMENTWISE_LIKE = frozenset({"rms_norm", "rope", "add", "route", "glu", "kv_append"})

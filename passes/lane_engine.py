@@ -65,12 +65,13 @@ def run_lanes(tasks: Sequence[Task], joint_gb_per_s: float) -> Run:
     while active:
         wanted = sum(tasks[i].gb_per_s for i in active)
         slowed = min(1.0, joint_gb_per_s / wanted) if wanted > 0 else 1.0
-        speed = {i: slowed if tasks[i].gb_per_s > 0 else 1.0 for i in active}
-        step = min(left / speed[i] for i, left in active.items())
+        lasts = {i: left / slowed if tasks[i].gb_per_s > 0 else left for i, left in active.items()}
+        step = min(lasts.values())
         now += step
-        done = [i for i, left in active.items() if left / speed[i] <= step * (1 + 1e-12)]
+        near = step * (1 + 1e-12)
+        done = [i for i, last in lasts.items() if last <= near]
         for i in active:
-            active[i] -= step * speed[i]
+            active[i] -= step * slowed if tasks[i].gb_per_s > 0 else step
         for i in done:
             del active[i]
             end[i] = now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,21 @@ from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, launch_u
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
+from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.passes.routing import sample_tokens
 from hetcomp.passes.work import Work, activation_bytes, work_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """An op of a call, with the plan-wide names of the values that it reads and writes (a kv_append: the cache)."""
+
+    template: Template
+    op: Op
+    placement: Placement
+    layer: int | None
+    read: tuple[str, ...]
+    written: tuple[str, ...]
 
 
 class StepTasks:
@@ -31,6 +44,23 @@ class StepTasks:
         self.profile = context.profile
         self._works: dict[tuple[str, str], Work] = {}
         self._expert_us: dict[tuple[str, str, int, str], float] = {}
+        self._sizes: dict[tuple[str, str], float] = {}
+        self._gpu_us: dict[tuple[str, str, str], float] = {}
+        self._steps = list(self._uses())
+
+    def _uses(self) -> Iterator[_Use]:
+        for index, call in enumerate(self.plan.calls):
+            template = self.plan.template(call.template)
+            values = template.value_map()
+            names = dict(zip((*template.params, *template.results), (*call.args, *call.results), strict=True))
+            placements = dict(call.placements)
+            for op in template.ops:
+                states = [n for n in op.inputs if values[n].kind is ValueKind.STATE] if op.kind == "kv_append" else []
+                read, written = (
+                    tuple(names.get(name, f"{index}.{name}") for name in some)
+                    for some in (op.inputs, (*op.outputs, *states))
+                )
+                yield _Use(template, op, placements[op.id], call.layer, read, written)
 
     def tasks(self, seed: int) -> list[Task]:
         """The step's tasks in program order."""
@@ -39,21 +69,12 @@ class StepTasks:
         self._streamed: dict[str, list[int]] = defaultdict(list)
         self._moe_layer = 0
         generator = np.random.default_rng(seed)
-        for index, call in enumerate(self.plan.calls):
-            template = self.plan.template(call.template)
-            names = dict(zip((*template.params, *template.results), (*call.args, *call.results), strict=True))
-            placements = dict(call.placements)
-            for op in template.ops:
-                after = tuple({t for name in op.inputs for t in self._ready[names.get(name, f"{index}.{name}")]})
-                done = self._op(template, op, placements[op.id], call.layer, after, generator)
-                for output in self._written(template, op):
-                    self._ready[names.get(output, f"{index}.{output}")] = done
+        for use in self._steps:
+            after = tuple({t for name in use.read for t in self._ready[name]})
+            done = self._op(use.template, use.op, use.placement, use.layer, after, generator)
+            for name in use.written:
+                self._ready[name] = done
         return self._tasks
-
-    def _written(self, template: Template, op: Op) -> Iterator[str]:
-        yield from op.outputs
-        if op.kind == "kv_append":
-            yield from (n for n in op.inputs if template.value(n).kind is ValueKind.STATE)
 
     def _add(
         self, op: Op, layer: int | None, lane: str, us: float, after: tuple[int, ...], gb_per_s: float = 0.0
@@ -102,20 +123,24 @@ class StepTasks:
     def _gpu_op(
         self, template: Template, op: Op, placement: Placement, layer: int | None, after: tuple[int, ...]
     ) -> tuple[int, ...]:
-        gpu = self._gpu(placement.device)
-        work = self._work(template, op)
+        work, key = self._work(template, op), (template.name, op.id, placement.device)
+        if key not in self._gpu_us:
+            self._gpu_us[key] = gpu_time(op, work, self.step, self._gpu(placement.device)).us
+        us = self._gpu_us[key]
         if placement.streamed and work.weight_bytes:
-            after = (*after, *self._stream(op, layer, placement.device, work.weight_bytes, ()))
-        return self._add(op, layer, placement.device, gpu_time(op, work, self.step, gpu).us, after)
+            return self._stream(op, layer, placement.device, work.weight_bytes, us, after)
+        return self._add(op, layer, placement.device, us, after)
 
-    def _stream(self, op: Op, layer: int | None, device: str, moved: float, after: tuple[int, ...]) -> tuple[int, ...]:
-        """A copy of weights into one of two buffers: it waits for the op that read the buffer before."""
-        gpu = self._gpu(device)
-        earlier = self._streamed[device]
-        wait = (earlier[-2],) if len(earlier) > 1 else ()
-        us = copy_us(gpu, moved)
-        done = self._add(op, layer, f"{device} copy in", us, (*after, *wait), moved / us / 1e3)
-        earlier.append(done[0])
+    def _stream(
+        self, op: Op, layer: int | None, device: str, moved: float, us: float, after: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """A copy of weights into one of two buffers, which waits for the work that read that buffer before, and the
+        work on them. Activations have queues of their own (mapped memory), so that they never wait for weights."""
+        copy = copy_us(self._gpu(device), moved)
+        before = self._streamed[device][-2:-1]
+        copied = self._add(op, layer, f"{device} copy weights", copy, tuple(before), moved / copy / 1e3)
+        done = self._add(op, layer, device, us, (*after, *copied))
+        self._streamed[device] += done
         return done
 
     def _transfer(self, template: Template, op: Op, layer: int | None, after: tuple[int, ...]) -> tuple[int, ...]:
@@ -166,18 +191,25 @@ class StepTasks:
         after: tuple[int, ...],
         placement: Placement,
     ) -> tuple[int, ...]:
-        gpu = self._gpu(device)
-        mine = np.concatenate([tokens[r.first : r.last + 1] for r in runs])
-        if not mine.any():
+        mine = [tokens[r.first : r.last + 1] for r in runs if r.device == device]
+        streamed = [tokens[r.first : r.last + 1] for r in runs if r.device != device]
+        resident, passing = (np.concatenate([*parts, tokens[:0]]) for parts in (mine, streamed))
+        passing = passing[passing > 0]
+        if not resident.any() and not passing.size:
             return after
         if placement.device != device:
             after = self._cross(op, layer, device, "in", after)
-        streamed = [tokens[r.first : r.last + 1] for r in runs if r.device != device]
-        needed = sum(int(np.count_nonzero(part)) for part in streamed)
-        if needed:
-            after = (*after, *self._stream(op, layer, device, needed * size, ()))
-        us = launch_us(gpu) + self._sum_us(template, op, mine, size, device)
-        done = self._add(op, layer, device, us, after)
+        us = launch_us(self._gpu(device))
+        done = after
+        if resident.any():
+            # While they are computed the first of the others arrive.
+            done = self._add(op, layer, device, us + self._sum_us(template, op, resident, size, device), after)
+            us = 0.0
+        for start in range(0, passing.size, STAGED_EXPERTS):
+            part = passing[start : start + STAGED_EXPERTS]
+            work = us + self._sum_us(template, op, part, size, device)
+            done = self._stream(op, layer, device, part.size * size, work, after)
+            us = 0.0
         return self._cross(op, layer, device, "out", done) if placement.device != device else done
 
     def _cpu_experts(
@@ -215,10 +247,8 @@ class StepTasks:
         return self._add(op, layer, f"{device} copy {direction}", us, after)
 
     def _sum_us(self, template: Template, op: Op, tokens: NDArray[np.int64], size: float, device: str) -> float:
-        numbers, counts = np.unique(tokens[tokens > 0], return_counts=True)
-        return float(
-            sum(c * self._one_expert(template, op, int(n), size, device) for n, c in zip(numbers, counts, strict=True))
-        )
+        counts = np.bincount(tokens).tolist()
+        return float(sum(c * self._one_expert(template, op, n, size, device) for n, c in enumerate(counts) if n and c))
 
     def _one_expert(self, template: Template, op: Op, tokens: int, size: float, device: str) -> float:
         key = (template.name, op.id, tokens, device)
@@ -234,8 +264,12 @@ class StepTasks:
     def _expert_bytes(self, template: Template, op: Op) -> float:
         a = op.attrs
         assert isinstance(a, ops.MoeExperts)
-        values = [template.value(name) for name in op.inputs]
-        return sum(self.context.target.packed_bytes(v) for v in values if v.kind is ValueKind.WEIGHT) / a.experts
+        key = (template.name, op.id)
+        if key not in self._sizes:
+            values = [template.value(name) for name in op.inputs]
+            whole = sum(self.context.target.packed_bytes(v) for v in values if v.kind is ValueKind.WEIGHT)
+            self._sizes[key] = whole / a.experts
+        return self._sizes[key]
 
     def _work(self, template: Template, op: Op) -> Work:
         key = (template.name, op.id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hetcomp.errors import HetcompError
+from hetcomp.errors import DoesNotFit
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
@@ -43,7 +43,7 @@ def memory_table(plan: Plan, context: Context) -> tuple[MemoryRow, ...]:
 
 
 def refuse_if_too_large(plan: Plan, context: Context) -> None:
-    """Raises HetcompError with the byte table, and the nearest plans that would fit, if the plan needs more memory than
+    """Raises DoesNotFit with the byte table, and the nearest plans that would fit, if the plan needs more memory than
     the profile says is free on all devices that take part."""
     rows = memory_table(plan, context)
     need = sum(row.bytes for row in rows)
@@ -51,21 +51,25 @@ def refuse_if_too_large(plan: Plan, context: Context) -> None:
     free = sum(row.bytes for row in limits)
     if need > free:
         missing = MemoryRow("missing", need - free)
-        raise HetcompError(
+        raise DoesNotFit(
             f"{plan.model.name} does not fit into memory; nothing was read. {_nearest(plan, context, need, free)}\n"
-            + _lines([*rows, MemoryRow("needed", need), *limits, missing])
+            + _lines([*rows, MemoryRow("needed", need), *limits, missing]),
+            need,
+            free,
         )
 
 
-def refuse_placement(plan: Plan, context: Context, limits: tuple[MemoryRow, ...], message: str) -> HetcompError:
+def refuse_placement(plan: Plan, context: Context, limits: tuple[MemoryRow, ...], message: str) -> DoesNotFit:
     """Why the solver found no placement although the sum of all memories would do: the limits that it had to keep."""
     rows = memory_table(plan, context)
     need = sum(row.bytes for row in rows)
     why = "with these pins " if context.pins else ""
-    return HetcompError(
+    return DoesNotFit(
         f"{plan.model.name} cannot be placed {why}within each device's memory ({message}); nothing was read. "
         f"{'Loosen a pin, or ' if context.pins else ''}{_nearest(plan, context, need, need - 1)}\n"
-        + _lines([*rows, MemoryRow("needed", need), *limits])
+        + _lines([*rows, MemoryRow("needed", need), *limits]),
+        need,
+        sum(row.bytes for row in _limits(context)),
     )
 
 

@@ -6,14 +6,17 @@ from collections import defaultdict
 from dataclasses import replace
 
 from hetcomp.errors import HetcompError
-from hetcomp.ir.annotations import ExpertPlacement, Placement, Solution
+from hetcomp.ir.annotations import Candidate, ExpertPlacement, Placement, Solution
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import UNIFORM, check_statistics
+from hetcomp.passes.gpu_evidence import gpu_evidence
 from hetcomp.passes.memory_table import MemoryRow, refuse_if_too_large, refuse_placement
+from hetcomp.passes.mix_time import placed_mix_us
 from hetcomp.passes.pins import Pin
-from hetcomp.passes.placement_greedy import assignment_us, greedy
-from hetcomp.passes.placement_milp import Assignment, PlacementModel
+from hetcomp.passes.placement_assignment import Assignment
+from hetcomp.passes.placement_candidates import propose
+from hetcomp.passes.placement_greedy import cpu_only
 from hetcomp.passes.placement_problem import ExpertSet, Problem, placement_problem
 from hetcomp.passes.registry import plan_pass
 
@@ -22,8 +25,9 @@ from hetcomp.passes.registry import plan_pass
 def place(plan: Plan, context: Context) -> Plan:
     """Sets ``placements`` of every call and the plan's ``solution``.
 
-    Minimises the predicted time of the plan's mix over GPU, CPU and streamed weights with HiGHS, within the memory of
-    every device, the pinned memory and the user's pins (see placement_milp). Weights on the CPU are cut over the NUMA
+    Minimises the time of the plan's mix over GPU, CPU and streamed weights, within the memory of every device, the
+    pinned memory and the user's pins: HiGHS, greedy and plain rules each propose a placement (see
+    placement_candidates), and the one whose simulation is fastest is taken. Weights on the CPU are cut over the NUMA
     nodes by slice_numa; whole experts go to single nodes only where the cut does not fit. GPUs take part if the
     context says so: code for them cannot be generated yet.
     Raises HetcompError with a byte table if the plan does not fit, and if pins contradict or cannot be met.
@@ -32,25 +36,35 @@ def place(plan: Plan, context: Context) -> Plan:
     if context.statistics is not None:
         check_statistics(context.statistics, plan)
     refuse_if_too_large(plan, context)
-    notes = () if context.use_gpus else _unused_gpus(context)
+    if not context.use_gpus:
+        plan = replace(plan, notes=(*plan.notes, *_unused_gpus(context)))
     problem = placement_problem(plan, context)
     if not problem.gpu_bytes and len(problem.node_share) == 1:
         # One memory and one lane: there is nothing to decide.
-        return _write(plan, context, problem, greedy(problem), None, notes)
-    assignment, solved = PlacementModel(problem).solve()
-    if assignment is None and len(problem.node_share) > 1:
-        assignment, solved = PlacementModel(problem, whole_nodes=True).solve()
-    if assignment is None:
-        raise refuse_placement(plan, context, _limits(problem, context), solved.message)
+        return _write(plan, context, problem, cpu_only(problem))
+    proposals = propose(problem)
+    if not proposals.assignments:
+        raise refuse_placement(plan, context, _limits(problem, context), proposals.message)
+    plans: list[Plan] = []
+    times: list[Candidate] = []
+    for method, assignment in proposals.assignments:
+        plans.append(_write(plan, context, problem, assignment))
+        twin = next((i for i, other in enumerate(plans[:-1]) if other.calls == plans[-1].calls), None)
+        us = placed_mix_us(plans[-1], context) if twin is None else times[twin].mix_us
+        times.append(Candidate(method, us))
+    best = min(range(len(times)), key=lambda i: (times[i].mix_us, i))
     solution = Solution(
-        method="HiGHS",
-        objective_us=solved.objective,
-        bound_us=solved.bound,
-        greedy_us=assignment_us(problem, greedy(problem)),
-        gap=solved.gap,
+        method=proposals.solver,
+        objective_us=proposals.objective_us,
+        bound_us=proposals.bound_us,
+        greedy_us=proposals.greedy_us,
+        gap=proposals.gap,
         statistics=context.statistics.name if context.statistics else UNIFORM,
+        candidates=tuple(times),
+        chosen=times[best].method,
     )
-    return _write(plan, context, problem, assignment, solution, notes)
+    notes = (*plan.notes, *gpu_evidence(plans[best], context))
+    return replace(plans[best], solution=solution, notes=notes)
 
 
 def _limits(problem: Problem, context: Context) -> tuple[MemoryRow, ...]:
@@ -84,14 +98,7 @@ def _check_pins(pins: tuple[Pin, ...], plan: Plan, context: Context) -> None:
             )
 
 
-def _write(
-    plan: Plan,
-    context: Context,
-    problem: Problem,
-    assignment: Assignment,
-    solution: Solution | None,
-    notes: tuple[str, ...],
-) -> Plan:
+def _write(plan: Plan, context: Context, problem: Problem, assignment: Assignment) -> Plan:
     main = f"cpu:{context.profile.compute_nodes[problem.main].id}"
     placed: dict[int, dict[str, Placement]] = defaultdict(dict)
     for index, group in enumerate(problem.groups):
@@ -107,7 +114,7 @@ def _write(
     for index, call in enumerate(plan.calls):
         order = [op.id for op in plan.template(call.template).ops]
         calls.append(replace(call, placements=tuple((op, placed[index][op]) for op in order)))
-    return replace(plan, calls=tuple(calls), solution=solution, notes=(*plan.notes, *notes))
+    return replace(plan, calls=tuple(calls))
 
 
 def _expert_runs(

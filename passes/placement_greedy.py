@@ -2,89 +2,75 @@
 
 from __future__ import annotations
 
-from hetcomp.passes.placement_milp import Assignment
+from dataclasses import replace
+
+from hetcomp.passes.placement_assignment import Assignment, assignment_us, fits, gpu_used
 from hetcomp.passes.placement_problem import ExpertSet, Problem
 
 
-def greedy(problem: Problem) -> Assignment:
+def greedy(problem: Problem, *, whatever: bool = False) -> Assignment:
     """Starts with everything on the CPU and fills GPU 0, 1, ... with groups first (attention, dense layers), then with
-    experts, each in order of the time saved a byte; never streams, and ignores transfers.
+    experts, each in order of the time saved a byte; never streams, and ignores transfers. ``whatever``: what saves no
+    time is moved as well, last.
 
     Where experts are of one size and the rest fits, filling by popularity is the optimum of the knapsack."""
     devices = ["cpu" if g.pin is None else g.pin for g in problem.groups]
-    counts = [[{_home(e): len(c.members)} for c in e.classes] for e in problem.experts]
+    experts = tuple(tuple({_home(e): len(c.members)} for c in e.classes) for e in problem.experts)
+    lowest = float("-inf") if whatever else 0.0
     for gpu, capacity in enumerate(problem.gpu_bytes):
-        left = capacity - problem.workspace_bytes - problem.staging_bytes
+        left = capacity - problem.workspace_bytes
         left -= sum(g.bytes for g, d in zip(problem.groups, devices, strict=True) if d == f"gpu:{gpu}")
-        for _, index in sorted(_group_gains(problem, devices, gpu), reverse=True):
-            if problem.groups[index].bytes <= left:
+        for saved, index in sorted(_group_gains(problem, devices, gpu), reverse=True):
+            if problem.groups[index].bytes <= left and saved > lowest:
                 devices[index] = f"gpu:{gpu}"
                 left -= problem.groups[index].bytes
-        for _, index, number in sorted(_expert_gains(problem, gpu), key=lambda item: (-item[0], item[1:])):
-            e = problem.experts[index]
-            available = counts[index][number].get("cpu", 0)
-            moved = min(available, int(left // e.expert_bytes) if e.expert_bytes else available)
-            if moved > 0 and e.pin is None:
-                counts[index][number]["cpu"] = available - moved
-                counts[index][number][f"gpu:{gpu}"] = moved
-                left -= moved * e.expert_bytes
-    experts = tuple(tuple({o: n for o, n in c.items() if n} for c in classes) for classes in counts)
+        experts = _fill(problem, experts, gpu, left, lowest)
     return Assignment(tuple(devices), frozenset(), experts)
 
 
-def assignment_us(problem: Problem, assignment: Assignment) -> float:
-    """What the solver's linear model says of an assignment: microseconds of the whole mix, without streaming."""
-    total = 0.0
-    for p, step in enumerate(problem.phases):
-        chain = 0.0
-        for g, device in zip(problem.groups, assignment.groups, strict=True):
-            if not g.beside:
-                chain += g.cpu_us[p] if device == "cpu" else g.gpu_us[_number(device)][p]
-        for edge in problem.edges:
-            homes = {assignment.groups[edge.source], *(assignment.groups[r] for r in edge.readers)}
-            chain += sum(edge.us[_number(d)][p] for d in homes if d != "cpu" and len(homes) > 1)
-        for e, counts in zip(problem.experts, assignment.experts, strict=True):
-            chain += _experts_us(problem, e, counts, assignment, p)
-        total += step.steps * chain
-    return total
+def cpu_only(problem: Problem) -> Assignment:
+    """Everything on the CPU that is not pinned elsewhere."""
+    experts = tuple(tuple({_home(e): len(c.members)} for c in e.classes) for e in problem.experts)
+    return Assignment(tuple("cpu" if g.pin is None else g.pin for g in problem.groups), frozenset(), experts)
 
 
-def _experts_us(
-    problem: Problem, e: ExpertSet, counts: tuple[dict[str, int], ...], assignment: Assignment, p: int
-) -> float:
-    cpu = sum(n.get("cpu", 0) * c.cpu_us[p] for c, n in zip(e.classes, counts, strict=True))
-    gpus = [0.0] * len(problem.gpu_bytes)
-    for c, n in zip(e.classes, counts, strict=True):
-        for i in range(len(gpus)):
-            gpus[i] += n.get(f"gpu:{i}", 0) * c.gpu_us[i][p]
-    spine = assignment.groups[e.spine]
-    on_cpu = any(n.get("cpu", 0) for n in counts)
-    for i in range(len(gpus)):
-        used = any(n.get(f"gpu:{i}", 0) for n in counts)
-        if (spine == f"gpu:{i}" and on_cpu) or (spine != f"gpu:{i}" and used):
-            cpu += e.exchange_us[i][p]
-    for g, device in zip(problem.groups, assignment.groups, strict=True):
-        if g.call == e.call and g.beside:
-            if device == "cpu":
-                cpu += g.cpu_us[p]
-            else:
-                gpus[_number(device)] += g.gpu_us[_number(device)][p]
-    return max([cpu, *gpus])
+def topped_up(problem: Problem, assignment: Assignment) -> Assignment:
+    """With experts moved into what the assignment leaves free on the GPUs it uses, where that helps in the linear
+    model."""
+    experts = assignment.experts
+    for gpu, used in enumerate(gpu_used(problem, assignment)):
+        if used:
+            experts = _fill(problem, experts, gpu, problem.gpu_bytes[gpu] - used, 0.0)
+    more = replace(assignment, experts=experts)
+    better = fits(problem, more) and assignment_us(problem, more) < assignment_us(problem, assignment)
+    return more if better else assignment
+
+
+def _fill(
+    problem: Problem, experts: tuple[tuple[dict[str, int], ...], ...], gpu: int, left: int, lowest: float
+) -> tuple[tuple[dict[str, int], ...], ...]:
+    """Experts of the CPU moved to the GPU into ``left`` bytes."""
+    counts = [[dict(options) for options in classes] for classes in experts]
+    for saved, index, number in sorted(_expert_gains(problem, gpu), key=lambda item: (-item[0], item[1:])):
+        e, options = problem.experts[index], counts[index][number]
+        available = options.get("cpu", 0)
+        moved = min(available, int(left // e.expert_bytes) if e.expert_bytes else available)
+        if moved > 0 and e.pin is None and saved > lowest:
+            options["cpu"] = available - moved
+            options[f"gpu:{gpu}"] = options.get(f"gpu:{gpu}", 0) + moved
+            left -= moved * e.expert_bytes
+    return tuple(tuple({o: n for o, n in c.items() if n} for c in classes) for classes in counts)
 
 
 def _home(e: ExpertSet) -> str:
     return e.pin or "cpu"
 
 
-def _number(device: str) -> int:
-    return int(device.partition(":")[2])
-
-
 def _group_gains(problem: Problem, devices: list[str], gpu: int) -> list[tuple[float, int]]:
     gains = []
     for index, g in enumerate(problem.groups):
         saved = sum(s.steps * (g.cpu_us[p] - g.gpu_us[gpu][p]) for p, s in enumerate(problem.phases))
-        if devices[index] == "cpu" and g.pin is None and saved > 0:
+        if devices[index] == "cpu" and g.pin is None:
             gains.append((saved / max(1, g.bytes), index))
     return gains
 
@@ -94,6 +80,5 @@ def _expert_gains(problem: Problem, gpu: int) -> list[tuple[float, int, int]]:
     for index, e in enumerate(problem.experts):
         for number, c in enumerate(e.classes):
             saved = sum(s.steps * (c.cpu_us[p] - c.gpu_us[gpu][p]) for p, s in enumerate(problem.phases))
-            if saved > 0:
-                gains.append((saved / max(1, e.expert_bytes), index, number))
+            gains.append((saved / max(1, e.expert_bytes), index, number))
     return gains

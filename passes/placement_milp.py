@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
-from hetcomp.passes.linear_model import LinearModel, Solved
+from hetcomp.passes.linear_model import RELATIVE_GAP, LinearModel, Solved
+from hetcomp.passes.placement_assignment import Assignment, gpu_of, overrun_us, whole_gpu_us
 from hetcomp.passes.placement_problem import ExpertClass, ExpertSet, Problem
 
-
-@dataclass(frozen=True)
-class Assignment:
-    """Device of every group (``cpu``, ``gpu:0``; streamed groups run on their GPU with weights in CPU memory), and
-    for every expert set the number of each class's members by option: ``cpu``, ``cpu:1`` (whole, on that node),
-    ``gpu:0``, ``stream:0`` (at home in CPU memory, computed on the GPU in prefill)."""
-
-    groups: tuple[str, ...]
-    streamed: frozenset[int]
-    experts: tuple[tuple[dict[str, int], ...], ...]
+# Equal GPUs make the last half percent a long search among mirror images.
+GAP_OF_SEVERAL_GPUS = 5e-3
 
 
 class PlacementModel:
@@ -25,7 +17,8 @@ class PlacementModel:
 
     Times of groups add up along the chain of the layers. Where a call has experts, the CPU's experts, each GPU's, the
     copies of streamed weights and the ops beside them run at the same time: the call takes the longest of them, in
-    each phase. Expected values stand for the routing (the simulation samples it).
+    each phase. Expected values stand for the routing (the simulation samples it), but for what single experts on the
+    CPU cost where few are (see overrun_us).
     """
 
     def __init__(self, problem: Problem, *, whole_nodes: bool = False) -> None:
@@ -38,8 +31,11 @@ class PlacementModel:
         self._dram: list[dict[int, float]] = [defaultdict(float) for _ in problem.node_share]
         self._dram_fixed = [0.0 for _ in problem.node_share]
         self._pinned: dict[int, float] = defaultdict(float)
-        # A GPU column is 1 if anything of it is used: it then holds the workspace.
+        # A GPU column is 1 if anything of it is used: it then holds the workspace; if experts are streamed to it, the
+        # ring too; and the buffers of the largest group that is.
         self._used = [self.model.column(upper=1, integer=True) for _ in self.gpus]
+        self._rings = [self.model.column(upper=1, integer=True) for _ in self.gpus]
+        self._buffers = [self.model.column() for _ in self.gpus]
         self.on_gpu = [[self._group_column(g, i) for i in self.gpus] for g in range(len(problem.groups))]
         self.streams = [[self._stream_column(g, i) for i in self.gpus] for g in range(len(problem.groups))]
         self._groups()
@@ -48,8 +44,8 @@ class PlacementModel:
         self._limits()
 
     def solve(self) -> tuple[Assignment | None, Solved]:
-        """The assignment and what HiGHS says of it; None if nothing fits."""
-        solved = self.model.solve()
+        """The assignment and what HiGHS says of it; None if it found nothing that fits."""
+        solved = self.model.solve(RELATIVE_GAP if len(self.gpus) < 2 else GAP_OF_SEVERAL_GPUS)
         if solved.values is None:
             return None, solved
         x = solved.values
@@ -86,13 +82,13 @@ class PlacementModel:
     def _stream_column(self, group: int, gpu: int) -> int | None:
         """Runs on the GPU, weights copied there in every step; worth a variable only for real weights."""
         g = self.problem.groups[group]
-        weights = g.bytes - g.state_bytes
-        if weights < 1 << 22 or g.beside or (g.pin is not None and g.pin != f"gpu:{gpu}"):
+        weights = g.weight_bytes
+        if weights < (1 << 22) * g.layers or g.beside or (g.pin is not None and g.pin != f"gpu:{gpu}"):
             return None
         us = [max(g.gpu_us[gpu][p], g.stream_us[gpu]) - g.cpu_us[p] for p in range(len(self.weights))]
         column = self.model.column(sum(w * t for w, t in zip(self.weights, us, strict=True)), 1, integer=True)
-        # Two buffers: this group's weights and the next one's.
         self._vram[gpu][column] += g.state_bytes
+        self.model.row({column: g.buffer_bytes / _SCALE, self._buffers[gpu]: -1.0}, high=0)
         self._pinned[column] += weights
         self._cpu_bytes(column, 0, -g.state_bytes)
         self.model.row({column: 1, self._used[gpu]: -1}, high=0)
@@ -142,30 +138,29 @@ class PlacementModel:
 
     def _expert_set(self, e: ExpertSet) -> list[dict[str, int]]:
         longest = [self.model.column(w) for w in self.weights]
-        columns: list[dict[str, int]] = []
-        cpu_any = self.model.column(upper=1, integer=True) if self.gpus else None
-        gpu_any = [self.model.column(upper=1, integer=True) for _ in self.gpus]
-        count = sum(len(c.members) for c in e.classes)
-        sliced: list[list[dict[int, float]]] = [[defaultdict(float) for _ in self.weights] for _ in self._nodes()]
-        on_gpu: list[list[dict[int, float]]] = [[defaultdict(float) for _ in self.weights] for _ in self.gpus]
-        link: list[list[dict[int, float]]] = [[defaultdict(float) for _ in self.weights] for _ in self.gpus]
-        for cls in e.classes:
-            options = self._class_options(e, cls)
-            columns.append(options)
+        columns = [self._class_options(e, cls) for cls in e.classes]
+        for cls, options in zip(e.classes, columns, strict=True):
             self.model.row({c: 1.0 for c in options.values()}, low=len(cls.members), high=len(cls.members))
-            for option, c in options.items():
-                for p, step in enumerate(self.problem.phases):
-                    streams = option.startswith("stream") and step.tokens > step.sequences
-                    if option.startswith("gpu") or streams:
-                        gpu = int(option.partition(":")[2])
-                        on_gpu[gpu][p][c] += cls.gpu_us[gpu][p]
-                        if streams:
-                            link[gpu][p][c] += cls.stream_us[gpu][p]
-                    else:
-                        self._cpu_time(option, c, cls.cpu_us[p], [s[p] for s in sliced])
-        self._any_rows(e, columns, cpu_any, gpu_any, count)
-        self._longest_rows(e, longest, sliced, on_gpu, link, cpu_any, gpu_any)
+        # Which devices compute experts, in steps that stream and in those that do not.
+        anywhere = {streams: self._any_columns(e, columns, streams) for streams in (False, True)}
+        for p, step in enumerate(self.problem.phases):
+            streams = step.tokens > step.sequences
+            self._longest_rows(e, columns, longest[p], p, streams, *anywhere[streams])
         return columns
+
+    def _any_columns(self, e: ExpertSet, columns: list[dict[str, int]], streams: bool) -> tuple[int, list[int]]:
+        """Columns that are 1 where experts are computed on the CPU, and on each GPU, in such steps."""
+        count = float(sum(len(c.members) for c in e.classes))
+        cpu = self.model.column(upper=1, integer=True)
+        self.model.row(
+            {**{c: 1.0 for o in columns for n, c in o.items() if not gpu_of(n, streams)}, cpu: -count}, high=0
+        )
+        gpus = []
+        for i in self.gpus:
+            gpus.append(self.model.column(upper=1, integer=True))
+            there = {c: 1.0 for o in columns for n, c in o.items() if gpu_of(n, streams) == f"gpu:{i}"}
+            self.model.row({**there, gpus[i]: -count}, high=0)
+        return cpu, gpus
 
     def _nodes(self) -> range:
         return range(len(self.problem.node_share))
@@ -189,90 +184,114 @@ class PlacementModel:
                 self._cpu_bytes(c, e.expert_bytes, 0)
                 if kind == "stream":
                     self._pinned[c] += e.expert_bytes
-                    self.model.row({c: 1.0, self._used[int(number)]: -float(members)}, high=0)
+                    for needed in (self._used[int(number)], self._rings[int(number)]):
+                        self.model.row({c: 1.0, needed: -float(members)}, high=0)
         return options
 
-    def _cpu_time(self, option: str, column: int, us: float, nodes: list[dict[int, float]]) -> None:
-        """Sliced experts occupy every node for their (already divided) time, whole ones only theirs, for longer."""
-        number = option.partition(":")[2]
-        for node in self._nodes():
-            if not number:
-                nodes[node][column] += us
-            elif int(number) == node:
-                nodes[node][column] += us / self.problem.node_share[node]
-
-    def _any_rows(
-        self, e: ExpertSet, columns: list[dict[str, int]], cpu_any: int | None, gpu_any: list[int], count: int
-    ) -> None:
-        if cpu_any is None:
-            return
-        on_cpu = {c: 1.0 for o in columns for n, c in o.items() if n.startswith(("cpu", "stream"))}
-        self.model.row({**on_cpu, cpu_any: -float(count)}, high=0)
-        for i in self.gpus:
-            there = {c: 1.0 for o in columns for n, c in o.items() if n.endswith(f"u:{i}") and n.startswith("gpu")}
-            if there:
-                self.model.row({**there, gpu_any[i]: -float(count)}, high=0)
+    def _cpu_terms(
+        self, e: ExpertSet, columns: list[dict[str, int]], node: int, p: int, streams: bool
+    ) -> dict[int, float]:
+        """Time of the node's lane: sliced experts occupy every node for their (already divided) time, whole ones only
+        theirs, for longer."""
+        terms: dict[int, float] = {}
+        for cls, options in zip(e.classes, columns, strict=True):
+            for option, c in options.items():
+                kind, _, number = option.partition(":")
+                if gpu_of(option, streams):
+                    continue
+                if kind == "stream" or not number:
+                    terms[c] = cls.cpu_us[p]
+                elif int(number) == node:
+                    terms[c] = cls.cpu_us[p] / self.problem.node_share[node]
+        return terms
 
     def _longest_rows(
         self,
         e: ExpertSet,
-        longest: list[int],
-        sliced: list[list[dict[int, float]]],
-        on_gpu: list[list[dict[int, float]]],
-        link: list[list[dict[int, float]]],
-        cpu_any: int | None,
+        columns: list[dict[str, int]],
+        longest: int,
+        p: int,
+        streams: bool,
+        cpu_any: int,
         gpu_any: list[int],
     ) -> None:
-        beside = [i for i, g in enumerate(self.problem.groups) if g.call == e.call and g.beside]
-        for p in range(len(self.weights)):
-            exchange = self._exchange(e, p, cpu_any, gpu_any)
-            fixed = sum(self.problem.groups[b].cpu_us[p] for b in beside)
-            for node in self._nodes():
-                row = defaultdict(float, sliced[node][p])
-                for b in beside:
-                    for i in self.gpus:
-                        row[self.on_gpu[b][i]] -= self.problem.groups[b].cpu_us[p]
-                row[longest[p]] -= 1.0
-                for c in exchange:
-                    row[c] += 1.0
-                self.model.row(row, high=-fixed)
-            for i in self.gpus:
-                row = defaultdict(float, on_gpu[i][p])
-                for b in beside:
-                    row[self.on_gpu[b][i]] += self.problem.groups[b].gpu_us[i][p]
-                row[longest[p]] -= 1.0
-                self.model.row(row, high=0)
-                self.model.row({**link[i][p], longest[p]: -1.0}, high=0)
-                self._joint_row(link[i][p], sliced, p, longest[p])
+        problem = self.problem
+        beside = [i for i, g in enumerate(problem.groups) if g.call == e.call and g.beside]
+        fixed = sum(problem.groups[b].cpu_us[p] for b in beside)
+        sent = self._sent(e, p, cpu_any)
+        for node in self._nodes():
+            row = defaultdict(float, self._cpu_terms(e, columns, node, p, streams))
+            for b in beside:
+                for i in self.gpus:
+                    row[self.on_gpu[b][i]] -= problem.groups[b].cpu_us[p]
+            row[cpu_any] += problem.barrier_us * e.layers
+            for c in sent:
+                row[c] += 1.0
+            self.model.row({**row, longest: -1.0}, high=-fixed)
+        for i in self.gpus:
+            row = defaultdict(float, {gpu_any[i]: problem.launch_us[i] * e.layers, longest: -1.0})
+            link: dict[int, float] = {}
+            for cls, options in zip(e.classes, columns, strict=True):
+                for option in (o for o in options if gpu_of(o, streams) == f"gpu:{i}"):
+                    row[options[option]] += cls.gpu_us[i][p]
+                    if option.startswith("stream"):
+                        link[options[option]] = cls.stream_us[i][p]
+            for b in beside:
+                row[self.on_gpu[b][i]] += problem.groups[b].gpu_us[i][p]
+            self.model.row({**row, self._received(e, i, p, gpu_any[i]): 1.0}, high=0)
+            self._overrun_row(e, columns, i, p, streams, row, beside)
+            if link:
+                self.model.row({**link, longest: -1.0}, high=0)
+                self._joint_row(link, self._cpu_terms(e, columns, problem.main, p, streams), longest)
 
-    def _joint_row(self, link: dict[int, float], sliced: list[list[dict[int, float]]], p: int, longest: int) -> None:
+    def _overrun_row(
+        self,
+        e: ExpertSet,
+        columns: list[dict[str, int]],
+        gpu: int,
+        p: int,
+        streams: bool,
+        on_gpu: dict[int, float],
+        beside: list[int],
+    ) -> None:
+        extra = overrun_us(self.problem, e, gpu, p, whole_gpu_us(self.problem, e, beside, gpu, p))
+        by_class = zip(columns, extra, strict=True)
+        terms = {c: us for o, us in by_class for name, c in o.items() if us > 0 and gpu_of(name, streams) is None}
+        if terms:
+            most = sum(us * len(c.members) for us, c in zip(extra, e.classes, strict=True))
+            spine = {c: most for c in self._on(e.spine, gpu)}
+            self.model.row({**on_gpu, **terms, **spine}, high=most)
+
+    def _joint_row(self, link: dict[int, float], cpu: dict[int, float], longest: int) -> None:
         """CPU cores and copies share the memory: in the worst case (the cores saturate it) their times add up in
         proportion to the link's part of it."""
-        if not link or not self.problem.joint_share:
-            return
-        row = defaultdict(float, {c: us * self.problem.joint_share for c, us in link.items()})
-        for c, us in sliced[self.problem.main][p].items():
-            row[c] += us
-        row[longest] -= 1.0
-        self.model.row(row, high=0)
+        if self.problem.joint_share:
+            shared = {c: us * self.problem.joint_share for c, us in link.items()}
+            self.model.row({**cpu, **shared, longest: -1.0}, high=0)
 
-    def _exchange(self, e: ExpertSet, p: int, cpu_any: int | None, gpu_any: list[int]) -> list[int]:
-        """Columns that cost what it takes to send the experts' input to the other side and their sum back: with the
-        spine on a GPU and experts on the CPU, or the other way round."""
+    def _sent(self, e: ExpertSet, p: int, cpu_any: int) -> list[int]:
+        """Columns that cost what it takes to send the experts' input from each GPU to the CPU and the sum back."""
         found = []
         for i in self.gpus:
-            c = self.model.column()
             us = e.exchange_us[i][p]
-            spine = {s: us for s in self._on(e.spine, i)}
-            assert cpu_any is not None
-            self.model.row({**spine, cpu_any: us, c: -1.0}, high=us)
-            self.model.row({**{s: -us for s in spine}, gpu_any[i]: us, c: -1.0}, high=0)
-            found.append(c)
+            found.append(self.model.column())
+            self.model.row({**{s: us for s in self._on(e.spine, i)}, cpu_any: us, found[i]: -1.0}, high=us)
         return found
+
+    def _received(self, e: ExpertSet, gpu: int, p: int, gpu_any: int) -> int:
+        """A column that costs the same where GPU ``gpu`` computes experts whose input is made elsewhere."""
+        us, column = e.exchange_us[gpu][p], self.model.column()
+        self.model.row({**{s: -us for s in self._on(e.spine, gpu)}, gpu_any: us, column: -1.0}, high=0)
+        return column
 
     def _limits(self) -> None:
         for i in self.gpus:
-            terms = {**self._vram[i], self._used[i]: float(self.problem.workspace_bytes + self.problem.staging_bytes)}
+            terms = {
+                **self._vram[i],
+                self._used[i]: float(self.problem.workspace_bytes),
+                self._rings[i]: float(self.problem.staging_bytes),
+                self._buffers[i]: _SCALE,
+            }
             self.model.row(_scaled(terms), high=self.problem.gpu_bytes[i] / _SCALE)
         for node, free in enumerate(self.problem.node_bytes):
             workspace = self.problem.workspace_bytes if node == self.problem.main else 0

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, link_gb_per_s
+from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, launch_us, link_gb_per_s
 from hetcomp.passes.expert_statistics import inclusion
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.memory_table import gpu_limit
@@ -33,7 +34,8 @@ Times = tuple[float, ...]  # microseconds by phase
 class Group:
     """Ops of one call that go together. ``cpu_us``, ``gpu_us[i]``: time by phase; ``stream_us[i]``: the time to copy
     the weights to that GPU. ``sliced_bytes`` can be cut over nodes, ``whole_bytes`` (states, small weights) lie on
-    the main node. ``beside``: runs while the call's experts do. ``pin``: device, where the user decided."""
+    the main node. ``beside``: runs while the call's experts do. ``pin``: device, where the user decided. ``layers``:
+    how many equal layers the figures are the sum of (see placement_blocks)."""
 
     call: int
     ops: tuple[str, ...]
@@ -45,11 +47,22 @@ class Group:
     state_bytes: int
     beside: bool
     pin: str | None
+    layers: int = 1
 
     @property
     def bytes(self) -> int:
         """Weights and states."""
         return self.sliced_bytes + self.whole_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Without states."""
+        return self.bytes - self.state_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of a GPU to stream the weights through: this layer's, and the next one's on their way."""
+        return 2 * self.weight_bytes // self.layers
 
 
 @dataclass(frozen=True)
@@ -64,10 +77,11 @@ class Edge:
 @dataclass(frozen=True)
 class ExpertClass:
     """Experts of a layer that are chosen equally often: the time that one of them takes in the mean of a step, and
-    the time to stream one that is needed."""
+    the time to stream one that is needed. ``active``: the probability by phase that it is needed."""
 
     share: float
     members: tuple[int, ...]
+    active: Times
     cpu_us: Times
     gpu_us: tuple[Times, ...]
     stream_us: tuple[Times, ...]
@@ -85,13 +99,15 @@ class ExpertSet:
     classes: tuple[ExpertClass, ...]
     exchange_us: tuple[Times, ...]
     pin: str | None
+    layers: int = 1
 
 
 @dataclass(frozen=True)
 class Problem:
     """What place decides on. ``node_share`` and ``node_bytes``: part of sliced weights that each CPU node owns and
     what fits there, in order of the profile's compute nodes; ``main`` indexes the node that holds the rest.
-    ``joint_share``: part of the memory's joint bandwidth that the fastest link takes while it copies."""
+    ``joint_share``: part of the memory's joint bandwidth that the fastest link takes while it copies. ``barrier_us``
+    and ``launch_us[i]``: what it costs to start a layer's experts on the CPU and on GPU i."""
 
     phases: tuple[Phase, ...]
     groups: tuple[Group, ...]
@@ -104,11 +120,13 @@ class Problem:
     workspace_bytes: int
     pinned_bytes: int
     joint_share: float = 0.0
+    barrier_us: float = 0.0
+    launch_us: tuple[float, ...] = ()
 
     @property
     def staging_bytes(self) -> int:
-        """Of the ring through which experts are streamed to a GPU."""
-        return staging_bytes(max((e.expert_bytes for e in self.experts), default=0))
+        """Of the ring through which experts are streamed to a GPU, where any are."""
+        return staging_bytes(max((e.expert_bytes // e.layers for e in self.experts), default=0))
 
 
 def placement_problem(plan: Plan, context: Context) -> Problem:
@@ -134,6 +152,8 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         workspace_bytes=workspace_estimate(plan),
         pinned_bytes=context.pinned_bytes if context.pinned_bytes is not None else profile.available_bytes(),
         joint_share=max((link_gb_per_s(g) for g in gpus), default=0.0) / joint_gb_per_s(profile),
+        barrier_us=profile.barrier_us,
+        launch_us=tuple(launch_us(g) for g in gpus),
     )
 
 
@@ -194,8 +214,11 @@ class _Builder:
         for name, (source, value) in written.items():
             others = tuple(sorted(set(readers[name]) - {source}))
             if others:
-                us = tuple(tuple(copy_us(g, activation_bytes(value, step)) for step in self.steps) for g in self.gpus)
-                self.edges.append(Edge(source, others, us))
+                self.edges.append(Edge(source, others, tuple(self._crossing_us(g, value) for g in self.gpus)))
+
+    def _crossing_us(self, gpu: Gpu, value: Value) -> Times:
+        """Moving an activation to or from the GPU: half of a hand-shake, as a transfer of the simulation, and bytes."""
+        return tuple(handshake_us(gpu) / 2 + copy_us(gpu, activation_bytes(value, step)) for step in self.steps)
 
     def _group(self, index: int, call: Call, template: Template, part: Sequence[Op], actual: dict[str, str]) -> Group:
         cpu = [0.0] * len(self.steps)
@@ -237,10 +260,14 @@ class _Builder:
             assert op.cost is not None
             barrier = self.context.profile.barrier_us
             cpu = tuple(op.cost.phase(step.name).us + barrier for step in self.steps)
-            gpu = tuple(
-                tuple(gpu_time(op, w, s, g).us for w, s in zip(works, self.steps, strict=True)) for g in self.gpus
-            )
-            self._times[key] = (cpu, gpu)
+            # Logits are wanted in CPU memory, wherever they are made.
+            results = [values[name] for name in op.outputs if values[name].kind is ValueKind.OUTPUT]
+            gpu = []
+            for g in self.gpus:
+                back = [sum(us) for us in zip(*(self._crossing_us(g, v) for v in results), strict=True)]
+                own = (gpu_time(op, w, s, g).us for w, s in zip(works, self.steps, strict=True))
+                gpu.append(tuple(us + (back[p] if back else 0.0) for p, us in enumerate(own)))
+            self._times[key] = (cpu, tuple(gpu))
         return self._times[key]
 
     def _new_bytes(self, op: Op, actual: dict[str, str]) -> tuple[int, int]:
@@ -288,17 +315,20 @@ class _Builder:
         assert isinstance(a, ops.MoeExperts)
         chosen = inclusion(share, a.top_k)
         cpu: list[float] = []
+        needed: list[float] = []
         gpu: list[list[float]] = [[] for _ in self.gpus]
         stream: list[list[float]] = [[] for _ in self.gpus]
         for step in self.steps:
             whole = work_of(op, template.value_map(), step, self.context.target)
             active = 1.0 - (1.0 - chosen) ** whole.rows
+            needed.append(active)
             work = expert_work(op, whole, size, whole.rows * chosen, active)
             cpu.append(expert_cpu_us(op, work, step, self.context) * self.largest_share)
             for i, g in enumerate(self.gpus):
                 gpu[i].append(expert_gpu_us(op, work, step, g))
                 stream[i].append(active * copy_us(g, size))
-        return ExpertClass(share, members, tuple(cpu), tuple(map(tuple, gpu)), tuple(map(tuple, stream)))
+        times = tuple(cpu), tuple(map(tuple, gpu)), tuple(map(tuple, stream))
+        return ExpertClass(share, members, tuple(needed), *times)
 
 
 def op_groups(template: Template, context: Context) -> list[list[Op]]:

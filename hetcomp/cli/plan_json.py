@@ -11,7 +11,7 @@ from hetcomp.cli.plan_placement import layer_runs
 from hetcomp.cli.plan_summary import OpGroup, summarise
 from hetcomp.ir.plan import Plan
 
-SCHEMA = (2, 0)  # major: fields changed or went; minor: fields were added
+SCHEMA = (2, 1)  # major: fields changed or went; minor: fields were added
 
 
 class _Part(BaseModel):
@@ -106,8 +106,16 @@ class Mix(_Part):
     batch: int
 
 
+class CandidateJson(_Part):
+    """A placement that was simulated, and the simulated time of the whole mix."""
+
+    method: str
+    mix_us: float
+
+
 class SolutionJson(_Part):
-    """How the placement was found; times are of the solver's linear model, of the whole mix. ``seconds``: solving."""
+    """How the placement was found; times are of the solver's linear model, of the whole mix. ``seconds``: finding and
+    simulating the candidates, of which ``chosen`` was the fastest."""
 
     method: str
     objective_us: float
@@ -115,6 +123,8 @@ class SolutionJson(_Part):
     greedy_us: float
     gap: float
     statistics: str
+    candidates: list[CandidateJson]
+    chosen: str
     seconds: float | None
 
 

@@ -25,15 +25,23 @@ def critical_lines(plan: Plan) -> Text:
 
 
 def solution_line(plan: Plan, solution: Solution, seconds: float | None = None) -> str:
-    """The solver's answer in a sentence; ``seconds``: what it took."""
+    """The candidates by simulated time of the mix, and the solver's answer, in a sentence each; ``seconds``: what
+    finding and simulating them took."""
     mix = plan.mix
     what = f"prompt {mix.prompt}, answer {mix.answer}, batch {mix.batch}" if mix else "the default mix"
     greedy = solution.greedy_us / solution.objective_us - 1.0 if solution.objective_us else 0.0
+    by_time = sorted(solution.candidates, key=lambda c: c.mix_us)
+    simulated = ", ".join(f"{c.method} {_seconds(c.mix_us)}" for c in by_time)
     return (
-        f"placement for {what}: {solution.method}, {solution.objective_us / 1e6:.2f} s in its linear model, "
+        f"placement for {what}, simulated: {simulated}; chosen: {solution.chosen}. "
+        f"{solution.method}: {_seconds(solution.objective_us)} in its linear model, "
         f"optimality gap {solution.gap:.2%}; greedy {greedy:+.1%}; experts chosen: {solution.statistics}"
-        + (f"; solved in {seconds:.1f} s" if seconds is not None else "")
+        + (f"; found in {seconds:.1f} s" if seconds is not None else "")
     )
+
+
+def _seconds(us: float) -> str:
+    return f"{us / 1e6:.2f} s" if us >= 1e4 else f"{us / 1e3:.3f} ms"
 
 
 def device_bytes(plan: Plan, only: Call | None = None) -> tuple[Counter[str], Counter[str]]:

@@ -82,10 +82,19 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A placement that was considered: the method that found it, and the simulated time of the whole mix."""
+
+    method: str
+    mix_us: float
+
+
+@dataclass(frozen=True, slots=True)
 class Solution:
     """How the placement was found. ``objective_us``: predicted time of the whole mix (prompt and answer of every
-    sequence) in the solver's linear model; ``bound_us``: no placement is faster there; ``greedy_us``: what placing
-    by gain a byte gives; ``gap`` = (objective - bound) / objective."""
+    sequence) of the solver's placement in its linear model; ``bound_us``: no placement is faster there; ``greedy_us``:
+    what placing by gain a byte gives; ``gap`` = (objective - bound) / objective. ``candidates``: the placements that
+    fit, of which the one by ``chosen`` simulates fastest (earlier ones where several do)."""
 
     method: str
     objective_us: float
@@ -93,6 +102,8 @@ class Solution:
     greedy_us: float
     gap: float
     statistics: str
+    candidates: tuple[Candidate, ...] = ()
+    chosen: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from hetcomp.ir.annotations import ArenaSlot, Cost, Mix, Placement, Schedule, So
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 1)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 2)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):

@@ -8,7 +8,8 @@ from enum import StrEnum
 
 
 class DType(StrEnum):
-    """Element type of an activation, state or unpacked weight."""
+    """Element type of an activation, state or unpacked weight. ``q8`` is of states only: int8, with an fp16 scale for
+    every 32 elements of the last axis, which is padded to a multiple of 32 (TensorType.bytes counts both)."""
 
     F32 = "f32"
     F16 = "f16"
@@ -17,10 +18,11 @@ class DType(StrEnum):
     I64 = "i64"
     BOOL = "bool"
     U8 = "u8"
+    Q8 = "q8"
 
     @property
     def bytes(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element (``q8``: without its scale)."""
         return _DTYPE_BYTES[self]
 
 
@@ -32,6 +34,7 @@ _DTYPE_BYTES = {
     DType.I64: 8,
     DType.BOOL: 1,
     DType.U8: 1,
+    DType.Q8: 1,
 }
 
 
@@ -49,6 +52,8 @@ class Dim:
 
 
 Shape = tuple[int | str, ...]
+
+Q8_GROUP = 32  # elements that share a scale of 2 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,9 @@ class TensorType:
 
     def bytes(self, dims: dict[str, int]) -> int:
         """Bytes of the row-major tensor with the symbolic dimensions set to ``dims``."""
+        if self.dtype is DType.Q8:
+            width = self.shape[-1] if isinstance(self.shape[-1], int) else dims[self.shape[-1]]
+            return self.numel(dims) // width * -(-width // Q8_GROUP) * (Q8_GROUP + 2)
         return self.numel(dims) * self.dtype.bytes
 
     def __str__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -13,15 +14,19 @@ from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.ir.verifier import verify
+from hetcomp.passes import placement_blocks
 from hetcomp.passes.annotate_cost import annotate_cost
 from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
+from hetcomp.passes.mix_time import mix_us
 from hetcomp.passes.phases import phases
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
-from hetcomp.passes.placement_greedy import assignment_us, greedy
+from hetcomp.passes.placement_assignment import assignment_us, fits
+from hetcomp.passes.placement_blocks import in_order, join_layers
+from hetcomp.passes.placement_greedy import greedy
 from hetcomp.passes.placement_milp import PlacementModel
 from hetcomp.passes.placement_problem import GPU_RESERVE, Problem, placement_problem
 from hetcomp.passes.simulate import trace
@@ -62,7 +67,8 @@ def knapsack(ctx: Context) -> Problem:
         )
         for e in whole.experts
     )
-    return replace(whole, groups=groups, experts=experts, joint_share=0.0)
+    free = (0.0,) * len(whole.launch_us)
+    return replace(whole, groups=groups, experts=experts, joint_share=0.0, barrier_us=0.0, launch_us=free)
 
 
 def bytes_by_device(plan: Plan, ctx: Context) -> Counter[str]:
@@ -100,18 +106,74 @@ def test_no_device_is_over_its_limit_and_every_tensor_has_one_home(vram, gpus):
         assert used <= (vram if device.startswith("gpu") else 8 * GIB), device
 
 
-@settings(max_examples=20, deadline=None)
-@given(vram=st.integers(0, 3 * SCRATCH), more=st.integers(0, SCRATCH), faster=st.floats(1.0, 4.0))
-def test_more_memory_or_bandwidth_is_never_slower(vram, more, faster):
-    def best(**machine: object) -> float:
-        _, solved = PlacementModel(problem(hybrid(**machine))).solve()
-        return solved.objective
+@settings(max_examples=8, deadline=None)
+@given(
+    vram=st.integers(0, 3 * SCRATCH),
+    more=st.integers(0, SCRATCH),
+    faster=st.floats(1.0, 4.0),
+    dram=st.sampled_from((0.3, 1.0, 30.0)),
+)
+def test_more_memory_or_bandwidth_is_never_slower(vram, more, faster, dram):
+    """By the simulated mix. Slack: the solver stops a thousandth from its best, and its linear model knows a routing by
+    its mean, so that on the better machine it may take another plan; three layers of eight experts, drawn 24 times,
+    have a standard error of about a percent (see simulate.SAMPLES), and both machines have one."""
 
-    base = best(vram=vram)
-    slack = 1.0 + 1.5e-3  # the solver stops at a gap of a thousandth
+    def best(**machine: object) -> float:
+        return mix_us(run_pipeline(tiny_plan(LAYERS), hybrid(**{"vram": vram, "dram": dram, **machine})))
+
+    base, slack = best(), 1.02
     assert best(vram=vram + more) <= base * slack
-    assert best(vram=vram, gb_per_s=600.0 * faster) <= base * slack
-    assert best(vram=vram, dram=30.0 * faster) <= base * slack
+    assert best(gb_per_s=600.0 * faster) <= base * slack
+    assert best(dram=dram * faster) <= base * slack
+
+
+@settings(max_examples=6, deadline=None)
+@given(vram=st.integers(0, 3 * SCRATCH), dram=st.sampled_from((0.3, 1.0, 30.0)))
+def test_the_fastest_simulated_candidate_is_chosen(vram, dram):
+    plan = run_pipeline(tiny_plan(LAYERS), hybrid(vram, dram=dram))
+    solution = plan.solution
+    assert solution is not None and {"MILP", "CPU only"} <= {c.method for c in solution.candidates}
+    best = min(solution.candidates, key=lambda c: c.mix_us)
+    assert solution.chosen == best.method and mix_us(plan) == pytest.approx(best.mix_us)
+
+
+@settings(max_examples=10, deadline=None)
+@given(vram=st.integers(0, 3 * SCRATCH), gpus=st.integers(1, 2), dram=st.sampled_from((0.3, 1.0, 30.0)))
+def test_the_solvers_objective_is_what_its_placement_takes(vram, gpus, dram):
+    whole = placement_problem(costed(hybrid(vram, gpus=gpus, dram=dram)), hybrid(vram, gpus=gpus, dram=dram))
+    found, solved = PlacementModel(whole).solve()
+    assert found is not None and fits(whole, found)
+    assert assignment_us(whole, found) == pytest.approx(solved.objective, rel=1e-6)
+    assert solved.gap == pytest.approx((solved.objective - solved.bound) / solved.objective)
+
+
+def test_joined_layers_take_what_their_expansion_takes(monkeypatch):
+    monkeypatch.setattr(placement_blocks, "MAX_CHOICES", 0)
+    ctx = hybrid(SCRATCH // 2, dram=0.3)
+    plan = annotate_cost(choose_formats(bind_weights(tiny_plan(24), ctx), ctx), ctx)
+    whole = replace(placement_problem(plan, ctx), workspace_bytes=0)
+    blocks = join_layers(whole)
+    assert len(blocks.problem.groups) < len(whole.groups) // 1.5
+    model = PlacementModel(blocks.problem)
+    found, solved = model.solve()
+    assert found is not None
+    expanded = blocks.expand(found)
+    assert fits(whole, expanded) and assignment_us(whole, expanded) == pytest.approx(solved.objective)
+    ordered = in_order(whole, expanded)
+    assert assignment_us(whole, ordered) <= assignment_us(whole, expanded) * (1 + 1e-9)
+    _, best = PlacementModel(whole).solve()
+    # Its relaxation bounds the whole problem's as well, and the joined optimum is near the whole one's.
+    assert model.model.relaxed_bound() <= best.objective * (1 + 1e-9) <= solved.objective * (1 + 1.5e-3)
+
+
+def test_single_experts_on_the_cpu_cost_more_than_their_mean():
+    """The term for them is below the true mean of max(GPU, exchange + n c), by enumeration, and above max of means."""
+    k, share, gpu, exchange, c = 2, 1 / 8, 10.0, 7.0, 40.0
+    true = sum(
+        math.comb(k, n) * share**n * (1 - share) ** (k - n) * max(gpu, n and exchange + n * c) for n in range(k + 1)
+    )
+    term = gpu + k * share * (c + exchange - gpu)
+    assert max(gpu, exchange + k * share * c) < term <= true
 
 
 @settings(max_examples=10, deadline=None)
@@ -128,8 +190,7 @@ def test_greedy_and_the_solver_agree_on_the_knapsack(data):
     numbers = st.lists(st.integers(1, 1000), min_size=EXPERTS, max_size=EXPERTS)
     rows = [data.draw(numbers) for _ in range(LAYERS)]
     shares = tuple(tuple(n / sum(row) for n in row) for row in rows)
-    staging = 32 * EXPERT_BYTES
-    room = staging + data.draw(st.integers(0, LAYERS * EXPERTS)) * EXPERT_BYTES
+    room = data.draw(st.integers(0, LAYERS * EXPERTS)) * EXPERT_BYTES
     ctx = hybrid(room, statistics=ExpertStatistics("drawn", 2, shares), pinned_bytes=0)
     small = knapsack(ctx)
     _, solved = PlacementModel(small).solve()

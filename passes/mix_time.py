@@ -1,0 +1,25 @@
+"""The simulated time of a placed plan's mix: what placements and formats are compared by."""
+
+from __future__ import annotations
+
+from hetcomp.ir.plan import Plan
+from hetcomp.passes.context import Context
+from hetcomp.passes.insert_transfers import insert_transfers
+from hetcomp.passes.phases import phases
+from hetcomp.passes.schedule import schedule
+from hetcomp.passes.simulate import timeline
+from hetcomp.passes.slice_numa import slice_numa
+
+
+def placed_mix_us(plan: Plan, context: Context) -> float:
+    """Microseconds of all prompts and answers if the placed plan is sliced, given transfers and scheduled as the
+    pipeline will do it. Routings are drawn from the same seeds for every plan."""
+    ready = schedule(insert_transfers(slice_numa(plan, context), context), context)
+    steps = enumerate(phases(plan))
+    return sum(step.steps * timeline(ready, i, step, context).total_us for i, step in steps if step.steps > 0)
+
+
+def mix_us(plan: Plan) -> float:
+    """The same of a simulated plan, from its timelines."""
+    by_name = {t.phase: t.total_us for t in plan.timelines}
+    return sum(step.steps * by_name[step.name] for step in phases(plan) if step.steps > 0)

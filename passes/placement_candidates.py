@@ -1,0 +1,63 @@
+"""The placements that are simulated before one is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hetcomp.passes.placement_assignment import Assignment, assignment_us, fits
+from hetcomp.passes.placement_blocks import in_order, join_layers
+from hetcomp.passes.placement_greedy import cpu_only, greedy, topped_up
+from hetcomp.passes.placement_milp import PlacementModel
+from hetcomp.passes.placement_problem import Problem
+
+MILP, GREEDY, GPU_FIRST, CPU_ONLY = "MILP", "greedy", "GPU first", "CPU only"
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """``assignments``: by method, only such as fit. ``solver``: what found the first of them, whose time in the linear
+    model is ``objective_us``; no placement is faster there than ``bound_us``. ``greedy_us``: greedy's, whether it
+    fits or not. ``message``: HiGHS's, where nothing fits."""
+
+    assignments: tuple[tuple[str, Assignment], ...]
+    solver: str
+    objective_us: float
+    bound_us: float
+    greedy_us: float
+    message: str
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective."""
+        return (self.objective_us - self.bound_us) / self.objective_us if self.objective_us > 0 else 0.0
+
+
+def propose(problem: Problem) -> Proposals:
+    """The MILP's placement; greedy's; everything that fits on the GPUs, by what it gains there; all on the CPU.
+
+    The MILP is optimal in a linear model that adds layers up and knows routings by their means. The simulation, which
+    does neither, is what they are compared by: hence the simpler ones beside it.
+    """
+    blocks = join_layers(problem)
+    model = PlacementModel(blocks.problem)
+    found, solved = model.solve()
+    solved_for = in_order(problem, topped_up(problem, blocks.expand(found))) if found is not None else None
+    by_gain = greedy(problem)
+    others = [(MILP, solved_for), (GREEDY, by_gain), (GPU_FIRST, greedy(problem, whatever=True))]
+    others.append((CPU_ONLY, cpu_only(problem)))
+    fitting = [(name, a) for name, a in others if a is not None and fits(problem, a)]
+    bound = solved.bound if blocks.problem is problem else model.model.relaxed_bound()
+    if not fitting and len(problem.node_share) > 1:
+        # The cut over the nodes does not fit; whole experts on single nodes may.
+        found, solved = PlacementModel(problem, whole_nodes=True).solve()
+        fitting = [(MILP, found)] if found is not None else []
+        bound = solved.bound
+    objective = assignment_us(problem, fitting[0][1]) if fitting else float("inf")
+    return Proposals(
+        assignments=tuple(fitting),
+        solver="HiGHS" if fitting and fitting[0][0] == MILP else "greedy",
+        objective_us=objective,
+        bound_us=min(objective, bound),
+        greedy_us=assignment_us(problem, by_gain),
+        message=solved.message,
+    )
