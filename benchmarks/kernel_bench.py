@@ -9,6 +9,7 @@ GB/s counts weight (or KV cache) bytes, once a call for each matrix that is touc
 from __future__ import annotations
 
 import argparse
+import functools
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from benchmarks import read_bandwidth
 from hetcomp.backends import packing
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.ops import Attention, Linear, MoeExperts
-from hetcomp.ir.types import DType
+from hetcomp.ir.types import CACHE_DTYPES, DType
 from tests.reference.kernel_harness import CompiledKernel, Step, activation, aligned, build, cache, weight
 
 HIDDEN, EXPERTS, TOP_K, INTER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 64, 8, 512, 16, 4, 128, 32000
@@ -140,8 +141,10 @@ def moe(isa: Isa, weight_format: str, data: npt.NDArray[np.uint8]) -> Iterator[C
         )
 
 
-def attention(isa: Isa, data: npt.NDArray[np.uint8], dtype: DType) -> Iterator[Case]:
+def attention(isa: Isa, dtype: DType) -> Iterator[Case]:
     """Decode at several lengths of the cache, prefill of ROWS tokens."""
+    # bf16's bytes do for q8: as int8 codes and as fp16 scales they are finite.
+    data = weights(STREAM_BYTES, "f32" if dtype is DType.F32 else "bf16")
     context = 16384
     caches = [cache(name, dtype, KV_HEADS, HEAD_DIM) for name in ("k", "v")]
     kernel = build(
@@ -151,12 +154,12 @@ def attention(isa: Isa, data: npt.NDArray[np.uint8], dtype: DType) -> Iterator[C
         isa,
         {"T": ROWS, "slots": 1, "context": context},
     )
-    half = KV_HEADS * context * HEAD_DIM * dtype.bytes
+    half = caches[0].type.bytes({"slots": 1, "context": context})
     sets = [
         (data[start : start + half], data[start + half : start + 2 * half])
         for start in range(0, STREAM_BYTES - 2 * half + 1, 2 * half)
     ]
-    row_bytes = 2.0 * KV_HEADS * HEAD_DIM * dtype.bytes
+    row_bytes = 2.0 * half / context
     for rows, past in ((1, 127), (1, 1023), (1, 16383), (ROWS, 0), (ROWS, 4096)):
         positions = np.arange(past, past + rows, dtype=np.int32)
         keys = float((positions + 1).sum())
@@ -207,7 +210,6 @@ def main() -> None:
     bound = bandwidth()
     print(f"{isa} {weight_format}, {options.threads} threads; read bandwidth {bound:.1f} GB/s")
     data = weights(STREAM_BYTES, weight_format)
-    caches = {d: weights(STREAM_BYTES, d.value) for d in (DType.F32, DType.BF16)}
     groups: list[Callable[[], Iterator[Case]]] = [
         lambda: moe(isa, weight_format, data),
         lambda: linear(2048, HIDDEN, isa, weight_format, data),
@@ -215,8 +217,7 @@ def main() -> None:
         lambda: linear(HIDDEN, 2048, isa, weight_format, data),
         lambda: linear(EXPERTS, HIDDEN, isa, weight_format, data),
         lambda: linear(VOCAB, HIDDEN, isa, weight_format, data),
-        lambda: attention(isa, caches[DType.F32], DType.F32),
-        lambda: attention(isa, caches[DType.BF16], DType.BF16),
+        *(functools.partial(attention, isa, dtype) for dtype in CACHE_DTYPES),
     ]
     for group in groups:
         for case in cases(group):

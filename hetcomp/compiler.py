@@ -204,8 +204,8 @@ def compile(
     hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
     max_batch: sequences kept at once. formats: ``auto``, ``f32``, ``bf16``, or a mapping by role (experts,
-    attention, dense, router, embedding, kv). out: the artifact's folder; by default a temporary one that lives
-    as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
+    attention, dense, router, embedding, kv; kv also ``q8``). out: the artifact's folder; by default a temporary one
+    that lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
     the profile's memory, or the machine lacks a compiler.

@@ -9,6 +9,7 @@ from typing import Literal
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.target import Checkpoint, KernelTarget
+from hetcomp.ir.types import CACHE_DTYPES
 from hetcomp.passes.expert_statistics import ExpertStatistics
 from hetcomp.passes.pins import Pin
 
@@ -16,6 +17,7 @@ Role = Literal["experts", "attention", "dense", "router", "embedding", "kv"]
 ROLES: tuple[Role, ...] = ("experts", "attention", "dense", "router", "embedding", "kv")
 FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")  # by falling size
 AVAILABLE_FORMATS = ("f32", "bf16")
+KV_FORMATS = tuple(d.value for d in CACHE_DTYPES)
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,29 @@ class FormatRequest:
             _check_format(formats, planning)
             # A router decides which experts run; in a coarser format than f32 it flips near ties for nothing
             # saved (0.03 % of the bytes of a Qwen3-30B-A3B).
-            kv = formats if formats in AVAILABLE_FORMATS else "auto"
+            # A cache is quantised only where its role asks for it: that costs accuracy beyond the weights'.
+            kv = formats if formats in ("f32", "bf16") else "auto"
             return FormatRequest({**{role: formats for role in ROLES}, "router": "f32", "kv": kv})
         by_role: dict[Role, str] = {}
         for name, form in formats.items():
             role = next((r for r in ROLES if r == name), None)
             if role is None:
                 raise HetcompError(f"Unknown weight role '{name}' in formats; the roles are {', '.join(ROLES)}.")
-            _check_format(form, planning and role != "kv")
+            if role == "kv":
+                _check_kv_format(form)
+            else:
+                _check_format(form, planning)
             by_role[role] = form
         return FormatRequest(by_role)
 
     def of(self, role: Role) -> str:
         """The request for ``role``: a format or ``auto``."""
         return self.by_role.get(role, "f32" if role == "router" else "auto")
+
+
+def _check_kv_format(name: str) -> None:
+    if name not in ("auto", *KV_FORMATS):
+        raise HetcompError(f"Unknown KV cache format '{name}'; the formats are auto, {', '.join(KV_FORMATS)}.")
 
 
 def _check_format(name: str, planning: bool) -> None:
