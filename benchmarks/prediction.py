@@ -20,7 +20,7 @@ from benchmarks.record import Record, Series
 from hetcomp.bench import BenchRecord, read_record, record_path
 from hetcomp.hardware.detect import detect_machine
 from hetcomp.models_zoo import find
-from hetcomp.passes.context import AVAILABLE_FORMATS
+from hetcomp.passes.context import FORMATS
 from hetcomp.profiler.measure_machine import measure_machine
 
 CONTEXT = 2304  # room for a prompt of 2048 and the decode steps behind it
@@ -31,10 +31,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    record = Record("prediction", {"rounds": rounds, "context": CONTEXT, "formats": list(AVAILABLE_FORMATS)})
+    record = Record("prediction", {"rounds": rounds, "context": CONTEXT, "formats": list(FORMATS)})
     artifacts = []
     for name in ("qwen3moe-1b", "demo-moe"):
-        for form in AVAILABLE_FORMATS:
+        for form in FORMATS:
             folder = models.FOLDER / f"{name}-{form}-prediction.hetc"
             source = models.checkpoint(name) if name != "demo-moe" else find(name)
             hetcomp.compile(source, context_length=CONTEXT, formats=form, out=folder)

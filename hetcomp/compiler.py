@@ -104,7 +104,7 @@ def plan_model(
     """
     progress = progress or QuietProgress()
     wishes = wishes or PlanWishes()
-    request = FormatRequest.parse(formats, planning=planning)
+    request = FormatRequest.parse(formats)
     progress.stage("measure hardware" if hw_profile == "auto" else "read hardware profile")
     profile = hw_profile if isinstance(hw_profile, HardwareProfile) else load_profile(str(hw_profile))
     target = CpuTarget(_choose_isas(isa, profile), default_backends())
@@ -217,10 +217,10 @@ def compile(
     model: a Hugging Face folder (config.json and safetensors), a transformers module, or a zoo name.
     hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
-    max_batch: sequences kept at once. formats: ``auto`` (the checkpoint's, coarser where memory requires it), ``f32``,
-    ``bf16``, or a mapping by role (experts, attention, dense, router, embedding, kv) to one, or to several to choose
-    from: ``f32|bf16``. out: the artifact's folder; by default a temporary one that lives
-    as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
+    max_batch: sequences kept at once. formats: ``auto`` (the checkpoint's, coarser where memory requires it), one of
+    f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router, embedding; kv: f32, bf16,
+    q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
+    lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
     the profile's memory, or the machine lacks a compiler.

@@ -10,7 +10,7 @@ from hetcomp.ir.plan import Call, Plan, Template, ValueKind
 from hetcomp.ir.serialise import from_json
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.bind_weights import bind_weights
-from hetcomp.passes.context import AVAILABLE_FORMATS, AVAILABLE_KV_FORMATS, Context
+from hetcomp.passes.context import FORMATS, KV_FORMATS, Context
 from hetcomp.passes.memory_table import refuse_if_too_large
 
 
@@ -97,15 +97,15 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
                 if device not in {f"cpu:{n.id}" for n in context.profile.compute_nodes}:
                     raise HetcompError(f"{path}: calls.{index}.placements.{op} is on {device}, which does not exist.")
     for value in plan.values:
-        if value.kind is ValueKind.WEIGHT and value.format not in AVAILABLE_FORMATS:
+        if value.kind is ValueKind.WEIGHT and value.format not in FORMATS:
             raise HetcompError(
                 f"{path}: values.{value.id} has format {value.format}; there are kernels for "
-                f"{', '.join(AVAILABLE_FORMATS)}."
+                f"{', '.join(FORMATS)}."
             )
-        if value.kind is ValueKind.STATE and value.type.dtype not in AVAILABLE_KV_FORMATS:
+        if value.kind is ValueKind.STATE and value.type.dtype not in KV_FORMATS:
             raise HetcompError(
                 f"{path}: values.{value.id} is a KV cache in {value.type.dtype}; there are kernels for "
-                f"{', '.join(AVAILABLE_KV_FORMATS)}."
+                f"{', '.join(KV_FORMATS)}."
             )
     dims = plan.max_dims()
     for template in plan.templates:

@@ -9,16 +9,15 @@ from typing import Literal
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.target import Checkpoint, KernelTarget
+from hetcomp.ir.types import CACHE_DTYPES
 from hetcomp.passes.expert_statistics import ExpertStatistics
 from hetcomp.passes.pins import Pin
 
 Role = Literal["experts", "attention", "dense", "router", "embedding", "kv"]
 ROLES: tuple[Role, ...] = ("experts", "attention", "dense", "router", "embedding", "kv")
-# Weight formats by falling size, and those that there are kernels for; of the KV cache likewise.
+# Weight formats by falling size, and those of the KV cache.
 FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")
-AVAILABLE_FORMATS = FORMATS
-KV_FORMATS = ("f32", "bf16", "q8")
-AVAILABLE_KV_FORMATS = ("f32", "bf16")
+KV_FORMATS = tuple(d.value for d in CACHE_DTYPES)
 # A router decides which experts run; in a coarser format than f32 it flips near ties for nothing saved (0.03 % of the
 # bytes of a Qwen3-30B-A3B).
 _ROUTER = "f32"
@@ -31,11 +30,11 @@ class FormatRequest:
     by_role: Mapping[Role, str] = field(default_factory=dict)
 
     @staticmethod
-    def parse(formats: str | Mapping[str, str], *, planning: bool = False) -> FormatRequest:
-        """One format for all roles, or a mapping by role to a format or several, joined with ``|``. ``planning``:
-        formats are allowed whose kernels do not exist yet. Raises HetcompError for unknown spellings."""
+    def parse(formats: str | Mapping[str, str]) -> FormatRequest:
+        """One format for all roles (the router stays f32; the KV cache is quantised only where its role asks for it), or
+        a mapping by role to a format or several, joined with ``|``. Raises HetcompError for unknown spellings."""
         if isinstance(formats, str):
-            _check_format(formats, "experts", planning)
+            _check_format(formats, "experts")
             kv = formats if formats in ("f32", "bf16") else "auto"
             return FormatRequest({**{role: formats for role in ROLES}, "router": _ROUTER, "kv": kv})
         by_role: dict[Role, str] = {}
@@ -45,10 +44,10 @@ class FormatRequest:
                 raise HetcompError(f"Unknown weight role '{name}' in formats; the roles are {', '.join(ROLES)}.")
             forms = [form.strip() for form in wanted.split("|")]
             for form in forms:
-                _check_format(form, role, planning)
+                _check_format(form, role)
             if "auto" in forms and len(forms) > 1:
                 raise HetcompError(f"Formats '{wanted}' of {role} mix auto with others; give auto or a list.")
-            by_role[role] = "|".join(sorted(set(forms), key=(*formats_of(role, planning=True), "auto").index))
+            by_role[role] = "|".join(sorted(set(forms), key=(*formats_of(role), "auto").index))
         return FormatRequest(by_role)
 
     def of(self, role: Role) -> str:
@@ -60,26 +59,16 @@ class FormatRequest:
         return tuple(self.by_role.get(role, _ROUTER if role == "router" else "auto").split("|"))
 
 
-def formats_of(role: Role, *, planning: bool) -> tuple[str, ...]:
-    """The formats of a role by falling size: all, or those that there are kernels for."""
-    if role == "kv":
-        return KV_FORMATS if planning else AVAILABLE_KV_FORMATS
-    return FORMATS if planning else AVAILABLE_FORMATS
+def formats_of(role: Role) -> tuple[str, ...]:
+    """The formats of a role by falling size."""
+    return KV_FORMATS if role == "kv" else FORMATS
 
 
-def _check_format(name: str, role: Role, planning: bool) -> None:
-    usable = formats_of(role, planning=planning)
-    if name == "auto" or name in usable:
+def _check_format(name: str, role: Role) -> None:
+    if name == "auto" or name in formats_of(role):
         return
-    what = "KV cache" if role == "kv" else "Weight"
-    if name in formats_of(role, planning=True):
-        raise HetcompError(
-            f"{what} format '{name}' is known but its kernels do not exist yet; choose from auto, {', '.join(usable)}."
-        )
-    known = ", ".join(formats_of(role, planning=True))
-    raise HetcompError(
-        f"Unknown {'weight' if what == 'Weight' else what} format '{name}'; the formats are auto, {known}."
-    )
+    what = "KV cache" if role == "kv" else "weight"
+    raise HetcompError(f"Unknown {what} format '{name}'; the formats are auto, {', '.join(formats_of(role))}.")
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,7 @@ class Context:
     """The machine, the checkpoint's headers (None: config only), the kernels that will be generated, and the
     user's wishes. ``isa`` is the instruction set that costs are predicted for (None: the profile's fastest).
 
-    ``planning``: nothing will be generated from the plan, so that formats without kernels may be used.
+    ``planning``: nothing will be generated from the plan.
     ``use_gpus``: the profile's GPUs take part in placement. ``vram``: bytes that may be used of each GPU (None: what
     is free), ``pinned_bytes`` likewise of pinned host memory. ``pins``: placements that the user decided.
     ``statistics``: how often experts are chosen (None: uniformly)."""
@@ -107,8 +96,3 @@ class Context:
     def expert_shares(self, moe_layer: int, experts: int) -> tuple[float, ...]:
         """Part of its assignments that each expert of a MoE layer gets: the statistics', or equal parts."""
         return self.statistics.shares[moe_layer] if self.statistics else (1.0 / experts,) * experts
-
-    @property
-    def nearest_formats(self) -> tuple[str, ...]:
-        """Formats to suggest where a plan does not fit, by falling size."""
-        return FORMATS if self.planning else AVAILABLE_FORMATS

@@ -76,7 +76,7 @@ def _ladder(request: FormatRequest, automatic: Sequence[Role], context: Context)
     by_role = dict(request.by_role)
     for roles, form in _STEPS:
         changed = {role: form for role in roles if role in automatic}
-        if changed and all(form in formats_of(role, planning=context.planning) for role in changed):
+        if changed and all(form in formats_of(role) for role in changed):
             by_role |= changed
             found.append(FormatRequest(dict(by_role)))
     return found

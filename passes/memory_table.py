@@ -8,7 +8,7 @@ from hetcomp.errors import DoesNotFit
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
-from hetcomp.passes.context import Context
+from hetcomp.passes.context import FORMATS, Context
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _lines(rows: list[MemoryRow]) -> str:
 def _nearest(plan: Plan, context: Context, need: int, free: int) -> str:
     """The smallest changes with which the sum would fit: another format, a shorter context, more memory."""
     ways = []
-    for form in context.nearest_formats:
+    for form in FORMATS:
         size = _bytes_in(plan, context, form)
         if size < need and size <= free:
             ways.append(f"with --formats {form} ({size / 1e9:.1f} GB)")

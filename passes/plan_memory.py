@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hetcomp.ir.annotations import ArenaSlot
-from hetcomp.ir.plan import Plan, Template, Value, ValueKind
-from hetcomp.ir.types import DType
-from hetcomp.passes.context import AVAILABLE_KV_FORMATS, Context
+from hetcomp.ir.plan import Plan, Template, ValueKind
+from hetcomp.passes.context import Context
 from hetcomp.passes.epochs import epochs
 from hetcomp.passes.memory_table import refuse_if_too_large
 from hetcomp.passes.registry import plan_pass
@@ -82,7 +81,6 @@ def _template_lifetimes(plan: Plan, template: Template, context: Context) -> lis
     dims = plan.max_dims()
     values = template.value_map()
     outside = {*template.params, *template.results}
-    asked = _with_kernels(template)
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     lifetimes = []
@@ -91,20 +89,10 @@ def _template_lifetimes(plan: Plan, template: Template, context: Context) -> lis
             if values[name].kind is ValueKind.ACT and name not in outside:
                 first.setdefault(name, epoch)
                 last[name] = epoch
-        scratch = context.target.workspace_bytes(op, asked, dims)
+        scratch = context.target.workspace_bytes(op, template, dims)
         if scratch:
             lifetimes.append(Lifetime(f"workspace:{op.id}", scratch, epoch, epoch))
     return lifetimes + [Lifetime(n, values[n].type.bytes(dims), first[n], last[n]) for n in first]
-
-
-def _with_kernels(template: Template) -> Template:
-    """The template with bf16 caches in place of such as are only planned with: their kernels need about the same."""
-
-    def known(value: Value) -> Value:
-        planned = value.kind is ValueKind.STATE and value.type.dtype not in AVAILABLE_KV_FORMATS
-        return replace(value, type=replace(value.type, dtype=DType.BF16)) if planned else value
-
-    return replace(template, values=tuple(map(known, template.values)))
 
 
 def _align(offset: int) -> int:

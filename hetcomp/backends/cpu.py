@@ -16,10 +16,9 @@ from hetcomp.backends.protocol import Kernel, KernelRequest
 from hetcomp.backends.templates import environment, render
 from hetcomp.errors import HetcompError
 from hetcomp.ir.ops import Attention, Embed, HeadLinear, KvAppend, Linear, MoeExperts
-from hetcomp.ir.types import DType
+from hetcomp.ir.types import CACHE_DTYPES
 
 FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")
-_CACHE_TYPES = (DType.F32, DType.BF16)
 _NAME = "kernel_name_goes_here"
 
 
@@ -35,7 +34,7 @@ class _Rendering:
 
 class CpuBackend:
     """Generates embed, linear, head_linear, moe_experts, attention, kv_append and select_rows for every ISA. Weights
-    in any of FORMATS (``hetcomp.backends.packing``), activations f32, KV cache f32 or bf16."""
+    in any of FORMATS (``hetcomp.backends.packing``), activations f32, KV cache f32, bf16 or q8."""
 
     name = "cpu"
 
@@ -89,8 +88,9 @@ def _refusal(request: KernelRequest) -> str | None:
         return "gate_up and down have different formats."
     if kind in ("kv_append", "attention"):
         for cache in request.inputs[1 : 2 if kind == "kv_append" or _attrs(request, Attention).shared_kv else 3]:
-            if cache.type.dtype not in _CACHE_TYPES:
-                return f"state {cache.fqn or cache.id} has dtype {cache.type.dtype}; expected f32 or bf16."
+            if cache.type.dtype not in CACHE_DTYPES:
+                expected = " or ".join(CACHE_DTYPES)
+                return f"state {cache.fqn or cache.id} has dtype {cache.type.dtype}; expected {expected}."
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hetcomp.backends.protocol import Isa
@@ -21,8 +21,9 @@ class CpuIsa:
 
     ``vocabulary``: file ``codegen_templates/cpu/isa_<vocabulary>.h.j2`` and its companion ``bytes_..``. ``vnni``: byte
     products are one instruction. ``bf16``: so are products of bf16 pairs. ``amx``: matrix tiles of bf16.
-    ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``prefetch_bytes``: distance of software
-    prefetch, a multiple of 64. ``chained_rows``: rows up to which whole-number sums are split in two to hide latency.
+    ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``direct_rows``: rows up to which attention
+    reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``: its tiles
+    then. ``prefetch_bytes``: distance of software prefetch, a multiple of 64. ``chained_rows``: rows up to which whole-number sums are split in two to hide latency.
     """
 
     vocabulary: Literal["avx2", "avx512"]
@@ -30,6 +31,9 @@ class CpuIsa:
     bf16: bool = False
     amx: bool = False
     attention_rows: tuple[int, ...] = (12, 4, 1)
+    direct_rows: int = 8
+    direct_heights: tuple[int, ...] = (4, 2, 1)
+    direct_panels: int = 4
     prefetch_bytes: int = 4096
     chained_rows: int = 4
 
@@ -94,9 +98,10 @@ class CpuIsa:
         return rows + -(-rows // self.tile_rows(weight_format))
 
 
+_AVX2 = CpuIsa("avx2", attention_rows=(6, 3, 1), direct_heights=(2, 1), direct_panels=2, chained_rows=1)
 _ISAS = {
-    Isa.AVX2: CpuIsa("avx2", attention_rows=(6, 3, 1), chained_rows=1),
-    Isa.AVX_VNNI: CpuIsa("avx2", vnni=True, attention_rows=(6, 3, 1), chained_rows=1),
+    Isa.AVX2: _AVX2,
+    Isa.AVX_VNNI: replace(_AVX2, vnni=True),
     Isa.AVX512: CpuIsa("avx512"),
     Isa.AVX512_VNNI: CpuIsa("avx512", vnni=True),
     Isa.AVX512_BF16: CpuIsa("avx512", vnni=True, bf16=True),

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hetcomp.backends import packing
-from hetcomp.backends.cpu import FORMATS as KERNEL_FORMATS
 from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
 from hetcomp.backends.tvm import TvmBackend
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Op, Plan, Template, Value
-
-_NO_KERNELS = frozenset(packing.FORMATS) - frozenset(KERNEL_FORMATS)
 
 
 def default_backends() -> tuple[KernelBackend, ...]:
@@ -34,7 +31,7 @@ class CpuTarget:
             return 0
         needs = []
         for isa in self.isas:
-            ask = _with_kernels(request(op, template, isa, dims))
+            ask = request(op, template, isa, dims)
             needs.append(choose(self.backends, ask).workspace_bytes(ask))
         return max(needs)
 
@@ -57,12 +54,6 @@ def request(op: Op, template: Template, isa: Isa, dims: Mapping[str, int]) -> Ke
         isa=isa,
         dims=dict(dims),
     )
-
-
-def _with_kernels(ask: KernelRequest) -> KernelRequest:
-    """The request with bf16 in place of formats that are only planned with: their kernels need about the same."""
-    inputs = tuple(replace(v, format="bf16") if v.format in _NO_KERNELS else v for v in ask.inputs)
-    return replace(ask, inputs=inputs)
 
 
 def choose(backends: Sequence[KernelBackend], ask: KernelRequest) -> KernelBackend:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
-from hetcomp.ir.types import DType, Shape, TensorType
+from hetcomp.ir.types import CACHE_DTYPES, DType, Shape, TensorType
 
 Types = Sequence[TensorType]
 
@@ -42,6 +42,12 @@ def _elements(type_: TensorType, count: int, what: str) -> str | None:
 
 def _shape(type_: TensorType, shape: Shape, what: str) -> str | None:
     return f"{what} has shape {list(type_.shape)}, expected {list(shape)}" if type_.shape != shape else None
+
+
+def _cache(type_: TensorType, heads: int, dim: int, what: str) -> str | None:
+    if type_.dtype not in CACHE_DTYPES:
+        return f"{what} is {type_}, expected {', '.join(CACHE_DTYPES)}"
+    return _shape(type_, ("slots", heads, "context", dim), what)
 
 
 def _ids(type_: TensorType, what: str) -> str | None:
@@ -127,7 +133,7 @@ def _kv_append(op: Op, i: Types, o: Types) -> str | None:
     assert isinstance(a, ops.KvAppend)
     return _arity(i, o, 2, 0) or _first(
         _row(i[0], a.heads * a.head_dim, "input"),
-        _shape(i[1], ("slots", a.heads, "context", a.head_dim), "cache"),
+        _cache(i[1], a.heads, a.head_dim, "cache"),
     )
 
 
@@ -138,8 +144,9 @@ def _attention(op: Op, i: Types, o: Types) -> str | None:
         return f"has {a.heads} heads for {a.kv_heads} kv heads"
     return _arity(i, o, 3 - a.shared_kv + a.sinks, 1) or _first(
         _row(i[0], a.heads * a.head_dim, "query"),
-        _shape(i[1], ("slots", a.kv_heads, "context", a.head_dim), "key cache"),
-        None if a.shared_kv else _shape(i[2], ("slots", a.kv_heads, "context", a.v_head_dim), "value cache"),
+        _cache(i[1], a.kv_heads, a.head_dim, "key cache"),
+        None if a.shared_kv else _cache(i[2], a.kv_heads, a.v_head_dim, "value cache"),
+        f"key cache is {i[1]}, value cache {i[2]}" if not a.shared_kv and i[1].dtype is not i[2].dtype else None,
         _shape(i[-1], (a.heads,), "sinks") if a.sinks else None,
         _row(o[0], a.heads * a.v_head_dim, "output"),
     )

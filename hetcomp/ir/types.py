@@ -8,8 +8,11 @@ from enum import StrEnum
 
 
 class DType(StrEnum):
-    """Element type of an activation, state or unpacked weight. ``q8`` is of states only: int8, with an fp16 scale for
-    every 32 elements of the last axis, which is padded to a multiple of 32 (TensorType.bytes counts both)."""
+    """Element type of an activation, state or unpacked weight.
+
+    ``Q8`` is for KV caches only: rows in groups of 32, a group 32 int8 codes and one fp16 scale, the last one padded;
+    in memory each slot's head has first the codes of all its rows [context][padded dim], then their scales
+    [context][groups]."""
 
     F32 = "f32"
     F16 = "f16"
@@ -20,12 +23,17 @@ class DType(StrEnum):
     U8 = "u8"
     Q8 = "q8"
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of one element (``q8``: without its scale)."""
-        return _DTYPE_BYTES[self]
+    def row_bytes(self, elements: int) -> int:
+        """Bytes of a row of so many elements."""
+        if self is DType.Q8:
+            return -(-elements // _Q8_GROUP) * (_Q8_GROUP + 2)
+        return elements * _DTYPE_BYTES[self]
 
 
+# Element types that KV caches can have, by falling size.
+CACHE_DTYPES = (DType.F32, DType.BF16, DType.Q8)
+
+_Q8_GROUP = 32
 _DTYPE_BYTES = {
     DType.F32: 4,
     DType.F16: 2,
@@ -73,10 +81,8 @@ class TensorType:
 
     def bytes(self, dims: dict[str, int]) -> int:
         """Bytes of the row-major tensor with the symbolic dimensions set to ``dims``."""
-        if self.dtype is DType.Q8:
-            width = self.shape[-1] if isinstance(self.shape[-1], int) else dims[self.shape[-1]]
-            return self.numel(dims) // width * -(-width // Q8_GROUP) * (Q8_GROUP + 2)
-        return self.numel(dims) * self.dtype.bytes
+        *rows, last = (d if isinstance(d, int) else dims[d] for d in self.shape or (1,))
+        return math.prod(rows) * self.dtype.row_bytes(last)
 
     def __str__(self) -> str:
         layout = "" if self.layout == "row_major" else f" {self.layout}"

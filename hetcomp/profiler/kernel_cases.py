@@ -13,7 +13,7 @@ from hetcomp.hardware.figures import KernelName
 from hetcomp.ir import ops
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value, ValueKind
-from hetcomp.ir.types import DType, TensorType
+from hetcomp.ir.types import CACHE_DTYPES, DType, TensorType
 
 # Shapes of a mid-size MoE layer; a curve is used for others in proportion to their weights.
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 512, 64, 8
@@ -109,7 +109,7 @@ def curve_plans(isa: Isa, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan
         yield from _linear(emit, form, detail, cold_bytes)
         yield from _experts(emit, form, detail, cold_bytes)
     if detail is Detail.FULL:
-        for dtype in (DType.F32, DType.BF16):
+        for dtype in CACHE_DTYPES:
             yield from _attention(emit, dtype, detail, cold_bytes)
         yield from _tail(emit)
 
@@ -208,14 +208,15 @@ def _expert_curve(
 
 def _attention(emit: Emit, dtype: DType, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
     cache = ("slots", KV_HEADS, "context", HEAD_DIM)
-    states = [Value(n, TensorType(dtype, cache), ValueKind.STATE) for n in ("k", "v")]
+    type_ = TensorType(dtype, cache)
+    states = [Value(n, type_, ValueKind.STATE) for n in ("k", "v")]
     row = HEADS * HEAD_DIM
     kernel = emit(
         ops.Attention(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5),
         [_act("q", "T", HEADS, HEAD_DIM), *states],
         [_act("y", "T", HEADS, HEAD_DIM)],
     )
-    size = KV_HEADS * CONTEXT * HEAD_DIM * dtype.bytes
+    size = type_.bytes({"slots": 1, "context": CONTEXT})
     sets = _sets(cold_bytes, 2 * size)
     shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
 

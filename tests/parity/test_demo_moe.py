@@ -1,4 +1,4 @@
-"""The trained demo model: greedy text equal to transformers, bf16 close to f32."""
+"""The trained demo model: greedy text equal to transformers, bf16 weights and a q8 KV cache close to f32."""
 
 from __future__ import annotations
 
@@ -24,12 +24,19 @@ def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(find("demo-moe"))
 
 
+FORMATS = {
+    "f32": "f32",
+    "bf16": "bf16",
+    "q8 cache": {"experts": "f32", "attention": "f32", "dense": "f32", "embedding": "f32", "kv": "q8"},
+}
+
+
 @pytest.fixture(scope="module")
 def executables(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     return {
-        form: hetcomp.compile(find("demo-moe"), formats=form, context_length=512, out=folder / f"{form}.hetc")
-        for form in ("f32", "bf16")
+        name: hetcomp.compile(find("demo-moe"), formats=formats, context_length=512, out=folder / f"{name}.hetc")
+        for name, formats in FORMATS.items()
     }
 
 
@@ -45,22 +52,23 @@ def test_128_greedy_tokens_equal_transformers(reference, tokenizer, executables,
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_bf16_stays_close_to_f32(reference, tokenizer, executables):
-    """Mean KL(f32 || bf16) < 1e-3 and perplexity within 0.1 %, on a part of the evaluation texts (all of them:
+@pytest.mark.parametrize("name", ["bf16", "q8 cache"])
+def test_coarser_formats_stay_close_to_f32(reference, tokenizer, executables, name):
+    """Mean KL(f32 || it) < 1e-3 and perplexity within 0.1 %, on a part of the evaluation texts (all of them:
     benchmarks/perplexity.py)."""
-    divergence, losses = [], {"f32": [], "bf16": []}
+    divergence, losses = [], {"f32": [], name: []}
     for path in sorted(find("demo-moe").parent.joinpath("eval").glob("*.txt")):
         ids = tokenizer(path.read_text()[:4000]).input_ids[:400]
         want = reference(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
         exact = _log_softmax(executables["f32"](ids))
         np.testing.assert_allclose(exact, want, atol=2e-3)
-        rounded = _log_softmax(executables["bf16"](ids))
+        rounded = _log_softmax(executables[name](ids))
         divergence.append((np.exp(exact) * (exact - rounded)).sum(-1))
-        for name, logs in (("f32", exact), ("bf16", rounded)):
-            losses[name].append(-logs[np.arange(len(ids) - 1), ids[1:]])
+        for form, logs in (("f32", exact), (name, rounded)):
+            losses[form].append(-logs[np.arange(len(ids) - 1), ids[1:]])
     assert np.concatenate(divergence).mean() < 1e-3
-    perplexity = {name: float(np.exp(np.concatenate(parts).mean())) for name, parts in losses.items()}
-    assert abs(perplexity["bf16"] / perplexity["f32"] - 1) < 1e-3
+    perplexity = {form: float(np.exp(np.concatenate(parts).mean())) for form, parts in losses.items()}
+    assert abs(perplexity[name] / perplexity["f32"] - 1) < 1e-3
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -62,6 +62,26 @@ def test_decode_logits_and_greedy_tokens(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_q8_kv_cache_through_prefill_and_decode(family, tmp_path):
+    """Codes are off by at most 1/254 of their group's largest magnitude: logits by some 2 % of the largest in these
+    tiny models, where a head is one or two groups. The median over steps, because a step in which a random router
+    flips between near ties is off by much more."""
+    model = save_tiny(family, tmp_path / "hf")
+    formats = {"experts": "f32", "attention": "f32", "dense": "f32", "embedding": "f32", "kv": "q8"}
+    exe = hetcomp.compile(tmp_path / "hf", formats=formats, context_length=CONTEXT, out=tmp_path / "tiny.hetc")
+    ids = token_ids(model, 40, seed=3)
+    session = exe.runtime.session()
+    logits = session.prefill(ids[0, :20].tolist())
+    errors = []
+    for length in range(20, 40):
+        errors.append(relative_error(logits, reference_logits(model, ids[:, :length])[-1]))
+        logits = exe.runtime.decode([session], [int(ids[0, length])])[0]
+    session.close()
+    assert 1e-4 < np.median(errors) < 0.04
+
+
+@pytest.mark.slow
 def test_module_in_memory_gives_the_same_as_its_folder(tmp_path: Path):
     folder = tmp_path / "hf"
     save_tiny("qwen3_moe", folder)

@@ -30,6 +30,38 @@ def packed(numbers: Floats, value: Value) -> tuple[npt.NDArray[np.uint8], Floats
     return data, packing.unpack(data, value)
 
 
+def to_q8_cache(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """The bytes of a q8 KV cache that holds ``numbers`` [slots, heads, context, dim], [slots, heads, bytes]: the codes
+    of all rows, then their scales (``DType.Q8``). A scale is the fp16 number at or above the group's largest magnitude
+    / 127; a group that is not finite has the scale NaN."""
+    slots, heads, context, dim = numbers.shape
+    groups = -(-dim // 32)
+    padded = np.zeros((slots, heads, context, groups, 32), np.float32)
+    padded.reshape(slots, heads, context, groups * 32)[..., :dim] = numbers
+    with np.errstate(invalid="ignore", over="ignore"):
+        wanted = np.abs(padded).max(-1) / np.float32(127)
+        scales = wanted.astype(np.float16)
+        scales = np.where(scales.astype(np.float32) < wanted, np.nextafter(scales, np.float16(np.inf)), scales)
+        scales[~np.isfinite(wanted)] = np.nan
+        steps = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)
+        codes = np.rint(padded / steps[..., None])
+    codes[np.isnan(scales)] = 0
+    flat = slots, heads, -1
+    return np.concatenate(
+        [codes.astype(np.int8).view(np.uint8).reshape(flat), scales.view(np.uint8).reshape(flat)], axis=-1
+    )
+
+
+def from_q8_cache(stored: npt.NDArray[np.uint8], context: int, dim: int) -> npt.NDArray[np.float32]:
+    """The numbers [slots, heads, context, dim] that the bytes [slots, heads, bytes] of a q8 KV cache stand for."""
+    slots, heads, _ = stored.shape
+    groups = -(-dim // 32)
+    codes = np.ascontiguousarray(stored[..., : context * groups * 32]).view(np.int8)
+    scales = np.ascontiguousarray(stored[..., context * groups * 32 :]).view(np.float16).astype(np.float32)
+    numbers = codes.reshape(slots, heads, context, groups, 32) * scales.reshape(slots, heads, context, groups, 1)
+    return numbers.reshape(slots, heads, context, groups * 32)[..., :dim].astype(np.float32)
+
+
 def dot_error(terms: int, magnitude: Doubles) -> Doubles:
     """Bound on the error of an f32 sum of ``terms`` products whose absolute values sum to ``magnitude``.
 

@@ -31,7 +31,13 @@ REGION = ops.Aten(
     (ops.AtenNode("aten.neg.default", (), (), "float32", (1, "T", 8)),), ((1, "T", 8),), ("float32",), (0,)
 )
 
+CACHE = ("slots", 2, "context", 8)
+ATTENTION = ops.Attention(4, 2, 8, 8, 0.3)
+Q8 = TensorType(DType.Q8, CACHE)
+
 RIGHT = {
+    "kv_append": (ops.KvAppend(2, 8), [f32("T", 2, 8), Q8], []),
+    "attention": (ATTENTION, [f32("T", 4, 8), Q8, Q8], [f32("T", 4, 8)]),
     "embed": (ops.Embed(10, 8), [i32("T"), f32(10, 8)], [f32("T", 8)]),
     "rope_table": (ops.RopeTable(6), [i32("T"), f32(3)], [f32("T", 3), f32("T", 3)]),
     "route": (ops.Route(4, 2, "sigmoid", True, bias=True), [f32("T", 4), f32(4)], [i32("T", 2), f32("T", 2)]),
@@ -43,6 +49,10 @@ RIGHT = {
 }
 
 WRONG = [
+    ("kv_append", "i", 1, TensorType(DType.F16, CACHE), "cache is f16"),
+    ("kv_append", "i", 1, TensorType(DType.Q8, ("slots", 2, "context", 16)), "cache has shape"),
+    ("attention", "i", 2, f32(*CACHE), "key cache is q8"),
+    ("attention", "i", 1, TensorType(DType.I32, CACHE), "key cache is i32"),
     ("embed", "i", 0, f32("T"), "ids is f32"),
     ("rope_table", "i", 0, f32("T"), "positions is f32"),
     ("rope_table", "i", 1, f32(6), "inv_freq has shape"),

@@ -64,6 +64,18 @@ def test_choose_formats_by_role():
     assert values["l0.k.cache"].type.dtype is DType.F32
 
 
+def test_a_q8_cache_is_asked_for_by_role_and_counted_in_its_groups():
+    plan = upto("annotate_cost", context({"kv": "q8"}))
+    key = plan.value_map()["l0.k.cache"]
+    assert key.type.dtype is DType.Q8
+    # 4 heads x 16 numbers, each head's row padded to a group of 32 codes and a scale.
+    assert key.type.bytes({"slots": 2, "context": 5}) == 2 * 4 * 5 * 34
+    assert op_cost(plan, "layer_0", "attend", "decode").state_bytes == 2 * 4 * 34 * 53
+    assert FormatRequest.parse("q8", planning=True).of("kv") == "auto"
+    with pytest.raises(HetcompError, match="Unknown KV cache format 'q4'"):
+        FormatRequest.parse({"kv": "q4"}, planning=True)
+
+
 @pytest.mark.parametrize(
     ("dtype", "memory", "expected", "noted"),
     [("BF16", 8 * GIB, "bf16", False), ("F32", 8 * GIB, "f32", False), ("F32", 1 << 18, "bf16", True)],

@@ -18,7 +18,7 @@ from hetcomp.hardware import measure
 from hetcomp.hardware.detect import Machine, NodeFacts, detect_machine
 from hetcomp.hardware.figures import Cache, Disk, KernelCurve, KernelPoint, Source
 from hetcomp.hardware.profile import HardwareProfile, load_profile, parse_profile
-from hetcomp.passes.context import AVAILABLE_FORMATS
+from hetcomp.passes.context import FORMATS
 from hetcomp.profiler import disk, kernel_curves, measure_machine, memory
 from hetcomp.profiler.kernel_cases import Detail, bytes_a_weight, curve_plans, stream_bytes
 from hetcomp.profiler.memory import MemoryRounds, Mode, Task
@@ -237,7 +237,7 @@ def test_a_cpu_without_instruction_sets_is_not_measured():
 def test_curves_of_every_format_have_rising_sizes_and_bounded_memory(isa):
     plans = list(curve_plans(isa, Detail.COARSE, 512 << 20))
     linear = {p.weight_format for p in plans if p.name == "linear"}
-    assert linear == set(AVAILABLE_FORMATS)
+    assert linear == set(FORMATS)
     for plan in plans:
         sizes = [case.size for case in plan.cases]
         assert sizes == sorted(set(sizes))
