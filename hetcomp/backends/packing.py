@@ -1,15 +1,24 @@
 """Packed weight layouts: the bytes that kernels stream, the same for GEMV, GEMM and row gather.
 
-A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K; rows beyond N are zero:
+A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K; rows beyond N are zero. A panel is its elements,
+then its scales, each part padded to a multiple of 64 bytes. With G = ceil(K/32) groups and B = ceil(K/128) blocks:
 
-``f32``   [N/16][K][16]        one vector of 16 rows for every k
-``bf16``  [N/16][K/2][16][2]   64 bytes hold 16 rows of two adjacent k (an odd K is padded with zeros);
-                               the same bytes feed vdpbf16ps
+``f32``    elements [K][16]: one vector of 16 rows for every k
+``bf16``   elements [K/2][16][2]: 64 bytes hold 16 rows of two adjacent k, the same bytes feed vdpbf16ps
+``q8``     elements u8 = q + 128, q in -127..127, [8 G][16][4]: 64 bytes hold four adjacent k; scales fp16 [G][16];
+           w = scale * q
+``q4``     elements 4-bit c = q + 8, q in -8..7: byte 256 g + 64 j + 4 r + b holds, of row r, k = 32 g + 8 j + b in its
+           low half and k + 4 in its high half; scales fp16 [G][16], which may be negative; w = scale * q
+``mxfp4``  elements as q4, the codes being e2m1 (bit 3 is the sign, magnitudes 0 .5 1 1.5 2 3 4 6); scales e8m0
+           [G][16], the byte s meaning 2^(s - 127) (OCP Microscaling Formats 1.0)
+``fp8``    elements e4m3fn [K/2][16][2]; scales f32 [B], one for 128 columns, equal in the 8 panels of a block of
+           128 x 128; w = scale * e4m3
 
-Layout ``panels16`` is one such matrix, or several (experts, heads: all axes before the last two) one after
-the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in
-panels of their own, interleaved: gate panel 0, up panel 0, gate panel 1, ... so that one task streams both
-halves of 16 columns. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
+K is padded to whole loads (``padded_columns``) with codes of zero. Layout ``panels16`` is one such matrix, or several
+(experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1
+and the up rows I .. 2I-1 of each matrix in panels of their own, interleaved: gate panel 0, up panel 0, gate panel 1, ...
+so that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by itself. Everything
+else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
 from __future__ import annotations
@@ -17,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,10 +39,6 @@ ALIGNMENT = 64
 ROW_MAJOR = "row_major"
 PANELS = "panels16"
 PANELS_GLU = "panels16_glu"
-
-# Bits a weight, scales included, of formats that can be planned with but not packed yet: q8 and q4 with an fp16 scale a
-# group of 32, fp8-e4m3 with an f32 scale a block of 128 x 128, mxfp4 with an e8m0 scale a group of 32.
-PLANNED_BITS = {"q8": 8.5, "fp8": 8.0 + 32 / (128 * 128), "q4": 4.5, "mxfp4": 4.25}
 
 Bytes = npt.NDArray[np.uint8]
 # Numbers as the checkpoint has them; bf16 comes as its bits in uint16 because numpy has no such type.
@@ -51,14 +57,21 @@ def layout_for(kind: str, operand: int) -> str:
 
 
 def padded_columns(columns: int, weight_format: str) -> int:
-    """Columns of a panel: ``columns`` rounded up to whole loads of the format."""
-    step = _form(weight_format).step
-    return -(-columns // step) * step
+    """Columns of a panel: ``columns`` rounded up to whole loads of the format (a pair, a group of 32)."""
+    return _up(columns, _form(weight_format).step)
+
+
+def element_bytes(columns: int, weight_format: str) -> int:
+    """Bytes of a panel's elements, which are also the offset of its scales; a multiple of 64."""
+    form = _form(weight_format)
+    return _up(PANEL * _up(columns, form.step) * form.bits // 8, ALIGNMENT)
 
 
 def panel_bytes(columns: int, weight_format: str) -> int:
-    """Bytes of one panel of 16 rows; a multiple of 64."""
-    return PANEL * padded_columns(columns, weight_format) * _form(weight_format).bytes
+    """Bytes of one panel of 16 rows, scales included; a multiple of 64."""
+    form = _form(weight_format)
+    scales = -(-columns // form.group) * form.scale_bytes if form.group else 0
+    return element_bytes(columns, weight_format) + _up(scales, ALIGNMENT)
 
 
 def panels(rows: int, layout: str) -> int:
@@ -86,10 +99,8 @@ def packed_bytes(value: Value) -> int:
     shape = _shape(value)
     _check(value)
     if value.type.layout == ROW_MAJOR:
-        return -(-4 * math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        return _up(4 * math.prod(shape), ALIGNMENT)
     assert value.format is not None
-    if value.format in PLANNED_BITS:
-        return -(-int(math.prod(shape) * PLANNED_BITS[value.format] / 8) // ALIGNMENT) * ALIGNMENT
     return matrices(value) * matrix_bytes(shape[-2], shape[-1], value.format, value.type.layout)
 
 
@@ -171,61 +182,235 @@ def _pack_matrix(matrix: Numbers, weight_format: str, layout: str, out: Bytes) -
 
 
 def _pack_rows(matrix: Numbers, weight_format: str, by_panel: Bytes) -> bool:
-    """Packs the rows of ``matrix`` into ``by_panel`` [panels, panel bytes]; returns whether all are finite.
-
-    Works in runs of panels so that the temporaries stay within the L2 cache and a fraction of a matrix.
-    """
+    """Packs the rows of ``matrix`` into ``by_panel`` [panels, panel bytes]; returns whether all are finite."""
     rows, columns = matrix.shape
-    form, width = _form(weight_format), padded_columns(columns, weight_format)
-    finite = True
-    run = max(1, (1 << 18) // (PANEL * width))
-    for first in range(0, len(by_panel), run):
-        last = min(first + run, len(by_panel))
-        part = matrix[first * PANEL : min(last * PANEL, rows)]
-        encoded, ok = form.encode(part)
-        finite &= ok
-        padded = (last - first) * PANEL, width
-        if encoded.shape != padded:
-            grown = np.zeros(padded, encoded.dtype)
-            grown[: part.shape[0], :columns] = encoded
-            encoded = grown
-        form.fill(encoded.reshape(last - first, PANEL, width), by_panel[first:last])
-    return finite
+    elements = element_bytes(columns, weight_format)
+    # Whole blocks of 128 x 128, so that fp8's scales are known.
+    padded = np.zeros((_up(rows, 128), _up(columns, 128)), np.float32)
+    padded[:rows, :columns] = to_f32(matrix)
+    by_panel[...] = 0
+    if not np.isfinite(padded).all():
+        return False
+    width = padded_columns(columns, weight_format)
+    parts = padded.reshape(-1, PANEL, padded.shape[1])[: len(by_panel)]
+    if weight_format == "fp8":
+        blocks = np.abs(padded).reshape(len(padded) // 128, 128, -1, 128).max(axis=(1, 3)) / np.float32(448)
+        scales = np.repeat(blocks, 128 // PANEL, axis=0)[: len(by_panel)]
+        ok = True
+        wide = np.repeat(scales, 128, axis=1)[:, None, :]
+        codes = _e4m3(np.divide(parts, wide, out=np.zeros_like(parts), where=wide > 0))
+        tail = scales.view(np.uint8)
+    else:
+        codes, tail, ok = _ENCODERS[weight_format](parts[:, :, :width])
+    laid = _LAID[weight_format](codes[:, :, :width])
+    laid = laid.reshape(len(by_panel), -1)
+    by_panel[:, : laid.shape[1]] = laid
+    tail = tail.reshape(len(by_panel), -1)
+    by_panel[:, elements : elements + tail.shape[1]] = tail
+    return ok
 
 
-def _encode_f32(part: Numbers) -> tuple[npt.NDArray[np.generic], bool]:
-    numbers = to_f32(part)
-    return numbers, bool(np.isfinite(numbers).all())
+_Any = npt.NDArray[Any]
+_E4M3 = np.array(
+    [(m / 8 * 2.0**-6) if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:127],
+    np.float32,
+)
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
-def _encode_bf16(part: Numbers) -> tuple[npt.NDArray[np.generic], bool]:
-    bits = to_bf16_bits(part)
-    return bits, not bool(((bits & np.uint16(0x7F80)) == np.uint16(0x7F80)).any())
+def _nearest(table: _Any, numbers: _Any) -> _Any:
+    """Index of the nearest number of the ascending table, ties to the even index."""
+    magnitude = np.abs(numbers)
+    high = np.clip(np.searchsorted(table, magnitude), 1, len(table) - 1)
+    below, above = magnitude - table[high - 1], table[high] - magnitude
+    up = (above < below) | ((above == below) & (high % 2 == 0))
+    return np.where(up, high, high - 1).astype(np.uint8)
 
 
-def _fill_f32(part: npt.NDArray[np.generic], by_panel: Bytes) -> None:
-    n, _, columns = part.shape
-    by_panel.view(np.float32).reshape(n, columns, PANEL)[...] = part.transpose(0, 2, 1)
+def _e4m3(numbers: _Any) -> _Any:
+    return _nearest(_E4M3, numbers) | (np.signbit(numbers).astype(np.uint8) << 7)
 
 
-def _fill_bf16(part: npt.NDArray[np.generic], by_panel: Bytes) -> None:
-    # A pair of adjacent k is moved as one 32-bit word.
-    n, _, columns = part.shape
-    pairs = np.ascontiguousarray(part).view(np.uint32)
-    by_panel.view(np.uint32).reshape(n, columns // 2, PANEL)[...] = pairs.transpose(0, 2, 1)
+def _plain_f32(parts: _Any) -> tuple[_Any, _Any, bool]:
+    return parts, np.zeros((len(parts), 0), np.uint8), True
+
+
+def _plain_bf16(parts: _Any) -> tuple[_Any, _Any, bool]:
+    bits = to_bf16_bits(parts)
+    return bits, np.zeros((len(parts), 0), np.uint8), not bool(((bits & 0x7F80) == 0x7F80).any())
+
+
+def _scaled(parts: _Any, scales: _Any) -> _Any:
+    wide = np.repeat(scales.astype(np.float32), 32, axis=2)
+    return np.divide(parts, wide, out=np.zeros_like(parts), where=wide != 0)
+
+
+def _q8(parts: _Any) -> tuple[_Any, _Any, bool]:
+    extreme = np.abs(parts).reshape(len(parts), PANEL, -1, 32).max(axis=3) / np.float32(127)
+    with np.errstate(over="ignore"):
+        scales = extreme.astype(np.float16)
+        scales = np.where(scales.astype(np.float32) < extreme, np.nextafter(scales, np.float16(np.inf)), scales)
+    codes = (np.rint(_scaled(parts, scales)) + 128).astype(np.uint8)
+    return codes, scales.transpose(0, 2, 1).copy().view(np.uint8), bool(np.isfinite(scales).all())
+
+
+def _q4(parts: _Any) -> tuple[_Any, _Any, bool]:
+    groups = parts.reshape(len(parts), PANEL, -1, 32)
+    extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=3)[..., None], axis=3)[..., 0]
+    with np.errstate(over="ignore"):
+        scales = (extreme / np.float32(-8)).astype(np.float16)
+    codes = (np.clip(np.rint(_scaled(parts, scales)), -8, 7) + 8).astype(np.uint8)
+    return codes, scales.transpose(0, 2, 1).copy().view(np.uint8), bool(np.isfinite(scales).all())
+
+
+def _mxfp4(parts: _Any) -> tuple[_Any, _Any, bool]:
+    extreme = np.abs(parts).reshape(len(parts), PANEL, -1, 32).max(axis=3)
+    exponent = np.maximum(np.frexp(extreme)[1] - 3, -127)
+    scales = np.where(extreme > 0, exponent + 127, 0).astype(np.uint8)
+    numbers = np.ldexp(parts, -np.repeat(scales.astype(np.int32) - 127, 32, axis=2))
+    codes = _nearest(_E2M1, numbers) | (np.signbit(parts).astype(np.uint8) << 3)
+    return codes, scales.transpose(0, 2, 1).copy(), True
+
+
+def _in_steps(codes: _Any, step: int) -> _Any:
+    n, _, width = codes.shape
+    return codes.reshape(n, PANEL, width // step, step).transpose(0, 2, 1, 3).copy().view(np.uint8)
+
+
+def _in_nibbles(codes: _Any) -> _Any:
+    n, _, width = codes.shape
+    split = codes.reshape(n, PANEL, width // 32, 4, 2, 4)
+    return (split[:, :, :, :, 0] | (split[:, :, :, :, 1] << 4)).transpose(0, 2, 3, 1, 4).copy()
+
+
+_ENCODERS = {"f32": _plain_f32, "bf16": _plain_bf16, "q8": _q8, "q4": _q4, "mxfp4": _mxfp4}
+_LAID: dict[str, Callable[[_Any], _Any]] = {
+    "f32": lambda c: _in_steps(c, 1),
+    "bf16": lambda c: _in_steps(c, 2),
+    "q8": lambda c: _in_steps(c, 4),
+    "fp8": lambda c: _in_steps(c, 2),
+    "q4": _in_nibbles,
+    "mxfp4": _in_nibbles,
+}
+
+
+def unpack(data: Bytes | bytes, value: Value) -> npt.NDArray[np.float32]:
+    """The numbers that the packed bytes stand for, in the value's shape; exact.
+
+    data: ``packed_bytes(value)`` bytes. Raises HetcompError if there are more or fewer.
+    """
+    _check(value)
+    shape = _shape(value)
+    raw = np.frombuffer(data, np.uint8)
+    if raw.size != packed_bytes(value):
+        raise HetcompError(f"Weight {value.fqn or value.id} has {raw.size} bytes, expected {packed_bytes(value)}.")
+    if value.type.layout == ROW_MAJOR:
+        return raw[: 4 * math.prod(shape)].view(np.float32).reshape(shape).copy()
+    assert value.format is not None
+    rows, columns = shape[-2:]
+    parts = raw.reshape(matrices(value), -1)
+    return np.stack([unpack_matrix(p, rows, columns, value.format, value.type.layout) for p in parts]).reshape(shape)
+
+
+def unpack_matrix(
+    data: Bytes, rows: int, columns: int, weight_format: str, layout: str = PANELS
+) -> npt.NDArray[np.float32]:
+    """One matrix f32 [rows, columns] from its ``matrix_bytes`` bytes; exact."""
+    panel = unpack_panels(data, columns, weight_format)[:, :, :columns]
+    if layout == PANELS:
+        return panel.reshape(-1, columns)[:rows]
+    halves = [panel[i::2].reshape(-1, columns)[: rows // 2] for i in (0, 1)]
+    return np.concatenate(halves)
+
+
+def unpack_panels(data: Bytes, columns: int, weight_format: str) -> npt.NDArray[np.float32]:
+    """Panels as they lie in memory, f32 [panels, 16, padded columns], padding included; exact."""
+    width = padded_columns(columns, weight_format)
+    form = _form(weight_format)
+    by_panel = np.ascontiguousarray(data).reshape(-1, panel_bytes(columns, weight_format))
+    elements = np.ascontiguousarray(by_panel[:, : PANEL * width * form.bits // 8])
+    codes = form.decode(elements, width)
+    if not form.group:
+        return codes
+    start, groups = element_bytes(columns, weight_format), -(-columns // form.group)
+    scales = form.scales(np.ascontiguousarray(by_panel[:, start : start + groups * form.scale_bytes]))
+    scales = scales.reshape(len(by_panel), groups, -1).transpose(0, 2, 1)
+    return codes * np.repeat(scales, form.group, axis=2)[:, :, :width]
+
+
+def _from_steps(elements: _Any, step: int) -> _Any:
+    """[panels, width / step, 16, step] as [panels, 16, width]."""
+    n = len(elements)
+    return elements.reshape(n, -1, PANEL, step).transpose(0, 2, 1, 3).reshape(n, PANEL, -1)
+
+
+def _from_nibbles(elements: Bytes, width: int) -> Bytes:
+    """The 4-bit codes as [panels, 16, width]."""
+    n = len(elements)
+    vectors = elements.reshape(n, width // 32, 4, PANEL, 4)
+    codes = np.stack([vectors & 15, vectors >> 4], axis=4)  # [panels, group, vector, row, half, byte]
+    return codes.transpose(0, 3, 1, 2, 4, 5).reshape(n, PANEL, width)
+
+
+_Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class _Form:
-    """A weight format: bytes of an element, k of a load, numbers -> elements, elements -> panels."""
+    """A weight format: bits of an element, columns of a load, columns that share a scale (0: there are none), bytes of
+    a panel's scales for these, and how elements [panels, bytes] and scales become f32."""
 
-    bytes: int
+    bits: int
     step: int
-    encode: Callable[[Numbers], tuple[npt.NDArray[np.generic], bool]]
-    fill: Callable[[npt.NDArray[np.generic], Bytes], None]
+    group: int
+    scale_bytes: int
+    decode: Callable[[Bytes, int], _Floats]
+    scales: Callable[[Bytes], _Floats] = lambda raw: raw.view(np.float32)
 
 
-_FORMS = {"f32": _Form(4, 1, _encode_f32, _fill_f32), "bf16": _Form(2, 2, _encode_bf16, _fill_bf16)}
+def _fp16_scales(raw: Bytes) -> _Floats:
+    return raw.view(np.float16).astype(np.float32)
+
+
+def _e8m0_scales(raw: Bytes) -> _Floats:
+    return np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
+
+
+def _decode_f32(elements: Bytes, width: int) -> _Floats:
+    return _from_steps(elements.view(np.float32), 1)
+
+
+def _decode_bf16(elements: Bytes, width: int) -> _Floats:
+    return to_f32(_from_steps(elements.view(np.uint16), 2))
+
+
+def _decode_q8(elements: Bytes, width: int) -> _Floats:
+    return _from_steps(elements, 4).astype(np.float32) - 128
+
+
+def _decode_q4(elements: Bytes, width: int) -> _Floats:
+    return _from_nibbles(elements, width).astype(np.float32) - 8
+
+
+def _decode_mxfp4(elements: Bytes, width: int) -> _Floats:
+    return np.concatenate([_E2M1, -_E2M1])[_from_nibbles(elements, width)]
+
+
+def _decode_fp8(elements: Bytes, width: int) -> _Floats:
+    nan = np.float32([np.nan])
+    return np.concatenate([_E4M3, nan, -_E4M3, nan])[_from_steps(elements, 2)]
+
+
+_FORMS = {
+    "f32": _Form(32, 1, 0, 0, _decode_f32),
+    "bf16": _Form(16, 2, 0, 0, _decode_bf16),
+    "q8": _Form(8, 32, 32, 2 * PANEL, _decode_q8, _fp16_scales),
+    "fp8": _Form(8, 2, 128, 4, _decode_fp8),
+    "q4": _Form(4, 32, 32, 2 * PANEL, _decode_q4, _fp16_scales),
+    "mxfp4": _Form(4, 32, 32, PANEL, _decode_mxfp4, _e8m0_scales),
+}
+
+FORMATS = tuple(_FORMS)
 
 
 def _form(weight_format: str) -> _Form:
@@ -247,8 +432,7 @@ def _check(value: Value) -> None:
         raise HetcompError(f"Weight {name} has the unknown layout '{value.type.layout}'.")
     if value.format is None:
         raise HetcompError(f"Weight {name} has layout {value.type.layout} but no format; run choose_formats.")
-    if value.format not in PLANNED_BITS:
-        _form(value.format)
+    _form(value.format)
     shape = _shape(value)
     if len(shape) < 2 or (value.type.layout == PANELS_GLU and shape[-2] % 2):
         raise HetcompError(f"Weight {name} of shape {list(shape)} does not fit layout {value.type.layout}.")
@@ -264,6 +448,10 @@ def _symbolic(value: Value) -> int:
 
 def _shape_message(value: Value, got: tuple[int, ...], want: tuple[int, ...]) -> str:
     return f"Weight {value.fqn or value.id} has shape {list(got)}, expected {list(want)}."
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _target(out: Bytes | None, size: int) -> Bytes:

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetcomp.backends import packing
+from hetcomp.backends.cpu import FORMATS as KERNEL_FORMATS
 from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
 from hetcomp.backends.tvm import TvmBackend
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Op, Plan, Template, Value
+
+_NO_KERNELS = frozenset(packing.FORMATS) - frozenset(KERNEL_FORMATS)
 
 
 def default_backends() -> tuple[KernelBackend, ...]:
@@ -58,7 +61,7 @@ def request(op: Op, template: Template, isa: Isa, dims: Mapping[str, int]) -> Ke
 
 def _with_kernels(ask: KernelRequest) -> KernelRequest:
     """The request with bf16 in place of formats that are only planned with: their kernels need about the same."""
-    inputs = tuple(replace(v, format="bf16") if v.format in packing.PLANNED_BITS else v for v in ask.inputs)
+    inputs = tuple(replace(v, format="bf16") if v.format in _NO_KERNELS else v for v in ask.inputs)
     return replace(ask, inputs=inputs)
 
 

@@ -141,8 +141,8 @@ def test_numbers_that_are_not_finite_are_reported(bad, weight_format, dtype):
 
 
 def test_bad_requests_name_the_weight_and_what_was_expected():
-    with pytest.raises(HetcompError, match="format 'q4' cannot be packed for the CPU; expected one of f32, bf16"):
-        packing.pack(np.zeros((4, 4), np.float32), _weight((4, 4), "q4", packing.PANELS))
+    with pytest.raises(HetcompError, match="format 'q5' cannot be packed for the CPU; expected one of f32, bf16"):
+        packing.pack(np.zeros((4, 4), np.float32), _weight((4, 4), "q5", packing.PANELS))
     with pytest.raises(HetcompError, match=r"m\.w has shape \[4, 5\], expected \[4, 4\]"):
         packing.pack(np.zeros((4, 5), np.float32), _weight((4, 4), "f32", packing.PANELS))
     with pytest.raises(HetcompError, match=r"m\.w has layout panels16 but no format"):
