@@ -43,8 +43,6 @@ inline Floats from_bits(Ints x) { return reinterpret_cast<Floats>(x); }
 inline Floats magnitude(Floats x) { return from_bits(bits(x) & 0x7FFFFFFF); }
 inline Ints sign_bit(Floats x) { return (bits(x) >> 31) & 1; }
 
-inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
-inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 inline Ints max(Ints a, Ints b) { return a > b ? a : b; }
 
 // 2^x for x from -126 to 127.
@@ -64,22 +62,26 @@ inline bool any(Ints mask) {
     return false;
 }
 
-// fp16 numbers, as many as there are lanes.
+// min, max: the second number if one is NaN. Halves: fp16 numbers, as many as there are lanes.
 #if defined(__AVX512F__)
 typedef __m256i Halves;
 constexpr __mmask16 kAll = 0xFFFF;  // the forms without a mask make GCC warn falsely (bug 105593)
+inline Floats min(Floats a, Floats b) { return _mm512_maskz_min_ps(kAll, a, b); }
+inline Floats max(Floats a, Floats b) { return _mm512_maskz_max_ps(kAll, a, b); }
 template <int kMode>
 inline Halves to_halves(Floats x) {
-    return _mm512_maskz_cvtps_ph(kAll, reinterpret_cast<__m512>(x), kMode);
+    return _mm512_maskz_cvtps_ph(kAll, x, kMode);
 }
-inline Floats from_halves(Halves h) { return reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(kAll, h)); }
+inline Floats from_halves(Halves h) { return _mm512_maskz_cvtph_ps(kAll, h); }
 #else
 typedef __m128i Halves;
+inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 template <int kMode>
 inline Halves to_halves(Floats x) {
-    return _mm256_cvtps_ph(reinterpret_cast<__m256>(x), kMode);
+    return _mm256_cvtps_ph(x, kMode);
 }
-inline Floats from_halves(Halves h) { return reinterpret_cast<Floats>(_mm256_cvtph_ps(h)); }
+inline Floats from_halves(Halves h) { return _mm256_cvtph_ps(h); }
 #endif
 constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT;
 constexpr int kUp = _MM_FROUND_TO_POS_INF;

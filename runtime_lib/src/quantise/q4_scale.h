@@ -48,11 +48,14 @@ inline Floats q4_storable(Floats scale) {
     return (scale != 0.0f) & (rounded == 0.0f) ? smallest : rounded;
 }
 
-inline Fit q4_fit(const Tile& tile, Floats scale, const float* v) {
+// The sums for the codes that w * inverse_scale is nearest to.
+inline Fit q4_fit(const Tile& tile, Floats inverse_scale, const float* v) {
     Fit fit;
-    for (int k = 0; k < kGroup; ++k) fit.add(tile.column(k), q4_code(tile.column(k), scale), v[k]);
+    for (int k = 0; k < kGroup; ++k) fit.add(tile.column(k), q4_clipped(tile.column(k) * inverse_scale), v[k]);
     return fit;
 }
+
+inline Floats reciprocal(Floats x) { return x != 0.0f ? 1.0f / x : all(0.0f); }
 
 // The best scale of those that come from levels, before it is rounded.
 inline Floats q4_searched(const Tile& tile, Floats far, const float* v) {
@@ -62,9 +65,7 @@ inline Floats q4_searched(const Tile& tile, Floats far, const float* v) {
     Floats gain = all(0.0f);
     Floats scale = all(0.0f);
     for (int i = 0; i < kCandidates; ++i) {
-        const Floats levels = inverse * (-6.0f - 0.25f * static_cast<float>(i));
-        Fit fit;
-        for (int k = 0; k < kGroup; ++k) fit.add(tile.column(k), q4_clipped(tile.column(k) * levels), v[k]);
+        const Fit fit = q4_fit(tile, inverse * (-6.0f - 0.25f * static_cast<float>(i)), v);
         scale = fit.gain() > gain ? fit.scale() : scale;
         gain = max(fit.gain(), gain);
     }
@@ -80,11 +81,11 @@ inline Floats q4_scale(const Tile& tile, const float* v) {
     const Ints worth = magnitude(far) > 0x1p-25f;
     const Floats searched = q4_searched(tile, worth ? far : all(1.0f), v);
     Floats best = q4_storable(far * -0.125f);
-    Floats error = q4_fit(tile, best, v).error(best);
+    Floats error = q4_fit(tile, reciprocal(best), v).error(best);
     Floats scale = q4_storable(searched);
     constexpr int kRefits = 2;
     for (int i = 0; i < kRefits; ++i) {
-        const Fit fit = q4_fit(tile, scale, v);
+        const Fit fit = q4_fit(tile, reciprocal(scale), v);
         const Ints better = fit.error(scale) < error;
         best = better ? scale : best;
         error = better ? fit.error(scale) : error;
