@@ -15,7 +15,8 @@ from hetcomp.passes.pins import Pin
 Role = Literal["experts", "attention", "dense", "router", "embedding", "kv"]
 ROLES: tuple[Role, ...] = ("experts", "attention", "dense", "router", "embedding", "kv")
 FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")  # by falling size
-AVAILABLE_FORMATS = ("f32", "bf16")
+AVAILABLE_FORMATS = FORMATS  # of weights
+KV_FORMATS = ("f32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -32,20 +33,28 @@ class FormatRequest:
             _check_format(formats, planning)
             # A router decides which experts run; in a coarser format than f32 it flips near ties for nothing
             # saved (0.03 % of the bytes of a Qwen3-30B-A3B).
-            kv = formats if formats in AVAILABLE_FORMATS else "auto"
+            kv = formats if formats in KV_FORMATS else "auto"
             return FormatRequest({**{role: formats for role in ROLES}, "router": "f32", "kv": kv})
         by_role: dict[Role, str] = {}
         for name, form in formats.items():
             role = next((r for r in ROLES if r == name), None)
             if role is None:
                 raise HetcompError(f"Unknown weight role '{name}' in formats; the roles are {', '.join(ROLES)}.")
-            _check_format(form, planning and role != "kv")
+            if role == "kv":
+                _check_kv_format(form)
+            else:
+                _check_format(form, planning)
             by_role[role] = form
         return FormatRequest(by_role)
 
     def of(self, role: Role) -> str:
         """The request for ``role``: a format or ``auto``."""
         return self.by_role.get(role, "f32" if role == "router" else "auto")
+
+
+def _check_kv_format(name: str) -> None:
+    if name not in ("auto", *KV_FORMATS):
+        raise HetcompError(f"Unknown KV cache format '{name}'; the formats are auto, {', '.join(KV_FORMATS)}.")
 
 
 def _check_format(name: str, planning: bool) -> None:

@@ -16,9 +16,9 @@ then its scales, each part padded to a multiple of 64 bytes. With G = ceil(K/32)
 
 K is padded to whole loads (``padded_columns``) with codes of zero. Layout ``panels16`` is one such matrix, or several
 (experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1
-and the up rows I .. 2I-1 of each matrix in panels of their own, interleaved: gate panel 0, up panel 0, gate panel 1, ...
-so that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by itself. Everything
-else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
+and the up rows I .. 2I-1 of each matrix in panels of their own, in turn (gate panel 0, up panel 0, gate panel 1, ..) so
+that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by itself. Everything else
+(norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def pack(
     view with any strides. out: uint8 buffer of the exact size (``packed_bytes(value) / matrices(value)`` a
     matrix), filled and returned; a new one if None. importance: f32 [K], or [n, K] for n matrices: how much
     the squared error of each column counts where a scale is chosen (q4, mxfp4); all alike if None.
-    threads: those that this process may run on if None.
+    threads: as many as this process may run at once if None.
 
     Returns the bytes and whether all numbers are finite (NaN and infinity are the caller's to report; a
     finite f32 that bf16 cannot hold, or whose scale fp16 cannot, counts as infinite). Raises HetcompError if
@@ -193,7 +193,8 @@ def _pack_row_major(array: Numbers, size: int, out: Bytes | None) -> tuple[Bytes
 
 
 def unpack(data: Bytes | bytes, value: Value) -> _Floats:
-    """The numbers that the packed bytes stand for, in the value's shape; exact.
+    """The numbers that the packed bytes stand for, f32 in the value's shape: exact, but for fp8, whose products with
+    the scale are rounded to f32.
 
     data: ``packed_bytes(value)`` bytes. Raises HetcompError if there are more or fewer.
     """
@@ -211,7 +212,7 @@ def unpack(data: Bytes | bytes, value: Value) -> _Floats:
 
 
 def unpack_matrix(data: Bytes, rows: int, columns: int, weight_format: str, layout: str = PANELS) -> _Floats:
-    """One matrix f32 [rows, columns] from its ``matrix_bytes`` bytes; exact."""
+    """One matrix f32 [rows, columns] from its ``matrix_bytes`` bytes, as :func:`unpack`."""
     panel = unpack_panels(data, columns, weight_format)[:, :, :columns]
     if layout == PANELS:
         return panel.reshape(-1, columns)[:rows]
@@ -220,7 +221,7 @@ def unpack_matrix(data: Bytes, rows: int, columns: int, weight_format: str, layo
 
 
 def unpack_panels(data: Bytes, columns: int, weight_format: str) -> _Floats:
-    """Panels as they lie in memory, f32 [panels, 16, padded columns], padding included; exact."""
+    """Panels as they lie in memory, f32 [panels, 16, padded columns], padding included; as :func:`unpack`."""
     width = padded_columns(columns, weight_format)
     form = _form(weight_format)
     by_panel = np.ascontiguousarray(data).reshape(-1, panel_bytes(columns, weight_format))
@@ -296,7 +297,8 @@ def _decode_mxfp4(elements: Bytes, width: int) -> _Floats:
 
 
 def _decode_fp8(elements: Bytes, width: int) -> _Floats:
-    return np.concatenate([_E4M3, -_E4M3])[_from_steps(elements, 2)]
+    numbers: _Floats = np.concatenate([_E4M3, -_E4M3])[_from_steps(elements, 2)]
+    return numbers
 
 
 _FORMS = {

@@ -55,16 +55,16 @@ def quantise(
 ) -> bool:
     """Fills ``out`` with the packed matrix; returns whether all its numbers are finite and fit the format.
 
-    matrix: [rows, columns] in f32, f16 or bf16 bits (uint16), a view with any strides. out: contiguous, of exactly
-    ``packing.matrix_bytes``. importance: f32 [columns], contiguous and not negative. threads: those this process may run
-    on if None. The interpreter's lock is free meanwhile. Raises HetcompError for another dtype or on an old CPU.
+    matrix: [rows, columns] in f32, f16 or bf16 bits (uint16), in any strides of whole numbers. out: contiguous, of
+    exactly ``packing.matrix_bytes``. importance: f32 [columns], contiguous and not negative. threads: as many as this
+    process may run at once if None. The interpreter's lock is free meanwhile. Raises HetcompError for another dtype
+    or on an old CPU.
     """
     number_type = _NUMBER_TYPES.get(matrix.dtype)
     if number_type is None:
         raise HetcompError(f"Weights of dtype {matrix.dtype} cannot be packed; expected f32, f16 or bf16.")
     size = matrix.itemsize
-    if any(stride % size for stride in matrix.strides):
-        matrix = np.ascontiguousarray(matrix)  # a field of a structured array
+    assert not any(stride % size for stride in matrix.strides)
     request = _Request(
         numbers=matrix.ctypes.data,
         rows=matrix.shape[0],

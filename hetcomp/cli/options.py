@@ -13,7 +13,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF folder, zoo name
 Hw = Annotated[str, typer.Option("--hw", help="auto, preset:NAME, or a profile file.")]
 Formats = Annotated[
     str,
-    typer.Option("--formats", help="f32, bf16, auto, or role=format,... (experts, attention, dense, ...)."),
+    typer.Option("--formats", help="auto, f32, bf16, q8, fp8, q4, mxfp4, or role=format,.. (experts, attention, ..)."),
 ]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions of the KV cache.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences kept at once.")]

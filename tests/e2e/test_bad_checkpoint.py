@@ -158,7 +158,7 @@ def test_context_beyond_the_models_positions(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--formats", "q4"), "q4"),
+        (("--formats", "kv=q4"), "q4"),
         (("--formats", "banana"), "banana"),
         (("--formats", "experts=f32,cellar=bf16"), "cellar"),
         (("--isa", "mmx"), "mmx"),

@@ -74,7 +74,9 @@ def test_auto_keeps_the_checkpoints_precision_if_it_fits(dtype, memory, expected
     assert any("rounded to bf16" in note for note in plan.notes) == noted
 
 
-@pytest.mark.parametrize(("formats", "words"), [("q4", "kernels do not exist yet"), ("q5", "Unknown weight format")])
+@pytest.mark.parametrize(
+    ("formats", "words"), [("q5", "Unknown weight format"), ({"kv": "q4"}, "Unknown KV cache format 'q4'")]
+)
 def test_formats_that_are_not_there_are_refused(formats, words):
     with pytest.raises(HetcompError, match=words):
         FormatRequest.parse(formats)
