@@ -28,7 +28,7 @@ def _normal(shape: tuple[int, ...], seed: int, scale: float = 1.0) -> np.ndarray
     return (rng.standard_normal(shape) * rows * scale).astype(np.float32)
 
 
-def _packed(numbers: np.ndarray, weight_format: str, **options) -> tuple[np.ndarray, np.ndarray]:
+def _packed(numbers: np.ndarray, weight_format: str, **options: object) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of each panel, and the numbers they stand for."""
     value = _weight(numbers.shape, weight_format)
     data, finite = packing.pack(numbers, value, **options)
@@ -157,8 +157,8 @@ def test_q4_is_never_worse_than_absmax_and_has_the_nearest_codes(rows, columns, 
     tied = np.isclose(np.abs(nearest - numbers), np.abs(got - numbers), rtol=1e-6, atol=0)
     assert ((nearest == got) | tied).all()
     absmax = ((_absmax_q4(numbers) - _groups(numbers)) ** 2).sum(axis=-1)
-    # The search compares errors in f32, as differences of sums that are up to 200 times as large.
-    assert (_error(numbers, got) <= absmax * (1 + 1e-3) + 1e-60).all()
+    # The search compares sums of 32 errors in f32.
+    assert (_error(numbers, got) <= absmax * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("heavy_tails", [False, True])
@@ -174,7 +174,7 @@ def test_q4_search_finds_nearly_the_best_scale(heavy_tails):
         best = np.minimum(best, ((_with_scale(groups, far / levels) - groups) ** 2).sum(axis=-1))
     # Measured 0.1 % to 0.2 % above an exhaustive search, whose scales are not rounded to fp16.
     assert _error(numbers, got).sum() < 1.004 * best.sum()
-    assert _error(numbers, got).sum() < 0.92 * ((_absmax_q4(numbers) - groups) ** 2).sum()
+    assert _error(numbers, got).sum() < 0.95 * ((_absmax_q4(numbers) - groups) ** 2).sum()
 
 
 @pytest.mark.parametrize("weight_format", ["q4", "mxfp4"])
@@ -256,10 +256,9 @@ def test_tiny_numbers_stay_tiny(weight_format, size):
     numbers[:, 3] = size
     _, got = _packed(numbers, weight_format)
     assert np.isfinite(got).all()
-    # fp16's smallest scale is 2^-24; e8m0's is 2^-127.
-    assert (np.abs(got - numbers) <= np.maximum(0.5 * np.float32(size), 0)).all() or (
-        weight_format in ("q8", "q4") and (np.abs(got - numbers) <= 2.0**-25).all()
-    )
+    # Half of what the smallest scale can say: fp16's is 2^-24, e8m0's 2^-127 (codes of 1/2), f32's 2^-149 (of 448).
+    smallest = {"q8": 2.0**-25, "q4": 2.0**-25, "mxfp4": 2.0**-129, "fp8": 224 * 2.0**-149}[weight_format]
+    assert (np.abs(got.astype(np.float64) - numbers) <= max(0.25 * size, smallest)).all()
     if size == 0:
         assert not got.any()
 
@@ -298,7 +297,7 @@ def test_the_largest_f32_has_a_scale(weight_format):
     value = _weight((16, 128), weight_format)
     data, finite = packing.pack(numbers, value)
     assert finite
-    # Its mantissa is all ones: 8 units, which e2m1 has as 4 of the next exponent; that overflows f32 when multiplied out.
+    # Its mantissa is all ones: 8 units, which e2m1 has as 4 of the next exponent; multiplied out that overflows f32.
     with np.errstate(over="ignore"):
         got = packing.unpack(data, value)
     assert (got >= np.float32(2.0**127)).all()
