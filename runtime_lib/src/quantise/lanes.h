@@ -1,8 +1,9 @@
-// One number of each of several rows of a panel: 16 rows where AVX-512 is compiled for, else 8. A row is a lane, so
-// that everything a group of columns needs (extremes, sums, scales) is found for all lanes at once without shuffles.
+// One number of each of several rows of a panel: 16 rows where AVX-512 is compiled for, else 8. A row is a
+// lane, so that everything a group of columns needs (extremes, sums, scales) is found for all lanes at once
+// without shuffles.
 //
-// Everything compiled for an instruction set lies in a namespace of its own and uses no templates of the standard
-// library: the linker would keep one copy of those for both instruction sets.
+// Everything compiled for an instruction set lies in a namespace of its own and uses no templates of the
+// standard library: the linker would keep one copy of those for both instruction sets.
 #pragma once
 
 #include <immintrin.h>
@@ -24,14 +25,14 @@ typedef int16_t Shorts __attribute__((vector_size(2 * kLanes)));
 typedef int8_t Chars __attribute__((vector_size(kLanes)));
 
 inline Floats load(const float* p) {
-    Floats x;
-    __builtin_memcpy(&x, p, sizeof x);
-    return x;
+  Floats x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
 }
 
 template <class Vector>
 inline void store(void* p, Vector x) {
-    __builtin_memcpy(p, &x, sizeof x);
+  __builtin_memcpy(p, &x, sizeof x);
 }
 
 inline Floats all(float x) { return x - Floats{}; }
@@ -56,10 +57,10 @@ inline Floats nearest(Floats x) { return (x + kRound) - kRound; }
 inline Ints to_int(Floats x) { return bits(x + kRound) - bits(all(kRound)); }
 
 inline bool any(Ints mask) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-        if (mask[lane]) return true;
-    }
-    return false;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (mask[lane]) return true;
+  }
+  return false;
 }
 
 // min, max: the second number if one is NaN. Halves: fp16 numbers, as many as there are lanes.
@@ -70,7 +71,7 @@ inline Floats min(Floats a, Floats b) { return _mm512_maskz_min_ps(kAll, a, b); 
 inline Floats max(Floats a, Floats b) { return _mm512_maskz_max_ps(kAll, a, b); }
 template <int kMode>
 inline Halves to_halves(Floats x) {
-    return _mm512_maskz_cvtps_ph(kAll, x, kMode);
+  return _mm512_maskz_cvtps_ph(kAll, x, kMode);
 }
 inline Floats from_halves(Halves h) { return _mm512_maskz_cvtph_ps(kAll, h); }
 #else
@@ -79,7 +80,7 @@ inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 template <int kMode>
 inline Halves to_halves(Floats x) {
-    return _mm256_cvtps_ph(x, kMode);
+  return _mm256_cvtps_ph(x, kMode);
 }
 inline Floats from_halves(Halves h) { return _mm256_cvtph_ps(h); }
 #endif

@@ -17,118 +17,118 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
 struct PanelSize {
-    int64_t elements;
-    int64_t scales;
+  int64_t elements;
+  int64_t scales;
 };
 
 // The same sizes as hetcomp/backends/packing.py; a request that disagrees is refused.
 PanelSize panel_size(int32_t format, int64_t columns) {
-    const int64_t groups = ceil_div(columns, kGroup);
-    const int64_t pairs = ceil_div(columns, 2);
-    switch (format) {
-        case HETCOMP_FORMAT_F32:
-            return {columns * kPanelRows * 4, 0};
-        case HETCOMP_FORMAT_BF16:
-            return {pairs * kPanelRows * 4, 0};
-        case HETCOMP_FORMAT_Q8:
-            return {groups * kGroup * kPanelRows, aligned(groups * kPanelRows * 2)};
-        case HETCOMP_FORMAT_FP8:
-            return {aligned(pairs * kPanelRows * 2), aligned(ceil_div(columns, kBlock) * 4)};
-        case HETCOMP_FORMAT_Q4:
-            return {groups * kGroup * kPanelRows / 2, aligned(groups * kPanelRows * 2)};
-        case HETCOMP_FORMAT_MXFP4:
-            return {groups * kGroup * kPanelRows / 2, aligned(groups * kPanelRows)};
-        default:
-            return {0, 0};
-    }
+  const int64_t groups = ceil_div(columns, kGroup);
+  const int64_t pairs = ceil_div(columns, 2);
+  switch (format) {
+    case HETCOMP_FORMAT_F32:
+      return {columns * kPanelRows * 4, 0};
+    case HETCOMP_FORMAT_BF16:
+      return {pairs * kPanelRows * 4, 0};
+    case HETCOMP_FORMAT_Q8:
+      return {groups * kGroup * kPanelRows, aligned(groups * kPanelRows * 2)};
+    case HETCOMP_FORMAT_FP8:
+      return {aligned(pairs * kPanelRows * 2), aligned(ceil_div(columns, kBlock) * 4)};
+    case HETCOMP_FORMAT_Q4:
+      return {groups * kGroup * kPanelRows / 2, aligned(groups * kPanelRows * 2)};
+    case HETCOMP_FORMAT_MXFP4:
+      return {groups * kGroup * kPanelRows / 2, aligned(groups * kPanelRows)};
+    default:
+      return {0, 0};
+  }
 }
 
 PackPanels best_for_this_cpu() {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-        return avx512::pack_panels;
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
-        return avx2::pack_panels;
-    }
-    return nullptr;
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return avx512::pack_panels;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+    return avx2::pack_panels;
+  }
+  return nullptr;
 }
 
 int64_t number_bytes(int32_t type) { return type == HETCOMP_F32 ? 4 : 2; }
 
 // Splits a matrix, or each half of a gate-and-up matrix, into tasks of `rows_each` rows.
 std::vector<PanelTask> split(const hetcomp_quantise_request& r, PanelSize size, int64_t rows_each) {
-    std::vector<PanelTask> tasks;
-    const int64_t halves = r.gate_up ? 2 : 1;
-    const int64_t rows = r.rows / halves;
-    const int64_t panel_bytes = size.elements + size.scales;
-    const auto* numbers = static_cast<const uint8_t*>(r.numbers);
-    for (int64_t half = 0; half < halves; ++half) {
-        for (int64_t first = 0; first < rows; first += rows_each) {
-            PanelTask task{};
-            task.numbers = numbers + (half * rows + first) * r.row_stride * number_bytes(r.number_type);
-            task.rows = std::min(rows_each, rows - first);
-            task.columns = r.columns;
-            task.row_stride = r.row_stride;
-            task.column_stride = r.column_stride;
-            task.importance = r.importance;
-            task.out = r.out + (first / kPanelRows * halves + half) * panel_bytes;
-            task.panel_stride = halves * panel_bytes;
-            task.element_bytes = size.elements;
-            task.panel_bytes = panel_bytes;
-            task.number_type = r.number_type;
-            task.format = r.format;
-            tasks.push_back(task);
-        }
+  std::vector<PanelTask> tasks;
+  const int64_t halves = r.gate_up ? 2 : 1;
+  const int64_t rows = r.rows / halves;
+  const int64_t panel_bytes = size.elements + size.scales;
+  const auto* numbers = static_cast<const uint8_t*>(r.numbers);
+  for (int64_t half = 0; half < halves; ++half) {
+    for (int64_t first = 0; first < rows; first += rows_each) {
+      PanelTask task{};
+      task.numbers = numbers + (half * rows + first) * r.row_stride * number_bytes(r.number_type);
+      task.rows = std::min(rows_each, rows - first);
+      task.columns = r.columns;
+      task.row_stride = r.row_stride;
+      task.column_stride = r.column_stride;
+      task.importance = r.importance;
+      task.out = r.out + (first / kPanelRows * halves + half) * panel_bytes;
+      task.panel_stride = halves * panel_bytes;
+      task.element_bytes = size.elements;
+      task.panel_bytes = panel_bytes;
+      task.number_type = r.number_type;
+      task.format = r.format;
+      tasks.push_back(task);
     }
-    return tasks;
+  }
+  return tasks;
 }
 
 bool valid(const hetcomp_quantise_request& r) {
-    if (!r.numbers || !r.out || r.rows < 1 || r.columns < 1 || r.threads < 1) return false;
-    if (r.number_type < HETCOMP_F32 || r.number_type > HETCOMP_BF16) return false;
-    if (r.format < HETCOMP_FORMAT_F32 || r.format > HETCOMP_FORMAT_MXFP4) return false;
-    if (r.gate_up && r.rows % 2) return false;
-    const int64_t halves = r.gate_up ? 2 : 1;
-    const PanelSize size = panel_size(r.format, r.columns);
-    return r.out_bytes == halves * ceil_div(r.rows / halves, kPanelRows) * (size.elements + size.scales);
+  if (!r.numbers || !r.out || r.rows < 1 || r.columns < 1 || r.threads < 1) return false;
+  if (r.number_type < HETCOMP_F32 || r.number_type > HETCOMP_BF16) return false;
+  if (r.format < HETCOMP_FORMAT_F32 || r.format > HETCOMP_FORMAT_MXFP4) return false;
+  if (r.gate_up && r.rows % 2) return false;
+  const int64_t halves = r.gate_up ? 2 : 1;
+  const PanelSize size = panel_size(r.format, r.columns);
+  return r.out_bytes == halves * ceil_div(r.rows / halves, kPanelRows) * (size.elements + size.scales);
 }
 
 int32_t run(const hetcomp_quantise_request& request) {
-    static const PackPanels pack_panels = best_for_this_cpu();
-    if (!pack_panels) return HETCOMP_QUANTISE_OLD_CPU;
-    const PanelSize size = panel_size(request.format, request.columns);
-    const int64_t rows_each = request.format == HETCOMP_FORMAT_FP8 ? kBlock : kPanelRows;
-    const std::vector<PanelTask> tasks = split(request, size, rows_each);
-    std::atomic<size_t> next{0};
-    std::atomic<bool> finite{true};
-    const auto work = [&] {
-        for (size_t i = next++; i < tasks.size(); i = next++) {
-            if (!pack_panels(tasks[i])) finite = false;
-        }
-    };
-    {
-        std::vector<std::jthread> others;
-        const size_t threads = std::min<size_t>(request.threads, tasks.size());
-        try {
-            for (size_t i = 1; i < threads; ++i) others.emplace_back(work);
-        } catch (const std::system_error&) {
-            // No more threads to be had: those that run do the work.
-        }
-        work();
+  static const PackPanels pack_panels = best_for_this_cpu();
+  if (!pack_panels) return HETCOMP_QUANTISE_OLD_CPU;
+  const PanelSize size = panel_size(request.format, request.columns);
+  const int64_t rows_each = request.format == HETCOMP_FORMAT_FP8 ? kBlock : kPanelRows;
+  const std::vector<PanelTask> tasks = split(request, size, rows_each);
+  std::atomic<size_t> next{0};
+  std::atomic<bool> finite{true};
+  const auto work = [&] {
+    for (size_t i = next++; i < tasks.size(); i = next++) {
+      if (!pack_panels(tasks[i])) finite = false;
     }
-    return finite ? HETCOMP_QUANTISE_OK : HETCOMP_QUANTISE_NOT_FINITE;
+  };
+  {
+    std::vector<std::jthread> others;
+    const size_t threads = std::min<size_t>(request.threads, tasks.size());
+    try {
+      for (size_t i = 1; i < threads; ++i) others.emplace_back(work);
+    } catch (const std::system_error&) {
+      // No more threads to be had: those that run do the work.
+    }
+    work();
+  }
+  return finite ? HETCOMP_QUANTISE_OK : HETCOMP_QUANTISE_NOT_FINITE;
 }
 
 }  // namespace
 }  // namespace hetcomp::quantise
 
 int32_t hetcomp_quantise(const hetcomp_quantise_request* request) {
-    if (!request || !hetcomp::quantise::valid(*request)) return HETCOMP_QUANTISE_BAD_REQUEST;
-    try {
-        return hetcomp::quantise::run(*request);
-    } catch (const std::bad_alloc&) {
-        return HETCOMP_QUANTISE_NO_MEMORY;
-    }
+  if (!request || !hetcomp::quantise::valid(*request)) return HETCOMP_QUANTISE_BAD_REQUEST;
+  try {
+    return hetcomp::quantise::run(*request);
+  } catch (const std::bad_alloc&) {
+    return HETCOMP_QUANTISE_NO_MEMORY;
+  }
 }
