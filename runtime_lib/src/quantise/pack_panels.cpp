@@ -35,7 +35,7 @@ Ints in_nibbles(const Ints* codes) { return in_bytes(codes) | in_bytes(codes + 4
 // Lanes with a number that is NaN or infinite; those numbers become zero.
 Ints cleaned(Tile& tile) {
   Ints bad = all(0);
-  for (int k = 0; k < kGroup; ++k) {
+  for (int64_t k = 0; k < kGroup; ++k) {
     const Floats w = tile.column(k);
     const Ints finite = magnitude(w) < __builtin_inff();
     bad |= ~finite;

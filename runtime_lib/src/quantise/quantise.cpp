@@ -98,6 +98,17 @@ bool valid(const hetcomp_quantise_request& r) {
   return r.out_bytes == halves * ceil_div(r.rows / halves, kPanelRows) * (size.elements + size.scales);
 }
 
+// False if the system has no more threads: those that run then do the work.
+template <class Work>
+bool started(std::vector<std::jthread>& threads, const Work& work) {
+  try {
+    threads.emplace_back(work);
+    return true;
+  } catch (const std::system_error&) {
+    return false;
+  }
+}
+
 int32_t run(const hetcomp_quantise_request& request) {
   static const PackPanels pack_panels = best_for_this_cpu();
   if (!pack_panels) return HETCOMP_QUANTISE_OLD_CPU;
@@ -114,10 +125,7 @@ int32_t run(const hetcomp_quantise_request& request) {
   {
     std::vector<std::jthread> others;
     const size_t threads = std::min<size_t>(request.threads, tasks.size());
-    try {
-      for (size_t i = 1; i < threads; ++i) others.emplace_back(work);
-    } catch (const std::system_error&) {
-      // No more threads to be had: those that run do the work.
+    for (size_t i = 1; i < threads && started(others, work); ++i) {
     }
     work();
   }
