@@ -18,8 +18,9 @@ from hetcomp.artifact.tokenizer import compile_tokenizer
 from hetcomp.artifact.tokenizer_parity import prove_parity
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
+from hetcomp.backends.importance import Importance
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
-from hetcomp.backends.pack_weights import WeightPacker, WeightReader
+from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.program import ProgramLayout, render_program
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import CpuTarget, default_backends, select_kernels
@@ -209,6 +210,7 @@ def compile(
     out: str | Path | None = None,
     isa: Sequence[str] | None = None,
     plan: str | Path | None = None,
+    importance: str | Path | None = None,
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Executable:
@@ -221,6 +223,7 @@ def compile(
     f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router, embedding; kv: f32, bf16,
     q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
     lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
+    importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
     the profile's memory, or the machine lacks a compiler.
@@ -246,17 +249,18 @@ def compile(
             f"{planned.plan.model.name} is a config without weights: it can be planned (hetcomp plan), "
             "not compiled. Give a folder with safetensors files."
         )
+    columns = Importance.load(Path(importance), planned.plan.values) if importance is not None else None
     owner = None
     if out is None:
         owner = tempfile.TemporaryDirectory(prefix="hetcomp-")
         out = Path(owner.name) / f"{planned.plan.model.name}.hetc"
     target = Path(out)
     with staged_folder(target) as staging:
-        _write(planned, checkpoint, staging, progress)
+        _write(planned, WeightPacker(checkpoint, columns), staging, progress)
     return Executable(target, owner=owner)
 
 
-def _write(planned: Planned, reader: WeightReader, staging: Path, progress: ProgressSink) -> None:
+def _write(planned: Planned, packer: WeightPacker, staging: Path, progress: ProgressSink) -> None:
     plan = planned.plan
     layout = ProgramLayout.of(plan)
     documents = _documents(planned, progress)
@@ -264,12 +268,14 @@ def _write(planned: Planned, reader: WeightReader, staging: Path, progress: Prog
     # Code first: it fails early and cheaply, weights are the long part.
     for isa in planned.target.isas:
         _build_program(planned, isa, digest, staging, progress)
-    packer = WeightPacker(reader)
     sizes = [planned.target.packed_bytes(v) for v in layout.weights]
     progress.stage("pack weights", total=sum(sizes))
-    records = write_weights(layout.weights, sizes, packer.chunks, staging, progress.advance)
+    records = write_weights(layout.weights, sizes, packer.chunks(layout.weights), staging, progress.advance)
     for name in packer.not_finite:
-        progress.warn(f"weight {name} holds NaN or infinite numbers; the model's output will not be usable")
+        progress.warn(
+            f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "
+            "not be usable"
+        )
     write_documents(documents, staging)
     copy_runtime(staging)
     write_manifest(

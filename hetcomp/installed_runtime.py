@@ -1,4 +1,4 @@
-"""Where the files of the C++ runtime were installed: headers, library, executable."""
+"""Where the files of the C++ runtime were installed: headers, libraries, executable."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ def include() -> Path:
 def library() -> Path:
     """The shared library with the C ABI."""
     return _existing(_root() / "lib" / "libhetcomp_runtime.so")
+
+
+def quantiser() -> Path:
+    """The shared library that packs weights when compiling."""
+    return _existing(_root() / "lib" / "libhetcomp_quantise.so")
 
 
 def executable() -> Path:

@@ -99,8 +99,7 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
     for value in plan.values:
         if value.kind is ValueKind.WEIGHT and value.format not in FORMATS:
             raise HetcompError(
-                f"{path}: values.{value.id} has format {value.format}; there are kernels for "
-                f"{', '.join(FORMATS)}."
+                f"{path}: values.{value.id} has format {value.format}; there are kernels for {', '.join(FORMATS)}."
             )
         if value.kind is ValueKind.STATE and value.type.dtype not in KV_FORMATS:
             raise HetcompError(

@@ -31,8 +31,8 @@ class FormatRequest:
 
     @staticmethod
     def parse(formats: str | Mapping[str, str]) -> FormatRequest:
-        """One format for all roles (the router stays f32; the KV cache is quantised only where its role asks for it), or
-        a mapping by role to a format or several, joined with ``|``. Raises HetcompError for unknown spellings."""
+        """One format for all roles (the router stays f32, the KV cache is quantised only where its role asks for it),
+        or a mapping by role to a format or several, joined with ``|``. Raises HetcompError for unknown spellings."""
         if isinstance(formats, str):
             _check_format(formats, "experts")
             kv = formats if formats in ("f32", "bf16") else "auto"

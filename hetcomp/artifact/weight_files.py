@@ -7,7 +7,8 @@ can be used where it is mapped. The header is padded with spaces to reach that, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from numpy.typing import NDArray
 
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value
+from hetcomp.prefetch import prefetch
 
 ALIGNMENT = 64
 DATA_ALIGNMENT = 4096  # of the first tensor in a file: a page
 SHARD_BYTES = 4 << 30
 
-Chunks = Iterable[NDArray[np.uint8]]
+Chunk = tuple[Value, NDArray[np.uint8]]  # contiguous bytes of a weight
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,23 @@ class WeightRecord:
 def write_weights(
     values: Sequence[Value],
     sizes: Sequence[int],
-    pack: Callable[[Value], Chunks],
+    chunks: Generator[Chunk],
     folder: Path,
     advance: Callable[[int, str], None],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[WeightRecord]:
     """Streams the packed weights into ``weights-NNNNN.safetensors`` files of about ``shard_bytes``.
 
-    values, sizes: the weights and their packed bytes (multiples of 64). ``pack`` yields a weight's bytes in order,
-    in chunks of any size; no more than one chunk is held. ``advance(bytes, name)`` is called after each chunk.
-    Raises HetcompError if a weight packs to another size than announced; OSError of the disk passes through.
+    values, sizes: the weights and their packed bytes (multiples of 64). ``chunks`` yields the values' bytes in the same
+    order, in chunks of any size; the next chunk is made while the last is written, in a thread of its own, and no more
+    than these two exist. ``advance(bytes, name)`` is called after each chunk. Raises HetcompError if a weight packs to
+    another size than announced; what ``chunks`` raises and OSError of the disk pass through.
     """
     records: list[WeightRecord] = []
-    for number, shard in enumerate(_shards(list(zip(values, sizes, strict=True)), shard_bytes), start=1):
-        file = f"weights-{number:05d}.safetensors"
-        records.extend(_write_shard(shard, pack, folder, file, advance))
+    with closing(prefetch(chunks, "hetcomp-pack")) as stream:
+        for number, shard in enumerate(_shards(list(zip(values, sizes, strict=True)), shard_bytes), start=1):
+            file = f"weights-{number:05d}.safetensors"
+            records.extend(_write_shard(shard, stream, folder, file, advance))
     return records
 
 
@@ -72,7 +76,7 @@ def _shards(items: list[tuple[Value, int]], limit: int) -> Iterator[list[tuple[V
 
 def _write_shard(
     shard: list[tuple[Value, int]],
-    pack: Callable[[Value], Chunks],
+    chunks: Iterator[Chunk],
     folder: Path,
     file: str,
     advance: Callable[[int, str], None],
@@ -86,14 +90,15 @@ def _write_shard(
         for name, (value, size) in zip(names, shard, strict=True):
             digest = xxhash.xxh3_64()
             written = 0
-            for chunk in pack(value):
-                data = np.ascontiguousarray(chunk).data
-                handle.write(data)
-                digest.update(data)
-                written += len(data)
-                advance(len(data), name)
-            if written != size:
-                raise HetcompError(f"Weight {name} packed to {written} bytes, the plan says {size}; report this bug.")
+            while written < size:
+                owner, chunk = next(chunks, (None, None))
+                if owner is not value or chunk is None or written + chunk.size > size:
+                    raise HetcompError(f"Weight {name} does not pack to the plan's {size} bytes; report this bug.")
+                handle.write(chunk.data)
+                digest.update(chunk.data)
+                written += chunk.size
+                advance(chunk.size, name)
+                del chunk  # before the next one is asked for
             records.append(WeightRecord(name, file, offset, size, digest.hexdigest()))
             offset += size
     return records

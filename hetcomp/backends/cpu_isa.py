@@ -21,9 +21,10 @@ class CpuIsa:
 
     ``vocabulary``: file ``codegen_templates/cpu/isa_<vocabulary>.h.j2`` and its companion ``bytes_..``. ``vnni``: byte
     products are one instruction. ``bf16``: so are products of bf16 pairs. ``amx``: matrix tiles of bf16.
-    ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``direct_rows``: rows up to which attention
-    reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``: its tiles
-    then. ``prefetch_bytes``: distance of software prefetch, a multiple of 64. ``chained_rows``: rows up to which whole-number sums are split in two to hide latency.
+    ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``direct_rows``: rows up to which
+    attention reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``:
+    its tiles then. ``prefetch_bytes``: distance of software prefetch, a multiple of 64. ``chained_rows``: rows up to
+    which whole-number sums are split in two to hide latency.
     """
 
     vocabulary: Literal["avx2", "avx512"]
@@ -58,8 +59,8 @@ class CpuIsa:
     def tile_rows(self, weight_format: str) -> int:
         """Tokens of a register tile.
 
-        AVX-512 has 32 registers: 12 rows x 2 panels of sums take 24, four hold the weights of two k; with scales along k
-        12 rows of one panel have two sums each. AVX2 has 16 of half the width: 6 rows take 12, and with scales 3; of
+        AVX-512 has 32 registers: 12 rows x 2 panels of sums take 24, four hold the weights of two k; with scales along
+        k 12 rows of one panel have two sums each. AVX2 has 16 of half the width: 6 rows take 12, and with scales 3; of
         whole numbers 4, whose f32 sums wait in memory. AMX: two tiles of 16.
         """
         if self.gemm(weight_format) == "amx":

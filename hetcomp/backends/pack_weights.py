@@ -1,53 +1,81 @@
-"""Reads weights from the checkpoint and packs them, one matrix (expert, head) at a time."""
+"""Reads weights from the checkpoint and packs them, one matrix (expert) at a time, reading ahead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hetcomp.backends import packing
+from hetcomp.backends.importance import Importance
+from hetcomp.backends.quantiser import Numbers
 from hetcomp.ir.plan import Value, ValueKind
+from hetcomp.prefetch import prefetch
 
 
 class WeightReader(Protocol):
-    """What packing needs of a checkpoint: numbers as f32, f16, or bf16 bits in uint16."""
+    """What packing needs of a checkpoint: numbers as f32, f16, or bf16 bits in uint16, in any strides."""
 
-    def read(self, value: Value) -> packing.Numbers:
+    def read(self, value: Value) -> Numbers:
         """The whole weight, in the value's shape."""
         ...
 
-    def read_expert(self, value: Value, expert: int) -> packing.Numbers:
+    def read_expert(self, value: Value, expert: int) -> Numbers:
         """One matrix of a weight whose first axis counts experts."""
         ...
 
 
-class WeightPacker:
-    """Packs weights as a stream of chunks. ``not_finite`` collects the names of weights with NaN or infinity."""
+@dataclass(frozen=True)
+class _Part:
+    """Numbers that are packed in one go: a whole weight, or one expert of it."""
 
-    def __init__(self, reader: WeightReader) -> None:
+    value: Value
+    numbers: Numbers
+    expert: int | None = None
+
+
+class WeightPacker:
+    """Packs weights as a stream of chunks. ``not_finite`` collects the names of weights with NaN or infinity, or with
+    numbers too large for their format.
+
+    importance: how much the error of each column counts; all alike if None."""
+
+    def __init__(self, reader: WeightReader, importance: Importance | None = None) -> None:
         self._reader = reader
+        self._importance = importance
         self.not_finite: list[str] = []
 
-    def chunks(self, value: Value) -> Iterator[NDArray[np.uint8]]:
-        """The packed bytes of ``value`` in order: one chunk an expert, otherwise one."""
-        if value.kind is ValueKind.CONST:
-            numbers = np.asarray(value.data, dtype=np.float32).reshape([int(d) for d in value.type.shape])
-            yield self._pack(numbers, value)
-        elif len(value.type.shape) == 3 and value.type.layout != packing.ROW_MAJOR and _by_expert(value):
-            for expert in range(int(value.type.shape[0])):
-                yield self._pack(self._reader.read_expert(value, expert), value)
-        else:
-            yield self._pack(self._reader.read(value), value)
+    def chunks(self, values: Sequence[Value]) -> Generator[tuple[Value, NDArray[np.uint8]]]:
+        """The packed bytes of every value, in order: one chunk an expert, otherwise one.
 
-    def _pack(self, numbers: packing.Numbers, value: Value) -> NDArray[np.uint8]:
-        data, finite = packing.pack(numbers, value)
-        name = value.fqn or value.id
+        The next numbers are read while a chunk is packed; at most two matrices' numbers are held. Raises HetcompError
+        if the checkpoint cannot be read.
+        """
+        with closing(prefetch(self._parts(values), "hetcomp-read")) as parts:
+            yield from map(self._packed, parts)  # no name that keeps a chunk while the next is made
+
+    def _parts(self, values: Sequence[Value]) -> Generator[_Part]:
+        for value in values:
+            if value.kind is ValueKind.CONST:
+                numbers = np.asarray(value.data, dtype=np.float32).reshape([int(d) for d in value.type.shape])
+                yield _Part(value, numbers)
+            elif len(value.type.shape) == 3 and value.type.layout != packing.ROW_MAJOR and _by_expert(value):
+                for expert in range(int(value.type.shape[0])):
+                    yield _Part(value, self._reader.read_expert(value, expert), expert)
+            else:
+                yield _Part(value, self._reader.read(value))
+
+    def _packed(self, part: _Part) -> tuple[Value, NDArray[np.uint8]]:
+        importance = self._importance.of(part.value, part.expert) if self._importance else None
+        data, finite = packing.pack(part.numbers, part.value, importance=importance)
+        name = part.value.fqn or part.value.id
         if not finite and name not in self.not_finite:
             self.not_finite.append(name)
-        return data
+        return part.value, data
 
 
 def _by_expert(value: Value) -> bool:

@@ -1,14 +1,14 @@
 """Packed weight layouts: the bytes that kernels stream, the same for GEMV, GEMM and row gather.
 
-A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K, padded to a multiple of 64 bytes; rows beyond N are
-zero. In formats with groups of 32 columns (G = ceil(K/32)) a group is its elements, then its scales: a stretch of scales
-behind all elements would be a second stream of memory, which halves the speed of the first. fp8 has B = ceil(K/128)
-scales behind its elements, a line or two.
+A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K and padded to a multiple of 64 bytes; rows beyond
+N are zero. In formats with groups of 32 columns a group is its elements, then its scales: all scales behind all elements
+would be a second stream of memory, which halves the speed of the first. fp8 has the scales of its B = ceil(K/128)
+blocks, a line or two, behind its elements.
 
 ``f32``    elements [K][16]: one vector of 16 rows for every k
 ``bf16``   elements [K/2][16][2]: 64 bytes hold 16 rows of two adjacent k, the same bytes feed vdpbf16ps
-``q8``     elements u8 = q + 128, q in -127..127, a group [8][16][4]: 64 bytes hold four adjacent k; scales fp16 [16];
-           w = scale * q
+``q8``     elements u8 = q + 128, q in -127..127, a group [8][16][4]: 64 bytes hold four adjacent k; scales
+           fp16 [16]; w = scale * q
 ``q4``     elements 4-bit c = q + 8, q in -8..7: byte 64 j + 4 r + b of group g holds, of row r, k = 32 g + 8 j + b in
            its low half and k + 4 in its high half; scales fp16 [16], which may be negative; w = scale * q
 ``mxfp4``  elements as q4, the codes being e2m1 (bit 3 is the sign, magnitudes 0 .5 1 1.5 2 3 4 6); scales e8m0
@@ -18,9 +18,9 @@ scales behind its elements, a line or two.
 
 K is padded to whole loads (``padded_columns``) with codes of zero. Layout ``panels16`` is one such matrix, or several
 (experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1
-and the up rows I .. 2I-1 of each matrix in panels of their own, interleaved: gate panel 0, up panel 0, gate panel 1, ...
-so that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by itself. Everything
-else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
+and the up rows I .. 2I-1 of each matrix in panels of their own, in turn (gate panel 0, up panel 0, gate panel 1, ..) so
+that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by itself. Everything else
+(norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hetcomp.backends.quantiser import Numbers, quantise
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value
 
@@ -43,8 +44,7 @@ PANELS = "panels16"
 PANELS_GLU = "panels16_glu"
 
 Bytes = npt.NDArray[np.uint8]
-# Numbers as the checkpoint has them; bf16 comes as its bits in uint16 because numpy has no such type.
-Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+_Floats = npt.NDArray[np.float32]
 
 
 def layout_for(kind: str, operand: int) -> str:
@@ -64,7 +64,7 @@ def padded_columns(columns: int, weight_format: str) -> int:
 
 
 def element_bytes(columns: int, weight_format: str) -> int:
-    """Bytes of a panel's elements; a multiple of 64. In fp8 they are also the offset of its scales."""
+    """Bytes of a panel's elements, in fp8 also the offset of its scales; a multiple of 64."""
     form = _form(weight_format)
     return _up(PANEL * _up(columns, form.step) * form.bits // 8, ALIGNMENT)
 
@@ -106,16 +106,25 @@ def packed_bytes(value: Value) -> int:
     return matrices(value) * matrix_bytes(shape[-2], shape[-1], value.format, value.type.layout)
 
 
-def pack(array: Numbers, value: Value, out: Bytes | None = None) -> tuple[Bytes, bool]:
+def pack(
+    array: Numbers,
+    value: Value,
+    out: Bytes | None = None,
+    importance: _Floats | None = None,
+    threads: int | None = None,
+) -> tuple[Bytes, bool]:
     """Packs the weight ``value`` from ``array``, or one or several of its matrices.
 
     array: f32, f16 or bf16 (bits in uint16), of the value's shape. For a weight of several matrices it may
     hold only a run of them ([n, N, K], or [N, K] for one): experts can be packed one at a time. It may be a
     view with any strides. out: uint8 buffer of the exact size (``packed_bytes(value) / matrices(value)`` a
-    matrix), filled and returned; a new one if None.
+    matrix), filled and returned; a new one if None. importance: f32 [K], or [n, K] for n matrices: how much
+    the squared error of each column counts where a scale is chosen (q4, mxfp4); all alike if None.
+    threads: as many as this process may run at once if None.
 
     Returns the bytes and whether all numbers are finite (NaN and infinity are the caller's to report; a
-    finite f32 that bf16 cannot hold counts as infinite). Raises HetcompError if shape or dtype do not fit.
+    finite f32 that bf16 cannot hold, or whose scale fp16 cannot, counts as infinite). Raises HetcompError if
+    shape or dtype do not fit.
     """
     _check(value)
     shape = _shape(value)
@@ -128,15 +137,29 @@ def pack(array: Numbers, value: Value, out: Bytes | None = None) -> tuple[Bytes,
     assert value.format is not None
     rows, columns = shape[-2:]
     stack = array.reshape((-1, rows, columns)) if array.ndim != 2 else array[None]
+    weights = None if importance is None else _column_weights(importance, value, len(stack))
     each = matrix_bytes(rows, columns, value.format, value.type.layout)
     target = _target(out, len(stack) * each)
     finite = True
     for i, matrix in enumerate(stack):
-        finite &= _pack_matrix(matrix, value.format, value.type.layout, target[i * each : (i + 1) * each])
+        part = target[i * each : (i + 1) * each]
+        own = None if weights is None else weights[i]
+        finite &= quantise(matrix, value.format, value.type.layout == PANELS_GLU, part, own, threads)
     return target, finite
 
 
-def to_f32(array: Numbers) -> npt.NDArray[np.float32]:
+def _column_weights(importance: _Floats, value: Value, count: int) -> _Floats:
+    """The importance as contiguous f32 [count, K]."""
+    columns = _shape(value)[-1]
+    if importance.shape not in ((columns,), (count, columns)):
+        raise HetcompError(
+            f"The importance of weight {value.fqn or value.id} has shape {list(importance.shape)}, "
+            f"expected [{columns}] or [{count}, {columns}]."
+        )
+    return np.ascontiguousarray(np.broadcast_to(importance, (count, columns)), np.float32)
+
+
+def to_f32(array: Numbers) -> _Floats:
     """The numbers in f32. array: f32, f16 or bf16 bits in uint16. Raises HetcompError for another dtype."""
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -171,137 +194,9 @@ def _pack_row_major(array: Numbers, size: int, out: Bytes | None) -> tuple[Bytes
     return target, bool(np.isfinite(numbers).all())
 
 
-def _pack_matrix(matrix: Numbers, weight_format: str, layout: str, out: Bytes) -> bool:
-    """Fills ``out`` with one packed matrix; returns whether all numbers are finite."""
-    rows, columns = matrix.shape
-    size = panel_bytes(columns, weight_format)
-    by_panel = out.reshape(-1, size)
-    if layout == PANELS:
-        return _pack_rows(matrix, weight_format, by_panel)
-    half = rows // 2
-    gate = _pack_rows(matrix[:half], weight_format, by_panel[0::2])
-    return _pack_rows(matrix[half:], weight_format, by_panel[1::2]) and gate
-
-
-def _pack_rows(matrix: Numbers, weight_format: str, by_panel: Bytes) -> bool:
-    """Packs the rows of ``matrix`` into ``by_panel`` [panels, panel bytes]; returns whether all are finite."""
-    rows, columns = matrix.shape
-    elements = element_bytes(columns, weight_format)
-    # Whole blocks of 128 x 128, so that fp8's scales are known.
-    padded = np.zeros((_up(rows, 128), _up(columns, 128)), np.float32)
-    padded[:rows, :columns] = to_f32(matrix)
-    by_panel[...] = 0
-    if not np.isfinite(padded).all():
-        return False
-    width = padded_columns(columns, weight_format)
-    parts = padded.reshape(-1, PANEL, padded.shape[1])[: len(by_panel)]
-    if weight_format == "fp8":
-        blocks = np.abs(padded).reshape(len(padded) // 128, 128, -1, 128).max(axis=(1, 3)) / np.float32(448)
-        scales = np.repeat(blocks, 128 // PANEL, axis=0)[: len(by_panel)]
-        ok = True
-        wide = np.repeat(scales, 128, axis=1)[:, None, :]
-        codes = _e4m3(np.divide(parts, wide, out=np.zeros_like(parts), where=wide > 0))
-        tail = scales.view(np.uint8)
-    else:
-        codes, tail, ok = _ENCODERS[weight_format](parts[:, :, :width])
-    laid = _LAID[weight_format](codes[:, :, :width])
-    if _form(weight_format).group == 32:
-        groups = width // 32
-        laid = np.concatenate((laid.reshape(len(by_panel), groups, -1), tail.reshape(len(by_panel), groups, -1)), axis=2)
-        tail = tail[:, :0]
-    laid = laid.reshape(len(by_panel), -1)
-    by_panel[:, : laid.shape[1]] = laid
-    tail = tail.reshape(len(by_panel), -1)
-    by_panel[:, elements : elements + tail.shape[1]] = tail
-    return ok
-
-
-_Any = npt.NDArray[Any]
-_E4M3 = np.array(
-    [(m / 8 * 2.0**-6) if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)][:127],
-    np.float32,
-)
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-
-
-def _nearest(table: _Any, numbers: _Any) -> _Any:
-    """Index of the nearest number of the ascending table, ties to the even index."""
-    magnitude = np.abs(numbers)
-    high = np.clip(np.searchsorted(table, magnitude), 1, len(table) - 1)
-    below, above = magnitude - table[high - 1], table[high] - magnitude
-    up = (above < below) | ((above == below) & (high % 2 == 0))
-    return np.where(up, high, high - 1).astype(np.uint8)
-
-
-def _e4m3(numbers: _Any) -> _Any:
-    return _nearest(_E4M3, numbers) | (np.signbit(numbers).astype(np.uint8) << 7)
-
-
-def _plain_f32(parts: _Any) -> tuple[_Any, _Any, bool]:
-    return parts, np.zeros((len(parts), 0), np.uint8), True
-
-
-def _plain_bf16(parts: _Any) -> tuple[_Any, _Any, bool]:
-    bits = to_bf16_bits(parts)
-    return bits, np.zeros((len(parts), 0), np.uint8), not bool(((bits & 0x7F80) == 0x7F80).any())
-
-
-def _scaled(parts: _Any, scales: _Any) -> _Any:
-    wide = np.repeat(scales.astype(np.float32), 32, axis=2)
-    return np.divide(parts, wide, out=np.zeros_like(parts), where=wide != 0)
-
-
-def _q8(parts: _Any) -> tuple[_Any, _Any, bool]:
-    extreme = np.abs(parts).reshape(len(parts), PANEL, -1, 32).max(axis=3) / np.float32(127)
-    with np.errstate(over="ignore"):
-        scales = extreme.astype(np.float16)
-        scales = np.where(scales.astype(np.float32) < extreme, np.nextafter(scales, np.float16(np.inf)), scales)
-    codes = (np.rint(_scaled(parts, scales)) + 128).astype(np.uint8)
-    return codes, scales.transpose(0, 2, 1).copy().view(np.uint8), bool(np.isfinite(scales).all())
-
-
-def _q4(parts: _Any) -> tuple[_Any, _Any, bool]:
-    groups = parts.reshape(len(parts), PANEL, -1, 32)
-    extreme = np.take_along_axis(groups, np.abs(groups).argmax(axis=3)[..., None], axis=3)[..., 0]
-    with np.errstate(over="ignore"):
-        scales = (extreme / np.float32(-8)).astype(np.float16)
-    codes = (np.clip(np.rint(_scaled(parts, scales)), -8, 7) + 8).astype(np.uint8)
-    return codes, scales.transpose(0, 2, 1).copy().view(np.uint8), bool(np.isfinite(scales).all())
-
-
-def _mxfp4(parts: _Any) -> tuple[_Any, _Any, bool]:
-    extreme = np.abs(parts).reshape(len(parts), PANEL, -1, 32).max(axis=3)
-    exponent = np.maximum(np.frexp(extreme)[1] - 3, -127)
-    scales = np.where(extreme > 0, exponent + 127, 0).astype(np.uint8)
-    numbers = np.ldexp(parts, -np.repeat(scales.astype(np.int32) - 127, 32, axis=2))
-    codes = _nearest(_E2M1, numbers) | (np.signbit(parts).astype(np.uint8) << 3)
-    return codes, scales.transpose(0, 2, 1).copy(), True
-
-
-def _in_steps(codes: _Any, step: int) -> _Any:
-    n, _, width = codes.shape
-    return codes.reshape(n, PANEL, width // step, step).transpose(0, 2, 1, 3).copy().view(np.uint8)
-
-
-def _in_nibbles(codes: _Any) -> _Any:
-    n, _, width = codes.shape
-    split = codes.reshape(n, PANEL, width // 32, 4, 2, 4)
-    return (split[:, :, :, :, 0] | (split[:, :, :, :, 1] << 4)).transpose(0, 2, 3, 1, 4).copy()
-
-
-_ENCODERS = {"f32": _plain_f32, "bf16": _plain_bf16, "q8": _q8, "q4": _q4, "mxfp4": _mxfp4}
-_LAID: dict[str, Callable[[_Any], _Any]] = {
-    "f32": lambda c: _in_steps(c, 1),
-    "bf16": lambda c: _in_steps(c, 2),
-    "q8": lambda c: _in_steps(c, 4),
-    "fp8": lambda c: _in_steps(c, 2),
-    "q4": _in_nibbles,
-    "mxfp4": _in_nibbles,
-}
-
-
-def unpack(data: Bytes | bytes, value: Value) -> npt.NDArray[np.float32]:
-    """The numbers that the packed bytes stand for, in the value's shape; exact.
+def unpack(data: Bytes | bytes, value: Value) -> _Floats:
+    """The numbers that the packed bytes stand for, f32 in the value's shape: exact, but for fp8, whose products with
+    the scale are rounded to f32.
 
     data: ``packed_bytes(value)`` bytes. Raises HetcompError if there are more or fewer.
     """
@@ -318,10 +213,8 @@ def unpack(data: Bytes | bytes, value: Value) -> npt.NDArray[np.float32]:
     return np.stack([unpack_matrix(p, rows, columns, value.format, value.type.layout) for p in parts]).reshape(shape)
 
 
-def unpack_matrix(
-    data: Bytes, rows: int, columns: int, weight_format: str, layout: str = PANELS
-) -> npt.NDArray[np.float32]:
-    """One matrix f32 [rows, columns] from its ``matrix_bytes`` bytes; exact."""
+def unpack_matrix(data: Bytes, rows: int, columns: int, weight_format: str, layout: str = PANELS) -> _Floats:
+    """One matrix f32 [rows, columns] from its ``matrix_bytes`` bytes, as :func:`unpack`."""
     panel = unpack_panels(data, columns, weight_format)[:, :, :columns]
     if layout == PANELS:
         return panel.reshape(-1, columns)[:rows]
@@ -329,30 +222,29 @@ def unpack_matrix(
     return np.concatenate(halves)
 
 
-def unpack_panels(data: Bytes, columns: int, weight_format: str) -> npt.NDArray[np.float32]:
-    """Panels as they lie in memory, f32 [panels, 16, padded columns], padding included; exact."""
+def unpack_panels(data: Bytes, columns: int, weight_format: str) -> _Floats:
+    """Panels as they lie in memory, f32 [panels, 16, padded columns], padding included; as :func:`unpack`."""
     width = padded_columns(columns, weight_format)
     form = _form(weight_format)
     by_panel = np.ascontiguousarray(data).reshape(-1, panel_bytes(columns, weight_format))
-    if form.group == 32:
-        groups, each = width // 32, PANEL * 32 * form.bits // 8
-        stride = each + form.scale_bytes
-        by_group = by_panel[:, : groups * stride].reshape(len(by_panel), groups, stride)
-        elements, raw = (np.ascontiguousarray(part) for part in (by_group[:, :, :each], by_group[:, :, each:]))
-        elements, raw = elements.reshape(len(by_panel), -1), raw.reshape(len(by_panel), -1)
+    if form.group == form.step:  # scales behind each group
+        each = PANEL * form.group * form.bits // 8
+        groups = width // form.group
+        by_group = by_panel[:, : groups * (each + form.scale_bytes)].reshape(len(by_panel), groups, -1)
+        parts = by_group[:, :, :each], by_group[:, :, each:]
     else:
-        elements = np.ascontiguousarray(by_panel[:, : PANEL * width * form.bits // 8])
-        start, groups = element_bytes(columns, weight_format), -(-columns // form.group) if form.group else 0
-        raw = np.ascontiguousarray(by_panel[:, start : start + groups * form.scale_bytes])
+        end, groups = PANEL * width * form.bits // 8, -(-columns // form.group) if form.group else 0
+        start = element_bytes(columns, weight_format)
+        parts = by_panel[:, :end], by_panel[:, start : start + groups * form.scale_bytes]
+    elements, raw = (np.ascontiguousarray(part).reshape(len(by_panel), -1) for part in parts)
     codes = form.decode(elements, width)
     if not form.group:
         return codes
-    scales = form.scales(raw)
-    scales = scales.reshape(len(by_panel), groups, -1).transpose(0, 2, 1)
+    scales = form.scales(raw).reshape(len(by_panel), groups, -1).transpose(0, 2, 1)
     return codes * np.repeat(scales, form.group, axis=2)[:, :, :width]
 
 
-def _from_steps(elements: _Any, step: int) -> _Any:
+def _from_steps(elements: npt.NDArray[Any], step: int) -> npt.NDArray[Any]:
     """[panels, width / step, 16, step] as [panels, 16, width]."""
     n = len(elements)
     return elements.reshape(n, -1, PANEL, step).transpose(0, 2, 1, 3).reshape(n, PANEL, -1)
@@ -366,9 +258,6 @@ def _from_nibbles(elements: Bytes, width: int) -> Bytes:
     return codes.transpose(0, 3, 1, 2, 4, 5).reshape(n, PANEL, width)
 
 
-_Floats = npt.NDArray[np.float32]
-
-
 @dataclass(frozen=True)
 class _Form:
     """A weight format: bits of an element, columns of a load, columns that share a scale (0: there are none), bytes of
@@ -380,6 +269,12 @@ class _Form:
     scale_bytes: int
     decode: Callable[[Bytes, int], _Floats]
     scales: Callable[[Bytes], _Floats] = lambda raw: raw.view(np.float32)
+
+
+# The 128 codes of e4m3fn without the sign, the last being NaN, and the 8 of e2m1.
+_E4M3 = np.array([np.ldexp(m / 8 + (e > 0), max(e, 1) - 7) for e in range(16) for m in range(8)], np.float32)
+_E4M3[127] = np.nan
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
 
 def _fp16_scales(raw: Bytes) -> _Floats:
@@ -411,8 +306,8 @@ def _decode_mxfp4(elements: Bytes, width: int) -> _Floats:
 
 
 def _decode_fp8(elements: Bytes, width: int) -> _Floats:
-    nan = np.float32([np.nan])
-    return np.concatenate([_E4M3, nan, -_E4M3, nan])[_from_steps(elements, 2)]
+    numbers: _Floats = np.concatenate([_E4M3, -_E4M3])[_from_steps(elements, 2)]
+    return numbers
 
 
 _FORMS = {

@@ -49,6 +49,9 @@ def compile_command(
     batch: Batch = 1,
     isa: IsaList = "auto",
     plan: Annotated[Path | None, typer.Option("--plan", help="Take the decisions of this plan.json.")] = None,
+    importance: Annotated[
+        Path | None, typer.Option("--importance", help="safetensors with each weight's column importances (q4, mxfp4).")
+    ] = None,
     stop_after: StopAfter = None,
     dump_dir: DumpDir = None,
     debug: Debug = False,
@@ -68,7 +71,15 @@ def compile_command(
                 planned = plan_model(model, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options)
                 text = print_plan(planned.plan)
             else:
-                exe = compile(model, out=out, plan=plan, dump_dir=dump_dir, progress=progress, **options)
+                exe = compile(
+                    model,
+                    out=out,
+                    plan=plan,
+                    importance=importance,
+                    dump_dir=dump_dir,
+                    progress=progress,
+                    **options,
+                )
                 text = f"{exe.path}"
         typer.echo(text)
 

@@ -109,7 +109,7 @@ class BaseCheckpoint(ABC):
     # ------------------------------------------------ numbers
 
     def read(self, value: Value) -> Numbers:
-        """The whole weight in the value's shape, in the checkpoint's f32, f16, or bf16 (bits in uint16)."""
+        """The whole weight in the value's shape, in the checkpoint's f32, f16, or bf16 bits; in any strides."""
         source = self.source(value)
         if source.recipe == "plain":
             return _viewed(self._numbers(source.tensors[0]), source)
@@ -178,7 +178,8 @@ def _to_f32(numbers: _Raw) -> _Raw:
 
 
 def _viewed(numbers: _Raw, source: WeightSource) -> _Raw:
-    """Applies the view to a whole weight or to one expert's part of it (then without the first axis)."""
+    """Applies the view to a whole weight or to one expert's part of it (then without the first axis). Nothing is moved
+    that strides can say."""
     if source.transpose:
         numbers = np.swapaxes(numbers, -1, -2)
     if source.deinterleave:
@@ -191,7 +192,7 @@ def _viewed(numbers: _Raw, source: WeightSource) -> _Raw:
         numbers = numbers.reshape(heads, -1, numbers.shape[-1])[:, start:stop]
         if source.head_transpose:
             numbers = np.swapaxes(numbers, -1, -2)
-    return np.ascontiguousarray(numbers)
+    return numbers
 
 
 def _is_matrix(source: WeightSource) -> bool:

@@ -144,7 +144,7 @@ class HardwareProfile(Model):
         there is none."""
         found = [c for c in self.curves if (c.kernel, c.variant, c.weight_format) == (kernel, variant, weight_format)]
         same = [c for c in found if c.isa == isa]
-        return (same or found or [None])[-1]
+        return next(reversed(same or found), None)
 
     def calibration(self, term: str) -> float:
         """Factor on predicted times of ``term``; 1 without a calibration."""

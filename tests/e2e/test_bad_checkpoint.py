@@ -151,6 +151,13 @@ def test_larger_than_memory_is_refused_before_a_weight_is_read(checkpoint, tmp_p
         assert row in table, outcome.err
 
 
+def test_importance_for_another_model(checkpoint, tmp_path):
+    path = tmp_path / "importance.safetensors"
+    assert str(path) in _refused(checkpoint, tmp_path, "--importance", str(path))
+    save_file({"model.elsewhere.weight": torch.ones(64)}, path)
+    assert "model.elsewhere.weight" in _refused(checkpoint, tmp_path, "--importance", str(path))
+
+
 def test_context_beyond_the_models_positions(checkpoint, tmp_path):
     assert "512" in _refused(checkpoint, tmp_path, "--context", "100000")
 
@@ -158,7 +165,7 @@ def test_context_beyond_the_models_positions(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--formats", "q4"), "q4"),
+        (("--formats", "kv=q4"), "q4"),
         (("--formats", "banana"), "banana"),
         (("--formats", "experts=f32,cellar=bf16"), "cellar"),
         (("--isa", "mmx"), "mmx"),

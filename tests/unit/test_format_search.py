@@ -26,8 +26,8 @@ class PackedTarget(HandTarget):
 
 def planning(formats: object, **machine: object) -> Context:
     made = context(**machine)  # type: ignore[arg-type]
-    request = FormatRequest.parse(formats, planning=True)  # type: ignore[arg-type]
-    return replace(made, formats=request, target=PackedTarget(), planning=True)
+    request = FormatRequest.parse(formats)  # type: ignore[arg-type]
+    return replace(made, formats=request, target=PackedTarget())
 
 
 def search(ctx: Context) -> Plan:
@@ -113,7 +113,7 @@ def test_of_equally_fast_ones_the_finer_is_taken():
 )
 def test_lists_that_make_no_sense_are_refused(wanted, words):
     with pytest.raises(HetcompError, match=words):
-        FormatRequest.parse(wanted, planning=True)
+        FormatRequest.parse(wanted)
 
 
 def test_too_many_combinations_are_refused():

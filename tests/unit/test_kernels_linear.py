@@ -130,9 +130,7 @@ def test_infinite_and_nan_activations_stay_in_their_row():
     isa = isas_here()[-1]
     out, k = 80, 600
     for weight_format, bad in itertools.product(("bf16", "q8", "q4"), (np.nan, np.inf)):
-        data, _ = packed(
-            draw(np.random.default_rng(0), (out, k)), weight("w", (out, k), weight_format, packing.PANELS)
-        )
+        data, _ = packed(draw(np.random.default_rng(0), (out, k)), weight("w", (out, k), weight_format, packing.PANELS))
         for rows in (2, 30):
             x = draw(np.random.default_rng(1), (rows, k))
             x[1, 5] = bad
@@ -146,7 +144,6 @@ def test_infinite_and_nan_activations_stay_in_their_row():
 def test_kernels_of_other_cpus_compile(isa, weight_format):
     """Not run here; with warnings as errors."""
     _linear(80, 600, True, weight_format, isa)
-
 
 
 @pytest.mark.skipif(clang_here() is None, reason="clang++ is not installed")

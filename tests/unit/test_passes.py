@@ -71,9 +71,9 @@ def test_a_q8_cache_is_asked_for_by_role_and_counted_in_its_groups():
     # 4 heads x 16 numbers, each head's row padded to a group of 32 codes and a scale.
     assert key.type.bytes({"slots": 2, "context": 5}) == 2 * 4 * 5 * 34
     assert op_cost(plan, "layer_0", "attend", "decode").state_bytes == 2 * 4 * 34 * 53
-    assert FormatRequest.parse("q8", planning=True).of("kv") == "auto"
+    assert FormatRequest.parse("q8").of("kv") == "auto"
     with pytest.raises(HetcompError, match="Unknown KV cache format 'q4'"):
-        FormatRequest.parse({"kv": "q4"}, planning=True)
+        FormatRequest.parse({"kv": "q4"})
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,9 @@ def test_auto_keeps_the_checkpoints_precision_if_it_fits(dtype, memory, expected
     assert any("rounded to bf16" in note for note in plan.notes) == noted
 
 
-@pytest.mark.parametrize(("formats", "words"), [("q4", "kernels do not exist yet"), ("q5", "Unknown weight format")])
+@pytest.mark.parametrize(
+    ("formats", "words"), [("q5", "Unknown weight format"), ({"kv": "q4"}, "Unknown KV cache format 'q4'")]
+)
 def test_formats_that_are_not_there_are_refused(formats, words):
     with pytest.raises(HetcompError, match=words):
         FormatRequest.parse(formats)

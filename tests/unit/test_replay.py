@@ -71,7 +71,7 @@ def other_model(document):
 
 
 def other_format(document):
-    next(v for v in document["values"] if v["id"] == "l0.q.w")["format"] = "q4"
+    next(v for v in document["values"] if v["id"] == "l0.q.w")["format"] = "q5"
 
 
 def other_shape(document):
@@ -111,7 +111,7 @@ def no_barriers(document):
         (to_gpu, r"calls.2.placements.\w+ is on gpu:0; this version generates code for CPUs only"),
         (to_nowhere, "is on cpu:7, which does not exist"),
         (other_model, "is a plan of tiny"),
-        (other_format, "values.l0.q.w has format q4"),
+        (other_format, "values.l0.q.w has format q5"),
         (other_shape, "values.l0.q.w is weight"),
         (less_workspace, "bytes of workspace, its kernel needs 4096"),
         (overlap, "share memory while both are alive|outside of its part"),
