@@ -20,7 +20,7 @@ from hetcomp.artifact.weight_files import write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
 from hetcomp.backends.importance import Importance
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
-from hetcomp.backends.pack_weights import WeightPacker
+from hetcomp.backends.pack_weights import Packer, WeightPacker
 from hetcomp.backends.program import ProgramLayout, render_program
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import CpuTarget, default_backends, select_kernels
@@ -256,11 +256,12 @@ def compile(
         out = Path(owner.name) / f"{planned.plan.model.name}.hetc"
     target = Path(out)
     with staged_folder(target) as staging:
-        _write(planned, WeightPacker(checkpoint, columns), staging, progress)
+        write_artifact(planned, WeightPacker(checkpoint, columns), staging, progress)
     return Executable(target, owner=owner)
 
 
-def _write(planned: Planned, packer: WeightPacker, staging: Path, progress: ProgressSink) -> None:
+def write_artifact(planned: Planned, packer: Packer, staging: Path, progress: ProgressSink) -> None:
+    """Fills ``staging`` with the code, weights and documents of a planned model."""
     plan = planned.plan
     layout = ProgramLayout.of(plan)
     documents = _documents(planned, progress)

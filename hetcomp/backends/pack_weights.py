@@ -29,6 +29,19 @@ class WeightReader(Protocol):
         ...
 
 
+class Packer(Protocol):
+    """Where the bytes of weights come from."""
+
+    @property
+    def not_finite(self) -> Sequence[str]:
+        """Names of the weights packed so far that are not usable: NaN, infinity, numbers too large for the format."""
+        ...
+
+    def chunks(self, values: Sequence[Value]) -> Generator[tuple[Value, NDArray[np.uint8]]]:
+        """The packed bytes of every value, in order, in chunks of any size."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Part:
     """Numbers that are packed in one go: a whole weight, or one expert of it."""
