@@ -12,7 +12,7 @@ import argparse
 import itertools
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,7 +123,13 @@ def linear(n: int, k: int, isa: Isa, weight_format: str, data: npt.NDArray[np.ui
         )
 
 
-def moe(shape: Shape, isa: Isa, weight_format: str, data: npt.NDArray[np.uint8]) -> Iterator[Case]:
+def moe(
+    shape: Shape,
+    isa: Isa,
+    weight_format: str,
+    data: npt.NDArray[np.uint8],
+    tokens: Sequence[int] = (1, 8, 64, ROWS, 2048),
+) -> Iterator[Case]:
     """The expert layer with uniform random routing, and with one expert that every token chooses."""
     gate_up = weight(
         "gate_up", (shape.experts, 2 * shape.intermediate, shape.hidden), weight_format, packing.PANELS_GLU
@@ -141,7 +147,7 @@ def moe(shape: Shape, isa: Isa, weight_format: str, data: npt.NDArray[np.uint8])
         {"T": 2048},
     )
     rng = np.random.default_rng(2)
-    for rows, hot in ((1, False), (8, False), (64, False), (ROWS, False), (2048, False), (ROWS, True)):
+    for rows, hot in (*((rows, False) for rows in tokens), (ROWS, True)):
         sets: list[Arrays] = []
         touched: list[int] = []
         for i in range(len(pairs) * max(1, 16 // rows)):
