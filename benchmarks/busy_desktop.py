@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from benchmarks import models
-from benchmarks.decode_prefill import CONTEXT, show
+from benchmarks.cpu_e2e import CONTEXT, show
 from benchmarks.record import Record
 from benchmarks.worker import Worker
 

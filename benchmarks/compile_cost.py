@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks import models
-from benchmarks.decode_prefill import show
+from benchmarks.cpu_e2e import show
 from benchmarks.record import Record
 from hetcomp.frontend.safetensors_header import read_header
 

@@ -1,4 +1,4 @@
-"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N. Runs in the peers'
+"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N [--no-repack]. Runs in the peers'
 environment.
 
 The calls are those of llama-bench (low-level API, KV cache cleared before each run, micro-batch 512), but
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("file")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
+    parser.add_argument("--no-repack", action="store_true", help="weights as they lie in the file")
     options = parser.parse_args()
 
     @llama_cpp.llama_log_callback
@@ -33,6 +34,7 @@ def main() -> None:
     llama_cpp.llama_backend_init()
     model_options = llama_cpp.llama_model_default_params()
     model_options.n_gpu_layers = 0
+    model_options.use_extra_bufts = not options.no_repack
     model = llama_cpp.llama_model_load_from_file(options.file.encode(), model_options)
     if not model:
         raise SystemExit(f"llama.cpp cannot load {options.file}")

@@ -20,13 +20,19 @@ def checkpoint(name: str) -> Path:
     return folder if folder.exists() else synthesise(name, folder)
 
 
-def gguf(name: str, peer_python: Path) -> Path:
-    """The checkpoint as a bf16 GGUF file of the same numbers; made at first use."""
-    target = FOLDER / f"{name}.gguf"
+def gguf(name: str, peer_python: Path, kind: str = "BF16") -> Path:
+    """The checkpoint as a GGUF file: in bf16 the same numbers, in another type (``Q4_0``) as llama.cpp quantises them;
+    made at first use."""
+    repository = FOLDER.parent.parent
+    plain = FOLDER / f"{name}.gguf"
+    if not plain.exists():
+        command = [str(peer_python), "-m", "benchmarks.write_gguf", str(checkpoint(name)), str(plain)]
+        subprocess.run(command, check=True, cwd=repository)
+    if kind == "BF16":
+        return plain
+    target = FOLDER / f"{name}-{kind}.gguf"
     if not target.exists():
-        source = checkpoint(name)
-        repository = FOLDER.parent.parent
-        command = [str(peer_python), "-m", "benchmarks.write_gguf", str(source), str(target)]
+        command = [str(peer_python), "-m", "benchmarks.quantise_gguf", str(plain), str(target), kind]
         subprocess.run(command, check=True, cwd=repository)
     return target
 

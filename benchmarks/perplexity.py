@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 import hetcomp
 from benchmarks import models
-from benchmarks.decode_prefill import show
+from benchmarks.cpu_e2e import show
 from benchmarks.record import Record
 from hetcomp.models_zoo import evaluation_texts, find
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_WITH_PEERS = ("decode_prefill", "busy_desktop")
+_WITH_PEERS = ("cpu_e2e", "busy_desktop")
 _ALONE = ("read_bandwidth", "perplexity", "trace_cost", "compile_cost")
 
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks.decode_prefill import show
+from benchmarks.cpu_e2e import show
 from benchmarks.record import Record
 
 
