@@ -18,6 +18,7 @@ from hetcomp.artifact.tokenizer import compile_tokenizer
 from hetcomp.artifact.tokenizer_parity import prove_parity
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
+from hetcomp.backends.cut_reader import CutReader
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
 from hetcomp.backends.pack_weights import WeightPacker, WeightReader
 from hetcomp.backends.program import ProgramLayout, render_program
@@ -249,10 +250,11 @@ def _write(planned: Planned, reader: WeightReader, staging: Path, progress: Prog
     # Code first: it fails early and cheaply, weights are the long part.
     for isa in planned.target.isas:
         _build_program(planned, isa, digest, staging, progress)
-    packer = WeightPacker(reader)
+    packer = WeightPacker(CutReader(reader, layout.cuts))
     sizes = [planned.target.packed_bytes(v) for v in layout.weights]
     progress.stage("pack weights", total=sum(sizes))
     records = write_weights(layout.weights, sizes, packer.chunks, staging, progress.advance)
+    records = [replace(record, node=node) for record, node in zip(records, layout.weight_nodes, strict=True)]
     for name in packer.not_finite:
         progress.warn(f"weight {name} holds NaN or infinite numbers; the model's output will not be usable")
     write_documents(documents, staging)

@@ -27,13 +27,15 @@ Chunks = Iterable[NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class WeightRecord:
-    """Where a packed weight is. ``offset`` counts from the start of the file."""
+    """Where a packed weight is. ``offset`` counts from the start of the file; ``node`` indexes the artifact's NUMA
+    nodes."""
 
     name: str
     file: str
     offset: int
     bytes: int
     xxh3_64: str
+    node: int = 0
 
 
 def write_weights(

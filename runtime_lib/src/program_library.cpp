@@ -82,6 +82,7 @@ void ProgramLibrary::check(const ProgramRecord& record, const Manifest& manifest
   const ModelFacts& model = manifest.model;
   const std::array facts{
       Fact{"weights", program_->n_weights, static_cast<std::int64_t>(manifest.weights.size())},
+      Fact{"NUMA nodes", program_->n_nodes, static_cast<std::int64_t>(manifest.nodes.size())},
       Fact{"states", program_->n_states, static_cast<std::int64_t>(manifest.states.size())},
       Fact{"vocabulary entries", program_->vocab, model.vocab},
       Fact{"tokens a step", program_->max_tokens, model.max_tokens},
