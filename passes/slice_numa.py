@@ -62,8 +62,8 @@ def _slice_call(plan: Plan, call: Call, profile: HardwareProfile, shared: set[st
 def _slice(op: Op, template: Template, placement: Placement, profile: HardwareProfile) -> Placement:
     homes = {run.device for run in placement.experts if run.device.startswith("cpu:")}
     main = placement.device if placement.device.startswith("cpu:") else None
-    if len(homes) > 1 or (main is None and not homes):
-        return placement  # whole experts by node, or nothing of it on the CPU
+    if placement.slices or len(homes) > 1 or (main is None and not homes):
+        return placement  # experts that place put on nodes as a whole, or nothing of it on the CPU
     if isinstance(op.attrs, ops.MoeExperts):
         values = template.value_map()
         step = BLOCK if any(values[name].format == "fp8" for name in op.inputs) else GROUP

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -33,8 +32,8 @@ def libraries(binaries: Sequence[Path]) -> dict[str, Path]:
 
 
 def boot(files: Mapping[str, Path | bytes], image: Path, timeout: float) -> str:
-    """Runs ``/init`` of ``files`` (place in the root: file or its bytes) on two NUMA nodes, of two and one CPU, until it
-    powers off, and returns what the console showed."""
+    """Runs ``/init`` of ``files`` (place in the root: file or its bytes) on two NUMA nodes, of two and one CPU, until
+    it powers off, and returns what the console showed."""
     image.write_bytes(_cpio(files))
     command = ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-smp", "3", "-m", f"{sum(_MEBIBYTES)}M"]
     for node, (cpus, size) in enumerate(zip(_CPUS, _MEBIBYTES, strict=True)):
@@ -61,6 +60,6 @@ def _cpio(files: Mapping[str, Path | bytes]) -> bytes:
     return bytes(archive)
 
 
-def folder_files(folder: Path, place: str) -> dict[str, Path | bytes]:
+def folder_files(folder: Path, place: Path) -> dict[str, Path | bytes]:
     """Every file below ``folder``, to lie below ``place``."""
-    return {os.path.join(place, path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {str(place / path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
