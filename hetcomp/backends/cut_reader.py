@@ -43,5 +43,4 @@ def _cut(numbers: Numbers, cut: Cut) -> Numbers:
     along = np.moveaxis(numbers, cut.axis, 0)
     pieces = [along[start:stop] for start, stop in cut.runs]
     joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    result: Numbers = np.moveaxis(joined, 0, cut.axis)
-    return result
+    return np.moveaxis(joined, 0, cut.axis)  # type: ignore[return-value]  # numpy loses the dtype of a union

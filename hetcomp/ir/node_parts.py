@@ -83,7 +83,7 @@ def _linear_rows(a: ops.Linear, node: int, start: int, stop: int) -> NodePart:
 
 def _expert_slice(a: ops.MoeExperts, node: int, start: int, stop: int, first: bool) -> NodePart:
     both = ((start, stop), (a.intermediate + start, a.intermediate + stop))
-    cuts = ((3, Cut(-2, both)), (4, Cut(-1, ((start, stop),))))
+    cuts: tuple[tuple[int, Cut], ...] = ((3, Cut(-2, both)), (4, Cut(-1, ((start, stop),))))
     if a.bias:
         cuts = (*cuts, (5, Cut(-1, both)), (6, Cut(0, ((0, a.experts),), zero=not first)))
     return NodePart(node, replace(a, intermediate=stop - start), cuts)

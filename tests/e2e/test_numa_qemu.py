@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import hetcomp
-from hetcomp.hardware.profile import HardwareProfile
 from tests.e2e import virtual_machine
-from tests.reference import plan_builder, tiny_models
+from tests.reference import tiny_models
+from tests.reference.plan_builder import avx2_machine
 
 ROOT = Path(__file__).parents[2]
 IDS = [5, 6, 7, 8, 9, 10, 11, 12, 200, 3, 77, 31]
@@ -29,13 +29,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("HETCOMP_SKIP_QEMU") == "1", reason="HETCOMP_SKIP_QEMU=1"),
 ]
-
-
-def _profile(nodes: int) -> HardwareProfile:
-    """A machine with AVX2 whose first node reads twice as fast as the second."""
-    made = plan_builder.profile(nodes=nodes, bandwidths=(30.0, 15.0))
-    rates = tuple(rate.model_copy(update={"isa": "avx2"}) for rate in made.rates)
-    return made.model_copy(update={"rates": rates, "isas": ("avx2",)})
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,7 @@ def artifacts(tmp_path_factory) -> dict[int, Path]:
     )
     for nodes in (1, 2):
         hetcomp.compile(
-            folder / "model", _profile(nodes), formats="f32", context_length=64, isa=["avx2"], out=folder / f"{nodes}"
+            folder / "model", avx2_machine(nodes), formats="f32", context_length=64, out=folder / f"{nodes}"
         )
     return {nodes: folder / f"{nodes}" for nodes in (1, 2)}
 
