@@ -14,7 +14,7 @@ from hetcomp.passes.registry import plan_pass
 
 PANEL = 16  # rows of a packed panel: the smallest piece that a kernel streams
 GROUP = 32  # columns that share a scale in the quantised formats
-BLOCK = 128  # the same of fp8
+BLOCK = 128  # rows and columns that share a scale in fp8
 
 
 @plan_pass(requires=("placed",), establishes=("sliced",))
@@ -64,10 +64,10 @@ def _slice(op: Op, template: Template, placement: Placement, profile: HardwarePr
     main = placement.device if placement.device.startswith("cpu:") else None
     if placement.slices or len(homes) > 1 or (main is None and not homes):
         return placement  # experts that place put on nodes as a whole, or nothing of it on the CPU
+    values = template.value_map()
+    blocks = any(values[name].format == "fp8" for name in op.inputs)
     if isinstance(op.attrs, ops.MoeExperts):
-        values = template.value_map()
-        step = BLOCK if any(values[name].format == "fp8" for name in op.inputs) else GROUP
-        return replace(placement, slices=node_slices(op.attrs.intermediate, profile, step))
+        return replace(placement, slices=node_slices(op.attrs.intermediate, profile, BLOCK if blocks else GROUP))
     if isinstance(op.attrs, ops.Linear):
-        return replace(placement, slices=node_slices(op.attrs.out_features, profile))
+        return replace(placement, slices=node_slices(op.attrs.out_features, profile, BLOCK if blocks else PANEL))
     return placement

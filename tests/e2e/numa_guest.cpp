@@ -72,6 +72,14 @@ void print_lanes() {
   }
 }
 
+// The nodes that memory of this process is bound to, as the kernel says it.
+void print_bound(const char* name) {
+  std::ifstream maps("/proc/self/numa_maps");
+  for (std::string word; maps >> word;)
+    if (word.starts_with("bind:")) std::printf("%s %s\n", name, word.c_str() + 5);
+  std::printf("%s end\n", name);
+}
+
 // From now on mbind fails with EPERM, as in a container without CAP_SYS_NICE.
 void forbid_mbind() {
   sock_filter filter[] = {
@@ -115,6 +123,7 @@ int main() {
   hetcomp_model* model = load();
   print_json("stats", hetcomp_model_stats, model);
   print_json("report", hetcomp_model_numa_report, model);
+  print_bound("bound");
   print_lanes();
   print_logits(model, ids);
   hetcomp_model_free(model);
@@ -126,6 +135,7 @@ int main() {
   model = load();
   print_json("unbound-stats", hetcomp_model_stats, model);
   print_json("unbound-report", hetcomp_model_numa_report, model);
+  print_bound("unbound");
   hetcomp_model_free(model);
   std::printf("done\n");
   std::fflush(stdout);

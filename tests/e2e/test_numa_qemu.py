@@ -107,6 +107,7 @@ def test_every_slice_lies_on_its_node(guest):
     report = guest.document("report")
     _check_places(report)
     bytes_of = {node: sum(w["bytes"] for w in report if w["node"] == node) for node in NODES}
+    assert {"0", "1"} == set(guest.lines("bound")) - {"end"}, "first touch put them there, not mbind"
     nodes = guest.document("stats")["nodes"]
     assert [(n["machine_node"], n["threads"], n["weight_bytes"]) for n in nodes] == [
         (0, 2, bytes_of[0]),
@@ -156,6 +157,7 @@ def test_hetcomp_run_prints_the_report(guest):
 def test_where_mbind_is_refused_first_touch_does_it_and_a_note_says_so(guest):
     notes = guest.document("unbound-stats")["notes"]
     assert len(notes) == 1 and "mbind" in notes[0] and "CAP_SYS_NICE" in notes[0]
+    assert guest.lines("unbound") == ["end"]
     _check_places(guest.document("unbound-report"))
 
 
