@@ -16,7 +16,7 @@ namespace hetcomp {
 namespace {
 
 constexpr const char* kNodes = "/sys/devices/system/node";
-constexpr int kMostNodes = 1024;  // of a node mask; Linux is built for no more
+constexpr unsigned long kMostNodes = 1024;  // of a node mask; Linux is built for no more
 
 std::string first_line(const std::string& path) {
   std::ifstream in(path);
@@ -78,25 +78,25 @@ std::uint64_t available_on_node(int node) {
 
 bool bind_to_node(void* data, std::size_t bytes, int node) {
   constexpr std::size_t kBits = 8 * sizeof(unsigned long);
-  if (node < 0 || node >= kMostNodes) return false;
+  if (node < 0 || static_cast<unsigned long>(node) >= kMostNodes) return false;
   std::array<unsigned long, kMostNodes / kBits> mask{};
   mask[static_cast<std::size_t>(node) / kBits] = 1UL << (static_cast<std::size_t>(node) % kBits);
   // The kernel reads one bit less than it is told.
-  return syscall(SYS_mbind, data, bytes, MPOL_BIND, mask.data(), static_cast<unsigned long>(kMostNodes + 1),
-                 0U) == 0;
+  return syscall(SYS_mbind, data, bytes, MPOL_BIND, mask.data(), kMostNodes + 1, 0U) == 0;
 }
 
 PagePlaces page_places(const void* data, std::size_t bytes, int node) {
   constexpr std::size_t kBatch = 1024;
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(data) / page * page;
-  const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(data) + bytes;
-  std::array<void*, kBatch> addresses{};
+  const std::uintptr_t into = reinterpret_cast<std::uintptr_t>(data) % page;
+  const auto* const begin = static_cast<const std::uint8_t*>(data) - into;
+  const std::size_t length = bytes + into;
+  std::array<const void*, kBatch> addresses{};
   std::array<int, kBatch> places{};
   PagePlaces found;
-  for (std::uintptr_t at = begin; at < end;) {
+  for (std::size_t at = 0; at < length;) {
     std::size_t n = 0;
-    for (; n < kBatch && at < end; at += page) addresses[n++] = reinterpret_cast<void*>(at);
+    for (; n < kBatch && at < length; at += page) addresses[n++] = begin + at;
     // Without nodes to move to it only reports.
     const bool known = syscall(SYS_move_pages, 0, n, addresses.data(), nullptr, places.data(), 0) == 0;
     for (std::size_t i = 0; i < n; ++i) {
