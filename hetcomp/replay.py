@@ -86,6 +86,7 @@ def _same_ops(path: Path, where: str, plan: Plan, call: Call, own: Template) -> 
 
 
 def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
+    main = next((p.device for call in plan.calls for _, p in call.placements), "cpu:0")
     for index, call in enumerate(plan.calls):
         for op, placement in call.placements:
             devices = {placement.device, *(r.device for r in placement.experts)}
@@ -99,6 +100,11 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
                     )
                 if device not in {f"cpu:{n.id}" for n in context.profile.compute_nodes}:
                     raise HetcompError(f"{path}: calls.{index}.placements.{op} is on {device}, which does not exist.")
+            if placement.device != main:
+                raise HetcompError(
+                    f"{path}: calls.{index}.placements.{op} is on {placement.device}, other ops on {main}: only slices "
+                    "and experts can be on nodes of their own."
+                )
     for value in plan.values:
         if value.kind is ValueKind.WEIGHT and value.format not in AVAILABLE_FORMATS:
             raise HetcompError(

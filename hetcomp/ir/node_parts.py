@@ -63,7 +63,7 @@ def node_parts(op: Op, placement: Placement) -> tuple[NodePart, ...]:
         by_node: dict[int, list[tuple[int, int]]] = {}
         for run in placement.experts:
             by_node.setdefault(int(run.device[4:]), []).append((run.first, run.last + 1))
-        if len(by_node) > 1:
+        if by_node and set(by_node) != {int(placement.device[4:])}:
             return tuple(_whole_experts(op.attrs, node, tuple(runs)) for node, runs in sorted(by_node.items()))
     if len(placement.slices) < 2:
         return ()

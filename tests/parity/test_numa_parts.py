@@ -10,7 +10,7 @@ import torch
 
 import hetcomp
 from tests.parity.test_families import CONTEXT, TOLERANCE, reference_logits, relative_error
-from tests.reference.plan_builder import avx2_machine
+from tests.reference.plan_builder import GIB, avx2_machine
 from tests.reference.tiny_models import save_tiny, token_ids
 
 
@@ -47,13 +47,20 @@ def test_cut_weights(family, sizes, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_experts_as_a_whole(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "memory"),
+    [
+        ("qwen3_moe", (8 * GIB, 400_000)),
+        ("qwen3_moe", (700_000, 8 * GIB)),  # of some layers all experts are on the other node
+        ("gpt_oss", (8 * GIB, 400_000)),
+    ],
+)
+def test_experts_as_a_whole(family, memory, tmp_path):
     sizes = {"intermediate_size": 96} if family == "gpt_oss" else {"moe_intermediate_size": 96}
     model = save_tiny(family, tmp_path / "hf", **sizes)
     exe = hetcomp.compile(
         tmp_path / "hf",
-        avx2_machine(2, second=400_000),
+        avx2_machine(2, memory),
         formats="f32",
         context_length=CONTEXT,
         out=tmp_path / "two.hetc",

@@ -209,10 +209,9 @@ def profile(
     )
 
 
-def avx2_machine(nodes: int, second: int = 8 * GIB) -> HardwareProfile:
-    """Cores with AVX2 on one node, or on two of which the first reads twice as fast; ``second``: bytes free there."""
+def avx2_machine(nodes: int, memory: tuple[int, int] = (8 * GIB, 8 * GIB)) -> HardwareProfile:
+    """Cores with AVX2 on one node, or on two of which the first reads twice as fast; ``memory``: free bytes of each."""
     made = profile(nodes=nodes, bandwidths=(30.0, 15.0))
-    memory = (8 * GIB, second)
     return made.model_copy(
         update={
             "isas": ("avx2",),

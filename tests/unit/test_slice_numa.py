@@ -122,6 +122,15 @@ def test_biases_go_with_their_rows_and_down_bias_is_added_once():
     assert [p.first_column for p in rows] == [0, 48] and dict(rows[1].cuts)[2].runs == ((48, 64),)
 
 
+def test_experts_that_all_lie_on_another_node_are_its_part():
+    op = Op("experts", ops.MoeExperts(EXPERTS, TOP_K, HIDDEN, WIDE), tuple("abcde"), ("y",))
+    away = (ExpertPlacement(0, EXPERTS - 1, "cpu:1"),)
+    (part,) = node_parts(op, Placement("cpu:0", away, (NodeSlice(1, 0, WIDE),)))
+    assert (part.node, part.attrs, part.experts) == (1, op.attrs, ((0, EXPERTS),))
+    home = (ExpertPlacement(0, EXPERTS - 1, "cpu:0"),)
+    assert node_parts(op, Placement("cpu:0", home, (NodeSlice(0, 0, WIDE),))) == ()
+
+
 def test_parts_do_not_share_scratch_memory():
     plan = two_nodes()
     template = plan.template("layer_0")
