@@ -94,7 +94,8 @@ void Model::allocate(const LoadOptions& options) {
                     " of memory are available: compile with a smaller context or batch.");
   }
   const Residency residency = choose_residency(options.weights, available);
-  const int main = nodes_[manifest_.main_node].machine_node;
+  int main = nodes_[manifest_.main_node].machine_node;
+  if (main != kNoNode && state_bytes_ + arena_bytes > available_on_node(main)) main = kNoNode;
   arena_ = Memory(arena_bytes, "the activations", main);
   for (const StateRecord& state : manifest_.states) {
     states_.emplace_back(state.bytes_per_slot * slots, "the KV cache (" + state.name + ")", main);
@@ -118,14 +119,12 @@ void Model::describe_nodes() {
   if (!shared.empty()) statistics_.notes.push_back(shared);
   if (nodes_.size() > 1 && shared.empty() && residency() == Residency::kMapped)
     statistics_.notes.push_back(
-        "The weights are mapped from their files, whose pages cannot be bound to NUMA nodes: --weights ram "
-        "reads them "
-        "to their nodes.");
+        "The weights are mapped from their files, whose pages cannot be bound to NUMA nodes; read to RAM "
+        "(--weights ram) they lie on their nodes.");
   if (!weights_->bound() || !arena_.bound() || !std::ranges::all_of(states_, &Memory::bound))
     statistics_.notes.push_back(
         "The system does not let this process bind memory to NUMA nodes (mbind; a container needs "
-        "CAP_SYS_NICE): "
-        "pages lie on the node of the thread that touched them first.");
+        "CAP_SYS_NICE): pages lie on the node of the thread that touched them first.");
 }
 
 std::string Model::numa_report_json() const {
