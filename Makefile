@@ -13,7 +13,7 @@ TEST_JOBS ?= 2
 PYTEST_ARGS ?=
 
 RUNTIME_SOURCES := $(shell find runtime_lib -type f)
-CXX_SOURCES := $(shell find runtime_lib benchmarks -name '*.cpp' -o -name '*.h')
+CXX_SOURCES := $(shell find runtime_lib benchmarks tests -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test lint bench bootstrap test-packages peers clean
 
@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml scripts/bootstrap.sh $(RUNTIME_SOURCES)
 	@scripts/bootstrap.sh $(VENV)
 	@touch $@
 
-# What only the tests need: a browser for the plan's HTML report.
+# What only the tests need: a browser for the plan's HTML report, qemu and a kernel for the NUMA test.
 test-packages: | $(INSTALLED)
 	@scripts/bootstrap.sh $(VENV) --test-packages
 

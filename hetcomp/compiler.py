@@ -18,6 +18,7 @@ from hetcomp.artifact.tokenizer import compile_tokenizer
 from hetcomp.artifact.tokenizer_parity import prove_parity
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
+from hetcomp.backends.cut_weights import CutImportance, CutReader
 from hetcomp.backends.importance import Importance
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
 from hetcomp.backends.pack_weights import Packer, WeightPacker
@@ -256,7 +257,9 @@ def compile(
         out = Path(owner.name) / f"{planned.plan.model.name}.hetc"
     target = Path(out)
     with staged_folder(target) as staging:
-        write_artifact(planned, WeightPacker(checkpoint, columns), staging, progress)
+        cuts = ProgramLayout.of(planned.plan).cuts
+        packer = WeightPacker(CutReader(checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
+        write_artifact(planned, packer, staging, progress)
     return Executable(target, owner=owner)
 
 
@@ -272,6 +275,7 @@ def write_artifact(planned: Planned, packer: Packer, staging: Path, progress: Pr
     sizes = [planned.target.packed_bytes(v) for v in layout.weights]
     progress.stage("pack weights", total=sum(sizes))
     records = write_weights(layout.weights, sizes, packer.chunks(layout.weights), staging, progress.advance)
+    records = [replace(record, node=node) for record, node in zip(records, layout.weight_nodes, strict=True)]
     for name in packer.not_finite:
         progress.warn(
             f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from hetcomp.errors import HetcompError
+from hetcomp.ir.node_parts import plan_parts
 from hetcomp.ir.plan import Call, Plan, Template, ValueKind
 from hetcomp.ir.serialise import from_json
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.context import FORMATS, KV_FORMATS, Context
 from hetcomp.passes.memory_table import refuse_if_too_large
+from hetcomp.passes.plan_memory import op_workspace
 
 
 def replay(path: Path, imported: Plan, context: Context) -> Plan:
@@ -84,9 +86,11 @@ def _same_ops(path: Path, where: str, plan: Plan, call: Call, own: Template) -> 
 
 
 def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
+    main = next((p.device for call in plan.calls for _, p in call.placements), "cpu:0")
     for index, call in enumerate(plan.calls):
         for op, placement in call.placements:
             devices = {placement.device, *(r.device for r in placement.experts)}
+            devices |= {f"cpu:{piece.node}" for piece in placement.slices}
             devices |= {r.streamed_to for r in placement.experts if r.streamed_to is not None}
             for device in sorted(devices):
                 if not device.startswith("cpu:"):
@@ -96,6 +100,11 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
                     )
                 if device not in {f"cpu:{n.id}" for n in context.profile.compute_nodes}:
                     raise HetcompError(f"{path}: calls.{index}.placements.{op} is on {device}, which does not exist.")
+            if placement.device != main:
+                raise HetcompError(
+                    f"{path}: calls.{index}.placements.{op} is on {placement.device}, other ops on {main}: only slices "
+                    "and experts can be on nodes of their own."
+                )
     for value in plan.values:
         if value.kind is ValueKind.WEIGHT and value.format not in FORMATS:
             raise HetcompError(
@@ -106,11 +115,11 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
                 f"{path}: values.{value.id} is a KV cache in {value.type.dtype}; there are kernels for "
                 f"{', '.join(KV_FORMATS)}."
             )
-    dims = plan.max_dims()
+    dims, parts = plan.max_dims(), plan_parts(plan)
     for template in plan.templates:
         slots = {slot.value: slot.bytes for slot in template.arena}
         for node in template.ops:
-            needed = context.target.workspace_bytes(node, template, dims)
+            needed = op_workspace(node, template, parts.get((template.name, node.id), ()), dims, context.target)
             if needed > slots.get(f"workspace:{node.id}", 0):
                 raise HetcompError(
                     f"{path}: templates.{template.name}.arena gives op {node.id} "

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import Placement
+from hetcomp.ir.node_parts import NodePart, node_parts
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.registry import plan_pass
 
 Devices = tuple[str, ...]
+Parts = tuple[tuple[NodePart, ...], ...]
 
 
 def memory_of(device: str) -> str:
@@ -26,17 +28,21 @@ def insert_transfers(plan: Plan, context: Context) -> Plan:
     A value handed between calls stays in the memory of the op that wrote it; the next call's template moves it where
     its readers need it elsewhere. Inputs (ids, positions) lie in mapped host memory that every device reads. The
     experts of one op that live on other devices get their input and return their sum within the op. Where all ops
-    share one memory nothing changes.
+    share one memory, and every call of a template is cut over NUMA nodes alike, nothing changes.
     """
-    patterns: dict[str, dict[tuple[Devices, Devices], str]] = defaultdict(dict)
+    patterns: dict[str, dict[tuple[Devices, Devices, Parts], str]] = defaultdict(dict)
     home = {v.id: "cpu" for v in plan.values}
     calls = []
     for call in plan.calls:
         template = plan.template(call.template)
         devices = tuple(memory_of(p.device) for _, p in call.placements)
         inputs = tuple(home[a] for a in call.args)
+        placements = dict(call.placements)
+        parts = tuple(node_parts(op, placements[op.id]) for op in template.ops)
         names = patterns[call.template]
-        name = names.setdefault((devices, inputs), call.template if not names else f"{call.template}_{len(names)}")
+        name = names.setdefault(
+            (devices, inputs, parts), call.template if not names else f"{call.template}_{len(names)}"
+        )
         written = {out: memory for op, memory in zip(template.ops, devices, strict=True) for out in op.outputs}
         for formal, actual in zip(template.results, call.results, strict=True):
             kind = template.value(formal).kind
@@ -45,7 +51,7 @@ def insert_transfers(plan: Plan, context: Context) -> Plan:
     templates: list[Template] = []
     placed: dict[str, dict[str, str]] = {}
     for template in plan.templates:
-        for (devices, inputs), name in patterns[template.name].items():
+        for (devices, inputs, _), name in patterns[template.name].items():
             where = dict(zip((op.id for op in template.ops), devices, strict=True))
             homes = dict(zip(template.params, inputs, strict=True))
             done, placed[name] = _insert(replace(template, name=name), where, homes)

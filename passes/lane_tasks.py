@@ -107,8 +107,10 @@ class StepTasks:
     ) -> tuple[int, ...]:
         """On the lanes of all nodes that own a part of it; an op's time is that of one node for all of it."""
         meet = op.schedule is not None and op.schedule.barrier_before
-        barrier = self.profile.barrier_us * self.profile.calibration("barrier") if meet else 0.0
+        barrier = self.profile.barrier_us * self.profile.calibration("barrier")
         shares = lane_shares(placement)
+        # The partial sums of experts that are cut over nodes are added after one more barrier.
+        barrier *= meet + (len(shares) > 1 and isinstance(op.attrs, ops.MoeExperts))
         took = us * max(shares.values()) + barrier
         moved = 0.0
         if op.cost is not None:

@@ -6,7 +6,8 @@ from collections import defaultdict
 from dataclasses import replace
 
 from hetcomp.errors import HetcompError
-from hetcomp.ir.annotations import Candidate, ExpertPlacement, Placement, Solution
+from hetcomp.ir.annotations import Candidate, ExpertPlacement, NodeSlice, Placement, Solution
+from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import UNIFORM, check_statistics
@@ -109,12 +110,24 @@ def _write(plan: Plan, context: Context, problem: Problem, assignment: Assignmen
     for e, counts in zip(problem.experts, assignment.experts, strict=True):
         spine = assignment.groups[e.spine]
         runs = _expert_runs(e, counts, context, main)
-        placed[e.call][e.op] = Placement(main if spine == "cpu" else spine, runs)
+        home = {run.device for run in runs}
+        slices: tuple[NodeSlice, ...] = ()
+        if len(home) == 1 and any(option.startswith("cpu:") for options in counts for option in options):
+            # Whole on one node: decided here, or slice_numa would cut what does not fit.
+            node = int(runs[0].device[4:])
+            slices = (NodeSlice(node, 0, _intermediate(plan, e)),)
+        placed[e.call][e.op] = Placement(main if spine == "cpu" else spine, runs, slices)
     calls = []
     for index, call in enumerate(plan.calls):
         order = [op.id for op in plan.template(call.template).ops]
         calls.append(replace(call, placements=tuple((op, placed[index][op]) for op in order)))
     return replace(plan, calls=tuple(calls))
+
+
+def _intermediate(plan: Plan, e: ExpertSet) -> int:
+    attrs = next(op.attrs for op in plan.template(plan.calls[e.call].template).ops if op.id == e.op)
+    assert isinstance(attrs, MoeExperts)
+    return attrs.intermediate
 
 
 def _expert_runs(

@@ -167,7 +167,8 @@ class PlacementModel:
 
     def _class_options(self, e: ExpertSet, cls: ExpertClass) -> dict[str, int]:
         members = len(cls.members)
-        names = ["cpu", *(f"cpu:{n}" for n in self.whole_nodes)]
+        # Cut or whole, but not both: the parts of an op on NUMA nodes are all of one kind.
+        names = [f"cpu:{n}" for n in self.whole_nodes] or ["cpu"]
         names += [f"gpu:{i}" for i in self.gpus] + [f"stream:{i}" for i in self.gpus]
         if e.pin is not None:
             names = [n for n in names if n.partition(":")[0] == "cpu"] if e.pin == "cpu" else [e.pin]

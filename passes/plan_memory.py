@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetcomp.ir.annotations import ArenaSlot
-from hetcomp.ir.plan import Plan, Template, ValueKind
+from hetcomp.ir.node_parts import ALIGNMENT, NodePart, part_workspace, plan_parts
+from hetcomp.ir.plan import Op, Plan, Template, ValueKind
+from hetcomp.ir.target import KernelTarget
 from hetcomp.passes.context import Context
 from hetcomp.passes.epochs import epochs
 from hetcomp.passes.memory_table import refuse_if_too_large
 from hetcomp.passes.registry import plan_pass
-
-ALIGNMENT = 64  # a cache line, and the widest vector
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ def plan_memory(plan: Plan, context: Context) -> Plan:
     call_arena, call_bytes = place_lifetimes(_call_lifetimes(plan), 0)
     templates: dict[str, Template] = {}
     top = call_bytes
+    parts = plan_parts(plan)
     for template in plan.templates:
-        slots, end = place_lifetimes(_template_lifetimes(plan, template, context), call_bytes)
+        slots, end = place_lifetimes(_template_lifetimes(plan, template, parts, context), call_bytes)
         templates[template.name] = replace(template, arena=slots)
         top = max(top, end)
     planned = replace(plan.map_templates(templates), call_arena=call_arena, arena_bytes=top)
@@ -77,7 +78,19 @@ def _call_lifetimes(plan: Plan) -> list[Lifetime]:
     return [Lifetime(n, values[n].type.bytes(dims), first[n], last[n]) for n in first]
 
 
-def _template_lifetimes(plan: Plan, template: Template, context: Context) -> list[Lifetime]:
+def op_workspace(
+    op: Op, template: Template, parts: Sequence[NodePart], dims: Mapping[str, int], target: KernelTarget
+) -> int:
+    """Bytes of scratch memory that the op needs, all its parts on NUMA nodes and their sums included."""
+    if not parts:
+        return target.workspace_bytes(op, template, dims)
+    sizes = [target.workspace_bytes(*part.of(op, template), dims) for part in parts]
+    return part_workspace(op, template, parts, sizes, dims).bytes
+
+
+def _template_lifetimes(
+    plan: Plan, template: Template, parts: Mapping[tuple[str, str], Sequence[NodePart]], context: Context
+) -> list[Lifetime]:
     dims = plan.max_dims()
     values = template.value_map()
     outside = {*template.params, *template.results}
@@ -89,7 +102,7 @@ def _template_lifetimes(plan: Plan, template: Template, context: Context) -> lis
             if values[name].kind is ValueKind.ACT and name not in outside:
                 first.setdefault(name, epoch)
                 last[name] = epoch
-        scratch = context.target.workspace_bytes(op, template, dims)
+        scratch = op_workspace(op, template, parts.get((template.name, op.id), ()), dims, context.target)
         if scratch:
             lifetimes.append(Lifetime(f"workspace:{op.id}", scratch, epoch, epoch))
     return lifetimes + [Lifetime(n, values[n].type.bytes(dims), first[n], last[n]) for n in first]

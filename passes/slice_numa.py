@@ -7,56 +7,67 @@ from dataclasses import replace
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import NodeSlice, Placement
-from hetcomp.ir.plan import Call, Op, Plan
+from hetcomp.ir.node_parts import shared_weights
+from hetcomp.ir.plan import Call, Op, Plan, Template
 from hetcomp.passes.context import Context
 from hetcomp.passes.registry import plan_pass
 
 PANEL = 16  # rows of a packed panel: the smallest piece that a kernel streams
+GROUP = 32  # columns that share a scale in the quantised formats
+BLOCK = 128  # rows and columns that share a scale in fp8
 
 
 @plan_pass(requires=("placed",), establishes=("sliced",))
 def slice_numa(plan: Plan, context: Context) -> Plan:
     """Sets ``slices`` of ops with large weights: rows of a linear, the intermediate dimension of experts.
 
-    On one node there is one slice over all of it. Experts that `place` gave to nodes as a whole are not sliced, nor is
-    what lives on a GPU; of experts that live on both, the slices are those of the CPU's.
+    On one node, or where the cut leaves one node all of it, there is one slice. Experts that `place` gave to nodes as a
+    whole are not sliced, nor is what lives on a GPU or is read by several ops (tied embeddings); of experts that live
+    on both, the slices are those of the CPU's.
     """
-    return replace(plan, calls=tuple(_slice_call(plan, call, context.profile) for call in plan.calls))
+    shared = shared_weights(plan)
+    return replace(plan, calls=tuple(_slice_call(plan, call, context.profile, shared) for call in plan.calls))
 
 
-def node_slices(extent: int, profile: HardwareProfile) -> tuple[NodeSlice, ...]:
-    """Cuts 0 .. ``extent`` in proportion to the nodes' bandwidths, at multiples of 16; empty parts are left out."""
-    total = sum(profile.bandwidth(node.id) for node in profile.compute_nodes)
+def node_slices(extent: int, profile: HardwareProfile, step: int = PANEL) -> tuple[NodeSlice, ...]:
+    """Cuts 0 .. ``extent`` in proportion to the nodes' bandwidths, at multiples of ``step``; empty parts are left out,
+    and a single one is the fastest node's."""
+    nodes = profile.compute_nodes
+    total = sum(profile.bandwidth(node.id) for node in nodes)
     slices, start, share = [], 0, 0.0
-    for i, node in enumerate(profile.compute_nodes):
+    for i, node in enumerate(nodes):
         share += profile.bandwidth(node.id) / total
-        stop = extent if i == len(profile.compute_nodes) - 1 else min(extent, round(extent * share / PANEL) * PANEL)
+        stop = extent if i == len(nodes) - 1 else min(extent, round(extent * share / step) * step)
         if stop > start:
             slices.append(NodeSlice(node.id, start, stop))
             start = stop
-    return tuple(slices)
+    if len(slices) > 1:
+        return tuple(slices)
+    return (NodeSlice(max(nodes, key=lambda node: profile.bandwidth(node.id)).id, 0, extent),)
 
 
-def _slice_call(plan: Plan, call: Call, profile: HardwareProfile) -> Call:
-    template_ops = {op.id: op for op in plan.template(call.template).ops}
+def _slice_call(plan: Plan, call: Call, profile: HardwareProfile, shared: set[str]) -> Call:
+    template = plan.template(call.template)
+    template_ops = {op.id: op for op in template.ops}
+    whole = {formal for formal, actual in zip(template.params, call.args, strict=True) if actual in shared}
     return replace(
         call,
-        placements=tuple((name, _slice(template_ops[name], p, profile)) for name, p in call.placements),
+        placements=tuple(
+            (name, p if whole & set(template_ops[name].inputs) else _slice(template_ops[name], template, p, profile))
+            for name, p in call.placements
+        ),
     )
 
 
-def _slice(op: Op, placement: Placement, profile: HardwareProfile) -> Placement:
-    extent = _split_extent(op)
+def _slice(op: Op, template: Template, placement: Placement, profile: HardwareProfile) -> Placement:
     homes = {run.device for run in placement.experts if run.device.startswith("cpu:")}
     main = placement.device if placement.device.startswith("cpu:") else None
-    if extent is None or len(homes) > 1 or (main is None and not homes):
-        return placement  # whole experts by node, or nothing of it on the CPU
-    return replace(placement, slices=node_slices(extent, profile))
-
-
-def _split_extent(op: Op) -> int | None:
+    if placement.slices or len(homes) > 1 or (main is None and not homes):
+        return placement  # experts that place put on nodes as a whole, or nothing of it on the CPU
+    values = template.value_map()
+    blocks = any(values[name].format == "fp8" for name in op.inputs)
     if isinstance(op.attrs, ops.MoeExperts):
-        return op.attrs.intermediate
+        return replace(placement, slices=node_slices(op.attrs.intermediate, profile, BLOCK if blocks else GROUP))
     if isinstance(op.attrs, ops.Linear):
-        return op.attrs.out_features
-    return None
+        return replace(placement, slices=node_slices(op.attrs.out_features, profile, BLOCK if blocks else PANEL))
+    return placement

@@ -2,7 +2,8 @@
 # Brings a bare Debian or Ubuntu machine to the point where hetcomp builds and runs: system packages (where
 # missing and permitted), a virtual environment, torch, hetcomp itself. Run by the Makefile; safe to run again.
 #   scripts/bootstrap.sh VENV_DIR [--test-packages]
-# With --test-packages it adds what only the tests need (a browser that opens the plan's HTML report), nothing else.
+# With --test-packages it adds what only the tests need (a browser that opens the plan's HTML report, qemu and a kernel
+# to boot in it), nothing else; HETCOMP_SKIP_QEMU=1 leaves the last two out.
 set -euo pipefail
 venv=${1:?usage: scripts/bootstrap.sh VENV_DIR [--test-packages]}
 purpose=${2:-run}
@@ -22,7 +23,14 @@ find_python() {  # the first interpreter that is new enough
   done
 }
 
-missing_test_packages() {  # a browser that tests/unit/test_plan_html.py finds, or the package that has one
+test_kernel=build/test-kernel/vmlinuz  # what tests/e2e/virtual_machine.py boots
+
+missing_test_packages() {
+  missing_browser
+  [ "${HETCOMP_SKIP_QEMU:-}" = 1 ] || command -v qemu-system-x86_64 >/dev/null 2>&1 || echo qemu-system-x86
+}
+
+missing_browser() {  # a browser that tests/unit/test_plan_html.py finds, or the package that has one
   local browser
   for browser in "${HETCOMP_CHROMIUM:-}" chromium chromium-browser google-chrome; do
     [ -n "$browser" ] && command -v "$browser" >/dev/null 2>&1 && return
@@ -77,6 +85,28 @@ install_packages() {
   [ ${#missing[@]} -eq 0 ] || die "still missing after apt-get install: ${missing[*]}."
 }
 
+# A kernel of the distribution, taken out of its package: nothing is installed, this machine boots what it did before.
+fetch_test_kernel() {
+  [ "${HETCOMP_SKIP_QEMU:-}" != 1 ] && [ ! -s "$test_kernel" ] || return 0
+  command -v apt-get >/dev/null 2>&1 ||
+    die "$test_kernel is missing and there is no apt-get to fetch it; put any x86-64 kernel with NUMA and a serial console there, or set HETCOMP_SKIP_QEMU=1."
+  local folder meta image
+  folder=$(mktemp -d)
+  trap 'rm -rf "$folder"' RETURN
+  apt-cache show qemu-system-x86 >/dev/null 2>&1 || [ "$(id -u)" != 0 ] || apt-get update -qq
+  for meta in linux-image-cloud-amd64 linux-image-amd64 linux-image-virtual; do  # Debian, Debian, Ubuntu
+    image=$(apt-cache depends "$meta" 2>/dev/null | sed -n 's/^ *Depends: \(linux-image-[0-9].*\)$/\1/p' | head -n 1)
+    [ -z "$image" ] || break
+  done
+  [ -n "$image" ] || die "apt knows no Linux kernel to boot under qemu; run 'apt-get update' as root, or set HETCOMP_SKIP_QEMU=1."
+  say "fetching $image to boot it under qemu"
+  (cd "$folder" && apt-get -o APT::Sandbox::User=root download -qq "$image" >/dev/null) ||
+    die "the package $image cannot be downloaded; run make again with a network, or set HETCOMP_SKIP_QEMU=1."
+  mkdir -p "$(dirname "$test_kernel")"
+  dpkg-deb --fsys-tarfile "$folder"/*.deb | tar -xO --wildcards './boot/vmlinuz-*' >"$folder/vmlinuz"
+  mv "$folder/vmlinuz" "$test_kernel"
+}
+
 make_venv() {
   [ -x "$venv/bin/python" ] && "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' && return
   local python
@@ -99,7 +129,10 @@ install_hetcomp() {
 }
 
 install_packages
-[ "$purpose" != --test-packages ] || exit 0
+if [ "$purpose" = --test-packages ]; then
+  fetch_test_kernel
+  exit 0
+fi
 make_venv
 install_hetcomp
 say "ready: $venv/bin/hetcomp"

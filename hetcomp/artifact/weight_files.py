@@ -29,13 +29,15 @@ Chunk = tuple[Value, NDArray[np.uint8]]  # contiguous bytes of a weight
 
 @dataclass(frozen=True)
 class WeightRecord:
-    """Where a packed weight is. ``offset`` counts from the start of the file."""
+    """Where a packed weight is. ``offset`` counts from the start of the file; ``node`` indexes the artifact's NUMA
+    nodes."""
 
     name: str
     file: str
     offset: int
     bytes: int
     xxh3_64: str
+    node: int = 0
 
 
 def write_weights(

@@ -16,7 +16,7 @@ from hetcomp.backends.program import ProgramLayout
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.plan import Plan
 
-MANIFEST_SCHEMA = (1, 0)
+MANIFEST_SCHEMA = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ def write_manifest(
         "hw_profile": dict(profile),
         "files": _files(folder),
         "programs": [{"isa": isa.value, "file": f"kernels/lib_{isa.value}.so"} for isa in isas],
+        "nodes": list(layout.nodes),
+        "main_node": layout.main,
         "weights": [asdict(record) for record in weights],
         "states": [
             {"name": v.fqn or v.id, "bytes_per_slot": v.type.bytes({**dims, "slots": 1})} for v in layout.states

@@ -123,6 +123,7 @@ def _linear(request: KernelRequest) -> _Rendering:
             "heads": heads,
             "in_features": attrs.in_features,
             "out_features": attrs.out_features,
+            "out_row": math.prod(d for d in request.outputs[0].type.shape[1:] if isinstance(d, int)),
             "bias": bias,
             "format": weight_format,
         },

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetcomp.backends import packing
-from hetcomp.backends.importance import Importance
 from hetcomp.backends.quantiser import Numbers
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.prefetch import prefetch
@@ -26,6 +25,14 @@ class WeightReader(Protocol):
 
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """One matrix of a weight whose first axis counts experts."""
+        ...
+
+
+class ColumnImportance(Protocol):
+    """How much the error of each column of a weight counts: :class:`hetcomp.backends.importance.Importance`."""
+
+    def of(self, value: Value, expert: int | None = None) -> NDArray[np.float32] | None:
+        """f32 [K], or [E, K] if all experts of ``value`` are asked for; None: all alike."""
         ...
 
 
@@ -57,7 +64,7 @@ class WeightPacker:
 
     importance: how much the error of each column counts; all alike if None."""
 
-    def __init__(self, reader: WeightReader, importance: Importance | None = None) -> None:
+    def __init__(self, reader: WeightReader, importance: ColumnImportance | None = None) -> None:
         self._reader = reader
         self._importance = importance
         self.not_finite: list[str] = []

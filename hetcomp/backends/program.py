@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hetcomp.backends.protocol import Isa, Kernel
 from hetcomp.backends.templates import render
 from hetcomp.errors import HetcompError
+from hetcomp.ir.node_parts import Cut, NodePart, cut_weights, part_id, part_workspace, plan_nodes, plan_parts
+from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 
 
 @dataclass(frozen=True)
 class ProgramLayout:
-    """Order in which the runtime hands weights and states to the program, and the names of its timers."""
+    """Order in which the runtime hands weights and states to the program, and the names of its timers.
+
+    ``nodes``: ids of the NUMA nodes; ``main``: index of the one that holds what is not cut. ``weight_nodes``: index of
+    each weight's node. ``cuts``: of weights that are a node's part of one, by id: the whole weight and the cut.
+    """
 
     weights: tuple[Value, ...]
     states: tuple[Value, ...]
     timers: tuple[str, ...]
+    nodes: tuple[int, ...]
+    main: int
+    weight_nodes: tuple[int, ...]
+    cuts: Mapping[str, tuple[Value, Cut]]
 
     @staticmethod
     def of(plan: Plan) -> ProgramLayout:
         """The layout that ``plan`` fixes: its values in order, its roles in order of first use."""
-        weights = tuple(v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST))
+        nodes, main = plan_nodes(plan)
+        cut = cut_weights(plan)
+        weights: list[tuple[Value, int]] = []
+        for v in plan.values:
+            if v.kind in (ValueKind.WEIGHT, ValueKind.CONST):
+                weights += [(part, nodes.index(node)) for part, _, node in cut.get(v.id, ())] or [(v, main)]
+        cuts = {part.id: (v, c) for v in plan.values for part, c, _ in cut.get(v.id, ())}
         states = tuple(v for v in plan.values if v.kind is ValueKind.STATE)
         roles: dict[str, None] = {}
         for template in plan.templates:
             for op in template.ops:
                 roles.setdefault(op.role or op.kind)
-        return ProgramLayout(weights, states, tuple(roles))
+        return ProgramLayout(
+            tuple(v for v, _ in weights), states, tuple(roles), nodes, main, tuple(n for _, n in weights), cuts
+        )
 
 
 def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: Isa, plan_hash: str) -> str:
@@ -37,7 +56,8 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
     of every (template, op). Raises HetcompError if a value has no home (a bug in a pass)."""
     layout = ProgramLayout.of(plan)
     homes = _plan_homes(plan, layout)
-    templates = [_template(plan, t, kernels, homes, layout) for t in plan.templates]
+    parts = plan_parts(plan)
+    templates = [_template(plan, t, kernels, homes, layout, parts) for t in plan.templates]
     index = {t["name"]: 0 for t in templates}
     calls = []
     for call in plan.calls:
@@ -58,6 +78,7 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         max_logit_rows=plan.dim("R").max,
         vocab=plan.model.vocab,
         timers=layout.timers,
+        n_nodes=len(layout.nodes),
     )
 
 
@@ -81,8 +102,16 @@ def _template(
     kernels: Mapping[tuple[str, str], Kernel],
     homes: Mapping[str, tuple[str, int]],
     layout: ProgramLayout,
+    all_parts: Mapping[tuple[str, str], Sequence[NodePart]],
 ) -> dict[str, Any]:
-    formals = (*template.params, *(r for r in template.results if r not in template.params))
+    parts = {op.id: all_parts.get((template.name, op.id), ()) for op in template.ops}
+    cut_formals = {
+        op.inputs[operand]: [p.node for p in parts[op.id]]
+        for op in template.ops
+        for part in parts[op.id]
+        for operand, _ in part.cuts
+    }
+    formals = _cut_names((*template.params, *(r for r in template.results if r not in template.params)), cut_formals)
     address = {formal: f"p[{i}]" for i, formal in enumerate(formals)}
     offsets = {slot.value: slot.offset for slot in template.arena}
     for slot_value, offset in offsets.items():
@@ -108,28 +137,84 @@ def _template(
                 "origin": op.origin,
                 "barrier": schedule is None or schedule.barrier_before,
                 "timer": layout.timers.index(op.role or op.kind),
-                "inputs": [find(i, op) for i in op.inputs] or ["nullptr"],
                 "outputs": [find(o, op) for o in op.outputs] or ["nullptr"],
                 "rows": _rows(template, op),
                 "workspace": address.get(workspace, "nullptr"),
-                "kernel": kernels[template.name, op.id].name,
             }
         )
+        if parts[op.id]:
+            ops[-1] |= _parts(plan, template, op, parts[op.id], kernels, layout, ops[-1], partial(find, op=op))
+        else:
+            ops[-1] |= {
+                "inputs": [find(i, op) for i in op.inputs] or ["nullptr"],
+                "kernel": kernels[template.name, op.id].name,
+                "parts": (),
+            }
     calls = [c for c in plan.calls if c.template == template.name]
     return {
         "name": template.name,
         "params": formals,
         "ops": ops,
-        "calls": [{"index": i, "refs": [homes[v] for v in _actuals(template, call)]} for i, call in enumerate(calls)],
+        "calls": [
+            {"index": i, "refs": [homes[v] for v in _actuals(template, call, cut_formals)]}
+            for i, call in enumerate(calls)
+        ],
     }
 
 
-def _actuals(template: Template, call: Call) -> list[str]:
-    """The plan values bound to ``params`` and then to those results that are not params, in order."""
+def _parts(
+    plan: Plan,
+    template: Template,
+    op: Op,
+    parts: Sequence[NodePart],
+    kernels: Mapping[tuple[str, str], Kernel],
+    layout: ProgramLayout,
+    rendered: Mapping[str, Any],
+    find: Callable[[str], str],
+) -> dict[str, Any]:
+    """What the template needs of an op in parts: a call for every node, and the partial sums to add up."""
+    chosen = [kernels[template.name, part_id(op.id, part.node)] for part in parts]
+    space = part_workspace(op, template, parts, [k.workspace_bytes for k in chosen], plan.max_dims())
+
+    def scratch(offset: int) -> str:
+        return f"{rendered['workspace']} + {offset}"
+
+    calls: list[dict[str, Any]] = []
+    for i, (part, kernel) in enumerate(zip(parts, chosen, strict=True)):
+        cut = {operand for operand, _ in part.cuts}
+        inputs = [find(part_id(v, part.node) if n in cut else v) for n, v in enumerate(op.inputs)]
+        output = rendered["outputs"][0]
+        if part.first_column:
+            output = f"column({output}, {part.first_column})"
+        elif i > 0 and space.partials:
+            output = scratch(space.partials[i - 1])
+        call = {"node": layout.nodes.index(part.node), "kernel": kernel.name, "output": output, "inputs": inputs}
+        call["local"] = ()
+        if isinstance(part.attrs, MoeExperts) and part.experts:
+            here = [e for start, stop in part.experts for e in range(start, stop)]
+            assert isinstance(op.attrs, MoeExperts)
+            call["local"] = [here.index(e) if e in here else -1 for e in range(op.attrs.experts)]
+            call["top_k"] = part.attrs.top_k
+            call["choices"] = inputs[1:3]
+            inputs[1:3] = [scratch(space.ids[i]), scratch(space.weights[i])]
+        calls.append(call | {"workspace": scratch(space.scratch[i]) if kernel.workspace_bytes else "nullptr"})
+    width = part.attrs.hidden if isinstance(part.attrs, MoeExperts) else 0
+    return {"parts": calls, "partials": [scratch(offset) for offset in space.partials], "width": width}
+
+
+def _cut_names(names: Iterable[str], cut: Mapping[str, Sequence[int]]) -> list[str]:
+    """The names with those of cut weights replaced by one for every node."""
+    return [part for name in names for part in ([part_id(name, n) for n in cut[name]] if name in cut else [name])]
+
+
+def _actuals(template: Template, call: Call, cut: Mapping[str, Sequence[int]]) -> list[str]:
+    """The plan values bound to ``params`` and then to those results that are not params, in order; for cut weights
+    those of their parts."""
     results = [
         actual for formal, actual in zip(template.results, call.results, strict=True) if formal not in template.params
     ]
-    return [*call.args, *results]
+    of_plan = {actual: cut[formal] for formal, actual in zip(template.params, call.args, strict=True) if formal in cut}
+    return _cut_names((*call.args, *results), of_plan)
 
 
 def _rows(template: Template, op: Op) -> str:

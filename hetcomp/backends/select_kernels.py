@@ -11,6 +11,7 @@ from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
 from hetcomp.backends.tvm import TvmBackend
 from hetcomp.errors import HetcompError
+from hetcomp.ir.node_parts import part_id, plan_parts
 from hetcomp.ir.plan import Op, Plan, Template, Value
 
 _NO_KERNELS = frozenset(packing.FORMATS) - frozenset(KERNEL_FORMATS)
@@ -71,11 +72,17 @@ def choose(backends: Sequence[KernelBackend], ask: KernelRequest) -> KernelBacke
 
 
 def select_kernels(plan: Plan, target: CpuTarget, isa: Isa) -> dict[tuple[str, str], Kernel]:
-    """Generates the kernel of every op for ``isa``, keyed by (template name, op id)."""
-    dims = plan.max_dims()
+    """Generates the kernel of every op for ``isa``, keyed by (template name, op id); of an op that is cut over NUMA
+    nodes one for every part, keyed by (template name, ``part_id`` of the op)."""
+    dims, parts = plan.max_dims(), plan_parts(plan)
     kernels: dict[tuple[str, str], Kernel] = {}
     for template in plan.templates:
         for op in template.ops:
-            ask = request(op, template, isa, dims)
-            kernels[template.name, op.id] = choose(target.backends, ask).emit(ask)
+            cut = parts.get((template.name, op.id), ())
+            for part in cut:
+                ask = request(*part.of(op, template), isa, dims)
+                kernels[template.name, part_id(op.id, part.node)] = choose(target.backends, ask).emit(ask)
+            if not cut:
+                ask = request(op, template, isa, dims)
+                kernels[template.name, op.id] = choose(target.backends, ask).emit(ask)
     return kernels

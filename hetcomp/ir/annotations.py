@@ -73,7 +73,8 @@ class Placement:
     """Where one op of one call runs. Devices are ``cpu:<node>`` and ``gpu:<index>``. ``experts`` is given for
     moe_experts only and covers every expert once: where each lives and runs, while ``device`` is where the op's
     input is and its sum is wanted. ``streamed``: the op runs on its GPU with weights that live in CPU memory and
-    are copied there in every step. ``slices`` is filled by slice_numa."""
+    are copied there in every step. ``slices`` is filled by slice_numa
+    (a single one by place, where experts lie on one node as a whole)."""
 
     device: str
     experts: tuple[ExpertPlacement, ...] = ()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from hetcomp.errors import HetcompError
 from hetcomp.ir import op_types
+from hetcomp.ir.node_parts import node_parts, plan_parts, shared_weights
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 
 
@@ -148,14 +149,35 @@ def _experts_covered(template: Template, op: Op, call: Call) -> None:
         raise HetcompError(f"{_where(template, op)}: only {expected} experts are placed in layer {call.layer}.")
 
 
+# Slices begin at whole panels of rows, and at whole groups of columns of the quantised formats.
+_SLICE_STEPS = {"linear": 16, "moe_experts": 32}
+
+
 def _sliced(plan: Plan) -> None:
+    shared = shared_weights(plan)
     for call in plan.calls:
-        for op, placement in call.placements:
+        template = plan.template(call.template)
+        template_ops = {op.id: op for op in template.ops}
+        actual = dict(zip(template.params, call.args, strict=True))
+        for name, placement in call.placements:
+            if not placement.slices:
+                continue
+            where = f"The NUMA slices of op %{name} in layer {call.layer}"
+            op = template_ops[name]
             expected = 0
             for piece in placement.slices:
                 if piece.start != expected or piece.stop <= piece.start:
-                    raise HetcompError(f"The NUMA slices of op %{op} in layer {call.layer} have a gap or overlap.")
+                    raise HetcompError(f"{where} have a gap or overlap.")
+                if piece.start % _SLICE_STEPS.get(op.kind, 1):
+                    raise HetcompError(f"{where} must begin at multiples of {_SLICE_STEPS[op.kind]}.")
                 expected = piece.stop
+            if expected != getattr(op.attrs, "intermediate", getattr(op.attrs, "out_features", expected)):
+                raise HetcompError(f"{where} end at {expected}, which is not all of it.")
+            if len({piece.node for piece in placement.slices}) != len(placement.slices):
+                raise HetcompError(f"{where} name a node twice.")
+            several = [actual[i] for i in op.inputs if actual.get(i) in shared]
+            if len(placement.slices) > 1 and several:
+                raise HetcompError(f"{where} cut the weight {several[0]}, which other ops read as a whole.")
 
 
 def _transfers_inserted(plan: Plan) -> None:
@@ -173,6 +195,20 @@ def _transfers_inserted(plan: Plan) -> None:
             target = getattr(op.attrs, "target", memory)
             home.update(dict.fromkeys(op.outputs, target))
         handed.update({actual: home[formal] for formal, actual in zip(template.results, call.results, strict=True)})
+    _cut_alike(plan)
+
+
+def _cut_alike(plan: Plan) -> None:
+    """All calls of a template must cut their ops over NUMA nodes in the same way: one code serves them."""
+    parts = plan_parts(plan)
+    for call in plan.calls:
+        placements = dict(call.placements)
+        for op in plan.template(call.template).ops:
+            if node_parts(op, placements[op.id]) != parts.get((call.template, op.id), ()):
+                raise HetcompError(
+                    f"Op %{op.id} of template {call.template} is cut over NUMA nodes in another way in layer "
+                    f"{call.layer} than elsewhere."
+                )
 
 
 def _scheduled(plan: Plan) -> None:

@@ -197,6 +197,14 @@ hetcomp_status hetcomp_model_stats(const hetcomp_model* model, char** json) {
   });
 }
 
+hetcomp_status hetcomp_model_numa_report(const hetcomp_model* model, char** json) {
+  return guard([&] {
+    require(model, "model");
+    require(json, "json");
+    *json = copy_text(model->model->numa_report_json(), nullptr);
+  });
+}
+
 hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model) {
   return guard([&] {
     require(model, "model");

@@ -53,8 +53,8 @@ CpuBudget cpu_budget(int requested) {
   std::vector<int> siblings;
   std::set<std::string> cores;
   for (const int cpu : allowed_cpus()) (cores.insert(core_of(cpu)).second ? cpus : siblings).push_back(cpu);
-  CpuBudget budget{{}, static_cast<int>(cpus.size() + siblings.size()), static_cast<int>(cpus.size())};
-  cpus.insert(cpus.end(), siblings.begin(), siblings.end());
+  CpuBudget budget{{}, cpus, static_cast<int>(cpus.size())};
+  budget.order.insert(budget.order.end(), siblings.begin(), siblings.end());
 
   int threads = requested;
   if (requested == 0) {
@@ -62,13 +62,13 @@ CpuBudget cpu_budget(int requested) {
     // Rounded down: a thread above the quota gets all of them throttled at every barrier.
     if (const auto quota = cgroup_cpu_quota()) threads = std::clamp(static_cast<int>(*quota), 1, threads);
   }
-  if (threads < 1 || threads > budget.allowed) {
-    throw Error(HETCOMP_INVALID_ARGUMENT,
-                "Cannot run " + std::to_string(requested) + " threads: this process may use " +
-                    std::to_string(budget.allowed) + " CPUs (threads 0 chooses by itself).");
+  const auto allowed = static_cast<int>(budget.order.size());
+  if (threads < 1 || threads > allowed) {
+    throw Error(HETCOMP_INVALID_ARGUMENT, "Cannot run " + std::to_string(requested) +
+                                              " threads: this process may use " + std::to_string(allowed) +
+                                              " CPUs (threads 0 chooses by itself).");
   }
-  cpus.resize(static_cast<std::size_t>(threads));
-  budget.cpus = std::move(cpus);
+  budget.cpus.assign(budget.order.begin(), budget.order.begin() + threads);
   return budget;
 }
 

@@ -6,9 +6,9 @@
 namespace hetcomp {
 
 struct CpuBudget {
-  std::vector<int> cpus;  // one for each lane: different physical cores first, then their other hyperthreads
-  int allowed;            // CPUs in the affinity mask
-  int cores;              // physical cores among them
+  std::vector<int> cpus;   // one for each lane, the first of `order`
+  std::vector<int> order;  // the affinity mask: different physical cores first, then their other hyperthreads
+  int cores;               // physical cores: so many of `order`
 };
 
 // requested 0: the allowed physical cores, but no more than the cgroup's CPU quota. Throws Error for a

@@ -1,7 +1,6 @@
 #include "lane_threads.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <sys/resource.h>
 
 #include <algorithm>
@@ -9,6 +8,8 @@
 #include <csignal>
 #include <cstdlib>
 #include <memory>
+
+#include "cpu_affinity.h"
 
 namespace hetcomp {
 namespace {
@@ -50,40 +51,91 @@ std::int64_t preemptions() {
   return usage.ru_nivcsw;
 }
 
-// The calling thread may run on these CPUs only. Those that were taken away meanwhile do not count; if none
-// is left, the thread stays where the scheduler puts it.
-void bind_to(const std::vector<int>& cpus) {
-  struct MaskFree {
-    void operator()(cpu_set_t* mask) const { CPU_FREE(mask); }
-  };
-  const auto count = static_cast<std::size_t>(*std::max_element(cpus.begin(), cpus.end())) + 1;
-  const std::unique_ptr<cpu_set_t, MaskFree> mask(CPU_ALLOC(count));
-  if (!mask) return;
-  CPU_ZERO_S(CPU_ALLOC_SIZE(count), mask.get());
-  for (const int cpu : cpus) CPU_SET_S(static_cast<std::size_t>(cpu), CPU_ALLOC_SIZE(count), mask.get());
-  pthread_setaffinity_np(pthread_self(), CPU_ALLOC_SIZE(count), mask.get());
+// The node of every lane, such that the first n lanes of any n are spread over the nodes as all of them are.
+std::vector<int> spread(const std::vector<LaneGroup>& groups) {
+  int total = 0;
+  for (const LaneGroup& group : groups) total += group.threads;
+  std::vector<int> taken(groups.size());
+  std::vector<int> nodes;
+  for (int lane = 1; lane <= total; ++lane) {
+    std::size_t next = groups.size();
+    double most = 0;
+    for (std::size_t node = 0; node < groups.size(); ++node) {
+      if (taken[node] == groups[node].threads) continue;
+      // A node without any lane comes first; then the one that lags furthest behind its part.
+      const double lag = taken[node] == 0 ? total : double(groups[node].threads) * lane / total - taken[node];
+      if (next == groups.size() || lag > most) {
+        next = node;
+        most = lag;
+      }
+    }
+    ++taken[next];
+    nodes.push_back(static_cast<int>(next));
+  }
+  return nodes;
 }
 
 }  // namespace
 
-LaneThreads::LaneThreads(const std::vector<int>& cpus)
-    : places_(cpus.size()),
-      count_(static_cast<int>(cpus.size())),
+// The lanes of `nodes` in order. Where every node has one, each works on its own node's parts; where there
+// are too few, all of them work on the parts of one node after the other.
+LaneThreads::Team::Team(const std::vector<int>& nodes, int n_nodes)
+    : all(static_cast<int>(nodes.size())), seats(nodes.size()) {
+  if (n_nodes == 1) return;
+  std::vector<int> count(static_cast<std::size_t>(n_nodes));
+  for (std::size_t i = 0; i < nodes.size(); ++i) {
+    const int node = nodes[i];
+    seats[i] = {nullptr, count[static_cast<std::size_t>(node)]++, node, node + 1};
+  }
+  if (std::ranges::find(count, 0) != count.end()) {
+    own.push_back(std::make_unique<LaneSet>(all.n_threads));
+    for (std::size_t i = 0; i < seats.size(); ++i) seats[i] = {own[0].get(), static_cast<int>(i), 0, n_nodes};
+    return;
+  }
+  for (const int threads : count) own.push_back(std::make_unique<LaneSet>(threads));
+  for (Seat& seat : seats) seat.set = own[static_cast<std::size_t>(seat.first_node)].get();
+}
+
+void LaneThreads::Team::begin(std::int32_t spins) {
+  all.error.store(0, std::memory_order_relaxed);
+  all.spin_iterations = spins;
+  for (const auto& set : own) {
+    set->error.store(0, std::memory_order_relaxed);
+    set->spin_iterations = spins;
+  }
+}
+
+std::int32_t LaneThreads::Team::error() const {
+  std::int32_t first = all.error.load(std::memory_order_relaxed);
+  for (const auto& set : own)
+    if (first == 0) first = set->error.load(std::memory_order_relaxed);
+  return first;
+}
+
+LaneThreads::LaneThreads(const std::vector<LaneGroup>& groups) : LaneThreads(groups, spread(groups)) {}
+
+LaneThreads::LaneThreads(const std::vector<LaneGroup>& groups, const std::vector<int>& nodes)
+    : places_(nodes.size()),
+      count_(static_cast<int>(nodes.size())),
       quiet_spins_(spins_for(kQuietSpin)),
       contended_spins_(spins_for(kContendedSpin)),
       waiting_spins_(quiet_spins_) {
-  for (std::size_t n = 1; n <= cpus.size(); ++n)
-    sets_.push_back(std::make_unique<LaneSet>(static_cast<int>(n)));
+  for (std::size_t n = 1; n <= nodes.size(); ++n)
+    teams_.push_back(
+        std::make_unique<Team>(std::vector<int>(nodes.begin(), nodes.begin() + static_cast<long>(n)),
+                               static_cast<int>(groups.size())));
+  const auto elsewhere = [&](const LaneGroup& group) { return group.cpus != groups.front().cpus; };
+  if (std::ranges::any_of(groups, elsewhere)) callers_cpus_ = groups[static_cast<std::size_t>(nodes[0])].cpus;
   // Ctrl-C and the host's other signals are for the host's threads.
   sigset_t all;
   sigset_t before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
   try {
-    for (std::size_t i = 1; i < cpus.size(); ++i) {
-      workers_.emplace_back([this, i, cpus] {
+    for (std::size_t i = 1; i < nodes.size(); ++i) {
+      workers_.emplace_back([this, i, cpus = groups[static_cast<std::size_t>(nodes[i])].cpus] {
         pthread_setname_np(pthread_self(), "hetcomp-lane");
-        bind_to(cpus);
+        bind_thread(cpus);
         work(static_cast<int>(i));
       });
     }
@@ -111,7 +163,12 @@ void LaneThreads::begin_step(Place& place) {
 
 void LaneThreads::run_lane(int thread) {
   const std::int64_t before = preemptions();
-  Lane lane{set_, thread};
+  const Seat& seat = team_->seats[static_cast<std::size_t>(thread)];
+  Lane own{seat.set, seat.thread};
+  Lane lane{&team_->all, thread};
+  if (seat.set != nullptr) lane.own = &own;
+  lane.first_node = seat.first_node;
+  lane.last_node = seat.last_node;
   program_->run(&lane, step_);
   places_[static_cast<std::size_t>(thread)].preemptions.store(preemptions() - before,
                                                               std::memory_order_relaxed);
@@ -140,15 +197,17 @@ std::int32_t LaneThreads::run(const hetcomp_program& program, const hetcomp_step
   const auto start = std::chrono::steady_clock::now();
   const auto active = static_cast<std::size_t>(count_.active());
   const std::int32_t spins = count_.contended() ? contended_spins_ : quiet_spins_;
-  set_ = sets_[active - 1].get();
+  team_ = teams_[active - 1].get();
   program_ = &program;
   step_ = &step;
-  set_->error.store(0, std::memory_order_relaxed);
-  set_->spin_iterations = spins;
+  team_->begin(spins);
   waiting_spins_.store(spins, std::memory_order_relaxed);
   running_.store(static_cast<std::uint32_t>(active - 1), std::memory_order_relaxed);
   for (std::size_t i = 1; i < active; ++i) begin_step(places_[i]);
-  run_lane(0);
+  {
+    const BoundWhile bound(callers_cpus_);
+    run_lane(0);
+  }
 
   // The last barrier was passed by all, but `step` is the caller's: nobody may still be looking at it.
   std::int32_t left_spins = spins;
@@ -162,7 +221,7 @@ std::int32_t LaneThreads::run(const hetcomp_program& program, const hetcomp_step
   for (std::size_t i = 0; i < active; ++i)
     preempted += places_[i].preemptions.load(std::memory_order_relaxed);
   count_.add(step.n_tokens, preempted, std::chrono::steady_clock::now() - start);
-  return set_->error.load(std::memory_order_relaxed);
+  return team_->error();
 }
 
 }  // namespace hetcomp

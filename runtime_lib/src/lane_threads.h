@@ -13,12 +13,19 @@
 
 namespace hetcomp {
 
+// The lanes of one NUMA node that a program is cut for.
+struct LaneGroup {
+  int threads;
+  std::vector<int> cpus;  // where they may run
+};
+
 // Not thread safe: one step at a time.
 class LaneThreads {
  public:
-  // One lane for each entry of `cpus`. The threads this class starts may run on any of them, but nowhere
-  // else.
-  explicit LaneThreads(const std::vector<int>& cpus);
+  // One group for each of the program's nodes; a group may be empty, all of them together not. The threads
+  // this class starts may run on their group's CPUs and nowhere else; the caller, who is lane 0, is bound for
+  // the length of a step where the groups' CPUs differ.
+  explicit LaneThreads(const std::vector<LaneGroup>& groups);
   ~LaneThreads();
   LaneThreads(const LaneThreads&) = delete;
   LaneThreads& operator=(const LaneThreads&) = delete;
@@ -36,17 +43,36 @@ class LaneThreads {
     std::atomic<std::uint32_t> sleeping{0};
     std::atomic<std::int64_t> preemptions{0};  // in its last step
   };
+  // Where a lane works on what is cut over nodes: see Lane.
+  struct Seat {
+    LaneSet* set = nullptr;
+    int thread = 0;
+    int first_node = 0;
+    int last_node = 1;
+  };
+  // What a number of lanes share in a step.
+  struct Team {
+    Team(const std::vector<int>& nodes, int n_nodes);
+    void begin(std::int32_t spins);
+    std::int32_t error() const;
+
+    LaneSet all;
+    std::vector<std::unique_ptr<LaneSet>> own;
+    std::vector<Seat> seats;  // of each lane
+  };
+  LaneThreads(const std::vector<LaneGroup>& groups, const std::vector<int>& nodes);
   void work(int thread);
   void run_lane(int thread);
   void begin_step(Place& place);
   void shut_down();
 
   std::vector<Place> places_;
-  std::vector<std::unique_ptr<LaneSet>> sets_;  // sets_[n - 1]: the state shared by n lanes
+  std::vector<std::unique_ptr<Team>> teams_;  // teams_[n - 1]: of n lanes
+  std::vector<int> callers_cpus_;             // of lane 0 in a step; empty: anywhere
   LaneCount count_;
   const std::int32_t quiet_spins_;  // iterations of pause, see LaneSet::spin_iterations
   const std::int32_t contended_spins_;
-  LaneSet* set_ = nullptr;
+  Team* team_ = nullptr;
   const hetcomp_program* program_ = nullptr;
   const hetcomp_step* step_ = nullptr;
   alignas(64) std::atomic<std::uint32_t> running_{0};  // workers still inside the step

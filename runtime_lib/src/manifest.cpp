@@ -161,16 +161,32 @@ void read_files(const Node& node, Manifest& manifest) {
   }
 }
 
+void read_nodes(const Node& root, Manifest& manifest) {
+  constexpr std::size_t kMostNodes = 64;  // a plan for more sockets than any x86 machine has
+  constexpr std::int32_t kLargestId = 1023;
+  if (!root.has("nodes")) return;  // schema 1.0: one node
+  manifest.nodes.clear();
+  for (const Node& id : root["nodes"].elements()) {
+    manifest.nodes.push_back(id.count(0, kLargestId));
+    if (std::ranges::count(manifest.nodes, manifest.nodes.back()) > 1) id.refuse("named once");
+  }
+  if (manifest.nodes.empty() || manifest.nodes.size() > kMostNodes)
+    root["nodes"].refuse("a list of 1 to " + std::to_string(kMostNodes) + " NUMA nodes");
+  manifest.main_node = root["main_node"].number(0, manifest.nodes.size() - 1);
+}
+
 void read_weights(const Node& node, Manifest& manifest) {
   for (const Node& entry : node.elements()) {
-    WeightRecord weight{entry["name"].text(), listed_file(entry["file"], manifest, false), 0, 0,
-                        hash_value(entry["xxh3_64"])};
+    WeightRecord weight{
+        entry["name"].text(), listed_file(entry["file"], manifest, false), 0, 0, hash_value(entry["xxh3_64"]),
+        manifest.main_node};
     const std::uint64_t size = manifest.files[weight.file].bytes;
     weight.offset = entry["offset"].number(0, size);
     weight.bytes = entry["bytes"].number(1, std::max<std::uint64_t>(size, 1));
     if (weight.bytes > size - weight.offset)
       entry.refuse("inside " + weight.file + " (" + std::to_string(size) + " bytes)");
     if (weight.offset % Manifest::kAlignment != 0) entry["offset"].refuse("a multiple of 64");
+    if (entry.has("node")) weight.node = entry["node"].number(0, manifest.nodes.size() - 1);
     manifest.weights.push_back(std::move(weight));
   }
 }
@@ -209,6 +225,7 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
   for (const Node& entry : root["programs"].elements())
     manifest.programs.push_back({entry["isa"].text(), listed_file(entry["file"], manifest, true)});
   if (manifest.programs.empty()) root["programs"].refuse("a list of at least one program");
+  read_nodes(root, manifest);
   read_weights(root["weights"], manifest);
   check_hashes(root["files"], manifest);
   read_states(root["states"], manifest);

@@ -40,6 +40,7 @@ struct WeightRecord {
   std::uint64_t offset;
   std::uint64_t bytes;
   std::uint64_t xxh3_64;
+  std::size_t node;  // index into Manifest::nodes
 };
 
 struct StateRecord {
@@ -56,6 +57,8 @@ struct Manifest {
   std::vector<ProgramRecord> programs;  // best first
   std::vector<WeightRecord> weights;    // in the order of the program's weight indices
   std::vector<StateRecord> states;      // in the order of the program's state indices
+  std::vector<int> nodes{0};            // ids of the NUMA nodes that the weights are cut for, at least one
+  std::size_t main_node = 0;            // index of the one that holds what is not cut
   std::vector<std::string> timers;      // names of the program's timers; may be shorter
   std::optional<std::string> tokenizer;
   std::optional<std::string> chat_template;

@@ -30,7 +30,7 @@ std::uint64_t system_available() {
 
 }  // namespace
 
-Memory::Memory(std::size_t bytes, const std::string& purpose) : size_(bytes) {
+Memory::Memory(std::size_t bytes, const std::string& purpose, int node) : size_(bytes) {
   if (bytes == 0) return;
   if (bytes > std::numeric_limits<std::size_t>::max() - 2 * kHugePage)
     throw Error(HETCOMP_OUT_OF_MEMORY, purpose + " is larger than the address space.");
@@ -45,6 +45,7 @@ Memory::Memory(std::size_t bytes, const std::string& purpose) : size_(bytes) {
   data_ = static_cast<std::uint8_t*>(base_) + (kHugePage - address % kHugePage) % kHugePage;
   // Advice: a system without huge pages runs slower, not wrong.
   if (bytes >= kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+  if (node != kNoNode) bound_ = bind_to_node(data_, bytes, node);
 }
 
 Memory::~Memory() {
@@ -56,6 +57,7 @@ Memory& Memory::operator=(Memory&& other) noexcept {
   std::swap(mapped_, other.mapped_);
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(bound_, other.bound_);
   return *this;
 }
 

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "file.h"
+#include "numa.h"
 
 namespace hetcomp {
 
@@ -14,24 +15,29 @@ namespace hetcomp {
 class Memory {
  public:
   Memory() = default;
-  // Throws Error with `purpose` in the sentence.
-  Memory(std::size_t bytes, const std::string& purpose);
+  // node: the NUMA node that its pages come from; the kernel may refuse, see bound(). Throws Error with
+  // `purpose` in the sentence.
+  Memory(std::size_t bytes, const std::string& purpose, int node = kNoNode);
   ~Memory();
   Memory(Memory&& other) noexcept
       : base_(std::exchange(other.base_, nullptr)),
         mapped_(std::exchange(other.mapped_, 0)),
         data_(std::exchange(other.data_, nullptr)),
-        size_(std::exchange(other.size_, 0)) {}
+        size_(std::exchange(other.size_, 0)),
+        bound_(std::exchange(other.bound_, true)) {}
   Memory& operator=(Memory&& other) noexcept;
 
   std::uint8_t* data() const { return data_; }
   std::size_t size() const { return size_; }
+  // False: a node was asked for and refused; pages come from the node of the thread that touches them first.
+  bool bound() const { return bound_; }
 
  private:
   void* base_ = nullptr;
   std::size_t mapped_ = 0;
   std::uint8_t* data_ = nullptr;
   std::size_t size_ = 0;
+  bool bound_ = true;
 };
 
 // A whole file, mapped for reading.

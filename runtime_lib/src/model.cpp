@@ -5,6 +5,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "cpu_budget.h"
 #include "cpu_isa.h"
@@ -30,23 +33,6 @@ std::unique_ptr<Text> load_text(const std::filesystem::path& artifact, const Man
   return text;
 }
 
-// RAM only where it leaves a fifth of the memory to everyone else.
-Residency choose_residency(hetcomp_weights wanted, std::uint64_t weights, std::uint64_t others,
-                           std::uint64_t available) {
-  if (wanted == HETCOMP_WEIGHTS_MMAP) return Residency::kMapped;
-  if (wanted == HETCOMP_WEIGHTS_AUTO) {
-    const bool fits = weights + others <= available / 5 * 4;
-    return fits ? Residency::kRam : Residency::kMapped;
-  }
-  if (weights + others > available) {
-    throw Error(HETCOMP_OUT_OF_MEMORY, "The weights need " + in_words(weights) +
-                                           " and KV cache and activations " + in_words(others) + ", but " +
-                                           in_words(available) +
-                                           " of memory are available: use --weights mmap, or free memory.");
-  }
-  return Residency::kRam;
-}
-
 }  // namespace
 
 Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
@@ -64,33 +50,99 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
   statistics_.load_seconds = seconds_since(start);
 }
 
+// RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
+// part: a bound page comes from its node or the process is killed.
+Residency Model::choose_residency(hetcomp_weights wanted, std::uint64_t available) const {
+  if (wanted == HETCOMP_WEIGHTS_MMAP) return Residency::kMapped;
+  std::map<int, std::uint64_t> needed;  // by machine node; kNoNode: by the whole machine
+  const std::vector<std::uint64_t> weights = Weights::ram_bytes(manifest_);
+  const std::uint64_t others = state_bytes_ + static_cast<std::uint64_t>(library_->program().arena_bytes);
+  const std::uint64_t all = std::accumulate(weights.begin(), weights.end(), others);
+  for (std::size_t n = 0; n < nodes_.size(); ++n)
+    needed[nodes_[n].machine_node] += weights[n] + (n == manifest_.main_node ? others : 0);
+  const bool automatic = wanted == HETCOMP_WEIGHTS_AUTO;
+  const auto fits = [&](std::uint64_t bytes, std::uint64_t room) {
+    return bytes <= (automatic ? room / 5 * 4 : room);
+  };
+  for (const auto& [node, bytes] : needed) {
+    const std::uint64_t room = node == kNoNode ? available : available_on_node(node);
+    if (fits(bytes, room) && fits(all, available)) continue;
+    if (automatic) return Residency::kMapped;
+    const bool whole = !fits(all, available) || node == kNoNode;
+    throw Error(HETCOMP_OUT_OF_MEMORY,
+                "The weights need " + in_words(all - others) + " and KV cache and activations " +
+                    in_words(others) +
+                    (whole ? "" : ", " + in_words(bytes) + " of it on NUMA node " + std::to_string(node)) +
+                    ", but " + in_words(whole ? available : room) +
+                    " of memory are available: use --weights mmap, or free memory.");
+  }
+  return Residency::kRam;
+}
+
 void Model::allocate(const LoadOptions& options) {
   const CpuBudget cpus = cpu_budget(options.threads);
+  nodes_ = place_nodes(manifest_.nodes, Weights::ram_bytes(manifest_), cpus, machine_nodes(cpus.order));
   const auto slots = static_cast<std::uint64_t>(facts().max_batch);
   const auto arena_bytes = static_cast<std::uint64_t>(library_->program().arena_bytes);
   for (const StateRecord& state : manifest_.states) state_bytes_ += state.bytes_per_slot * slots;
   const std::uint64_t available = available_memory();
-  const std::uint64_t others = state_bytes_ + arena_bytes;
-  if (others > available) {
+  if (state_bytes_ + arena_bytes > available) {
     throw Error(HETCOMP_OUT_OF_MEMORY,
                 "The KV cache of " + std::to_string(facts().max_batch) + " sequences of " +
                     std::to_string(facts().context) + " positions needs " + in_words(state_bytes_) +
                     " and the activations " + in_words(arena_bytes) + ", but " + in_words(available) +
                     " of memory are available: compile with a smaller context or batch.");
   }
-  const Residency residency =
-      choose_residency(options.weights, Weights::ram_bytes(manifest_), others, available);
-  arena_ = Memory(arena_bytes, "the activations");
+  const Residency residency = choose_residency(options.weights, available);
+  int main = nodes_[manifest_.main_node].machine_node;
+  if (main != kNoNode && state_bytes_ + arena_bytes > available_on_node(main)) main = kNoNode;
+  arena_ = Memory(arena_bytes, "the activations", main);
   for (const StateRecord& state : manifest_.states) {
-    states_.emplace_back(state.bytes_per_slot * slots, "the KV cache (" + state.name + ")");
+    states_.emplace_back(state.bytes_per_slot * slots, "the KV cache (" + state.name + ")", main);
     state_addresses_.push_back(states_.back().data());
   }
-  const int readers = static_cast<int>(cpus.cpus.size());
-  weights_ = std::make_unique<Weights>(artifact_, manifest_, residency, options.verify_weights, readers);
-  lanes_ = std::make_unique<LaneThreads>(cpus.cpus);
+  weights_ = std::make_unique<Weights>(artifact_, manifest_, residency, options.verify_weights, nodes_);
+  std::vector<LaneGroup> groups;
+  for (const NodePlace& node : nodes_) groups.push_back({node.threads, node.cpus});
+  lanes_ = std::make_unique<LaneThreads>(groups);
   statistics_.weight_bytes = weights_->bytes();
   statistics_.state_bytes = state_bytes_;
   statistics_.arena_bytes = arena_bytes;
+  describe_nodes();
+}
+
+void Model::describe_nodes() {
+  for (std::size_t n = 0; n < nodes_.size(); ++n)
+    statistics_.nodes.push_back(
+        {nodes_[n].plan_node, nodes_[n].machine_node, nodes_[n].threads, weights_->node_bytes()[n]});
+  const std::string shared = nodes_.size() > 1 ? shared_nodes_note(nodes_) : "";
+  if (!shared.empty()) statistics_.notes.push_back(shared);
+  if (nodes_.size() > 1 && shared.empty() && residency() == Residency::kMapped)
+    statistics_.notes.push_back(
+        "The weights are mapped from their files, whose pages cannot be bound to NUMA nodes; read to RAM "
+        "(--weights ram) they lie on their nodes.");
+  if (!weights_->bound() || !arena_.bound() || !std::ranges::all_of(states_, &Memory::bound))
+    statistics_.notes.push_back(
+        "The system does not let this process bind memory to NUMA nodes (mbind; a container needs "
+        "CAP_SYS_NICE): pages lie on the node of the thread that touched them first.");
+}
+
+std::string Model::numa_report_json() const {
+  nlohmann::ordered_json weights = nlohmann::ordered_json::array();
+  for (std::size_t i = 0; i < manifest_.weights.size(); ++i) {
+    const WeightRecord& weight = manifest_.weights[i];
+    const NodePlace& node = nodes_[weight.node];
+    const PagePlaces places = page_places(weights_->addresses()[i], weight.bytes, node.machine_node);
+    nlohmann::ordered_json entry{{"weight", weight.name}, {"bytes", weight.bytes}, {"node", node.plan_node}};
+    entry["machine_node"] = nullptr;
+    if (node.machine_node != kNoNode) entry["machine_node"] = node.machine_node;
+    entry["pages"] = places.pages;
+    entry["on_node"] = places.on_node;
+    entry["elsewhere"] = places.elsewhere;
+    entry["absent"] = places.absent;
+    weights.push_back(std::move(entry));
+  }
+  return weights.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 
 bool Model::is_eos(std::int32_t id) const {

@@ -15,6 +15,7 @@
 #include "lane_threads.h"
 #include "manifest.h"
 #include "memory.h"
+#include "node_map.h"
 #include "program_library.h"
 #include "statistics.h"
 #include "tokenizer.h"
@@ -65,10 +66,14 @@ class Model {
   void run(const StepRequest& request);
 
   std::string statistics_json() const;
+  // For every weight the node it should lie on and the pages that do.
+  std::string numa_report_json() const;
   void reset_statistics();
 
  private:
   void allocate(const LoadOptions& options);
+  Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;
+  void describe_nodes();
 
   Manifest manifest_;
   std::filesystem::path artifact_;
@@ -76,6 +81,7 @@ class Model {
   std::unique_ptr<ProgramLibrary> library_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<ChatTemplate> chat_template_;
+  std::vector<NodePlace> nodes_;  // in the order of the manifest's
   std::unique_ptr<Weights> weights_;
   Memory arena_;
   std::vector<Memory> states_;

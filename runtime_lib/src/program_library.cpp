@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cstdint>
 #include <memory>
 
 #include "cpu_isa.h"
@@ -17,6 +19,15 @@ std::string join(const std::vector<std::string>& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
   return text.empty() ? "none that hetcomp compiles for" : text;
+}
+
+// A way to write "/" that this process has not used before. Two loads of one file share the library under the
+// first one's name, which lives on when that descriptor is closed and its number belongs to another file.
+std::string unused_prefix() {
+  static std::atomic<std::uint64_t> loads{0};
+  std::string path = "/";
+  for (std::uint64_t bits = ++loads; bits != 0; bits >>= 1) path += bits % 2 != 0 ? "./" : "/";
+  return path;
 }
 
 }  // namespace
@@ -44,7 +55,7 @@ ProgramLibrary::ProgramLibrary(const std::filesystem::path& path, const ProgramR
     : file_(path) {
   // dlopen takes a library of the same name for the same library, even after a new compile replaced the file.
   // The descriptor's name is this file's only; without /proc (a bare chroot) the path must do.
-  const std::string by_descriptor = "/proc/self/fd/" + std::to_string(file_.descriptor());
+  const std::string by_descriptor = "/proc/self/fd" + unused_prefix() + std::to_string(file_.descriptor());
   const std::string name = access(by_descriptor.c_str(), R_OK) == 0 ? by_descriptor : path.string();
   struct Close {
     void operator()(void* handle) const { dlclose(handle); }
@@ -82,6 +93,7 @@ void ProgramLibrary::check(const ProgramRecord& record, const Manifest& manifest
   const ModelFacts& model = manifest.model;
   const std::array facts{
       Fact{"weights", program_->n_weights, static_cast<std::int64_t>(manifest.weights.size())},
+      Fact{"NUMA nodes", program_->n_nodes, static_cast<std::int64_t>(manifest.nodes.size())},
       Fact{"states", program_->n_states, static_cast<std::int64_t>(manifest.states.size())},
       Fact{"vocabulary entries", program_->vocab, model.vocab},
       Fact{"tokens a step", program_->max_tokens, model.max_tokens},

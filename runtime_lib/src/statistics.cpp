@@ -18,10 +18,20 @@ nlohmann::ordered_json phase_json(const PhaseStatistics& phase, const std::vecto
           {"timers_ms", timers}};
 }
 
+nlohmann::ordered_json node_json(const NodeStatistics& node) {
+  nlohmann::ordered_json json{{"node", node.node}, {"machine_node", nullptr}};
+  if (node.machine_node != kNoNode) json["machine_node"] = node.machine_node;
+  json["threads"] = node.threads;
+  json["weight_bytes"] = node.weight_bytes;
+  return json;
+}
+
 }  // namespace
 
 std::string to_json(const Statistics& statistics, const std::vector<std::string>& timer_names, int threads,
                     const std::string& isa, const std::string& weights) {
+  nlohmann::ordered_json nodes = nlohmann::ordered_json::array();
+  for (const NodeStatistics& node : statistics.nodes) nodes.push_back(node_json(node));
   const nlohmann::ordered_json json = {{"load_seconds", statistics.load_seconds},
                                        {"threads", threads},
                                        {"isa", isa},
@@ -29,6 +39,8 @@ std::string to_json(const Statistics& statistics, const std::vector<std::string>
                                        {"weight_bytes", statistics.weight_bytes},
                                        {"kv_cache_bytes", statistics.state_bytes},
                                        {"arena_bytes", statistics.arena_bytes},
+                                       {"nodes", nodes},
+                                       {"notes", statistics.notes},
                                        {"prefill", phase_json(statistics.phases[0], timer_names)},
                                        {"decode", phase_json(statistics.phases[1], timer_names)}};
   return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "numa.h"
+
 namespace hetcomp {
 
 // decode: every sequence of the step gets one token.
@@ -18,11 +20,21 @@ struct PhaseStatistics {
   std::vector<std::int64_t> timer_ns;
 };
 
+// One of the artifact's NUMA nodes here.
+struct NodeStatistics {
+  int node;
+  int machine_node;  // kNoNode: not bound
+  int threads;
+  std::uint64_t weight_bytes;
+};
+
 struct Statistics {
   double load_seconds = 0;
   std::uint64_t weight_bytes = 0;
   std::uint64_t state_bytes = 0;
   std::uint64_t arena_bytes = 0;
+  std::vector<NodeStatistics> nodes;
+  std::vector<std::string> notes;  // a sentence each: what makes it slower than it could be
   std::array<PhaseStatistics, 2> phases;
 
   PhaseStatistics& phase(Phase phase) { return phases[phase == Phase::kPrefill ? 0 : 1]; }

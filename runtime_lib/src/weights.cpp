@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <exception>
 #include <map>
 #include <mutex>
@@ -11,6 +12,7 @@
 #include <string>
 #include <thread>
 
+#include "cpu_affinity.h"
 #include "status.h"
 
 namespace hetcomp {
@@ -43,69 +45,101 @@ void read_weight(const WeightRecord& weight, const File& file, std::uint8_t* hom
   }
 }
 
-// Calls work(i) for every i of `order` from several threads; rethrows the first exception after all have
-// ended.
-template <class Work>
-void in_parallel(const std::vector<std::size_t>& order, int threads, const Work& work) {
+// Weights that the threads of one node read.
+struct Queue {
+  std::vector<std::size_t> order;
+  int threads;
+  std::vector<int> cpus;  // empty: the threads are not bound
   std::atomic<std::size_t> next{0};
+};
+
+// Calls work(i) for every i of every queue on the queue's own threads; rethrows the first exception after all
+// have ended.
+template <class Work>
+void in_parallel(std::deque<Queue>& queues, const Work& work) {
   std::exception_ptr failure;
   std::mutex failure_mutex;
-  const auto loop = [&] {
-    for (std::size_t i; (i = next.fetch_add(1)) < order.size();) {
+  std::atomic<bool> failed{false};
+  const auto loop = [&](Queue& queue) {
+    bind_thread(queue.cpus);
+    for (std::size_t i; !failed && (i = queue.next.fetch_add(1)) < queue.order.size();) {
       try {
-        work(order[i]);
+        work(queue.order[i]);
       } catch (...) {
         const std::lock_guard lock(failure_mutex);
         if (!failure) failure = std::current_exception();
-        next.store(order.size());
+        failed = true;
       }
     }
   };
   {
-    std::vector<std::jthread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back(loop);
-    loop();
+    std::vector<std::jthread> threads;
+    for (Queue& queue : queues)
+      for (int t = 0; t < queue.threads; ++t) threads.emplace_back([&] { loop(queue); });
   }
   if (failure) std::rethrow_exception(failure);
 }
 
+std::uint64_t aligned(std::uint64_t bytes) {
+  return (bytes + Manifest::kAlignment - 1) / Manifest::kAlignment * Manifest::kAlignment;
+}
+
 }  // namespace
 
-std::uint64_t Weights::ram_bytes(const Manifest& manifest) {
-  std::uint64_t bytes = 0;
-  for (const WeightRecord& weight : manifest.weights)
-    bytes += (weight.bytes + Manifest::kAlignment - 1) / Manifest::kAlignment * Manifest::kAlignment;
+std::vector<std::uint64_t> Weights::ram_bytes(const Manifest& manifest) {
+  std::vector<std::uint64_t> bytes(manifest.nodes.size());
+  for (const WeightRecord& weight : manifest.weights) bytes[weight.node] += aligned(weight.bytes);
   return bytes;
 }
 
+std::uint64_t Weights::bytes() const {
+  return std::accumulate(node_bytes_.begin(), node_bytes_.end(), std::uint64_t{0});
+}
+
+bool Weights::bound() const { return std::ranges::all_of(ram_, &Memory::bound); }
+
 Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest, Residency residency,
-                 bool verify, int threads)
-    : residency_(residency) {
+                 bool verify, const std::vector<NodePlace>& nodes)
+    : residency_(residency), node_bytes_(nodes.size()) {
   std::map<std::string, File> files;
   std::map<std::string, const std::uint8_t*> bases;
   for (const WeightRecord& weight : manifest.weights) {
-    bytes_ += weight.bytes;
+    node_bytes_[weight.node] += weight.bytes;
     const auto [file, added] = files.try_emplace(weight.file, locate(artifact, manifest, weight.file));
     if (added && residency == Residency::kMapped)
       bases[weight.file] = mapped_.emplace_back(file->second).data();
   }
-  if (residency == Residency::kRam) ram_ = Memory(ram_bytes(manifest), "the weights");
+  std::vector<std::uint8_t*> next(nodes.size());  // place of a node's next weight in RAM
+  if (residency == Residency::kRam) {
+    const std::vector<std::uint64_t> sizes = ram_bytes(manifest);
+    for (std::size_t n = 0; n < nodes.size(); ++n) {
+      const std::string where = nodes.size() > 1 ? " of node " + std::to_string(nodes[n].plan_node) : "";
+      next[n] = ram_.emplace_back(sizes[n], "the weights" + where, nodes[n].machine_node).data();
+    }
+  }
 
   std::vector<std::uint8_t*> homes;
-  std::uint64_t position = 0;
   for (const WeightRecord& weight : manifest.weights) {
-    std::uint8_t* home = residency == Residency::kRam ? ram_.data() + position : nullptr;
+    std::uint8_t*& home = next[weight.node];
     homes.push_back(home);
     addresses_.push_back(home != nullptr ? home : bases.at(weight.file) + weight.offset);
-    position += (weight.bytes + Manifest::kAlignment - 1) / Manifest::kAlignment * Manifest::kAlignment;
+    if (home != nullptr) home += aligned(weight.bytes);
   }
   if (residency == Residency::kMapped && !verify) return;
 
+  std::deque<Queue> queues;
+  for (const NodePlace& node : nodes) {
+    Queue& queue = queues.emplace_back();
+    queue.threads = std::max(node.threads, 1);
+    if (nodes.size() > 1) queue.cpus = node.cpus;
+  }
+  for (std::size_t i = 0; i < manifest.weights.size(); ++i)
+    queues[manifest.weights[i].node].order.push_back(i);
   // Largest first, so that the threads end together.
-  std::vector<std::size_t> order(manifest.weights.size());
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  std::ranges::sort(order, std::greater<>(), [&](std::size_t i) { return manifest.weights[i].bytes; });
-  in_parallel(order, threads, [&](std::size_t i) {
+  for (Queue& queue : queues)
+    std::ranges::sort(queue.order, std::greater<>(),
+                      [&](std::size_t i) { return manifest.weights[i].bytes; });
+  in_parallel(queues, [&](std::size_t i) {
     const WeightRecord& weight = manifest.weights[i];
     read_weight(weight, files.at(weight.file), homes[i], verify);
   });

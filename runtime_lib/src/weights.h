@@ -7,6 +7,7 @@
 
 #include "manifest.h"
 #include "memory.h"
+#include "node_map.h"
 
 namespace hetcomp {
 
@@ -14,22 +15,28 @@ enum class Residency { kMapped, kRam };
 
 class Weights {
  public:
-  // Reads with `threads` threads. verify: every tensor must have its XXH3. Throws Error.
+  // nodes: one for each of the manifest's. In RAM every node's weights are in a memory of its own, bound to
+  // the machine's node and first touched by its threads, which also do the reading. verify: every tensor must
+  // have its XXH3. Throws Error.
   Weights(const std::filesystem::path& artifact, const Manifest& manifest, Residency residency, bool verify,
-          int threads);
+          const std::vector<NodePlace>& nodes);
 
   // One address a weight, in the manifest's order.
   const std::vector<const std::uint8_t*>& addresses() const { return addresses_; }
-  std::uint64_t bytes() const { return bytes_; }
+  std::uint64_t bytes() const;
+  // By node, in the manifest's order.
+  const std::vector<std::uint64_t>& node_bytes() const { return node_bytes_; }
   Residency residency() const { return residency_; }
+  // False: the kernel refused to bind memory to a node.
+  bool bound() const;
 
-  // Bytes that kRam needs for them.
-  static std::uint64_t ram_bytes(const Manifest& manifest);
+  // Bytes that kRam needs for each node's weights.
+  static std::vector<std::uint64_t> ram_bytes(const Manifest& manifest);
 
  private:
   Residency residency_;
-  std::uint64_t bytes_ = 0;
-  Memory ram_;
+  std::vector<std::uint64_t> node_bytes_;
+  std::vector<Memory> ram_;
   std::vector<MappedFile> mapped_;
   std::vector<const std::uint8_t*> addresses_;
 };

@@ -61,8 +61,8 @@ void run(Lane* lane, const hetcomp_step* s) {
 }
 
 constexpr hetcomp_program kProgram = {
-    HETCOMP_PROGRAM_ABI,        0,          FAKE_ISA,      kPlanHash, 2,       1,
-    kMaxLogitRows * kWidth * 4, kMaxTokens, kMaxLogitRows, kVocab,    kTimers, run,
+    HETCOMP_PROGRAM_ABI, 0,      FAKE_ISA, kPlanHash, 2,   1, kMaxLogitRows * kWidth * 4, kMaxTokens,
+    kMaxLogitRows,       kVocab, kTimers,  1,         run,
 };
 
 }  // namespace

@@ -75,6 +75,35 @@ TEST(BadArtifact, Numbers) {
   expect_bad("weights", [](Json& m) { m["weights"].erase(1); });
 }
 
+TEST(BadArtifact, Nodes) {
+  const auto two = [](Json& m) {
+    m["nodes"] = {0, 1};
+    m["main_node"] = 0;
+  };
+  expect_bad("NUMA nodes", two);  // the program was made for one
+  expect_bad("nodes", [](Json& m) { m["nodes"] = Json::array(); });
+  expect_bad("nodes", [](Json& m) { m["nodes"] = 2; });
+  expect_bad("nodes[0]", [](Json& m) { m["nodes"] = {-1}; });
+  expect_bad("nodes[0]", [](Json& m) { m["nodes"] = {1U << 20}; });
+  expect_bad("nodes[1]", [](Json& m) { m["nodes"] = {0, 0}; });
+  expect_bad("main_node", [](Json& m) { m["nodes"] = {0}; });
+  expect_bad("main_node", [](Json& m) {
+    m["nodes"] = {0};
+    m["main_node"] = 1;
+  });
+  expect_bad("weights[1].node", [](Json& m) { m["weights"][1]["node"] = 1; });
+  expect_bad("weights[1].node", [](Json& m) { m["weights"][1]["node"] = "0"; });
+  expect_bad("weights[0].node", [&](Json& m) {
+    two(m);
+    m["weights"][0]["node"] = 2;
+  });
+  expect_bad("1 to 64 NUMA nodes", [](Json& m) {
+    m["nodes"] = Json::array();
+    for (int id = 0; id < 65; ++id) m["nodes"].push_back(id);
+    m["main_node"] = 0;
+  });
+}
+
 TEST(BadArtifact, MoreMemoryThanThereIs) {
   expect_refused(HETCOMP_OUT_OF_MEMORY, "KV cache",
                  [](Json& m) { m["states"][0]["bytes_per_slot"] = 1ULL << 50; });

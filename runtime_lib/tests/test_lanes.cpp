@@ -14,17 +14,15 @@
 namespace hetcomp {
 namespace {
 
-// As many entries as lanes, from the CPUs of this process over and over: more lanes than CPUs must work too.
-std::vector<int> cpus_for(int lanes) {
+// So many lanes on the CPUs of this process: more lanes than CPUs must work too.
+std::vector<LaneGroup> cpus_for(int lanes) {
   cpu_set_t mask;
   CPU_ZERO(&mask);
   sched_getaffinity(0, sizeof(mask), &mask);
   std::vector<int> allowed;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
     if (CPU_ISSET(cpu, &mask)) allowed.push_back(cpu);
-  std::vector<int> cpus;
-  for (int i = 0; i < lanes; ++i) cpus.push_back(allowed[static_cast<std::size_t>(i) % allowed.size()]);
-  return cpus;
+  return {{lanes, allowed}};
 }
 
 hetcomp_program program_of(void (*run)(hetcomp_lane*, const hetcomp_step*)) {

@@ -209,6 +209,18 @@ def profile(
     )
 
 
+def avx2_machine(nodes: int, memory: tuple[int, int] = (8 * GIB, 8 * GIB)) -> HardwareProfile:
+    """Cores with AVX2 on one node, or on two of which the first reads twice as fast; ``memory``: free bytes of each."""
+    made = profile(nodes=nodes, bandwidths=(30.0, 15.0))
+    return made.model_copy(
+        update={
+            "isas": ("avx2",),
+            "rates": tuple(rate.model_copy(update={"isa": "avx2"}) for rate in made.rates),
+            "nodes": tuple(n.model_copy(update={"available_bytes": memory[n.id]}) for n in made.nodes),
+        }
+    )
+
+
 def context(formats: str | Mapping[str, str] = "bf16", dtype: str = "BF16", **machine: object) -> Context:
     """A context for the tiny plan."""
     return Context(

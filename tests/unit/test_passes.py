@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hetcomp.errors import HetcompError
-from hetcomp.ir.annotations import ExpertPlacement, NodeSlice, Placement
+from hetcomp.ir.annotations import ExpertPlacement, Placement
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.ir.types import DType
 from hetcomp.ir.verifier import verify
@@ -19,9 +19,9 @@ from hetcomp.passes.insert_transfers import insert_transfers
 from hetcomp.passes.pipeline import PIPELINE, run_pipeline
 from hetcomp.passes.place import place
 from hetcomp.passes.plan_memory import Lifetime, place_lifetimes
-from hetcomp.passes.slice_numa import node_slices, slice_numa
+from hetcomp.passes.slice_numa import slice_numa
 from hetcomp.passes.work import expected_experts
-from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, TOP_K, WIDTH, context, profile, tiny_plan
+from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, TOP_K, WIDTH, context, tiny_plan
 
 
 def upto(name: str, ctx: Context, plan: Plan | None = None) -> Plan:
@@ -124,26 +124,12 @@ def test_place_on_one_node_gives_every_expert_its_home():
     assert placement == Placement("cpu:0", (ExpertPlacement(0, EXPERTS - 1, "cpu:0"),))
 
 
-def test_place_cuts_weights_over_nodes_before_it_gives_whole_experts_away():
-    even = upto("slice_numa", context(nodes=2, bandwidths=(30.0, 30.0)))
-    placement = dict(even.calls[1].placements)["experts"]
-    assert placement.experts == (ExpertPlacement(0, EXPERTS - 1, "cpu:0"),)
-    assert placement.slices == (NodeSlice(0, 0, 16), NodeSlice(1, 16, 32))
-
-
 def test_too_little_memory_is_refused_with_a_byte_table():
     with pytest.raises(HetcompError, match=r"does not fit into memory; nothing was read") as caught:
         upto("place", context(memory=100_000))
     text = str(caught.value)
     assert "weights, experts, bf16" in text and "KV cache, 2 x 64 positions" in text
     assert "100,000 bytes" in text and "missing" in text
-
-
-def test_slices_are_panels_in_proportion():
-    machine = profile(nodes=2, bandwidths=(30.0, 10.0))
-    assert node_slices(512, machine) == (NodeSlice(0, 0, 384), NodeSlice(1, 384, 512))
-    assert node_slices(16, machine) == (NodeSlice(0, 0, 16),)
-    assert node_slices(512, profile()) == (NodeSlice(0, 0, 512),)
 
 
 def test_no_transfers_on_one_machine_memory():

@@ -92,7 +92,7 @@ def test_text_shows_groups_speed_memory_and_notes(planned):
 
 def test_devices_name_every_node_that_works_on_a_group():
     plan = run_pipeline(tiny_plan(), context("bf16", nodes=2))
-    assert group_of(plan, "moe.experts").devices == ["cpu:0", "cpu:1"]
+    assert group_of(plan, "attn.q").devices == ["cpu:0", "cpu:1"]
 
 
 @pytest.mark.parametrize("stage", ["lower", "bind_weights", "choose_formats", "annotate_cost", "place", "schedule"])

@@ -134,3 +134,15 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path):
             (tmp_path / name).write_text(text)
         with pytest.raises(HetcompError, match=name):
             replay(tmp_path / name, tiny_plan(), context())
+
+
+def test_a_plan_for_two_nodes_is_kept_but_whole_ops_stay_on_the_main_one(tmp_path):
+    two = context(nodes=2, bandwidths=(30.0, 15.0))
+    path = tmp_path / "plan.json"
+    path.write_text(to_json(run_pipeline(tiny_plan(), two)))
+    assert replay(path, tiny_plan(), two) == run_pipeline(tiny_plan(), two)
+    document = json.loads(path.read_text())
+    next(p[1] for p in document["calls"][1]["placements"] if p[0] == "norm")["device"] = "cpu:1"
+    path.write_text(json.dumps(document))
+    with pytest.raises(HetcompError, match=r"calls.1.placements.norm is on cpu:1, other ops on cpu:0"):
+        replay(path, tiny_plan(), two)

@@ -94,9 +94,15 @@ typedef struct hetcomp_model_info {
 HETCOMP_EXPORT void hetcomp_model_info_init(hetcomp_model_info* info);
 HETCOMP_EXPORT hetcomp_status hetcomp_model_get_info(const hetcomp_model* model, hetcomp_model_info* info);
 
-/* A JSON object: load seconds, bytes, threads, isa, and for prefill and decode tokens, steps, seconds, tokens
- * per second and the milliseconds of every timer of the plan. Freed with hetcomp_free. */
+/* A JSON object: load seconds, bytes, threads, isa, nodes (the NUMA nodes that the weights are cut for: node,
+ * machine_node, threads, weight_bytes), notes (sentences about what slows it down), and for prefill and
+ * decode tokens, steps, seconds, tokens per second and the milliseconds of every timer of the plan. Freed
+ * with hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_stats(const hetcomp_model* model, char** json);
+/* A JSON array, one object a weight: weight (its name), bytes, node (the artifact's), machine_node (null:
+ * any), and of its pages the number (pages), on_node, elsewhere, absent (not in memory). Freed with
+ * hetcomp_free. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_numa_report(const hetcomp_model* model, char** json);
 /* Sets the prefill and decode figures to zero. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model);
 

@@ -1,4 +1,5 @@
-// Lanes: the worker threads of one NUMA node that execute a compiled program together (SPMD).
+// Lanes: the worker threads that execute a compiled program together (SPMD), on all NUMA nodes it was cut
+// for.
 //
 // Every thread of a lane set runs the same program function. Work inside an op is handed out by
 // parallel_for() from a shared counter, so that a thread which the OS takes away only delays the task it
@@ -65,6 +66,12 @@ struct Lane {
   int thread;                      // 0 .. set->n_threads - 1
   std::uint32_t region = 0;        // number of parallel_for calls so far; equal on all threads
   std::uint32_t first_region = 0;  // value of `region` at the last barrier
+  // For ops whose weights are cut over NUMA nodes: this thread computes the parts of the nodes first_node ..
+  // last_node - 1, together with the threads of `own->set` and nobody else. One node, unless there are fewer
+  // threads than nodes. Null where the program has one node.
+  Lane* own = nullptr;
+  int first_node = 0;
+  int last_node = 1;
 };
 
 // Waits until all threads of the set have arrived. What any of them wrote before is visible to all after.

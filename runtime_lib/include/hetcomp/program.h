@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define HETCOMP_PROGRAM_ABI 1
+#define HETCOMP_PROGRAM_ABI 2
 
 #ifdef __cplusplus
 namespace hetcomp {
@@ -48,6 +48,7 @@ typedef struct hetcomp_program {
   int64_t max_logit_rows;
   int64_t vocab;
   int64_t n_timers;  // one per op group and phase; names in plan.json
+  int64_t n_nodes;   // NUMA nodes that its weights are cut for; lanes carry `own` where it is more than 1
   // Runs one step. Called by every thread of the lane set with its own lane and the same step.
   void (*run)(hetcomp_lane* lane, const hetcomp_step* step);
 } hetcomp_program;

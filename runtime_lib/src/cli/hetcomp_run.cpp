@@ -130,20 +130,41 @@ void chat(hetcomp_model* model, const RunOptions& options) {
   }
 }
 
-void print_stats(const hetcomp_model* model) {
+nlohmann::ordered_json statistics(const hetcomp_model* model) {
   char* json = nullptr;
   check(hetcomp_model_stats(model, &json));
   const Buffer<char> owner(json);
-  std::cerr << nlohmann::ordered_json::parse(json).dump(2) << '\n';
+  return nlohmann::ordered_json::parse(json);
+}
+
+void print_notes(const hetcomp_model* model) {
+  const nlohmann::ordered_json figures = statistics(model);
+  for (const auto& note : figures["notes"])
+    std::cerr << "hetcomp-run: note: " << note.get<std::string>() << '\n';
+}
+
+void print_numa_report(const hetcomp_model* model) {
+  char* json = nullptr;
+  check(hetcomp_model_numa_report(model, &json));
+  const Buffer<char> owner(json);
+  std::cerr << "weight\tbytes\tnode\tmachine node\tpages on it\telsewhere\tabsent\n";
+  for (const auto& weight : nlohmann::ordered_json::parse(json)) {
+    const auto& machine = weight["machine_node"];
+    std::cerr << weight["weight"].get<std::string>() << '\t' << weight["bytes"] << '\t' << weight["node"]
+              << '\t' << (machine.is_null() ? "any" : machine.dump()) << '\t' << weight["on_node"] << '\t'
+              << weight["elsewhere"] << '\t' << weight["absent"] << '\n';
+  }
 }
 
 int run(int argc, char** argv) {
   RunOptions options;
   if (const auto code = parse(argc, argv, &options)) return *code;
   const ModelPtr model = load(options);
+  print_notes(model.get());
   catch_interrupt();
   options.chat ? chat(model.get(), options) : complete(model.get(), options);
-  if (options.stats) print_stats(model.get());
+  if (options.numa_report) print_numa_report(model.get());
+  if (options.stats) std::cerr << statistics(model.get()).dump(2) << '\n';
   return interrupted ? kInterruptedExit : 0;
 }
 

@@ -73,6 +73,8 @@ void add_options(CLI::App& app, RunOptions* options, std::string* ids) {
   app.add_flag("--no-verify{false}", options->verify_weights, "Do not compare the weights with their hashes");
   app.add_flag("--print-ids", options->print_ids, "Print token ids instead of text");
   app.add_flag("--stats", options->stats, "Print figures to stderr at the end");
+  app.add_flag("--numa-report", options->numa_report,
+               "Print to stderr on which NUMA node every weight should lie and where its pages are");
   app.set_version_flag("--version", hetcomp_version());
 }
 

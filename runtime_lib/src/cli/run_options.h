@@ -30,6 +30,7 @@ struct RunOptions {
   bool verify_weights = true;
   bool print_ids = false;
   bool stats = false;
+  bool numa_report = false;
 };
 
 // Fills `options`. Returns nothing, or the exit code with which to leave (after --help, --version or a

@@ -1,0 +1,72 @@
+"""The parts of weights that are cut over NUMA nodes: their numbers and the importance of their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from hetcomp.backends.importance import Importance
+from hetcomp.backends.pack_weights import WeightReader
+from hetcomp.backends.quantiser import Numbers
+from hetcomp.ir.node_parts import Cut
+from hetcomp.ir.plan import Value
+
+
+class CutReader:
+    """A WeightReader that also knows parts. ``cuts``: by id of a part the checkpoint's weight, and the cut."""
+
+    def __init__(self, reader: WeightReader, cuts: Mapping[str, tuple[Value, Cut]]) -> None:
+        self._reader = reader
+        self._cuts = cuts
+
+    def read(self, value: Value) -> Numbers:
+        """The weight, or the part of one, in the value's shape."""
+        if value.id not in self._cuts:
+            return self._reader.read(value)
+        whole, cut = self._cuts[value.id]
+        if cut.zero:
+            return np.zeros([int(d) for d in value.type.shape], np.float32)
+        return _cut(self._reader.read(whole), cut)
+
+    def read_expert(self, value: Value, expert: int) -> Numbers:
+        """Matrix ``expert`` of the weight, or of the part of one."""
+        if value.id not in self._cuts:
+            return self._reader.read_expert(value, expert)
+        whole, cut = self._cuts[value.id]
+        if cut.axis != 0:
+            return _cut(self._reader.read_expert(whole, expert), cut)
+        return self._reader.read_expert(whole, _whole_index(cut, expert))
+
+
+class CutImportance:
+    """The importance of weights that also knows parts; arguments as :class:`CutReader`'s."""
+
+    def __init__(self, importance: Importance, cuts: Mapping[str, tuple[Value, Cut]]) -> None:
+        self._importance = importance
+        self._cuts = cuts
+
+    def of(self, value: Value, expert: int | None = None) -> npt.NDArray[np.float32] | None:
+        """As :meth:`Importance.of`."""
+        if value.id not in self._cuts:
+            return self._importance.of(value, expert)
+        whole, cut = self._cuts[value.id]
+        if cut.axis == 0 and expert is not None:
+            expert = _whole_index(cut, expert)
+        columns = self._importance.of(whole, expert)
+        if columns is None or cut.zero or cut.axis != -1:
+            return columns
+        return np.concatenate([columns[..., start:stop] for start, stop in cut.runs], axis=-1)
+
+
+def _whole_index(cut: Cut, index: int) -> int:
+    """Where number ``index`` of the part's axis is in the whole weight."""
+    return [i for start, stop in cut.runs for i in range(start, stop)][index]
+
+
+def _cut(numbers: Numbers, cut: Cut) -> Numbers:
+    along = np.moveaxis(numbers, cut.axis, 0)
+    pieces = [along[start:stop] for start, stop in cut.runs]
+    joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return np.moveaxis(joined, 0, cut.axis)  # type: ignore[return-value]  # numpy loses the dtype of a union
