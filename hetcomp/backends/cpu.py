@@ -115,7 +115,7 @@ def _linear(request: KernelRequest) -> _Rendering:
     rows = _max_rows(request)
     packed = 0
     if rows > isa.gemv_rows(form):
-        packed = heads * isa.padded_rows(rows, form) * isa.block_row_bytes(attrs.in_features, form)
+        packed = heads * isa.block_bytes(rows, attrs.in_features, form)
     return _Rendering(
         "cpu/linear.cpp.j2",
         f"{stem}{'_bias' if bias else ''}_{weight_format}",
@@ -136,13 +136,13 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
     weight_format = request.inputs[3].format
     isa, form = cpu_isa(request.isa), str(weight_format)
     tokens = _max_rows(request)
-    rows = isa.padded_rows(tokens * attrs.top_k, form)
+    entries = tokens * attrs.top_k
     # decode: h of the chosen experts; grouped: five tables an expert, the entries, packed x, packed h, prepared rows.
     decode = attrs.top_k * isa.row_bytes(attrs.intermediate, form)
-    tables = _align(8 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1)) + _align(rows * 4)
-    blocks = [rows * isa.block_row_bytes(columns, form) for columns in (attrs.hidden, attrs.intermediate)]
-    prepared = tokens * isa.row_bytes(attrs.hidden, form) if isa.gemm(form) == "int8" else 0
-    grouped = tables + sum(_align(b) for b in blocks) + prepared
+    tables = _align(8 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1)) + _align(isa.entry_rows(entries, form) * 4)
+    blocks = [_align(isa.block_bytes(entries, columns, form)) for columns in (attrs.hidden, attrs.intermediate)]
+    prepared = tokens * isa.row_bytes(attrs.hidden, form) if "int8" in isa.gemms(form) else 0
+    grouped = tables + sum(blocks) + prepared
     return _Rendering(
         "cpu/moe_experts.cpp.j2",
         f"moe_experts_{attrs.experts}x{attrs.intermediate}x{attrs.hidden}_{attrs.function}_{weight_format}",

@@ -12,7 +12,7 @@ WHOLE_NUMBERS = ("q8", "q4", "mxfp4")
 # Formats that are exact in bf16, their scales apart.
 _BF16 = ("bf16", "fp8")
 
-Gemm = Literal["float", "int8", "bf16", "amx"]
+Gemm = Literal["float", "int8", "bf16", "amx_bf16"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,12 @@ class CpuIsa:
     """Facts that the templates are rendered with. Methods take the weight format.
 
     ``vocabulary``: file ``codegen_templates/cpu/isa_<vocabulary>.h.j2`` and its companion ``bytes_..``. ``vnni``: byte
-    products are one instruction. ``bf16``: so are products of bf16 pairs. ``amx``: matrix tiles of bf16.
+    products are one instruction. ``bf16``: so are products of bf16 pairs. ``amx``: matrix tiles of int8 and bf16.
     ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``direct_rows``: rows up to which
     attention reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``:
     its tiles then. ``prefetch_bytes``: distance of software prefetch, a multiple of 64. ``chained_rows``: rows up to
-    which whole-number sums are split in two to hide latency.
+    which whole-number sums are split in two to hide latency. ``many_rows``: tokens a weight from which on the second of
+    two GEMM families is faster.
     """
 
     vocabulary: Literal["avx2", "avx512"]
@@ -37,18 +38,26 @@ class CpuIsa:
     direct_panels: int = 4
     prefetch_bytes: int = 4096
     chained_rows: int = 4
+    many_rows: int = 64
 
     def whole_numbers(self, weight_format: str) -> bool:
         """Whether weights of the format are multiplied as whole numbers (by single rows, that is)."""
         return weight_format in WHOLE_NUMBERS
 
-    def gemm(self, weight_format: str) -> Gemm:
-        """The family of tiles for many tokens: file ``gemm_<family>.h.j2``."""
-        if self.amx and weight_format != "f32":
-            return "amx"
+    def gemms(self, weight_format: str) -> tuple[Gemm, ...]:
+        """The families of tiles (``gemm_<family>.h.j2``): for few tokens a weight and, if another, for ``many_rows``.
+
+        AMX multiplies quantised weights as bf16, which takes a conversion that pays with many tokens only.
+        """
         if weight_format in WHOLE_NUMBERS:
-            return "int8"
-        return "bf16" if self.bf16 and weight_format in _BF16 else "float"
+            return ("int8", "amx_bf16") if self.amx else ("int8",)
+        if weight_format in _BF16 and (self.amx or self.bf16):
+            return ("amx_bf16",) if self.amx else ("bf16",)
+        return ("float",)
+
+    def gemm(self, weight_format: str, rows: float) -> Gemm:
+        """The family for ``rows`` tokens a weight."""
+        return self.gemms(weight_format)[-1 if rows >= self.many_rows else 0]
 
     def gemv_rows(self, weight_format: str) -> int:
         """Token rows up to which the weights are streamed against single rows of activations."""
@@ -56,37 +65,40 @@ class CpuIsa:
             return 2
         return 8 if weight_format in WHOLE_NUMBERS else 4
 
-    def tile_rows(self, weight_format: str) -> int:
+    def tile_rows(self, family: Gemm) -> int:
         """Tokens of a register tile.
 
         AVX-512 has 32 registers: 12 rows x 2 panels of sums take 24, four hold the weights of two k; with scales along
-        k 12 rows of one panel have two sums each. AVX2 has 16 of half the width: 6 rows take 12, and with scales 3; of
-        whole numbers 4, whose f32 sums wait in memory. AMX: two tiles of 16.
+        k 12 rows of one panel have two sums each. AVX2 has 16 of half the width: 6 rows of floats take 12; of whole
+        numbers 4, whose f32 sums wait in memory. AMX: two tiles of 16.
         """
-        if self.gemm(weight_format) == "amx":
+        if family == "amx_bf16":
             return 32
-        if self.vocabulary == "avx512":
-            return 12
-        return {"fp8": 3}.get(weight_format, 4 if weight_format in WHOLE_NUMBERS else 6)
+        return 12 if self.vocabulary == "avx512" else {"int8": 4}.get(family, 6)
 
-    def tile_panels(self, weight_format: str) -> int:
-        """Panels of 16 rows of a register tile of floats."""
+    def tile_panels(self, family: Gemm, weight_format: str) -> int:
+        """Panels of 16 rows of a register tile of floats; fp8 has two sums each."""
         return 2 if self.vocabulary == "avx512" and weight_format != "fp8" else 1
 
-    def task_blocks(self, weight_format: str) -> int:
+    def task_blocks(self, family: Gemm) -> int:
         """Blocks of tokens in a task: enough tokens to pay for fetching (AMX: for converting) the panels, few enough
         that there are many tasks."""
-        return 16 if self.gemm(weight_format) == "amx" else 8
+        return 16 if family == "amx_bf16" else 8
 
-    def block_row_bytes(self, columns: int, weight_format: str) -> int:
-        """Bytes of one row of activations in a block, as ``gemm_<family>.h.j2`` lays them out."""
-        family = self.gemm(weight_format)
-        if family == "amx":
-            return -(-columns // 32) * 64
-        if family == "int8":
-            return -(-columns // 32) * 40
-        padded = columns if weight_format == "f32" else -(-columns // 2) * 2
-        return padded * (2 if family == "bf16" else 4)
+    def block_bytes(self, rows: int, columns: int, weight_format: str) -> int:
+        """Bytes of ``rows`` rows of activations in blocks, as ``gemm_<family>.h.j2`` lays them out, of the family that
+        takes most. Blocks of equal height waste less than one row a block."""
+        sizes = []
+        for family in self.gemms(weight_format):
+            padded = columns if weight_format == "f32" else -(-columns // 2) * 2
+            each = {
+                "amx_bf16": -(-columns // 32) * 64,
+                "int8": -(-columns // 32) * 40,
+                "bf16": padded * 2,
+                "float": padded * 4,
+            }[family]
+            sizes.append((rows + -(-rows // self.tile_rows(family))) * each)
+        return max(sizes)
 
     def row_bytes(self, columns: int, weight_format: str) -> int:
         """Bytes of a row of activations for single rows, as ``activations_<family>.h.j2`` lays it out."""
@@ -94,9 +106,9 @@ class CpuIsa:
             return -(-(-(-columns // 32) * 40) // 64) * 64
         return -(-columns // 16) * 64
 
-    def padded_rows(self, rows: int, weight_format: str) -> int:
-        """Rows of all blocks together: blocks of equal height waste less than one row a block."""
-        return rows + -(-rows // self.tile_rows(weight_format))
+    def entry_rows(self, entries: int, weight_format: str) -> int:
+        """Rows of the blocks of ``entries`` rows in all, whatever family packs them."""
+        return max(entries + -(-entries // self.tile_rows(f)) for f in self.gemms(weight_format))
 
 
 _AVX2 = CpuIsa("avx2", attention_rows=(6, 3, 1), direct_heights=(2, 1), direct_panels=2, chained_rows=1)

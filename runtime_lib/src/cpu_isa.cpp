@@ -54,7 +54,7 @@ std::vector<std::string> detect() {
   constexpr std::uint64_t kTiles = 0x60000;  // tile configuration and data
   constexpr unsigned kAvxVnni = 1U << 4, kAvx512Bf16 = 1U << 5;          // leaf 7.1, eax
   constexpr unsigned kAvx512Vnni = 1U << 11;                             // leaf 7, ecx
-  constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;           // leaf 7, edx
+  constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24, kAmxInt8 = 1U << 25;  // leaf 7, edx
   std::vector<std::string> isas;
   const bool v3 = (state & kYmm) == kYmm && all(leaf1.c, bit_AVX | bit_FMA | bit_F16C | bit_MOVBE) &&
                   all(leaf7.b, bit_AVX2 | bit_BMI | bit_BMI2) && all(extended.c, bit_LZCNT);
@@ -69,7 +69,7 @@ std::vector<std::string> detect() {
   isas.emplace_back("avx512_vnni");
   if (!all(leaf7_1.a, kAvx512Bf16)) return isas;
   isas.emplace_back("avx512_bf16");
-  if (all(leaf7.d, kAmxBf16 | kAmxTile) && (state & kTiles) == kTiles && tiles_permitted())
+  if (all(leaf7.d, kAmxBf16 | kAmxTile | kAmxInt8) && (state & kTiles) == kTiles && tiles_permitted())
     isas.emplace_back("amx_bf16");
   return isas;
 }

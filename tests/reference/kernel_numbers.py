@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.backends import packing
-from hetcomp.backends.cpu_isa import CpuIsa
+from hetcomp.backends.cpu_isa import CpuIsa, Gemm
 from hetcomp.ir.plan import Value
 
 Doubles = npt.NDArray[np.float64]
@@ -71,13 +71,18 @@ def dot_error(terms: int, magnitude: Doubles) -> Doubles:
     return EPS * (4 + np.sqrt(terms)) * magnitude
 
 
-def seen(x: Floats, weight_format: str, isa: CpuIsa, many: bool) -> Doubles:
-    """Activations [.., K] as the kernel multiplies them: int8 in groups of 32 beside whole-number weights, bf16 in
-    tiles of bf16 (``many`` tokens), else as they are."""
-    family = isa.gemm(weight_format) if many else ("int8" if isa.whole_numbers(weight_format) else "float")
-    if family in ("bf16", "amx"):
+def family(weight_format: str, isa: CpuIsa, rows: float, gemv: bool) -> Gemm:
+    """How a kernel multiplies: by single rows (``gemv``), or in tiles at ``rows`` tokens a weight."""
+    if gemv:
+        return "int8" if isa.whole_numbers(weight_format) else "float"
+    return isa.gemm(weight_format, rows)
+
+
+def seen(x: Floats, by: Gemm) -> Doubles:
+    """Activations [.., K] as the kernel multiplies them: int8 in groups of 32, bf16, or as they are."""
+    if by in ("bf16", "amx_bf16"):
         return packing.to_f32(packing.to_bf16_bits(x)).astype(np.float64)
-    return quantised(x) if family == "int8" else x.astype(np.float64)
+    return quantised(x) if by == "int8" else x.astype(np.float64)
 
 
 def quantised(x: Floats) -> Doubles:
@@ -93,13 +98,12 @@ def quantised(x: Floats) -> Doubles:
     return back.reshape(wide.shape)[..., :k]
 
 
-def rounding_of(x: Doubles, weight_format: str, isa: CpuIsa, many: bool) -> Doubles:
+def rounding_of(x: Doubles, by: Gemm) -> Doubles:
     """Bound, element by element, on what :func:`seen` changes: half a step of the group's scale, with a part of a step
     for the f32 arithmetic before; or half a unit in the last place of bf16."""
-    family = isa.gemm(weight_format) if many else ("int8" if isa.whole_numbers(weight_format) else "float")
-    if family in ("bf16", "amx"):
+    if by in ("bf16", "amx_bf16"):
         return np.abs(x) * 2.0**-8
-    if family == "float":
+    if by == "float":
         return np.zeros_like(x)
     k = x.shape[-1]
     wide = np.zeros((*x.shape[:-1], -(-k // GROUP) * GROUP))
@@ -108,6 +112,6 @@ def rounding_of(x: Doubles, weight_format: str, isa: CpuIsa, many: bool) -> Doub
     return np.repeat(top * (0.5 + 1e-4) / 127, GROUP, axis=-1)[..., :k]
 
 
-def weight_rounding(weight_format: str, isa: CpuIsa, many: bool) -> float:
+def weight_rounding(weight_format: str, by: Gemm) -> float:
     """Relative error of a weight in a tile of bf16 that holds number and scale in one."""
-    return 2.0**-8 if many and isa.gemm(weight_format) == "amx" and weight_format not in ("f32", "bf16") else 0.0
+    return 2.0**-8 if by == "amx_bf16" and weight_format != "bf16" else 0.0

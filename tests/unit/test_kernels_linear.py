@@ -26,7 +26,7 @@ from tests.reference.kernel_harness import (
     isas_here,
     weight,
 )
-from tests.reference.kernel_numbers import dot_error, draw, packed, rounding_of, seen, weight_rounding
+from tests.reference.kernel_numbers import dot_error, draw, family, packed, rounding_of, seen, weight_rounding
 
 ROWS = 64
 DIMS = {"T": ROWS, "R": ROWS, "slots": 1, "context": 16}
@@ -52,14 +52,15 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     kernel = _linear(out, k, bias, weight_format, isa)
     inputs = [x, data, b] if bias else [x, data]
     (y,) = kernel(inputs, [(rows, out)], rows=rows, threads=threads)
-    facts, many = cpu_isa(isa), rows > cpu_isa(isa).gemv_rows(weight_format)
-    w64, x64 = w.astype(np.float64), seen(x, weight_format, facts, many)
+    facts = cpu_isa(isa)
+    by = family(weight_format, facts, rows, rows <= facts.gemv_rows(weight_format))
+    w64, x64 = w.astype(np.float64), seen(x, by)
     magnitude = np.abs(x64) @ np.abs(w64.T)
-    bound = dot_error(k, magnitude + np.abs(b)) + weight_rounding(weight_format, facts, many) * magnitude
+    bound = dot_error(k, magnitude + np.abs(b)) + weight_rounding(weight_format, by) * magnitude
     assert (np.abs(y - (x64 @ w64.T + b)) <= bound).all()
     # Against activations that were not rounded: each term is off by its activation's rounding at most.
     exact = np.abs(y - (x.astype(np.float64) @ w64.T + b))
-    assert (exact <= bound + rounding_of(x.astype(np.float64), weight_format, facts, many) @ np.abs(w64.T)).all()
+    assert (exact <= bound + rounding_of(x.astype(np.float64), by) @ np.abs(w64.T)).all()
     (alone,) = kernel(inputs, [(rows, out)], rows=rows, threads=1)
     np.testing.assert_array_equal(y, alone)
 
@@ -75,11 +76,12 @@ def test_head_linear(isa, weight_format, rows, threads, seed):
     data, w = packed(draw(rng, (heads, out, k)), weight("w", (heads, out, k), weight_format, packing.PANELS))
     kernel = _head_linear(heads, k, out, weight_format, isa)
     (y,) = kernel([x, data], [(rows, heads, out)], rows=rows, threads=threads)
-    facts, many = cpu_isa(isa), rows > cpu_isa(isa).gemv_rows(weight_format)
-    x64, w64 = seen(x, weight_format, facts, many), w.astype(np.float64)
+    facts = cpu_isa(isa)
+    by = family(weight_format, facts, rows, rows <= facts.gemv_rows(weight_format))
+    x64, w64 = seen(x, by), w.astype(np.float64)
     want = np.einsum("thk,hnk->thn", x64, w64)
     magnitude = np.einsum("thk,hnk->thn", np.abs(x64), np.abs(w64))
-    bound = dot_error(k, magnitude) + weight_rounding(weight_format, facts, many) * magnitude
+    bound = dot_error(k, magnitude) + weight_rounding(weight_format, by) * magnitude
     assert (np.abs(y - want) <= bound).all()
 
 

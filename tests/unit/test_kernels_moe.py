@@ -17,7 +17,7 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value
 from tests.reference.kernel_harness import CompiledKernel, activation, build, isas_here, weight
-from tests.reference.kernel_numbers import EPS, Doubles, draw, packed, rounding_of, seen, weight_rounding
+from tests.reference.kernel_numbers import EPS, Doubles, draw, family, packed, rounding_of, seen, weight_rounding
 
 ROWS = 200
 SILU = MoeExperts(experts=7, top_k=3, hidden=33, intermediate=21)
@@ -70,7 +70,7 @@ class Case:
 
     def __init__(self, a: MoeExperts, weight_format: str, rows: int, hot: bool, seed: int, isa: Isa) -> None:
         rng = np.random.default_rng(seed)
-        self.facts, self.format, self.many = cpu_isa(isa), weight_format, rows > 1
+        by = family(weight_format, cpu_isa(isa), rows * a.top_k / a.experts, rows == 1)
         shapes = ((a.experts, 2 * a.intermediate, a.hidden), (a.experts, a.hidden, a.intermediate))
         stored = [packed(draw(rng, s), v) for s, v in zip(shapes, _weights(a, weight_format), strict=True)]
         x = draw(rng, (rows, a.hidden))
@@ -86,14 +86,14 @@ class Case:
         self.bound = np.zeros((rows, a.hidden))
         w1, w2 = (w.astype(np.float64) for _, w in stored)
         b1, b2 = (b.astype(np.float64) * a.bias for b in biases)
-        of_weight = weight_rounding(weight_format, self.facts, self.many)
-        x64 = seen(x, weight_format, self.facts, self.many)
+        of_weight = weight_rounding(weight_format, by)
+        x64 = seen(x, by)
         for t in range(rows):
             for k in range(a.top_k):
                 e, r = ids[t, k], float(weights[t, k])
                 h, h_bound = self._hidden(a, w1[e], x64[t], b1[e], of_weight)
                 # h is rounded once more before down; its own error may move what it is rounded to.
-                h_bound += rounding_of(np.abs(h) + h_bound, weight_format, self.facts, self.many)
+                h_bound += rounding_of(np.abs(h) + h_bound, by)
                 self.want[t] += r * (w2[e] @ h + b2[e])
                 sums = np.abs(w2[e]) @ np.abs(h) + np.abs(b2[e])
                 rounding = (EPS * (6 + np.sqrt(a.intermediate) + a.top_k) + of_weight) * sums

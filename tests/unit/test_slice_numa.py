@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hetcomp.backends.cut_reader import CutReader
+from hetcomp.backends.cut_weights import CutReader
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
