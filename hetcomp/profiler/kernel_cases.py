@@ -111,7 +111,7 @@ def curve_plans(isa: Isa, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan
     if detail is Detail.FULL:
         for dtype in CACHE_DTYPES:
             yield from _attention(emit, dtype, detail, cold_bytes)
-        yield from _tail(emit)
+        yield from _tail(emit, cold_bytes)
 
 
 def stream_bytes(plans: Sequence[CurvePlan]) -> int:
@@ -231,7 +231,7 @@ def _attention(emit: Emit, dtype: DType, detail: Detail, cold_bytes: int) -> Ite
     yield CurvePlan("attention_prefill", "dram", dtype.value, shape, kernel, prefill)
 
 
-def _tail(emit: Emit) -> Iterator[CurvePlan]:
+def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
     x, y = _act("x", "T", HIDDEN), _act("y", "T", HIDDEN)
     norm = Value("w", TensorType(DType.F32, (HIDDEN,)), ValueKind.WEIGHT, fqn="w", format="f32")
     rows = HEADS * HEAD_DIM
@@ -255,8 +255,10 @@ def _tail(emit: Emit) -> Iterator[CurvePlan]:
         for t in ROW_COUNTS:
             dims = {"T": t, "slots": 1, "context": CONTEXT}
             made = tuple(v.type.bytes(dims) for v in outputs)
-            moved = sum(v.type.bytes(dims) for v in inputs if v.kind is ValueKind.ACT) + sum(made)
-            sets = max(1, min(TAIL_BYTES // moved, _MOST_SETS)) if t >= ROW_COUNTS[-2] else 1
+            moved = sum(v.type.bytes(dims) for v in inputs) + sum(made)
+            # Of a KV cache only the new rows are touched, so that more of it must take turns.
+            turning = cold_bytes if any(v.kind is ValueKind.STATE for v in inputs) else min(TAIL_BYTES, cold_bytes)
+            sets = _sets(turning, moved) if t >= ROW_COUNTS[-2] else 1
             operands = tuple(
                 Operand("s", v.type.bytes(dims))
                 if v.kind is ValueKind.STATE
