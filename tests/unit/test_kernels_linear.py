@@ -23,7 +23,9 @@ from tests.reference.kernel_harness import (
     activation,
     build,
     clang_here,
+    compiled_only,
     isas_here,
+    thorough_isas,
     weight,
 )
 from tests.reference.kernel_numbers import dot_error, draw, packed, rounding_of, seen, weight_rounding
@@ -39,9 +41,14 @@ def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> Compi
     return build(Linear(k, out, bias), inputs, [activation("y", "T", out)], isa, DIMS)
 
 
-@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize(
+    ("isa", "out", "k", "bias"),
+    [
+        *((isa, 80, 600, False) for isa in isas_here()),
+        *((isa, *shape) for isa in thorough_isas() for shape in ((17, 33, True), (1, 1, False))),
+    ],
+)
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize(("out", "k", "bias"), [(17, 33, True), (80, 600, False), (1, 1, False)])
 @settings(max_examples=12, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
 def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
@@ -64,7 +71,7 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     np.testing.assert_array_equal(y, alone)
 
 
-@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("isa", thorough_isas())
 @pytest.mark.parametrize("weight_format", FORMATS)
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
@@ -139,8 +146,7 @@ def test_infinite_and_nan_activations_stay_in_their_row():
             assert np.isfinite(np.delete(y, 1, axis=0)).all()
 
 
-@pytest.mark.parametrize("isa", [isa for isa in Isa if isa not in isas_here()])
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize(("isa", "weight_format"), compiled_only())
 def test_kernels_of_other_cpus_compile(isa, weight_format):
     """Not run here; with warnings as errors."""
     _linear(80, 600, True, weight_format, isa)
