@@ -260,10 +260,7 @@ def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
             turning = cold_bytes if any(v.kind is ValueKind.STATE for v in inputs) else min(TAIL_BYTES, cold_bytes)
             sets = _sets(turning, moved) if t >= ROW_COUNTS[-2] else 1
             operands = tuple(
-                Operand("s", v.type.bytes(dims))
-                if v.kind is ValueKind.STATE
-                else Operand("w", v.type.bytes(dims), sets)
-                for v in inputs
+                Operand("s" if v.kind is ValueKind.STATE else "w", v.type.bytes(dims), sets) for v in inputs
             )
             cases.append(Case(t, t, float(t * width), operands, made, t - 1, sets))
         kernel = emit(attrs, inputs, outputs)
