@@ -34,6 +34,8 @@ POSITIONS = (128, 512, 2048, 8192, 16383)
 PROMPTS = (16, 64, 256, 512, 1024)
 ROW_COUNTS = (1, 4, 16, 64, 512)
 COARSE = (1, 8, 64, 512)
+# With 64 tokens an expert fills several tiles; more would take a second a call and show the same.
+COARSE_EXPERT_TOKENS = (1, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def _linear(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[
 
 
 def _experts(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
-    sizes = EXPERT_TOKENS if detail is Detail.FULL else COARSE
+    sizes = EXPERT_TOKENS if detail is Detail.FULL else COARSE_EXPERT_TOKENS
     yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes, cold_bytes)
     if detail is Detail.FULL:
         # Small enough that the second-level caches of two cores hold all experts that a call touches.
