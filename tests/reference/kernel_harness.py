@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hetcomp.backends.cpu import FORMATS, CpuBackend
-from hetcomp.backends.cpu_isa import cpu_isa
+from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.native_compiler import isa_flags
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
 from hetcomp.hardware.detect import detect_machine
@@ -45,16 +44,6 @@ def thorough_isas() -> list[Isa]:
     """Those of them whose kernels are tested in all shapes: the weakest and the best. The others share vocabulary and
     tiles with one of the two and differ in single instructions, which one odd shape a format shows."""
     return sorted({isas_here()[0], isas_here()[-1]}, key=list(Isa).index)
-
-
-def compiled_only() -> list[tuple[Isa, str]]:
-    """Instruction sets that this machine lacks, each with one format of every family of tiles that it has."""
-    lacking = [isa for isa in Isa if isa not in isas_here()]
-    return [
-        (isa, form)
-        for isa in lacking
-        for form in {(cpu_isa(isa).gemm(form), cpu_isa(isa).whole_numbers(form)): form for form in FORMATS}.values()
-    ]
 
 
 @functools.cache
