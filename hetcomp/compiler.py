@@ -102,7 +102,7 @@ def plan_model(
 ) -> Planned:
     """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
 
-    planning: nothing will be generated from the plan; the profile's GPUs and formats without kernels may be used.
+    planning: nothing will be generated from the plan; the profile's GPUs may be used.
     """
     progress = progress or QuietProgress()
     wishes = wishes or PlanWishes()

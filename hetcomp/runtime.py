@@ -244,8 +244,8 @@ class Runtime:
 
         threads: 0 for the physical cores this process may use. weights: ``ram`` (2 MB pages), ``mmap``, or
         ``auto`` (ram if it fits into 80 % of the available memory). verify_weights: compare every tensor with
-        its hash. isa: force ``avx2`` or ``avx512``. Raises HetcompError: no artifact, damaged, newer schema,
-        missing instruction set, not enough memory.
+        its hash. isa: force one of the artifact's instruction sets. Raises HetcompError: no artifact, damaged,
+        newer schema, missing instruction set, not enough memory.
         """
         if weights not in _WEIGHTS:
             refuse(f"weights must be auto, mmap or ram, not {weights!r}.")

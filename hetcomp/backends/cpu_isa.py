@@ -20,7 +20,7 @@ class CpuIsa:
     """Facts that the templates are rendered with. Methods take the weight format.
 
     ``vocabulary``: file ``codegen_templates/cpu/isa_<vocabulary>.h.j2`` and its companion ``bytes_..``. ``vnni``: byte
-    products are one instruction. ``bf16``: so are products of bf16 pairs. ``amx``: matrix tiles of int8 and bf16.
+    products are one instruction. ``bf16``: so are products of bf16 pairs. ``amx``: matrix tiles of bf16.
     ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``direct_rows``: rows up to which
     attention reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``:
     its tiles then. ``prefetch_bytes``: distance of software prefetch, a multiple of 64. ``chained_rows``: rows up to

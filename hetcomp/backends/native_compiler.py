@@ -27,7 +27,7 @@ _ISA_FLAGS = {
     Isa.AVX512: ("-march=x86-64-v4",),
     Isa.AVX512_VNNI: ("-march=x86-64-v4", "-mavx512vnni"),
     Isa.AVX512_BF16: ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
-    Isa.AMX_BF16: ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+    Isa.AMX_BF16: ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 _FLAGS = (
     "-std=c++20",

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetcomp.backends import packing
-from hetcomp.backends.cpu import FORMATS as KERNEL_FORMATS
 from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
 from hetcomp.backends.tvm import TvmBackend
 from hetcomp.errors import HetcompError
 from hetcomp.ir.node_parts import part_id, plan_parts
 from hetcomp.ir.plan import Op, Plan, Template, Value
-
-_NO_KERNELS = frozenset(packing.FORMATS) - frozenset(KERNEL_FORMATS)
 
 
 def default_backends() -> tuple[KernelBackend, ...]:

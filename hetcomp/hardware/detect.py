@@ -20,7 +20,7 @@ ISA_FLAGS: dict[str, frozenset[str]] = {
     "avx512_vnni": frozenset({"avx512_vnni"}),
     "avx512_bf16": frozenset({"avx512_bf16"}),
     "amx_int8": frozenset({"amx_tile", "amx_int8"}),
-    "amx_bf16": frozenset({"amx_tile", "amx_int8", "amx_bf16"}),
+    "amx_bf16": frozenset({"amx_tile", "amx_bf16"}),
 }
 
 

@@ -34,6 +34,8 @@ POSITIONS = (128, 512, 2048, 8192, 16383)
 PROMPTS = (16, 64, 256, 512, 1024)
 ROW_COUNTS = (1, 4, 16, 64, 512)
 COARSE = (1, 8, 64, 512)
+# With 64 tokens an expert fills several tiles; more would take a second a call and show the same.
+COARSE_EXPERT_TOKENS = (1, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def curve_plans(isa: Isa, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan
     if detail is Detail.FULL:
         for dtype in CACHE_DTYPES:
             yield from _attention(emit, dtype, detail, cold_bytes)
-        yield from _tail(emit)
+        yield from _tail(emit, cold_bytes)
 
 
 def stream_bytes(plans: Sequence[CurvePlan]) -> int:
@@ -167,7 +169,7 @@ def _linear(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[
 
 
 def _experts(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
-    sizes = EXPERT_TOKENS if detail is Detail.FULL else COARSE
+    sizes = EXPERT_TOKENS if detail is Detail.FULL else COARSE_EXPERT_TOKENS
     yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes, cold_bytes)
     if detail is Detail.FULL:
         # Small enough that the second-level caches of two cores hold all experts that a call touches.
@@ -231,7 +233,7 @@ def _attention(emit: Emit, dtype: DType, detail: Detail, cold_bytes: int) -> Ite
     yield CurvePlan("attention_prefill", "dram", dtype.value, shape, kernel, prefill)
 
 
-def _tail(emit: Emit) -> Iterator[CurvePlan]:
+def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
     x, y = _act("x", "T", HIDDEN), _act("y", "T", HIDDEN)
     norm = Value("w", TensorType(DType.F32, (HIDDEN,)), ValueKind.WEIGHT, fqn="w", format="f32")
     rows = HEADS * HEAD_DIM
@@ -255,13 +257,12 @@ def _tail(emit: Emit) -> Iterator[CurvePlan]:
         for t in ROW_COUNTS:
             dims = {"T": t, "slots": 1, "context": CONTEXT}
             made = tuple(v.type.bytes(dims) for v in outputs)
-            moved = sum(v.type.bytes(dims) for v in inputs if v.kind is ValueKind.ACT) + sum(made)
-            sets = max(1, min(TAIL_BYTES // moved, _MOST_SETS)) if t >= ROW_COUNTS[-2] else 1
+            moved = sum(v.type.bytes(dims) for v in inputs) + sum(made)
+            # Of a KV cache only the new rows are touched, so that more of it must take turns.
+            turning = cold_bytes if any(v.kind is ValueKind.STATE for v in inputs) else min(TAIL_BYTES, cold_bytes)
+            sets = _sets(turning, moved) if t >= ROW_COUNTS[-2] else 1
             operands = tuple(
-                Operand("s", v.type.bytes(dims))
-                if v.kind is ValueKind.STATE
-                else Operand("w", v.type.bytes(dims), sets)
-                for v in inputs
+                Operand("s" if v.kind is ValueKind.STATE else "w", v.type.bytes(dims), sets) for v in inputs
             )
             cases.append(Case(t, t, float(t * width), operands, made, t - 1, sets))
         kernel = emit(attrs, inputs, outputs)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,10 +34,12 @@ _ESTIMATED_BARRIER_US = 1.0
 
 def measure_machine(machine: Machine, *, quick: bool = False, progress: ProgressSink | None = None) -> HardwareProfile:
     """Measures ``machine``, which must be this one: about a minute on two cores; with ``quick`` (memory, and few
-    points of the best instruction set's kernels) a few seconds.
+    points of the usual formats) a few seconds.
 
-    Raises HetcompError if there is no compiler, if the memory probe fails, or if kernels run on no instruction set;
-    of an instruction set whose kernels fail, the rest goes on with a warning.
+    Kernels are those of the strongest instruction set, which programs are built for unless the user asks for another.
+    Where they cannot be built or run, the next weaker one is measured with a warning, and the profile's ``isas`` lack
+    the stronger. Raises HetcompError if there is no compiler, if the memory probe fails, or if kernels run on no
+    instruction set.
     """
     progress = progress or QuietProgress()
     isas = [isa for isa in Isa if isa.value in machine.isas]
@@ -44,16 +47,17 @@ def measure_machine(machine: Machine, *, quick: bool = False, progress: Progress
         raise HetcompError(f"{machine.cpu} has none of the instruction sets {', '.join(isa.value for isa in Isa)}.")
     load = os.getloadavg()[0]
     notes = [f"{BUSY} (load {load:.1f})"] if load > 0.5 * machine.threads else []
+    curves: list[KernelCurve] = []
     with tempfile.TemporaryDirectory(prefix="hetcomp-probe-") as folder:
         progress.stage("memory: bandwidth, working sets, barrier")
-        rounds = MemoryRounds(machine, probe_runner(isas[-1], Path(folder)))
+        # Plain reads gain nothing from what extends a level, and any supported compiler knows the levels.
+        rounds = MemoryRounds(machine, probe_runner(isas[-1].level, Path(folder)))
         rounds.measure(remote=not quick)
-        curves: list[KernelCurve] = []
-        # Of the instruction set that programs are built for unless the user asks for another.
-        for detail in (Detail.QUICK,) if quick else (Detail.FULL, Detail.COARSE):
-            curves += _curves(machine, isas[-1], detail, rounds.barrier_us(), progress)
-            progress.stage("memory, another round")
-            rounds.measure()
+        while isas and not curves:
+            best = isas.pop()
+            curves = _curves(machine, best, quick, rounds, progress)
+            if not curves:
+                machine = replace(machine, isas=tuple(name for name in machine.isas if name != best.value))
     if not curves:
         raise HetcompError("Our kernels could be measured on no instruction set; the warnings above say why.")
     figures = rounds.figures()
@@ -92,16 +96,21 @@ def estimated_profile(machine: Machine, reason: str) -> HardwareProfile:
     )
 
 
-def _curves(
-    machine: Machine, isa: Isa, detail: Detail, barrier_us: float, progress: ProgressSink
-) -> tuple[KernelCurve, ...]:
-    """Curves on the node that has most threads; none, with a warning, if the kernels fail."""
+def _curves(machine: Machine, isa: Isa, quick: bool, rounds: MemoryRounds, progress: ProgressSink) -> list[KernelCurve]:
+    """Curves on the node that has most threads, with a round of memory behind each part of them; none, with a warning,
+    if the kernels fail."""
     node, cpus = max(lanes(machine), key=lambda lane: len(lane[1]))
-    try:
-        return kernel_curves(isa, cpus, barrier_us, detail, buffer_mebibytes(machine, node) << 20, progress)
-    except HetcompError as error:
-        progress.warn(str(error))
-        return ()
+    curves: list[KernelCurve] = []
+    for detail in (Detail.QUICK,) if quick else (Detail.FULL, Detail.COARSE):
+        size = buffer_mebibytes(machine, node) << 20
+        try:
+            curves += kernel_curves(isa, cpus, rounds.barrier_us(), detail, size, progress)
+        except HetcompError as error:
+            progress.warn(f"{error} Programs for this machine are built without {isa.value}.")
+            return []
+        progress.stage("memory, another round")
+        rounds.measure()
+    return curves
 
 
 def _profile(

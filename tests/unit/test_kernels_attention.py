@@ -87,7 +87,8 @@ def _draw_cache(rng: np.random.Generator, heads: int, dim: int, dtype: DType) ->
     shape = SLOTS, heads, CONTEXT, dim
     if dtype is DType.Q8:
         return from_q8_cache(to_q8_cache(draw(rng, shape)), CONTEXT, dim)
-    return draw(rng, shape, dtype.value)
+    numbers = draw(rng, shape)
+    return numbers if dtype is DType.F32 else packing.to_f32(packing.to_bf16_bits(numbers))
 
 
 def _reference(a: Attention, q: Doubles, k: Doubles, v: Doubles, sinks: Doubles, step: Step) -> tuple[Doubles, Doubles]:

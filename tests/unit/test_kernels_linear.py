@@ -24,6 +24,7 @@ from tests.reference.kernel_harness import (
     build,
     clang_here,
     isas_here,
+    thorough_isas,
     weight,
 )
 from tests.reference.kernel_numbers import dot_error, draw, family, packed, rounding_of, seen, weight_rounding
@@ -39,9 +40,14 @@ def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> Compi
     return build(Linear(k, out, bias), inputs, [activation("y", "T", out)], isa, DIMS)
 
 
-@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize(
+    ("isa", "out", "k", "bias"),
+    [
+        *((isa, 80, 600, False) for isa in isas_here()),
+        *((isa, *shape) for isa in thorough_isas() for shape in ((17, 33, True), (1, 1, False))),
+    ],
+)
 @pytest.mark.parametrize("weight_format", FORMATS)
-@pytest.mark.parametrize(("out", "k", "bias"), [(17, 33, True), (80, 600, False), (1, 1, False)])
 @settings(max_examples=12, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
 def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
@@ -65,7 +71,7 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     np.testing.assert_array_equal(y, alone)
 
 
-@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("isa", thorough_isas())
 @pytest.mark.parametrize("weight_format", FORMATS)
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))

@@ -261,7 +261,7 @@ def test_pins_that_cannot_be_met_name_the_limit():
 
 
 def test_what_does_not_fit_says_what_would():
-    ctx = replace(context("f32", memory=800_000), planning=True)
+    ctx = context("f32", memory=800_000)
     with pytest.raises(HetcompError, match="It would fit with --formats bf16") as caught:
         run_pipeline(tiny_plan(LAYERS), ctx)
     assert "GB more memory" in str(caught.value) and "missing" in str(caught.value)

@@ -132,12 +132,12 @@ def test_the_buffer_is_larger_than_the_caches_but_leaves_the_memory_alone():
 def fake(monkeypatch, tmp_path):
     """A machine whose probes answer at once; yields the kernels' curves by ISA, which a test may change."""
     curves: dict[str, object] = {
-        isa: (
-            curve("linear", isa, "bf16", {1: 15.0, 64: 2.0, 512: 0.4}),
-            curve("moe_experts", isa, "bf16", {1: 10.0}),
-            curve("elementwise", isa, "f32", {1: 1.0}, "add"),
+        isa.value: (
+            curve("linear", isa.value, "bf16", {1: 15.0, 64: 2.0, 512: 0.4}),
+            curve("moe_experts", isa.value, "bf16", {1: 10.0}),
+            curve("elementwise", isa.value, "f32", {1: 1.0}, "add"),
         )
-        for isa in ("avx2", "avx512")
+        for isa in Isa
     }
 
     def measured(isa: Isa, *rest: object) -> object:
@@ -193,19 +193,27 @@ def test_kernels_that_stream_faster_than_plain_reads_are_believed_and_mentioned(
     assert "kernels streamed 60.0 GB/s on node 0, plain reads 40.0" in profile.origin
 
 
-def test_an_instruction_set_that_fails_does_not_take_the_others_with_it(fake):
-    fake["avx2"] = HetcompError("The kernel probe failed with status -11 in linear_x: no message.")
-    with pytest.warns(UserWarning, match="status -11 in linear_x"):
+def test_where_an_instruction_set_fails_the_next_weaker_is_measured(fake):
+    fake["avx512"] = HetcompError("The kernel probe failed with status -11 in linear_x: no message.")
+    with pytest.warns(UserWarning, match=r"status -11 in linear_x.*built without avx512"):
         profile = measure_machine.measure_machine(machine())
-    assert {r.isa for r in profile.rates} == {"avx512"}
-    fake["avx512"] = fake["avx2"]
+    assert {r.isa for r in profile.rates} == {c.isa for c in profile.curves} == {"avx2"}
+    assert profile.isas == ("avx2",)  # nor is anything compiled for the one that failed
+    fake["avx2"] = fake["avx512"]
     with pytest.warns(UserWarning), pytest.raises(HetcompError, match="no instruction set"):
         measure_machine.measure_machine(machine())
 
 
-def test_quick_is_the_best_instruction_set_only(fake):
-    profile = measure_machine.measure_machine(machine(), quick=True)
+@pytest.mark.parametrize("quick", [True, False])
+def test_only_the_best_instruction_set_is_measured(fake, quick):
+    fake["avx2"] = HetcompError("not asked for")
+    profile = measure_machine.measure_machine(machine(), quick=quick)
     assert {c.isa for c in profile.curves} == {"avx512"}
+    assert profile.isas == ("avx2", "avx512")
+
+
+def test_a_quick_profile_leaves_out_disk_and_remote_memory(fake):
+    profile = measure_machine.measure_machine(machine(), quick=True)
     assert profile.disk is None
     assert all(not node.remote_reads for node in profile.nodes)
 
@@ -235,15 +243,16 @@ def test_a_cpu_without_instruction_sets_is_not_measured():
 
 @pytest.mark.parametrize("isa", list(Isa))
 def test_curves_of_every_format_have_rising_sizes_and_bounded_memory(isa):
-    plans = list(curve_plans(isa, Detail.COARSE, 512 << 20))
-    linear = {p.weight_format for p in plans if p.name == "linear"}
-    assert linear == set(FORMATS)
-    for plan in plans:
+    full, coarse, quick = (list(curve_plans(isa, detail, 512 << 20)) for detail in Detail)
+    for kernel in ("linear", "moe_experts"):
+        measured = [p.weight_format for p in (*full, *coarse) if p.name == kernel and p.variant == "dram"]
+        assert sorted(measured) == sorted(FORMATS)  # each once
+    assert {p.weight_format for p in quick} == {p.weight_format for p in full if p.name == "linear"}
+    for plan in (*full, *coarse, *quick):
         sizes = [case.size for case in plan.cases]
         assert sizes == sorted(set(sizes))
         assert all(case.work > 0 for case in plan.cases)
-    assert stream_bytes(plans) <= 512 << 20
-    assert {p.weight_format for p in curve_plans(isa, Detail.QUICK, 512 << 20)} == {"bf16", "f32"}
+    assert max(stream_bytes(plans) for plans in (full, coarse, quick)) <= 512 << 20
 
 
 def test_more_points_get_less_time_each_within_bounds():
@@ -316,11 +325,12 @@ def test_a_quick_profile_does_not_take_the_place_of_a_full_one(fake, tmp_path):
     assert "kept for --hw auto" in CliRunner().invoke(app, arguments).stdout
     full = parse_profile((tmp_path / "p.json").read_text(), "p.json")
     assert load_profile("auto").curves == full.curves
-    fake["avx512"] = fake["avx512"][:1]
+    best = full.curves[0].isa
+    fake[best] = fake[best][:1]
     result = CliRunner().invoke(app, [*arguments, "--quick"])
     assert "not kept: --hw auto goes on with the full profile" in result.stdout.replace("\n", " ")
     assert load_profile("auto").curves == full.curves
-    assert parse_profile((tmp_path / "p.json").read_text(), "p.json").curves == fake["avx512"]
+    assert parse_profile((tmp_path / "p.json").read_text(), "p.json").curves == fake[best]
     printed = CliRunner().invoke(app, ["profile", "--quick", "--json"]).stdout
     assert parse_profile(printed, "stdout").measured
 
@@ -340,7 +350,7 @@ def test_this_machine_is_measured(measured):
     assert profile.measured
     assert profile.measured_at
     best = [isa.value for isa in Isa if isa.value in profile.isas][-1]
-    assert {(r.isa, r.weight_format) for r in profile.rates} == {(best, "f32"), (best, "bf16")}
+    assert {(r.isa, r.weight_format) for r in profile.rates} == {(best, form) for form in ("f32", "bf16", "q8", "q4")}
     # Wide limits: a figure outside of them is a wrong unit or an optimised-away loop, not a slow machine.
     assert 0.1 < profile.bandwidth() < 2000
     assert all(0.1 < rate.gflops_per_core < 1000 for rate in profile.rates)

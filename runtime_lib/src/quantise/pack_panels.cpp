@@ -190,7 +190,8 @@ Ints put_quantised(const PanelTask& task, const Tile& tile, int64_t column, cons
   const int64_t group = column / kGroup;
   const int64_t left = task.columns - column;
   const int64_t elements = group_elements(task.format);
-  const GroupPlace in_group{place.panel + group * (elements + group_scales(task.format)), elements, place.lane};
+  const GroupPlace in_group{place.panel + group * (elements + group_scales(task.format)), elements,
+                            place.lane};
   switch (task.format) {
     case HETCOMP_FORMAT_Q8:
       return put_q8(tile, in_group);

@@ -12,7 +12,8 @@ constexpr int64_t kGroup = 32;   // columns that share a scale in q8, q4 and mxf
 constexpr int64_t kBlock = 128;  // rows and columns that share a scale in fp8
 constexpr int64_t kAlignment = 64;
 
-// Bytes of the elements of a group of 32 columns, and of the scales behind them; 0 for formats without groups.
+// Bytes of the elements of a group of 32 columns, and of the scales behind them; 0 for formats without
+// groups.
 constexpr int64_t group_elements(int32_t format) {
   if (format == HETCOMP_FORMAT_Q8) return kGroup * kPanelRows;
   return format == HETCOMP_FORMAT_Q4 || format == HETCOMP_FORMAT_MXFP4 ? kGroup * kPanelRows / 2 : 0;
