@@ -52,7 +52,7 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     kernel = _linear(out, k, bias, weight_format, isa)
     inputs = [x, data, b] if bias else [x, data]
     (y,) = kernel(inputs, [(rows, out)], rows=rows, threads=threads)
-    facts, many = cpu_isa(isa), rows > cpu_isa(isa).gemv_rows(weight_format)
+    facts, many = cpu_isa(isa), rows > cpu_isa(isa).tuning(weight_format).gemv_rows
     w64, x64 = w.astype(np.float64), seen(x, weight_format, facts, many)
     magnitude = np.abs(x64) @ np.abs(w64.T)
     bound = dot_error(k, magnitude + np.abs(b)) + weight_rounding(weight_format, facts, many) * magnitude
@@ -75,7 +75,7 @@ def test_head_linear(isa, weight_format, rows, threads, seed):
     data, w = packed(draw(rng, (heads, out, k)), weight("w", (heads, out, k), weight_format, packing.PANELS))
     kernel = _head_linear(heads, k, out, weight_format, isa)
     (y,) = kernel([x, data], [(rows, heads, out)], rows=rows, threads=threads)
-    facts, many = cpu_isa(isa), rows > cpu_isa(isa).gemv_rows(weight_format)
+    facts, many = cpu_isa(isa), rows > cpu_isa(isa).tuning(weight_format).gemv_rows
     x64, w64 = seen(x, weight_format, facts, many), w.astype(np.float64)
     want = np.einsum("thk,hnk->thn", x64, w64)
     magnitude = np.einsum("thk,hnk->thn", np.abs(x64), np.abs(w64))
