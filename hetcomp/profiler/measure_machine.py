@@ -16,11 +16,13 @@ from hetcomp.hardware.figures import BandwidthPoint, Disk, KernelCurve, KernelRa
 from hetcomp.hardware.gpus import detect_gpus
 from hetcomp.hardware.measure import BUSY, cache_file
 from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.hardware.tuning import KernelTuning
 from hetcomp.profiler.disk import measure_disk
 from hetcomp.profiler.gpu_measure import GpuFigures, measure_gpu_figures
 from hetcomp.profiler.kernel_cases import Detail
 from hetcomp.profiler.kernel_curves import kernel_curves, kernel_rates
 from hetcomp.profiler.memory import SCATTER, MemoryFigures, MemoryRounds, Mode, buffer_mebibytes, lanes, probe_runner
+from hetcomp.profiler.tune_kernels import tune_kernels
 from hetcomp.progress import ProgressSink, QuietProgress
 
 # Without a compiler: two channels of DDR4-3200 (51.2 GB/s) at 80 %, and half of the peak of 2 GHz cores with
@@ -48,10 +50,11 @@ def measure_machine(machine: Machine, *, quick: bool = False, progress: Progress
         progress.stage("memory: bandwidth, working sets, barrier")
         rounds = MemoryRounds(machine, probe_runner(isas[-1], Path(folder)))
         rounds.measure(remote=not quick)
+        tunings = () if quick else _tunings(machine, isas[-1], progress)
         curves: list[KernelCurve] = []
         # Of the instruction set that programs are built for unless the user asks for another.
         for detail in (Detail.QUICK,) if quick else (Detail.FULL, Detail.COARSE):
-            curves += _curves(machine, isas[-1], detail, rounds.barrier_us(), progress)
+            curves += _curves(machine, isas[-1], detail, rounds.barrier_us(), tunings, progress)
             progress.stage("memory, another round")
             rounds.measure()
     if not curves:
@@ -62,6 +65,7 @@ def measure_machine(machine: Machine, *, quick: bool = False, progress: Progress
     gpus = _gpus(progress, quick)
     return _profile(machine, figures, curves, notes).model_copy(
         update={
+            "tunings": tunings,
             "disk": disk,
             "gpus": gpus.gpus,
             "samples": _samples(machine, figures) | disk_samples | gpus.samples,
@@ -92,13 +96,29 @@ def estimated_profile(machine: Machine, reason: str) -> HardwareProfile:
     )
 
 
+def _tunings(machine: Machine, isa: Isa, progress: ProgressSink) -> tuple[KernelTuning, ...]:
+    """Constants found on the node that has most threads; none (the defaults), with a warning, if the kernels fail."""
+    node, cpus = max(lanes(machine), key=lambda lane: len(lane[1]))
+    try:
+        return tune_kernels(isa, cpus, buffer_mebibytes(machine, node) << 20, progress)
+    except HetcompError as error:
+        progress.warn(str(error))
+        return ()
+
+
 def _curves(
-    machine: Machine, isa: Isa, detail: Detail, barrier_us: float, progress: ProgressSink
+    machine: Machine,
+    isa: Isa,
+    detail: Detail,
+    barrier_us: float,
+    tunings: tuple[KernelTuning, ...],
+    progress: ProgressSink,
 ) -> tuple[KernelCurve, ...]:
     """Curves on the node that has most threads; none, with a warning, if the kernels fail."""
     node, cpus = max(lanes(machine), key=lambda lane: len(lane[1]))
     try:
-        return kernel_curves(isa, cpus, barrier_us, detail, buffer_mebibytes(machine, node) << 20, progress)
+        cold_bytes = buffer_mebibytes(machine, node) << 20
+        return kernel_curves(isa, cpus, barrier_us, detail, cold_bytes, tunings, progress)
     except HetcompError as error:
         progress.warn(str(error))
         return ()
