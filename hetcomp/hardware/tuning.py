@@ -28,7 +28,8 @@ class Tuning(Model):
 
 class Trial(Model):
     """A value of a constant that was timed. ``speedup``: how much faster kernels were with it than with the value that
-    stood until then, the median of ``samples``, one of every round."""
+    stood until then: the smaller of the median of ``samples`` (one of every round) and the ratio of the lower
+    quartiles of the times."""
 
     constant: Constant
     value: int = Field(ge=1)

@@ -21,10 +21,8 @@ from hetcomp.progress import ProgressSink
 
 # One format a family of kernels (CpuIsa.family).
 FORMATS = ("q4", "bf16")
-# A value takes the place of the one before it if it is faster by this much in the median of the rounds and faster at
-# all in so many of them: a busy moment of a shared machine lasts for some rounds, not for most.
+# A value takes the place of the one that stands if kernels are faster with it by this much.
 MARGIN = 1.03
-MOST = 2 / 3
 # Rounds over all variants, and fewest that decide.
 _ROUNDS, _LEAST_ROUNDS = 9, 5
 # No stage begins that would not end within this, going by the longest one before it.
@@ -53,15 +51,15 @@ class Knob:
     values: Callable[[int], tuple[int, ...]]
 
 
-# In order of worth. The knobs of a stage are tried at once: they do not touch each other's work.
-# 64: in effect none; 2304: eight groups of q4; 4096: a page.
+# In order of worth as measured on a Zen 4 (docs/decisions/tuned-kernels.md). The knobs of a stage are tried at once:
+# they do not touch each other's work. Prefetch of 64: in effect none; 2304: eight groups of q4; 4096: a page.
 STAGES: tuple[tuple[Knob, ...], ...] = (
     (Knob("prefetch_bytes", Work.DECODE, lambda _: (64, 2304, 4096)),),
+    (Knob("gemv_rows", Work.FEW, lambda now: (now // 2, now * 3 // 2)),),
     (
         Knob("draw_bytes", Work.DECODE, lambda now: (now // 4, now * 4)),
         Knob("task_blocks", Work.PREFILL, lambda now: (now // 2, now * 2)),
     ),
-    (Knob("gemv_rows", Work.FEW, lambda now: (now // 2, now * 3 // 2)),),
 )
 
 
@@ -77,9 +75,7 @@ class Variant:
 Timer = Callable[[Sequence[Variant], Sequence[Work]], Sequence[Sequence[Mapping[Work, float]]]]
 
 
-def tune_kernels(
-    isa: Isa, cpus: Sequence[int], cold_bytes: int, progress: ProgressSink
-) -> tuple[KernelTuning, ...]:
+def tune_kernels(isa: Isa, cpus: Sequence[int], cold_bytes: int, progress: ProgressSink) -> tuple[KernelTuning, ...]:
     """The constants for ``isa`` on threads pinned to ``cpus`` (of one node), one record a family of formats.
 
     cold_bytes: memory over which weights take turns to be cold. Raises HetcompError if the kernels cannot be built or
@@ -133,29 +129,26 @@ def _variants(now: Variant, stage: Sequence[Knob]) -> list[Variant]:
     return [now, *(Variant(now.weight_format, now.tuning.model_copy(update=change)) for change in changes)]
 
 
-def _trials(
-    knob: Knob, group: Sequence[Variant], rounds: Sequence[Sequence[Mapping[Work, float]]]
-) -> Iterator[Trial]:
-    """How the knob's values did against the first variant of the group."""
+def _trials(knob: Knob, group: Sequence[Variant], rounds: Sequence[Sequence[Mapping[Work, float]]]) -> Iterator[Trial]:
+    """How the knob's values did against the first variant of the group.
+
+    Other processes lengthen some calls several times over, and of few rounds they may hit the same variant in most:
+    the ratio of the rounds' medians must hold between undisturbed rounds (the lower quartiles) as well.
+    """
     old = getattr(group[0].tuning, knob.constant)
-    for i, variant in enumerate(group):
+    columns = [[times[i][knob.work] for times in rounds] for i in range(len(group))]
+    for variant, column in zip(group, columns, strict=True):
         value = getattr(variant.tuning, knob.constant)
         if value != old:
-            ratios = tuple(round(times[0][knob.work] / times[i][knob.work], 4) for times in rounds)
-            speedup = statistics.median(ratios)
+            ratios = tuple(round(before / now, 4) for before, now in zip(columns[0], column, strict=True))
+            speedup = round(min(statistics.median(ratios), _quartile(columns[0]) / _quartile(column)), 4)
             yield Trial(constant=knob.constant, value=value, speedup=speedup, samples=ratios)
 
 
 def _moved(now: Variant, trials: Sequence[Trial]) -> Variant:
-    """The variant with the best value of each constant, where that is better beyond doubt."""
-    best: dict[str, Trial] = {}
-    for trial in trials:
-        faster = sum(ratio > 1 for ratio in trial.samples)
-        if trial.speedup <= MARGIN or faster < MOST * len(trial.samples):
-            continue
-        if trial.constant not in best or trial.speedup > best[trial.constant].speedup:
-            best[trial.constant] = trial
-    changes = {constant: trial.value for constant, trial in best.items()}
+    """The variant with the best value of each constant, where that is better by the margin."""
+    rising = sorted((trial for trial in trials if trial.speedup > MARGIN), key=lambda trial: trial.speedup)
+    changes: dict[str, int] = {trial.constant: trial.value for trial in rising}
     return Variant(now.weight_format, now.tuning.model_copy(update=changes))
 
 
@@ -163,8 +156,8 @@ def _time_variants(
     isa: Isa, cpus: Sequence[int], cold_bytes: int, variants: Sequence[Variant], works: Sequence[Work]
 ) -> list[list[dict[Work, float]]]:
     """The Timer of this machine. Variants take turns within a round, every other round in reverse, so that neither a
-    busy moment nor a drift favours one. In a round a case counts by the lower quartile of its calls (other processes only
-    ever make them longer), a work of several cases by their geometric mean."""
+    busy moment nor a drift favours one. In a round a case counts by the lower quartile of its calls, a work of several
+    cases by their geometric mean."""
     plans = {(i, work): _plan(isa, variant, work, cold_bytes) for i, variant in enumerate(variants) for work in works}
     order = [place for i in range(len(variants)) for place in plans if place[0] == i]
     schedule = [place for r in range(_ROUNDS) for place in (order if r % 2 == 0 else order[::-1])]
@@ -180,7 +173,8 @@ def _plan(isa: Isa, variant: Variant, work: Work, cold_bytes: int) -> CurvePlan:
     tuning = KernelTuning(isa=isa.value, weight_format=variant.weight_format, constants=variant.tuning)
     if work is Work.FEW:
         default = cpu_isa(isa).tuning(variant.weight_format).gemv_rows
-        return linear_plan(isa, tuning, (default, default * 3 // 2), cold_bytes)
+        tokens = sorted({default // 2 + 1, default, default * 3 // 2})
+        return linear_plan(isa, tuning, tokens, cold_bytes)
     return expert_plan(isa, tuning, (1,) if work is Work.DECODE else (64, 512), cold_bytes)
 
 
@@ -198,5 +192,10 @@ def _rounds(
             if len(calls) < len(plans[i, work].cases):
                 return
             at += len(calls)
-            times[i][work] = math.exp(statistics.fmean(math.log(sorted(call)[len(call) // 4]) for call in calls))
+            times[i][work] = math.exp(statistics.fmean(math.log(_quartile(call)) for call in calls))
         yield times
+
+
+def _quartile(times: Sequence[float]) -> float:
+    """The lower quartile: other processes only ever make calls longer."""
+    return sorted(times)[len(times) // 4]
