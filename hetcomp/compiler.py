@@ -109,7 +109,7 @@ def plan_model(
     request = FormatRequest.parse(formats)
     progress.stage("measure hardware" if hw_profile == "auto" else "read hardware profile")
     profile = hw_profile if isinstance(hw_profile, HardwareProfile) else load_profile(str(hw_profile))
-    target = CpuTarget(_choose_isas(isa, profile), default_backends())
+    target = CpuTarget(_choose_isas(isa, profile), default_backends(), profile.tunings)
     context = Context(
         profile,
         None,

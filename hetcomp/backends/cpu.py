@@ -15,6 +15,7 @@ from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Kernel, KernelRequest
 from hetcomp.backends.templates import environment, render
 from hetcomp.errors import HetcompError
+from hetcomp.hardware.tuning import Tuning
 from hetcomp.ir.ops import Attention, Embed, HeadLinear, KvAppend, Linear, MoeExperts
 from hetcomp.ir.types import CACHE_DTYPES
 
@@ -112,9 +113,9 @@ def _linear(request: KernelRequest) -> _Rendering:
     weight_format = request.inputs[1].format
     stem = f"{request.op.kind}_{f'{heads}x' if heads > 1 else ''}{attrs.out_features}x{attrs.in_features}"
     isa, form = cpu_isa(request.isa), str(weight_format)
-    rows = _max_rows(request)
+    rows, tuning = _max_rows(request), _tuning(request, form)
     packed = 0
-    if rows > isa.gemv_rows(form):
+    if rows > tuning.gemv_rows:
         packed = heads * isa.block_bytes(rows, attrs.in_features, form)
     return _Rendering(
         "cpu/linear.cpp.j2",
@@ -126,6 +127,7 @@ def _linear(request: KernelRequest) -> _Rendering:
             "out_row": math.prod(d for d in request.outputs[0].type.shape[1:] if isinstance(d, int)),
             "bias": bias,
             "format": weight_format,
+            "tuning": tuning,
         },
         packed,
     )
@@ -156,6 +158,7 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
             "limit": attrs.limit,
             "bias": attrs.bias,
             "format": weight_format,
+            "tuning": _tuning(request, form),
         },
         max(decode, grouped),
     )
@@ -218,6 +221,15 @@ def _attrs(request: KernelRequest, kind: type[_A]) -> _A:
     attrs = request.op.attrs
     assert isinstance(attrs, kind)
     return attrs
+
+
+def _tuning(request: KernelRequest, weight_format: str) -> Tuning:
+    """The constants that the request brings for the format's family; the instruction set's defaults if none."""
+    isa = cpu_isa(request.isa)
+    for tuned in request.tunings:
+        if tuned.isa == request.isa.value and isa.family(tuned.weight_format) == isa.family(weight_format):
+            return tuned.constants
+    return isa.tuning(weight_format)
 
 
 def _max_rows(request: KernelRequest) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hetcomp.backends.protocol import Isa
+from hetcomp.hardware.tuning import Tuning
 
 # Formats whose products are those of whole numbers: int8 activations with a scale for 32 columns.
 WHOLE_NUMBERS = ("q8", "q4", "mxfp4")
@@ -23,9 +24,8 @@ class CpuIsa:
     products are one instruction. ``bf16``: so are products of bf16 pairs. ``amx``: matrix tiles of bf16.
     ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``direct_rows``: rows up to which
     attention reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``:
-    its tiles then. ``prefetch_bytes``: distance of software prefetch, a multiple of 64. ``chained_rows``: rows up to
-    which whole-number sums are split in two to hide latency. ``many_rows``: tokens a weight from which on the second of
-    two GEMM families is faster.
+    its tiles then. ``chained_rows``: rows up to which whole-number sums are split in two to hide latency.
+    ``many_rows``: tokens a weight from which on the second of two GEMM families is faster.
     """
 
     vocabulary: Literal["avx2", "avx512"]
@@ -36,7 +36,6 @@ class CpuIsa:
     direct_rows: int = 8
     direct_heights: tuple[int, ...] = (4, 2, 1)
     direct_panels: int = 4
-    prefetch_bytes: int = 4096
     chained_rows: int = 4
     many_rows: int = 64
 
@@ -59,11 +58,24 @@ class CpuIsa:
         """The family for ``rows`` tokens a weight."""
         return self.gemms(weight_format)[-1 if rows >= self.many_rows else 0]
 
-    def gemv_rows(self, weight_format: str) -> int:
-        """Token rows up to which the weights are streamed against single rows of activations."""
-        if self.vocabulary == "avx2":
-            return 2
-        return 8 if weight_format in WHOLE_NUMBERS else 4
+    def family(self, weight_format: str) -> tuple[bool, tuple[Gemm, ...]]:
+        """Formats of equal families share their loops over weights: what is tuned on one of them serves the others."""
+        return self.whole_numbers(weight_format), self.gemms(weight_format)
+
+    def tuning(self, weight_format: str) -> Tuning:
+        """The constants where no profile holds better ones.
+
+        prefetch_bytes: more than one core's share of bandwidth x latency (16 GB/s x 100 ns), because the hardware
+        prefetcher starts anew in every 4 KB page. task_blocks: enough tokens to pay for fetching the panels, few
+        enough that there are many tasks.
+        """
+        many = 8 if self.whole_numbers(weight_format) else 4
+        return Tuning(
+            prefetch_bytes=4096,
+            draw_bytes=256 << 10,
+            task_blocks=8,
+            gemv_rows=2 if self.vocabulary == "avx2" else many,
+        )
 
     def tile_rows(self, family: Gemm) -> int:
         """Tokens of a register tile.
@@ -79,11 +91,6 @@ class CpuIsa:
     def tile_panels(self, family: Gemm, weight_format: str) -> int:
         """Panels of 16 rows of a register tile of floats; fp8 has two sums each."""
         return 2 if self.vocabulary == "avx512" and weight_format != "fp8" else 1
-
-    def task_blocks(self, family: Gemm) -> int:
-        """Blocks of tokens in a task: enough tokens to pay for fetching (AMX: for converting) the panels, few enough
-        that there are many tasks."""
-        return 16 if family == "amx_bf16" else 8
 
     def block_bytes(self, rows: int, columns: int, weight_format: str) -> int:
         """Bytes of ``rows`` rows of activations in blocks, as ``gemm_<family>.h.j2`` lays them out, of the family that

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from hetcomp.hardware.tuning import KernelTuning
 from hetcomp.ir.plan import Op, Value
 
 
@@ -29,13 +30,15 @@ class Isa(StrEnum):
 @dataclass(frozen=True)
 class KernelRequest:
     """One op to generate code for. ``dims`` are upper bounds of the symbolic dimensions (T, R, slots, context);
-    ``inputs``/``outputs`` are the op's values in order, weights with their ``format`` chosen."""
+    ``inputs``/``outputs`` are the op's values in order, weights with their ``format`` chosen. ``tunings``: constants
+    that were measured on the machine; where they lack the op's family, the instruction set's defaults serve."""
 
     op: Op
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     isa: Isa
     dims: Mapping[str, int] = field(default_factory=dict)
+    tunings: tuple[KernelTuning, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
 from hetcomp.backends.tvm import TvmBackend
 from hetcomp.errors import HetcompError
+from hetcomp.hardware.tuning import KernelTuning
 from hetcomp.ir.node_parts import part_id, plan_parts
 from hetcomp.ir.plan import Op, Plan, Template, Value
 
@@ -21,10 +22,11 @@ def default_backends() -> tuple[KernelBackend, ...]:
 
 @dataclass(frozen=True)
 class CpuTarget:
-    """KernelTarget of a CPU program built for one or several instruction sets."""
+    """KernelTarget of a CPU program built for one or several instruction sets, with the ``tunings`` of a profile."""
 
     isas: tuple[Isa, ...]
     backends: tuple[KernelBackend, ...]
+    tunings: tuple[KernelTuning, ...] = ()
 
     def workspace_bytes(self, op: Op, template: Template, dims: Mapping[str, int]) -> int:
         """Largest scratch memory over the instruction sets (one plan serves them all)."""
@@ -32,7 +34,7 @@ class CpuTarget:
             return 0
         needs = []
         for isa in self.isas:
-            ask = request(op, template, isa, dims)
+            ask = request(op, template, isa, dims, self.tunings)
             needs.append(choose(self.backends, ask).workspace_bytes(ask))
         return max(needs)
 
@@ -45,7 +47,9 @@ class CpuTarget:
         return packing.packed_bytes(value)
 
 
-def request(op: Op, template: Template, isa: Isa, dims: Mapping[str, int]) -> KernelRequest:
+def request(
+    op: Op, template: Template, isa: Isa, dims: Mapping[str, int], tunings: tuple[KernelTuning, ...] = ()
+) -> KernelRequest:
     """The kernel request of an op of ``template``."""
     values = template.value_map()
     return KernelRequest(
@@ -54,6 +58,7 @@ def request(op: Op, template: Template, isa: Isa, dims: Mapping[str, int]) -> Ke
         outputs=tuple(values[o] for o in op.outputs),
         isa=isa,
         dims=dict(dims),
+        tunings=tunings,
     )
 
 
@@ -77,9 +82,9 @@ def select_kernels(plan: Plan, target: CpuTarget, isa: Isa) -> dict[tuple[str, s
         for op in template.ops:
             cut = parts.get((template.name, op.id), ())
             for part in cut:
-                ask = request(*part.of(op, template), isa, dims)
+                ask = request(*part.of(op, template), isa, dims, target.tunings)
                 kernels[template.name, part_id(op.id, part.node)] = choose(target.backends, ask).emit(ask)
             if not cut:
-                ask = request(op, template, isa, dims)
+                ask = request(op, template, isa, dims, target.tunings)
                 kernels[template.name, op.id] = choose(target.backends, ask).emit(ask)
     return kernels

@@ -17,6 +17,7 @@ from hetcomp.hardware.figures import KernelCurve, KernelPoint
 from hetcomp.hardware.measure import cache_file, is_full, keep, read_cached
 from hetcomp.hardware.measure import write_text as write_text  # for the other commands
 from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.hardware.tuning import KernelTuning
 
 
 def profile_command(
@@ -117,10 +118,20 @@ def _facts(profile: HardwareProfile) -> list[tuple[str, str]]:
     if profile.cached_reads:
         sets = ", ".join(f"{p.bytes / 2**20:g} MiB {p.gb_per_s:.0f}" for p in profile.cached_reads)
         rows.append(("working sets", f"GB/s: {sets}"))
+    rows += [(f"tuned {t.weight_format}", _tuned(t)) for t in profile.tunings]
     if profile.disk is not None:
         rows.append(("disk", f"{profile.disk.gb_per_s:.2f} GB/s, {profile.disk.path}"))
     rows += [("GPU", f"{g.name}, {g.memory_bytes / 2**30:.1f} GiB") for g in profile.gpus] or [("GPU", "none")]
     return rows
+
+
+def _tuned(tuning: KernelTuning) -> str:
+    """The constants of the kernels, and what was gained by those that trials changed."""
+    words = []
+    for name, value in tuning.constants.model_dump().items():
+        trial = next((t for t in tuning.trials if (t.constant, t.value) == (name, value)), None)
+        words.append(f"{name} {value}" + (f" ({trial.speedup:.2f} x)" if trial else ""))
+    return ", ".join(words)
 
 
 def _curves(profile: HardwareProfile) -> Table:

@@ -24,8 +24,9 @@ from hetcomp.hardware.figures import (
     Source,
     WorkingSetPoint,
 )
+from hetcomp.hardware.tuning import KernelTuning
 
-SCHEMA = (2, 0)  # major: readers refuse another; minor: fields were added
+SCHEMA = (2, 1)  # major: readers refuse another; minor: fields were added
 
 # Estimated part of a data sheet's peak that is reached in practice: by reads of all cores together, and by GEMM.
 DATA_SHEET_READS = 0.8
@@ -38,6 +39,7 @@ class HardwareProfile(Model):
 
     ``rates`` is the roofline that every profile has; ``curves`` are measurements of our own kernels, which take
     precedence where they exist. ``cpu_quota`` and ``memory_limit_bytes`` are the cgroup's (None: none).
+    ``tunings`` are the constants that kernels are generated with; without them, defaults of the instruction set.
     ``references`` says where each figure of a data sheet comes from, by the field's path (``gpus.0.gb_per_s``);
     ``samples`` holds the raw readings of measured figures by the same paths. ``calibrations`` correct predictions.
     """
@@ -52,6 +54,7 @@ class HardwareProfile(Model):
     caches: tuple[Cache, ...] = ()
     rates: tuple[KernelRate, ...] = Field(min_length=1)
     curves: tuple[KernelCurve, ...] = ()
+    tunings: tuple[KernelTuning, ...] = ()
     cached_reads: tuple[WorkingSetPoint, ...] = ()
     barrier_us: Microseconds
     huge_pages: str = "unknown"
@@ -72,6 +75,9 @@ class HardwareProfile(Model):
             raise ValueError("two NUMA nodes have the same id")
         if not any(node.cores and node.read_bandwidth for node in self.nodes):
             raise ValueError("no NUMA node has cores and a read bandwidth")
+        tuned = [(tuning.isa, tuning.weight_format) for tuning in self.tunings]
+        if len(set(tuned)) != len(tuned):
+            raise ValueError("two tunings are of the same instruction set and weight format")
         return self
 
     @property

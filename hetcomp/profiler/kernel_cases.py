@@ -10,6 +10,7 @@ from hetcomp.backends import packing
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
 from hetcomp.backends.select_kernels import choose, default_backends
 from hetcomp.hardware.figures import KernelName
+from hetcomp.hardware.tuning import KernelTuning
 from hetcomp.ir import ops
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value, ValueKind
@@ -98,15 +99,11 @@ _FORMATS = {
 }
 
 
-def curve_plans(isa: Isa, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
+def curve_plans(
+    isa: Isa, detail: Detail, cold_bytes: int, tunings: tuple[KernelTuning, ...] = ()
+) -> Iterator[CurvePlan]:
     """The curves of one instruction set. cold_bytes: memory over which weights take turns to be cold."""
-    backends = default_backends()
-
-    def emit(attrs: Attrs, inputs: Sequence[Value], outputs: Sequence[Value]) -> Kernel:
-        dims = {"T": MOST_TOKENS, "R": MOST_TOKENS, "slots": 1, "context": CONTEXT}
-        ask = KernelRequest(Op("op", attrs, (), ()), tuple(inputs), tuple(outputs), isa, dims)
-        return choose(backends, ask).emit(ask)
-
+    emit = _emitter(isa, tunings)
     for form in _FORMATS[detail]:
         yield from _linear(emit, form, detail, cold_bytes)
         yield from _experts(emit, form, detail, cold_bytes)
@@ -114,6 +111,28 @@ def curve_plans(isa: Isa, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan
         for dtype in CACHE_DTYPES:
             yield from _attention(emit, dtype, detail, cold_bytes)
         yield from _tail(emit, cold_bytes)
+
+
+def expert_plan(isa: Isa, tuning: KernelTuning, sizes: Sequence[int], cold_bytes: int) -> CurvePlan:
+    """As many experts as a token chooses, of the constants and the format of ``tuning``, at ``sizes`` (tokens)."""
+    shape = (4, 4, HIDDEN, INTERMEDIATE)
+    return _expert_curve(_emitter(isa, (tuning,)), tuning.weight_format, "dram", shape, sizes, cold_bytes)
+
+
+def linear_plan(isa: Isa, tuning: KernelTuning, tokens: Sequence[int], cold_bytes: int) -> CurvePlan:
+    """A linear op of the constants and the format of ``tuning``, at ``tokens`` rows."""
+    return _cold_linear(_emitter(isa, (tuning,)), tuning.weight_format, tokens, cold_bytes)
+
+
+def _emitter(isa: Isa, tunings: tuple[KernelTuning, ...]) -> Emit:
+    backends = default_backends()
+
+    def emit(attrs: Attrs, inputs: Sequence[Value], outputs: Sequence[Value]) -> Kernel:
+        dims = {"T": MOST_TOKENS, "R": MOST_TOKENS, "slots": 1, "context": CONTEXT}
+        ask = KernelRequest(Op("op", attrs, (), ()), tuple(inputs), tuple(outputs), isa, dims, tunings)
+        return choose(backends, ask).emit(ask)
+
+    return emit
 
 
 def stream_bytes(plans: Sequence[CurvePlan]) -> int:
@@ -140,32 +159,28 @@ def _sets(cold_bytes: int, each: int) -> int:
 
 
 def _linear(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
-    weight = _weight("w", (ROWS, COLUMNS), form, packing.PANELS)
-    size = packing.packed_bytes(weight)
-    kernel = emit(ops.Linear(COLUMNS, ROWS), [_act("x", "T", COLUMNS), weight], [_act("y", "T", ROWS)])
-    shape = {"out_features": ROWS, "in_features": COLUMNS}
-
-    def cases(tokens: Sequence[int], sets: int) -> tuple[Case, ...]:
-        return tuple(
-            Case(
-                t, t, float(ROWS * COLUMNS), (Operand("a", 4 * t * COLUMNS), Operand("w", size, sets)), (4 * t * ROWS,)
-            )
-            for t in tokens
-        )
-
-    tokens = TOKENS if detail is Detail.FULL else COARSE
-    yield CurvePlan("linear", "dram", form, shape, kernel, cases(tokens, _sets(cold_bytes, size)))
+    yield _cold_linear(emit, form, TOKENS if detail is Detail.FULL else COARSE, cold_bytes)
     if detail is Detail.FULL:
-        n = SMALL
-        small = _weight("w", (n, n), form, packing.PANELS)
-        bytes_ = packing.packed_bytes(small)
-        warm = emit(ops.Linear(n, n), [_act("x", "T", n), small], [_act("y", "T", n)])
-        points = tuple(
-            Case(t, t, float(n * n), (Operand("a", 4 * t * n), Operand("w", bytes_)), (4 * t * n,))
-            for t in TOKENS
-            if t <= 512
-        )
-        yield CurvePlan("linear", "cache", form, {"out_features": n, "in_features": n}, warm, points)
+        few = [t for t in TOKENS if t <= 512]
+        yield _linear_curve(emit, form, "cache", (SMALL, SMALL), few, 0)
+
+
+def _cold_linear(emit: Emit, form: str, tokens: Sequence[int], cold_bytes: int) -> CurvePlan:
+    return _linear_curve(emit, form, "dram", (ROWS, COLUMNS), tokens, cold_bytes)
+
+
+def _linear_curve(
+    emit: Emit, form: str, variant: str, shape: tuple[int, int], tokens: Sequence[int], cold_bytes: int
+) -> CurvePlan:
+    rows, columns = shape
+    weight = _weight("w", shape, form, packing.PANELS)
+    size = packing.packed_bytes(weight)
+    kernel = emit(ops.Linear(columns, rows), [_act("x", "T", columns), weight], [_act("y", "T", rows)])
+    operand = Operand("w", size, _sets(cold_bytes, size))
+    cases = tuple(
+        Case(t, t, float(rows * columns), (Operand("a", 4 * t * columns), operand), (4 * t * rows,)) for t in tokens
+    )
+    return CurvePlan("linear", variant, form, {"out_features": rows, "in_features": columns}, kernel, cases)
 
 
 def _experts(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:

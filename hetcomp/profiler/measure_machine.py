@@ -17,11 +17,13 @@ from hetcomp.hardware.figures import BandwidthPoint, Disk, KernelCurve, KernelRa
 from hetcomp.hardware.gpus import detect_gpus
 from hetcomp.hardware.measure import BUSY, cache_file
 from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.hardware.tuning import KernelTuning
 from hetcomp.profiler.disk import measure_disk
 from hetcomp.profiler.gpu_measure import GpuFigures, measure_gpu_figures
 from hetcomp.profiler.kernel_cases import Detail
 from hetcomp.profiler.kernel_curves import kernel_curves, kernel_rates
 from hetcomp.profiler.memory import SCATTER, MemoryFigures, MemoryRounds, Mode, buffer_mebibytes, lanes, probe_runner
+from hetcomp.profiler.tune_kernels import tune_kernels
 from hetcomp.progress import ProgressSink, QuietProgress
 
 # Without a compiler: two channels of DDR4-3200 (51.2 GB/s) at 80 %, and half of the peak of 2 GHz cores with
@@ -53,9 +55,11 @@ def measure_machine(machine: Machine, *, quick: bool = False, progress: Progress
         # Plain reads gain nothing from what extends a level, and any supported compiler knows the levels.
         rounds = MemoryRounds(machine, probe_runner(isas[-1].level, Path(folder)))
         rounds.measure(remote=not quick)
+        tunings: tuple[KernelTuning, ...] = ()
         while isas and not curves:
             best = isas.pop()
-            curves = _curves(machine, best, quick, rounds, progress)
+            tunings = () if quick else _tunings(machine, best, progress)
+            curves = _curves(machine, best, quick, rounds, tunings, progress)
             if not curves:
                 machine = replace(machine, isas=tuple(name for name in machine.isas if name != best.value))
     if not curves:
@@ -66,6 +70,7 @@ def measure_machine(machine: Machine, *, quick: bool = False, progress: Progress
     gpus = _gpus(progress, quick)
     return _profile(machine, figures, curves, notes).model_copy(
         update={
+            "tunings": tunings,
             "disk": disk,
             "gpus": gpus.gpus,
             "samples": _samples(machine, figures) | disk_samples | gpus.samples,
@@ -96,7 +101,24 @@ def estimated_profile(machine: Machine, reason: str) -> HardwareProfile:
     )
 
 
-def _curves(machine: Machine, isa: Isa, quick: bool, rounds: MemoryRounds, progress: ProgressSink) -> list[KernelCurve]:
+def _tunings(machine: Machine, isa: Isa, progress: ProgressSink) -> tuple[KernelTuning, ...]:
+    """Constants found on the node that has most threads; none (the defaults), with a warning, if the kernels fail."""
+    node, cpus = max(lanes(machine), key=lambda lane: len(lane[1]))
+    try:
+        return tune_kernels(isa, cpus, buffer_mebibytes(machine, node) << 20, progress)
+    except HetcompError as error:
+        progress.warn(str(error))
+        return ()
+
+
+def _curves(
+    machine: Machine,
+    isa: Isa,
+    quick: bool,
+    rounds: MemoryRounds,
+    tunings: tuple[KernelTuning, ...],
+    progress: ProgressSink,
+) -> list[KernelCurve]:
     """Curves on the node that has most threads, with a round of memory behind each part of them; none, with a warning,
     if the kernels fail."""
     node, cpus = max(lanes(machine), key=lambda lane: len(lane[1]))
@@ -104,7 +126,7 @@ def _curves(machine: Machine, isa: Isa, quick: bool, rounds: MemoryRounds, progr
     for detail in (Detail.QUICK,) if quick else (Detail.FULL, Detail.COARSE):
         size = buffer_mebibytes(machine, node) << 20
         try:
-            curves += kernel_curves(isa, cpus, rounds.barrier_us(), detail, size, progress)
+            curves += kernel_curves(isa, cpus, rounds.barrier_us(), detail, size, tunings, progress)
         except HetcompError as error:
             progress.warn(f"{error} Programs for this machine are built without {isa.value}.")
             return []

@@ -59,7 +59,7 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     inputs = [x, data, b] if bias else [x, data]
     (y,) = kernel(inputs, [(rows, out)], rows=rows, threads=threads)
     facts = cpu_isa(isa)
-    by = family(weight_format, facts, rows, rows <= facts.gemv_rows(weight_format))
+    by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
     w64, x64 = w.astype(np.float64), seen(x, by)
     magnitude = np.abs(x64) @ np.abs(w64.T)
     bound = dot_error(k, magnitude + np.abs(b)) + weight_rounding(weight_format, by) * magnitude
@@ -83,7 +83,7 @@ def test_head_linear(isa, weight_format, rows, threads, seed):
     kernel = _head_linear(heads, k, out, weight_format, isa)
     (y,) = kernel([x, data], [(rows, heads, out)], rows=rows, threads=threads)
     facts = cpu_isa(isa)
-    by = family(weight_format, facts, rows, rows <= facts.gemv_rows(weight_format))
+    by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
     x64, w64 = seen(x, by), w.astype(np.float64)
     want = np.einsum("thk,hnk->thn", x64, w64)
     magnitude = np.einsum("thk,hnk->thn", np.abs(x64), np.abs(w64))

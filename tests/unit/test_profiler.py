@@ -148,6 +148,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setenv("HETCOMP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(measure_machine, "probe_runner", lambda isa, folder: FakeProbe())
     monkeypatch.setattr(measure_machine, "kernel_curves", measured)
+    monkeypatch.setattr(measure_machine, "tune_kernels", lambda *rest: ())
     figure = Disk(path="/", gb_per_s=1.0, source=Source.MEASURED)
     monkeypatch.setattr(measure_machine, "measure_disk", lambda folder: (figure, (1.0, 1.0)))
     return curves
