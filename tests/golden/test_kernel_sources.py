@@ -28,11 +28,11 @@ OUT, IN = 37, 75
         ("float", Isa.AVX2, "bf16"),
         ("int8", Isa.AVX512_VNNI, "q4"),
         ("bf16", Isa.AVX512_BF16, "bf16"),
-        ("amx", Isa.AMX_BF16, "q4"),
+        ("amx_bf16", Isa.AMX_BF16, "q4"),
     ],
 )
 def test_linear(golden, family, isa, weight_format):
-    assert cpu_isa(isa).gemm(weight_format) == family
+    assert cpu_isa(isa).gemms(weight_format)[-1] == family
     inputs = (activation("x", "T", IN), weight("w", (OUT, IN), weight_format, packing.PANELS))
     op = Op("op", Linear(IN, OUT), (), ())
     kernel = CpuBackend().emit(KernelRequest(op, inputs, (activation("y", "T", OUT),), isa, {"T": 64}))

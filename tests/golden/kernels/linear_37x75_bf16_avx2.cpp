@@ -26,9 +26,6 @@ namespace hetcomp {
 namespace {
 
 constexpr int kPanel = 16;  // rows of a weight panel
-// Bytes that loads run ahead of the arithmetic. More than one core's share of bandwidth x latency (16 GB/s x 100 ns),
-// because the hardware prefetcher starts anew in every 4 KB page; a longer way evicts from L1 what is still needed.
-constexpr std::int64_t kPrefetch = 4096;
 
 // Vector vocabulary for AVX2 + FMA (x86-64-v3): V16 holds 16 floats, the rows of a panel, in two registers.
 struct V16 {
@@ -150,10 +147,13 @@ constexpr std::int64_t panel_bytes(std::int64_t k) {
 
 }
 
+// Bytes that loads of weights run ahead of the arithmetic.
+constexpr std::int64_t kPrefetch = 4096;
+
 // Tasks a thread takes at a time: enough bytes in a row that starting the stream costs nothing, few enough that a
 // descheduled thread holds back little; the draws are a multiple of the threads.
 inline std::int64_t stream_grain(const Lane& lane, std::int64_t n_tasks, std::int64_t task_bytes) {
-  constexpr std::int64_t kDrawBytes = 256 << 10;
+  constexpr std::int64_t kDrawBytes = 262144;
   const std::int64_t threads = lane.set->n_threads;
   const std::int64_t grain = std::max<std::int64_t>(1, kDrawBytes / task_bytes);
   return ceil_div(n_tasks, threads * ceil_div(n_tasks, threads * grain));
@@ -247,133 +247,137 @@ HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std
 
 }
 
-constexpr int kTileRows = 6;  // tokens of a register tile
 constexpr int kTileWidth = 2 * kPanel;  // columns of a tile's result in memory
+using TileFunction = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
 
 // `rows` tokens in `count` blocks of equal height, the last one possibly with rows that nobody asked for.
 struct Blocks {
   std::int64_t count;
   int height;
+  template <class Gemm>
   static Blocks of(std::int64_t rows) {
-    const std::int64_t count = ceil_div(rows, kTileRows);
+    const std::int64_t count = ceil_div(rows, Gemm::kTileRows);
     return {count, count == 0 ? 0 : static_cast<int>(ceil_div(rows, count))};
   }
 };
 
-constexpr int kTilePanels = 1;
-constexpr std::int64_t padded_columns(std::int64_t k) { return ceil_div(k, Weights::kStep) * Weights::kStep; }
-constexpr std::int64_t block_row_bytes(std::int64_t k) { return padded_columns(k) * 4; }
-constexpr std::int64_t kBlockUnit = 16;       // columns of a block that are written together
-constexpr bool kPackPrepared = false;       // blocks are packed from prepared rows, not from x itself
+struct GemmFloat {
+  static constexpr int kTileRows = 6;  // tokens of a register tile
+  // Blocks of tokens in a task: enough to pay for fetching the panels, few enough for many tasks.
+  static constexpr std::int64_t kTaskBlocks = 8;
+  static constexpr int kTilePanels = 1;
+  static constexpr std::int64_t padded_columns(std::int64_t k) { return ceil_div(k, Weights::kStep) * Weights::kStep; }
+  static constexpr std::int64_t block_row_bytes(std::int64_t k) { return padded_columns(k) * 4; }
+  static constexpr std::int64_t kBlockUnit = 16;       // columns of a block that are written together
+  static constexpr bool kPackPrepared = false;       // blocks are packed from prepared rows, not from x itself
 
-// Weights are multiplied as they are stored.
-constexpr std::int64_t prepared_bytes(std::int64_t /*k*/) { return 0; }
-inline const std::uint8_t* prepare_panels(const std::uint8_t* w, int /*n*/, std::int64_t /*k*/, std::uint8_t*) {
-  return w;
-}
+  // Weights are multiplied as they are stored.
+  static constexpr std::int64_t prepared_bytes(std::int64_t /*k*/) { return 0; }
+  static const std::uint8_t* prepare_panels(const std::uint8_t* w, int /*n*/, std::int64_t /*k*/, std::uint8_t*) {
+    return w;
+  }
 
-// Packs columns k0 .. k1 of rows m < valid, row(m) each; columns beyond k are zero. What lies in the further rows of the
-// block does not matter: their results are not used. Rows lie a page apart as often as not: 16 columns of a row at a time,
-// so that each cache line is read once although all rows fall into one set of the L1 cache.
-template <class Row>
-inline void pack_rows(std::uint8_t* block, int height, int valid, std::int64_t k0, std::int64_t k1, std::int64_t k,
-                      Row&& row) {
-  for (std::int64_t c = k0; c < k1; c += 16) {
-    const std::int64_t n = std::min<std::int64_t>(16, std::min(k, k1) - c);
-    const std::int64_t padded = std::min<std::int64_t>(16, k1 - c);
-    float* to = reinterpret_cast<float*>(block) + c * height;
-    for (int m = 0; m < valid; ++m) {
-      const float* from = row(m) + c;
-      if (n == 16) {
-        HETCOMP_UNROLL
-        for (int j = 0; j < 16; ++j) to[j * height + m] = from[j];
-      } else {
-        for (std::int64_t j = 0; j < n; ++j) to[j * height + m] = from[j];
-        for (std::int64_t j = n; j < padded; ++j) to[j * height + m] = 0.0f;
+  // Packs columns k0 .. k1 of rows m < valid, row(m) each; columns beyond k are zero. What lies in the further rows of the
+  // block does not matter: their results are not used. Rows lie a page apart as often as not: 16 columns of a row at a time,
+  // so that each cache line is read once although all rows fall into one set of the L1 cache.
+  template <class Row>
+  static void pack_rows(std::uint8_t* block, int height, int valid, std::int64_t k0, std::int64_t k1, std::int64_t k,
+                        Row&& row) {
+    for (std::int64_t c = k0; c < k1; c += 16) {
+      const std::int64_t n = std::min<std::int64_t>(16, std::min(k, k1) - c);
+      const std::int64_t padded = std::min<std::int64_t>(16, k1 - c);
+      float* to = reinterpret_cast<float*>(block) + c * height;
+      for (int m = 0; m < valid; ++m) {
+        const float* from = row(m) + c;
+        if (n == 16) {
+          HETCOMP_UNROLL
+          for (int j = 0; j < 16; ++j) to[j * height + m] = from[j];
+        } else {
+          for (std::int64_t j = 0; j < n; ++j) to[j * height + m] = from[j];
+          for (std::int64_t j = n; j < padded; ++j) to[j * height + m] = 0.0f;
+        }
       }
     }
   }
-}
 
-template <class Row>
-inline void pack_prepared(std::uint8_t*, int, int, std::int64_t, Row&&) {}
+  // Columns column .. column + 16 of all rows of a block of k columns.
+  static void put_block_unit(std::uint8_t* block, int height, std::int64_t k, std::int64_t column,
+                             const float (*h)[kBlockUnit]) {
+    const std::int64_t columns = std::min<std::int64_t>(kBlockUnit, padded_columns(k) - column);
+    float* to = reinterpret_cast<float*>(block) + column * height;
+    for (std::int64_t j = 0; j < columns; ++j)
+      for (int m = 0; m < height; ++m) to[j * height + m] = h[m][j];
+  }
 
-// Columns column .. column + 16 of all rows of a block of k columns.
-inline void put_block_unit(std::uint8_t* block, int height, std::int64_t k, std::int64_t column,
-                           const float (*h)[kBlockUnit]) {
-  const std::int64_t columns = std::min<std::int64_t>(kBlockUnit, padded_columns(k) - column);
-  float* to = reinterpret_cast<float*>(block) + column * height;
-  for (std::int64_t j = 0; j < columns; ++j)
-    for (int m = 0; m < height; ++m) to[j * height + m] = h[m][j];
-}
+  // out[m][n * 16 + r] = sum over k of x[k][m] * panel n[k][r]. The sums stay in registers over the whole of k: x and
+  // the weights stream from L2 at a sixth of its rate, so blocking k would only add traffic of partial sums.
+  template <int kRows, int kPanels>
+  [[gnu::noinline]] static void tile(const std::uint8_t* block, const std::uint8_t* w, std::int64_t k, float* out) {
+    const float* x = reinterpret_cast<const float*>(block);
+    const std::int64_t panel = panel_bytes(k);
+    V16 acc[kRows][kPanels];
+    const auto clear = [&](V16 (&sums)[kRows][kPanels]) __attribute__((always_inline)) {
+      HETCOMP_UNROLL
+      for (int m = 0; m < kRows; ++m)
+        HETCOMP_UNROLL
+        for (int n = 0; n < kPanels; ++n) sums[m][n] = zero();
+    };
+    const auto run = [&](std::int64_t steps) __attribute__((always_inline)) {
+      for (std::int64_t s = 0; s < steps; ++s) {
+        HETCOMP_UNROLL
+        for (int n = 0; n < kPanels; ++n) prefetch<Weights::kStepBytes>(w + n * panel + kPrefetch);
+        HETCOMP_UNROLL
+        for (int j = 0; j < Weights::kStep; ++j) {
+          V16 v[kPanels];
+          HETCOMP_UNROLL
+          for (int n = 0; n < kPanels; ++n) v[n] = Weights::load(w + n * panel, j);
+          HETCOMP_UNROLL
+          for (int m = 0; m < kRows; ++m) {
+            const V16 a = set1(x[j * kRows + m]);
+            HETCOMP_UNROLL
+            for (int n = 0; n < kPanels; ++n) acc[m][n] = fma(a, v[n], acc[m][n]);
+          }
+        }
+        x += Weights::kStep * kRows;
+        w += Weights::kStepBytes;
+      }
+    };
+    const std::int64_t steps = padded_columns(k) / Weights::kStep;
 
-// out[m][n * 16 + r] = sum over k of x[k][m] * panel n[k][r]. The sums stay in registers over the whole of k: x and
-// the weights stream from L2 at a sixth of its rate, so blocking k would only add traffic of partial sums.
-template <int kRows, int kPanels>
-[[gnu::noinline]] void tile(const std::uint8_t* block, const std::uint8_t* w, std::int64_t k, float* out) {
-  const float* x = reinterpret_cast<const float*>(block);
-  const std::int64_t panel = panel_bytes(k);
-  V16 acc[kRows][kPanels];
-  const auto clear = [&](V16 (&sums)[kRows][kPanels]) __attribute__((always_inline)) {
+    clear(acc);
+    run(steps);
+    const auto& result = acc;
+
     HETCOMP_UNROLL
     for (int m = 0; m < kRows; ++m)
       HETCOMP_UNROLL
-      for (int n = 0; n < kPanels; ++n) sums[m][n] = zero();
-  };
-  const auto run = [&](std::int64_t steps) __attribute__((always_inline)) {
-    for (std::int64_t s = 0; s < steps; ++s) {
-      HETCOMP_UNROLL
-      for (int n = 0; n < kPanels; ++n) prefetch<Weights::kStepBytes>(w + n * panel + kPrefetch);
-      HETCOMP_UNROLL
-      for (int j = 0; j < Weights::kStep; ++j) {
-        V16 v[kPanels];
-        HETCOMP_UNROLL
-        for (int n = 0; n < kPanels; ++n) v[n] = Weights::load(w + n * panel, j);
-        HETCOMP_UNROLL
-        for (int m = 0; m < kRows; ++m) {
-          const V16 a = set1(x[j * kRows + m]);
-          HETCOMP_UNROLL
-          for (int n = 0; n < kPanels; ++n) acc[m][n] = fma(a, v[n], acc[m][n]);
-        }
-      }
-      x += Weights::kStep * kRows;
-      w += Weights::kStepBytes;
-    }
-  };
-  const std::int64_t steps = padded_columns(k) / Weights::kStep;
+      for (int n = 0; n < kPanels; ++n) store(out + m * kTileWidth + n * kPanel, result[m][n]);
+  }
+  template <int kPanels, int... kIndex>
+  static void pick(std::integer_sequence<int, kIndex...>, const std::uint8_t* block, int height, const std::uint8_t* w,
+                   std::int64_t k, float* out) {
+    static constexpr std::array<TileFunction, sizeof...(kIndex)> kTiles = {&tile<kIndex + 1, kPanels>...};
+    kTiles[static_cast<std::size_t>(height - 1)](block, w, k, out);
+  }
 
-  clear(acc);
-  run(steps);
-  const auto& result = acc;
+  // One block of x times n_panels adjacent panels; out[height][kTileWidth].
+  void multiply(const std::uint8_t* block, int height, const std::uint8_t* w, int n_panels, std::int64_t k,
+                       float* out) {
+    constexpr auto kHeights = std::make_integer_sequence<int, kTileRows>();
+    if (n_panels == kTilePanels) return pick<kTilePanels>(kHeights, block, height, w, k, out);
+    for (int n = 0; n < n_panels; ++n) pick<1>(kHeights, block, height, w + n * panel_bytes(k), k, out + n * kPanel);
+  }
+};
 
-  HETCOMP_UNROLL
-  for (int m = 0; m < kRows; ++m)
-    HETCOMP_UNROLL
-    for (int n = 0; n < kPanels; ++n) store(out + m * kTileWidth + n * kPanel, result[m][n]);
-}
-
-using Tile = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
-
-template <int kPanels, int... kIndex>
-constexpr std::array<Tile, sizeof...(kIndex)> tiles(std::integer_sequence<int, kIndex...>) {
-  return {&tile<kIndex + 1, kPanels>...};
-}
-
-constexpr auto kTilesOfOne = tiles<1>(std::make_integer_sequence<int, kTileRows>());
-constexpr auto kTilesOfMost = tiles<kTilePanels>(std::make_integer_sequence<int, kTileRows>());
-
-// One block of x times n_panels adjacent panels; out[height][kTileWidth].
-inline void multiply(const std::uint8_t* block, int height, const std::uint8_t* w, int n_panels, std::int64_t k,
-                     float* out) {
-  if (n_panels == kTilePanels) return kTilesOfMost[height - 1](block, w, k, out);
-  for (int n = 0; n < n_panels; ++n) kTilesOfOne[height - 1](block, w + n * panel_bytes(k), k, out + n * kPanel);
-}
+using GemmFew = GemmFloat;   // for few tokens a weight
+using GemmMany = GemmFloat;  // for kManyRows and more
+constexpr std::int64_t kManyRows = 64;
 
 constexpr std::int64_t kHeads = 1;  // matrices; each has its own part of a row of x and y
 constexpr std::int64_t kIn = 75, kOut = 37;
 constexpr std::int64_t kPanels = ceil_div(kOut, kPanel);
 constexpr std::int64_t kPanelBytes = panel_bytes(kIn);
-constexpr std::int64_t kInRow = kHeads * kIn, kOutRow = kHeads * kOut;
+constexpr std::int64_t kInRow = kHeads * kIn, kOutRow = 37;  // a NUMA node's part of y lies within whole rows
 
 // Writes `width` columns of a result row, with the epilogue.
 inline void finish(float* y, const float* sums, std::int64_t width, [[maybe_unused]] const float* bias) {
@@ -415,11 +419,12 @@ constexpr std::array<Gemv, sizeof...(kIndex)> gemvs(std::integer_sequence<int, k
 
 constexpr auto kGemvs = gemvs(std::make_integer_sequence<int, kGemvRows>());
 
+template <class Gemm>
 void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, const float* bias, float* y,
           std::uint8_t* packed) {
-  const Blocks blocks = Blocks::of(rows);
-  constexpr std::int64_t kPaddedIn = padded_columns(kIn);
-  const std::int64_t block_bytes = block_row_bytes(kIn) * blocks.height;
+  const Blocks blocks = Blocks::of<Gemm>(rows);
+  constexpr std::int64_t kPaddedIn = Gemm::padded_columns(kIn);
+  const std::int64_t block_bytes = Gemm::block_row_bytes(kIn) * blocks.height;
   constexpr std::int64_t kChunk = 512;  // columns a packing task takes
   constexpr std::int64_t kChunks = ceil_div(kPaddedIn, kChunk);
   const std::int64_t n_pack = kHeads * blocks.count * kChunks;
@@ -427,7 +432,7 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t c = i % kChunks * kChunk, b = i / kChunks % blocks.count, head = i / kChunks / blocks.count;
       const std::int64_t first = b * blocks.height;
-      pack_rows(packed + (head * blocks.count + b) * block_bytes, blocks.height,
+      Gemm::pack_rows(packed + (head * blocks.count + b) * block_bytes, blocks.height,
                 static_cast<int>(std::clamp<std::int64_t>(rows - first, 0, blocks.height)), c,
                 std::min(c + kChunk, kPaddedIn), kIn, [&](int m) { return x + (first + m) * kInRow + head * kIn; });
     }
@@ -435,21 +440,21 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
   barrier(lane);
 
   constexpr std::int64_t kPairs = ceil_div(kPanels, 2);
-  constexpr std::int64_t kTaskBlocks = 8;  // enough tokens to pay for fetching the panels, and still many tasks
-  const std::int64_t chunks = ceil_div(blocks.count, kTaskBlocks);
+  const std::int64_t chunks = ceil_div(blocks.count, Gemm::kTaskBlocks);
   const std::int64_t n_tasks = kHeads * kPairs * chunks;
+  Gemm product;
+  alignas(64) float sums[Gemm::kTileRows * kTileWidth];
+  alignas(64) std::uint8_t scratch[std::max<std::int64_t>(1, Gemm::prepared_bytes(kIn))];
   parallel_for(lane, n_tasks, grain_for(lane, n_tasks, 16), [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) float sums[kTileRows * kTileWidth];
-    alignas(64) std::uint8_t scratch[std::max<std::int64_t>(1, prepared_bytes(kIn))];
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t chunk = i % chunks, pair = i / chunks % kPairs, head = i / chunks / kPairs;
       const std::int64_t column = pair * 2 * kPanel;
       const int n_panels = static_cast<int>(std::min<std::int64_t>(2, kPanels - 2 * pair));
       const std::int64_t width = std::min<std::int64_t>(kTileWidth, kOut - column);
-      const std::uint8_t* panel = prepare_panels(w + (head * kPanels + 2 * pair) * kPanelBytes, n_panels, kIn, scratch);
-      const std::int64_t last = std::min((chunk + 1) * kTaskBlocks, blocks.count);
-      for (std::int64_t b = chunk * kTaskBlocks; b < last; ++b) {
-        multiply(packed + (head * blocks.count + b) * block_bytes, blocks.height, panel, n_panels, kIn, sums);
+      const std::uint8_t* panel = Gemm::prepare_panels(w + (head * kPanels + 2 * pair) * kPanelBytes, n_panels, kIn, scratch);
+      const std::int64_t last = std::min((chunk + 1) * Gemm::kTaskBlocks, blocks.count);
+      for (std::int64_t b = chunk * Gemm::kTaskBlocks; b < last; ++b) {
+        product.multiply(packed + (head * blocks.count + b) * block_bytes, blocks.height, panel, n_panels, kIn, sums);
         const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - b * blocks.height);
         for (std::int64_t m = 0; m < valid; ++m)
           finish(y + (b * blocks.height + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, width,
@@ -467,7 +472,11 @@ void linear_37x75_bf16_avx2(Lane& lane, const KernelArgs& args) {
   const float* bias = nullptr;
   auto* y = static_cast<float*>(args.out[0]);
   if (args.rows <= 0) return;
-  if (args.rows > kGemvRows) return gemm(lane, args.rows, x, w, bias, y, static_cast<std::uint8_t*>(args.workspace));
+  if (args.rows > kGemvRows) {
+    auto* workspace = static_cast<std::uint8_t*>(args.workspace);
+    return args.rows >= kManyRows ? gemm<GemmMany>(lane, args.rows, x, w, bias, y, workspace)
+                                  : gemm<GemmFew>(lane, args.rows, x, w, bias, y, workspace);
+  }
   kGemvs[static_cast<std::size_t>(args.rows - 1)](lane, x, w, bias, y);
 }
 

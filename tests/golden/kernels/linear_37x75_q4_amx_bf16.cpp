@@ -26,9 +26,6 @@ namespace hetcomp {
 namespace {
 
 constexpr int kPanel = 16;  // rows of a weight panel
-// Bytes that loads run ahead of the arithmetic. More than one core's share of bandwidth x latency (16 GB/s x 100 ns),
-// because the hardware prefetcher starts anew in every 4 KB page; a longer way evicts from L1 what is still needed.
-constexpr std::int64_t kPrefetch = 4096;
 
 // Vector vocabulary for AVX-512 (x86-64-v4): V16 holds 16 floats, the rows of a panel.
 struct V16 {
@@ -168,10 +165,13 @@ struct Weights {
 constexpr std::int64_t kGroupStride = Weights::kGroupBytes + Weights::kScaleBytes;
 constexpr std::int64_t panel_bytes(std::int64_t k) { return ceil_div(ceil_div(k, 32) * kGroupStride, 64) * 64; }
 
+// Bytes that loads of weights run ahead of the arithmetic.
+constexpr std::int64_t kPrefetch = 4096;
+
 // Tasks a thread takes at a time: enough bytes in a row that starting the stream costs nothing, few enough that a
 // descheduled thread holds back little; the draws are a multiple of the threads.
 inline std::int64_t stream_grain(const Lane& lane, std::int64_t n_tasks, std::int64_t task_bytes) {
-  constexpr std::int64_t kDrawBytes = 256 << 10;
+  constexpr std::int64_t kDrawBytes = 262144;
   const std::int64_t threads = lane.set->n_threads;
   const std::int64_t grain = std::max<std::int64_t>(1, kDrawBytes / task_bytes);
   return ceil_div(n_tasks, threads * ceil_div(n_tasks, threads * grain));
@@ -276,163 +276,304 @@ HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std
   }
 }
 
-constexpr int kTileRows = 32;  // tokens of a register tile
 constexpr int kTileWidth = 2 * kPanel;  // columns of a tile's result in memory
+using TileFunction = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
 
 // `rows` tokens in `count` blocks of equal height, the last one possibly with rows that nobody asked for.
 struct Blocks {
   std::int64_t count;
   int height;
+  template <class Gemm>
   static Blocks of(std::int64_t rows) {
-    const std::int64_t count = ceil_div(rows, kTileRows);
+    const std::int64_t count = ceil_div(rows, Gemm::kTileRows);
     return {count, count == 0 ? 0 : static_cast<int>(ceil_div(rows, count))};
   }
 };
 
-constexpr int kTilePanels = 2;
-constexpr std::int64_t padded_columns(std::int64_t k) { return ceil_div(k, 32) * 32; }
-constexpr std::int64_t block_row_bytes(std::int64_t k) { return padded_columns(k) * 2; }
-constexpr std::int64_t kBlockUnit = 32;      // columns of a block that are written together
-constexpr bool kPackPrepared = false;        // blocks are packed from x itself
+struct GemmInt8 {
+  static constexpr int kTileRows = 12;  // tokens of a register tile
+  // Blocks of tokens in a task: enough to pay for fetching the panels, few enough for many tasks.
+  static constexpr std::int64_t kTaskBlocks = 8;
+  static constexpr int kTilePanels = 1;
+  static constexpr std::int64_t kGroupRowBytes = kUnit + 8;
+  static constexpr std::int64_t padded_columns(std::int64_t k) { return groups(k) * kUnit; }
+  static constexpr std::int64_t block_row_bytes(std::int64_t k) { return groups(k) * kGroupRowBytes; }
+  static constexpr std::int64_t kBlockUnit = 32;       // columns of a block that are written together
+  static constexpr bool kPackPrepared = true;       // blocks are packed from prepared rows, not from x itself
 
-// Bytes of a panel of bf16 [k / 2][16][2]: what a tile of weights is loaded from, 16 pairs of columns a time.
-constexpr std::int64_t tile_panel_bytes(std::int64_t k) { return padded_columns(k) * 2 * kPanel; }
-constexpr std::int64_t prepared_bytes(std::int64_t k) { return 2 * tile_panel_bytes(k); }
+  // Weights are multiplied as they are stored.
+  static constexpr std::int64_t prepared_bytes(std::int64_t /*k*/) { return 0; }
+  static const std::uint8_t* prepare_panels(const std::uint8_t* w, int /*n*/, std::int64_t /*k*/, std::uint8_t*) {
+    return w;
+  }
 
-// The step's 16 rows at two columns as pairs of bf16.
-inline __m512i round_pairs(V16 first, V16 second) {
-  alignas(64) static constexpr std::uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const auto both = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
-}
-
-// One panel with its scales, as bf16 (rounded once: the scale is part of the number).
-inline void prepare_panel(const std::uint8_t* w, std::int64_t k, std::uint8_t* to) {
-
-  constexpr int kLoads = static_cast<int>(Weights::kGroupBytes / 64);
-  const __m512i byte = _mm512_set1_epi32(255);
-  for (std::int64_t g = 0; g < ceil_div(k, 32); ++g, w += kGroupStride) {
-    const V16 scale = Weights::scales(w + Weights::kGroupBytes);
-    const V16 offset = zero() - scale * set1(static_cast<float>(Weights::kOffset));
+  static void put_group(std::uint8_t* to, int height, int m, const std::uint8_t* bytes, Group group) {
     HETCOMP_UNROLL
-    for (int l = 0; l < kLoads; ++l) {
-      const Bytes v = load_bytes(w + l * 64);
-      HETCOMP_UNROLL
-      for (int s = 0; s < Weights::kSteps; ++s, to += 128) {
-        const __m512i c = Weights::codes(v, s).v;
-        const auto at = [&](__m512i bits) __attribute__((always_inline)) {
-          return fma({_mm512_cvtepi32_ps(bits)}, scale, offset);
-        };
-        const V16 a = at(_mm512_and_si512(c, byte)), b = at(_mm512_and_si512(_mm512_srli_epi32(c, 8), byte));
-        const V16 d = at(_mm512_and_si512(_mm512_srli_epi32(c, 16), byte)), e = at(_mm512_srli_epi32(c, 24));
-        _mm512_storeu_si512(to, round_pairs(a, b));
-        _mm512_storeu_si512(to + 64, round_pairs(d, e));
+    for (int s = 0; s < 8; ++s) std::memcpy(to + (s * height + m) * 4, bytes + s * 4, 4);
+    std::memcpy(to + kUnit * height + m * 4, &group.scale, 4);
+    std::memcpy(to + (kUnit + 4) * height + m * 4, &group.offset, 4);
+  }
+
+  // Packs columns k0 .. k1 (multiples of 32) of rows m < valid of x, row(m) each, k columns long. What lies in the further
+  // rows of the block does not matter: their results are not used.
+  template <class Row>
+  static void pack_rows(std::uint8_t* block, int height, int valid, std::int64_t k0, std::int64_t k1, std::int64_t k,
+                        Row&& row) {
+    for (std::int64_t c = k0; c < k1; c += kUnit) {
+      std::uint8_t* to = block + c / kUnit * kGroupRowBytes * height;
+      for (int m = 0; m < valid; ++m) {
+        alignas(64) std::uint8_t bytes[kUnit];
+        const Group group = quantise(row(m), c, k, bytes);
+        put_group(to, height, m, bytes, group);
       }
     }
   }
 
-}
-
-inline const std::uint8_t* prepare_panels(const std::uint8_t* w, int n, std::int64_t k, std::uint8_t* scratch) {
-
-  for (int i = 0; i < n; ++i) prepare_panel(w + i * panel_bytes(k), k, scratch + i * tile_panel_bytes(k));
-  return scratch;
-}
-
-// 32 columns of a row of x, zero from n on, as bf16.
-inline __m512i to_bf16(const float* x, std::int64_t n) {
-  const auto mask = [](std::int64_t m) {
-    return static_cast<__mmask16>(m >= 16 ? 0xffff : m <= 0 ? 0 : (1u << m) - 1u);
-  };
-  return std::bit_cast<__m512i>(
-      _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(mask(n - 16), x + 16), _mm512_maskz_loadu_ps(mask(n), x)));
-}
-
-// Packs columns k0 .. k1 (multiples of 32) of rows m < valid, row(m) each; columns beyond k are zero. What lies in the
-// further rows of the block does not matter: their results are not used.
-template <class Row>
-inline void pack_rows(std::uint8_t* block, int height, int valid, std::int64_t k0, std::int64_t k1, std::int64_t k,
-                      Row&& row) {
-  for (int m = 0; m < valid; ++m) {
-    const float* from = row(m);
-    for (std::int64_t c = k0; c < k1; c += 32)
-      _mm512_storeu_si512(block + (c / 32 * height + m) * 64, to_bf16(from + c, k - c));
+  // The same from prepared rows.
+  template <class Row>
+  static void pack_prepared(std::uint8_t* block, int height, int valid, std::int64_t k, Row&& row) {
+    for (std::int64_t g = 0; g < groups(k); ++g) {
+      std::uint8_t* to = block + g * kGroupRowBytes * height;
+      for (int m = 0; m < valid; ++m) {
+        const std::uint8_t* from = row(m);
+        Group group;
+        std::memcpy(&group.scale, from + groups(k) * kUnit + g * 4, 4);
+        std::memcpy(&group.offset, from + groups(k) * (kUnit + 4) + g * 4, 4);
+        put_group(to, height, m, from + g * kUnit, group);
+      }
+    }
   }
-}
 
-template <class Row>
-inline void pack_prepared(std::uint8_t*, int, int, std::int64_t, Row&&) {}
+  // Columns column .. column + 32 of all rows of a block of k columns.
+  static void put_block_unit(std::uint8_t* block, int height, std::int64_t /*k*/, std::int64_t column,
+                             const float (*h)[kBlockUnit]) {
+    std::uint8_t* to = block + column / kUnit * kGroupRowBytes * height;
+    for (int m = 0; m < height; ++m) {
+      alignas(64) std::uint8_t bytes[kUnit];
+      const Group group = quantise(load(h[m]), load(h[m] + kPanel), bytes);
+      put_group(to, height, m, bytes, group);
+    }
+  }
 
-// Columns column .. column + 32 of all rows of a block of k columns.
-inline void put_block_unit(std::uint8_t* block, int height, std::int64_t /*k*/, std::int64_t column,
-                           const float (*h)[kBlockUnit]) {
-  for (int m = 0; m < height; ++m)
-    _mm512_storeu_si512(block + (column / 32 * height + m) * 64, to_bf16(h[m], kBlockUnit));
-}
+  // out[m][r] = row m of the block times row r of the panel. Sums of a group are whole numbers in registers; their f32 sums
+  // stay in registers over the whole of k.
+  template <int kRows>
+  [[gnu::noinline]] static void tile(const std::uint8_t* x, const std::uint8_t* w, std::int64_t k, float* out) {
+    constexpr int kLoads = static_cast<int>(Weights::kGroupBytes / 64);
+    V16 total[kRows];
+    HETCOMP_UNROLL
+    for (int m = 0; m < kRows; ++m) total[m] = zero();
+    for (std::int64_t g = 0; g < groups(k); ++g) {
+      prefetch<kGroupStride>(w + kPrefetch);
+      I16 sum[kRows];
+      HETCOMP_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        std::int32_t offset;
+        std::memcpy(&offset, x + (kUnit + 4) * kRows + m * 4, 4);
+        sum[m] = set1_i32(-offset);
+      }
+      HETCOMP_UNROLL
+      for (int l = 0; l < kLoads; ++l) {
+        const Bytes v = load_bytes(w + l * 64);
+        HETCOMP_UNROLL
+        for (int s = 0; s < Weights::kSteps; ++s) {
+          const Bytes codes = Weights::codes(v, s);
+          HETCOMP_UNROLL
+          for (int m = 0; m < kRows; ++m)
+            sum[m] = Weights::dot(sum[m], codes, x + ((l * Weights::kSteps + s) * kRows + m) * 4);
+        }
+      }
+      const V16 scale = Weights::scales(w + Weights::kGroupBytes);
+      HETCOMP_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        float x_scale;
+        std::memcpy(&x_scale, x + kUnit * kRows + m * 4, 4);
+        total[m] = fma(to_float(sum[m]), scale * set1(x_scale), total[m]);
+      }
+      x += kGroupRowBytes * kRows;
+      w += kGroupStride;
+    }
+    HETCOMP_UNROLL
+    for (int m = 0; m < kRows; ++m) store(out + m * kTileWidth, total[m]);
+  }
 
-// Shapes of the tiles for a block: 0 .. 3 sums, 4 and 5 rows 0 .. 15 and 16 .. 31 of x, 6 and 7 panels.
-struct alignas(64) TileShapes {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {};
-  explicit TileShapes(int height) {
-    const auto upper = static_cast<std::uint8_t>(std::min(height, 16));
-    const auto lower = static_cast<std::uint8_t>(std::max(height - 16, 1));
-    rows[0] = rows[1] = rows[4] = upper;
-    rows[2] = rows[3] = rows[5] = lower;
-    rows[6] = rows[7] = 16;
+  template <int... kIndex>
+  static void pick(std::integer_sequence<int, kIndex...>, const std::uint8_t* block, int height, const std::uint8_t* w,
+                   std::int64_t k, float* out) {
+    static constexpr std::array<TileFunction, sizeof...(kIndex)> kTiles = {&tile<kIndex + 1>...};
+    kTiles[static_cast<std::size_t>(height - 1)](block, w, k, out);
+  }
+
+  // One block times n_panels adjacent panels; out[height][kTileWidth].
+  void multiply(const std::uint8_t* block, int height, const std::uint8_t* w, int n_panels, std::int64_t k,
+                       float* out) {
+    constexpr auto kHeights = std::make_integer_sequence<int, kTileRows>();
+    for (int n = 0; n < n_panels; ++n) pick(kHeights, block, height, w + n * panel_bytes(k), k, out + n * kPanel);
   }
 };
 
-template <bool kTwoRows, bool kTwoPanels>
-inline void multiply_tiles(const std::uint8_t* block, int height, const std::uint8_t* w, std::int64_t k, float* out) {
-  const TileShapes shapes(height);
-  _tile_loadconfig(&shapes);
-  _tile_zero(0);
-  if constexpr (kTwoPanels) _tile_zero(1);
-  if constexpr (kTwoRows) _tile_zero(2);
-  if constexpr (kTwoRows && kTwoPanels) _tile_zero(3);
-  const std::uint8_t* second = w + tile_panel_bytes(k);
-  for (std::int64_t s = 0; s < padded_columns(k) / 32; ++s) {
-    _tile_loadd(6, w + s * 1024, 64);
-    _tile_loadd(4, block + s * height * 64, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kTwoPanels) {
-      _tile_loadd(7, second + s * 1024, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kTwoRows) {
-      _tile_loadd(5, block + (s * height + 16) * 64, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kTwoPanels) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  constexpr int kStride = kTileWidth * 4;
-  _tile_stored(0, out, kStride);
-  if constexpr (kTwoPanels) _tile_stored(1, out + kPanel, kStride);
-  if constexpr (kTwoRows) _tile_stored(2, out + 16 * kTileWidth, kStride);
-  if constexpr (kTwoRows && kTwoPanels) _tile_stored(3, out + 16 * kTileWidth + kPanel, kStride);
-  _tile_release();
-}
+struct GemmAmxBf16 {
+  static constexpr int kTileRows = 32;  // tokens of a register tile
+  // Blocks of tokens in a task: enough to pay for converting the panels, few enough for many tasks.
+  static constexpr std::int64_t kTaskBlocks = 16;
+  static constexpr int kTilePanels = 2;
+  static constexpr std::int64_t padded_columns(std::int64_t k) { return ceil_div(k, 32) * 32; }
+  static constexpr std::int64_t block_row_bytes(std::int64_t k) { return padded_columns(k) * 2; }
+  static constexpr std::int64_t kBlockUnit = 32;      // columns of a block that are written together
+  static constexpr bool kPackPrepared = false;        // blocks are packed from x itself
 
-// One block times n_panels adjacent panels; out[height][kTileWidth].
-inline void multiply(const std::uint8_t* block, int height, const std::uint8_t* w, int n_panels, std::int64_t k,
-                     float* out) {
-  if (height > 16) {
-    if (n_panels == 2) multiply_tiles<true, true>(block, height, w, k, out);
-    else multiply_tiles<true, false>(block, height, w, k, out);
-  } else {
-    if (n_panels == 2) multiply_tiles<false, true>(block, height, w, k, out);
-    else multiply_tiles<false, false>(block, height, w, k, out);
+  // Bytes of a panel of bf16 [k / 2][16][2]: what a tile of weights is loaded from, 16 pairs of columns a time.
+  static constexpr std::int64_t tile_panel_bytes(std::int64_t k) { return padded_columns(k) * 2 * kPanel; }
+  static constexpr std::int64_t prepared_bytes(std::int64_t k) { return 2 * tile_panel_bytes(k); }
+
+  // The step's 16 rows at two columns as pairs of bf16.
+  static __m512i round_pairs(V16 first, V16 second) {
+    alignas(64) static constexpr std::uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const auto both = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v));
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
   }
-}
+
+  // One panel with its scales, as bf16 (rounded once: the scale is part of the number).
+  static void prepare_panel(const std::uint8_t* w, std::int64_t k, std::uint8_t* to) {
+
+    constexpr int kLoads = static_cast<int>(Weights::kGroupBytes / 64);
+    const __m512i byte = _mm512_set1_epi32(255);
+    for (std::int64_t g = 0; g < ceil_div(k, 32); ++g, w += kGroupStride) {
+      const V16 scale = Weights::scales(w + Weights::kGroupBytes);
+      const V16 offset = zero() - scale * set1(static_cast<float>(Weights::kOffset));
+      HETCOMP_UNROLL
+      for (int l = 0; l < kLoads; ++l) {
+        const Bytes v = load_bytes(w + l * 64);
+        HETCOMP_UNROLL
+        for (int s = 0; s < Weights::kSteps; ++s, to += 128) {
+          const __m512i c = Weights::codes(v, s).v;
+          const auto at = [&](__m512i bits) __attribute__((always_inline)) {
+            return fma({_mm512_cvtepi32_ps(bits)}, scale, offset);
+          };
+          const V16 a = at(_mm512_and_si512(c, byte)), b = at(_mm512_and_si512(_mm512_srli_epi32(c, 8), byte));
+          const V16 d = at(_mm512_and_si512(_mm512_srli_epi32(c, 16), byte)), e = at(_mm512_srli_epi32(c, 24));
+          _mm512_storeu_si512(to, round_pairs(a, b));
+          _mm512_storeu_si512(to + 64, round_pairs(d, e));
+        }
+      }
+    }
+
+  }
+
+  static const std::uint8_t* prepare_panels(const std::uint8_t* w, int n, std::int64_t k, std::uint8_t* scratch) {
+
+    for (int i = 0; i < n; ++i) prepare_panel(w + i * panel_bytes(k), k, scratch + i * tile_panel_bytes(k));
+    return scratch;
+  }
+
+  // 32 columns of a row of x, zero from n on, as bf16.
+  static __m512i to_bf16(const float* x, std::int64_t n) {
+    const auto mask = [](std::int64_t m) {
+      return static_cast<__mmask16>(m >= 16 ? 0xffff : m <= 0 ? 0 : (1u << m) - 1u);
+    };
+    return std::bit_cast<__m512i>(
+        _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(mask(n - 16), x + 16), _mm512_maskz_loadu_ps(mask(n), x)));
+  }
+
+  // Packs columns k0 .. k1 (multiples of 32) of rows m < valid, row(m) each; columns beyond k are zero. What lies in the
+  // further rows of the block does not matter: their results are not used.
+  template <class Row>
+  static void pack_rows(std::uint8_t* block, int height, int valid, std::int64_t k0, std::int64_t k1, std::int64_t k,
+                        Row&& row) {
+    for (int m = 0; m < valid; ++m) {
+      const float* from = row(m);
+      for (std::int64_t c = k0; c < k1; c += 32)
+        _mm512_storeu_si512(block + (c / 32 * height + m) * 64, to_bf16(from + c, k - c));
+    }
+  }
+
+  // Columns column .. column + 32 of all rows of a block of k columns.
+  static void put_block_unit(std::uint8_t* block, int height, std::int64_t /*k*/, std::int64_t column,
+                             const float (*h)[kBlockUnit]) {
+    for (int m = 0; m < height; ++m)
+      _mm512_storeu_si512(block + (column / 32 * height + m) * 64, to_bf16(h[m], kBlockUnit));
+  }
+
+  // Shapes of the tiles for a block: 0 .. 3 sums, 4 and 5 rows 0 .. 15 and 16 .. 31 of x, 6 and 7 panels.
+  struct alignas(64) TileShapes {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {};
+    explicit TileShapes(int height) {
+      const auto upper = static_cast<std::uint8_t>(std::min(height, 16));
+      const auto lower = static_cast<std::uint8_t>(std::max(height - 16, 1));
+      rows[0] = rows[1] = rows[4] = upper;
+      rows[2] = rows[3] = rows[5] = lower;
+      rows[6] = rows[7] = 16;
+    }
+  };
+
+  template <bool kTwoRows, bool kTwoPanels>
+  static void multiply_tiles(const std::uint8_t* block, int height, const std::uint8_t* w, std::int64_t k, float* out) {
+    _tile_zero(0);
+    if constexpr (kTwoPanels) _tile_zero(1);
+    if constexpr (kTwoRows) _tile_zero(2);
+    if constexpr (kTwoRows && kTwoPanels) _tile_zero(3);
+    const std::uint8_t* second = w + tile_panel_bytes(k);
+    for (std::int64_t s = 0; s < padded_columns(k) / 32; ++s) {
+      _tile_loadd(6, w + s * 1024, 64);
+      _tile_loadd(4, block + s * height * 64, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kTwoPanels) {
+        _tile_loadd(7, second + s * 1024, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kTwoRows) {
+        _tile_loadd(5, block + (s * height + 16) * 64, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (kTwoPanels) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    constexpr int kStride = kTileWidth * 4;
+    _tile_stored(0, out, kStride);
+    if constexpr (kTwoPanels) _tile_stored(1, out + kPanel, kStride);
+    if constexpr (kTwoRows) _tile_stored(2, out + 16 * kTileWidth, kStride);
+    if constexpr (kTwoRows && kTwoPanels) _tile_stored(3, out + 16 * kTileWidth + kPanel, kStride);
+  }
+
+  // One block times n_panels adjacent panels; out[height][kTileWidth].
+  void multiply(const std::uint8_t* block, int height, const std::uint8_t* w, int n_panels, std::int64_t k, float* out) {
+    if (height != height_) {
+      const TileShapes shapes(height);
+      _tile_loadconfig(&shapes);
+      height_ = height;
+    }
+    if (height > 16) {
+      if (n_panels == 2) multiply_tiles<true, true>(block, height, w, k, out);
+      else multiply_tiles<true, false>(block, height, w, k, out);
+    } else {
+      if (n_panels == 2) multiply_tiles<false, true>(block, height, w, k, out);
+      else multiply_tiles<false, false>(block, height, w, k, out);
+    }
+  }
+
+  GemmAmxBf16() = default;
+  GemmAmxBf16(const GemmAmxBf16&) = delete;
+  GemmAmxBf16& operator=(const GemmAmxBf16&) = delete;
+  // Shaping and releasing the tiles takes more than a microsecond: once a kernel, not once a product.
+  ~GemmAmxBf16() {
+    if (height_ != 0) _tile_release();
+  }
+
+ private:
+  int height_ = 0;
+};
+
+using GemmFew = GemmInt8;   // for few tokens a weight
+using GemmMany = GemmAmxBf16;  // for kManyRows and more
+constexpr std::int64_t kManyRows = 64;
 
 constexpr std::int64_t kHeads = 1;  // matrices; each has its own part of a row of x and y
 constexpr std::int64_t kIn = 75, kOut = 37;
 constexpr std::int64_t kPanels = ceil_div(kOut, kPanel);
 constexpr std::int64_t kPanelBytes = panel_bytes(kIn);
-constexpr std::int64_t kInRow = kHeads * kIn, kOutRow = kHeads * kOut;
+constexpr std::int64_t kInRow = kHeads * kIn, kOutRow = 37;  // a NUMA node's part of y lies within whole rows
 
 // Writes `width` columns of a result row, with the epilogue.
 inline void finish(float* y, const float* sums, std::int64_t width, [[maybe_unused]] const float* bias) {
@@ -481,11 +622,12 @@ constexpr std::array<Gemv, sizeof...(kIndex)> gemvs(std::integer_sequence<int, k
 
 constexpr auto kGemvs = gemvs(std::make_integer_sequence<int, kGemvRows>());
 
+template <class Gemm>
 void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, const float* bias, float* y,
           std::uint8_t* packed) {
-  const Blocks blocks = Blocks::of(rows);
-  constexpr std::int64_t kPaddedIn = padded_columns(kIn);
-  const std::int64_t block_bytes = block_row_bytes(kIn) * blocks.height;
+  const Blocks blocks = Blocks::of<Gemm>(rows);
+  constexpr std::int64_t kPaddedIn = Gemm::padded_columns(kIn);
+  const std::int64_t block_bytes = Gemm::block_row_bytes(kIn) * blocks.height;
   constexpr std::int64_t kChunk = 512;  // columns a packing task takes
   constexpr std::int64_t kChunks = ceil_div(kPaddedIn, kChunk);
   const std::int64_t n_pack = kHeads * blocks.count * kChunks;
@@ -493,7 +635,7 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t c = i % kChunks * kChunk, b = i / kChunks % blocks.count, head = i / kChunks / blocks.count;
       const std::int64_t first = b * blocks.height;
-      pack_rows(packed + (head * blocks.count + b) * block_bytes, blocks.height,
+      Gemm::pack_rows(packed + (head * blocks.count + b) * block_bytes, blocks.height,
                 static_cast<int>(std::clamp<std::int64_t>(rows - first, 0, blocks.height)), c,
                 std::min(c + kChunk, kPaddedIn), kIn, [&](int m) { return x + (first + m) * kInRow + head * kIn; });
     }
@@ -501,21 +643,21 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
   barrier(lane);
 
   constexpr std::int64_t kPairs = ceil_div(kPanels, 2);
-  constexpr std::int64_t kTaskBlocks = 16;  // enough tokens to pay for fetching the panels, and still many tasks
-  const std::int64_t chunks = ceil_div(blocks.count, kTaskBlocks);
+  const std::int64_t chunks = ceil_div(blocks.count, Gemm::kTaskBlocks);
   const std::int64_t n_tasks = kHeads * kPairs * chunks;
+  Gemm product;
+  alignas(64) float sums[Gemm::kTileRows * kTileWidth];
+  alignas(64) std::uint8_t scratch[std::max<std::int64_t>(1, Gemm::prepared_bytes(kIn))];
   parallel_for(lane, n_tasks, grain_for(lane, n_tasks, 16), [&](std::int64_t begin, std::int64_t end) {
-    alignas(64) float sums[kTileRows * kTileWidth];
-    alignas(64) std::uint8_t scratch[std::max<std::int64_t>(1, prepared_bytes(kIn))];
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t chunk = i % chunks, pair = i / chunks % kPairs, head = i / chunks / kPairs;
       const std::int64_t column = pair * 2 * kPanel;
       const int n_panels = static_cast<int>(std::min<std::int64_t>(2, kPanels - 2 * pair));
       const std::int64_t width = std::min<std::int64_t>(kTileWidth, kOut - column);
-      const std::uint8_t* panel = prepare_panels(w + (head * kPanels + 2 * pair) * kPanelBytes, n_panels, kIn, scratch);
-      const std::int64_t last = std::min((chunk + 1) * kTaskBlocks, blocks.count);
-      for (std::int64_t b = chunk * kTaskBlocks; b < last; ++b) {
-        multiply(packed + (head * blocks.count + b) * block_bytes, blocks.height, panel, n_panels, kIn, sums);
+      const std::uint8_t* panel = Gemm::prepare_panels(w + (head * kPanels + 2 * pair) * kPanelBytes, n_panels, kIn, scratch);
+      const std::int64_t last = std::min((chunk + 1) * Gemm::kTaskBlocks, blocks.count);
+      for (std::int64_t b = chunk * Gemm::kTaskBlocks; b < last; ++b) {
+        product.multiply(packed + (head * blocks.count + b) * block_bytes, blocks.height, panel, n_panels, kIn, sums);
         const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - b * blocks.height);
         for (std::int64_t m = 0; m < valid; ++m)
           finish(y + (b * blocks.height + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, width,
@@ -533,7 +675,11 @@ void linear_37x75_q4_amx_bf16(Lane& lane, const KernelArgs& args) {
   const float* bias = nullptr;
   auto* y = static_cast<float*>(args.out[0]);
   if (args.rows <= 0) return;
-  if (args.rows > kGemvRows) return gemm(lane, args.rows, x, w, bias, y, static_cast<std::uint8_t*>(args.workspace));
+  if (args.rows > kGemvRows) {
+    auto* workspace = static_cast<std::uint8_t*>(args.workspace);
+    return args.rows >= kManyRows ? gemm<GemmMany>(lane, args.rows, x, w, bias, y, workspace)
+                                  : gemm<GemmFew>(lane, args.rows, x, w, bias, y, workspace);
+  }
   kGemvs[static_cast<std::size_t>(args.rows - 1)](lane, x, w, bias, y);
 }
 
