@@ -1,0 +1,176 @@
+"""Makes an importance file (hetcomp.backends.importance) by running a model of transformers on text.
+
+The importance of a column is the mean square of the activations that it meets: what the expected squared error of a
+matrix's output weighs that column's error with, if activations of different columns are taken to be uncorrelated.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+
+from hetcomp import frontend
+from hetcomp.errors import HetcompError
+from hetcomp.frontend.source import ModelSource, resolve
+from hetcomp.ir.plan import ValueKind
+from hetcomp.progress import ProgressSink, QuietProgress
+
+WINDOW = 512
+# Tokens after which an expert's own mean squares are taken. A mean square of n normal numbers has a relative standard
+# error of sqrt(2 / n), here 18 %; with fewer the mean over all experts is nearer to the truth.
+ENOUGH_TOKENS = 64
+
+_Floats = npt.NDArray[np.float32]
+
+
+def importance_from_text(
+    model: str | Path, text: str | Path | Sequence[Sequence[int]], out: Path, progress: ProgressSink | None = None
+) -> None:
+    """Writes the importance of every matrix that ``model`` multiplies activations with while it reads ``text``.
+
+    model: a Hugging Face folder with weights, or a zoo name; it is loaded whole, in float32 (in bf16 oneDNN
+    generates code for every number of tokens that an expert gets, which takes longer than the arithmetic). text: a
+    UTF-8 file, cut into windows of 512 tokens that are run one by one, or token ids of several texts. Matrices of
+    experts get a row an expert; an expert that saw fewer than 64 tokens gets the mean over all experts.
+
+    Raises HetcompError, with nothing left at ``out``, if the model has no weights or no tokenizer, or the text cannot be
+    read or has fewer than two tokens.
+    """
+    progress = progress or QuietProgress()
+    source = resolve(model)
+    windows = _windows([_ids(source, Path(text))] if isinstance(text, str | Path) else text)
+    progress.stage("trace")
+    wanted = _matrices(model)
+    progress.stage("load")
+    network = source.model_class.from_pretrained(source.folder, dtype=torch.float32, experts_implementation="eager").eval()
+    progress.stage("run on text", total=sum(map(len, windows)))
+    watch = _Watch(network, wanted)
+    limit = source.config.vocab_size
+    for ids in windows:
+        if max(ids) >= limit or min(ids) < 0:
+            raise HetcompError(f"The text has token {max(ids)}, but {source.name} has a vocabulary of {limit}.")
+        with torch.inference_mode(), watch:
+            network(torch.tensor([ids]), use_cache=False)
+        progress.advance(len(ids))
+    _write({name: seen.importance() for name, seen in watch.seen.items()}, out)
+
+
+def _ids(source: ModelSource, text: Path) -> list[int]:
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise HetcompError(f"Text {text} cannot be read: {error}; expected a UTF-8 file.") from None
+    try:
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source.folder)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise HetcompError(f"{source.name} has no tokenizer that transformers can read: {reason}") from error
+    ids: list[int] = tokenizer(content, verbose=False).input_ids
+    if len(ids) < 2:
+        raise HetcompError(f"Text {text} has {len(ids)} tokens; some thousands of the kind the model is to read are needed.")
+    return ids
+
+
+def _windows(texts: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [list(ids[i : i + WINDOW]) for ids in texts for i in range(0, len(ids), WINDOW)]
+
+
+def _matrices(model: str | Path) -> set[str]:
+    """Names of the weights whose columns importance can be given for."""
+    imported = frontend.load(model, context_length=None, max_batch=1, max_tokens=WINDOW, max_logit_rows=1)
+    if imported.checkpoint is None:
+        raise HetcompError(f"{imported.plan.model.name} is a config without weights; importance needs a model to run.")
+    return {
+        v.fqn
+        for v in imported.plan.values
+        if v.kind is ValueKind.WEIGHT and v.fqn and len(v.type.shape) > 1 and not (v.view and v.view.head_transpose)
+    }
+
+
+@dataclass
+class _Seen:
+    """Sums of squares f64 [E, K] and the number of tokens [E] of each expert; E is 1 for a plain matrix."""
+
+    of_experts: bool
+    squares: torch.Tensor
+    tokens: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = torch.zeros(len(self.squares), dtype=torch.int64)
+
+    def add(self, expert: int, activations: torch.Tensor) -> None:
+        rows = activations.reshape(-1, activations.shape[-1])
+        self.squares[expert] += rows.float().square().sum(0, dtype=torch.float64)
+        self.tokens[expert] += len(rows)
+
+    def importance(self) -> _Floats:
+        shared = self.squares.sum(0) / self.tokens.sum().clamp(min=1)
+        own = self.squares / self.tokens.clamp(min=1)[:, None]
+        mean = torch.where(self.tokens[:, None] >= ENOUGH_TOKENS, own, shared) if self.of_experts else shared
+        result: _Floats = mean.numpy().astype(np.float32)
+        return result
+
+
+class _Watch(TorchFunctionMode):
+    """While active, adds up the squares of what is multiplied with the wanted parameters, or with one expert's slice of
+    them, by torch.nn.functional.linear."""
+
+    def __init__(self, network: torch.nn.Module, wanted: set[str]) -> None:
+        super().__init__()
+        parameters = [(p.data_ptr(), name, p) for name, p in network.named_parameters() if name in wanted]
+        self._parameters = sorted(parameters, key=lambda entry: entry[0])
+        self._starts = [start for start, _, _ in self._parameters]
+        self.seen: dict[str, _Seen] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - as torch declares it
+        if func is torch.nn.functional.linear:
+            self._linear(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, activations: torch.Tensor, weight: torch.Tensor) -> None:
+        i = bisect.bisect_right(self._starts, weight.data_ptr()) - 1
+        if i < 0:
+            return
+        start, name, parameter = self._parameters[i]
+        offset = (weight.data_ptr() - start) // parameter.element_size()
+        if offset >= parameter.numel() or not weight.is_contiguous() or weight.shape[-1] != parameter.shape[-1]:
+            return
+        of_experts = parameter.ndim == 3
+        if name not in self.seen:
+            size = (parameter.shape[0] if of_experts else 1, parameter.shape[-1])
+            self.seen[name] = _Seen(of_experts, torch.zeros(size, dtype=torch.float64))
+        expert = offset // math.prod(parameter.shape[1:]) if of_experts else 0
+        self.seen[name].add(expert, activations)
+
+
+def _write(vectors: dict[str, _Floats], out: Path) -> None:
+    with _appearing(out) as partial:
+        safetensors.numpy.save_file(vectors, partial)
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A file beside ``out`` that takes its place when the block ends well, and is gone otherwise."""
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(out)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise HetcompError(f"{out} cannot be written: {error}.") from None
+    finally:
+        partial.unlink(missing_ok=True)
