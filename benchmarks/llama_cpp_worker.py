@@ -78,7 +78,7 @@ def main() -> None:
         return [float(x) for x in start(prompt)]
 
     def all_logits(prompt: list[int], file: str) -> None:
-        """Writes the logits after each token of the prompt, at most a micro-batch, to a .npy file: f32 [tokens, vocab]."""
+        """Writes the logits after each token of the prompt (at most 512) to a .npy file: f32 [tokens, vocab]."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         batch = llama_cpp.llama_batch_init(len(prompt), 0, 1)
         batch.n_tokens = len(prompt)

@@ -5,9 +5,9 @@ python -m benchmarks.quality [--formats "q8;q4;q4,embedding=q8"] [--peer-python 
 The first half of each text of models_zoo/eval is calibration (--importance: formats marked with "+importance" and
 llama.cpp's types so marked get column importances made from it, all from the same file), the second half is cut into
 windows; every engine predicts each window's tokens from those before them. The reference is hetcomp in f32, the KL
-divergence is that of the reference's distribution over the whole vocabulary from the engine's, in nats, by token. The KV
-cache is f32 in every engine unless a format says otherwise, so that only weights (and the int8 activations that q8 and
-q4 are multiplied with, there as here) count. Bits a weight are of all matrices but the routers, scales included.
+divergence is that of the reference's distribution over the whole vocabulary from the engine's, in nats, by token. The
+KV cache is f32 in every engine unless a format says otherwise, so that only weights (and the int8 activations that q8
+and q4 are multiplied with, there as here) count. Bits a weight are of all matrices but the routers, scales included.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ Logits = Callable[[list[int]], NDArray[np.float32]]
 
 @dataclass
 class Accuracy:
-    """Against the reference, by predicted token: loss f64 [tokens] (nats), KL divergence f64 [tokens] (nats), and whether
-    the most likely token is the same, bool [tokens].
+    """Against the reference, by predicted token: loss f64 [tokens] (nats), KL divergence f64 [tokens] (nats), and
+    whether the most likely token is the same, bool [tokens].
     """
 
     loss: NDArray[np.float64]

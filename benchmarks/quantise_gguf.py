@@ -1,7 +1,7 @@
-"""Quantises a GGUF file with llama.cpp: SOURCE TARGET TYPE [--importance FILE.safetensors]. Runs in the peers' environment.
+"""Quantises a GGUF file with llama.cpp: SOURCE TARGET TYPE [--importance FILE.safetensors].
 
-Prints, as JSON, the type that each matrix really got (llama.cpp falls back where a row is no multiple of 256), and bytes
-and weights of all matrices but the routers.
+Runs in the peers' environment. Prints, as JSON, the type that each matrix really got (llama.cpp falls back where a row
+is no multiple of 256), and bytes and weights of all matrices but the routers.
 """
 
 from __future__ import annotations

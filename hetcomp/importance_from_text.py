@@ -45,8 +45,8 @@ def importance_from_text(
     UTF-8 file, cut into windows of 512 tokens that are run one by one, or token ids of several texts. Matrices of
     experts get a row an expert; an expert that saw fewer than 64 tokens gets the mean over all experts.
 
-    Raises HetcompError, with nothing left at ``out``, if the model has no weights or no tokenizer, or the text cannot be
-    read or has fewer than two tokens.
+    Raises HetcompError, with nothing left at ``out``, if the model has no weights or no tokenizer, or the text cannot
+    be read or has fewer than two tokens.
     """
     progress = progress or QuietProgress()
     source = resolve(model)
@@ -54,7 +54,9 @@ def importance_from_text(
     progress.stage("trace")
     wanted = _matrices(model)
     progress.stage("load")
-    network = source.model_class.from_pretrained(source.folder, dtype=torch.float32, experts_implementation="eager").eval()
+    network = source.model_class.from_pretrained(
+        source.folder, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
     progress.stage("run on text", total=sum(map(len, windows)))
     watch = _Watch(network, wanted)
     limit = source.config.vocab_size
@@ -79,7 +81,7 @@ def _ids(source: ModelSource, text: Path) -> list[int]:
         raise HetcompError(f"{source.name} has no tokenizer that transformers can read: {reason}") from error
     ids: list[int] = tokenizer(content, verbose=False).input_ids
     if len(ids) < 2:
-        raise HetcompError(f"Text {text} has {len(ids)} tokens; some thousands of the kind the model is to read are needed.")
+        raise HetcompError(f"Text {text} has {len(ids)} tokens; some thousands are needed.")
     return ids
 
 
@@ -135,8 +137,12 @@ class _Watch(TorchFunctionMode):
         self.seen: dict[str, _Seen] = {}
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - as torch declares it
+        self,
+        func: Any,  # noqa: ANN401 - as torch declares it
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
         if func is torch.nn.functional.linear:
             self._linear(args[0], args[1])
         return func(*args, **(kwargs or {}))

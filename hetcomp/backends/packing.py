@@ -1,9 +1,9 @@
 """Packed weight layouts: the bytes that kernels stream, the same for GEMV, GEMM and row gather.
 
 A matrix w[N, K] is stored in *panels* of 16 rows, each panel along K and padded to a multiple of 64 bytes; rows beyond
-N are zero. In formats with groups of 32 columns a group is its elements, then its scales: all scales behind all elements
-would be a second stream of memory, which halves the speed of the first. fp8 has the scales of its B = ceil(K/128)
-blocks, a line or two, behind its elements.
+N are zero. In formats with groups of 32 columns a group is its elements, then its scales: all scales behind all
+elements would be a second stream of memory, which halves the speed of the first. fp8 has the scales of its
+B = ceil(K/128) blocks, a line or two, behind its elements.
 
 ``f32``    elements [K][16]: one vector of 16 rows for every k
 ``bf16``   elements [K/2][16][2]: 64 bytes hold 16 rows of two adjacent k, the same bytes feed vdpbf16ps
