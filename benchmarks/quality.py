@@ -38,7 +38,7 @@ from hetcomp.passes.context import ROLES
 
 MODEL = "demo-moe"
 FORMATS = (
-    "bf16;q8;fp8;mxfp4;q4;q4,embedding=q8;q4,embedding=q8,attention=q8;f32,kv=q8;mxfp4+importance;"
+    "bf16;q8;fp8;mxfp4;q4;q4,embedding=q8;q4,embedding=q8,attention=q8;f32,kv=q8;"
     "q4+importance;q4,embedding=q8+importance;q4,embedding=q8,attention=q8+importance"
 )
 PEER_TYPES = "F32;BF16;Q8_0;Q4_0;Q4_K_M;Q4_0+importance;Q4_K_M+importance"
@@ -84,7 +84,7 @@ def windows(ids: list[int], length: int, count: int) -> list[list[int]]:
 def evaluate(engines: Mapping[str, Logits], reference: str, texts: list[list[int]]) -> dict[str, Accuracy]:
     """Accuracy of every engine on ``texts``, with ``engines[reference]`` as the reference distribution."""
     found: dict[str, list[Accuracy]] = {name: [] for name in engines}
-    for ids in texts:
+    for done, ids in enumerate(texts, 1):
         base = _log_softmax(engines[reference](ids)[:-1])
         chances, targets = np.exp(base), np.array(ids[1:])
         for name, engine in engines.items():
@@ -96,6 +96,7 @@ def evaluate(engines: Mapping[str, Logits], reference: str, texts: list[list[int
                     base.argmax(-1) == log_q.argmax(-1),
                 )
             )
+        print(f"window {done} of {len(texts)}", flush=True)
     return {
         name: Accuracy(
             *(np.concatenate([getattr(part, f) for part in parts]) for f in ("loss", "divergence", "same_top"))
@@ -176,13 +177,14 @@ def main() -> None:
     engines: dict[str, Logits] = {}
     for formats in ("f32", *options.formats.split(";")):
         target = models.FOLDER / f"{MODEL}-{formats}.hetc"
-        engines[f"hetcomp {formats}"] = hetcomp.compile(
+        hetcomp.compile(
             folder,
             context_length=options.length,
             formats=formats_by_role(formats.removesuffix(MARK)),
             importance=importance if formats.endswith(MARK) else None,
             out=target,
         )
+        engines[f"hetcomp {formats}"] = hetcomp.load(target, threads=1)
         record.derived[f"hetcomp {formats}: bits a weight"] = bits_per_weight(target)
         print(f"compiled {formats}", flush=True)
     record.versions = {"transformers": transformers.__version__, "hetcomp": hetcomp.__version__}
@@ -192,7 +194,7 @@ def main() -> None:
             source = models.gguf(MODEL, options.peer_python)
             for kind in options.peer_types.split(";"):
                 file, bits, types = quantised_gguf(options.peer_python, source, kind, importance)
-                arguments = ("--threads", "2", "--context", str(options.length), "--kv", "f32")
+                arguments = ("--threads", "1", "--context", str(options.length), "--kv", "f32")
                 worker = stack.enter_context(Worker(options.peer_python, "llama_cpp_worker", file, *arguments))
                 engines[f"llama.cpp {kind}"] = peer_logits(worker, exchange)
                 record.derived[f"llama.cpp {kind}: bits a weight"] = bits

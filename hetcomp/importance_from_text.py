@@ -54,6 +54,7 @@ def importance_from_text(
     progress.stage("trace")
     wanted = _matrices(model)
     progress.stage("load")
+    transformers.logging.disable_progress_bar()  # there is one already
     network = source.model_class.from_pretrained(
         source.folder, dtype=torch.float32, experts_implementation="eager"
     ).eval()

@@ -78,7 +78,7 @@ def test_the_file_is_accepted_for_its_model(family, tmp_path):
     out = tmp_path / "importance.safetensors"
     importance_from_text(tmp_path / "model", [list(range(3, 60))], out)
     planned = plan_model(
-        tmp_path / "model", hw_profile="preset:epyc-9654", formats="q4", stop_after="choose_formats", planning=False
+        tmp_path / "model", hw_profile="preset:9654-768gb", formats="q4", stop_after="choose_formats", planning=False
     )
     Importance.load(out, planned.plan.values)
     assert any("self_attn" in name for name in load_file(out))
