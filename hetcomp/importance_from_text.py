@@ -31,6 +31,7 @@ WINDOW = 512
 # Tokens after which an expert's own mean squares are taken. A mean square of n normal numbers has a relative standard
 # error of sqrt(2 / n), here 18 %; with fewer the mean over all experts is nearer to the truth.
 ENOUGH_TOKENS = 64
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 _Floats = npt.NDArray[np.float32]
 
@@ -75,6 +76,9 @@ def _ids(source: ModelSource, text: Path) -> list[int]:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise HetcompError(f"Text {text} cannot be read: {error}; expected a UTF-8 file.") from None
+    # Without any of these transformers makes a tokenizer that knows no words.
+    if source.folder is None or not any((source.folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise HetcompError(f"{source.name} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is in its folder.")
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source.folder)
     except Exception as error:
