@@ -2,9 +2,9 @@
 
 python -m benchmarks.quality [--formats "q8;q4;q4,embedding=q8"] [--peer-python .venv-peers/bin/python] [--windows 8]
 
-The first half of each text of models_zoo/eval is calibration (--importance: formats marked with "+importance" and
-llama.cpp's types so marked get column importances made from it, all from the same file), the second half is cut into
-windows; every engine predicts each window's tokens from those before them. The reference is hetcomp in f32, the KL
+The first half of each text of models_zoo/eval is calibration: formats marked with "+importance" and llama.cpp's types so
+marked get column importances made from it, all from the same file; those marked with "+feedback" second moments too,
+with which errors are fed back. The second half is cut into windows; every engine predicts each window's tokens from those before them. The reference is hetcomp in f32, the KL
 divergence is that of the reference's distribution over the whole vocabulary from the engine's, in nats, by token. The
 KV cache is f32 in every engine unless a format says otherwise, so that only weights (and the int8 activations that q8
 and q4 are multiplied with, there as here) count. Bits a weight are of all matrices but the routers, scales included.
@@ -39,10 +39,11 @@ from hetcomp.passes.context import ROLES
 MODEL = "demo-moe"
 FORMATS = (
     "bf16;q8;fp8;mxfp4;q4;q4,embedding=q8;q4,embedding=q8,attention=q8;f32,kv=q8;"
-    "q4+importance;q4,embedding=q8+importance;q4,embedding=q8,attention=q8+importance"
+    "q4+importance;q4,embedding=q8,attention=q8+importance;"
+    "mxfp4+feedback;q4+feedback;q4,embedding=q8+feedback;q4,embedding=q8,attention=q8+feedback"
 )
 PEER_TYPES = "F32;BF16;Q8_0;Q4_0;Q4_K_M;Q4_0+importance;Q4_K_M+importance"
-MARK = "+importance"
+MARKS = {"importance": False, "feedback": True}  # whether with second moments
 
 Logits = Callable[[list[int]], NDArray[np.float32]]
 
@@ -137,11 +138,20 @@ def peer_logits(worker: Worker, folder: Path) -> Logits:
     return logits
 
 
+def calibration(folder: Path, texts: list[list[int]]) -> dict[str, Path]:
+    """The importance file of each mark."""
+    files = {mark: models.FOLDER / f"{MODEL}-{mark}.safetensors" for mark in MARKS}
+    for mark, moments in MARKS.items():
+        importance_from_text(folder, texts, files[mark], second_moments=moments)
+    return files
+
+
 def quantised_gguf(peer_python: Path, source: Path, kind: str, importance: Path) -> tuple[Path, float, str]:
     """The file that llama.cpp makes of ``source``, its bits a weight and its tensors' types."""
     target = models.FOLDER / f"{MODEL}-{kind}.gguf"
-    command = [str(peer_python), "-m", "benchmarks.quantise_gguf", str(source), str(target), kind.removesuffix(MARK)]
-    command += ["--importance", str(importance)] if kind.endswith(MARK) else []
+    name, _, mark = kind.partition("+")
+    command = [str(peer_python), "-m", "benchmarks.quantise_gguf", str(source), str(target), name]
+    command += ["--importance", str(importance)] if mark else []
     repository = models.FOLDER.parent.parent
     result = subprocess.run(command, check=True, cwd=repository, stdout=subprocess.PIPE, text=True)
     contents = json.loads(result.stdout.splitlines()[-1])
@@ -171,17 +181,16 @@ def main() -> None:
         },
     )
     models.FOLDER.mkdir(parents=True, exist_ok=True)
-    importance = models.FOLDER / f"{MODEL}-importance.safetensors"
-    if not importance.exists():
-        importance_from_text(folder, [first for first, _ in texts], importance)
+    files = calibration(folder, [first for first, _ in texts])
     engines: dict[str, Logits] = {}
     for formats in ("f32", *options.formats.split(";")):
         target = models.FOLDER / f"{MODEL}-{formats}.hetc"
+        wanted, _, mark = formats.partition("+")
         hetcomp.compile(
             folder,
             context_length=options.length,
-            formats=formats_by_role(formats.removesuffix(MARK)),
-            importance=importance if formats.endswith(MARK) else None,
+            formats=formats_by_role(wanted),
+            importance=files.get(mark),
             out=target,
         )
         engines[f"hetcomp {formats}"] = hetcomp.load(target, threads=1)
@@ -193,7 +202,7 @@ def main() -> None:
             exchange = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             source = models.gguf(MODEL, options.peer_python)
             for kind in options.peer_types.split(";"):
-                file, bits, types = quantised_gguf(options.peer_python, source, kind, importance)
+                file, bits, types = quantised_gguf(options.peer_python, source, kind, files["importance"])
                 arguments = ("--threads", "1", "--context", str(options.length), "--kv", "f32")
                 worker = stack.enter_context(Worker(options.peer_python, "llama_cpp_worker", file, *arguments))
                 engines[f"llama.cpp {kind}"] = peer_logits(worker, exchange)

@@ -22,29 +22,36 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from hetcomp import frontend
+from hetcomp.backends.importance import MOMENTS
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.source import ModelSource, resolve
 from hetcomp.ir.plan import ValueKind
 from hetcomp.progress import ProgressSink, QuietProgress
 
 WINDOW = 512
-# Tokens after which an expert's own mean squares are taken. A mean square of n normal numbers has a relative standard
-# error of sqrt(2 / n), here 18 %; with fewer the mean over all experts is nearer to the truth.
-ENOUGH_TOKENS = 64
+# So many tokens with the mean over all experts are added to what an expert saw itself: a mean square of n normal
+# numbers has a relative standard error of sqrt(2 / n), here 9 %, and fewer than K tokens leave second moments singular.
+SHARED_TOKENS = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 _Floats = npt.NDArray[np.float32]
 
 
 def importance_from_text(
-    model: str | Path, text: str | Path | Sequence[Sequence[int]], out: Path, progress: ProgressSink | None = None
+    model: str | Path,
+    text: str | Path | Sequence[Sequence[int]],
+    out: Path,
+    *,
+    second_moments: bool = False,
+    progress: ProgressSink | None = None,
 ) -> None:
     """Writes the importance of every matrix that ``model`` multiplies activations with while it reads ``text``.
 
     model: a Hugging Face folder with weights, or a zoo name; it is loaded whole, in float32 (in bf16 oneDNN
     generates code for every number of tokens that an expert gets, which takes longer than the arithmetic). text: a
     UTF-8 file, cut into windows of 512 tokens that are run one by one, or token ids of several texts. Matrices of
-    experts get a row an expert; an expert that saw fewer than 64 tokens gets the mean over all experts.
+    experts get a row an expert, in which the mean over all experts counts as 256 tokens more. second_moments: write
+    those too, which takes K times the memory and the disk, and more time.
 
     Raises HetcompError, with nothing left at ``out``, if the model has no weights or no tokenizer, or the text cannot
     be read or has fewer than two tokens.
@@ -60,7 +67,7 @@ def importance_from_text(
         source.folder, dtype=torch.float32, experts_implementation="eager"
     ).eval()
     progress.stage("run on text", total=sum(map(len, windows)))
-    watch = _Watch(network, wanted)
+    watch = _Watch(network, wanted, second_moments)
     limit = source.config.vocab_size
     for ids in windows:
         if max(ids) >= limit or min(ids) < 0:
@@ -68,7 +75,13 @@ def importance_from_text(
         with torch.inference_mode(), watch:
             network(torch.tensor([ids]), use_cache=False)
         progress.advance(len(ids))
-    _write({name: seen.importance() for name, seen in watch.seen.items()}, out)
+    vectors: dict[str, _Floats] = {}
+    for name in list(watch.seen):
+        seen = watch.seen.pop(name)  # its memory is free when the next one's means are made
+        vectors[name] = seen.mean(seen.squares)
+        if seen.products is not None:
+            vectors[name + MOMENTS] = seen.mean(seen.products)
+    _write(vectors, out)
 
 
 def _ids(source: ModelSource, text: Path) -> list[int]:
@@ -108,10 +121,12 @@ def _matrices(model: str | Path) -> set[str]:
 
 @dataclass
 class _Seen:
-    """Sums of squares f64 [E, K] and the number of tokens [E] of each expert; E is 1 for a plain matrix."""
+    """Sums of squares [E, K], of products [E, K, K] if wanted, and the number of tokens [E] of each expert; E is 1 for
+    a plain matrix."""
 
     of_experts: bool
     squares: torch.Tensor
+    products: torch.Tensor | None
     tokens: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -119,14 +134,17 @@ class _Seen:
 
     def add(self, expert: int, activations: torch.Tensor) -> None:
         rows = activations.reshape(-1, activations.shape[-1])
-        self.squares[expert] += rows.float().square().sum(0, dtype=torch.float64)
+        self.squares[expert] += rows.square().sum(0)
+        if self.products is not None:
+            self.products[expert] += rows.T @ rows
         self.tokens[expert] += len(rows)
 
-    def importance(self) -> _Floats:
-        shared = self.squares.sum(0) / self.tokens.sum().clamp(min=1)
-        own = self.squares / self.tokens.clamp(min=1)[:, None]
-        mean = torch.where(self.tokens[:, None] >= ENOUGH_TOKENS, own, shared) if self.of_experts else shared
-        result: _Floats = mean.numpy().astype(np.float32)
+    def mean(self, sums: torch.Tensor) -> _Floats:
+        shared = sums.sum(0) / self.tokens.sum().clamp(min=1)
+        if self.of_experts:
+            tokens = self.tokens.reshape(-1, *[1] * shared.ndim)
+            shared = (sums + SHARED_TOKENS * shared) / (tokens + SHARED_TOKENS)
+        result: _Floats = shared.contiguous().numpy()
         return result
 
 
@@ -134,8 +152,9 @@ class _Watch(TorchFunctionMode):
     """While active, adds up the squares of what is multiplied with the wanted parameters, or with one expert's slice of
     them, by torch.nn.functional.linear."""
 
-    def __init__(self, network: torch.nn.Module, wanted: set[str]) -> None:
+    def __init__(self, network: torch.nn.Module, wanted: set[str], products: bool) -> None:
         super().__init__()
+        self._products = products
         parameters = [(p.data_ptr(), name, p) for name, p in network.named_parameters() if name in wanted]
         self._parameters = sorted(parameters, key=lambda entry: entry[0])
         self._starts = [start for start, _, _ in self._parameters]
@@ -163,7 +182,8 @@ class _Watch(TorchFunctionMode):
         of_experts = parameter.ndim == 3
         if name not in self.seen:
             size = (parameter.shape[0] if of_experts else 1, parameter.shape[-1])
-            self.seen[name] = _Seen(of_experts, torch.zeros(size, dtype=torch.float64))
+            products = torch.zeros(*size, size[-1]) if self._products else None
+            self.seen[name] = _Seen(of_experts, torch.zeros(size), products)
         expert = offset // math.prod(parameter.shape[1:]) if of_experts else 0
         self.seen[name].add(expert, activations)
 

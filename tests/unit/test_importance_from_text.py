@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from hetcomp.backends.importance import Importance
 from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
-from hetcomp.importance_from_text import ENOUGH_TOKENS, WINDOW, importance_from_text
+from hetcomp.importance_from_text import SHARED_TOKENS, WINDOW, importance_from_text
 from hetcomp.models_zoo import find
 from tests.e2e.command_line import listing, refusal, run
 from tests.reference.tiny_models import save_tiny
@@ -53,7 +53,7 @@ def test_plain_matrices_get_the_mean_square_of_their_inputs(tiny, texts, made):
     np.testing.assert_allclose(load_file(made)[f"{LAYER}self_attn.o_proj.weight"], want, rtol=1e-5)
 
 
-def test_experts_get_their_own_where_they_saw_enough(tiny, texts, made):
+def test_experts_get_their_own_and_some_of_all(tiny, texts, made):
     model, experts = tiny[1], tiny[1].model.layers[1].mlp.experts
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = experts.register_forward_pre_hook(lambda _, args: calls.append((args[0], args[1])))
@@ -65,18 +65,29 @@ def test_experts_get_their_own_where_they_saw_enough(tiny, texts, made):
     chosen = torch.cat([indices for _, indices in calls])
     by_expert = [states[(chosen == e).any(-1)] for e in range(len(experts.gate_up_proj))]
     shared = torch.cat(by_expert).square().mean(0)
-    want = [(own.square().mean(0) if len(own) >= ENOUGH_TOKENS else shared) for own in by_expert]
-    assert 0 < sum(len(own) < ENOUGH_TOKENS for own in by_expert) < len(by_expert)
+    want = [(own.square().sum(0) + SHARED_TOKENS * shared) / (len(own) + SHARED_TOKENS) for own in by_expert]
     found = load_file(made)
     np.testing.assert_allclose(found[f"{LAYER}mlp.experts.gate_up_proj"], torch.stack(want), rtol=1e-4)
     assert found[f"{LAYER}mlp.experts.down_proj"].shape == experts.down_proj.shape[::2]
+
+
+def test_second_moments_are_means_of_products(tiny, texts, made, tmp_path):
+    out = tmp_path / "moments.safetensors"
+    importance_from_text(tiny[0], texts, out, second_moments=True)
+    plain, found = load_file(made), load_file(out)
+    for name, vector in plain.items():
+        moments = found[name + ".second_moments"]
+        np.testing.assert_allclose(np.diagonal(moments, axis1=-2, axis2=-1), found[name], rtol=1e-4)
+        np.testing.assert_allclose(found[name], vector, rtol=1e-6)
+        assert np.linalg.eigvalsh(moments).min() > -1e-4 * moments.max()
+    assert len(found) == 2 * len(plain)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_the_file_is_accepted_for_its_model(family, tmp_path):
     save_tiny(family, tmp_path / "model")
     out = tmp_path / "importance.safetensors"
-    importance_from_text(tmp_path / "model", [list(range(3, 60))], out)
+    importance_from_text(tmp_path / "model", [list(range(3, 60))], out, second_moments=True)
     planned = plan_model(
         tmp_path / "model", hw_profile="preset:9654-768gb", formats="q4", stop_after="choose_formats", planning=False
     )
