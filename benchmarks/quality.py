@@ -2,12 +2,13 @@
 
 python -m benchmarks.quality [--formats "q8;q4;q4,embedding=q8"] [--peer-python .venv-peers/bin/python] [--windows 8]
 
-The first half of each text of models_zoo/eval is calibration: formats marked with "+importance" and llama.cpp's types so
-marked get column importances made from it, all from the same file; those marked with "+feedback" second moments too,
-with which errors are fed back. The second half is cut into windows; every engine predicts each window's tokens from those before them. The reference is hetcomp in f32, the KL
-divergence is that of the reference's distribution over the whole vocabulary from the engine's, in nats, by token. The
-KV cache is f32 in every engine unless a format says otherwise, so that only weights (and the int8 activations that q8
-and q4 are multiplied with, there as here) count. Bits a weight are of all matrices but the routers, scales included.
+The first half of each text of models_zoo/eval is calibration: formats marked with "+importance" and llama.cpp's types
+so marked get column importances made from it, all from the same file; those marked with "+feedback" second moments
+too, with which errors are fed back. The second half is cut into windows; every engine predicts each window's tokens
+from those before them. The reference is hetcomp in f32, the KL divergence is that of the reference's distribution over
+the whole vocabulary from the engine's, in nats, by token. The KV cache is f32 in every engine unless a format says
+otherwise, so that only weights (and the int8 activations that q8 and q4 are multiplied with, there as here) count.
+Bits a weight are of all matrices but the routers, scales included.
 """
 
 from __future__ import annotations

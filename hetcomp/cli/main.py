@@ -1,4 +1,4 @@
-"""The command line: ``hetcomp compile | run | plan | doctor`` and ``hetcomp-plan``."""
+"""The command line: ``hetcomp compile | run | plan | importance | doctor`` and ``hetcomp-plan``."""
 
 from __future__ import annotations
 
