@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from hetcomp.backends import packing
 from hetcomp.backends.quantiser import quantise
+from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value
 
 FORMATS = ("q4", "mxfp4")  # the error of finer ones is too small to be worth it
@@ -27,10 +28,17 @@ _Floats = npt.NDArray[np.float32]
 def pack_with_feedback(matrix: _Floats, value: Value, moments: _Floats) -> tuple[packing.Bytes, bool]:
     """The packed bytes of one matrix of ``value``, in a format of ``FORMATS``, and whether its scales can hold it.
 
-    matrix: finite f32 [N, K]; moments: f32 [K, K], the mean of x x^T over activations x, not zero.
+    matrix: finite f32 [N, K]; moments: f32 [K, K], the mean of x x^T over activations x, not zero. Raises HetcompError
+    if no activations can have these moments.
     """
     assert value.format in FORMATS
-    weights, carried = _factors(moments)
+    try:
+        weights, carried = _factors(moments)
+    except np.linalg.LinAlgError:
+        raise HetcompError(
+            f"The second moments of {value.fqn or value.id} are not those of activations (not positive semidefinite); "
+            "make the importance file anew."
+        ) from None
     if value.type.layout == packing.PANELS_GLU:
         return _pack(matrix, value, weights, carried)
     blocks = range(0, len(matrix), _ROWS)

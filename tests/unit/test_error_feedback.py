@@ -7,6 +7,7 @@ import pytest
 
 from hetcomp.backends import error_feedback, packing
 from hetcomp.backends.error_feedback import pack_with_feedback
+from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
@@ -61,6 +62,13 @@ def test_rows_are_packed_in_blocks(monkeypatch):
     whole, _ = pack_with_feedback(numbers, value, moments)
     monkeypatch.setattr(error_feedback, "_ROWS", 32)
     np.testing.assert_array_equal(pack_with_feedback(numbers, value, moments)[0], whole)
+
+
+def test_moments_of_no_activations_are_refused():
+    value, numbers = _weight((16, 64), "q4", packing.PANELS), _numbers(16, 64)
+    moments = np.ones((64, 64), np.float32) - 0.5 * np.eye(64, dtype=np.float32)
+    with pytest.raises(HetcompError, match=r"second moments of m\.w are not those of activations"):
+        pack_with_feedback(numbers, value, moments)
 
 
 def test_numbers_too_large_for_a_scale_are_told():
