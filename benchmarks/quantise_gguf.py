@@ -17,13 +17,6 @@ import gguf
 import llama_cpp
 import numpy as np
 
-_TYPES = {
-    "F32": llama_cpp.LLAMA_FTYPE_ALL_F32,
-    "BF16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
-    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
-    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
-    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
-}
 # Our names of the weights that share a column's importance, by theirs.
 _NAMES = {
     "attn_q": "self_attn.q_proj.weight",
@@ -81,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("type", choices=_TYPES)
+    parser.add_argument("type", help="F32, BF16, Q8_0, Q4_0, Q4_K_M, ..")
     parser.add_argument("--importance", type=Path)
     options = parser.parse_args()
 
@@ -91,13 +84,15 @@ def main() -> None:
 
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     request = llama_cpp.llama_model_quantize_default_params()
-    request.ftype = _TYPES[options.type]
+    request.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_{'ALL' if options.type == 'F32' else 'MOSTLY'}_{options.type}")
     if options.importance is not None:
         array, _kept = _importance(options.importance, options.source)
         request.imatrix = array
-    source, target = str(options.source).encode(), str(options.target).encode()
+    partial = Path(f"{options.target}.partial")
+    source, target = str(options.source).encode(), str(partial).encode()
     if llama_cpp.llama_model_quantize(source, target, ctypes.byref(request)) != 0:
         raise SystemExit(f"llama.cpp cannot quantise {options.source} to {options.type}")
+    partial.rename(options.target)
     print(json.dumps(_contents(options.target)))
 
 
