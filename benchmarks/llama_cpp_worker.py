@@ -1,4 +1,4 @@
-"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N [--no-repack]. Runs in the peers'
+"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N [--no-repack] [--kv f32]. In the peers'
 environment.
 
 The calls are those of llama-bench (low-level API, KV cache cleared before each run, micro-batch 512), but
@@ -18,12 +18,13 @@ from benchmarks.worker import serve
 
 
 def main() -> None:
-    """Serves decode, prefill, logits and version."""
+    """Serves decode, prefill, logits, all_logits and version."""
     parser = argparse.ArgumentParser()
     parser.add_argument("file")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--no-repack", action="store_true", help="weights as they lie in the file")
+    parser.add_argument("--kv", choices=("f16", "f32"), default="f16", help="numbers of the KV cache")
     options = parser.parse_args()
 
     @llama_cpp.llama_log_callback
@@ -42,6 +43,8 @@ def main() -> None:
     context_options.n_ctx = options.context
     context_options.n_batch = context_options.n_ubatch = 512
     context_options.n_threads = context_options.n_threads_batch = options.threads
+    if options.kv == "f32":
+        context_options.type_k = context_options.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(model, context_options)
     if not context:
         raise SystemExit(f"llama.cpp cannot make a context of {options.context} tokens")
@@ -76,11 +79,25 @@ def main() -> None:
         """Logits after the prompt."""
         return [float(x) for x in start(prompt)]
 
+    def all_logits(prompt: list[int], file: str) -> None:
+        """Writes the logits after each token of the prompt (at most 512) to a .npy file: f32 [tokens, vocab]."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        batch = llama_cpp.llama_batch_init(len(prompt), 0, 1)
+        batch.n_tokens = len(prompt)
+        for i, token in enumerate(prompt):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, True
+            batch.seq_id[i][0] = 0
+        status = llama_cpp.llama_decode(context, batch)
+        llama_cpp.llama_batch_free(batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}")
+        np.save(file, np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(len(prompt), vocab)))
+
     def version() -> dict[str, str]:
         system = llama_cpp.llama_print_system_info().decode().strip()
         return {"llama_cpp_python": llama_cpp.__version__, "llama.cpp system": system}
 
-    serve({"decode": decode, "prefill": prefill, "logits": logits, "version": version})
+    serve({"decode": decode, "prefill": prefill, "logits": logits, "all_logits": all_logits, "version": version})
 
 
 if __name__ == "__main__":

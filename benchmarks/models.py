@@ -7,15 +7,19 @@ import subprocess
 from pathlib import Path
 
 import hetcomp
+from hetcomp.frontend.checkpoint import has_weights
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.serialise import from_json
+from hetcomp.models_zoo import find
 from hetcomp.models_zoo.synthesise import synthesise
 
 FOLDER = Path(__file__).resolve().parent.parent / "out" / "bench"
 
 
 def checkpoint(name: str) -> Path:
-    """Synthetic bf16 checkpoint of the zoo's config ``name``; made at first use."""
+    """The zoo's bf16 checkpoint ``name`` or, of a config, a synthetic one, made at first use."""
+    if has_weights(find(name)):
+        return find(name)
     folder = FOLDER / name
     return folder if folder.exists() else synthesise(name, folder)
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-_WITH_PEERS = ("cpu_e2e", "busy_desktop")
-_ALONE = ("read_bandwidth", "perplexity", "trace_cost", "compile_cost")
+_WITH_PEERS = ("cpu_e2e", "busy_desktop", "quality")
+_ALONE = ("read_bandwidth", "trace_cost", "compile_cost")
 
 
 def main() -> int:

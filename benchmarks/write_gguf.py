@@ -54,7 +54,8 @@ class Checkpoint:
 def _tensors(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     yield "token_embd", checkpoint["model.embed_tokens.weight"]
     yield "output_norm", checkpoint["model.norm.weight"]
-    yield "output", checkpoint["lm_head.weight"]
+    if not config["tie_word_embeddings"]:
+        yield "output", checkpoint["lm_head.weight"]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         for ours, theirs in _LAYER_TENSORS.items():
@@ -105,8 +106,10 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
+    for add, key in ((writer.add_bos_token_id, "bos_token_id"), (writer.add_eos_token_id, "eos_token_id")):
+        ids = config[key] if isinstance(config[key], list) else [config[key]]
+        if ids[0] is not None:  # GGUF has room for one
+            add(ids[0])
     writer.add_add_bos_token(False)
 
 

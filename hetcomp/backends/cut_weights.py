@@ -55,9 +55,24 @@ class CutImportance:
         if cut.axis == 0 and expert is not None:
             expert = _whole_index(cut, expert)
         columns = self._importance.of(whole, expert)
-        if columns is None or cut.zero or cut.axis != -1:
-            return columns
-        return np.concatenate([columns[..., start:stop] for start, stop in cut.runs], axis=-1)
+        return columns if columns is None else _columns_of(cut, columns)
+
+    def second_moments(self, value: Value, expert: int | None = None) -> npt.NDArray[np.float32] | None:
+        """As :meth:`Importance.second_moments`; of a part that is cut along its columns, of these columns."""
+        if value.id not in self._cuts:
+            return self._importance.second_moments(value, expert)
+        whole, cut = self._cuts[value.id]
+        if cut.axis == 0 and expert is not None:
+            expert = _whole_index(cut, expert)
+        moments = self._importance.second_moments(whole, expert)
+        return moments if moments is None else _columns_of(cut, _columns_of(cut, moments).swapaxes(-1, -2))
+
+
+def _columns_of(cut: Cut, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Of the last axis what the part has of the weight's columns."""
+    if cut.zero or cut.axis != -1:
+        return numbers
+    return np.concatenate([numbers[..., start:stop] for start, stop in cut.runs], axis=-1)
 
 
 def _whole_index(cut: Cut, index: int) -> int:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hetcomp.backends import packing
+from hetcomp.backends import error_feedback, packing
 from hetcomp.backends.quantiser import Numbers
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.prefetch import prefetch
@@ -33,6 +33,10 @@ class ColumnImportance(Protocol):
 
     def of(self, value: Value, expert: int | None = None) -> NDArray[np.float32] | None:
         """f32 [K], or [E, K] if all experts of ``value`` are asked for; None: all alike."""
+        ...
+
+    def second_moments(self, value: Value, expert: int | None = None) -> NDArray[np.float32] | None:
+        """f32 [K, K] of the matrix or of one expert of ``value``; None if nothing is known."""
         ...
 
 
@@ -91,11 +95,26 @@ class WeightPacker:
 
     def _packed(self, part: _Part) -> tuple[Value, NDArray[np.uint8]]:
         importance = self._importance.of(part.value, part.expert) if self._importance else None
-        data, finite = packing.pack(part.numbers, part.value, importance=importance)
+        moments = self._importance.second_moments(part.value, part.expert) if self._importance else None
+        fed = None if moments is None else _with_feedback(part, moments)
+        data, finite = fed or packing.pack(part.numbers, part.value, importance=importance)
         name = part.value.fqn or part.value.id
         if not finite and name not in self.not_finite:
             self.not_finite.append(name)
         return part.value, data
+
+
+def _with_feedback(part: _Part, moments: NDArray[np.float32]) -> tuple[NDArray[np.uint8], bool] | None:
+    """As packing.pack, or None for a format that does without feedback, for text that says nothing (an expert that saw
+    no token has the moments of all) and for numbers that are not finite, which would spread."""
+    if part.value.format not in error_feedback.FORMATS or not moments.any():
+        return None
+    numbers = packing.to_f32(part.numbers)
+    if not np.isfinite(numbers).all():
+        return None
+    each = numbers.reshape(-1, *numbers.shape[-2:])
+    done = [error_feedback.pack_with_feedback(matrix, part.value, moments) for matrix in each]
+    return np.concatenate([data for data, _ in done]), all(finite for _, finite in done)
 
 
 def _by_expert(value: Value) -> bool:

@@ -76,6 +76,13 @@ def panel_bytes(columns: int, weight_format: str) -> int:
     return _up(element_bytes(columns, weight_format) + scales, ALIGNMENT)
 
 
+def group_bytes(weight_format: str) -> int:
+    """Bytes of a group of a panel, its scales included, in formats that have scales behind each group."""
+    form = _form(weight_format)
+    assert form.group == form.step
+    return PANEL * form.group * form.bits // 8 + form.scale_bytes
+
+
 def panels(rows: int, layout: str) -> int:
     """Number of panels of a matrix of ``rows`` rows in ``layout``."""
     if layout == PANELS_GLU:

@@ -1,4 +1,4 @@
-"""The command line: ``hetcomp compile | run | plan | doctor`` and ``hetcomp-plan``."""
+"""The command line: ``hetcomp compile | run | plan | importance | doctor`` and ``hetcomp-plan``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from hetcomp.cli.bench_command import bench_command
 from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.guard import guard
+from hetcomp.cli.importance_command import importance_command
 from hetcomp.cli.options import (
     Batch,
     Context,
@@ -142,6 +143,7 @@ def run_command(
 
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
+app.command("importance")(importance_command)
 app.command("bench")(bench_command)
 app.command("explain")(explain_command)
 

@@ -55,7 +55,7 @@ def test_128_greedy_tokens_equal_transformers(reference, tokenizer, executables,
 @pytest.mark.parametrize("name", ["bf16", "q8 cache"])
 def test_coarser_formats_stay_close_to_f32(reference, tokenizer, executables, name):
     """Mean KL(f32 || it) < 1e-3 and perplexity within 0.1 %, on a part of the evaluation texts (all of them:
-    benchmarks/perplexity.py)."""
+    benchmarks/quality.py)."""
     divergence, losses = [], {"f32": [], name: []}
     for path in sorted(find("demo-moe").parent.joinpath("eval").glob("*.txt")):
         ids = tokenizer(path.read_text()[:4000]).input_ids[:400]

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.backends import packing
-from hetcomp.backends.importance import Importance
+from hetcomp.backends.error_feedback import pack_with_feedback
+from hetcomp.backends.importance import MOMENTS, Importance
 from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value, ValueKind, WeightSource
@@ -103,6 +104,23 @@ def test_importance_guides_the_weights_it_names(tmp_path):
     assert not np.array_equal(files["out"], packing.pack(reader.numbers["out"], VALUES[3])[0])
 
 
+def test_second_moments_make_errors_fed_back(tmp_path):
+    """In q4 only, an expert with its own."""
+    causes = np.random.default_rng(2).standard_normal((EXPERTS, COLUMNS, 2 * COLUMNS))
+    each = (causes @ causes.swapaxes(1, 2)).astype(np.float32)
+    moments = {"m.experts": each, "m.out": each[0], "m.table": each[1]}
+    path = tmp_path / "importance.safetensors"
+    save_file({f"{name}{MOMENTS}": numbers for name, numbers in moments.items()}, path)
+    reader = _Reader()
+    files = _written(tmp_path, reader, Importance.load(path, VALUES))
+    table, _, experts, out = VALUES
+    np.testing.assert_array_equal(files["table"], packing.pack(reader.numbers["table"], table)[0])
+    np.testing.assert_array_equal(files["out"], pack_with_feedback(reader.numbers["out"], out, each[0])[0])
+    want = [pack_with_feedback(reader.numbers["experts"][e], experts, each[e])[0] for e in range(EXPERTS)]
+    np.testing.assert_array_equal(files["experts"], np.concatenate(want))
+    assert not np.array_equal(files["out"], packing.pack(reader.numbers["out"], out)[0])
+
+
 @pytest.mark.parametrize(
     ("name", "vector", "sentence"),
     [
@@ -112,6 +130,9 @@ def test_importance_guides_the_weights_it_names(tmp_path):
         ("m.experts", np.ones((4, COLUMNS)), r"of shape \[4, 70\], expected \[70\] or \[5, 70\]"),
         ("m.out", np.full(COLUMNS, -1.0), "m.out has negative, infinite or NaN"),
         ("m.out", np.full(COLUMNS, np.nan), "m.out has negative, infinite or NaN"),
+        ("m.out" + MOMENTS, np.ones(COLUMNS), r"of shape \[70\], expected \[70, 70\]"),
+        ("m.nowhere" + MOMENTS, np.eye(COLUMNS), "m.nowhere, which is no quantisable weight"),
+        ("m.out" + MOMENTS, -np.eye(COLUMNS), "m.out.second_moments has negative"),
     ],
 )
 def test_importance_for_another_model_is_refused(tmp_path, name, vector, sentence):
