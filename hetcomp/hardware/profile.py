@@ -128,7 +128,8 @@ class HardwareProfile(Model):
         """The rate of a format on ``isa`` (None: the fastest); where the profile lacks it, that of another instruction
         set, then bf16's (data sheets know no more). Raises HetcompError if none is known."""
         of_format = [r for r in self.rates if r.weight_format == weight_format]
-        bf16 = [r for r in self.rates if r.weight_format == "bf16"]
+        quantised = weight_format in ("q8", "fp8", "q4", "mxfp4")
+        bf16 = [r for r in self.rates if r.weight_format == "bf16" and quantised]
         for known in (of_format, bf16):
             same = [r for r in known if isa in (None, r.isa)]
             if same or known:
