@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,8 +75,8 @@ class RoleTime(_Record):
 class CaseResult(_Record):
     """One case: a prompt of ``tokens`` (prefill) or one token at ``position`` (decode). ``samples_ms`` are the rounds'
     times, ``measured_ms`` their median. Role times are thread 0's, of the median round; what is not in the program
-    (the call, copies of logits) is the role ``outside of the program``. A decode round's figures are means over the
-    middle half of its steps by time."""
+    (the call, copies of logits) is the role ``outside of the program``. A decode round's time is the mean
+    over the middle half of its steps by time."""
 
     phase: Literal["prefill", "decode"]
     tokens: int
@@ -299,26 +299,23 @@ def _run(runtime: Runtime, case: _Case, ids: NDArray[np.int32], tokens: int) -> 
         took = (time.perf_counter() - start) * 1e3
         if case.phase == "prefill":
             return took, dict(runtime.stats()["prefill"]["timers_ms"])
-        steps: list[tuple[float, dict[str, float]]] = []
-        before = runtime.stats()["decode"]["timers_ms"]
+        # Nothing else between the steps: lanes that wait longer than a moment go to sleep, and wake up slowly.
+        times = []
         for id in ids[case.length : case.length + tokens]:
             start = time.perf_counter()
             runtime.decode([session], [int(id)])
-            took = (time.perf_counter() - start) * 1e3
-            after = runtime.stats()["decode"]["timers_ms"]
-            steps.append((took, {role: ms - before[role] for role, ms in after.items()}))
-            before = after
-    return middle_half(steps)
+            times.append((time.perf_counter() - start) * 1e3)
+        return undisturbed(times, runtime.stats()["decode"]["timers_ms"])
 
 
-def middle_half(steps: Sequence[tuple[float, dict[str, float]]]) -> tuple[float, dict[str, float]]:
-    """Mean time and role times of the steps without the fastest and the slowest quarter: a step that was interrupted
-    does not count, and the roles still add up to the time."""
-    ordered = sorted(steps, key=lambda step: step[0])
+def undisturbed(times: Sequence[float], roles: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """Time of a step and of each role in it, from the steps' times and the roles' times over all of them: the mean
+    without the fastest and the slowest quarter, so that a step that was interrupted does not count; roles in
+    proportion, so that they still add up to no more than the time."""
+    ordered = sorted(times)
     cut = len(ordered) // 4
-    kept = ordered[cut : len(ordered) - cut]
-    roles = {role: statistics.fmean(step[1][role] for step in kept) for role in kept[0][1]}
-    return statistics.fmean(step[0] for step in kept), roles
+    middle = statistics.fmean(ordered[cut : len(ordered) - cut])
+    return middle, {role: ms * middle / sum(times) for role, ms in roles.items()}
 
 
 def case_steps(plan: Plan, phase: str, length: int, position: int) -> list[Phase]:

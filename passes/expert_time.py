@@ -33,7 +33,7 @@ def expert_work(op: Op, work: Work, size: float, tokens: float, active: float = 
 def expert_cpu_us(op: Op, work: Work, step: Phase, context: Context) -> float:
     """CPU time of an expert's work without the op's own fixed latency, which all experts share."""
     time = cpu_time(op, work, step, context.profile, context.isa, 0.0)
-    return time.us if time.measured else max(0.0, time.us - OP_LATENCY_US)
+    return max(0.0, time.us - OP_LATENCY_US)
 
 
 def expert_gpu_us(op: Op, work: Work, step: Phase, gpu: Gpu) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hetcomp.bench import OUTSIDE, BenchRecord, RoleTime, bench, case_steps, middle_half, record_path, role_terms
+from hetcomp.bench import OUTSIDE, BenchRecord, RoleTime, bench, case_steps, record_path, role_terms, undisturbed
 from hetcomp.cli.bench_command import verdict
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.profile import HardwareProfile
@@ -159,9 +159,9 @@ def test_without_a_compiler_the_bandwidth_is_left_out_with_a_note():
 
 
 def test_interrupted_steps_do_not_count():
-    steps = [(1.0, {"a": 1.0}), (9.0, {"a": 8.0}), (2.0, {"a": 1.5}), (2.2, {"a": 1.7})]
-    assert middle_half(steps) == (pytest.approx(2.1), {"a": pytest.approx(1.6)})
-    assert middle_half(steps[:1]) == (1.0, {"a": 1.0})
+    took, roles = undisturbed([1.0, 9.0, 2.0, 2.2], {"a": 7.1})
+    assert (took, roles) == (pytest.approx(2.1), {"a": pytest.approx(1.05)})
+    assert undisturbed([1.0], {"a": 0.9}) == (1.0, {"a": 0.9})
 
 
 def test_a_profile_without_readings_is_not_held_against_the_run():
