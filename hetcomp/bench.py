@@ -41,6 +41,8 @@ DISTURBED_ROLE = 2.0
 # From this difference on the memory's bandwidth during the run was not the profile's.
 BANDWIDTH_TOLERANCE = 0.10
 OUTSIDE = "outside of the program"
+SETTLE_SECONDS = 0.2
+_SETTLE_STEPS = 32  # positions of a context that every artifact has
 
 Bandwidth = Callable[[HardwareProfile], float]
 
@@ -196,6 +198,19 @@ class _Case:
         return f"{self.phase} {self.length}" if self.phase == "prefill" else f"decode behind {self.length}"
 
 
+def settle_lanes(runtime: Runtime) -> None:
+    """Decodes until the lanes have noticed that the cores are theirs again: while another process takes them, lanes
+    hardly spin, and they judge that by stretches of 40 ms of equal steps (runtime_lib/src/lane_count.h)."""
+    end = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < end:
+        with runtime.session() as session:
+            session.prefill(np.zeros(1, np.int32))
+            for _ in range(_SETTLE_STEPS):
+                if time.perf_counter() >= end:
+                    break
+                runtime.decode([session], [0])
+
+
 def bench(
     exe: Executable,
     profile: HardwareProfile,
@@ -208,14 +223,15 @@ def bench(
     text: Sequence[int] | None = None,
     progress: ProgressSink | None = None,
     bandwidth: Bandwidth = current_gb_per_s,
+    settle: Callable[[Runtime], None] = settle_lanes,
 ) -> BenchRecord:
     """Times prefill of prompts of each length, and ``tokens`` decode steps behind each context, in interleaved rounds,
     and predicts the same steps on ``profile``.
 
     text: token ids of a text to take the prompts from (routing differs from that of random tokens, to which every
     expert is about equally likely); None: random tokens by ``seed``. Cases that do not fit into the artifact's
-    context are left out with a note. bandwidth: measures the machine's read bandwidth, before each round. Raises
-    HetcompError if no case fits or the text is too short.
+    context are left out with a note. bandwidth: measures the machine's read bandwidth, before each round, and settle
+    lets the lanes recover from it. Raises HetcompError if no case fits or the text is too short.
     """
     plan, stats = exe.plan, exe.stats
     cases, notes = _fitting(plan.dim("context").max, prompts, contexts, tokens)
@@ -232,6 +248,7 @@ def bench(
         if number and not any(note.startswith(_NO_BANDWIDTH) for note in notes):
             try:
                 readings.append(bandwidth(profile))
+                settle(exe.runtime)
             except HetcompError as error:
                 notes.append(f"{_NO_BANDWIDTH}: {error}")
         for case in cases:

@@ -14,8 +14,8 @@ from hetcomp.passes.work import Work, expert_borders
 
 # Fixed time of one op on a CPU lane besides its barrier: filling argument lists, drawing tasks, code that the last op
 # pushed out of the first-level cache, lanes that arrive apart. Where an op is timed again and again, as for the
-# profile's curves, none of it shows. 0.6 us on two cores of Zen 4: norms and residuals of demo-moe, decoding.
-OP_LATENCY_US = 0.6
+# profile's curves, none of it shows. 0.3 us on two cores of Zen 4: what demo-moe takes beyond its curves, decoding.
+OP_LATENCY_US = 0.3
 # Part of a GPU's data-sheet peak that is reached in practice, by reads and by matrix products (estimates: STREAM-like
 # copies reach 0.85 to 0.93 on Ampere to Hopper, cuBLAS 0.7 to 0.8 of the dense tensor peak).
 GPU_READS, GPU_FLOPS = 0.85, 0.7
@@ -29,7 +29,7 @@ _GPU_FALLBACK = "bf16"
 
 @dataclass(frozen=True)
 class DeviceTime:
-    """Microseconds, what bounds them (``memory`` or ``compute``), and whether a measured curve of the kernel says so."""
+    """Microseconds, what bounds them (``memory`` or ``compute``), and whether a curve of the kernel says so."""
 
     us: float
     bound: str

@@ -85,7 +85,8 @@ class FakeExecutable:
 
 
 def run(exe: FakeExecutable | None = None, **options: object) -> BenchRecord:
-    defaults = {"prompts": (8, 40, 65), "contexts": (20, 61), "tokens": 4, "rounds": 3, "bandwidth": lambda _: 20.0}
+    defaults = {"prompts": (8, 40, 65), "contexts": (20, 61), "tokens": 4, "rounds": 3}
+    defaults |= {"bandwidth": lambda _: 20.0, "settle": lambda _: None}
     return bench(exe or FakeExecutable(), machine(), **{**defaults, **options})  # type: ignore[arg-type]
 
 
