@@ -145,7 +145,6 @@ inline std::int64_t stream_grain(const Lane& lane, std::int64_t n_tasks, std::in
 constexpr int kGemvRows = 4;
 
 constexpr std::int64_t kUnit = 16;  // columns that are written together
-constexpr bool kPrepared = false;   // GEMV reads x itself
 constexpr std::int64_t row_bytes(std::int64_t k) { return ceil_div(k, 16) * 64; }
 
 // Columns column .. column + 16 of a row.
@@ -250,8 +249,8 @@ struct GemmBf16 {
   static constexpr int kTilePanels = 2;
   static constexpr std::int64_t padded_columns(std::int64_t k) { return ceil_div(k, 2) * 2; }
   static constexpr std::int64_t block_row_bytes(std::int64_t k) { return padded_columns(k) * 2; }
-  static constexpr std::int64_t kBlockUnit = 16;       // columns of a block that are written together
-  static constexpr bool kPackPrepared = false;       // blocks are packed from prepared rows, not from x itself
+  static constexpr std::int64_t kBlockUnit = 16;  // columns of a block that are written together
+  static constexpr bool kPackPrepared = false;  // blocks are packed from x itself
 
   // Weights are multiplied as they are stored.
   static constexpr std::int64_t prepared_bytes(std::int64_t /*k*/) { return 0; }

@@ -181,7 +181,6 @@ inline std::int64_t stream_grain(const Lane& lane, std::int64_t n_tasks, std::in
 constexpr int kGemvRows = 8;
 
 constexpr std::int64_t kUnit = 32;  // columns that are prepared together
-constexpr bool kPrepared = true;    // GEMV reads prepared rows, not x itself
 constexpr std::int64_t groups(std::int64_t k) { return ceil_div(k, kUnit); }
 constexpr std::int64_t row_bytes(std::int64_t k) { return ceil_div(groups(k) * (kUnit + 8), 64) * 64; }
 
@@ -298,8 +297,8 @@ struct GemmInt8 {
   static constexpr std::int64_t kGroupRowBytes = kUnit + 8;
   static constexpr std::int64_t padded_columns(std::int64_t k) { return groups(k) * kUnit; }
   static constexpr std::int64_t block_row_bytes(std::int64_t k) { return groups(k) * kGroupRowBytes; }
-  static constexpr std::int64_t kBlockUnit = 32;       // columns of a block that are written together
-  static constexpr bool kPackPrepared = true;       // blocks are packed from prepared rows, not from x itself
+  static constexpr std::int64_t kBlockUnit = 32;  // columns of a block that are written together
+  static constexpr bool kPackPrepared = true;  // blocks are packed from prepared rows, not from x itself
 
   // Weights are multiplied as they are stored.
   static constexpr std::int64_t prepared_bytes(std::int64_t /*k*/) { return 0; }
