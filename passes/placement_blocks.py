@@ -37,18 +37,24 @@ class Blocks:
         )
 
 
-def join_layers(problem: Problem) -> Blocks:
-    """The problem as it is where it is small, else with neighbours among equal layers joined into at most ``BLOCKS``
-    blocks a run of them. Every time and size of a block is the sum of its layers': what a joined assignment is said to
-    take is what its expansion takes."""
-    if len(problem.groups) * len(problem.gpu_bytes) <= MAX_CHOICES:
-        return Blocks(problem, tuple(range(len(problem.groups))), tuple(range(len(problem.experts))))
+def _by_call(problem: Problem) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Indices of the groups and of the expert sets of each call."""
     groups: dict[int, list[int]] = defaultdict(list)
     experts: dict[int, list[int]] = defaultdict(list)
     for index, g in enumerate(problem.groups):
         groups[g.call].append(index)
     for index, e in enumerate(problem.experts):
         experts[e.call].append(index)
+    return groups, experts
+
+
+def join_layers(problem: Problem) -> Blocks:
+    """The problem as it is where it is small, else with neighbours among equal layers joined into at most ``BLOCKS``
+    blocks a run of them. Every time and size of a block is the sum of its layers': what a joined assignment is said to
+    take is what its expansion takes."""
+    if len(problem.groups) * len(problem.gpu_bytes) <= MAX_CHOICES:
+        return Blocks(problem, tuple(range(len(problem.groups))), tuple(range(len(problem.experts))))
+    groups, experts = _by_call(problem)
     block_groups: list[Group] = []
     block_experts: list[ExpertSet] = []
     group_of, expert_of = [0] * len(problem.groups), [0] * len(problem.experts)
@@ -72,12 +78,7 @@ def join_layers(problem: Problem) -> Blocks:
 def in_order(problem: Problem, assignment: Assignment) -> Assignment:
     """The assignment with equal neighbouring layers exchanged so that such as are placed alike stand together: of the
     solver's many mirror images always the same one. Unchanged where that would cost transfers."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    experts: dict[int, list[int]] = defaultdict(list)
-    for index, g in enumerate(problem.groups):
-        groups[g.call].append(index)
-    for index, e in enumerate(problem.experts):
-        experts[e.call].append(index)
+    groups, experts = _by_call(problem)
     devices, streamed, counts = list(assignment.groups), set(assignment.streamed), list(assignment.experts)
     for run in _blocks([_signature(problem, groups[c], experts[c]) for c in sorted(groups)], 1):
         fates = sorted(
