@@ -85,10 +85,11 @@ def explain(plan: Plan, profile: HardwareProfile, record: BenchRecord) -> list[E
             "the record was taken on with --hw."
         )
     context = Context(profile, None, CpuTarget((Isa.AVX2,), default_backends()), isa=record.isa)
-    cached = cached_fraction(working_set(plan, context), profile)
     found = []
     for case in record.cases:
         work = _work(plan, context, case)
+        last = case_steps(plan, case.phase, case.tokens, case.position)[-1]
+        cached = cached_fraction(working_set(plan, last, context), profile)
         for role in sorted(case.roles, key=lambda r: -r.typical_ms):
             if role.role in work and role.typical_ms > 0:
                 found.append(_explanation(case, role, work[role.role], profile, record, cached))

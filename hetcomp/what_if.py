@@ -111,7 +111,7 @@ def _dram_bandwidth(profile: HardwareProfile, new: New) -> HardwareProfile:
         return n.model_copy(update={"read_bandwidth": points})
 
     def curve(c: KernelCurve) -> KernelCurve:
-        if c.kernel not in ("linear", "moe_experts") or c.variant != "dram":
+        if c.kernel not in ("linear", "moe_experts") or c.variant not in ("dram", "small"):
             return c
         warm = profile.curve(c.kernel, "cache", c.weight_format, c.isa)
         peak = max(p.rate * p.size for p in c.points)

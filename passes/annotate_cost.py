@@ -25,12 +25,12 @@ def annotate_cost(plan: Plan, context: Context) -> Plan:
 
 def cost_plan(plan: Plan, steps: tuple[Phase, ...], context: Context) -> Plan:
     """The plan with every op's cost at each of ``steps``."""
-    cached = cached_fraction(working_set(plan, context), context.profile)
+    cached = {step: _still_cached(plan, step, context) for step in steps}
 
     def cost_template(template: Template) -> Template:
         values = template.value_map()
         ops = (
-            replace(op, cost=Cost(tuple(_phase_cost(op, values, step, context, cached) for step in steps)))
+            replace(op, cost=Cost(tuple(_phase_cost(op, values, step, context, cached[step]) for step in steps)))
             for op in template.ops
         )
         return replace(template, ops=tuple(ops))
@@ -38,9 +38,19 @@ def cost_plan(plan: Plan, steps: tuple[Phase, ...], context: Context) -> Plan:
     return plan.map_templates({t.name: cost_template(t) for t in plan.templates})
 
 
-def working_set(plan: Plan, context: Context) -> float:
-    """Bytes of all weights: what decode comes back to, token after token."""
-    return float(sum(context.target.packed_bytes(v) for v in plan.values if v.kind is ValueKind.WEIGHT))
+def _still_cached(plan: Plan, step: Phase, context: Context) -> float:
+    """Part of the weights that caches still hold from the last step: in decode. Before a prompt something else ran, and
+    its own activations pass through the caches."""
+    decode = step.tokens == step.sequences
+    return cached_fraction(working_set(plan, step, context), context.profile) if decode else 0.0
+
+
+def working_set(plan: Plan, step: Phase, context: Context) -> float:
+    """Bytes of all weights and of the KV cache up to the step's position: what decode comes back to, token after
+    token."""
+    filled = {"slots": step.sequences, "context": step.position}
+    weights = sum(context.target.packed_bytes(v) for v in plan.values if v.kind is ValueKind.WEIGHT)
+    return float(weights + sum(v.type.bytes(filled) for v in plan.values if v.kind is ValueKind.STATE))
 
 
 def _phase_cost(op: Op, values: Values, step: Phase, context: Context, cached: float) -> PhaseCost:

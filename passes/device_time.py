@@ -12,10 +12,6 @@ from hetcomp.ir.plan import Op
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.work import Work, expert_borders
 
-# Fixed time of one op on a CPU lane besides its barrier: filling argument lists, drawing tasks, code that the last op
-# pushed out of the first-level cache, lanes that arrive apart. Where an op is timed again and again, as for the
-# profile's curves, none of it shows. 0.3 us on two cores of Zen 4: what demo-moe takes beyond its curves, decoding.
-OP_LATENCY_US = 0.3
 # Part of a GPU's data-sheet peak that is reached in practice, by reads and by matrix products (estimates: STREAM-like
 # copies reach 0.85 to 0.93 on Ampere to Hopper, cuBLAS 0.7 to 0.8 of the dense tensor peak).
 GPU_READS, GPU_FLOPS = 0.85, 0.7
@@ -42,7 +38,7 @@ def cpu_time(op: Op, work: Work, step: Phase, profile: HardwareProfile, isa: str
     term = term_of(op, step)
     roofline = _roofline(work, profile, isa, cached)
     found = _from_curve(op, work, step, profile, isa, cached)
-    us = (found if found is not None else roofline.us) + OP_LATENCY_US
+    us = found if found is not None else roofline.us
     factor = profile.calibration(op.kind) * (profile.calibration(term) if term != op.kind else 1.0)
     return DeviceTime(us * factor, roofline.bound, found is not None)
 
@@ -88,7 +84,7 @@ def gpu_time(op: Op, work: Work, step: Phase, gpu: Gpu) -> DeviceTime:
     curve = gpu_curve(gpu, op, work, step)
     if curve is None:
         return DeviceTime(max(memory, compute) + launch_us(gpu), bound)
-    us = _attention_us(curve, op, work, step) if curve.kernel.startswith("attention") else _pass_us(curve, work)
+    us = _attention_us(curve, op.attrs, work, step) if isinstance(op.attrs, ops.Attention) else _pass_us(curve, work)
     return DeviceTime(us + launch_us(gpu), bound, measured=True)
 
 
@@ -173,14 +169,23 @@ def _from_curve(
     curve = profile.curve(kernel, "dram", work.state_format, isa)
     if curve is None:
         return None
-    return _attention_us(curve, op, work, step)
+    assert isinstance(op.attrs, ops.Attention)
+    us = _attention_us(curve, op.attrs, work, step)
+    small = profile.curve(kernel, "small", work.state_format, isa)
+    if small is None:
+        return us
+    # What is done once a position and head (softmax, loops) weighs the more the narrower a head is; two widths give
+    # that line.
+    at_large, at_small, here = (1 / d for d in (curve.shape["head_dim"], small.shape["head_dim"], op.attrs.head_dim))
+    place = max(0.0, (here - at_large) / (at_small - at_large))
+    return us + max(0.0, _attention_us(small, op.attrs, work, step) - us) * place
 
 
-def _attention_us(curve: KernelCurve, op: Op, work: Work, step: Phase) -> float:
+def _attention_us(curve: KernelCurve, attrs: ops.Attention, work: Work, step: Phase) -> float:
     decode = curve.kernel == "attention_decode"
     size = step.position if decode else max(step.tokens, step.position)
-    if decode and isinstance(op.attrs, ops.Attention) and op.attrs.window:
-        size = min(size, op.attrs.window)
+    if decode and attrs.window:
+        size = min(size, attrs.window)
     return work.flops / 2 / (curve.rate(size) * 1e3)
 
 
@@ -195,17 +200,23 @@ def _matrix_us(
     if large is None:
         return None
     us = _pass_us(large, work)
-    small = profile.curve(kernel, "cache", work.weight_format, isa)
-    if small is None:
+    warm = profile.curve(kernel, "cache", work.weight_format, isa)
+    if warm is None:
         return us
-    if work.group <= MEMORY_BOUND_TOKENS:
-        return (1 - cached) * us + cached * min(us, _pass_us(small, work))
-    # Bound by compute, wherever the weights are. A kernel's time a weight grows with what it has to do for the
-    # activations at the weights' borders; two shapes give that line.
-    at_large, at_small = _borders(large), _borders(small)
+    # A kernel's time a weight grows with what it has to do for the activations at the weights' borders, and small
+    # matrices are short streams; two shapes give that line. 1 is the small one.
+    at_large, at_small = _borders(large), _borders(warm)
     here = work.borders / work.weights if work.weights else at_large
-    slope = max(0.0, (_pass_us(small, work) - us) / (at_small - at_large))
-    return max(0.9 * us, us + slope * (here - at_large))
+    place = max(0.0, (here - at_large) / (at_small - at_large))
+    cold = profile.curve(kernel, "small", work.weight_format, isa)
+    if cold is not None:
+        from_memory = us + max(0.0, _pass_us(cold, work) - us) * place
+        from_cache = us + (_pass_us(warm, work) - us) * min(1.0, place)
+        return (1 - cached) * from_memory + cached * min(from_memory, from_cache)
+    if work.group <= MEMORY_BOUND_TOKENS:
+        return (1 - cached) * us + cached * min(us, _pass_us(warm, work))
+    # Bound by compute, wherever the weights are.
+    return us + max(0.0, _pass_us(warm, work) - us) * place
 
 
 # Up to this many tokens a weight the kernels wait for memory (10 FLOP a byte of bf16 is below every CPU's ridge).

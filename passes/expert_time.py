@@ -8,7 +8,7 @@ from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import OP_LATENCY_US, cpu_time, gpu_time, launch_us
+from hetcomp.passes.device_time import cpu_time, gpu_time, launch_us
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.work import Work, expert_borders
 
@@ -31,9 +31,8 @@ def expert_work(op: Op, work: Work, size: float, tokens: float, active: float = 
 
 
 def expert_cpu_us(op: Op, work: Work, step: Phase, context: Context) -> float:
-    """CPU time of an expert's work without the op's own fixed latency, which all experts share."""
-    time = cpu_time(op, work, step, context.profile, context.isa, 0.0)
-    return max(0.0, time.us - OP_LATENCY_US)
+    """CPU time of an expert's work, its weights in memory."""
+    return cpu_time(op, work, step, context.profile, context.isa, 0.0).us
 
 
 def expert_gpu_us(op: Op, work: Work, step: Phase, gpu: Gpu) -> float:

@@ -22,9 +22,10 @@ ROWS, COLUMNS = 2048, 2048
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
 CONTEXT = 16384
 MOST_TOKENS = 4096
-# Width of the small operands: a second shape shows what a kernel pays for rows of activations besides its weights, and
-# in few tokens what it takes when caches hold the weights.
+# Width of the small operands: a second shape shows what a kernel pays for rows of activations besides its weights and
+# for short streams, and in few tokens what it takes when caches hold the weights.
 SMALL = 256
+SMALL_TOKENS = (1, 2, 4, 8, 16, 32, 64, 512)
 # Activations of the long tail take turns over this much, as those of a step's many ops do.
 TAIL_BYTES = 96 << 20
 # Most weights that take turns to be cold (kernel_probe.cpp.j2 calls no point more often).
@@ -33,10 +34,14 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 POSITIONS = (128, 512, 2048, 8192, 16383)
 PROMPTS = (16, 64, 256, 512, 1024)
+SMALL_POSITIONS, SMALL_PROMPTS = (128, 512, 2048), (16, 64, 256, 1024)
 ROW_COUNTS = (1, 4, 16, 64, 512)
 COARSE = (1, 8, 64, 512)
 # With 64 tokens an expert fills several tiles; more would take a second a call and show the same.
 COARSE_EXPERT_TOKENS = (1, 8, 64)
+# From this many rows on activations come from another core's cache, or from memory: so they do in a step, whose ops
+# divide their rows differently.
+_TURNING_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,15 @@ Emit = Callable[[Attrs, Sequence[Value], Sequence[Value]], Kernel]
 
 class Detail(StrEnum):
     """How much is measured: ``FULL``, all curves of the usual formats, attention and elementwise kinds (through TVM)
-    included; ``COARSE``, few points of the other formats, from memory only; ``QUICK``, few points of the usual ones."""
+    included; ``COARSE``, few points of the other formats; ``QUICK``, few points of the usual ones, of large matrices
+    only."""
 
     FULL = "full"
     COARSE = "coarse"
     QUICK = "quick"
 
 
-# Formats by how much of them is measured: those of most use everything, the others few points, from memory only.
+# Formats by how much of them is measured: those of most use everything, the others few points.
 _FORMATS = {
     Detail.FULL: ("f32", "bf16", "q8", "q4"),
     Detail.COARSE: ("fp8", "mxfp4"),
@@ -109,7 +115,7 @@ def curve_plans(
         yield from _experts(emit, form, detail, cold_bytes)
     if detail is Detail.FULL:
         for dtype in CACHE_DTYPES:
-            yield from _attention(emit, dtype, detail, cold_bytes)
+            yield from _attention(emit, dtype, cold_bytes)
         yield from _tail(emit, cold_bytes)
 
 
@@ -160,9 +166,8 @@ def _sets(cold_bytes: int, each: int) -> int:
 
 def _linear(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
     yield _cold_linear(emit, form, TOKENS if detail is Detail.FULL else COARSE, cold_bytes)
-    if detail is Detail.FULL:
-        few = [t for t in TOKENS if t <= 512]
-        yield _linear_curve(emit, form, "cache", (SMALL, SMALL), few, 0)
+    if detail is not Detail.QUICK:
+        yield _linear_curve(emit, form, "cache", (SMALL, SMALL), _small_tokens(detail), 0)
 
 
 def _cold_linear(emit: Emit, form: str, tokens: Sequence[int], cold_bytes: int) -> CurvePlan:
@@ -186,9 +191,15 @@ def _linear_curve(
 def _experts(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
     sizes = EXPERT_TOKENS if detail is Detail.FULL else COARSE_EXPERT_TOKENS
     yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes, cold_bytes)
-    if detail is Detail.FULL:
+    if detail is not Detail.QUICK:
         # Small enough that the second-level caches of two cores hold all experts that a call touches.
-        yield _expert_curve(emit, form, "cache", (8, 2, SMALL, SMALL // 2), EXPERT_TOKENS, 0)
+        shape = (8, 2, SMALL, SMALL // 2)
+        yield _expert_curve(emit, form, "small", shape, _small_tokens(detail), cold_bytes)
+        yield _expert_curve(emit, form, "cache", shape, _small_tokens(detail), 0)
+
+
+def _small_tokens(detail: Detail) -> Sequence[int]:
+    return SMALL_TOKENS if detail is Detail.FULL else COARSE
 
 
 def _expert_curve(
@@ -223,29 +234,42 @@ def _expert_curve(
     return CurvePlan("moe_experts", variant, form, names, kernel, tuple(cases))
 
 
-def _attention(emit: Emit, dtype: DType, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
-    cache = ("slots", KV_HEADS, "context", HEAD_DIM)
-    type_ = TensorType(dtype, cache)
+def _attention(emit: Emit, dtype: DType, cold_bytes: int) -> Iterator[CurvePlan]:
+    large, small = (HEADS, KV_HEADS, HEAD_DIM), (HEADS // 4, KV_HEADS // 2, HEAD_DIM // 2)
+    yield from _attention_curves(emit, dtype, "dram", large, (POSITIONS, PROMPTS), cold_bytes)
+    yield from _attention_curves(emit, dtype, "small", small, (SMALL_POSITIONS, SMALL_PROMPTS), cold_bytes)
+
+
+def _attention_curves(
+    emit: Emit,
+    dtype: DType,
+    variant: str,
+    heads: tuple[int, int, int],
+    sizes: tuple[Sequence[int], Sequence[int]],
+    cold_bytes: int,
+) -> Iterator[CurvePlan]:
+    n_heads, kv_heads, dim = heads
+    type_ = TensorType(dtype, ("slots", kv_heads, "context", dim))
     states = [Value(n, type_, ValueKind.STATE) for n in ("k", "v")]
-    row = HEADS * HEAD_DIM
+    row = n_heads * dim
     kernel = emit(
-        ops.Attention(HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM, HEAD_DIM**-0.5),
-        [_act("q", "T", HEADS, HEAD_DIM), *states],
-        [_act("y", "T", HEADS, HEAD_DIM)],
+        ops.Attention(n_heads, kv_heads, dim, dim, dim**-0.5),
+        [_act("q", "T", n_heads, dim), *states],
+        [_act("y", "T", n_heads, dim)],
     )
     size = type_.bytes({"slots": 1, "context": CONTEXT})
     sets = _sets(cold_bytes, 2 * size)
-    shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM}
+    shape = {"heads": n_heads, "kv_heads": kv_heads, "head_dim": dim}
 
     def case(size_: int, rows: int, position: int, macs: float) -> Case:
         inputs = (Operand("a", 4 * rows * row), Operand("s", size, sets), Operand("s", size, sets))
         return Case(size_, rows, macs, inputs, (4 * rows * row,), position)
 
-    each, full = 2.0 * HEADS * HEAD_DIM, detail is Detail.FULL
-    decode = tuple(case(p, 1, p, each * (p + 1)) for p in (POSITIONS if full else (512, 8192)))
-    prefill = tuple(case(t, t, t - 1, each * t * (t + 1) / 2) for t in (PROMPTS if full else (64, 512)))
-    yield CurvePlan("attention_decode", "dram", dtype.value, shape, kernel, decode)
-    yield CurvePlan("attention_prefill", "dram", dtype.value, shape, kernel, prefill)
+    positions, prompts = sizes
+    decode = tuple(case(p, 1, p, 2.0 * row * (p + 1)) for p in positions)
+    prefill = tuple(case(t, t, t - 1, 2.0 * row * t * (t + 1) / 2) for t in prompts)
+    yield CurvePlan("attention_decode", variant, dtype.value, shape, kernel, decode)
+    yield CurvePlan("attention_prefill", variant, dtype.value, shape, kernel, prefill)
 
 
 def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
@@ -275,7 +299,7 @@ def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
             moved = sum(v.type.bytes(dims) for v in inputs) + sum(made)
             # Of a KV cache only the new rows are touched, so that more of it must take turns.
             turning = cold_bytes if any(v.kind is ValueKind.STATE for v in inputs) else min(TAIL_BYTES, cold_bytes)
-            sets = _sets(turning, moved) if t >= ROW_COUNTS[-2] else 1
+            sets = _sets(turning, moved) if t >= _TURNING_ROWS else 1
             operands = tuple(
                 Operand("s" if v.kind is ValueKind.STATE else "w", v.type.bytes(dims), sets) for v in inputs
             )

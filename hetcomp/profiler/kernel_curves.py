@@ -18,7 +18,7 @@ from hetcomp.progress import ProgressSink
 # Repetitions of all points: memory bandwidth of shared machines comes and goes.
 _ROUNDS = {Detail.FULL: 2, Detail.COARSE: 1, Detail.QUICK: 1}
 # Seconds for the calls of all points of an instruction set, and what one point gets of it in a round.
-_SECONDS = {Detail.FULL: 12.0, Detail.COARSE: 3.0, Detail.QUICK: 2.0}
+_SECONDS = {Detail.FULL: 13.0, Detail.COARSE: 4.0, Detail.QUICK: 2.0}
 _LEAST_POINT_US, _MOST_POINT_US = 10_000.0, 75_000.0
 _KEPT_SAMPLES = 8
 
