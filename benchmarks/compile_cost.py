@@ -1,8 +1,12 @@
-"""Time and memory of a whole compile: kernels cold and from the cache, weights packed one matrix at a time.
+"""Time and memory of a whole compile, beside what the disk takes to read the checkpoint and to write the artifact; and
+how soon the artifact's first token comes.
 
-python -m benchmarks.compile_cost [--model qwen3moe-1b]
+python -m benchmarks.compile_cost [--model qwen3moe-1b [--layers N] | --checkpoint FOLDER] [--formats q4] [--rounds 3]
 
-Each sample is a process of its own. The memory to hold against: the largest tensor of the checkpoint plus 1 GB.
+Each sample is a process of its own. The checkpoint leaves the page cache before each compile, as after a download that
+was larger than memory, and the disk is read and written (past the page cache, and up to fsync) before each compile as
+well. The memory to hold against: the largest tensor of the checkpoint plus 1 GB. First tokens are those of hetcomp-run
+with the weights in the page cache, mapped and copied to memory, from the start of the process to its end.
 """
 
 from __future__ import annotations
@@ -22,13 +26,18 @@ from benchmarks import models
 from benchmarks.cpu_e2e import show
 from benchmarks.record import Record
 from hetcomp.frontend.safetensors_header import read_header
+from hetcomp.models_zoo.synthesise import synthesise
+from hetcomp.profiler.disk import measure_disk
+
+_WRITTEN = 2 << 30
+_BLOCK = 64 << 20
 
 
-def _measure_here(checkpoint: Path, out: Path) -> dict[str, float]:
+def _measure_here(checkpoint: Path, formats: str, out: Path) -> dict[str, float]:
     import hetcomp
 
     start = time.perf_counter()
-    hetcomp.compile(checkpoint, formats="bf16", context_length=1024, out=out)
+    hetcomp.compile(checkpoint, formats=formats, context_length=1024, out=out)
     seconds = time.perf_counter() - start
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {"seconds": seconds, "max_rss_gb": usage.ru_maxrss * 1024 / 1e9}
@@ -39,32 +48,103 @@ def _largest_tensor_gb(checkpoint: Path) -> float:
     return max(sizes, default=math.nan) / 1e9
 
 
+def _gigabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
+
+
+def _leave_page_cache(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _write_gb_per_s(folder: Path) -> float:
+    """Of a file of 2 GiB, flushed to the disk."""
+    block = os.urandom(_BLOCK)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".disk-") as file:
+        start = time.perf_counter()
+        for _ in range(_WRITTEN // _BLOCK):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return _WRITTEN / (time.perf_counter() - start) / 1e9
+
+
+def _compile(checkpoint: Path, formats: str, out: Path, cache: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.compile_cost", "--checkpoint", str(checkpoint), "--formats", formats]
+    environment = {**os.environ, "HETCOMP_CACHE": str(cache)}
+    done = subprocess.run(
+        [*command, "--here", str(out)], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _first_token(artifact: Path, weights: str) -> float:
+    """Seconds from starting hetcomp-run to its end, after one token."""
+    command = [str(artifact / "bin" / "hetcomp-run"), str(artifact), "--prompt", "Once", "-n", "1"]
+    start = time.perf_counter()
+    subprocess.run([*command, "--weights", weights], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def _warm(artifact: Path) -> None:
+    for file in artifact.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as data:
+            while data.read(_BLOCK):
+                pass
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="qwen3moe-1b")
-    parser.add_argument("--here", type=Path, help="compile to this place in this process and print JSON")
+    parser.add_argument("--layers", type=int, help="fewer layers of the same shapes; made, and removed again")
+    parser.add_argument("--formats", default="q4")
+    parser.add_argument("--rounds", type=int, default=3, help="compiles with kernels from the cache")
+    parser.add_argument("--checkpoint", type=Path, help="an existing folder instead of a model of the zoo")
+    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    checkpoint = models.checkpoint(options.model)
     if options.here:
-        print(json.dumps(_measure_here(checkpoint, options.here)))
+        print(json.dumps(_measure_here(options.checkpoint, options.formats, options.here)))
         return
-    record = Record("compile_cost", {"model": options.model, "formats": "bf16"})
     with tempfile.TemporaryDirectory(dir=models.FOLDER) as folder:
-        environment = {**os.environ, "HETCOMP_CACHE": str(Path(folder) / "cache")}
-        for name in ("cold", "kernels cached"):
-            command = [sys.executable, "-m", "benchmarks.compile_cost", "--model", options.model]
-            done = subprocess.run(
-                [*command, "--here", str(Path(folder) / "out.hetc")],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            sample = json.loads(done.stdout.splitlines()[-1])
-            record.add(f"time, {name}", "s", sample["seconds"], higher_is_better=False)
-            record.add("max RSS", "GB", sample["max_rss_gb"], higher_is_better=False)
-    record.derived["largest tensor, GB"] = _largest_tensor_gb(checkpoint)
+        if options.checkpoint:
+            checkpoint = options.checkpoint
+        elif options.layers:
+            checkpoint = synthesise(options.model, Path(folder) / "checkpoint", layers=options.layers)
+        else:
+            checkpoint = models.checkpoint(options.model)
+        _run(checkpoint, Path(folder), options)
+
+
+def _run(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
+    name = options.checkpoint.name if options.checkpoint else options.model
+    given = {"model": name, "layers": options.layers or "all", "formats": options.formats, "rounds": options.rounds}
+    record = Record("compile_cost", {**given, "checkpoint GB": _gigabytes(checkpoint)})
+    out = folder / "out.hetc"
+    for number in range(options.rounds + 1):
+        _leave_page_cache(checkpoint)
+        record.add("disk, read", "GB/s", measure_disk(folder)[0].gb_per_s)
+        record.add("disk, write", "GB/s", _write_gb_per_s(folder))
+        sample = _compile(checkpoint, options.formats, out, folder / "cache")
+        record.add(f"time, {'kernels cached' if number else 'cold'}", "s", sample["seconds"], higher_is_better=False)
+        record.add("max RSS", "GB", sample["max_rss_gb"], higher_is_better=False)
+    _warm(out)
+    for _ in range(max(3, options.rounds)):
+        for weights in ("mmap", "ram"):
+            record.add(f"first token, --weights {weights}", "s", _first_token(out, weights), higher_is_better=False)
+    series = {s.name: s.median for s in record.series}
+    disk = _gigabytes(checkpoint) / series["disk, read"] + _gigabytes(out) / series["disk, write"]
+    record.derived = {
+        "largest tensor, GB": _largest_tensor_gb(checkpoint),
+        "artifact, GB": _gigabytes(out),
+        "reading and writing at the disk's speed, s": disk,
+        "compile over that": record["time, kernels cached"].median / disk,
+    }
     show(record)
     print(record.write())
 
