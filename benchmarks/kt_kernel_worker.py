@@ -1,7 +1,8 @@
 """Worker that runs one MoE layer through kt-kernel: CLASS --threads N and the layer's sizes.
 
 Runs in the peers' environment (torch, kt-kernel without its dependencies). Weights are random; CLASS is one of
-kt_kernel_ext.moe's, for example AMXInt4_MOE (a scale a row) or AMXInt4_KGroup_MOE (a scale for 32 columns, 4.5 bits).
+kt_kernel_ext.moe's, for example AMXInt4_MOE (a scale a row), or AMXInt4_KGroup_MOE and AVX2RawInt4_MOE (a scale for 32
+columns, 4.5 bits; the latter for CPUs without AMX).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
     config.layer_idx, config.max_len, config.pool = 0, o.most_tokens, cpu.backend_
     config.gate_proj, config.up_proj, config.down_proj = gate.data_ptr(), gate.data_ptr(), down.data_ptr()
     config.gate_scale = config.up_scale = config.down_scale = 0
-    if "KGroup" in o.name:
+    if "KGroup" in o.name or "RawInt4" in o.name:
         (gq, gs), (dq, ds) = quantise(gate), quantise(down)
         held += [gq, gs, dq, ds]
         config.gate_proj, config.up_proj, config.down_proj = gq.data_ptr(), gq.data_ptr(), dq.data_ptr()
