@@ -14,6 +14,7 @@ Bits a weight are of all matrices but the routers, scales included.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import tempfile
@@ -212,6 +213,7 @@ def main() -> None:
                 record.versions |= worker.call("version")
         results = evaluate(engines, "hetcomp f32", chosen)
     _report(record, results)
+    _compare(record, results, options.length - 1)
     show(record)
     print(record.write())
 
@@ -229,6 +231,20 @@ def _report(record: Record, results: Mapping[str, Accuracy]) -> None:
         record.derived[f"{name}: median KL"] = float(np.median(accuracy.divergence))
         record.derived[f"{name}: part of KL in the worst 1 % of tokens"] = accuracy.share_of_worst()
         record.derived[f"{name}: same top token, %"] = 100 * float(accuracy.same_top.mean())
+
+
+def _compare(record: Record, results: Mapping[str, Accuracy], window: int) -> None:
+    """Perplexity and KL of each of ours against each peer's, with the standard errors of the differences: those of the
+    windows' means, since tokens of one window are not independent."""
+    for ours, theirs in itertools.product(results, results):
+        if not (ours.startswith("hetcomp") and theirs.startswith("llama.cpp")) or ours == "hetcomp f32":
+            continue
+        pairs = {"log perplexity": "loss", "KL": "divergence"}
+        for what, field in pairs.items():
+            difference = getattr(results[ours], field) - getattr(results[theirs], field)
+            means = difference.reshape(-1, window).mean(axis=1)
+            record.derived[f"{ours} - {theirs}: {what}"] = float(means.mean())
+            record.derived[f"{ours} - {theirs}: {what}, standard error"] = float(means.std(ddof=1) / len(means) ** 0.5)
 
 
 if __name__ == "__main__":
