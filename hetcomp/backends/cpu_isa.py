@@ -25,7 +25,10 @@ class CpuIsa:
     ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``direct_rows``: rows up to which
     attention reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``:
     its tiles then. ``chained_rows``: rows up to which whole-number sums are split in two to hide latency.
-    ``many_rows``: tokens a weight from which on the second of two GEMM families is faster.
+    ``many_rows``: tokens a weight from which on the second of two GEMM families is faster. ``chains``: sums that the
+    product of a panel and a single row of floats is split into. ``pass_rows``: single rows that share a pass over a
+    panel with their sums in registers; more on AVX-512 gain nothing measurable and cost compile time. ``few_tokens``:
+    tokens up to which experts stream their weights against single rows; from 12 on it depends on shape and format.
     """
 
     vocabulary: Literal["avx2", "avx512"]
@@ -38,6 +41,9 @@ class CpuIsa:
     direct_panels: int = 4
     chained_rows: int = 4
     many_rows: int = 64
+    chains: int = 4
+    pass_rows: int = 4
+    few_tokens: int = 8
 
     def whole_numbers(self, weight_format: str) -> bool:
         """Whether weights of the format are multiplied as whole numbers (by single rows, that is)."""
@@ -118,7 +124,15 @@ class CpuIsa:
         return max(entries + -(-entries // self.tile_rows(f)) for f in self.gemms(weight_format))
 
 
-_AVX2 = CpuIsa("avx2", attention_rows=(6, 3, 1), direct_heights=(2, 1), direct_panels=2, chained_rows=1)
+_AVX2 = CpuIsa(
+    "avx2",
+    attention_rows=(6, 3, 1),
+    direct_heights=(2, 1),
+    direct_panels=2,
+    chained_rows=1,
+    chains=2,
+    pass_rows=3,
+)
 _ISAS = {
     Isa.AVX2: _AVX2,
     Isa.AVX_VNNI: replace(_AVX2, vnni=True),

@@ -195,8 +195,8 @@ def _parts(
             assert isinstance(op.attrs, MoeExperts)
             call["local"] = [here.index(e) if e in here else -1 for e in range(op.attrs.experts)]
             call["top_k"] = part.attrs.top_k
-            call["choices"] = inputs[1:3]
-            inputs[1:3] = [scratch(space.ids[i]), scratch(space.weights[i])]
+            call["choices"] = inputs[1]
+            inputs[1] = scratch(space.ids[i])
         calls.append(call | {"workspace": scratch(space.scratch[i]) if kernel.workspace_bytes else "nullptr"})
     width = part.attrs.hidden if isinstance(part.attrs, MoeExperts) else 0
     return {"parts": calls, "partials": [scratch(offset) for offset in space.partials], "width": width}

@@ -167,12 +167,11 @@ def shared_weights(plan: Plan) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class PartWorkspace:
-    """Byte offsets within the op's workspace: of every part's own scratch memory, of its choices of experts (ids, then
-    router weights) where experts are whole, of its partial sum; the first part has none, it writes to the output."""
+    """Byte offsets within the op's workspace: of every part's own scratch memory, of its ids of chosen experts where
+    experts are whole, of its partial sum; the first part has none, it writes to the output."""
 
     scratch: tuple[int, ...]
     ids: tuple[int, ...]
-    weights: tuple[int, ...]
     partials: tuple[int, ...]
     bytes: int
 
@@ -192,12 +191,10 @@ def part_workspace(
     values = template.value_map()
     scratch = tuple(take(size) for size in sizes)
     ids: list[int] = []
-    weights: list[int] = []
     partials: list[int] = []
     for i, part in enumerate(parts):
         if part.experts:
             ids.append(take(values[op.inputs[1]].type.bytes(dict(dims))))
-            weights.append(take(values[op.inputs[2]].type.bytes(dict(dims))))
         if i > 0 and isinstance(part.attrs, ops.MoeExperts):
             partials.append(take(values[op.outputs[0]].type.bytes(dict(dims))))
-    return PartWorkspace(scratch, tuple(ids), tuple(weights), tuple(partials), end)
+    return PartWorkspace(scratch, tuple(ids), tuple(partials), end)

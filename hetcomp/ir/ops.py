@@ -170,7 +170,8 @@ class MoeExperts:
     down w[experts, hidden, intermediate](, gate_up_bias f32[experts, 2 * intermediate],
     down_bias f32[experts, hidden]) -> f32[T, hidden].
 
-    y[t] = sum over k of weights[t, k] * (down[e] @ glu(gate_up[e] @ x[t] + bias) + bias), e = ids[t, k].
+    y[t] = sum over k of weights[t, k] * (down[e] @ glu(gate_up[e] @ x[t] + bias) + bias), e = ids[t, k]. A choice e < 0
+    adds nothing: in the part of a NUMA node it stands for an expert of another node.
     Rows 0 .. intermediate-1 of gate_up are the gate, the rest the up projection (checkpoints that interleave
     them are put in this order when they are packed). ``swiglu_oai``: (clamp(up, -limit, limit) + 1) *
     g * sigmoid(alpha * g) with g = min(gate, limit).

@@ -115,7 +115,8 @@ def test_program_and_kernel(golden, planned, context):
     golden(STAGES / "5-program.txt", _without_hashes("\n".join(program[start : end + 1])) + "\n")
     experts = next(op for op in template.ops if op.kind == "moe_experts")
     source = kernels[template.name, experts.id].source
-    one_token = "// Shortened: the path of a single token and the entry.\n\n" + "\n".join(
-        _function(source, name) for name in ("void decode(", "void moe_experts_")
+    few_tokens = "// Shortened: the path of one to eight tokens and the entry.\n\n" + "\n".join(
+        _function(source, name)
+        for name in ("void few_gate_up_tasks(", "void few_down_run(", "void few(", "void moe_experts_")
     )
-    golden(STAGES / "6-kernel.txt", _without_hashes(one_token))
+    golden(STAGES / "6-kernel.txt", _without_hashes(few_tokens))

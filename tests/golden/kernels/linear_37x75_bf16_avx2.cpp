@@ -84,6 +84,10 @@ inline __m256 load_bf16_of_8_pairs(const std::uint8_t* p, int which) {
 inline V16 load_bf16_of_pairs(const std::uint8_t* p, int which) {
   return {load_bf16_of_8_pairs(p, which), load_bf16_of_8_pairs(p + 32, which)};
 }
+// 16 f16 numbers.
+inline V16 from_f16(__m256i h) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
 inline __m256 load_i8_8(const std::int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
@@ -170,11 +174,15 @@ inline void put_unit(std::uint8_t* row, std::int64_t /*k*/, std::int64_t column,
   store(reinterpret_cast<float*>(row) + column, v[0]);
 }
 
-// A row of activations at `rows + m * stride`: f32.
+// Rows that share a pass over a panel with their sums in registers. Up to so many each gets bit for bit what it would get
+// alone: as many sums, in the same order.
+constexpr int kPassRows = 3;
+
+// A row of activations at `row(m)`: f32.
 template <int kRows>
 struct Sums {
   // Independent sums hide the latency of the multiply-add.
-  static constexpr int kChains = kRows == 1 ? 4 : 2;
+  static constexpr int kChains = kRows <= kPassRows ? 2 : 2;
   V16 acc[kChains][kRows];
   HETCOMP_INLINE void clear() {
     HETCOMP_UNROLL
@@ -182,8 +190,8 @@ struct Sums {
       HETCOMP_UNROLL
       for (int m = 0; m < kRows; ++m) acc[c][m] = zero();
   }
-  HETCOMP_INLINE void step(const std::uint8_t* p, const std::uint8_t* rows, std::int64_t stride, std::int64_t column,
-                           int unroll, const std::uint8_t* ahead) {
+  template <class Row>
+  HETCOMP_INLINE void step(const std::uint8_t* p, Row&& row, std::int64_t column, int unroll, const std::uint8_t* ahead) {
     prefetch<Weights::kStepBytes>(ahead);
     HETCOMP_UNROLL
     for (int j = 0; j < Weights::kStep; ++j) {
@@ -191,31 +199,32 @@ struct Sums {
       HETCOMP_UNROLL
       for (int m = 0; m < kRows; ++m) {
         V16& a = acc[unroll * Weights::kStep + j][m];
-        a = fma(set1(reinterpret_cast<const float*>(rows + m * stride)[column + j]), v, a);
+        a = fma(set1(reinterpret_cast<const float*>(row(m))[column + j]), v, a);
       }
     }
   }
-  // Columns beyond k are zero in the panel, but x ends at k.
-  HETCOMP_INLINE void rest(const std::uint8_t* p, const std::uint8_t* rows, std::int64_t stride, std::int64_t column,
-                           std::int64_t n) {
-    for (int m = 0; m < kRows; ++m)
-      for (std::int64_t j = 0; j < n; ++j)
-        acc[j][m] = fma(set1(reinterpret_cast<const float*>(rows + m * stride)[column + j]),
-                        Weights::load(p, static_cast<int>(j)), acc[j][m]);
+  // The n < kStep columns of a step that is not whole: the others are zero in the panel, but x ends at k.
+  template <class Row>
+  HETCOMP_INLINE void rest(const std::uint8_t* p, Row&& row, std::int64_t column, std::int64_t n) {
+    HETCOMP_UNROLL
+    for (int j = 0; j < Weights::kStep - 1; ++j)
+      HETCOMP_UNROLL
+      for (int m = 0; m < kRows; ++m)
+        if (j < n)
+          acc[j][m] = fma(set1(reinterpret_cast<const float*>(row(m))[column + j]), Weights::load(p, j), acc[j][m]);
   }
   HETCOMP_INLINE V16 sum(int m) {
     HETCOMP_UNROLL
     for (int c = kChains / 2; c > 0; c /= 2)
+      HETCOMP_UNROLL
       for (int d = 0; d < c; ++d) acc[d][m] = acc[d][m] + acc[d + c][m];
     return acc[0][m];
   }
 };
 
-// out[m] = panel (16 rows x k columns) times the row at rows + m * stride. `next` is where the stream goes on behind the
-// panel.
-template <int kRows>
-HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std::uint8_t* w, std::int64_t k,
-                        const std::uint8_t* next, V16 (&out)[kRows]) {
+// out[m] = panel (16 rows x k columns) times the row at row(m). `next` is where the stream goes on behind the panel.
+template <int kRows, class Row>
+HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const std::uint8_t* next, V16 (&out)[kRows]) {
   Sums<kRows> sums;
   constexpr int kUnroll = Sums<kRows>::kChains / Weights::kStep;
   constexpr std::int64_t kRound = kUnroll * Weights::kStepBytes;
@@ -230,17 +239,17 @@ HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std
       for (int u = 0; u < kUnroll; ++u) {
         const std::int64_t here = at + u * Weights::kStepBytes;
         const std::uint8_t* ahead = at < bulk ? w + here + kPrefetch : next + (here - bulk);
-        sums.step(w + here, rows, stride, here / Weights::kStepBytes * Weights::kStep, u, ahead);
+        sums.step(w + here, row, here / Weights::kStepBytes * Weights::kStep, u, ahead);
       }
     for (; at < to; at += Weights::kStepBytes)
-      sums.step(w + at, rows, stride, at / Weights::kStepBytes * Weights::kStep, 0, next);
+      sums.step(w + at, row, at / Weights::kStepBytes * Weights::kStep, 0, next);
   };
 
   sums.clear();
   run(0, bulk);
   run(bulk, bytes);
   if (k % Weights::kStep != 0)
-    sums.rest(w + bytes, rows, stride, k / Weights::kStep * Weights::kStep, k % Weights::kStep);
+    sums.rest(w + bytes, row, k / Weights::kStep * Weights::kStep, k % Weights::kStep);
   HETCOMP_UNROLL
   for (int m = 0; m < kRows; ++m) out[m] = sums.sum(m);
 
@@ -398,7 +407,7 @@ void gemv(Lane& lane, const float* x, const std::uint8_t* w, const float* bias, 
 
       const std::uint8_t* panel = w + i * kPanelBytes;
       V16 sums[kRows];
-      dot<kRows>(rows, kStride, panel, kIn, i + 1 < end ? panel + kPanelBytes : panel, sums);
+      dot<kRows>([&](int m) { return rows + m * kStride; }, panel, kIn, i + 1 < end ? panel + kPanelBytes : panel, sums);
       const std::int64_t width = std::min<std::int64_t>(kPanel, kOut - column);
       for (int m = 0; m < kRows; ++m) {
         float row[kPanel];

@@ -59,6 +59,8 @@ inline V16 load_bf16_of_pairs(const std::uint8_t* p, int which) {
   const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   return {_mm512_castsi512_ps(which == 0 ? _mm512_slli_epi32(w, 16) : _mm512_and_si512(w, mask))};
 }
+// 16 f16 numbers.
+inline V16 from_f16(__m256i h) { return {_mm512_cvtph_ps(h)}; }
 // 16 int8 numbers.
 inline V16 load_i8(const std::int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
@@ -224,11 +226,13 @@ inline void put_unit(std::uint8_t* row, std::int64_t k, std::int64_t column, con
   set_group(row, k, column / kUnit, quantise(v[0], v[1], row + column));
 }
 
-// out[m] = panel (16 rows x k columns) times the row at rows + m * stride. `next` is where the stream goes on behind the
-// panel.
-template <int kRows>
-HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std::uint8_t* w, std::int64_t k,
-                        const std::uint8_t* next, V16 (&out)[kRows]) {
+// Rows that share a pass over a panel with their sums in registers. However many share it, each gets bit for bit what it
+// would get alone: the sums of a group are whole numbers.
+constexpr int kPassRows = 4;
+
+// out[m] = panel (16 rows x k columns) times the row at row(m). `next` is where the stream goes on behind the panel.
+template <int kRows, class Row>
+HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const std::uint8_t* next, V16 (&out)[kRows]) {
   constexpr int kChains = kRows <= 4 ? 2 : 1;  // independent sums hide the latency of a product
   constexpr int kLoads = static_cast<int>(Weights::kGroupBytes / 64);
   const std::int64_t n = groups(k);
@@ -242,7 +246,7 @@ HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std
     HETCOMP_UNROLL
     for (int m = 0; m < kRows; ++m) {
       std::int32_t offset;
-      std::memcpy(&offset, rows + m * stride + n * (kUnit + 4) + g * 4, 4);
+      std::memcpy(&offset, row(m) + n * (kUnit + 4) + g * 4, 4);
       sum[0][m] = set1_i32(-offset);
       HETCOMP_UNROLL
       for (int c = 1; c < kChains; ++c) sum[c][m] = set1_i32(0);
@@ -257,7 +261,7 @@ HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std
         HETCOMP_UNROLL
         for (int m = 0; m < kRows; ++m) {
           I16& a = sum[step % kChains][m];
-          a = Weights::dot(a, codes, rows + m * stride + g * kUnit + step * 4);
+          a = Weights::dot(a, codes, row(m) + g * kUnit + step * 4);
         }
       }
     }
@@ -265,7 +269,7 @@ HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std
     HETCOMP_UNROLL
     for (int m = 0; m < kRows; ++m) {
       float x_scale;
-      std::memcpy(&x_scale, rows + m * stride + n * kUnit + g * 4, 4);
+      std::memcpy(&x_scale, row(m) + n * kUnit + g * 4, 4);
       I16 total = sum[0][m];
       HETCOMP_UNROLL
       for (int c = 1; c < kChains; ++c) total = total + sum[c][m];
@@ -601,7 +605,7 @@ void gemv(Lane& lane, const float* x, const std::uint8_t* w, const float* bias, 
 
       const std::uint8_t* panel = w + i * kPanelBytes;
       V16 sums[kRows];
-      dot<kRows>(rows, kStride, panel, kIn, i + 1 < end ? panel + kPanelBytes : panel, sums);
+      dot<kRows>([&](int m) { return rows + m * kStride; }, panel, kIn, i + 1 < end ? panel + kPanelBytes : panel, sums);
       const std::int64_t width = std::min<std::int64_t>(kPanel, kOut - column);
       for (int m = 0; m < kRows; ++m) {
         float row[kPanel];
