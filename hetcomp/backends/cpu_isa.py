@@ -25,7 +25,9 @@ class CpuIsa:
     ``attention_rows``: heights of attention's tiles, falling, the last one 1. ``direct_rows``: rows up to which
     attention reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``:
     its tiles then. ``chained_rows``: rows up to which whole-number sums are split in two to hide latency.
-    ``many_rows``: tokens a weight from which on the second of two GEMM families is faster.
+    ``many_rows``: tokens a weight from which on the second of two GEMM families is faster. ``amx_slice``: columns of a
+    slice of k whose weights lie in the first-level cache while tiles multiply it; ``amx_cache_bytes``: of the
+    second-level cache, for the blocks of a task; ``amx_task_columns``: columns of weights that a task takes at most.
     """
 
     vocabulary: Literal["avx2", "avx512"]
@@ -38,6 +40,11 @@ class CpuIsa:
     direct_panels: int = 4
     chained_rows: int = 4
     many_rows: int = 64
+    # CPUs with AMX have 48 KB and 2 MB of a core, which two hyperthreads share: 16 KB of weights a slice leave room for the
+    # tokens that pass by. With 256 columns a task's tokens are worth 64 products for each of their tiles.
+    amx_slice: int = 256
+    amx_cache_bytes: int = 768 << 10
+    amx_task_columns: int = 256
 
     def whole_numbers(self, weight_format: str) -> bool:
         """Whether weights of the format are multiplied as whole numbers (by single rows, that is)."""

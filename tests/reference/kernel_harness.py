@@ -40,10 +40,16 @@ def isas_here() -> list[Isa]:
     return [isa for isa in Isa if isa.value in have]
 
 
+def tested_isas() -> list[Isa]:
+    """Those, and AMX_BF16 where only its tiles are missing: then they are emulated (``emulated_tiles.h``)."""
+    here = isas_here()
+    return [*here, Isa.AMX_BF16] if here[-1] == Isa.AVX512_BF16 else here
+
+
 def thorough_isas() -> list[Isa]:
-    """Those of them whose kernels are tested in all shapes: the weakest and the best. The others share vocabulary and
-    tiles with one of the two and differ in single instructions, which one odd shape a format shows."""
-    return sorted({isas_here()[0], isas_here()[-1]}, key=list(Isa).index)
+    """Those of them whose kernels are tested in all shapes: the weakest, the best, and emulated ones. The others share
+    vocabulary and tiles with one of them and differ in single instructions, which one odd shape a format shows."""
+    return sorted({isas_here()[0], isas_here()[-1], tested_isas()[-1]}, key=list(Isa).index)
 
 
 @functools.cache
@@ -54,6 +60,8 @@ def _folder() -> Path:
 def _compile(compiler: str, isa: Isa, source: Path, library: Path) -> None:
     gcc = Path(compiler).name.startswith("g++")
     early = (*_GCC, "-Winvalid-pch", "-include", str(_precompiled(isa, _includes(source)))) if gcc else ()
+    if isa not in isas_here() and isa in tested_isas():
+        early = (*early, "-include", str(Path(__file__).with_name("emulated_tiles.h")))
     command = [compiler, *_COMMON, *early, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
 
