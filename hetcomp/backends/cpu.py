@@ -139,8 +139,8 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
     isa, form = cpu_isa(request.isa), str(weight_format)
     tokens = _max_rows(request)
     entries = tokens * attrs.top_k
-    # decode: h of the chosen experts; grouped: five tables an expert, a word for 32 columns, the entries, packed x, packed h,
-    # prepared rows.
+    # decode: h of the chosen experts; grouped: five tables an expert, a word for 32 columns, the entries, packed x,
+    # packed h, prepared rows.
     decode = attrs.top_k * isa.row_bytes(attrs.intermediate, form)
     grouping = 24 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1) + -(-attrs.hidden // 32) * 4
     tables = _align(grouping) + _align(isa.entry_rows(entries, form) * 4)

@@ -40,8 +40,8 @@ class CpuIsa:
     direct_panels: int = 4
     chained_rows: int = 4
     many_rows: int = 64
-    # CPUs with AMX have 48 KB and 2 MB of a core, which two hyperthreads share: 16 KB of weights a slice leave room for the
-    # tokens that pass by. With 256 columns a task's tokens are worth 64 products for each of their tiles.
+    # CPUs with AMX have 48 KB and 2 MB a core, which two hyperthreads share: 16 KB of weights a slice leave room for the
+    # tokens that pass by. 256 columns: 16 products for each tile of tokens that comes from the last-level cache.
     amx_slice: int = 256
     amx_cache_bytes: int = 768 << 10
     amx_task_columns: int = 256

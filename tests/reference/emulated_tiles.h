@@ -1,6 +1,7 @@
-// The tile intrinsics of AMX-BF16 in plain C++, for tests on CPUs without it: included before a kernel's source (-include),
-// it takes the place of the compiler's. Follows the pseudocode of TDPBF16PS, TILELOADD and TILESTORED in the Intel 64 and
-// IA-32 Architectures Software Developer's Manual, volume 2: products of bf16 pairs are added in f32, subnormals are zero.
+// The tile intrinsics of AMX-BF16 in plain C++, for tests on CPUs without it: included before a kernel's
+// source (-include), it takes the place of the compiler's. Follows the pseudocode of TDPBF16PS, TILELOADD and
+// TILESTORED in the Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: products of bf16
+// pairs are added in f32, subnormals are zero.
 #pragma once
 
 #include <immintrin.h>

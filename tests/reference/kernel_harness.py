@@ -57,10 +57,10 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="hetcomp-kernels-"))
 
 
-def _compile(compiler: str, isa: Isa, source: Path, library: Path) -> None:
+def _compile(compiler: str, isa: Isa, source: Path, library: Path, emulate: bool = False) -> None:
     gcc = Path(compiler).name.startswith("g++")
     early = (*_GCC, "-Winvalid-pch", "-include", str(_precompiled(isa, _includes(source)))) if gcc else ()
-    if isa not in isas_here() and isa in tested_isas():
+    if emulate:
         early = (*early, "-include", str(Path(__file__).with_name("emulated_tiles.h")))
     command = [compiler, *_COMMON, *early, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
@@ -148,17 +148,19 @@ def build(
 
 
 class CompiledKernel:
-    """A kernel compiled for one instruction set, with the harness's lane set."""
+    """A kernel compiled for one instruction set, with the harness's lane set. Tiles are emulated where this machine
+    lacks them, or, if not ``emulate``, compiled all the same."""
 
-    def __init__(self, kernel: Kernel, isa: Isa, compiler: str = "g++") -> None:
+    def __init__(self, kernel: Kernel, isa: Isa, compiler: str = "g++", emulate: bool = True) -> None:
         self.kernel = kernel
-        stem = hashlib.sha256(f"{kernel.name}{compiler}{kernel.source}".encode()).hexdigest()[:16]
+        emulate = emulate and isa not in isas_here() and isa in tested_isas()
+        stem = hashlib.sha256(f"{kernel.name}{compiler}{emulate}{kernel.source}".encode()).hexdigest()[:16]
         library = _folder() / f"{stem}.so"
         if not library.exists():
             source = _folder() / f"{stem}.cpp"
             entry = f"return reinterpret_cast<void*>(&hetcomp::{kernel.name});"
             source.write_text(f'{kernel.source}\nextern "C" void* entry() {{ {entry} }}\n')
-            _compile(compiler, isa, source, library)
+            _compile(compiler, isa, source, library, emulate)
         # Kept: unloading the library would pull the code from under the kernel.
         self._library = ctypes.CDLL(str(library))
         self._library.entry.restype = ctypes.c_void_p

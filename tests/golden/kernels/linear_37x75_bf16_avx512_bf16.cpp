@@ -242,21 +242,57 @@ struct Blocks {
   }
 };
 
+// n adjacent blocks times n_panels adjacent panels of k columns, two at a time: calls
+// done(b, pair, sums[height][kTileWidth]), for a block in the order of its pairs. n <= Gemm::task_blocks(k) where kSliced.
+template <class Gemm, class Done>
+void multiply_pairs(Gemm& product, const std::uint8_t* blocks, std::int64_t n, int height, const std::uint8_t* w,
+                    std::int64_t n_panels, std::int64_t k, Done&& done) {
+  const std::int64_t n_pairs = ceil_div(n_panels, 2);
+  const auto panels_of = [&](std::int64_t pair) { return static_cast<int>(std::min<std::int64_t>(2, n_panels - 2 * pair)); };
+  if constexpr (Gemm::kSliced) {
+    for (std::int64_t p = 0; p < n_pairs; ++p)
+      product.multiply_blocks(blocks, n, height, w + p * 2 * panel_bytes(k), panels_of(p), k,
+                              [&](std::int64_t b, const float* sums) { done(b, p, sums); });
+  } else {
+    alignas(64) float sums[Gemm::kTileRows * kTileWidth];
+    for (std::int64_t b = 0; b < n; ++b) {
+      for (std::int64_t p = 0; p < n_pairs; ++p) {
+        product.multiply(blocks + b * height * Gemm::block_row_bytes(k), height, w + p * 2 * panel_bytes(k), panels_of(p), k,
+                         sums);
+        done(b, p, sums);
+      }
+    }
+  }
+}
+
+// Chunks of about equal size, of at most Gemm::task_blocks(k) blocks each.
+struct Chunks {
+  std::int64_t count, blocks;  // blocks: of a chunk; the last one may have fewer
+  template <class Gemm>
+  static Chunks of(const Blocks& blocks, std::int64_t k) {
+    const std::int64_t count = ceil_div(blocks.count, Gemm::task_blocks(k));
+    return {count, count == 0 ? 0 : ceil_div(blocks.count, count)};
+  }
+};
+
+// Pairs of panels that a task takes where there are `pairs` of them in all: as many as leave some tasks to every thread.
+template <class Gemm>
+std::int64_t wide_tasks(const Lane& lane, std::int64_t pairs) {
+  return std::clamp<std::int64_t>(pairs / (8 * lane.set->n_threads), 1, Gemm::kTaskPairs);
+}
+
 struct GemmBf16 {
   static constexpr int kTileRows = 12;  // tokens of a register tile
   // Blocks of tokens in a task: enough to pay for fetching the panels, few enough for many tasks.
   static constexpr std::int64_t kTaskBlocks = 8;
+  static constexpr std::int64_t task_blocks(std::int64_t /*k*/) { return kTaskBlocks; }
+  static constexpr std::int64_t kTaskPairs = 1;  // pairs of panels in a task, at most
+  static constexpr bool kSliced = false;         // weights are multiplied as they are stored, block after block
   static constexpr int kTilePanels = 2;
   static constexpr std::int64_t padded_columns(std::int64_t k) { return ceil_div(k, 2) * 2; }
   static constexpr std::int64_t block_row_bytes(std::int64_t k) { return padded_columns(k) * 2; }
   static constexpr std::int64_t kBlockUnit = 16;  // columns of a block that are written together
   static constexpr bool kPackPrepared = false;  // blocks are packed from x itself
-
-  // Weights are multiplied as they are stored.
-  static constexpr std::int64_t prepared_bytes(std::int64_t /*k*/) { return 0; }
-  static const std::uint8_t* prepare_panels(const std::uint8_t* w, int /*n*/, std::int64_t /*k*/, std::uint8_t*) {
-    return w;
-  }
 
   // 16 columns of a row of x, zero from n on, as 8 pairs of bf16.
   static __m256i to_pairs(const float* x, std::int64_t n) {
@@ -420,27 +456,27 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
   });
   barrier(lane);
 
+  // Wide tasks read their tokens from afar less often; narrow ones keep all threads busy.
   constexpr std::int64_t kPairs = ceil_div(kPanels, 2);
-  const std::int64_t chunks = ceil_div(blocks.count, Gemm::kTaskBlocks);
-  const std::int64_t n_tasks = kHeads * kPairs * chunks;
+  const Chunks chunks = Chunks::of<Gemm>(blocks, kIn);
+  const std::int64_t width = wide_tasks<Gemm>(lane, kHeads * kPairs * chunks.count);
+  const std::int64_t groups = ceil_div(kPairs, width), n_tasks = kHeads * groups * chunks.count;
   Gemm product;
-  alignas(64) float sums[Gemm::kTileRows * kTileWidth];
-  alignas(64) std::uint8_t scratch[std::max<std::int64_t>(1, Gemm::prepared_bytes(kIn))];
   parallel_for(lane, n_tasks, grain_for(lane, n_tasks, 16), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t chunk = i % chunks, pair = i / chunks % kPairs, head = i / chunks / kPairs;
-      const std::int64_t column = pair * 2 * kPanel;
-      const int n_panels = static_cast<int>(std::min<std::int64_t>(2, kPanels - 2 * pair));
-      const std::int64_t width = std::min<std::int64_t>(kTileWidth, kOut - column);
-      const std::uint8_t* panel = Gemm::prepare_panels(w + (head * kPanels + 2 * pair) * kPanelBytes, n_panels, kIn, scratch);
-      const std::int64_t last = std::min((chunk + 1) * Gemm::kTaskBlocks, blocks.count);
-      for (std::int64_t b = chunk * Gemm::kTaskBlocks; b < last; ++b) {
-        product.multiply(packed + (head * blocks.count + b) * block_bytes, blocks.height, panel, n_panels, kIn, sums);
-        const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - b * blocks.height);
+      const std::int64_t chunk = i % chunks.count, group = i / chunks.count % groups, head = i / chunks.count / groups;
+      const std::int64_t panel = group * width * 2, first = chunk * chunks.blocks;
+      const std::int64_t n_blocks = std::min(chunks.blocks, blocks.count - first);
+      const auto put = [&](std::int64_t b, std::int64_t pair, const float* sums) {
+        const std::int64_t column = (panel + 2 * pair) * kPanel, row = (first + b) * blocks.height;
+        const std::int64_t columns = std::min<std::int64_t>(kTileWidth, kOut - column);
+        const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - row);
         for (std::int64_t m = 0; m < valid; ++m)
-          finish(y + (b * blocks.height + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, width,
+          finish(y + (row + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, columns,
                  bias);
-      }
+      };
+      multiply_pairs(product, packed + (head * blocks.count + first) * block_bytes, n_blocks, blocks.height,
+                     w + (head * kPanels + panel) * kPanelBytes, std::min(2 * width, kPanels - panel), kIn, put);
     }
   });
 }
