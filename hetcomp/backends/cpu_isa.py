@@ -40,8 +40,8 @@ class CpuIsa:
     direct_panels: int = 4
     chained_rows: int = 4
     many_rows: int = 64
-    # CPUs with AMX have 48 KB and 2 MB a core, which two hyperthreads share: 16 KB of weights a slice leave room for the
-    # tokens that pass by. 256 columns: 16 products for each tile of tokens that comes from the last-level cache.
+    # CPUs with AMX have 48 KB and 2 MB a core, which two hyperthreads share: 16 KB of weights a slice leave room for
+    # tokens that pass by. 256 columns: 16 products for each tile of tokens from the last-level cache.
     amx_slice: int = 256
     amx_cache_bytes: int = 768 << 10
     amx_task_columns: int = 256
@@ -101,7 +101,8 @@ class CpuIsa:
 
     def block_bytes(self, rows: int, columns: int, weight_format: str) -> int:
         """Bytes of ``rows`` rows of activations in blocks, as ``gemm_<family>.h.j2`` lays them out, of the family that
-        takes most. Blocks of equal height waste less than one row a block."""
+        takes most. Blocks of equal height waste less than one row a block; tiles of bf16 are as high as they can be and
+        reach up to 15 rows of 64 bytes beyond the last block."""
         sizes = []
         for family in self.gemms(weight_format):
             padded = columns if weight_format == "f32" else -(-columns // 2) * 2
@@ -111,7 +112,8 @@ class CpuIsa:
                 "bf16": padded * 2,
                 "float": padded * 4,
             }[family]
-            sizes.append((rows + -(-rows // self.tile_rows(family))) * each)
+            tiles = family == "amx_bf16"
+            sizes.append(rows * each + 1024 if tiles else (rows + -(-rows // self.tile_rows(family))) * each)
         return max(sizes)
 
     def row_bytes(self, columns: int, weight_format: str) -> int:

@@ -315,34 +315,50 @@ HETCOMP_INLINE void dot(const std::uint8_t* rows, std::int64_t stride, const std
 constexpr int kTileWidth = 2 * kPanel;  // columns of a tile's result in memory
 using TileFunction = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
 
-// `rows` tokens in `count` blocks of equal height, the last one possibly with rows that nobody asked for.
+// Tokens in `count` blocks of `height` rows. Either their heights are equal and the last block may have rows that nobody
+// asked for, or (Gemm::kFullBlocks) all blocks are as high as a register tile and the last one ends with the tokens.
 struct Blocks {
   std::int64_t count;
   int height;
+  std::int64_t rows;  // that are stored
   template <class Gemm>
   static Blocks of(std::int64_t rows) {
     const std::int64_t count = ceil_div(rows, Gemm::kTileRows);
-    return {count, count == 0 ? 0 : static_cast<int>(ceil_div(rows, count))};
+    if (Gemm::kFullBlocks || count == 0) return {count, Gemm::kTileRows, rows};
+    const std::int64_t height = ceil_div(rows, count);
+    return {count, static_cast<int>(height), count * height};
+  }
+  // Most rows that are stored where `entries` rows are spread over any number of Blocks.
+  template <class Gemm>
+  static constexpr std::int64_t most_rows(std::int64_t entries) {
+    return Gemm::kFullBlocks ? entries : entries + ceil_div(entries, Gemm::kTileRows);
+  }
+  int height_of(std::int64_t b) const { return static_cast<int>(std::min<std::int64_t>(height, rows - b * height)); }
+  // Up to n of the blocks from block `first` on.
+  Blocks part(std::int64_t first, std::int64_t n) const {
+    n = std::min(n, count - first);
+    return {n, height, std::min(n * height, rows - first * height)};
   }
 };
 
-// n adjacent blocks times n_panels adjacent panels of k columns, two at a time: calls
-// done(b, pair, sums[height][kTileWidth]), for a block in the order of its pairs. n <= Gemm::task_blocks(k) where kSliced.
+// Adjacent blocks from x on times n_panels adjacent panels of k columns, two at a time: calls
+// done(b, pair, sums[height][kTileWidth]), for a block in the order of its pairs. Where kSliced, at most
+// Gemm::task_blocks(k) blocks.
 template <class Gemm, class Done>
-void multiply_pairs(Gemm& product, const std::uint8_t* blocks, std::int64_t n, int height, const std::uint8_t* w,
-                    std::int64_t n_panels, std::int64_t k, Done&& done) {
+void multiply_pairs(Gemm& product, const std::uint8_t* x, const Blocks& blocks, const std::uint8_t* w, std::int64_t n_panels,
+                    std::int64_t k, Done&& done) {
   const std::int64_t n_pairs = ceil_div(n_panels, 2);
   const auto panels_of = [&](std::int64_t pair) { return static_cast<int>(std::min<std::int64_t>(2, n_panels - 2 * pair)); };
   if constexpr (Gemm::kSliced) {
     for (std::int64_t p = 0; p < n_pairs; ++p)
-      product.multiply_blocks(blocks, n, height, w + p * 2 * panel_bytes(k), panels_of(p), k,
+      product.multiply_blocks(x, blocks, w + p * 2 * panel_bytes(k), panels_of(p), k,
                               [&](std::int64_t b, const float* sums) { done(b, p, sums); });
   } else {
     alignas(64) float sums[Gemm::kTileRows * kTileWidth];
-    for (std::int64_t b = 0; b < n; ++b) {
+    for (std::int64_t b = 0; b < blocks.count; ++b) {
       for (std::int64_t p = 0; p < n_pairs; ++p) {
-        product.multiply(blocks + b * height * Gemm::block_row_bytes(k), height, w + p * 2 * panel_bytes(k), panels_of(p), k,
-                         sums);
+        product.multiply(x + b * blocks.height * Gemm::block_row_bytes(k), blocks.height, w + p * 2 * panel_bytes(k),
+                         panels_of(p), k, sums);
         done(b, p, sums);
       }
     }
@@ -371,6 +387,8 @@ struct GemmInt8 {
   static constexpr std::int64_t kTaskBlocks = 8;
   static constexpr std::int64_t task_blocks(std::int64_t /*k*/) { return kTaskBlocks; }
   static constexpr std::int64_t kTaskPairs = 1;  // pairs of panels in a task, at most
+  static constexpr bool kFullBlocks = false;
+  static constexpr std::int64_t kSlackBytes = 0;  // that may be read behind the last block
   static constexpr bool kSliced = false;         // weights are multiplied as they are stored, block after block
   static constexpr int kTilePanels = 1;
   static constexpr std::int64_t kGroupRowBytes = kUnit + 8;
@@ -494,6 +512,10 @@ struct GemmAmxBf16 {
   // Blocks are multiplied slice after slice of k: the slice of two panels stays in the first-level cache for all blocks of
   // a task, the blocks in the second-level cache for all panels of a task.
   static constexpr bool kSliced = true;
+  // A tile takes its time however few of its rows count: no more of them than needed. All tiles have 16 rows, so that
+  // their shapes never change; those of the last block reach beyond its rows.
+  static constexpr bool kFullBlocks = true;
+  static constexpr std::int64_t kSlackBytes = 1024;
   static constexpr std::int64_t kSlice = 256;  // columns; a multiple of 32
   static constexpr std::int64_t kCacheBytes = 786432;
   static constexpr std::int64_t kSumsBytes = kTileRows * kTileWidth * 4;  // of a block
@@ -522,7 +544,8 @@ struct GemmAmxBf16 {
   }
 
   // Whether panels of k columns lie in memory as tiles are loaded.
-  static constexpr bool as_stored([[maybe_unused]] std::int64_t k) { return false; }
+
+  static constexpr bool as_stored(std::int64_t /*k*/) { return false; }
 
   // 32 columns of a row of x, zero from n on, as bf16.
   static __m512i to_bf16(const float* x, std::int64_t n) {
@@ -552,18 +575,11 @@ struct GemmAmxBf16 {
       _mm512_storeu_si512(block + (column / 32 * height + m) * 64, to_bf16(h[m], kBlockUnit));
   }
 
-  // Shapes of the tiles for a block: 0 .. 3 sums, 4 and 5 rows 0 .. 15 and 16 .. 31 of x, 6 and 7 panels.
+  // Tiles 0 .. 3 are sums, 4 and 5 rows 0 .. 15 and 16 .. 31 of x, 6 and 7 panels.
   struct alignas(64) TileShapes {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {};
-    explicit TileShapes(int height) {
-      const auto upper = static_cast<std::uint8_t>(std::min(height, 16));
-      const auto lower = static_cast<std::uint8_t>(std::max(height - 16, 1));
-      rows[0] = rows[1] = rows[4] = upper;
-      rows[2] = rows[3] = rows[5] = lower;
-      rows[6] = rows[7] = 16;
-    }
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   };
 
   // What a product of tiles reads: blocks from `x` on, `steps` groups of 32 columns, the two panels, and the blocks that the
@@ -615,13 +631,6 @@ struct GemmAmxBf16 {
     if constexpr (kTwoRows && kTwoPanels) _tile_stored(3, lower + kPanel, kStride);
   }
 
-  void shape(int height) {
-    if (height == height_) return;
-    const TileShapes shapes(height);
-    _tile_loadconfig(&shapes);
-    height_ = height;
-  }
-
   static void multiply_slice(const Operand& o, int n_panels, bool fresh, float* out) {
     if (o.height > 16) {
       if (n_panels == 2) multiply_tiles<true, true>(o, fresh, out);
@@ -640,13 +649,15 @@ struct GemmAmxBf16 {
         _mm_prefetch(reinterpret_cast<const char*>(w + p * panel_bytes(k) + l * 64), _MM_HINT_T1);
   }
 
-  // n <= task_blocks(k) adjacent blocks times n_panels <= 2 adjacent panels of k columns: calls done(b, out) for each block,
-  // out[height][kTileWidth].
+  // At most task_blocks(k) adjacent blocks times n_panels <= 2 adjacent panels of k columns: calls done(b, out) for each
+  // block, out[height][kTileWidth].
   template <class Done>
-  void multiply_blocks(const std::uint8_t* blocks, std::int64_t n, int height, const std::uint8_t* w, int n_panels,
-                       std::int64_t k, Done&& done) {
-    shape(height);
-    const std::int64_t columns = padded_columns(k), block_bytes = height * block_row_bytes(k);
+  void multiply_blocks(const std::uint8_t* x, const Blocks& blocks, const std::uint8_t* w, int n_panels, std::int64_t k,
+                       Done&& done) {
+    const std::int64_t columns = padded_columns(k), n = blocks.count;
+    const auto at = [&](std::int64_t b, std::int64_t column) {  // column `column` of block b
+      return x + b * kTileRows * block_row_bytes(k) + column * 2 * blocks.height_of(b);
+    };
     for (std::int64_t k0 = 0; k0 < columns; k0 += kSlice) {
       const std::int64_t k1 = std::min(k0 + kSlice, columns), steps = (k1 - k0) / 32;
       const std::uint8_t* first = w + k0 / 32 * kTileBytes;
@@ -658,28 +669,26 @@ struct GemmAmxBf16 {
       }
       const std::uint8_t* next_w = k1 < columns ? w + k1 / 32 * kGroupBytes : w + n_panels * panel_bytes(k);
       for (std::int64_t b = 0; b < n; ++b) {
-        const std::uint8_t* x = blocks + b * block_bytes + k0 * 2 * height;
-        const std::uint8_t* next_x = b + 1 < n ? x + block_bytes : blocks + k1 % columns * 2 * height;
+        const std::uint8_t* next_x = b + 1 < n ? at(b + 1, k0) : at(0, k1 % columns);
         fetch_slice(next_w, n_panels, k, b, n);
-        multiply_slice({x, first, second, next_x, height, steps}, n_panels, k0 == 0, sums_[b]);
+        multiply_slice({at(b, k0), first, second, next_x, blocks.height_of(b), steps}, n_panels, k0 == 0, sums_[b]);
         if (k1 == columns) done(b, sums_[b]);
       }
     }
   }
 
-  GemmAmxBf16() = default;
+  GemmAmxBf16() {
+    const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+  }
   GemmAmxBf16(const GemmAmxBf16&) = delete;
   GemmAmxBf16& operator=(const GemmAmxBf16&) = delete;
-  // Shaping and releasing the tiles takes more than a microsecond: once a kernel, not once a product.
-  ~GemmAmxBf16() {
-    if (height_ != 0) _tile_release();
-  }
+  ~GemmAmxBf16() { _tile_release(); }
 
  private:
   static constexpr std::int64_t kAhead = 2;  // steps that fetching x runs ahead of multiplying
   alignas(64) std::uint8_t slice_[kTilePanels * kSlice / 32 * kTileBytes];
   alignas(64) float sums_[kMostBlocks][kTileRows * kTileWidth];
-  int height_ = 0;
 };
 
 using GemmFew = GemmInt8;   // for few tokens a weight
@@ -744,7 +753,9 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
           std::uint8_t* packed) {
   const Blocks blocks = Blocks::of<Gemm>(rows);
   constexpr std::int64_t kPaddedIn = Gemm::padded_columns(kIn);
-  const std::int64_t block_bytes = Gemm::block_row_bytes(kIn) * blocks.height;
+  const auto block_at = [&](std::int64_t head, std::int64_t b) {
+    return packed + (head * blocks.rows + b * blocks.height) * Gemm::block_row_bytes(kIn);
+  };
   constexpr std::int64_t kChunk = 512;  // columns a packing task takes
   constexpr std::int64_t kChunks = ceil_div(kPaddedIn, kChunk);
   const std::int64_t n_pack = kHeads * blocks.count * kChunks;
@@ -752,7 +763,7 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t c = i % kChunks * kChunk, b = i / kChunks % blocks.count, head = i / kChunks / blocks.count;
       const std::int64_t first = b * blocks.height;
-      Gemm::pack_rows(packed + (head * blocks.count + b) * block_bytes, blocks.height,
+      Gemm::pack_rows(block_at(head, b), blocks.height_of(b),
                 static_cast<int>(std::clamp<std::int64_t>(rows - first, 0, blocks.height)), c,
                 std::min(c + kChunk, kPaddedIn), kIn, [&](int m) { return x + (first + m) * kInRow + head * kIn; });
     }
@@ -769,7 +780,6 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t chunk = i % chunks.count, group = i / chunks.count % groups, head = i / chunks.count / groups;
       const std::int64_t panel = group * width * 2, first = chunk * chunks.blocks;
-      const std::int64_t n_blocks = std::min(chunks.blocks, blocks.count - first);
       const auto put = [&](std::int64_t b, std::int64_t pair, const float* sums) {
         const std::int64_t column = (panel + 2 * pair) * kPanel, row = (first + b) * blocks.height;
         const std::int64_t columns = std::min<std::int64_t>(kTileWidth, kOut - column);
@@ -778,7 +788,7 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
           finish(y + (row + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, columns,
                  bias);
       };
-      multiply_pairs(product, packed + (head * blocks.count + first) * block_bytes, n_blocks, blocks.height,
+      multiply_pairs(product, block_at(head, first), blocks.part(first, chunks.blocks),
                      w + (head * kPanels + panel) * kPanelBytes, std::min(2 * width, kPanels - panel), kIn, put);
     }
   });
