@@ -26,7 +26,7 @@ class CpuIsa:
     attention reads the KV cache without f32 copies; ``direct_heights`` (falling, the last one 1) x ``direct_panels``:
     its tiles then. ``chained_rows``: rows up to which whole-number sums are split in two to hide latency.
     ``many_rows``: tokens a weight from which on the second of two GEMM families is faster. ``amx_slice``: columns of a
-    slice of k whose weights lie in the first-level cache while tiles multiply it; ``amx_cache_bytes``: of the
+    slice of k that tiles multiply before their sums are put aside; ``amx_cache_bytes``: of the
     second-level cache, for the blocks of a task; ``amx_task_columns``: columns of weights that a task takes at most.
     """
 
@@ -40,9 +40,10 @@ class CpuIsa:
     direct_panels: int = 4
     chained_rows: int = 4
     many_rows: int = 64
-    # CPUs with AMX have 48 KB and 2 MB a core, which two hyperthreads share: 16 KB of weights a slice leave room for
-    # tokens that pass by. 256 columns: 16 products for each tile of tokens from the last-level cache.
-    amx_slice: int = 256
+    # CPUs with AMX have 2 MB of second-level cache a core, which two hyperthreads share. 1024: tile instructions cost
+    # more than where their operands lie, so that sums are put aside seldom; 64 KB of weights. 256 columns: 16 products
+    # for each tile of tokens from the last-level cache.
+    amx_slice: int = 1024
     amx_cache_bytes: int = 768 << 10
     amx_task_columns: int = 256
 

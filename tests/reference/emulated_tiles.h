@@ -63,30 +63,32 @@ inline void store(int t, void* base, std::int64_t stride) {
     std::memcpy(static_cast<std::uint8_t*>(base) + r * stride, from.data[r], from.row_bytes);
 }
 
-inline float flushed(float x) { return x != 0 && __builtin_fabsf(x) < 0x1p-126f ? 0.0f * x : x; }
-
 // Number `i` of a row of bf16.
 inline float bf16_at(const std::uint8_t* row, int i) {
   std::uint16_t bits;
   std::memcpy(&bits, row + 2 * i, 2);
-  return flushed(std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16));
+  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
 
 inline void multiply_bf16(int to, int a, int b) {
   Tile& c = tile(to);
   const Tile &x = tile(a), &w = tile(b);
   require(x.rows == c.rows && w.row_bytes == c.row_bytes && x.row_bytes == w.rows * 4, "shapes do not fit");
-  for (int m = 0; m < c.rows; ++m) {
-    for (int k = 0; k < w.rows; ++k) {
-      for (int n = 0; n < c.row_bytes / 4; ++n) {
-        float sum;
-        std::memcpy(&sum, c.data[m] + 4 * n, 4);
-        for (int j = 0; j < 2; ++j)
-          sum = flushed(__builtin_fmaf(bf16_at(x.data[m], 2 * k + j), bf16_at(w.data[k], 2 * n + j), sum));
-        std::memcpy(c.data[m] + 4 * n, &sum, 4);
+  const unsigned modes = _mm_getcsr();
+  _mm_setcsr(modes | 0x8040);  // flush to zero, denormals are zero
+  const int width = c.row_bytes / 4;
+  for (int k = 0; k < w.rows; ++k) {
+    for (int j = 0; j < 2; ++j) {
+      float weights[16] = {};
+      for (int n = 0; n < width; ++n) weights[n] = bf16_at(w.data[k], 2 * n + j);
+      for (int m = 0; m < c.rows; ++m) {
+        const float factor = bf16_at(x.data[m], 2 * k + j);
+        auto* sums = reinterpret_cast<float*>(c.data[m]);
+        for (int n = 0; n < 16; ++n) sums[n] = __builtin_fmaf(factor, weights[n], sums[n]);
       }
     }
   }
+  _mm_setcsr(modes);
 }
 
 }  // namespace emulated_tiles

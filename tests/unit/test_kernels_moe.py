@@ -30,7 +30,7 @@ from tests.reference.kernel_numbers import EPS, Doubles, draw, family, packed, r
 ROWS = 200
 SILU = MoeExperts(experts=7, top_k=3, hidden=33, intermediate=21)
 EVEN = MoeExperts(experts=4, top_k=2, hidden=64, intermediate=48)
-DEEP = MoeExperts(experts=3, top_k=2, hidden=300, intermediate=80)  # more columns than a slice of tiles has
+DEEP = MoeExperts(experts=2, top_k=1, hidden=1100, intermediate=40)  # more columns than a slice of tiles has
 OAI = MoeExperts(
     experts=5, top_k=2, hidden=20, intermediate=37, function="swiglu_oai", alpha=1.702, limit=2.0, bias=True
 )

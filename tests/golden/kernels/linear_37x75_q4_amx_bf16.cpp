@@ -509,14 +509,14 @@ struct GemmAmxBf16 {
   static constexpr int kTilePanels = 2;
   // Pairs of panels in a task: many, because every task reads its tokens from the last-level cache anew.
   static constexpr std::int64_t kTaskPairs = 8;
-  // Blocks are multiplied slice after slice of k: the slice of two panels stays in the first-level cache for all blocks of
-  // a task, the blocks in the second-level cache for all panels of a task.
+  // Blocks are multiplied slice after slice of k: the slice of two panels and the blocks of a task stay in the second-level
+  // cache, the ones for all blocks, the others for all panels of the task.
   static constexpr bool kSliced = true;
-  // A tile takes its time however few of its rows count: no more of them than needed. All tiles have 16 rows, so that
-  // their shapes never change; those of the last block reach beyond its rows.
+  // No more tiles than the tokens need. All have 16 rows, so that their shapes never change; those of the last block reach
+  // beyond its rows.
   static constexpr bool kFullBlocks = true;
   static constexpr std::int64_t kSlackBytes = 1024;
-  static constexpr std::int64_t kSlice = 256;  // columns; a multiple of 32
+  static constexpr std::int64_t kSlice = 1024;  // columns; a multiple of 32
   static constexpr std::int64_t kCacheBytes = 786432;
   static constexpr std::int64_t kSumsBytes = kTileRows * kTileWidth * 4;  // of a block
   static constexpr std::int64_t kMostBlocks = std::min(kTaskBlocks, kCacheBytes / kSumsBytes);
