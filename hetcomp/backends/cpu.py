@@ -139,9 +139,11 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
     isa, form = cpu_isa(request.isa), str(weight_format)
     tokens = _max_rows(request)
     entries = tokens * attrs.top_k
-    # few: h of the entries; grouped: five tables an expert, the entries, packed x, packed h, prepared rows.
+    # few: h of the entries; grouped: five tables an expert, a word for 32 columns, the entries, packed x, packed h,
+    # prepared rows.
     few = min(tokens, isa.few_tokens) * attrs.top_k * isa.row_bytes(attrs.intermediate, form)
-    tables = _align(8 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1)) + _align(isa.entry_rows(entries, form) * 4)
+    grouping = 24 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1) + -(-attrs.hidden // 32) * 4
+    tables = _align(grouping) + _align(isa.entry_rows(entries, form) * 4)
     blocks = [_align(isa.block_bytes(entries, columns, form)) for columns in (attrs.hidden, attrs.intermediate)]
     prepared = tokens * isa.row_bytes(attrs.hidden, form) if "int8" in isa.gemms(form) else 0
     grouped = tables + sum(blocks) + prepared

@@ -29,6 +29,8 @@ class CpuIsa:
     product of a panel and a single row of floats is split into. ``pass_rows``: single rows that share a pass over a
     panel with their sums in registers; more on AVX-512 gain nothing measurable and cost compile time. ``few_tokens``:
     tokens up to which experts stream their weights against single rows; from 12 on it depends on shape and format.
+    ``amx_slice``: columns of a slice of k that tiles multiply before their sums are put aside; ``amx_cache_bytes``: of
+    the second-level cache, for the blocks of a task; ``amx_task_columns``: columns of weights that a task takes at most.
     """
 
     vocabulary: Literal["avx2", "avx512"]
@@ -44,6 +46,12 @@ class CpuIsa:
     chains: int = 4
     pass_rows: int = 4
     few_tokens: int = 8
+    # CPUs with AMX have 2 MB of second-level cache a core, which two hyperthreads share. 1024: tile instructions cost
+    # more than where their operands lie, so that sums are put aside seldom; 64 KB of weights. 256 columns: 16 products
+    # for each tile of tokens from the last-level cache.
+    amx_slice: int = 1024
+    amx_cache_bytes: int = 768 << 10
+    amx_task_columns: int = 256
 
     def whole_numbers(self, weight_format: str) -> bool:
         """Whether weights of the format are multiplied as whole numbers (by single rows, that is)."""
@@ -100,7 +108,8 @@ class CpuIsa:
 
     def block_bytes(self, rows: int, columns: int, weight_format: str) -> int:
         """Bytes of ``rows`` rows of activations in blocks, as ``gemm_<family>.h.j2`` lays them out, of the family that
-        takes most. Blocks of equal height waste less than one row a block."""
+        takes most. Blocks of equal height waste less than one row a block; tiles of bf16 are as high as they can be and
+        reach up to 15 rows of 64 bytes beyond the last block."""
         sizes = []
         for family in self.gemms(weight_format):
             padded = columns if weight_format == "f32" else -(-columns // 2) * 2
@@ -110,7 +119,8 @@ class CpuIsa:
                 "bf16": padded * 2,
                 "float": padded * 4,
             }[family]
-            sizes.append((rows + -(-rows // self.tile_rows(family))) * each)
+            tiles = family == "amx_bf16"
+            sizes.append(rows * each + 1024 if tiles else (rows + -(-rows // self.tile_rows(family))) * each)
         return max(sizes)
 
     def row_bytes(self, columns: int, weight_format: str) -> int:

@@ -40,10 +40,16 @@ def isas_here() -> list[Isa]:
     return [isa for isa in Isa if isa.value in have]
 
 
+def tested_isas() -> list[Isa]:
+    """Those, and AMX_BF16 where only its tiles are missing: then they are emulated (``emulated_tiles.h``)."""
+    here = isas_here()
+    return [*here, Isa.AMX_BF16] if here[-1] == Isa.AVX512_BF16 else here
+
+
 def thorough_isas() -> list[Isa]:
-    """Those of them whose kernels are tested in all shapes: the weakest and the best. The others share vocabulary and
-    tiles with one of the two and differ in single instructions, which one odd shape a format shows."""
-    return sorted({isas_here()[0], isas_here()[-1]}, key=list(Isa).index)
+    """Those of them whose kernels are tested in all shapes: the weakest, the best, and emulated ones. The others share
+    vocabulary and tiles with one of them and differ in single instructions, which one odd shape a format shows."""
+    return sorted({isas_here()[0], isas_here()[-1], tested_isas()[-1]}, key=list(Isa).index)
 
 
 @functools.cache
@@ -51,9 +57,11 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="hetcomp-kernels-"))
 
 
-def _compile(compiler: str, isa: Isa, source: Path, library: Path) -> None:
+def _compile(compiler: str, isa: Isa, source: Path, library: Path, emulate: bool = False) -> None:
     gcc = Path(compiler).name.startswith("g++")
     early = (*_GCC, "-Winvalid-pch", "-include", str(_precompiled(isa, _includes(source)))) if gcc else ()
+    if emulate:
+        early = (*early, "-include", str(Path(__file__).with_name("emulated_tiles.h")))
     command = [compiler, *_COMMON, *early, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
 
@@ -140,17 +148,19 @@ def build(
 
 
 class CompiledKernel:
-    """A kernel compiled for one instruction set, with the harness's lane set."""
+    """A kernel compiled for one instruction set, with the harness's lane set. Tiles are emulated where this machine
+    lacks them, or, if not ``emulate``, compiled all the same."""
 
-    def __init__(self, kernel: Kernel, isa: Isa, compiler: str = "g++") -> None:
+    def __init__(self, kernel: Kernel, isa: Isa, compiler: str = "g++", emulate: bool = True) -> None:
         self.kernel = kernel
-        stem = hashlib.sha256(f"{kernel.name}{compiler}{kernel.source}".encode()).hexdigest()[:16]
+        emulate = emulate and isa not in isas_here() and isa in tested_isas()
+        stem = hashlib.sha256(f"{kernel.name}{compiler}{emulate}{kernel.source}".encode()).hexdigest()[:16]
         library = _folder() / f"{stem}.so"
         if not library.exists():
             source = _folder() / f"{stem}.cpp"
             entry = f"return reinterpret_cast<void*>(&hetcomp::{kernel.name});"
             source.write_text(f'{kernel.source}\nextern "C" void* entry() {{ {entry} }}\n')
-            _compile(compiler, isa, source, library)
+            _compile(compiler, isa, source, library, emulate)
         # Kept: unloading the library would pull the code from under the kernel.
         self._library = ctypes.CDLL(str(library))
         self._library.entry.restype = ctypes.c_void_p

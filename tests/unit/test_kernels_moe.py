@@ -16,12 +16,21 @@ from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value
-from tests.reference.kernel_harness import CompiledKernel, activation, build, isas_here, thorough_isas, weight
+from tests.reference.kernel_harness import (
+    CompiledKernel,
+    activation,
+    build,
+    isas_here,
+    tested_isas,
+    thorough_isas,
+    weight,
+)
 from tests.reference.kernel_numbers import EPS, Doubles, draw, family, packed, rounding_of, seen, weight_rounding
 
 ROWS = 200
 SILU = MoeExperts(experts=7, top_k=3, hidden=33, intermediate=21)
 EVEN = MoeExperts(experts=4, top_k=2, hidden=64, intermediate=48)
+DEEP = MoeExperts(experts=2, top_k=1, hidden=1100, intermediate=40)  # more columns than a slice of tiles has
 OAI = MoeExperts(
     experts=5, top_k=2, hidden=20, intermediate=37, function="swiglu_oai", alpha=1.702, limit=2.0, bias=True
 )
@@ -130,7 +139,7 @@ def _check(a: MoeExperts, weight_format: str, isa: Isa, case: Case, threads: int
 @pytest.mark.parametrize(
     ("isa", "attrs", "weight_format"),
     [
-        *((isa, SILU, form) for isa in isas_here() for form in FORMATS),
+        *((isa, SILU, form) for isa in tested_isas() for form in FORMATS),
         *(
             (isa, attrs, form)
             for isa in thorough_isas()
@@ -177,18 +186,24 @@ def test_glu_functions(isa, attrs):
         _check(attrs, "f32", isa, Case(attrs, "f32", rows, False, rows, isa), 2)
 
 
-@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("isa", tested_isas())
 def test_a_hot_expert_of_many_blocks(isa):
     for form in ("bf16", "q4"):
         _check(SILU, form, isa, Case(SILU, form, ROWS, True, 1, isa), 3)
         _check(SILU, form, isa, Case(SILU, form, ROWS, False, 2, isa), 3)
 
 
+@pytest.mark.parametrize("isa", thorough_isas())
+@pytest.mark.parametrize("weight_format", [form for form in FORMATS if form != "f32"])
+def test_many_tokens_and_columns(isa, weight_format):
+    _check(DEEP, weight_format, isa, Case(DEEP, weight_format, ROWS, False, 3, isa), 3)
+
+
 @pytest.mark.parametrize("isa", [isa for isa in Isa if isa not in isas_here()])
 @pytest.mark.parametrize("weight_format", ["f32", "fp8", "q4"])
 def test_kernels_of_other_cpus_compile(isa, weight_format):
     """Not run here; with warnings as errors. A format of each family of tiles: linear kernels take all."""
-    _kernel(OAI, weight_format, isa)
+    CompiledKernel(_kernel(OAI, weight_format, isa).kernel, isa, emulate=False)
 
 
 def test_a_token_may_name_one_expert_twice():

@@ -238,32 +238,86 @@ HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const 
 constexpr int kTileWidth = 2 * kPanel;  // columns of a tile's result in memory
 using TileFunction = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
 
-// `rows` tokens in `count` blocks of equal height, the last one possibly with rows that nobody asked for.
+// Tokens in `count` blocks of `height` rows. Either their heights are equal and the last block may have rows that nobody
+// asked for, or (Gemm::kFullBlocks) all blocks are as high as a register tile and the last one ends with the tokens.
 struct Blocks {
   std::int64_t count;
   int height;
+  std::int64_t rows;  // that are stored
   template <class Gemm>
   static Blocks of(std::int64_t rows) {
     const std::int64_t count = ceil_div(rows, Gemm::kTileRows);
-    return {count, count == 0 ? 0 : static_cast<int>(ceil_div(rows, count))};
+    if (Gemm::kFullBlocks || count == 0) return {count, Gemm::kTileRows, rows};
+    const std::int64_t height = ceil_div(rows, count);
+    return {count, static_cast<int>(height), count * height};
+  }
+  // Most rows that are stored where `entries` rows are spread over any number of Blocks.
+  template <class Gemm>
+  static constexpr std::int64_t most_rows(std::int64_t entries) {
+    return Gemm::kFullBlocks ? entries : entries + ceil_div(entries, Gemm::kTileRows);
+  }
+  int height_of(std::int64_t b) const { return static_cast<int>(std::min<std::int64_t>(height, rows - b * height)); }
+  // Up to n of the blocks from block `first` on.
+  Blocks part(std::int64_t first, std::int64_t n) const {
+    n = std::min(n, count - first);
+    return {n, height, std::min(n * height, rows - first * height)};
   }
 };
+
+// Adjacent blocks from x on times n_panels adjacent panels of k columns, two at a time: calls
+// done(b, pair, sums[height][kTileWidth]), for a block in the order of its pairs. Where kSliced, at most
+// Gemm::task_blocks(k) blocks.
+template <class Gemm, class Done>
+void multiply_pairs(Gemm& product, const std::uint8_t* x, const Blocks& blocks, const std::uint8_t* w, std::int64_t n_panels,
+                    std::int64_t k, Done&& done) {
+  const std::int64_t n_pairs = ceil_div(n_panels, 2);
+  const auto panels_of = [&](std::int64_t pair) { return static_cast<int>(std::min<std::int64_t>(2, n_panels - 2 * pair)); };
+  if constexpr (Gemm::kSliced) {
+    for (std::int64_t p = 0; p < n_pairs; ++p)
+      product.multiply_blocks(x, blocks, w + p * 2 * panel_bytes(k), panels_of(p), k,
+                              [&](std::int64_t b, const float* sums) { done(b, p, sums); });
+  } else {
+    alignas(64) float sums[Gemm::kTileRows * kTileWidth];
+    for (std::int64_t b = 0; b < blocks.count; ++b) {
+      for (std::int64_t p = 0; p < n_pairs; ++p) {
+        product.multiply(x + b * blocks.height * Gemm::block_row_bytes(k), blocks.height, w + p * 2 * panel_bytes(k),
+                         panels_of(p), k, sums);
+        done(b, p, sums);
+      }
+    }
+  }
+}
+
+// Chunks of about equal size, of at most Gemm::task_blocks(k) blocks each.
+struct Chunks {
+  std::int64_t count, blocks;  // blocks: of a chunk; the last one may have fewer
+  template <class Gemm>
+  static Chunks of(const Blocks& blocks, std::int64_t k) {
+    const std::int64_t count = ceil_div(blocks.count, Gemm::task_blocks(k));
+    return {count, count == 0 ? 0 : ceil_div(blocks.count, count)};
+  }
+};
+
+// Pairs of panels that a task takes where there are `pairs` of them in all: as many as leave some tasks to every thread.
+template <class Gemm>
+std::int64_t wide_tasks(const Lane& lane, std::int64_t pairs) {
+  return std::clamp<std::int64_t>(pairs / (8 * lane.set->n_threads), 1, Gemm::kTaskPairs);
+}
 
 struct GemmBf16 {
   static constexpr int kTileRows = 12;  // tokens of a register tile
   // Blocks of tokens in a task: enough to pay for fetching the panels, few enough for many tasks.
   static constexpr std::int64_t kTaskBlocks = 8;
+  static constexpr std::int64_t task_blocks(std::int64_t /*k*/) { return kTaskBlocks; }
+  static constexpr std::int64_t kTaskPairs = 1;  // pairs of panels in a task, at most
+  static constexpr bool kFullBlocks = false;
+  static constexpr std::int64_t kSlackBytes = 0;  // that may be read behind the last block
+  static constexpr bool kSliced = false;         // weights are multiplied as they are stored, block after block
   static constexpr int kTilePanels = 2;
   static constexpr std::int64_t padded_columns(std::int64_t k) { return ceil_div(k, 2) * 2; }
   static constexpr std::int64_t block_row_bytes(std::int64_t k) { return padded_columns(k) * 2; }
   static constexpr std::int64_t kBlockUnit = 16;  // columns of a block that are written together
   static constexpr bool kPackPrepared = false;  // blocks are packed from x itself
-
-  // Weights are multiplied as they are stored.
-  static constexpr std::int64_t prepared_bytes(std::int64_t /*k*/) { return 0; }
-  static const std::uint8_t* prepare_panels(const std::uint8_t* w, int /*n*/, std::int64_t /*k*/, std::uint8_t*) {
-    return w;
-  }
 
   // 16 columns of a row of x, zero from n on, as 8 pairs of bf16.
   static __m256i to_pairs(const float* x, std::int64_t n) {
@@ -412,7 +466,9 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
           std::uint8_t* packed) {
   const Blocks blocks = Blocks::of<Gemm>(rows);
   constexpr std::int64_t kPaddedIn = Gemm::padded_columns(kIn);
-  const std::int64_t block_bytes = Gemm::block_row_bytes(kIn) * blocks.height;
+  const auto block_at = [&](std::int64_t head, std::int64_t b) {
+    return packed + (head * blocks.rows + b * blocks.height) * Gemm::block_row_bytes(kIn);
+  };
   constexpr std::int64_t kChunk = 512;  // columns a packing task takes
   constexpr std::int64_t kChunks = ceil_div(kPaddedIn, kChunk);
   const std::int64_t n_pack = kHeads * blocks.count * kChunks;
@@ -420,34 +476,33 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t c = i % kChunks * kChunk, b = i / kChunks % blocks.count, head = i / kChunks / blocks.count;
       const std::int64_t first = b * blocks.height;
-      Gemm::pack_rows(packed + (head * blocks.count + b) * block_bytes, blocks.height,
+      Gemm::pack_rows(block_at(head, b), blocks.height_of(b),
                 static_cast<int>(std::clamp<std::int64_t>(rows - first, 0, blocks.height)), c,
                 std::min(c + kChunk, kPaddedIn), kIn, [&](int m) { return x + (first + m) * kInRow + head * kIn; });
     }
   });
   barrier(lane);
 
+  // Wide tasks read their tokens from afar less often; narrow ones keep all threads busy.
   constexpr std::int64_t kPairs = ceil_div(kPanels, 2);
-  const std::int64_t chunks = ceil_div(blocks.count, Gemm::kTaskBlocks);
-  const std::int64_t n_tasks = kHeads * kPairs * chunks;
+  const Chunks chunks = Chunks::of<Gemm>(blocks, kIn);
+  const std::int64_t width = wide_tasks<Gemm>(lane, kHeads * kPairs * chunks.count);
+  const std::int64_t groups = ceil_div(kPairs, width), n_tasks = kHeads * groups * chunks.count;
   Gemm product;
-  alignas(64) float sums[Gemm::kTileRows * kTileWidth];
-  alignas(64) std::uint8_t scratch[std::max<std::int64_t>(1, Gemm::prepared_bytes(kIn))];
   parallel_for(lane, n_tasks, grain_for(lane, n_tasks, 16), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t chunk = i % chunks, pair = i / chunks % kPairs, head = i / chunks / kPairs;
-      const std::int64_t column = pair * 2 * kPanel;
-      const int n_panels = static_cast<int>(std::min<std::int64_t>(2, kPanels - 2 * pair));
-      const std::int64_t width = std::min<std::int64_t>(kTileWidth, kOut - column);
-      const std::uint8_t* panel = Gemm::prepare_panels(w + (head * kPanels + 2 * pair) * kPanelBytes, n_panels, kIn, scratch);
-      const std::int64_t last = std::min((chunk + 1) * Gemm::kTaskBlocks, blocks.count);
-      for (std::int64_t b = chunk * Gemm::kTaskBlocks; b < last; ++b) {
-        product.multiply(packed + (head * blocks.count + b) * block_bytes, blocks.height, panel, n_panels, kIn, sums);
-        const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - b * blocks.height);
+      const std::int64_t chunk = i % chunks.count, group = i / chunks.count % groups, head = i / chunks.count / groups;
+      const std::int64_t panel = group * width * 2, first = chunk * chunks.blocks;
+      const auto put = [&](std::int64_t b, std::int64_t pair, const float* sums) {
+        const std::int64_t column = (panel + 2 * pair) * kPanel, row = (first + b) * blocks.height;
+        const std::int64_t columns = std::min<std::int64_t>(kTileWidth, kOut - column);
+        const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - row);
         for (std::int64_t m = 0; m < valid; ++m)
-          finish(y + (b * blocks.height + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, width,
+          finish(y + (row + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, columns,
                  bias);
-      }
+      };
+      multiply_pairs(product, block_at(head, first), blocks.part(first, chunks.blocks),
+                     w + (head * kPanels + panel) * kPanelBytes, std::min(2 * width, kPanels - panel), kIn, put);
     }
   });
 }

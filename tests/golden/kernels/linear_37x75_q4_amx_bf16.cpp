@@ -143,6 +143,25 @@ inline V16 exponents(const std::uint8_t* p) {
   return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_slli_epi32(e, 23), least))};
 }
 
+// 2^(23 - kAt) + the code in bits kAt .. kAt + kBits of each lane: the code lies in the mantissa.
+template <int kAt, int kBits>
+inline V16 in_mantissa(__m512i v) {
+  const __m512i code = _mm512_set1_epi32(((1 << kBits) - 1) << kAt), one = _mm512_set1_epi32((150 - kAt) << 23);
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(v, code, one, 0xea))};  // (v & code) | one
+}
+// What in_mantissa<kAt, ..> must lose, times the scale. Exact in f32 for scales of 11 bits.
+template <int kAt>
+inline V16 mantissa_offset(V16 scale, int offset) {
+  return zero() - scale * set1(static_cast<float>((1 << (23 - kAt)) + offset));
+}
+// 16 pairs of bf16, rounded to nearest, ties away from zero.
+inline __m512i round_pairs(V16 first, V16 second) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i a = _mm512_add_epi32(_mm512_castps_si512(first.v), half);
+  const __m512i b = _mm512_add_epi32(_mm512_castps_si512(second.v), half);
+  return _mm512_mask_mov_epi16(_mm512_srli_epi32(a, 16), 0xaaaaaaaa, b);
+}
+
 // Weight format q4: panel [K/32 groups], a group: [4][16][4] bytes, low nibble column 8j + b, high nibble column
 // 8j + 4 + b, each q + 8; then fp16 [16].
 struct Weights {
@@ -155,6 +174,24 @@ struct Weights {
   static Bytes codes(Bytes v, int s) { return s == 0 ? low_nibbles(v) : high_nibbles(v); }
   static I16 dot(I16 sum, Bytes codes, const std::uint8_t* x) { return dot4(sum, codes, x); }
   static V16 scales(const std::uint8_t* s) { return load_f16(s); }
+
+  // A group as pairs of bf16 [16][16][2], with its scales.
+  static void pairs(const std::uint8_t* group, std::uint8_t* to) {
+    const V16 scale = scales(group + kGroupBytes);
+    const V16 offset12 = mantissa_offset<12>(scale, kOffset), offset16 = mantissa_offset<16>(scale, kOffset);
+    const auto at12 = [&](__m512i v) { return fma(in_mantissa<12, 4>(v), scale, offset12); };
+    const auto at16 = [&](__m512i v) { return fma(in_mantissa<16, 4>(v), scale, offset16); };
+    HETCOMP_UNROLL
+    for (int j = 0; j < 4; ++j, to += 256) {
+      const __m512i v = _mm512_loadu_si512(group + j * 64);
+      const __m512i up12 = _mm512_slli_epi32(v, 12), up8 = _mm512_slli_epi32(v, 8);
+      const __m512i down8 = _mm512_srli_epi32(v, 8), down12 = _mm512_srli_epi32(v, 12);
+      _mm512_storeu_si512(to, round_pairs(at12(up12), at16(up8)));
+      _mm512_storeu_si512(to + 64, round_pairs(at16(v), at16(down8)));
+      _mm512_storeu_si512(to + 128, round_pairs(at16(up12), at12(v)));
+      _mm512_storeu_si512(to + 192, round_pairs(at12(down8), at16(down12)));
+    }
+  }
 
   // Element (row r of the panel, column k).
   static float at(const std::uint8_t* panel, int r, std::int64_t k, std::int64_t /*columns*/) {
@@ -282,33 +319,87 @@ HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const 
 constexpr int kTileWidth = 2 * kPanel;  // columns of a tile's result in memory
 using TileFunction = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
 
-// `rows` tokens in `count` blocks of equal height, the last one possibly with rows that nobody asked for.
+// Tokens in `count` blocks of `height` rows. Either their heights are equal and the last block may have rows that nobody
+// asked for, or (Gemm::kFullBlocks) all blocks are as high as a register tile and the last one ends with the tokens.
 struct Blocks {
   std::int64_t count;
   int height;
+  std::int64_t rows;  // that are stored
   template <class Gemm>
   static Blocks of(std::int64_t rows) {
     const std::int64_t count = ceil_div(rows, Gemm::kTileRows);
-    return {count, count == 0 ? 0 : static_cast<int>(ceil_div(rows, count))};
+    if (Gemm::kFullBlocks || count == 0) return {count, Gemm::kTileRows, rows};
+    const std::int64_t height = ceil_div(rows, count);
+    return {count, static_cast<int>(height), count * height};
+  }
+  // Most rows that are stored where `entries` rows are spread over any number of Blocks.
+  template <class Gemm>
+  static constexpr std::int64_t most_rows(std::int64_t entries) {
+    return Gemm::kFullBlocks ? entries : entries + ceil_div(entries, Gemm::kTileRows);
+  }
+  int height_of(std::int64_t b) const { return static_cast<int>(std::min<std::int64_t>(height, rows - b * height)); }
+  // Up to n of the blocks from block `first` on.
+  Blocks part(std::int64_t first, std::int64_t n) const {
+    n = std::min(n, count - first);
+    return {n, height, std::min(n * height, rows - first * height)};
   }
 };
+
+// Adjacent blocks from x on times n_panels adjacent panels of k columns, two at a time: calls
+// done(b, pair, sums[height][kTileWidth]), for a block in the order of its pairs. Where kSliced, at most
+// Gemm::task_blocks(k) blocks.
+template <class Gemm, class Done>
+void multiply_pairs(Gemm& product, const std::uint8_t* x, const Blocks& blocks, const std::uint8_t* w, std::int64_t n_panels,
+                    std::int64_t k, Done&& done) {
+  const std::int64_t n_pairs = ceil_div(n_panels, 2);
+  const auto panels_of = [&](std::int64_t pair) { return static_cast<int>(std::min<std::int64_t>(2, n_panels - 2 * pair)); };
+  if constexpr (Gemm::kSliced) {
+    for (std::int64_t p = 0; p < n_pairs; ++p)
+      product.multiply_blocks(x, blocks, w + p * 2 * panel_bytes(k), panels_of(p), k,
+                              [&](std::int64_t b, const float* sums) { done(b, p, sums); });
+  } else {
+    alignas(64) float sums[Gemm::kTileRows * kTileWidth];
+    for (std::int64_t b = 0; b < blocks.count; ++b) {
+      for (std::int64_t p = 0; p < n_pairs; ++p) {
+        product.multiply(x + b * blocks.height * Gemm::block_row_bytes(k), blocks.height, w + p * 2 * panel_bytes(k),
+                         panels_of(p), k, sums);
+        done(b, p, sums);
+      }
+    }
+  }
+}
+
+// Chunks of about equal size, of at most Gemm::task_blocks(k) blocks each.
+struct Chunks {
+  std::int64_t count, blocks;  // blocks: of a chunk; the last one may have fewer
+  template <class Gemm>
+  static Chunks of(const Blocks& blocks, std::int64_t k) {
+    const std::int64_t count = ceil_div(blocks.count, Gemm::task_blocks(k));
+    return {count, count == 0 ? 0 : ceil_div(blocks.count, count)};
+  }
+};
+
+// Pairs of panels that a task takes where there are `pairs` of them in all: as many as leave some tasks to every thread.
+template <class Gemm>
+std::int64_t wide_tasks(const Lane& lane, std::int64_t pairs) {
+  return std::clamp<std::int64_t>(pairs / (8 * lane.set->n_threads), 1, Gemm::kTaskPairs);
+}
 
 struct GemmInt8 {
   static constexpr int kTileRows = 12;  // tokens of a register tile
   // Blocks of tokens in a task: enough to pay for fetching the panels, few enough for many tasks.
   static constexpr std::int64_t kTaskBlocks = 8;
+  static constexpr std::int64_t task_blocks(std::int64_t /*k*/) { return kTaskBlocks; }
+  static constexpr std::int64_t kTaskPairs = 1;  // pairs of panels in a task, at most
+  static constexpr bool kFullBlocks = false;
+  static constexpr std::int64_t kSlackBytes = 0;  // that may be read behind the last block
+  static constexpr bool kSliced = false;         // weights are multiplied as they are stored, block after block
   static constexpr int kTilePanels = 1;
   static constexpr std::int64_t kGroupRowBytes = kUnit + 8;
   static constexpr std::int64_t padded_columns(std::int64_t k) { return groups(k) * kUnit; }
   static constexpr std::int64_t block_row_bytes(std::int64_t k) { return groups(k) * kGroupRowBytes; }
   static constexpr std::int64_t kBlockUnit = 32;  // columns of a block that are written together
   static constexpr bool kPackPrepared = true;  // blocks are packed from prepared rows, not from x itself
-
-  // Weights are multiplied as they are stored.
-  static constexpr std::int64_t prepared_bytes(std::int64_t /*k*/) { return 0; }
-  static const std::uint8_t* prepare_panels(const std::uint8_t* w, int /*n*/, std::int64_t /*k*/, std::uint8_t*) {
-    return w;
-  }
 
   static void put_group(std::uint8_t* to, int height, int m, const std::uint8_t* bytes, Group group) {
     HETCOMP_UNROLL
@@ -420,55 +511,45 @@ struct GemmAmxBf16 {
   // Blocks of tokens in a task: enough to pay for converting the panels, few enough for many tasks.
   static constexpr std::int64_t kTaskBlocks = 16;
   static constexpr int kTilePanels = 2;
+  // Pairs of panels in a task: many, because every task reads its tokens from the last-level cache anew.
+  static constexpr std::int64_t kTaskPairs = 8;
+  // Blocks are multiplied slice after slice of k: the slice of two panels and the blocks of a task stay in the second-level
+  // cache, the ones for all blocks, the others for all panels of the task.
+  static constexpr bool kSliced = true;
+  // No more tiles than the tokens need. All have 16 rows, so that their shapes never change; those of the last block reach
+  // beyond its rows.
+  static constexpr bool kFullBlocks = true;
+  static constexpr std::int64_t kSlackBytes = 1024;
+  static constexpr std::int64_t kSlice = 1024;  // columns; a multiple of 32
+  static constexpr std::int64_t kCacheBytes = 786432;
+  static constexpr std::int64_t kSumsBytes = kTileRows * kTileWidth * 4;  // of a block
+  static constexpr std::int64_t kMostBlocks = std::min(kTaskBlocks, kCacheBytes / kSumsBytes);
+  static constexpr std::int64_t task_blocks(std::int64_t k) {
+    return std::clamp<std::int64_t>(kCacheBytes / (kTileRows * block_row_bytes(k) + kSumsBytes), 1, kMostBlocks);
+  }
+
   static constexpr std::int64_t padded_columns(std::int64_t k) { return ceil_div(k, 32) * 32; }
   static constexpr std::int64_t block_row_bytes(std::int64_t k) { return padded_columns(k) * 2; }
   static constexpr std::int64_t kBlockUnit = 32;  // columns of a block that are written together
   static constexpr bool kPackPrepared = false;  // blocks are packed from x itself
 
-  // Bytes of a panel of bf16 [k / 2][16][2]: what a tile of weights is loaded from, 16 pairs of columns a time.
-  static constexpr std::int64_t tile_panel_bytes(std::int64_t k) { return padded_columns(k) * 2 * kPanel; }
-  static constexpr std::int64_t prepared_bytes(std::int64_t k) { return 2 * tile_panel_bytes(k); }
+  // Bytes of 32 columns of a panel as it is stored, and of bf16 [16][16][2]: what a tile of weights is loaded from.
+  static constexpr std::int64_t kGroupBytes =
+      kGroupStride;
+  static constexpr std::int64_t kTileBytes = 1024;
 
-  // The step's 16 rows at two columns as pairs of bf16.
-  static __m512i round_pairs(V16 first, V16 second) {
-    alignas(64) static constexpr std::uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const auto both = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second.v, first.v));
-    return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both);
-  }
+  // Columns k0 .. k1 (multiples of 32) of one panel of k columns with its scales, as bf16 (rounded once: the scale is part
+  // of the number), zero from k on.
+  static void prepare(const std::uint8_t* w, std::int64_t k, std::int64_t k0, std::int64_t k1, std::uint8_t* to) {
 
-  // One panel with its scales, as bf16 (rounded once: the scale is part of the number).
-  static void prepare_panel(const std::uint8_t* w, std::int64_t k, std::uint8_t* to) {
-
-    constexpr int kLoads = static_cast<int>(Weights::kGroupBytes / 64);
-    const __m512i byte = _mm512_set1_epi32(255);
-    for (std::int64_t g = 0; g < ceil_div(k, 32); ++g, w += kGroupStride) {
-      const V16 scale = Weights::scales(w + Weights::kGroupBytes);
-      const V16 offset = zero() - scale * set1(static_cast<float>(Weights::kOffset));
-      HETCOMP_UNROLL
-      for (int l = 0; l < kLoads; ++l) {
-        const Bytes v = load_bytes(w + l * 64);
-        HETCOMP_UNROLL
-        for (int s = 0; s < Weights::kSteps; ++s, to += 128) {
-          const __m512i c = Weights::codes(v, s).v;
-          const auto at = [&](__m512i bits) __attribute__((always_inline)) {
-            return fma({_mm512_cvtepi32_ps(bits)}, scale, offset);
-          };
-          const V16 a = at(_mm512_and_si512(c, byte)), b = at(_mm512_and_si512(_mm512_srli_epi32(c, 8), byte));
-          const V16 d = at(_mm512_and_si512(_mm512_srli_epi32(c, 16), byte)), e = at(_mm512_srli_epi32(c, 24));
-          _mm512_storeu_si512(to, round_pairs(a, b));
-          _mm512_storeu_si512(to + 64, round_pairs(d, e));
-        }
-      }
-    }
+    static_cast<void>(k);
+    for (std::int64_t g = k0 / 32; g < k1 / 32; ++g, to += kTileBytes) Weights::pairs(w + g * kGroupBytes, to);
 
   }
 
-  static const std::uint8_t* prepare_panels(const std::uint8_t* w, int n, std::int64_t k, std::uint8_t* scratch) {
+  // Whether panels of k columns lie in memory as tiles are loaded.
 
-    for (int i = 0; i < n; ++i) prepare_panel(w + i * panel_bytes(k), k, scratch + i * tile_panel_bytes(k));
-    return scratch;
-  }
+  static constexpr bool as_stored(std::int64_t /*k*/) { return false; }
 
   // 32 columns of a row of x, zero from n on, as bf16.
   static __m512i to_bf16(const float* x, std::int64_t n) {
@@ -498,74 +579,120 @@ struct GemmAmxBf16 {
       _mm512_storeu_si512(block + (column / 32 * height + m) * 64, to_bf16(h[m], kBlockUnit));
   }
 
-  // Shapes of the tiles for a block: 0 .. 3 sums, 4 and 5 rows 0 .. 15 and 16 .. 31 of x, 6 and 7 panels.
+  // Tiles 0 .. 3 are sums, 4 and 5 rows 0 .. 15 and 16 .. 31 of x, 6 and 7 panels.
   struct alignas(64) TileShapes {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {};
-    explicit TileShapes(int height) {
-      const auto upper = static_cast<std::uint8_t>(std::min(height, 16));
-      const auto lower = static_cast<std::uint8_t>(std::max(height - 16, 1));
-      rows[0] = rows[1] = rows[4] = upper;
-      rows[2] = rows[3] = rows[5] = lower;
-      rows[6] = rows[7] = 16;
-    }
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   };
 
+  // What a product of tiles reads: blocks from `x` on, `steps` groups of 32 columns, the two panels, and the blocks that the
+  // next product reads.
+  struct Operand {
+    const std::uint8_t *x, *first, *second, *next_x;
+    int height;
+    std::int64_t steps;
+  };
+
+  // out[height][kTileWidth] = products, plus what is there if not `fresh`.
   template <bool kTwoRows, bool kTwoPanels>
-  static void multiply_tiles(const std::uint8_t* block, int height, const std::uint8_t* w, std::int64_t k, float* out) {
-    _tile_zero(0);
-    if constexpr (kTwoPanels) _tile_zero(1);
-    if constexpr (kTwoRows) _tile_zero(2);
-    if constexpr (kTwoRows && kTwoPanels) _tile_zero(3);
-    const std::uint8_t* second = w + tile_panel_bytes(k);
-    for (std::int64_t s = 0; s < padded_columns(k) / 32; ++s) {
-      _tile_loadd(6, w + s * 1024, 64);
-      _tile_loadd(4, block + s * height * 64, 64);
+  static void multiply_tiles(const Operand& o, bool fresh, float* out) {
+    constexpr int kStride = kTileWidth * 4;
+    float* lower = out + 16 * kTileWidth;
+    if (fresh) {
+      _tile_zero(0);
+      if constexpr (kTwoPanels) _tile_zero(1);
+      if constexpr (kTwoRows) _tile_zero(2);
+      if constexpr (kTwoRows && kTwoPanels) _tile_zero(3);
+    } else {
+      _tile_loadd(0, out, kStride);
+      if constexpr (kTwoPanels) _tile_loadd(1, out + kPanel, kStride);
+      if constexpr (kTwoRows) _tile_loadd(2, lower, kStride);
+      if constexpr (kTwoRows && kTwoPanels) _tile_loadd(3, lower + kPanel, kStride);
+    }
+    const std::int64_t step = o.height * 64;
+    for (std::int64_t s = 0; s < o.steps; ++s) {
+      const std::uint8_t* x = o.x + s * step;
+      _tile_loadd(6, o.first + s * kTileBytes, 64);
+      _tile_loadd(4, x, 64);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (kTwoPanels) {
-        _tile_loadd(7, second + s * 1024, 64);
+        _tile_loadd(7, o.second + s * kTileBytes, 64);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (kTwoRows) {
-        _tile_loadd(5, block + (s * height + 16) * 64, 64);
+        _tile_loadd(5, x + 16 * 64, 64);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (kTwoPanels) _tile_dpbf16ps(3, 5, 7);
       }
+      // Loads of tiles that miss the first-level cache are not hidden by themselves.
+      const std::int64_t ahead = s + kAhead;
+      prefetch<(kTwoRows ? 32 : 16) * 64>(ahead < o.steps ? x + kAhead * step : o.next_x + (ahead - o.steps) * step);
     }
-    constexpr int kStride = kTileWidth * 4;
     _tile_stored(0, out, kStride);
     if constexpr (kTwoPanels) _tile_stored(1, out + kPanel, kStride);
-    if constexpr (kTwoRows) _tile_stored(2, out + 16 * kTileWidth, kStride);
-    if constexpr (kTwoRows && kTwoPanels) _tile_stored(3, out + 16 * kTileWidth + kPanel, kStride);
+    if constexpr (kTwoRows) _tile_stored(2, lower, kStride);
+    if constexpr (kTwoRows && kTwoPanels) _tile_stored(3, lower + kPanel, kStride);
   }
 
-  // One block times n_panels adjacent panels; out[height][kTileWidth].
-  void multiply(const std::uint8_t* block, int height, const std::uint8_t* w, int n_panels, std::int64_t k, float* out) {
-    if (height != height_) {
-      const TileShapes shapes(height);
-      _tile_loadconfig(&shapes);
-      height_ = height;
-    }
-    if (height > 16) {
-      if (n_panels == 2) multiply_tiles<true, true>(block, height, w, k, out);
-      else multiply_tiles<true, false>(block, height, w, k, out);
+  static void multiply_slice(const Operand& o, int n_panels, bool fresh, float* out) {
+    if (o.height > 16) {
+      if (n_panels == 2) multiply_tiles<true, true>(o, fresh, out);
+      else multiply_tiles<true, false>(o, fresh, out);
     } else {
-      if (n_panels == 2) multiply_tiles<false, true>(block, height, w, k, out);
-      else multiply_tiles<false, false>(block, height, w, k, out);
+      if (n_panels == 2) multiply_tiles<false, true>(o, fresh, out);
+      else multiply_tiles<false, false>(o, fresh, out);
     }
   }
 
-  GemmAmxBf16() = default;
+  // Fetches part `i` of `n` of a slice of n_panels panels into the second-level cache.
+  static void fetch_slice(const std::uint8_t* w, int n_panels, std::int64_t k, std::int64_t i, std::int64_t n) {
+    constexpr std::int64_t kLines = ceil_div(kSlice / 32 * kGroupBytes, 64);
+    for (int p = 0; p < n_panels; ++p)
+      for (std::int64_t l = kLines * i / n; l < kLines * (i + 1) / n; ++l)
+        _mm_prefetch(reinterpret_cast<const char*>(w + p * panel_bytes(k) + l * 64), _MM_HINT_T1);
+  }
+
+  // At most task_blocks(k) adjacent blocks times n_panels <= 2 adjacent panels of k columns: calls done(b, out) for each
+  // block, out[height][kTileWidth].
+  template <class Done>
+  void multiply_blocks(const std::uint8_t* x, const Blocks& blocks, const std::uint8_t* w, int n_panels, std::int64_t k,
+                       Done&& done) {
+    const std::int64_t columns = padded_columns(k), n = blocks.count;
+    const auto at = [&](std::int64_t b, std::int64_t column) {  // column `column` of block b
+      return x + b * kTileRows * block_row_bytes(k) + column * 2 * blocks.height_of(b);
+    };
+    for (std::int64_t k0 = 0; k0 < columns; k0 += kSlice) {
+      const std::int64_t k1 = std::min(k0 + kSlice, columns), steps = (k1 - k0) / 32;
+      const std::uint8_t* first = w + k0 / 32 * kTileBytes;
+      const std::uint8_t* second = first + panel_bytes(k);
+      if (!as_stored(k)) {
+        for (int p = 0; p < n_panels; ++p) prepare(w + p * panel_bytes(k), k, k0, k1, slice_ + p * steps * kTileBytes);
+        first = slice_;
+        second = slice_ + steps * kTileBytes;
+      }
+      const std::uint8_t* next_w = k1 < columns ? w + k1 / 32 * kGroupBytes : w + n_panels * panel_bytes(k);
+      for (std::int64_t b = 0; b < n; ++b) {
+        const std::uint8_t* next_x = b + 1 < n ? at(b + 1, k0) : at(0, k1 % columns);
+        fetch_slice(next_w, n_panels, k, b, n);
+        multiply_slice({at(b, k0), first, second, next_x, blocks.height_of(b), steps}, n_panels, k0 == 0, sums_[b]);
+        if (k1 == columns) done(b, sums_[b]);
+      }
+    }
+  }
+
+  GemmAmxBf16() {
+    const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+  }
   GemmAmxBf16(const GemmAmxBf16&) = delete;
   GemmAmxBf16& operator=(const GemmAmxBf16&) = delete;
-  // Shaping and releasing the tiles takes more than a microsecond: once a kernel, not once a product.
-  ~GemmAmxBf16() {
-    if (height_ != 0) _tile_release();
-  }
+  ~GemmAmxBf16() { _tile_release(); }
 
  private:
-  int height_ = 0;
+  static constexpr std::int64_t kAhead = 2;  // steps that fetching x runs ahead of multiplying
+  alignas(64) std::uint8_t slice_[kTilePanels * kSlice / 32 * kTileBytes];
+  alignas(64) float sums_[kMostBlocks][kTileRows * kTileWidth];
 };
 
 using GemmFew = GemmInt8;   // for few tokens a weight
@@ -630,7 +757,9 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
           std::uint8_t* packed) {
   const Blocks blocks = Blocks::of<Gemm>(rows);
   constexpr std::int64_t kPaddedIn = Gemm::padded_columns(kIn);
-  const std::int64_t block_bytes = Gemm::block_row_bytes(kIn) * blocks.height;
+  const auto block_at = [&](std::int64_t head, std::int64_t b) {
+    return packed + (head * blocks.rows + b * blocks.height) * Gemm::block_row_bytes(kIn);
+  };
   constexpr std::int64_t kChunk = 512;  // columns a packing task takes
   constexpr std::int64_t kChunks = ceil_div(kPaddedIn, kChunk);
   const std::int64_t n_pack = kHeads * blocks.count * kChunks;
@@ -638,34 +767,33 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t c = i % kChunks * kChunk, b = i / kChunks % blocks.count, head = i / kChunks / blocks.count;
       const std::int64_t first = b * blocks.height;
-      Gemm::pack_rows(packed + (head * blocks.count + b) * block_bytes, blocks.height,
+      Gemm::pack_rows(block_at(head, b), blocks.height_of(b),
                 static_cast<int>(std::clamp<std::int64_t>(rows - first, 0, blocks.height)), c,
                 std::min(c + kChunk, kPaddedIn), kIn, [&](int m) { return x + (first + m) * kInRow + head * kIn; });
     }
   });
   barrier(lane);
 
+  // Wide tasks read their tokens from afar less often; narrow ones keep all threads busy.
   constexpr std::int64_t kPairs = ceil_div(kPanels, 2);
-  const std::int64_t chunks = ceil_div(blocks.count, Gemm::kTaskBlocks);
-  const std::int64_t n_tasks = kHeads * kPairs * chunks;
+  const Chunks chunks = Chunks::of<Gemm>(blocks, kIn);
+  const std::int64_t width = wide_tasks<Gemm>(lane, kHeads * kPairs * chunks.count);
+  const std::int64_t groups = ceil_div(kPairs, width), n_tasks = kHeads * groups * chunks.count;
   Gemm product;
-  alignas(64) float sums[Gemm::kTileRows * kTileWidth];
-  alignas(64) std::uint8_t scratch[std::max<std::int64_t>(1, Gemm::prepared_bytes(kIn))];
   parallel_for(lane, n_tasks, grain_for(lane, n_tasks, 16), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t chunk = i % chunks, pair = i / chunks % kPairs, head = i / chunks / kPairs;
-      const std::int64_t column = pair * 2 * kPanel;
-      const int n_panels = static_cast<int>(std::min<std::int64_t>(2, kPanels - 2 * pair));
-      const std::int64_t width = std::min<std::int64_t>(kTileWidth, kOut - column);
-      const std::uint8_t* panel = Gemm::prepare_panels(w + (head * kPanels + 2 * pair) * kPanelBytes, n_panels, kIn, scratch);
-      const std::int64_t last = std::min((chunk + 1) * Gemm::kTaskBlocks, blocks.count);
-      for (std::int64_t b = chunk * Gemm::kTaskBlocks; b < last; ++b) {
-        product.multiply(packed + (head * blocks.count + b) * block_bytes, blocks.height, panel, n_panels, kIn, sums);
-        const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - b * blocks.height);
+      const std::int64_t chunk = i % chunks.count, group = i / chunks.count % groups, head = i / chunks.count / groups;
+      const std::int64_t panel = group * width * 2, first = chunk * chunks.blocks;
+      const auto put = [&](std::int64_t b, std::int64_t pair, const float* sums) {
+        const std::int64_t column = (panel + 2 * pair) * kPanel, row = (first + b) * blocks.height;
+        const std::int64_t columns = std::min<std::int64_t>(kTileWidth, kOut - column);
+        const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - row);
         for (std::int64_t m = 0; m < valid; ++m)
-          finish(y + (b * blocks.height + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, width,
+          finish(y + (row + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, columns,
                  bias);
-      }
+      };
+      multiply_pairs(product, block_at(head, first), blocks.part(first, chunks.blocks),
+                     w + (head * kPanels + panel) * kPanelBytes, std::min(2 * width, kPanels - panel), kIn, put);
     }
   });
 }
