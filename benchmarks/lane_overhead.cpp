@@ -1,7 +1,7 @@
 // Times of lanes without and with weights to stream, as one line of JSON a case.
 //   lane_overhead BOUND REPEATS THREADS,THREADS,...
-// BOUND 1: every thread has a CPU of its own. Two ways stand beside each other: `counter` is a barrier that
-// counts arrivals in one number and work drawn from one counter only; `lanes` is hetcomp/lane.h.
+// BOUND 1: every thread has a CPU of its own. Beside `lanes`, which is hetcomp/lane.h, stand a barrier where
+// every thread has a line of its own (`gathered`) and work that is drawn from the first task on (`drawn`).
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -26,38 +26,44 @@ using Vector = std::uint64_t __attribute__((vector_size(64)));
 constexpr std::int64_t kFootprint = std::int64_t{2} << 30;
 constexpr std::int64_t kTask = 18432;  // a q4 panel of 2048 columns
 
-struct alignas(64) Counter {
+// A number on a cache line of its own.
+struct alignas(64) Number {
   std::atomic<std::int64_t> value{0};
 };
 
-// The barrier and the draws that lane.h had before: all threads add to one number.
-struct CounterSet {
-  Counter arrived, generation, next[2];
+struct Shared {
+  explicit Shared(int threads) : arrivals(static_cast<std::size_t>(threads)) {}
+  std::vector<Number> arrivals;
+  Number generation;
+  Number next[2];  // of regions in turns
 };
 
 struct Thread {
   Lane lane;
-  CounterSet* counters;
+  Shared* shared;
   std::int64_t region = 0;
   std::uint64_t sum = 0;
 };
 
-void counter_barrier(Thread& t) {
-  CounterSet& set = *t.counters;
-  const std::int64_t generation = set.generation.value.load(std::memory_order_relaxed);
-  if (set.arrived.value.fetch_add(1, std::memory_order_acq_rel) + 1 == t.lane.set->n_threads) {
-    set.next[t.region % 2].value.store(0, std::memory_order_relaxed);
-    set.arrived.value.store(0, std::memory_order_relaxed);
-    set.generation.value.store(generation + 1, std::memory_order_seq_cst);
+void gathered_barrier(Thread& t) {
+  Shared& shared = *t.shared;
+  const std::int64_t reached = shared.generation.value.load(std::memory_order_relaxed) + 1;
+  if (t.lane.thread == 0) {
+    for (std::size_t i = 1; i < shared.arrivals.size(); ++i)
+      while (shared.arrivals[i].value.load(std::memory_order_acquire) != reached) hetcomp::cpu_relax();
+    shared.generation.value.store(reached, std::memory_order_seq_cst);
   } else {
-    while (set.generation.value.load(std::memory_order_acquire) == generation) hetcomp::cpu_relax();
+    shared.arrivals[static_cast<std::size_t>(t.lane.thread)].value.store(reached, std::memory_order_seq_cst);
+    while (shared.generation.value.load(std::memory_order_acquire) != reached) hetcomp::cpu_relax();
   }
-  ++t.region;
 }
 
 template <class Body>
-void counter_for(Thread& t, std::int64_t n_tasks, std::int64_t grain, Body&& body) {
-  std::atomic<std::int64_t>& next = t.counters->next[t.region % 2].value;
+void drawn_for(Thread& t, std::int64_t n_tasks, std::int64_t grain, Body&& body) {
+  std::atomic<std::int64_t>& next = t.shared->next[t.region % 2].value;
+  // Nobody draws from the other one: all are behind the barrier after the region before.
+  if (t.lane.thread == 0) t.shared->next[(t.region + 1) % 2].value.store(0, std::memory_order_relaxed);
+  ++t.region;
   for (std::int64_t i; (i = next.fetch_add(grain, std::memory_order_relaxed)) < n_tasks;)
     body(i, std::min(n_tasks, i + grain));
 }
@@ -77,7 +83,7 @@ template <class Body>
 double time_of(int threads, bool bound, std::int64_t calls, Body&& body) {
   LaneSet set(threads);
   set.spin_iterations = 1 << 20;  // nobody parks
-  CounterSet counters;
+  Shared shared(threads);
   double us = 0;
   const auto work = [&](int thread) {
     if (bound) {
@@ -86,7 +92,7 @@ double time_of(int threads, bool bound, std::int64_t calls, Body&& body) {
       CPU_SET(thread, &mask);
       sched_setaffinity(0, sizeof mask, &mask);
     }
-    Thread t{Lane{&set, thread}, &counters};
+    Thread t{Lane{&set, thread}, &shared};
     for (int i = 0; i < 100; ++i) barrier(t.lane);
     const auto start = std::chrono::steady_clock::now();
     for (std::int64_t c = 0; c < calls; ++c) body(t, c);
@@ -113,22 +119,18 @@ void print(const char* name, int threads, double us, double bytes = 0) {
 void overheads(int n, bool bound) {
   constexpr std::int64_t kCalls = 20000;
   const auto nothing = [](std::int64_t, std::int64_t) {};
-  print("barrier, counter", n,
-        time_of(n, bound, kCalls, [](Thread& t, std::int64_t) { counter_barrier(t); }));
+  print("barrier, gathered", n,
+        time_of(n, bound, kCalls, [](Thread& t, std::int64_t) { gathered_barrier(t); }));
   print("barrier, lanes", n, time_of(n, bound, kCalls, [](Thread& t, std::int64_t) { barrier(t.lane); }));
-  print("one thread alone, two counters", n, time_of(n, bound, kCalls, [](Thread& t, std::int64_t) {
-          counter_barrier(t);
-          counter_barrier(t);
-        }));
   print("one thread alone, lanes", n, time_of(n, bound, kCalls, [](Thread& t, std::int64_t) {
           alone_begin(t.lane, true);
           alone_end(t.lane, true);
         }));
   for (const std::int64_t draws : {1, 4}) {
     const std::string what = "empty region of " + std::to_string(draws) + " draws a thread, ";
-    print((what + "counter").c_str(), n, time_of(n, bound, kCalls, [&](Thread& t, std::int64_t) {
-            counter_for(t, draws * n, 1, nothing);
-            counter_barrier(t);
+    print((what + "drawn").c_str(), n, time_of(n, bound, kCalls, [&](Thread& t, std::int64_t) {
+            drawn_for(t, draws * n, 1, nothing);
+            barrier(t.lane);
           }));
     print((what + "lanes").c_str(), n, time_of(n, bound, kCalls, [&](Thread& t, std::int64_t) {
             parallel_for(t.lane, draws * n, 1, nothing);
@@ -143,12 +145,12 @@ void streams(int n, bool bound, const std::uint8_t* data, std::int64_t bytes) {
                      calls = std::max<std::int64_t>(8, (std::int64_t{4} << 30) / bytes);
   const auto weights = [&](std::int64_t call) { return data + call * bytes % (kFootprint - bytes); };
   const std::string what = "stream of " + std::to_string(bytes / 1000) + " kB, ";
-  const auto counted = [&](Thread& t, std::int64_t call) {
-    counter_for(t, tasks, std::max<std::int64_t>(1, tasks / (2 * n)),
-                [&](std::int64_t begin, std::int64_t end) {
-                  stream(t, weights(call) + begin * kTask, weights(call) + end * kTask);
-                });
-    counter_barrier(t);
+  const auto drawn = [&](Thread& t, std::int64_t call) {
+    drawn_for(t, tasks, std::max<std::int64_t>(1, tasks / (2 * n)),
+              [&](std::int64_t begin, std::int64_t end) {
+                stream(t, weights(call) + begin * kTask, weights(call) + end * kTask);
+              });
+    barrier(t.lane);
   };
   const std::int64_t first = std::max<std::int64_t>(1, tasks / (2 * n));
   const auto shared = [&](Thread& t, std::int64_t call) {
@@ -156,7 +158,7 @@ void streams(int n, bool bound, const std::uint8_t* data, std::int64_t bytes) {
       stream(t, weights(call) + begin * kTask, weights(call) + end * kTask);
     });
   };
-  print((what + "counter").c_str(), n, time_of(n, bound, calls, counted), static_cast<double>(bytes));
+  print((what + "drawn").c_str(), n, time_of(n, bound, calls, drawn), static_cast<double>(bytes));
   print((what + "lanes").c_str(), n,
         time_of(n, bound, calls,
                 [&](Thread& t, std::int64_t call) {
