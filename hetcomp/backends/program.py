@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hetcomp.backends.decode_flow import OpFlow, decode_flow
 from hetcomp.backends.protocol import Isa, Kernel
 from hetcomp.backends.templates import render
 from hetcomp.errors import HetcompError
@@ -57,7 +58,8 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
     layout = ProgramLayout.of(plan)
     homes = _plan_homes(plan, layout)
     parts = plan_parts(plan)
-    templates = [_template(plan, t, kernels, homes, layout, parts) for t in plan.templates]
+    flow = decode_flow(plan)
+    templates = [_template(plan, t, kernels, homes, layout, parts, flow) for t in plan.templates]
     index = {t["name"]: 0 for t in templates}
     calls = []
     for call in plan.calls:
@@ -103,6 +105,7 @@ def _template(
     homes: Mapping[str, tuple[str, int]],
     layout: ProgramLayout,
     all_parts: Mapping[tuple[str, str], Sequence[NodePart]],
+    flow: Mapping[tuple[str, str], OpFlow],
 ) -> dict[str, Any]:
     parts = {op.id: all_parts.get((template.name, op.id), ()) for op in template.ops}
     cut_formals = {
@@ -136,6 +139,7 @@ def _template(
                 "role": op.role,
                 "origin": op.origin,
                 "barrier": schedule is None or schedule.barrier_before,
+                "flow": flow[template.name, op.id],
                 "timer": layout.timers.index(op.role or op.kind),
                 "outputs": [find(o, op) for o in op.outputs] or ["nullptr"],
                 "rows": _rows(template, op),

@@ -16,7 +16,7 @@ class Tuning(Model):
     """What the kernels of one family of weight formats are rendered with.
 
     ``prefetch_bytes``: how far software prefetch runs ahead of the loads of weights. ``draw_bytes``: weights of the
-    tasks that a thread takes at a time in decode. ``task_blocks``: blocks of tokens in a task of prefill.
+    tasks that a thread takes at a time in decode, at most. ``task_blocks``: blocks of tokens in a task of prefill.
     ``gemv_rows``: tokens up to which a linear op streams its weights against single rows of activations.
     """
 

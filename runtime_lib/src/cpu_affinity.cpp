@@ -31,4 +31,8 @@ BoundWhile::~BoundWhile() {
   if (bound_) pthread_setaffinity_np(pthread_self(), sizeof(before_), before_.data());
 }
 
+void move_thread(int cpu) {
+  if (sched_getcpu() != cpu) const BoundWhile there({cpu});
+}
+
 }  // namespace hetcomp

@@ -12,6 +12,9 @@ namespace hetcomp {
 // is left, or there are none, the thread stays where the scheduler puts it.
 void bind_thread(const std::vector<int>& cpus);
 
+// Moves the calling thread to this CPU, if it is elsewhere, and leaves it as free as it was.
+void move_thread(int cpu);
+
 // Binds the calling thread for as long as this lives; without CPUs it does nothing.
 class BoundWhile {
  public:

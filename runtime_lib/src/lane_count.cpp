@@ -7,22 +7,21 @@ namespace hetcomp {
 LaneCount::LaneCount(int lanes) : lanes_(lanes), active_(lanes) {
   // One and two busy processes, and something heavier such as another computation on all cores.
   for (const int fewer : {lanes - 1, lanes - 2, lanes / 2})
-    if (fewer >= 1 && std::find(fewer_.begin(), fewer_.end(), fewer) == fewer_.end()) fewer_.push_back(fewer);
+    if (fewer >= 1 && std::ranges::find(others_, fewer) == others_.end()) others_.push_back(fewer);
+  // All once more: the process may be gone by then, and the others were compared with a disturbed window.
+  if (!others_.empty()) others_.push_back(lanes);
 }
 
-void LaneCount::add(std::int64_t tokens, std::int64_t preemptions, std::chrono::nanoseconds time) {
+bool LaneCount::add(std::int64_t tokens, std::chrono::nanoseconds time) {
   if (tokens != window_.tokens) window_ = {.tokens = tokens};
   window_.steps += 1;
-  window_.preemptions += preemptions;
   window_.time += time;
-  if (window_.time < kWindow || window_.steps < kWindowSteps) return;
-  const bool was_contended = contended_;
-  contended_ = window_.preemptions * std::chrono::seconds(1) >= kContendedPerSecond * window_.time;
-  decide(was_contended);
-  window_ = {.tokens = tokens};
+  return window_.time >= kWindow && window_.steps >= kWindowSteps;
 }
 
-void LaneCount::decide(bool was_contended) {
+void LaneCount::decide(double waited) {
+  const bool was_contended = contended_;
+  contended_ = waited >= kContended;
   switch (mode_) {
     case Mode::kWatch:
       watch(was_contended);
@@ -37,6 +36,7 @@ void LaneCount::decide(bool was_contended) {
       hold();
       break;
   }
+  window_ = {.tokens = window_.tokens};
 }
 
 void LaneCount::watch(bool was_contended) {
@@ -45,7 +45,7 @@ void LaneCount::watch(bool was_contended) {
     return;
   }
   // Two windows in a row: the second is without long spinning, the best that all lanes can do.
-  if (!was_contended || fewer_.empty()) return;
+  if (!was_contended || others_.empty()) return;
   best_ = active_;
   best_window_ = window_;
   next_ = 0;
@@ -53,9 +53,9 @@ void LaneCount::watch(bool was_contended) {
 }
 
 void LaneCount::try_next() {
-  if (next_ < fewer_.size()) {
-    active_ = fewer_[next_++];
-    contended_ = false;
+  if (next_ < others_.size()) {
+    active_ = others_[next_++];
+    contended_ = active_ == lanes_;  // fewer have their CPUs for themselves
     mode_ = Mode::kSettle;
   } else {
     active_ = best_;
@@ -80,6 +80,7 @@ void LaneCount::judge() {
 void LaneCount::hold() {
   held_ += window_.time;
   if (held_ < hold_) return;
+  contended_ |= active_ != lanes_;  // until a window of all lanes shows that they are alone
   active_ = lanes_;
   mode_ = Mode::kWatch;
   hold_ = std::min(hold_ * 2, kLongestHold);

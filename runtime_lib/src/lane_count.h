@@ -8,7 +8,7 @@
 namespace hetcomp {
 
 // A process that takes a core from one lane makes all others wait at every barrier; fewer lanes may then be
-// faster. Whether they are, is measured: when lanes are preempted often, smaller counts are tried, and the
+// faster. Whether they are, is measured: while lanes wait for CPUs, smaller counts are tried, and the
 // fastest is kept for a while before all lanes are tried again. Not thread safe.
 class LaneCount {
  public:
@@ -16,15 +16,21 @@ class LaneCount {
 
   int active() const { return active_; }         // lanes for the next step
   bool contended() const { return contended_; }  // other processes want the cores of these lanes
+  // Nobody else does, as far as is known: every lane may have a CPU of its own.
+  bool quiet() const { return !contended_ && active_ == lanes_; }
 
-  // After a step of `tokens` tokens on active() lanes, in which they were preempted so many times.
-  void add(std::int64_t tokens, std::int64_t preemptions, std::chrono::nanoseconds time);
+  // After a step of `tokens` tokens on active() lanes. True: there are steps enough to decide().
+  bool add(std::int64_t tokens, std::chrono::nanoseconds time);
+
+  // waited: the part of the time since the last call that a lane was ready to run and had no CPU; of the lane
+  // that waited most, since all others wait for it.
+  void decide(double waited);
 
  private:
   enum class Mode {
     kWatch,    // all lanes
-    kSettle,   // fewer; the scheduler takes some milliseconds to spread them
-    kMeasure,  // fewer
+    kSettle,   // another count; the scheduler takes some milliseconds to spread them
+    kMeasure,  // another count
     kHold,     // the fastest
   };
   using Time = std::chrono::nanoseconds;
@@ -32,30 +38,29 @@ class LaneCount {
   struct Window {
     std::int64_t tokens = 0;
     std::int64_t steps = 0;
-    std::int64_t preemptions = 0;
     Time time{0};
     Time step() const { return time / steps; }
   };
   static constexpr Time kWindow{40'000'000};
   static constexpr std::int64_t kWindowSteps = 3;
-  // Measured on Linux 6.18: 4 to 15 a second on a quiet machine, thousands beside a busy process.
-  static constexpr std::int64_t kContendedPerSecond = 100;
+  // A process that shares a CPU with a lane makes it wait half of the time; kernel threads on a quiet machine
+  // (Linux 6.18) 50 to 80 times a second for 20 to 50 us, that is 0.4 %.
+  static constexpr double kContended = 0.05;
   static constexpr Time kShortestHold{250'000'000};
   static constexpr Time kLongestHold{4'000'000'000};
 
-  void decide(bool was_contended);
   void watch(bool was_contended);
   void try_next();
   void judge();
   void hold();
 
   const int lanes_;
-  std::vector<int> fewer_;  // the counts to try
+  std::vector<int> others_;  // the counts to try
   int active_;
   bool contended_ = false;
   Mode mode_ = Mode::kWatch;
   Window window_;
-  std::size_t next_ = 0;  // in fewer_
+  std::size_t next_ = 0;  // in others_
   int best_ = 0;
   Window best_window_;
   Time hold_ = kShortestHold;

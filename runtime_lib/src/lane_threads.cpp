@@ -1,13 +1,14 @@
 #include "lane_threads.h"
 
 #include <pthread.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
+#include <map>
 #include <memory>
+#include <utility>
 
 #include "cpu_affinity.h"
 
@@ -44,13 +45,6 @@ std::int32_t spins_for(std::chrono::nanoseconds time) {
   return static_cast<std::int32_t>(static_cast<double>(time.count()) / each);
 }
 
-// Of the calling thread, since it began.
-std::int64_t preemptions() {
-  rusage usage{};
-  getrusage(RUSAGE_THREAD, &usage);
-  return usage.ru_nivcsw;
-}
-
 // The node of every lane, such that the first n lanes of any n are spread over the nodes as all of them are.
 std::vector<int> spread(const std::vector<LaneGroup>& groups) {
   int total = 0;
@@ -75,6 +69,19 @@ std::vector<int> spread(const std::vector<LaneGroup>& groups) {
   return nodes;
 }
 
+// A CPU for every lane: of the groups that share their CPUs each its own. Empty if there are too few.
+std::vector<int> cpu_of_each(const std::vector<LaneGroup>& groups, const std::vector<int>& nodes) {
+  std::vector<int> cpus;
+  std::map<std::vector<int>, std::size_t> taken;
+  for (const int node : nodes) {
+    const std::vector<int>& of_group = groups[static_cast<std::size_t>(node)].cpus;
+    const std::size_t next = taken[of_group]++;
+    if (next >= of_group.size()) return {};
+    cpus.push_back(of_group[next]);
+  }
+  return cpus;
+}
+
 }  // namespace
 
 // The lanes of `nodes` in order. Where every node has one, each works on its own node's parts; where there
@@ -96,13 +103,14 @@ LaneThreads::Team::Team(const std::vector<int>& nodes, int n_nodes)
   for (Seat& seat : seats) seat.set = own[static_cast<std::size_t>(seat.first_node)].get();
 }
 
-void LaneThreads::Team::begin(std::int32_t spins) {
-  all.error.store(0, std::memory_order_relaxed);
-  all.spin_iterations = spins;
-  for (const auto& set : own) {
-    set->error.store(0, std::memory_order_relaxed);
-    set->spin_iterations = spins;
-  }
+void LaneThreads::Team::begin(std::int32_t spins, bool quiet) {
+  const auto begin_set = [&](LaneSet& set) {
+    set.error.store(0, std::memory_order_relaxed);
+    set.spin_iterations = spins;
+    set.quiet = quiet;
+  };
+  begin_set(all);
+  for (const auto& set : own) begin_set(*set);
 }
 
 std::int32_t LaneThreads::Team::error() const {
@@ -126,6 +134,7 @@ LaneThreads::LaneThreads(const std::vector<LaneGroup>& groups, const std::vector
                                static_cast<int>(groups.size())));
   const auto elsewhere = [&](const LaneGroup& group) { return group.cpus != groups.front().cpus; };
   if (std::ranges::any_of(groups, elsewhere)) callers_cpus_ = groups[static_cast<std::size_t>(nodes[0])].cpus;
+  own_cpus_ = cpu_of_each(groups, nodes);
   // Ctrl-C and the host's other signals are for the host's threads.
   sigset_t all;
   sigset_t before;
@@ -136,7 +145,7 @@ LaneThreads::LaneThreads(const std::vector<LaneGroup>& groups, const std::vector
       workers_.emplace_back([this, i, cpus = groups[static_cast<std::size_t>(nodes[i])].cpus] {
         pthread_setname_np(pthread_self(), "hetcomp-lane");
         bind_thread(cpus);
-        work(static_cast<int>(i));
+        work(static_cast<int>(i), cpus);
       });
     }
   } catch (...) {
@@ -161,8 +170,21 @@ void LaneThreads::begin_step(Place& place) {
   if (place.sleeping.load(std::memory_order_seq_cst) != 0) futex_wake_all(place.begun);
 }
 
+// The part of the time since the last decision that a lane waited for a CPU: of the one that waited most.
+// Lanes which did not run since then have waited for nothing. Where the system does not say it, nobody waits.
+double LaneThreads::longest_wait(std::size_t active) {
+  std::chrono::nanoseconds longest{0};
+  for (std::size_t i = 0; i < active; ++i) {
+    Place& place = places_[i];
+    const std::chrono::nanoseconds total = place.wait.total().value_or(place.waited);
+    longest = std::max(longest, total - place.waited);
+    place.waited = total;
+  }
+  const auto time = std::exchange(since_decision_, std::chrono::nanoseconds{0});
+  return std::chrono::duration<double>(longest) / time;
+}
+
 void LaneThreads::run_lane(int thread) {
-  const std::int64_t before = preemptions();
   const Seat& seat = team_->seats[static_cast<std::size_t>(thread)];
   Lane own{seat.set, seat.thread};
   Lane lane{&team_->all, thread};
@@ -170,12 +192,12 @@ void LaneThreads::run_lane(int thread) {
   lane.first_node = seat.first_node;
   lane.last_node = seat.last_node;
   program_->run(&lane, step_);
-  places_[static_cast<std::size_t>(thread)].preemptions.store(preemptions() - before,
-                                                              std::memory_order_relaxed);
 }
 
-void LaneThreads::work(int thread) {
+void LaneThreads::work(int thread, const std::vector<int>& cpus) {
   Place& place = places_[static_cast<std::size_t>(thread)];
+  bool spread = false;
+  place.wait.follow_caller();
   for (std::uint32_t seen = 0;; ++seen) {
     std::int32_t spins = waiting_spins_.load(std::memory_order_relaxed);
     while (place.begun.load(std::memory_order_acquire) == seen) {
@@ -188,6 +210,10 @@ void LaneThreads::work(int thread) {
       place.sleeping.store(0, std::memory_order_relaxed);
     }
     if (stop_.load(std::memory_order_relaxed)) return;
+    if (spread != spread_) {
+      spread = spread_;
+      bind_thread(spread ? std::vector<int>{own_cpus_[static_cast<std::size_t>(thread)]} : cpus);
+    }
     run_lane(thread);
     if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) futex_wake_all(running_);
   }
@@ -200,12 +226,17 @@ std::int32_t LaneThreads::run(const hetcomp_program& program, const hetcomp_step
   team_ = teams_[active - 1].get();
   program_ = &program;
   step_ = &step;
-  team_->begin(spins);
+  if (places_[0].wait.follow_caller())
+    places_[0].waited = places_[0].wait.total().value_or(places_[0].waited);
+  spread_ = count_.quiet() && !own_cpus_.empty();
+  team_->begin(spins, count_.quiet());
   waiting_spins_.store(spins, std::memory_order_relaxed);
   running_.store(static_cast<std::uint32_t>(active - 1), std::memory_order_relaxed);
   for (std::size_t i = 1; i < active; ++i) begin_step(places_[i]);
   {
     const BoundWhile bound(callers_cpus_);
+    // The other lanes keep to their CPUs, so that the scheduler has no reason to take it from this one.
+    if (spread_) move_thread(own_cpus_[0]);
     run_lane(0);
   }
 
@@ -217,10 +248,9 @@ std::int32_t LaneThreads::run(const hetcomp_program& program, const hetcomp_step
     else
       futex_wait(running_, left);
   }
-  std::int64_t preempted = 0;
-  for (std::size_t i = 0; i < active; ++i)
-    preempted += places_[i].preemptions.load(std::memory_order_relaxed);
-  count_.add(step.n_tokens, preempted, std::chrono::steady_clock::now() - start);
+  const auto took = std::chrono::steady_clock::now() - start;
+  since_decision_ += took;
+  if (count_.add(step.n_tokens, took)) count_.decide(longest_wait(active));
   return team_->error();
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -10,6 +11,7 @@
 #include "hetcomp/lane.h"
 #include "hetcomp/program.h"
 #include "lane_count.h"
+#include "run_queue_wait.h"
 
 namespace hetcomp {
 
@@ -23,8 +25,9 @@ struct LaneGroup {
 class LaneThreads {
  public:
   // One group for each of the program's nodes; a group may be empty, all of them together not. The threads
-  // this class starts may run on their group's CPUs and nowhere else; the caller, who is lane 0, is bound for
-  // the length of a step where the groups' CPUs differ.
+  // this class starts may run on their group's CPUs and nowhere else, each on one of its own while nobody
+  // else wants them; the caller, who is lane 0, is bound to its group's for the length of a step where the
+  // groups' CPUs differ.
   explicit LaneThreads(const std::vector<LaneGroup>& groups);
   ~LaneThreads();
   LaneThreads(const LaneThreads&) = delete;
@@ -41,7 +44,8 @@ class LaneThreads {
   struct alignas(64) Place {
     std::atomic<std::uint32_t> begun{0};  // steps begun for this lane; it waits for a change
     std::atomic<std::uint32_t> sleeping{0};
-    std::atomic<std::int64_t> preemptions{0};  // in its last step
+    RunQueueWait wait;
+    std::chrono::nanoseconds waited{0};  // wait.total() at the last decision
   };
   // Where a lane works on what is cut over nodes: see Lane.
   struct Seat {
@@ -53,7 +57,7 @@ class LaneThreads {
   // What a number of lanes share in a step.
   struct Team {
     Team(const std::vector<int>& nodes, int n_nodes);
-    void begin(std::int32_t spins);
+    void begin(std::int32_t spins, bool quiet);
     std::int32_t error() const;
 
     LaneSet all;
@@ -61,16 +65,20 @@ class LaneThreads {
     std::vector<Seat> seats;  // of each lane
   };
   LaneThreads(const std::vector<LaneGroup>& groups, const std::vector<int>& nodes);
-  void work(int thread);
+  void work(int thread, const std::vector<int>& cpus);
   void run_lane(int thread);
   void begin_step(Place& place);
+  double longest_wait(std::size_t active);
   void shut_down();
 
   std::vector<Place> places_;
   std::vector<std::unique_ptr<Team>> teams_;  // teams_[n - 1]: of n lanes
   std::vector<int> callers_cpus_;             // of lane 0 in a step; empty: anywhere
+  std::vector<int> own_cpus_;                 // of every lane while it is quiet; empty: there are too few
+  bool spread_ = false;                       // in this step every lane is to have its own CPU
   LaneCount count_;
-  const std::int32_t quiet_spins_;  // iterations of pause, see LaneSet::spin_iterations
+  std::chrono::nanoseconds since_decision_{0};  // time of the steps
+  const std::int32_t quiet_spins_;              // iterations of pause, see LaneSet::spin_iterations
   const std::int32_t contended_spins_;
   Team* team_ = nullptr;
   const hetcomp_program* program_ = nullptr;

@@ -10,7 +10,7 @@ using std::chrono::microseconds;
 using std::chrono::nanoseconds;
 
 // A machine with `cores` cores of which `busy` are wanted by other processes. A step takes 8 ms of one core's
-// time. Lanes beyond the free cores share: they are preempted every 4 ms and hold up the others.
+// time. Lanes beyond the free cores share: they wait for half of the time and hold up the others.
 struct Machine {
   int cores;
   int busy;
@@ -21,14 +21,17 @@ struct Machine {
     const bool shared = lanes + busy > cores;
     const double us = 8000.0 / lanes * (shared ? slowdown : 1);
     const auto time = microseconds(static_cast<long>(us));
-    preempted_us += shared ? us : 0;
-    std::int64_t preemptions = 0;
-    for (; preempted_us >= 4000; preempted_us -= 4000) ++preemptions;
-    count.add(1, preemptions, time);
+    waited += shared ? time / 2 : nanoseconds{0};
+    since += time;
+    if (count.add(1, time)) {
+      count.decide(std::chrono::duration<double>(waited) / since);
+      waited = since = nanoseconds{0};
+    }
     return time;
   }
 
-  double preempted_us = 0;
+  nanoseconds waited{0};
+  nanoseconds since{0};
 };
 
 // Steps a second over five seconds of steps.
@@ -86,11 +89,35 @@ TEST(LaneCount, OneLaneIsTheLeast) {
   EXPECT_EQ(single.active(), 1);
 }
 
+// A process that was there for a moment: all lanes are tried once more before the fastest count is held.
+TEST(LaneCount, ComesBackToAllLanesAtOnceWhenTheProcessIsGone) {
+  Machine machine{2, 1};
+  LaneCount count(2);
+  while (count.active() == 2) machine.run(count);
+  machine.busy = 0;
+  nanoseconds since{0};
+  while (!count.quiet()) since += machine.run(count);
+  EXPECT_LT(since, std::chrono::milliseconds(400));
+  for (int i = 0; i < 1000; ++i) {
+    machine.run(count);
+    ASSERT_TRUE(count.quiet());
+  }
+}
+
+// Kernel threads take CPUs for moments, on many lanes more often: no reason to spin less.
+TEST(LaneCount, ShortWaitsAreNoContention) {
+  LaneCount count(16);
+  for (int i = 0; i < 1000; ++i) {
+    if (count.add(1, microseconds(10000))) count.decide(0.004);
+    ASSERT_TRUE(count.quiet());
+  }
+}
+
 TEST(LaneCount, PromptsBetweenDecodeStepsAreNotCompared) {
   LaneCount count(2);
   for (int i = 0; i < 1000; ++i) {
-    count.add(1, 1, microseconds(4000));
-    count.add(512, 20, microseconds(100000));
+    if (count.add(1, microseconds(4000))) count.decide(0.5);
+    if (count.add(512, microseconds(100000))) count.decide(0.5);
     ASSERT_GE(count.active(), 1);
     ASSERT_LE(count.active(), 2);
   }

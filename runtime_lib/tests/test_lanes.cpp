@@ -83,6 +83,80 @@ TEST_P(Lanes, EveryTaskOnceAndBarriersOrderRegions) {
   }
 }
 
+// Weights are streamed in the order of `next`; a part of its own for every thread, then draws.
+struct Stream {
+  std::int64_t first;
+  std::int64_t grain;
+  std::vector<std::atomic<int>> done;
+  std::atomic<int> wrong{0};  // chunks that were not announced
+};
+
+void stream(hetcomp_lane* lane, const hetcomp_step* step) {
+  auto& d = data<Stream>(step);
+  const auto n = static_cast<std::int64_t>(d.done.size());
+  std::int64_t announced = -1;
+  stream_for(*lane, n, {d.first, d.grain}, [&](std::int64_t begin, std::int64_t end, std::int64_t next) {
+    d.wrong += announced >= 0 && begin != announced;
+    d.wrong += next != n && next < end;
+    for (std::int64_t i = begin; i < end; ++i) d.done[static_cast<std::size_t>(i)] += 1;
+    announced = next;
+  });
+  d.wrong += announced >= 0 && announced != n;
+  barrier(*lane);
+}
+
+TEST_P(Lanes, StreamsEveryTaskOnceAndSaysWhereItGoesOn) {
+  LaneThreads lanes(cpus_for(GetParam()));
+  for (const std::size_t n : {0, 1, 3, 64, 101})
+    for (const std::int64_t first : {0, 1, 5, 40})
+      for (const std::int64_t grain : {1, 3}) {
+        Stream d{first, grain, std::vector<std::atomic<int>>(n), {}};
+        lanes.run(program_of(stream), step_of(d));
+        EXPECT_EQ(d.wrong, 0);
+        for (const auto& done : d.done) EXPECT_EQ(done, 1) << n << " " << first << " " << grain;
+      }
+}
+
+// Regions of all threads and runs of thread 0 alone in turns, as a decode step has them.
+struct Alone {
+  bool alone;
+  std::vector<std::int64_t> all;
+  std::int64_t sum = 0;  // of `all`, made by thread 0
+  std::atomic<int> wrong{0};
+};
+
+void alone_between_regions(hetcomp_lane* lane, const hetcomp_step* step) {
+  auto& d = data<Alone>(step);
+  const auto n = static_cast<std::int64_t>(d.all.size());
+  for (int round = 0; round < 100; ++round) {
+    parallel_for(*lane, n, 3, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) d.all[static_cast<std::size_t>(i)] += d.sum + 1;
+    });
+    if (alone_begin(*lane, d.alone)) {
+      d.wrong += d.alone && lane->thread != 0;
+      parallel_for(*lane, 1, 1, [&](std::int64_t, std::int64_t) {
+        d.sum = std::accumulate(d.all.begin(), d.all.end(), std::int64_t{0}) % 1000;
+      });
+      barrier(*lane);
+      parallel_for(*lane, n, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) d.all[static_cast<std::size_t>(i)] %= 1000 + d.sum;
+      });
+    }
+    alone_end(*lane, d.alone);
+  }
+}
+
+TEST_P(Lanes, OneThreadAloneDoesWhatAllDo) {
+  LaneThreads lanes(cpus_for(GetParam()));
+  Alone together{false, std::vector<std::int64_t>(50), 0, {}};
+  lanes.run(program_of(alone_between_regions), step_of(together));
+  Alone alone{GetParam() > 1, std::vector<std::int64_t>(50), 0, {}};
+  lanes.run(program_of(alone_between_regions), step_of(alone));
+  EXPECT_EQ(alone.wrong, 0);
+  EXPECT_EQ(alone.all, together.all);
+  EXPECT_EQ(alone.sum, together.sum);
+}
+
 struct Counts {
   std::vector<std::atomic<int>> done;
 };
@@ -150,6 +224,40 @@ TEST_P(Lanes, StepIsUsedByNobodyAfterRun) {
   EXPECT_EQ(readers.read, readers.entered);
   EXPECT_GE(readers.entered, 300);
   EXPECT_LE(readers.entered, 300 * GetParam());
+}
+
+// Only while nobody else wants the CPUs: on a busy machine the lanes may be free to move when this looks.
+struct Places {
+  std::vector<int> cpus;  // of each lane; -1: it has several
+};
+
+void note_cpu(hetcomp_lane* lane, const hetcomp_step* step) {
+  cpu_set_t mask;
+  sched_getaffinity(0, sizeof(mask), &mask);
+  data<Places>(step).cpus[static_cast<std::size_t>(lane->thread)] =
+      CPU_COUNT(&mask) == 1 ? sched_getcpu() : -1;
+  barrier(*lane);
+}
+
+TEST(LaneThreads, EveryWorkerHasACpuOfItsOwnOnAQuietMachine) {
+  const std::vector<LaneGroup> groups = cpus_for(1);
+  const int lanes_here = static_cast<int>(groups[0].cpus.size());
+  if (lanes_here < 2) GTEST_SKIP() << "one CPU";
+  LaneThreads lanes({{lanes_here, groups[0].cpus}});
+  Places places{std::vector<int>(groups[0].cpus.size(), -2)};
+  lanes.run(program_of(note_cpu), step_of(places));  // the first step: nobody was seen yet
+  EXPECT_EQ(places.cpus[0], -1);                     // the caller's thread stays free
+  for (std::size_t i = 1; i < places.cpus.size(); ++i) EXPECT_EQ(places.cpus[i], groups[0].cpus[i]);
+}
+
+TEST(LaneThreads, MoreLanesThanCpusAreNotBoundToOne) {
+  const std::vector<LaneGroup> groups = cpus_for(1);
+  if (groups[0].cpus.size() < 2) GTEST_SKIP() << "one CPU";
+  const std::size_t n = groups[0].cpus.size() + 1;
+  LaneThreads lanes({{static_cast<int>(n), groups[0].cpus}});
+  Places places{std::vector<int>(n, -2)};
+  lanes.run(program_of(note_cpu), step_of(places));
+  for (const int cpu : places.cpus) EXPECT_EQ(cpu, -1);
 }
 
 // Without any spinning every wait parks: the futex path of the barrier.

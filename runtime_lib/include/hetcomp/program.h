@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define HETCOMP_PROGRAM_ABI 2
+#define HETCOMP_PROGRAM_ABI 3
 
 #ifdef __cplusplus
 namespace hetcomp {

@@ -207,13 +207,14 @@ constexpr std::int64_t panel_bytes(std::int64_t k) { return ceil_div(ceil_div(k,
 // Bytes that loads of weights run ahead of the arithmetic.
 constexpr std::int64_t kPrefetch = 4096;
 
-// Tasks a thread takes at a time: enough bytes in a row that starting the stream costs nothing, few enough that a
-// descheduled thread holds back little; the draws are a multiple of the threads.
-inline std::int64_t stream_grain(const Lane& lane, std::int64_t n_tasks, std::int64_t task_bytes) {
+// On a quiet machine half of the tasks in equal parts. The rest in draws: long enough stretches of memory that a draw costs
+// nothing, short enough that all threads end together and a descheduled one holds back little.
+inline Shares stream_shares(const Lane& lane, std::int64_t n_tasks, std::int64_t task_bytes) {
   constexpr std::int64_t kDrawBytes = 262144;
-  const std::int64_t threads = lane.set->n_threads;
-  const std::int64_t grain = std::max<std::int64_t>(1, kDrawBytes / task_bytes);
-  return ceil_div(n_tasks, threads * ceil_div(n_tasks, threads * grain));
+  constexpr std::int64_t kDraws = 8;  // a thread, of all tasks
+  const std::int64_t threads = lane.threads();
+  const std::int64_t grain = std::max<std::int64_t>(1, std::min(kDrawBytes / task_bytes, n_tasks / (kDraws * threads)));
+  return {lane.set->quiet ? std::max(grain, n_tasks / (2 * threads)) : grain, grain};
 }
 
 // Token rows up to which the weights are streamed against single rows of activations.
@@ -382,7 +383,7 @@ struct Chunks {
 // Pairs of panels that a task takes where there are `pairs` of them in all: as many as leave some tasks to every thread.
 template <class Gemm>
 std::int64_t wide_tasks(const Lane& lane, std::int64_t pairs) {
-  return std::clamp<std::int64_t>(pairs / (8 * lane.set->n_threads), 1, Gemm::kTaskPairs);
+  return std::clamp<std::int64_t>(pairs / (8 * lane.threads()), 1, Gemm::kTaskPairs);
 }
 
 struct GemmInt8 {
@@ -703,6 +704,7 @@ constexpr std::int64_t kHeads = 1;  // matrices; each has its own part of a row 
 constexpr std::int64_t kIn = 75, kOut = 37;
 constexpr std::int64_t kPanels = ceil_div(kOut, kPanel);
 constexpr std::int64_t kPanelBytes = panel_bytes(kIn);
+constexpr std::int64_t kTasks = kHeads * kPanels;  // of single rows: a panel
 constexpr std::int64_t kInRow = kHeads * kIn, kOutRow = 37;  // a NUMA node's part of y lies within whole rows
 
 // Writes `width` columns of a result row, with the epilogue.
@@ -719,8 +721,8 @@ void gemv(Lane& lane, const float* x, const std::uint8_t* w, const float* bias, 
   alignas(64) std::uint8_t rows[kRows * row_bytes(kIn)];
   std::int64_t prepared_head = -1;
 
-  constexpr std::int64_t kTasks = kHeads * kPanels;
-  parallel_for(lane, kTasks, stream_grain(lane, kTasks, kPanelBytes), [&](std::int64_t begin, std::int64_t end) {
+  stream_for(lane, kTasks, stream_shares(lane, kTasks, kPanelBytes), [&](std::int64_t begin, std::int64_t end,
+                                                                         std::int64_t onward) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t head = i / kPanels, column = i % kPanels * kPanel;
 
@@ -731,8 +733,9 @@ void gemv(Lane& lane, const float* x, const std::uint8_t* w, const float* bias, 
       }
 
       const std::uint8_t* panel = w + i * kPanelBytes;
+      const std::int64_t next = i + 1 < end ? i + 1 : onward < kTasks ? onward : i;
       V16 sums[kRows];
-      dot<kRows>([&](int m) { return rows + m * kStride; }, panel, kIn, i + 1 < end ? panel + kPanelBytes : panel, sums);
+      dot<kRows>([&](int m) { return rows + m * kStride; }, panel, kIn, w + next * kPanelBytes, sums);
       const std::int64_t width = std::min<std::int64_t>(kPanel, kOut - column);
       for (int m = 0; m < kRows; ++m) {
         float row[kPanel];
