@@ -2,8 +2,8 @@
 
 python -m benchmarks.lane_overhead [--threads 15,8,4,2] [--repeats 3] [--free]
 
-Beside ``hetcomp/lane.h`` (``lanes``) stand a barrier where every thread has a line of its own (``gathered``) and work that
-is drawn from a shared counter from the first task on (``drawn``), in turns over the repeats.
+Beside ``hetcomp/lane.h`` (``lanes``) stand a barrier where every thread has a line of its own (``gathered``) and work
+that is drawn from a shared counter from the first task on (``drawn``), in turns over the repeats.
 """
 
 from __future__ import annotations
