@@ -107,7 +107,7 @@ def _embed(vocab: int, width: int, scale: float, weight_format: str, isa: Isa) -
     return build(Embed(vocab, width, scale), inputs, [activation("y", "T", width)], isa, DIMS)
 
 
-@pytest.mark.parametrize("isa", sorted({isa.level for isa in isas_here()}))
+@pytest.mark.parametrize("isa", sorted({isas_here()[0], isas_here()[-1]}))
 @pytest.mark.parametrize("weight_format", FORMATS)
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
@@ -153,7 +153,8 @@ def test_infinite_and_nan_activations_stay_in_their_row():
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_kernels_of_other_cpus_compile(isa, weight_format):
     """Not run here; with warnings as errors."""
-    CompiledKernel(_linear(80, 600, True, weight_format, isa).kernel, isa, emulate=False)
+    for made in (_linear(80, 600, True, weight_format, isa), _embed(50, 301, 1.5, weight_format, isa)):
+        CompiledKernel(made.kernel, isa, emulate=False)
 
 
 @pytest.mark.skipif(clang_here() is None, reason="clang++ is not installed")
