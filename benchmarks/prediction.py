@@ -1,6 +1,6 @@
 """Predictions held against runs on this machine: demo-moe and qwen3moe-1b in every CPU format.
 
-python -m benchmarks.prediction [--rounds N]
+python -m benchmarks.prediction [--rounds N] [--formats q4,bf16]
 
 Measures the profile first (what `hetcomp profile` does), then runs `hetcomp bench` on every artifact, each in a process
 of its own as users do, and records the deviations: predicted / measured - 1. A virtual machine's cores move on their
@@ -34,11 +34,13 @@ def main() -> None:
     """Runs, prints and records."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
-    record = Record("prediction", {"rounds": rounds, "context": CONTEXT, "formats": list(FORMATS)})
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    options = parser.parse_args()
+    rounds, formats = options.rounds, options.formats.split(",")
+    record = Record("prediction", {"rounds": rounds, "context": CONTEXT, "formats": formats})
     artifacts = []
     for name in ("qwen3moe-1b", "demo-moe"):
-        for form in FORMATS:
+        for form in formats:
             folder = models.FOLDER / f"{name}-{form}-prediction.hetc"
             source = models.checkpoint(name) if name != "demo-moe" else find(name)
             hetcomp.compile(source, context_length=CONTEXT, formats=form, out=folder)
