@@ -26,6 +26,35 @@ std::uint64_t bytes_together(const GpuProgramRecord& program, bool step) {
   return bytes;
 }
 
+// A file that buffers are filled from, mapped.
+class SourceFile {
+ public:
+  SourceFile(const std::filesystem::path& artifact, const std::string& name)
+      : SourceFile(File(inside(artifact, name))) {}
+
+  const std::uint8_t* piece(const BufferSource& source, const std::string& buffer, bool verify) const {
+    if (source.offset > size_ || source.bytes > size_ - source.offset) {
+      throw Error(HETCOMP_BAD_ARTIFACT, path_ + " has " + std::to_string(size_) + " bytes, " + buffer +
+                                            " lies beyond: truncated or replaced; copy the artifact anew.");
+    }
+    const std::uint8_t* data = map_.data() + source.offset;
+    if (verify && XXH3_64bits(data, source.bytes) != source.xxh3_64) {
+      throw Error(HETCOMP_BAD_ARTIFACT,
+                  buffer + " in " + path_ +
+                      " does not have the hash in program.json: it is damaged; copy the "
+                      "artifact anew.");
+    }
+    return data;
+  }
+
+ private:
+  explicit SourceFile(const File& file) : path_(file.path().string()), size_(file.size()), map_(file) {}
+
+  std::string path_;
+  std::uint64_t size_;
+  MappedFile map_;
+};
+
 }  // namespace
 
 ProgramBuffers::ProgramBuffers(const CudaDriver& driver, const std::filesystem::path& artifact,
@@ -48,7 +77,6 @@ ProgramBuffers::ProgramBuffers(const CudaDriver& driver, const std::filesystem::
     place_together(program, false, pinned_.address(), pinned_.bytes());
   }
   load(artifact, program, stream, verify);
-  driver.stream_synchronize(stream);
 }
 
 void ProgramBuffers::place_together(const GpuProgramRecord& program, bool step, CUdeviceptr base,
@@ -65,38 +93,21 @@ void ProgramBuffers::place_together(const GpuProgramRecord& program, bool step, 
 
 void ProgramBuffers::load(const std::filesystem::path& artifact, const GpuProgramRecord& program,
                           CUstream stream, bool verify) {
-  struct Mapped {
-    std::uint64_t size;
-    MappedFile map;
-  };
-  std::map<std::string, Mapped> files;
-  for (std::size_t i = 0; i < program.buffers.size(); ++i) {
-    const BufferRecord& buffer = program.buffers[i];
-    for (const BufferSource& source : buffer.sources) {
-      auto found = files.find(source.file);
-      if (found == files.end()) {
-        const File file(inside(artifact, source.file));
-        found = files.emplace(source.file, Mapped{file.size(), MappedFile(file)}).first;
+  std::map<std::string, SourceFile> files;
+  try {
+    for (std::size_t i = 0; i < program.buffers.size(); ++i) {
+      for (const BufferSource& source : program.buffers[i].sources) {
+        auto found = files.find(source.file);
+        if (found == files.end()) found = files.emplace(source.file, SourceFile(artifact, source.file)).first;
+        const std::uint8_t* data = found->second.piece(source, program.buffers[i].name, verify);
+        driver_.copy_to_device(addresses_[i] + source.to, data, source.bytes, stream);
       }
-      const Mapped& file = found->second;
-      if (source.offset > file.size || source.bytes > file.size - source.offset) {
-        throw Error(HETCOMP_BAD_ARTIFACT, (artifact / source.file).string() + " has " +
-                                              std::to_string(file.size) + " bytes, " + buffer.name +
-                                              " lies beyond: truncated or replaced; copy "
-                                              "the artifact anew.");
-      }
-      const std::uint8_t* data = file.map.data() + source.offset;
-      if (verify && XXH3_64bits(data, source.bytes) != source.xxh3_64) {
-        throw Error(HETCOMP_BAD_ARTIFACT,
-                    buffer.name + " in " + (artifact / source.file).string() +
-                        " does not have the hash in program.json: it is damaged; copy the "
-                        "artifact anew.");
-      }
-      driver_.copy_to_device(addresses_[i] + source.to, data, source.bytes, stream);
     }
+    driver_.stream_synchronize(stream);
+  } catch (...) {
+    driver_.stream_synchronize.raw(stream);  // the files must stay mapped until the last byte has left them
+    throw;
   }
-  // The files must stay mapped until the last byte has left them.
-  driver_.stream_synchronize(stream);
 }
 
 void ProgramBuffers::send_step(CUstream stream) const {
