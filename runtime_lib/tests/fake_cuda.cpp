@@ -266,6 +266,7 @@ ENTRY cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
 ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
   COUNTED;
   if (current_contexts == 0) return static_cast<CUresult>(201);
+  if (fake.out_of_memory) return CUDA_ERROR_OUT_OF_MEMORY;
   void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   std::memset(memory, 0xa5, bytes);  // as memory that others had before
   ++fake.memories;

@@ -11,6 +11,7 @@ struct FakeCuda {
   std::atomic<int> devices{1};
   std::atomic<int> compute_capability{90};
   std::atomic<std::size_t> free_bytes{std::size_t{1} << 30};
+  std::atomic<bool> out_of_memory{false};  // in spite of free_bytes
   std::atomic<bool> memory_operations{true};
 
   // The call with this number, counted from 1, returns fail_result instead of doing anything; calls that only

@@ -98,6 +98,7 @@ FakeCuda& healthy_fake_cuda() {
   fake.devices = 1;
   fake.compute_capability = 90;
   fake.free_bytes = std::size_t{1} << 30;
+  fake.out_of_memory = false;
   fake.memory_operations = true;
   fake.fail_call = 0;
   fake.fail_result = 999;

@@ -50,8 +50,9 @@ def compile_kernel(folder: Path, cc: int) -> dict[str, Any]:
     }
 
 
-def nodes(hand_overs: bool, apart: bool) -> list[dict[str, Any]]:
-    """The graph of a step; ``apart``: a kernel stands beside asking the CPU, as a shared expert would."""
+def nodes(hand_overs: bool, work: str | None) -> list[dict[str, Any]]:
+    """The graph of a step. ``work``: where a kernel stands that the GPU runs while the CPU computes, as a shared expert
+    would: on a branch of its own ("beside"), or in line between asking and awaiting ("between")."""
     steps: list[dict[str, Any]] = []
 
     def kernel(source: str, target: str, after: list[int]) -> int:
@@ -69,8 +70,9 @@ def nodes(hand_overs: bool, apart: bool) -> list[dict[str, Any]]:
         last = [kernel(source, "crossing", last)]
         if hand_overs:
             asked = hand_over(layer, "cpu", last)
-            beside = [kernel("x", "beside", [asked])] if apart else []
-            last = [hand_over(layer, "gpu", [asked]), *beside]
+            meanwhile = [kernel("x", "meanwhile", [asked])] if work else []
+            last = [hand_over(layer, "gpu", meanwhile if work == "between" else [asked])]
+            last += meanwhile if work == "beside" else []
         last = [kernel("crossing", "output" if layer == LAYERS - 1 else "x", last)]
     return steps
 
@@ -81,20 +83,19 @@ def main() -> None:
     gpu = folder / "gpu"
     records = [compile_kernel(gpu, int(cc)) for cc in sys.argv[2:] or ["90"]]
     (gpu / "kernels.json").write_text(json.dumps({"schema": [1, 0], "kernels": records}, indent=1))
-    variants = {
-        "with_hand_overs": {"batch": 1, "hand_overs": True, "apart": False},
-        "with_hand_overs_and_work_beside": {"batch": 2, "hand_overs": True, "apart": True},
-        "without_hand_overs": {"batch": 3, "hand_overs": False, "apart": False},
+    variants: dict[str, dict[str, Any]] = {
+        "with_hand_overs": {"batch": 1, "hand_overs": True, "work": None},
+        "with_hand_overs_and_work_beside": {"batch": 2, "hand_overs": True, "work": "beside"},
+        "with_hand_overs_and_work_between": {"batch": 3, "hand_overs": True, "work": "between"},
+        "without_hand_overs": {"batch": 4, "hand_overs": False, "work": None},
     }
-    kinds = {"input": "step", "output": "pinned_out", "crossing": "pinned_out", "x": "arena", "beside": "arena"}
+    kinds = {"input": "step", "output": "pinned_out", "crossing": "pinned_out", "x": "arena", "meanwhile": "arena"}
     program = {
         "schema": [1, 0],
         "device_bytes": 1 << 20,
         "flags": LAYERS,
         "buffers": [{"name": name, "bytes": 4 * WIDTH, "kind": kind} for name, kind in kinds.items()],
-        "graphs": [
-            {"batch": v["batch"], "nodes": nodes(bool(v["hand_overs"]), bool(v["apart"]))} for v in variants.values()
-        ],
+        "graphs": [{"batch": v["batch"], "nodes": nodes(v["hand_overs"], v["work"])} for v in variants.values()],
     }
     (gpu / "program.json").write_text(json.dumps(program))
     (folder / "check.json").write_text(json.dumps({"layers": LAYERS, "variants": variants}))

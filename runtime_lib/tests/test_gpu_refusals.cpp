@@ -120,9 +120,7 @@ TEST_F(GpuRefusals, MemoryThatOthersUse) {
 }
 
 TEST_F(GpuRefusals, MemoryTakenAfterTheCheck) {
-  fake_.fail_result = CUDA_ERROR_OUT_OF_MEMORY;
-  fake_.fail_call =
-      9;  // context, memory, stream, module, four functions looked up less one that nobody calls
+  fake_.out_of_memory = true;
   expect_load_error(HETCOMP_OUT_OF_MEMORY, {"the buffer", "since the check"});
 }
 
@@ -303,9 +301,9 @@ TEST_F(GpuRefusals, HandOvers) {
   expect_bad_node(1, "to must be cpu or gpu", [](Json& n) { n["hand_over"]["to"] = "tpu"; });
   expect_bad_node(6, "the only one of its flag", [](Json& n) { n["hand_over"]["flag"] = 0; });
   expect_bad_node(3, "after the hand-over of the same flag", [](Json& n) { n["after"] = {0}; });
-  expect_bad_node(1, "after the hand-over of the same flag", [](Json& n) {
-    n["hand_over"]["to"] = "gpu";
-    n["hand_over"]["flag"] = 2;
+  expect_bad_program("nodes[3].hand_over must be after the hand-over of the same flag", [](Json& p) {
+    Json& nodes = p["graphs"][0]["nodes"];
+    nodes[1] = nodes[0];
   });
   expect_bad_program("the program has no flags", [](Json& p) { p["flags"] = 0; });
 }
