@@ -5,6 +5,7 @@
 #include <map>
 #include <set>
 #include <thread>
+#include <tuple>
 
 #include "../file.h"
 #include "../status.h"
@@ -83,16 +84,19 @@ GpuProgram::GpuProgram(const CudaDriver& driver, const std::filesystem::path& ar
 }
 
 GpuProgram::~GpuProgram() {
+  bool at_rest = true;
   try {
     const CurrentContext current(driver_, *context_);
     drain();
-    if (driver_.stream_query.raw(resources_->stream.get()) == CUDA_ERROR_NOT_READY) {
-      static_cast<void>(resources_.release());
-      static_cast<void>(context_.release());
-    }
-    resources_.reset();
-  } catch (const Error&) {  // the context can no longer be entered: the driver has dropped all that was in it
+    at_rest = driver_.stream_query.raw(resources_->stream.get()) != CUDA_ERROR_NOT_READY;
+    if (at_rest) resources_.reset();
+  } catch (const Error& error) {
+    broken_ =
+        error.what();  // the context can no longer be entered: the driver has dropped all that was in it
   }
+  if (at_rest) return;
+  std::ignore = resources_.release();
+  std::ignore = context_.release();
 }
 
 void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work) {

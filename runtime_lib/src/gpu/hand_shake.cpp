@@ -25,7 +25,8 @@ HandShake::HandShake(const CudaDriver& driver, std::uint32_t flags, std::chrono:
     : flags_(flags),
       patience_(patience),
       health_(std::move(health)),
-      memory_(driver, std::max<std::size_t>(2 * flags, 1) * kStride, "the flags between GPU and CPU") {}
+      memory_(driver, std::max<std::size_t>(std::size_t{2} * flags, 1) * kStride,
+              "the flags between GPU and CPU") {}
 
 std::atomic_ref<std::uint32_t> HandShake::line(std::size_t index) const {
   return std::atomic_ref(*reinterpret_cast<std::uint32_t*>(memory_.bytes().data() + offset(index)));
