@@ -32,7 +32,7 @@ PROBE_SECONDS = 60.0
 TORCH_SECONDS = 120.0
 _FILES = (
     *("gpu_probe.cpp", "gpu_probe_joint.h", "gpu_probe_matrix.h", "gpu_probe_ptx.h", "gpu_probe_session.h"),
-    "cuda_driver.h",
+    *("cuda_api.h", "cuda_driver.h"),
 )
 # Host memory that the CPU reads beside copies: well above the caches, little of what is free.
 _READ_BYTES, _QUICK_READ_BYTES = 4 << 30, 512 << 20

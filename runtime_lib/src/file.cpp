@@ -24,6 +24,18 @@ namespace {
               "Cannot " + std::string(what) + " " + path.string() + ": " + std::strerror(error) + ".");
 }
 
+std::string digest(SHA2_CTX& context) {
+  std::array<std::uint8_t, SHA256_DIGEST_LENGTH> digest{};
+  SHA256Final(digest.data(), &context);
+  constexpr std::string_view kDigits = "0123456789abcdef";
+  std::string hex;
+  for (const std::uint8_t byte : digest) {
+    hex += kDigits[byte >> 4];
+    hex += kDigits[byte & 15];
+  }
+  return hex;
+}
+
 }  // namespace
 
 File::File(const std::filesystem::path& path) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
@@ -75,15 +87,32 @@ std::string File::sha256() const {
     SHA256Update(&context, reinterpret_cast<const std::uint8_t*>(chunk.data()), chunk.size());
     offset += chunk.size();
   }
-  std::array<std::uint8_t, SHA256_DIGEST_LENGTH> digest{};
-  SHA256Final(digest.data(), &context);
-  constexpr std::string_view kDigits = "0123456789abcdef";
-  std::string hex;
-  for (const std::uint8_t byte : digest) {
-    hex += kDigits[byte >> 4];
-    hex += kDigits[byte & 15];
+  return digest(context);
+}
+
+std::string sha256(std::span<const std::byte> bytes) {
+  SHA2_CTX context;
+  SHA256Init(&context);
+  SHA256Update(&context, reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size());
+  return digest(context);
+}
+
+std::filesystem::path inside(const std::filesystem::path& artifact, const std::string& file) {
+  std::error_code error;
+  const std::filesystem::path root = std::filesystem::canonical(artifact, error);
+  if (error)
+    throw Error(HETCOMP_NOT_FOUND, "Cannot open " + artifact.string() + ": " + error.message() + ".");
+  std::filesystem::path path = std::filesystem::canonical(artifact / file, error);
+  if (error) {
+    throw Error(HETCOMP_BAD_ARTIFACT, "The artifact " + artifact.string() + " lacks its file " + file + " (" +
+                                          error.message() + "); copy the artifact anew.");
   }
-  return hex;
+  if (std::mismatch(root.begin(), root.end(), path.begin(), path.end()).first != root.end()) {
+    throw Error(HETCOMP_BAD_ARTIFACT,
+                "The file " + file + " of the artifact " + artifact.string() +
+                    " is a link to a place outside of it; copy the artifact with its files.");
+  }
+  return path;
 }
 
 }  // namespace hetcomp

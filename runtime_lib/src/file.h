@@ -34,4 +34,10 @@ class File {
   std::uint64_t size_;
 };
 
+std::string sha256(std::span<const std::byte> bytes);  // lower-case hex
+
+// The place of `file` in an artifact; refuses a file that is not there and links that lead out of the
+// artifact.
+std::filesystem::path inside(const std::filesystem::path& artifact, const std::string& file);
+
 }  // namespace hetcomp

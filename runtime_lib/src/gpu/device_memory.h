@@ -1,0 +1,62 @@
+// Memory of a GPU within a plan's figure, and memory of the host that the GPU can reach.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "device_context.h"
+#include "driver.h"
+
+namespace hetcomp::gpu {
+
+// The bytes of device memory that a plan gives to a program. What was taken is not given back: all memory
+// lives as long as the program.
+class DeviceBudget {
+ public:
+  explicit DeviceBudget(std::uint64_t bytes) : limit_(bytes) {}
+  // Throws Error(HETCOMP_BAD_ARTIFACT): a program that needs more than its plan says was not written by us.
+  void take(std::uint64_t bytes, const std::string& purpose);
+  std::uint64_t taken() const { return taken_; }
+  std::uint64_t limit() const { return limit_; }
+
+ private:
+  std::uint64_t limit_;
+  std::uint64_t taken_ = 0;
+};
+
+// Throws Error(HETCOMP_OUT_OF_MEMORY) if the device has less than the budget left, with what others use. The
+// context must be current.
+void require_free_memory(const CudaDriver& driver, const Device& device, const DeviceBudget& budget);
+
+// Zeroed (when the stream gets there), aligned to at least 256 bytes. The context must be current when it is
+// made and when it ends; so it is with all of this file.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(const CudaDriver& driver, DeviceBudget& budget, CUstream stream, std::uint64_t bytes,
+               const std::string& purpose);
+
+  CUdeviceptr address() const { return handle_.get(); }
+
+ private:
+  MemoryHandle handle_;
+};
+
+// Zeroed memory of the host, pinned and mapped into the device.
+class PinnedMemory {
+ public:
+  PinnedMemory() = default;
+  PinnedMemory(const CudaDriver& driver, std::size_t bytes, const std::string& purpose);
+
+  std::span<std::byte> bytes() const { return {static_cast<std::byte*>(handle_.get()), size_}; }
+  CUdeviceptr address() const { return address_; }
+
+ private:
+  HostMemoryHandle handle_;
+  std::size_t size_ = 0;
+  CUdeviceptr address_ = 0;
+};
+
+}  // namespace hetcomp::gpu

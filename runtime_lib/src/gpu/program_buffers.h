@@ -1,0 +1,47 @@
+// The buffers of a program on a GPU, with its weights loaded.
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "device_memory.h"
+#include "program_record.h"
+
+namespace hetcomp::gpu {
+
+// The context must be current when it is made and when it ends.
+class ProgramBuffers {
+ public:
+  // verify: every piece of a file must have its XXH3. Throws Error. Memory is zeroed and filled by the
+  // stream, which is at rest afterwards.
+  ProgramBuffers(const CudaDriver& driver, const std::filesystem::path& artifact,
+                 const GpuProgramRecord& program, DeviceBudget& budget, CUstream stream, bool verify);
+
+  CUdeviceptr address(const BufferAddress& place) const { return addresses_[place.buffer] + place.offset; }
+
+  // The host's side of a step, pinned_in or pinned_out buffer; empty for others. 256-byte aligned.
+  std::span<std::byte> host(std::size_t buffer) const { return host_[buffer]; }
+
+  // Copies all step buffers to the device: one copy, for they lie together.
+  void send_step(CUstream stream) const;
+
+ private:
+  void place_together(const GpuProgramRecord& program, bool step, CUdeviceptr base,
+                      std::span<std::byte> host);
+  void load(const std::filesystem::path& artifact, const GpuProgramRecord& program, CUstream stream,
+            bool verify);
+
+  const CudaDriver& driver_;
+  std::vector<DeviceMemory> memories_;
+  DeviceMemory step_;
+  PinnedMemory step_host_;
+  PinnedMemory pinned_;
+  std::vector<CUdeviceptr> addresses_;
+  std::vector<std::span<std::byte>> host_;
+};
+
+}  // namespace hetcomp::gpu

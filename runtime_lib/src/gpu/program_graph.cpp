@@ -1,0 +1,89 @@
+#include "program_graph.h"
+
+#include <algorithm>
+#include <map>
+
+namespace hetcomp::gpu {
+namespace {
+
+// Beyond any device, and far from overflow.
+constexpr std::uint64_t kMostScratch = 1ULL << 46;
+
+// Where nothing stands between asking the CPU and awaiting its answer, one node does both: a node of a graph
+// costs more than an operation in it. Key: the node that asks; value: the one that awaits.
+std::map<std::size_t, std::size_t> pairs(const GraphRecord& graph) {
+  std::vector<int> followers(graph.nodes.size());
+  for (const NodeRecord& node : graph.nodes)
+    for (const std::size_t before : node.after) ++followers[before];
+  std::map<std::size_t, std::size_t> result;
+  for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
+    const auto* await = std::get_if<HandOver>(&graph.nodes[i].work);
+    if (await == nullptr || await->to != HandOver::To::kGpu || graph.nodes[i].after.size() != 1) continue;
+    const std::size_t before = graph.nodes[i].after.front();
+    const auto* ask = std::get_if<HandOver>(&graph.nodes[before].work);
+    if (ask != nullptr && ask->to == HandOver::To::kCpu && followers[before] == 1) result[before] = i;
+  }
+  return result;
+}
+
+CUstreamBatchMemOpParams operation(const HandShake& hand_shake, const HandOver& hand_over) {
+  return hand_over.to == HandOver::To::kCpu ? raise_flag(hand_shake.to_cpu_address(hand_over.flag))
+                                            : await_flag(hand_shake.to_gpu_address(hand_over.flag));
+}
+
+}  // namespace
+
+KernelLaunch ProgramGraph::launch_of(const GraphParts& parts, const KernelNode& node, DeviceBudget& budget) {
+  const LoadedKernel& kernel = parts.kernels[node.kernel];
+  KernelLaunch launch(kernel, node.grid);
+  struct Add {
+    KernelLaunch& launch;
+    const ProgramBuffers& buffers;
+    void operator()(const BufferAddress& place) const { launch.add_pointer(buffers.address(place)); }
+    void operator()(std::int32_t value) const { launch.add_int32(value); }
+    void operator()(std::int64_t value) const { launch.add_int64(value); }
+    void operator()(float value) const { launch.add_float32(value); }
+  };
+  for (const ArgumentValue& value : node.arguments) std::visit(Add{launch, parts.buffers}, value);
+  CUdeviceptr scratch = 0;
+  if (kernel.record.global_scratch_bytes > 0) {
+    const double blocks = static_cast<double>(node.grid[0]) * node.grid[1] * node.grid[2];
+    const double bytes = blocks * static_cast<double>(kernel.record.global_scratch_bytes);
+    const std::uint64_t size =
+        bytes < static_cast<double>(kMostScratch) ? static_cast<std::uint64_t>(bytes) : kMostScratch;
+    scratch_.emplace_back(parts.driver, budget, parts.stream, size, "the scratch memory of " + node.kernel);
+    scratch = scratch_.back().address();
+  }
+  // Triton's entries take two pointers more: scratch memory, and memory of its profiler, which is not
+  // compiled in.
+  launch.add_pointer(scratch);
+  launch.add_pointer(0);
+  return launch;
+}
+
+ProgramGraph::ProgramGraph(const GraphParts& parts, const GraphRecord& record, DeviceBudget& budget) {
+  Graph graph(parts.driver);
+  const std::map<std::size_t, std::size_t> paired = pairs(record);
+  std::vector<CUgraphNode> nodes(record.nodes.size());
+  for (const std::size_t i : record.order) {
+    if (nodes[i] != nullptr) continue;  // the second of a pair
+    std::vector<CUgraphNode> after;
+    for (const std::size_t before : record.nodes[i].after) after.push_back(nodes[before]);
+    std::ranges::sort(after);
+    after.erase(std::ranges::unique(after).begin(), after.end());
+    if (const auto* kernel = std::get_if<KernelNode>(&record.nodes[i].work)) {
+      KernelLaunch launch = launch_of(parts, *kernel, budget);
+      nodes[i] = graph.add_kernel(launch, after);
+      continue;
+    }
+    std::vector operations{operation(parts.hand_shake, std::get<HandOver>(record.nodes[i].work))};
+    const auto pair = paired.find(i);
+    if (pair != paired.end())
+      operations.push_back(operation(parts.hand_shake, std::get<HandOver>(record.nodes[pair->second].work)));
+    nodes[i] = graph.add_memory_operations(parts.context.get(), operations, after);
+    if (pair != paired.end()) nodes[pair->second] = nodes[i];
+  }
+  exec_ = graph.instantiate();
+}
+
+}  // namespace hetcomp::gpu

@@ -1,0 +1,165 @@
+#include "program_record.h"
+
+#include <map>
+
+#include "../checked_json.h"
+#include "graph_order.h"
+
+namespace hetcomp::gpu {
+namespace {
+
+constexpr std::uint64_t kMostBytes = 1ULL << 46;  // beyond any device; sums of a few stay in range
+constexpr std::uint64_t kMostFlags = 4096;
+constexpr std::size_t kMostNodes = 1U << 16;
+constexpr std::int32_t kLargestBatch = 1 << 20;
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+constexpr std::uint64_t kMostBlocksX = 0x7fffffff;
+constexpr std::uint64_t kMostBlocksYZ = 0xffff;
+
+using BufferIndex = std::map<std::string, std::size_t>;
+
+BufferKind buffer_kind(const CheckedJson& node) {
+  static const std::map<std::string, BufferKind> kKinds{
+      {"arena", BufferKind::kArena},         {"weight", BufferKind::kWeight},
+      {"constant", BufferKind::kConstant},   {"state", BufferKind::kState},
+      {"step", BufferKind::kStep},           {"pinned_in", BufferKind::kPinnedIn},
+      {"pinned_out", BufferKind::kPinnedOut}};
+  const auto found = kKinds.find(node.text());
+  if (found == kKinds.end()) node.refuse("arena, weight, constant, state, step, pinned_in or pinned_out");
+  return found->second;
+}
+
+std::vector<BufferSource> buffer_sources(const CheckedJson& node, const BufferRecord& buffer) {
+  std::vector<BufferSource> sources;
+  std::uint64_t end = 0;
+  for (const CheckedJson& entry : node.elements()) {
+    BufferSource source{entry["file"].inner_path(), entry["offset"].number(0, kMostBytes),
+                        entry["bytes"].number(1, buffer.bytes), entry["to"].number(end, buffer.bytes),
+                        entry["xxh3_64"].hash_value()};
+    if (source.bytes > buffer.bytes - source.to)
+      entry.refuse("inside the buffer (" + std::to_string(buffer.bytes) + " bytes)");
+    end = source.to + source.bytes;
+    sources.push_back(std::move(source));
+  }
+  if (sources.empty()) node.refuse("a list of at least one piece of a file");
+  return sources;
+}
+
+BufferRecord buffer_record(const CheckedJson& node) {
+  BufferRecord buffer{
+      node["name"].text(), node["bytes"].number(1, kMostBytes), buffer_kind(node["kind"]), {}};
+  const bool from_files = buffer.kind == BufferKind::kWeight || buffer.kind == BufferKind::kConstant;
+  if (from_files) buffer.sources = buffer_sources(node["sources"], buffer);
+  if (!from_files && node.has("sources"))
+    node["sources"].refuse("absent: only weights and constants have them");
+  return buffer;
+}
+
+ArgumentValue buffer_address(const CheckedJson& node, const GpuProgramRecord& program,
+                             const BufferIndex& index) {
+  const auto found = index.find(node["buffer"].text());
+  if (found == index.end()) node["buffer"].refuse("the name of a buffer");
+  const CheckedJson offset = node["offset"];
+  const BufferAddress address{found->second, offset.number(0, program.buffers[found->second].bytes - 1)};
+  if (address.offset % GpuProgramRecord::kAlignment != 0) offset.refuse("a multiple of 16");
+  return address;
+}
+
+ArgumentValue argument_value(const CheckedJson& node, const KernelArgument& argument,
+                             const GpuProgramRecord& program, const BufferIndex& index) {
+  const auto member = [&](const char* key) {
+    if (!node.has(key)) node.refuse(std::string("a ") + key + ", for the kernel's argument " + argument.name);
+    return node[key];
+  };
+  switch (argument.type) {
+    case ArgumentType::kPointer:
+      member("buffer");
+      return buffer_address(node, program, index);
+    case ArgumentType::kInt32:
+      return static_cast<std::int32_t>(member("i32").integer(std::numeric_limits<std::int32_t>::min(),
+                                                             std::numeric_limits<std::int32_t>::max()));
+    case ArgumentType::kInt64:
+      return member("i64").integer(std::numeric_limits<std::int64_t>::min(),
+                                   std::numeric_limits<std::int64_t>::max());
+    case ArgumentType::kFloat32:
+      return static_cast<float>(member("f32").real());
+  }
+  node.refuse("an argument");
+}
+
+KernelNode kernel_node(const CheckedJson& node, const KernelsByName& kernels, const GpuProgramRecord& program,
+                       const BufferIndex& index) {
+  KernelNode result{node["kernel"].text(), {}, {}};
+  const auto kernel = kernels.find(result.kernel);
+  if (kernel == kernels.end()) node["kernel"].refuse("a kernel that kernels.json has for this GPU");
+  const auto grid = node["grid"].elements();
+  if (grid.size() != 3) node["grid"].refuse("three numbers of blocks");
+  for (std::size_t i = 0; i < 3; ++i)
+    result.grid[i] = static_cast<std::uint32_t>(grid[i].number(1, i == 0 ? kMostBlocksX : kMostBlocksYZ));
+  const auto arguments = node["arguments"].elements();
+  const std::vector<KernelArgument>& wanted = kernel->second.arguments;
+  if (arguments.size() != wanted.size())
+    node["arguments"].refuse("a list of " + std::to_string(wanted.size()) + " values, as " + result.kernel +
+                             " takes");
+  for (std::size_t i = 0; i < wanted.size(); ++i)
+    result.arguments.push_back(argument_value(arguments[i], wanted[i], program, index));
+  return result;
+}
+
+HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
+  if (program.flags == 0) node.refuse("absent: the program has no flags");
+  const auto flag = static_cast<std::uint32_t>(node["flag"].number(0, program.flags - 1));
+  const std::string to = node["to"].text();
+  if (to != "cpu" && to != "gpu") node["to"].refuse("cpu or gpu");
+  return {flag, to == "cpu" ? HandOver::To::kCpu : HandOver::To::kGpu};
+}
+
+GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
+                         const GpuProgramRecord& program, const BufferIndex& index) {
+  GraphRecord graph{node["batch"].count(1, kLargestBatch), {}, {}};
+  const auto nodes = node["nodes"].elements();
+  if (nodes.empty() || nodes.size() > kMostNodes)
+    node["nodes"].refuse("a list of 1 to " + std::to_string(kMostNodes) + " nodes");
+  for (const CheckedJson& entry : nodes) {
+    NodeRecord record;
+    if (entry.has("hand_over"))
+      record.work = hand_over(entry["hand_over"], program);
+    else
+      record.work = kernel_node(entry, kernels, program, index);
+    for (const CheckedJson& before : entry["after"].elements())
+      record.after.push_back(before.number(0, nodes.size() - 1));
+    graph.nodes.push_back(std::move(record));
+  }
+  graph.order = topological_order(graph.nodes);
+  if (graph.order.size() != graph.nodes.size()) node["nodes"].refuse("without a cycle in \"after\"");
+  if (const auto wrong = wrong_hand_over(graph)) nodes[wrong->node]["hand_over"].refuse(wrong->expected);
+  return graph;
+}
+
+}  // namespace
+
+GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::string& where,
+                                         const KernelsByName& kernels) {
+  const nlohmann::json json = parse_json(text, where);
+  const CheckedJson root(json, "", where);
+  check_schema(root, kSchemaMajor, where);
+  GpuProgramRecord program;
+  program.device_bytes = root["device_bytes"].number(0, kMostBytes);
+  program.flags = static_cast<std::uint32_t>(root["flags"].number(0, kMostFlags));
+  BufferIndex index;
+  for (const CheckedJson& node : root["buffers"].elements()) {
+    program.buffers.push_back(buffer_record(node));
+    if (!index.emplace(program.buffers.back().name, program.buffers.size() - 1).second)
+      node["name"].refuse("named once");
+  }
+  for (const CheckedJson& node : root["graphs"].elements()) {
+    GraphRecord graph = graph_record(node, kernels, program, index);
+    for (const GraphRecord& other : program.graphs)
+      if (other.batch == graph.batch) node["batch"].refuse("the only graph of its batch size");
+    program.graphs.push_back(std::move(graph));
+  }
+  if (program.graphs.empty()) root["graphs"].refuse("a list of at least one graph");
+  return program;
+}
+
+}  // namespace hetcomp::gpu

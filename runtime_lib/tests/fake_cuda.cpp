@@ -1,0 +1,369 @@
+// A libcuda.so.1 without a GPU, for the tests of the runtime: device memory is host memory, a stream is a
+// thread, a graph runs its nodes in the order of their dependencies, memory operations included. Kernels are
+// known by the names that a fake cubin lists behind its header.
+#include "fake_cuda.h"
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda_api.h"
+
+namespace {
+
+FakeCuda fake;
+
+CUresult counted() {
+  const int call = ++fake.calls;
+  return call == fake.fail_call ? static_cast<CUresult>(fake.fail_result.load()) : CUDA_SUCCESS;
+}
+
+using Values = std::vector<std::uint64_t>;
+template <class T>
+T* pointer(const Values& values, std::size_t i) {
+  return reinterpret_cast<T*>(values[i]);
+}
+float real(std::uint64_t value) {
+  const auto bits = static_cast<std::uint32_t>(value);
+  float result = 0;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+struct FakeKernel {
+  std::vector<std::size_t> sizes;  // of the arguments; Triton's two pointers come behind
+  std::function<CUresult(const Values&)> run;
+};
+
+const std::map<std::string, FakeKernel>& kernels() {
+  static const std::map<std::string, FakeKernel> kKernels{
+      {"add_one",  // y = x + 1
+       {{8, 8, 4},
+        [](const Values& v) {
+          for (std::size_t i = 0; i < v[2]; ++i) pointer<float>(v, 1)[i] = pointer<float>(v, 0)[i] + 1;
+          return CUDA_SUCCESS;
+        }}},
+      {"add",  // y = a + b
+       {{8, 8, 8, 4},
+        [](const Values& v) {
+          for (std::size_t i = 0; i < v[3]; ++i)
+            pointer<float>(v, 2)[i] = pointer<float>(v, 0)[i] + pointer<float>(v, 1)[i];
+          return CUDA_SUCCESS;
+        }}},
+      {"scale",  // y = factor * x + shift, through the scratch memory
+       {{8, 8, 4, 4, 8},
+        [](const Values& v) {
+          for (std::size_t i = 0; i < v[2]; ++i)
+            pointer<float>(v, 5)[i] = real(v[3]) * pointer<float>(v, 0)[i];
+          for (std::size_t i = 0; i < v[2]; ++i)
+            pointer<float>(v, 1)[i] =
+                pointer<float>(v, 5)[i] + static_cast<float>(static_cast<std::int64_t>(v[4]));
+          return CUDA_SUCCESS;
+        }}},
+      {"fault", {{8}, [](const Values&) { return CUDA_ERROR_ILLEGAL_ADDRESS; }}},
+  };
+  return kKernels;
+}
+
+struct Node {
+  const FakeKernel* kernel = nullptr;
+  Values values;
+  std::vector<CUstreamBatchMemOpParams> operations;
+  std::vector<std::size_t> after;
+};
+using Nodes = std::vector<Node>;
+
+std::atomic_ref<std::uint32_t> flag_of(const CUstreamBatchMemOpParams& operation) {
+  return std::atomic_ref(*reinterpret_cast<std::uint32_t*>(operation.writeValue.address));
+}
+
+// Does the next operations of a node that are possible; true when it has done all.
+bool operate(const Node& node, std::size_t& done) {
+  for (; done < node.operations.size(); ++done) {
+    const CUstreamBatchMemOpParams& operation = node.operations[done];
+    const auto value = static_cast<std::uint32_t>(operation.writeValue.value);
+    const std::atomic_ref<std::uint32_t> flag = flag_of(operation);
+    if (operation.operation == CU_STREAM_MEM_OP_WRITE_VALUE_32)
+      flag.store(value, std::memory_order_release);
+    else if (static_cast<std::int32_t>(flag.load(std::memory_order_acquire) - value) < 0)
+      return false;
+  }
+  return true;
+}
+
+CUresult run_graph(const Nodes& nodes) {
+  std::vector<bool> ended(nodes.size());
+  std::vector<std::size_t> operations_done(nodes.size());
+  for (std::size_t left = nodes.size(); left > 0;) {
+    bool progress = false;
+    for (std::size_t k = 0; k < nodes.size(); ++k) {
+      const std::size_t i = fake.reverse ? nodes.size() - 1 - k : k;
+      bool ready = !ended[i];
+      for (const std::size_t before : nodes[i].after) ready = ready && ended[before];
+      if (!ready) continue;
+      if (nodes[i].kernel != nullptr) {
+        while (fake.hang) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        const CUresult result = nodes[i].kernel->run(nodes[i].values);
+        if (result != CUDA_SUCCESS) return result;
+      } else if (!operate(nodes[i], operations_done[i])) {
+        continue;
+      }
+      ended[i] = true;
+      progress = true;
+      --left;
+      if (fake.reverse) break;
+    }
+    if (!progress) std::this_thread::yield();
+  }
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+std::mutex streams_mutex;
+std::set<struct CUstream_st*> streams;
+
+struct CUstream_st {
+  CUstream_st() : thread([this] { work(); }) {
+    const std::lock_guard lock(streams_mutex);
+    streams.insert(this);
+    ++fake.streams;
+  }
+  ~CUstream_st() {
+    {
+      const std::lock_guard lock(streams_mutex);
+      streams.erase(this);
+    }
+    {
+      const std::lock_guard lock(mutex);
+      ends = true;
+    }
+    changed.notify_all();
+    thread.join();
+    --fake.streams;
+  }
+  void enqueue(std::function<CUresult()> task) {
+    {
+      const std::lock_guard lock(mutex);
+      tasks.push_back(std::move(task));
+    }
+    changed.notify_all();
+  }
+  void work() {
+    std::unique_lock lock(mutex);
+    while (true) {
+      changed.wait(lock, [this] { return ends || !tasks.empty(); });
+      if (tasks.empty()) return;
+      const auto& task = tasks.front();
+      CUresult result = error;
+      lock.unlock();
+      if (result == CUDA_SUCCESS) result = task();
+      lock.lock();
+      error = result;
+      tasks.pop_front();
+      changed.notify_all();
+    }
+  }
+  CUresult query() {
+    const std::lock_guard lock(mutex);
+    return error != CUDA_SUCCESS ? error : tasks.empty() ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+  }
+  CUresult synchronize() {
+    std::unique_lock lock(mutex);
+    changed.wait(lock, [this] { return tasks.empty(); });
+    return error;
+  }
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::deque<std::function<CUresult()>> tasks;
+  CUresult error = CUDA_SUCCESS;
+  bool ends = false;
+  std::thread thread;
+};
+// As the driver does before it frees memory.
+void synchronize_all() {
+  const std::lock_guard lock(streams_mutex);
+  for (CUstream_st* stream : streams) stream->synchronize();
+}
+
+struct CUmod_st {
+  std::string names;
+};
+struct CUfunc_st {};  // a FakeKernel
+struct CUgraph_st {
+  Nodes nodes;
+};
+struct CUgraphExec_st {
+  Nodes nodes;
+};
+
+namespace {
+
+// Nodes are numbered from 1 in their graph.
+CUresult add_node(CUgraphNode* result, CUgraph graph, const CUgraphNode* after, std::size_t count,
+                  Node node) {
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto before = reinterpret_cast<std::size_t>(after[i]);
+    if (before == 0 || before > graph->nodes.size()) return CUDA_ERROR_INVALID_VALUE;
+    node.after.push_back(before - 1);
+  }
+  graph->nodes.push_back(std::move(node));
+  *result = reinterpret_cast<CUgraphNode>(graph->nodes.size());
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+#define ENTRY extern "C" __attribute__((visibility("default"))) CUresult
+#define COUNTED \
+  if (const CUresult failed = counted(); failed != CUDA_SUCCESS) return failed
+
+extern "C" __attribute__((visibility("default"))) FakeCuda* fake_cuda() { return &fake; }
+
+ENTRY cuGetErrorString(CUresult result, const char** text) {
+  *text = result == CUDA_ERROR_ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "a fake error";
+  return CUDA_SUCCESS;
+}
+ENTRY cuDriverGetVersion(int* version) { return *version = fake.version, CUDA_SUCCESS; }
+ENTRY cuInit(unsigned) { return fake.devices == 0 ? CUDA_ERROR_NO_DEVICE : CUDA_SUCCESS; }
+ENTRY cuDeviceGetCount(int* count) { return *count = fake.devices, CUDA_SUCCESS; }
+ENTRY cuDeviceGet(CUdevice* device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
+ENTRY cuDeviceGetName(char* name, int length, CUdevice) {
+  std::strncpy(name, "Fake GPU", static_cast<std::size_t>(length));
+  return CUDA_SUCCESS;
+}
+ENTRY cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
+  *value = which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? fake.compute_capability / 10
+           : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? fake.compute_capability % 10
+                                                                   : 100 << 10;
+  return CUDA_SUCCESS;
+}
+ENTRY cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
+  COUNTED;
+  return ++fake.contexts, *context = reinterpret_cast<CUcontext>(8), CUDA_SUCCESS;
+}
+ENTRY cuDevicePrimaryCtxRelease_v2(CUdevice) { return --fake.contexts, CUDA_SUCCESS; }
+thread_local int current_contexts = 0;
+ENTRY cuCtxPushCurrent_v2(CUcontext) { return ++current_contexts, CUDA_SUCCESS; }
+ENTRY cuCtxPopCurrent_v2(CUcontext*) { return --current_contexts, CUDA_SUCCESS; }
+ENTRY cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
+  COUNTED;
+  *free = fake.free_bytes;
+  *total = std::size_t{2} << 30;
+  return CUDA_SUCCESS;
+}
+ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
+  COUNTED;
+  if (current_contexts == 0) return static_cast<CUresult>(201);
+  if (fake.out_of_memory) return CUDA_ERROR_OUT_OF_MEMORY;
+  void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  std::memset(memory, 0xa5, bytes);  // as memory that others had before
+  ++fake.memories;
+  fake.device_bytes += bytes;
+  return *at = reinterpret_cast<CUdeviceptr>(memory), CUDA_SUCCESS;
+}
+ENTRY cuMemFree_v2(CUdeviceptr at) {
+  if (current_contexts == 0) return static_cast<CUresult>(201);
+  synchronize_all();
+  return --fake.memories, std::free(reinterpret_cast<void*>(at)), CUDA_SUCCESS;
+}
+ENTRY cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t bytes, CUstream stream) {
+  COUNTED;
+  stream->enqueue([=] { return std::memset(reinterpret_cast<void*>(at), value, bytes), CUDA_SUCCESS; });
+  return CUDA_SUCCESS;
+}
+ENTRY cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t bytes, CUstream stream) {
+  COUNTED;
+  stream->enqueue([=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), CUDA_SUCCESS; });
+  return CUDA_SUCCESS;
+}
+ENTRY cuMemHostAlloc(void** at, std::size_t bytes, unsigned) {
+  COUNTED;
+  ++fake.host_memories;
+  return *at = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), CUDA_SUCCESS;
+}
+ENTRY cuMemFreeHost(void* at) { return synchronize_all(), --fake.host_memories, std::free(at), CUDA_SUCCESS; }
+ENTRY cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned) {
+  COUNTED;
+  return *device = reinterpret_cast<CUdeviceptr>(host), CUDA_SUCCESS;
+}
+ENTRY cuModuleLoadData(CUmodule* module, const void* image) {
+  COUNTED;
+  const std::string names = static_cast<const char*>(image) + 64;  // behind the ELF header
+  if (names.find("other_gpu") != std::string::npos) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+  return ++fake.modules, *module = new CUmod_st{names}, CUDA_SUCCESS;
+}
+ENTRY cuModuleUnload(CUmodule module) { return --fake.modules, delete module, CUDA_SUCCESS; }
+ENTRY cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  COUNTED;
+  const auto found = kernels().find(name);
+  if (found == kernels().end() || (module->names + " ").find(std::string(name) + " ") == std::string::npos)
+    return CUDA_ERROR_NOT_FOUND;
+  *function = reinterpret_cast<CUfunction>(const_cast<FakeKernel*>(&found->second));
+  return CUDA_SUCCESS;
+}
+ENTRY cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) {
+  COUNTED;
+  return CUDA_SUCCESS;
+}
+ENTRY cuStreamCreate(CUstream* stream, unsigned) {
+  COUNTED;
+  return *stream = new CUstream_st, CUDA_SUCCESS;
+}
+ENTRY cuStreamDestroy_v2(CUstream stream) { return delete stream, CUDA_SUCCESS; }
+ENTRY cuStreamQuery(CUstream stream) {
+  return current_contexts == 0 ? static_cast<CUresult>(201) : stream->query();
+}
+ENTRY cuStreamSynchronize(CUstream stream) {
+  const CUresult result = stream->synchronize();
+  COUNTED;
+  return result;
+}
+ENTRY cuGraphCreate(CUgraph* graph, unsigned) {
+  COUNTED;
+  return ++fake.graphs, *graph = new CUgraph_st, CUDA_SUCCESS;
+}
+ENTRY cuGraphDestroy(CUgraph graph) { return --fake.graphs, delete graph, CUDA_SUCCESS; }
+ENTRY cuGraphAddKernelNode_v2(CUgraphNode* result, CUgraph graph, const CUgraphNode* after, std::size_t count,
+                              const CUDA_KERNEL_NODE_PARAMS* parameters) {
+  COUNTED;
+  Node node;
+  node.kernel = reinterpret_cast<const FakeKernel*>(parameters->func);
+  std::vector<std::size_t> sizes = node.kernel->sizes;
+  sizes.insert(sizes.end(), {8, 8});
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    node.values.push_back(0);
+    std::memcpy(&node.values.back(), parameters->kernelParams[i], sizes[i]);
+  }
+  return add_node(result, graph, after, count, std::move(node));
+}
+ENTRY cuGraphAddBatchMemOpNode(CUgraphNode* result, CUgraph graph, const CUgraphNode* after,
+                               std::size_t count, const CUDA_BATCH_MEM_OP_NODE_PARAMS* parameters) {
+  COUNTED;
+  if (!fake.memory_operations) return CUDA_ERROR_NOT_SUPPORTED;
+  Node node;
+  node.operations.assign(parameters->paramArray, parameters->paramArray + parameters->count);
+  return add_node(result, graph, after, count, std::move(node));
+}
+ENTRY cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long) {
+  COUNTED;
+  fake.nodes = static_cast<int>(graph->nodes.size());
+  return ++fake.execs, *exec = new CUgraphExec_st{graph->nodes}, CUDA_SUCCESS;
+}
+ENTRY cuGraphLaunch(CUgraphExec exec, CUstream stream) {
+  COUNTED;
+  stream->enqueue([exec] { return run_graph(exec->nodes); });
+  return CUDA_SUCCESS;
+}
+ENTRY cuGraphExecDestroy(CUgraphExec exec) { return --fake.execs, delete exec, CUDA_SUCCESS; }

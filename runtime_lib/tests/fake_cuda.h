@@ -1,0 +1,33 @@
+// What the tests set and read of the fake driver (fake_cuda.cpp).
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+struct FakeCuda {
+  // The machine.
+  std::atomic<int> version{12040};
+  std::atomic<int> devices{1};
+  std::atomic<int> compute_capability{90};
+  std::atomic<std::size_t> free_bytes{std::size_t{1} << 30};
+  std::atomic<bool> out_of_memory{false};  // in spite of free_bytes
+  std::atomic<bool> memory_operations{true};
+
+  // The call with this number, counted from 1, returns fail_result instead of doing anything; calls that only
+  // ask or destroy are not counted. 0: none.
+  std::atomic<int> fail_call{0};
+  std::atomic<int> fail_result{999};
+  std::atomic<int> calls{0};
+  // Kernels do not come to an end while it is set.
+  std::atomic<bool> hang{false};
+  // Of nodes that may run in any order, the last goes first.
+  std::atomic<bool> reverse{false};
+
+  // Objects that live.
+  std::atomic<int> contexts{0}, streams{0}, modules{0}, memories{0}, host_memories{0}, graphs{0}, execs{0};
+  std::atomic<std::size_t> device_bytes{0};
+  int live() const { return contexts + streams + modules + memories + host_memories + graphs + execs; }
+  // Nodes of the graph that was instantiated last.
+  std::atomic<int> nodes{0};
+};
