@@ -1,0 +1,94 @@
+"""Products of a few rows with packed weights: every weight is read once, products and sums are f32.
+
+A program multiplies one or two panels. Its lanes share the panel's steps and add up in a fixed order, so that the result
+depends on nothing but the operands.
+"""
+
+import triton
+import triton.language as tl
+
+from hetcomp.codegen_templates.gpu.weights import (
+    element,
+    elements_of_word,
+    has_scales,
+    load_scales,
+    load_words,
+    padded_steps,
+)
+
+
+@triton.jit
+def panel_products(
+    x,
+    w,
+    panels,
+    rows,
+    X_ROW: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """y[m][c] = sum over k of x[m, k] * w[c, k] for ROWS rows of x: a tuple of f32 [columns].
+
+    x: f32 rows X_ROW elements apart. w, panels, rows i32[columns]: see weights.load_words. STEPS: steps of a turn.
+    """
+    PER: tl.constexpr = elements_of_word(FORMAT)
+    ALL: tl.constexpr = padded_steps(K, FORMAT)
+    MASKED: tl.constexpr = ALL % STEPS != 0
+    MASKED_X: tl.constexpr = MASKED or ALL * PER != K
+    sums = (tl.zeros((STEPS, rows.shape[0]), tl.float32),) * ROWS
+    for first in tl.range(0, ALL, STEPS, num_stages=3):
+        steps = first + tl.arange(0, STEPS)
+        valid = (steps < ALL)[:, None] & (rows >= 0)[None, :]
+        words = load_words(w, panels, rows, steps, valid, K, FORMAT, MASKED)
+        if has_scales(FORMAT):
+            scales = load_scales(w, panels, rows, steps, valid, K, FORMAT, MASKED)
+        added = ()
+        for m in tl.static_range(ROWS):
+            part = tl.zeros((STEPS, rows.shape[0]), tl.float32)
+            for o in tl.static_range(PER):
+                k = steps * PER + o
+                if MASKED_X:
+                    column = tl.load(x + m * X_ROW + k, mask=k < K, other=0.0)
+                else:
+                    column = tl.load(x + m * X_ROW + k)
+                part += element(words, o, FORMAT) * column[:, None]
+            if has_scales(FORMAT):
+                added = added + (sums[m] + part * scales,)
+            else:
+                added = added + (sums[m] + part,)
+        sums = added
+    totals = ()
+    for m in tl.static_range(ROWS):
+        totals = totals + (tl.sum(sums[m], axis=0),)
+    return totals
+
+
+@triton.jit
+def linear_gemv(
+    x,
+    w,
+    bias,
+    y,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    HEADS: tl.constexpr,
+    MATRIX: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """linear and head_linear for exactly ROWS rows: x f32[ROWS, HEADS, K], w HEADS matrices [N, K] of MATRIX words,
+    bias f32[N] or None -> y f32[ROWS, HEADS, N]. Grid: (panels, HEADS)."""
+    panel, head = tl.program_id(0), tl.program_id(1)
+    r = tl.arange(0, 16)
+    n = panel * 16 + r
+    totals = panel_products(
+        x + head * K, w + head.to(tl.int64) * MATRIX, panel + r * 0, r, HEADS * K, K, FORMAT, ROWS, STEPS
+    )
+    for m in tl.static_range(ROWS):
+        total = totals[m]
+        if bias is not None:
+            total += tl.load(bias + n, mask=n < N, other=0.0)
+        tl.store(y + m * (HEADS * N) + head * N + n, total, mask=n < N)
