@@ -181,8 +181,8 @@ def experts_combine(
     sums = tl.zeros((COLUMNS,), tl.float32)
     for choice in tl.static_range(TOP_K):
         entry = token * TOP_K + choice
-        here = n < HIDDEN
+        width = HIDDEN
         if resident is not None:
-            here = here & (tl.load(resident + tl.load(ids + entry)) >= 0)
-        sums += tl.load(out + entry.to(tl.int64) * HIDDEN + n, mask=here, other=0.0)
+            width = tl.where(tl.load(resident + tl.load(ids + entry)) >= 0, HIDDEN, 0)
+        sums += tl.load(out + entry.to(tl.int64) * HIDDEN + n, mask=n < width, other=0.0)
     tl.store(y + token.to(tl.int64) * HIDDEN + n, sums, mask=n < HIDDEN)

@@ -63,7 +63,6 @@ def route(
         choice += tl.load(bias + expert, mask=inside, other=0.0)
     choice = tl.where(inside, choice, -float("inf"))
     if GROUPS > 1:
-        # A group of padding must lose even against a group whose scores are all -inf: it is never a candidate.
         of_group = tl.where(g < GROUPS, _group_scores(choice, s[None, :], GROUP_SCORE), -float("inf"))
         kept = g < 0
         for _ in tl.static_range(TOP_GROUPS):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from hetcomp.backends import packing
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Launch, Operand
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Attrs
@@ -37,9 +38,18 @@ def _dot_of_numbers(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, 
     return _given_dot(builder, *wide, d, input_precision, max_num_imprecise_acc)
 
 
+def _convert_as_gpus(data: Any, given: Any, wanted: Any, rounding_mode: Any) -> Any:
+    """The interpreter of Triton 3.9 cuts f32 off to bf16 or carries into the wrong bits; GPUs round to nearest even."""
+    if given == tl.float32 and wanted == tl.bfloat16:
+        return packing.to_bf16_bits(data).reshape(data.shape)
+    return _given_convert(data, given, wanted, rounding_mode)
+
+
 assert triton.knobs.runtime.interpret, "tests/conftest.py must be read before Triton is imported"
 _given_dot = interpreter.InterpreterBuilder.create_dot
 interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
+_given_convert = interpreter._convert_float
+interpreter._convert_float = _convert_as_gpus
 
 
 def request(
@@ -103,8 +113,8 @@ def run(
     changed: Mapping[int, npt.NDArray[Any]] | None = None,
 ) -> list[npt.NDArray[Any]]:
     """Runs the op and returns its outputs (shape, dtype); asserts that nothing is written outside of them and of the
-    workspace. ``grid_rows``: rows that the grids are made for, ``rows`` if None. ``changed``: inputs (by index) that the
-    op writes; what it leaves is copied into the given arrays."""
+    workspace. ``grid_rows``: rows that the grids are made for, ``rows`` if None. ``changed``: inputs (by index) that
+    the op writes; what it leaves is copied into the given arrays."""
     code = emit(asked)
     step = step or Step()
     of_step = {
@@ -141,8 +151,7 @@ def _run_launch(launch: Launch, buffers: Mapping[tuple[str, Any], _Buffer], cont
         return buffers[operand.source, key].as_type(kind, operand.offset)
 
     given = {
-        name: argument(kind, operand)
-        for (name, kind), operand in zip(kernel.arguments, launch.operands, strict=True)
+        name: argument(kind, operand) for (name, kind), operand in zip(kernel.arguments, launch.operands, strict=True)
     }
     stages = {"STAGES": _STAGES} if kernel.stages else {}
     grid = tuple(axis.programs(rows) for axis in launch.grid)
