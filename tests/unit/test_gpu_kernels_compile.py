@@ -25,6 +25,7 @@ from tests.reference.kernel_harness import activation, cache, weight
 from tests.reference.triton_harness import emit, request
 
 CCS = (80, 86, 89, 90, 120)
+FEW_CCS = (86, 90)  # for the other formats of a family: mma and wgmma, 99 and 227 KB of shared memory
 DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096}
 GQA = ops.Attention(heads=32, kv_heads=4, head_dim=128, v_head_dim=128, scale=0.09)
 GPT_OSS = ops.Attention(heads=64, kv_heads=8, head_dim=64, v_head_dim=64, scale=0.125, window=128, sinks=True)
@@ -85,8 +86,9 @@ FAMILIES = {
         f"attention-{name}": [_attention(a, rows) for rows in (1, None)]
         for name, a in (("gqa", GQA), ("gpt-oss", GPT_OSS), ("mla", MLA))
     },
-    "small": [*_small(1), *_small(None)],
+    "small": _small(None),
 }
+ALL_CCS = {"linear-q4", "linear-bf16", "experts-q4", *(f for f in FAMILIES if f.startswith("attention")), "small"}
 
 
 def _kernels(family: str) -> list[GpuKernel]:
@@ -102,10 +104,11 @@ def _resources(cubin: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_for_every_architecture(family):
+def test_compiles_ahead_of_time(family):
     kernels = {k.name for k in _kernels(family)}
-    made = compile_kernels(_kernels(family), CCS, threads=2)
-    assert {(m.kernel.name, m.cc) for m in made} == {(name, cc) for name in kernels for cc in CCS}
+    ccs = CCS if family in ALL_CCS else FEW_CCS
+    made = compile_kernels(_kernels(family), ccs, threads=2)
+    assert {(m.kernel.name, m.cc) for m in made} == {(name, cc) for name in kernels for cc in ccs}
     for m in made:
         assert m.cubin.read_bytes()[:4] == b"\x7fELF", m
         assert m.shared_bytes <= shared_limit(m.cc)
@@ -127,7 +130,7 @@ def test_the_folder_holds_what_its_table_says(tmp_path: Path):
     assert entry["cc"] == 90
     assert entry["arguments"] == [{"name": n, "type": "ptr"} for n in ("x", "w", "y")]
     assert entry["sha256"] == hashlib.sha256((tmp_path / entry["file"]).read_bytes()).hexdigest()
-    assert (entry["num_warps"], entry["global_scratch_bytes"]) == (4, 0)
+    assert (entry["num_warps"], entry["global_scratch_bytes"]) == (16, 0)
 
 
 def test_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -158,5 +161,5 @@ def test_refusals_name_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_equal_requests_give_equal_kernels_and_other_ones_other_names():
     assert emit(_linear("q4", 1)) == emit(_linear("q4", 1))
-    names = [k.name for family in FAMILIES for k in {k.name: k for k in _kernels(family)}.values()]
-    assert len(set(names)) == len(names)
+    kernels = {kernel for family in FAMILIES for kernel in _kernels(family)}
+    assert len({kernel.name for kernel in kernels}) == len(kernels)

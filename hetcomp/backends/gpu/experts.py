@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
-from hetcomp.backends.gpu.linear import GEMV_ROWS, gemm_tile, gemv_steps, matrix_words, word_type
+from hetcomp.backends.gpu.linear import GEMV_ROWS, gemm_tile, gemv_turn, matrix_words, word_type
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
 from hetcomp.ir.ops import MoeExperts
 
@@ -68,24 +68,30 @@ class _Experts:
         a = self.attrs
         h = ("*fp32", Operand("workspace"))
         matrices, constants = self._gate_up()
-        steps = gemv_steps(a.hidden, self.weight_format)
+        pairs = -(-a.intermediate // packing.PANEL)
+        # A program has two panels: twice the vectors a thread.
+        turn = gemv_turn(a.hidden, self.weight_format, pairs * a.top_k * rows)
         up = launch(
             "experts_decode",
             "experts_gate_up_gemv",
             f"{self.stem}_gate_up",
-            (GridAxis(-(-a.intermediate // packing.PANEL)), GridAxis(a.top_k), ROWS),
+            (GridAxis(pairs), GridAxis(a.top_k), ROWS),
             {"x": ("*fp32", Operand("input", 0)), "ids": self.ids, "resident": self.resident, **matrices, "h": h},
-            {**constants, "TOP_K": a.top_k, **self._glu(), "STEPS": steps},
+            {**constants, "TOP_K": a.top_k, **self._glu(), "STEPS": turn.steps},
+            warps=turn.warps,
         )
         matrices, constants = self._down()
+        panels = -(-a.hidden // packing.PANEL)
+        turn = gemv_turn(a.intermediate, self.weight_format, panels * rows)
         arguments = {"h": h, "ids": self.ids, "weights": self.weights, "resident": self.resident, **matrices}
         down = launch(
             "experts_decode",
             "experts_down_gemv",
             f"{self.stem}_down",
-            (GridAxis(-(-a.hidden // packing.PANEL)), ROWS, ONE),
+            (GridAxis(panels), ROWS, ONE),
             {**arguments, "y": ("*fp32", Operand("output", 0))},
-            {**constants, "TOP_K": a.top_k, "STEPS": gemv_steps(a.intermediate, self.weight_format)},
+            {**constants, "TOP_K": a.top_k, "STEPS": turn.steps},
+            warps=turn.warps,
         )
         return GpuCode((up, down), aligned(4 * rows * a.top_k * a.intermediate))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetcomp.backends import packing
-from hetcomp.backends.gpu.kernels import Constant, GpuCode, GpuRequest, GridAxis, Operand, launch
+from hetcomp.backends.gpu.kernels import ONE, Constant, GpuCode, GpuRequest, GridAxis, Operand, launch
 from hetcomp.ir.ops import HeadLinear, Linear
 
 GEMV_ROWS = 8
 # Elements of k in a word of weights (codegen_templates/gpu/weights.py).
 _PER_WORD = {"f32": 1, "bf16": 2, "q8": 4, "q4": 8, "mxfp4": 8, "fp8": 2}
-_MAX_GEMV_STEPS = 64  # below the 128 threads of a block: then the lanes that share a step load its activations directly
+_GEMV_STEPS = (256, 128, 64, 32, 16)
+_FEW_PANELS = 512  # programs that fill no GPU: each then has more threads
 
 
 def word_type(weight_format: str) -> str:
@@ -24,10 +25,21 @@ def matrix_words(rows: int, columns: int, weight_format: str, layout: str) -> in
     return packing.matrix_bytes(rows, columns, weight_format, layout) // (2 if weight_format == "fp8" else 4)
 
 
-def gemv_steps(columns: int, weight_format: str) -> int:
-    """Words of a column that a turn of a GEMV takes: the largest size that wastes the fewest steps."""
-    steps = packing.padded_columns(columns, weight_format) // _PER_WORD[weight_format]
-    return min((_MAX_GEMV_STEPS, 32, 16), key=lambda size: (-(-steps // size) * size, -size))
+@dataclass(frozen=True)
+class GemvTurn:
+    """Words of a column that a turn of a GEMV takes, and the warps that share them: a thread has two vectors of 16 bytes of
+    a panel, and fewer steps than threads (codegen_templates/gpu/gemv.py says why)."""
+
+    steps: int
+    warps: int
+
+
+def gemv_turn(columns: int, weight_format: str, programs: int) -> GemvTurn:
+    """The turn for a GEMV of ``programs`` programs: the largest size that wastes the fewest steps."""
+    needed = packing.padded_columns(columns, weight_format) // _PER_WORD[weight_format]
+    sizes = _GEMV_STEPS if programs <= _FEW_PANELS else _GEMV_STEPS[2:]
+    steps = min(sizes, key=lambda size: (-(-needed // size) * size, -size))
+    return GemvTurn(steps, max(1, steps // 16))
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,9 @@ def gemm_tile(weight_format: str, rows: int) -> GemmTile:
     height = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if weight_format == "f32":
         return GemmTile(min(height, 64), 64, 32, 4, (3, 2))
-    return GemmTile(height, 128 if height == 128 else 64, 64 // _PER_WORD[weight_format], 8 if height == 128 else 4, (3, 2))
+    # Taking e2m1 apart needs many registers: a wide tile of it spills.
+    width = 128 if height == 128 and weight_format != "mxfp4" else 64
+    return GemmTile(height, width, 64 // _PER_WORD[weight_format], 8 if height == 128 else 4, (3, 2))
 
 
 def linear(request: GpuRequest) -> GpuCode:
@@ -75,9 +89,11 @@ def linear(request: GpuRequest) -> GpuCode:
         "FORMAT": weight_format,
     }
     if request.rows is not None and request.rows <= GEMV_ROWS:
-        constants |= {"ROWS": request.rows, "STEPS": gemv_steps(k, weight_format)}
-        grid = GridAxis(-(-n // packing.PANEL)), GridAxis(heads), GridAxis()
-        return GpuCode((launch("gemv", "linear_gemv", f"{stem}_rows{request.rows}", grid, arguments, constants),))
+        panels = -(-n // packing.PANEL)
+        turn = gemv_turn(k, weight_format, panels * heads)
+        constants |= {"ROWS": request.rows, "STEPS": turn.steps}
+        grid, stem = (GridAxis(panels), GridAxis(heads), ONE), f"{stem}_rows{request.rows}"
+        return GpuCode((launch("gemv", "linear_gemv", stem, grid, arguments, constants, warps=turn.warps),))
     tile = gemm_tile(weight_format, request.max_rows())
     rows = "logit_row_count" if request.outputs[0].type.shape[0] == "R" else "rows"
     made = launch(
