@@ -30,7 +30,9 @@ def _load_queries(q, offsets, valid, DIM: tl.constexpr, FIRST: tl.constexpr, SEC
     parts = (tl.load(q + offsets[:, None] + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0),)
     if SECOND > 0:
         e = FIRST + tl.arange(0, SECOND)
-        parts = parts + (tl.load(q + offsets[:, None] + e[None, :], mask=valid[:, None] & (e < DIM)[None, :], other=0.0),)
+        parts = parts + (
+            tl.load(q + offsets[:, None] + e[None, :], mask=valid[:, None] & (e < DIM)[None, :], other=0.0),
+        )
     return parts
 
 
@@ -243,8 +245,8 @@ def attention_prefill(
     STAGES: tl.constexpr,
 ):
     """TOKENS tokens x HEAD_TILE query heads of one kv head walk over the keys together; operands as those of
-    attention_decode and attention_combine. Tokens of a tile may be of several slots: the tile then walks over the keys of
-    one slot after the other. Grid: (token tiles, KV_HEADS * head tiles)."""
+    attention_decode and attention_combine. Tokens of a tile may be of several slots: the tile then walks over the keys
+    of one slot after the other. Grid: (token tiles, KV_HEADS * head tiles)."""
     rows = tl.load(n_rows)
     if tl.program_id(0) * TOKENS >= rows:
         return

@@ -1,7 +1,7 @@
 """Routed experts for a few tokens: one GEMV a chosen expert, every weight of it read once.
 
-An expert's weights may lie elsewhere: ``resident`` i32[experts] then says where an expert's matrices lie among those that
-are here, -1 if they do not; such experts add nothing. Without it all experts are here.
+An expert's weights may lie elsewhere: ``resident`` i32[experts] then says where an expert's matrices lie among those
+that are here, -1 if they do not; such experts add nothing. Without it all experts are here.
 """
 
 import triton

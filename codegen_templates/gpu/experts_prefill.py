@@ -170,9 +170,7 @@ def experts_down_gemm(
 
 
 @triton.jit
-def experts_combine(
-    out, ids, resident, n_rows, y, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr
-):
+def experts_combine(out, ids, resident, n_rows, y, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
     """y[t] = sum over k of out[t * TOP_K + k], of the experts that are here. Grid: (rows, column blocks)."""
     token = tl.program_id(0)
     if token >= tl.load(n_rows):

@@ -1,8 +1,8 @@
 """Products of many rows with packed weights on tensor cores.
 
 Weights are taken out of their panels into tiles of bf16 (rounded once: number and scale in one) and multiplied with
-activations rounded to bf16, sums are f32. Weights stored as f32 stay f32 and are multiplied in three TF32 products, which is
-about as exact as f32: a router's choice must not depend on how many rows a step has.
+activations rounded to bf16, sums are f32. Weights stored as f32 stay f32 and are multiplied in three TF32 products,
+which is about as exact as f32: a router's choice must not depend on how many rows a step has.
 """
 
 import triton

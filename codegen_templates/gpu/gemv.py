@@ -1,7 +1,7 @@
 """Products of a few rows with packed weights: every weight is read once, products and sums are f32.
 
-A program multiplies one or two panels. Its lanes share the panel's steps and add up in a fixed order, so that the result
-depends on nothing but the operands.
+A program multiplies one or two panels. Its lanes share the panel's steps and add up in a fixed order, so that the
+result depends on nothing but the operands.
 """
 
 import triton
@@ -83,9 +83,9 @@ def panel_products(
 ):
     """y[m][c] = sum over k of x[m, k] * w[c, k] for ROWS rows of x: a tuple of f32 [columns].
 
-    x: f32 rows X_ROW elements apart. w, panels, rows i32[columns]: see weights.load_words. STEPS: steps of a turn, fewer
-    than a block's threads: then Triton loads a turn's activations where they are used, without shared memory. The weights of
-    a turn are loaded while those of the turn before are multiplied.
+    x: f32 rows X_ROW elements apart. w, panels, rows i32[columns]: see weights.load_words. STEPS: steps of a turn,
+    fewer than a block's threads: then Triton loads a turn's activations where they are used, without shared memory. The
+    weights of a turn are loaded while those of the turn before are multiplied.
     """
     ALL: tl.constexpr = padded_steps(K, FORMAT)
     LAST: tl.constexpr = (ALL - 1) // STEPS * STEPS

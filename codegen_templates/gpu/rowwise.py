@@ -47,9 +47,7 @@ def rms_norm(
 
 
 @triton.jit
-def rope_table(
-    positions, inv_freq, n_rows, cos, sin, HALF: tl.constexpr, SCALING: tl.constexpr, PADDED: tl.constexpr
-):
+def rope_table(positions, inv_freq, n_rows, cos, sin, HALF: tl.constexpr, SCALING: tl.constexpr, PADDED: tl.constexpr):
     """positions i32[rows], inv_freq f32[HALF] -> cos, sin f32[rows, HALF]. Grid: (rows)."""
     row = tl.program_id(0)
     if beyond(row, n_rows):

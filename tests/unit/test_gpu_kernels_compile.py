@@ -35,7 +35,9 @@ DEEPSEEK = ops.Route(256, 8, "sigmoid", True, 1e-20, 8, 4, "top2", "never", 2.5,
 
 def _linear(weight_format: str, rows: int | None) -> GpuRequest:
     value = weight("w", (4096, 2048), weight_format, packing.PANELS)
-    return request(ops.Linear(2048, 4096), [activation("x", "T", 2048), value], [activation("y", "T", 4096)], DIMS, rows)
+    return request(
+        ops.Linear(2048, 4096), [activation("x", "T", 2048), value], [activation("y", "T", 4096)], DIMS, rows
+    )
 
 
 def _experts(weight_format: str, rows: int | None) -> GpuRequest:
@@ -97,7 +99,9 @@ def _kernels(family: str) -> list[GpuKernel]:
 
 def _resources(cubin: Path) -> dict[str, int]:
     """REG, STACK, SHARED, LOCAL .. of the kernel, by the cuobjdump that comes with Triton."""
-    tool = Path(str(metadata.distribution("triton").locate_file("triton"))) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = (
+        Path(str(metadata.distribution("triton").locate_file("triton"))) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    )
     done = subprocess.run([str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
     return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", done.stdout)}
 

@@ -62,7 +62,8 @@ def test_moe_experts(weight_format, rows, exact):
 
 
 @pytest.mark.parametrize(
-    ("attrs", "weight_format"), [(EVEN, "bf16"), (EVEN, "q4"), (OAI, "bf16"), (OAI, "mxfp4"), *((a, "f32") for a in OTHERS)]
+    ("attrs", "weight_format"),
+    [(EVEN, "bf16"), (EVEN, "q4"), (OAI, "bf16"), (OAI, "mxfp4"), *((a, "f32") for a in OTHERS)],
 )
 @pytest.mark.parametrize(("rows", "exact"), [(2, True), (13, False)])
 def test_sizes_and_functions(attrs, weight_format, rows, exact):
@@ -89,7 +90,7 @@ def test_a_token_may_name_one_expert_twice():
 @pytest.mark.parametrize("attrs", [SILU, OAI], ids=["silu", "oai"])
 @pytest.mark.parametrize(("rows", "exact"), [(2, True), (13, False)])
 def test_experts_that_lie_elsewhere_add_nothing(attrs, rows, exact):
-    """Half of the experts here, in another order; what the others would add is left out, in their place nothing read."""
+    """Half of the experts here, in another order; what the others would add is left out."""
     case = _case(attrs, "q4", rows, False, exact)
     here = np.arange(attrs.experts)[::-2]
     resident = np.full(attrs.experts, -1, np.int32)

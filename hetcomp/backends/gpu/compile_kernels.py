@@ -31,9 +31,9 @@ from hetcomp.errors import HetcompError
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A kernel for one architecture: symbol of its entry, file of its cubin (in the cache) and launch facts. A block has
-    32 * num_warps threads and shared_bytes of dynamic shared memory; the entry takes the kernel's arguments in order, then
-    two pointers more: global_scratch_bytes of memory and one that is null."""
+    """A kernel for one architecture: symbol of its entry, file of its cubin (in the cache) and launch facts. A block
+    has 32 * num_warps threads and shared_bytes of dynamic shared memory; the entry takes the kernel's arguments in
+    order, then two pointers more: global_scratch_bytes of memory and one that is null."""
 
     kernel: GpuKernel
     cc: int
@@ -54,8 +54,8 @@ def compile_kernels(
     """Compiles each different kernel for each compute capability (80, 90, ..), ``threads`` at a time, and calls
     ``progress`` with the name of each that is done.
 
-    Raises HetcompError if Triton is not installed, an architecture is unknown or a kernel does not compile or needs more
-    shared memory than the architecture has (bugs of a kernel or its tile).
+    Raises HetcompError if Triton is not installed, an architecture is unknown or a kernel does not compile or needs
+    more shared memory than the architecture has (bugs of a kernel or its tile).
     """
     version = _triton_version()
     for cc in ccs:

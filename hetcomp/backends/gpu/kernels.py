@@ -18,9 +18,9 @@ class GpuRequest:
     chosen; ``dims`` are upper bounds of the symbolic dimensions.
 
     ``rows``: the op always has exactly so many rows (a decode step of fixed batch); None: up to its bound, and kernels
-    read the number from memory (prefill). ``resident``: of ``moe_experts``, only some experts' weights are here; inputs[3]
-    and what follows then have these experts alone, and a further last input i32[experts] says where each expert lies among
-    them, -1 for those elsewhere, which add nothing to the result.
+    read the number from memory (prefill). ``resident``: of ``moe_experts``, only some experts' weights are here;
+    inputs[3] and what follows then have these experts alone, and a further last input i32[experts] says where each
+    expert lies among them, -1 for those elsewhere, which add nothing to the result.
     """
 
     op: Op
@@ -43,9 +43,9 @@ class Operand:
     """What an argument of a launch is.
 
     ``input``/``output``: the op's operand number ``index``. ``workspace``: the op's scratch memory from ``offset`` on.
-    ``step``: an array that each step brings in device memory, by ``name``: ``positions``, ``slots``, ``logit_rows`` i32 of
-    a row each, ``rows`` i32[1] (tokens), ``logit_row_count`` i32[1]. ``context``: the number i32 of positions that a slot
-    of the KV cache holds. Pointers are multiples of 16 bytes.
+    ``step``: an array that each step brings in device memory, by ``name``: ``positions``, ``slots``, ``logit_rows`` i32
+    of a row each, ``rows`` i32[1] (tokens), ``logit_row_count`` i32[1]. ``context``: the number i32 of positions that a
+    slot of the KV cache holds. Pointers are multiples of 16 bytes.
     """
 
     source: Literal["input", "output", "workspace", "step", "context"]
@@ -126,8 +126,8 @@ def launch(
     warps: int = 4,
     stages: tuple[int, int] | None = None,
 ) -> Launch:
-    """A launch whose ``arguments`` name their Triton type and operand. An argument that is None is absent: the kernel is
-    compiled without it."""
+    """A launch whose ``arguments`` name their Triton type and operand. An argument that is None is absent: the kernel
+    is compiled without it."""
     given = {name: value for name, value in arguments.items() if value is not None}
     absent = {name: None for name, value in arguments.items() if value is None}
     kernel = GpuKernel(

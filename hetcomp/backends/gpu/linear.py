@@ -27,8 +27,8 @@ def matrix_words(rows: int, columns: int, weight_format: str, layout: str) -> in
 
 @dataclass(frozen=True)
 class GemvTurn:
-    """Words of a column that a turn of a GEMV takes, and the warps that share them: a thread has two vectors of 16 bytes of
-    a panel, and fewer steps than threads (codegen_templates/gpu/gemv.py says why)."""
+    """Words of a column that a turn of a GEMV takes, and the warps that share them: a thread has two vectors of 16
+    bytes of a panel, and fewer steps than threads (codegen_templates/gpu/gemv.py says why)."""
 
     steps: int
     warps: int
