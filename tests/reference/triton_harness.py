@@ -19,6 +19,7 @@ from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Launch, Operand
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value
+from tests.gpu.record_cases import buffer_name, folder, record
 from tests.reference.kernel_harness import Step
 
 _GUARD = 256  # bytes in front of and behind a buffer
@@ -131,10 +132,19 @@ def run(
         for i, (shape, dtype) in enumerate(outputs)
     }
     buffers |= {("step", name): _Buffer.of(a) for name, a in of_step.items() if a is not None}
+    before = {buffer_name(*key): b.everything.numpy().copy() for key, b in buffers.items()}
     for launch in code.launches:
         _run_launch(launch, buffers, step.context, rows if grid_rows is None else grid_rows)
     for buffer in buffers.values():
         buffer.check()
+    if recorded := folder():
+        written = {
+            key: b
+            for key, b in buffers.items()
+            if key[0] == "output" or (key[0] == "input" and key[1] in (changed or ()))
+        }
+        after = {buffer_name(*key): b.everything.numpy() for key, b in written.items()}
+        record(recorded, code, before, after, step.context, rows if grid_rows is None else grid_rows, _GUARD)
     for i, target in (changed or {}).items():
         target[...] = buffers["input", i].numpy(target.dtype, target.shape)
     return [buffers["output", i].numpy(dtype, shape) for i, (shape, dtype) in enumerate(outputs)]
