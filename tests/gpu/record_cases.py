@@ -1,5 +1,5 @@
-"""Records what the interpreter tests of GPU kernels run, so that tests/gpu/replay_cases.py can run the cubins themselves
-on a machine with a GPU and the driver, numpy and nothing else.
+"""Records what the interpreter tests of GPU kernels run, so that tests/gpu/replay_cases.py can run the cubins on a
+machine with a GPU and the driver, numpy and nothing else.
 
 HETCOMP_GPU_CASES=FOLDER pytest tests/unit/test_gpu_kernels_linear.py ... records each run into FOLDER (for the compute
 capability HETCOMP_GPU_CASES_CC, 90 if it is not set).

@@ -40,12 +40,12 @@ def _linear(weight_format: str, rows: int | None) -> GpuRequest:
     )
 
 
-def _experts(weight_format: str, rows: int | None) -> GpuRequest:
+def _experts(weight_format: str, rows: int | None, tokens: int = 512) -> GpuRequest:
     a = ops.MoeExperts(experts=128, top_k=8, hidden=2048, intermediate=768)
     operands = [activation("x", "T", 2048), activation("i", "T", 8), activation("r", "T", 8)]
     operands += expert_weights(a, weight_format)
     operands.append(activation("resident", 128))
-    return request(a, operands, [activation("y", "T", 2048)], DIMS, rows, resident=True)
+    return request(a, operands, [activation("y", "T", 2048)], {**DIMS, "T": tokens}, rows, resident=True)
 
 
 def _attention(a: ops.Attention, rows: int | None) -> GpuRequest:
@@ -84,6 +84,7 @@ def _small(rows: int | None) -> list[GpuRequest]:
 FAMILIES = {
     **{f"linear-{form}": [_linear(form, rows) for rows in (1, 8, None)] for form in packing.FORMATS},
     **{f"experts-{form}": [_experts(form, rows) for rows in (1, None)] for form in ("bf16", "q4")},
+    **{f"experts-{form}-many": [_experts(form, None, 4096)] for form in packing.FORMATS},
     **{
         f"attention-{name}": [_attention(a, rows) for rows in (1, None)]
         for name, a in (("gqa", GQA), ("gpt-oss", GPT_OSS), ("mla", MLA))

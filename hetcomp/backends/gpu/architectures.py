@@ -6,7 +6,7 @@ from hetcomp.errors import HetcompError
 
 # Shared memory that one block may have, KB (CUDA C++ Programming Guide, "Technical Specifications per Compute
 # Capability": maximum amount of shared memory per thread block).
-_SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+_SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 
 ARCHITECTURES = tuple(_SHARED_KB)
 

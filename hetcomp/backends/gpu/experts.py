@@ -134,7 +134,8 @@ class _Experts:
         self, rows: int, starts: _Argument, order: _Argument, h: _Argument, out: _Argument
     ) -> tuple[Launch, Launch]:
         a = self.attrs
-        tile = gemm_tile(self.weight_format, -(-rows * a.top_k // a.experts))
+        share = -(-rows * a.top_k // a.experts)
+        wide, tile = (gemm_tile(self.weight_format, share, matrices) for matrices in (1, 2))
         # Each expert's last tile may be part of one.
         tiles = GridAxis(tile=tile.rows, scale=a.top_k, extra=self.here)
         runs: dict[str, Constant] = {"EXPERTS": self.here, "EXPERTS_PADDED": power_of_two(self.here)}
@@ -153,12 +154,12 @@ class _Experts:
         down = launch(
             "experts_prefill",
             "experts_down_gemm",
-            f"{self.stem}_down_tile{tile.rows}",
-            (tiles, GridAxis(-(-a.hidden // tile.columns)), ONE),
+            f"{self.stem}_down_tile{wide.rows}",
+            (tiles, GridAxis(-(-a.hidden // wide.columns)), ONE),
             {"h": h, "starts": starts, "order": order, "weights": self.weights, **matrices, "out": out},
-            {**constants, **runs, **tile.constants()},
-            warps=tile.warps,
-            stages=tile.stages,
+            {**constants, **runs, **wide.constants()},
+            warps=wide.warps,
+            stages=wide.stages,
         )
         return up, down
 

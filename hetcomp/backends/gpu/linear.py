@@ -57,13 +57,14 @@ class GemmTile:
         return {"M_TILE": self.rows, "N_TILE": self.columns, "STEPS": self.steps}
 
 
-def gemm_tile(weight_format: str, rows: int) -> GemmTile:
-    """The tile where ``rows`` rows share a weight. f32 numbers take twice the memory and three products each."""
+def gemm_tile(weight_format: str, rows: int, matrices: int = 1) -> GemmTile:
+    """The tile where ``rows`` rows share a weight and a program multiplies with so many matrices at a time. f32 numbers
+    take twice the memory and three products each."""
     height = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if weight_format == "f32":
         return GemmTile(min(height, 64), 64, 32, 4, (3, 2))
-    # Taking e2m1 apart needs many registers: a wide tile of it spills.
-    width = 128 if height == 128 and weight_format != "mxfp4" else 64
+    # Two sums, or numbers of e2m1 being taken apart, leave no registers for a wide tile.
+    width = 128 if height == 128 and matrices == 1 and weight_format != "mxfp4" else 64
     return GemmTile(height, width, 64 // _PER_WORD[weight_format], 8 if height == 128 else 4, (3, 2))
 
 
