@@ -139,3 +139,10 @@ def test_a_q8_cache_is_refused_by_name():
     operands = [activation("q", "T", 6, 36), *(cache(n, DType.Q8, 2, 36) for n in "kv")]
     with pytest.raises(HetcompError, match=r"model\.layers\.0\.test: state k has dtype q8; expected bf16 or f32"):
         emit(request(a, operands, [activation("y", "T", 6, 36)], {"T": 1}, 1))
+
+
+def test_wide_heads_in_an_f32_cache_are_refused():
+    a, _ = VARIANTS["wide"]
+    operands = [activation("q", "T", 2, 288), cache("k", DType.F32, 1, 288), cache("v", DType.F32, 1, 272)]
+    with pytest.raises(HetcompError, match="heads of 288 in an f32 cache are too wide for a GPU; expected a bf16"):
+        emit(request(a, operands, [activation("y", "T", 2, 272)], {"T": 1}, 1))

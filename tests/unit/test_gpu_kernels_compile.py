@@ -30,6 +30,7 @@ DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096}
 GQA = ops.Attention(heads=32, kv_heads=4, head_dim=128, v_head_dim=128, scale=0.09)
 GPT_OSS = ops.Attention(heads=64, kv_heads=8, head_dim=64, v_head_dim=64, scale=0.125, window=128, sinks=True)
 MLA = ops.Attention(heads=128, kv_heads=1, head_dim=576, v_head_dim=512, scale=0.07, shared_kv=True)
+WIDE = ops.Attention(heads=16, kv_heads=16, head_dim=256, v_head_dim=192, scale=0.06, softcap=30.0)
 DEEPSEEK = ops.Route(256, 8, "sigmoid", True, 1e-20, 8, 4, "top2", "never", 2.5, bias=True)
 
 
@@ -48,9 +49,9 @@ def _experts(weight_format: str, rows: int | None, tokens: int = 512) -> GpuRequ
     return request(a, operands, [activation("y", "T", 2048)], {**DIMS, "T": tokens}, rows, resident=True)
 
 
-def _attention(a: ops.Attention, rows: int | None) -> GpuRequest:
-    operands = [activation("q", "T", a.heads, a.head_dim), cache("k", DType.BF16, a.kv_heads, a.head_dim)]
-    operands += [] if a.shared_kv else [cache("v", DType.BF16, a.kv_heads, a.v_head_dim)]
+def _attention(a: ops.Attention, rows: int | None, dtype: DType = DType.BF16) -> GpuRequest:
+    operands = [activation("q", "T", a.heads, a.head_dim), cache("k", dtype, a.kv_heads, a.head_dim)]
+    operands += [] if a.shared_kv else [cache("v", dtype, a.kv_heads, a.v_head_dim)]
     operands += [activation("s", a.heads)] * a.sinks
     return request(a, operands, [activation("y", "T", a.heads, a.v_head_dim)], DIMS, rows)
 
@@ -89,6 +90,8 @@ FAMILIES = {
         f"attention-{name}": [_attention(a, rows) for rows in (1, None)]
         for name, a in (("gqa", GQA), ("gpt-oss", GPT_OSS), ("mla", MLA))
     },
+    "attention-f32": [_attention(GQA, rows, DType.F32) for rows in (1, None)],
+    "attention-wide": [_attention(WIDE, rows) for rows in (1, 4, None)],
     "small": _small(None),
 }
 ALL_CCS = {"linear-q4", "linear-bf16", "experts-q4", *(f for f in FAMILIES if f.startswith("attention")), "small"}

@@ -10,6 +10,7 @@ from hetcomp.ir.types import DType
 DECODE_ROWS = 16
 # Cache types that the kernels read, and their Triton pointers.
 CACHE_TYPES = {DType.BF16: "*bf16", DType.F32: "*fp32"}
+MAX_F32_DIM = 256  # of a head in an f32 cache: wider ones do not fit in 99 KB of shared memory
 
 _PARTS_WANTED = 256  # programs over all heads and tokens: two for each multiprocessor of a large GPU
 _MIN_PART = 128  # keys below which a part costs more than it saves
@@ -47,6 +48,13 @@ def _stem(a: Attention, cache: DType) -> str:
     return f"attention_{a.heads}x{a.kv_heads}x{a.head_dim}_{cache}"
 
 
+def _keys(a: Attention, dtype: DType) -> tuple[int, tuple[int, int]]:
+    """Keys of a block and pipeline depths: what fits in shared memory beside the queries."""
+    if dtype is DType.F32:
+        return 32, (2, 1)
+    return (32, (2, 1)) if a.head_dim > 128 else (64, (3, 2))
+
+
 def attention(request: GpuRequest) -> GpuCode:
     """``attention``."""
     if request.rows is not None and request.rows <= DECODE_ROWS:
@@ -73,7 +81,7 @@ def _decode(request: GpuRequest, rows: int) -> GpuCode:
     heads = min(max(16, power_of_two(group)), 16 if a.v_head_dim > 256 else 64)
     tiles = a.kv_heads * -(-group // heads)
     parts = min(_MAX_PARTS, max(_MIN_PARTS, power_of_two(-(-_PARTS_WANTED // (tiles * rows)))))
-    keys = 32 if a.head_dim > 256 or dtype is DType.F32 else 64
+    keys, stages = _keys(a, dtype)
     split: dict[str, Constant] = {"KEYS": keys, "PARTS": parts, "MIN_PART": _MIN_PART}
     stats_at = aligned(4 * rows * a.heads * parts * a.v_head_dim)
     partial, stats = ("*fp32", Operand("workspace")), ("*fp32", Operand("workspace", offset=stats_at))
@@ -94,7 +102,7 @@ def _decode(request: GpuRequest, rows: int) -> GpuCode:
             "context": ("i32", Operand("context")),
         },
         {**shape, "HEAD_TILE": heads, **split},
-        stages=(2, 1) if a.head_dim > 256 or dtype is DType.F32 else (3, 2),
+        stages=stages,
     )
     join = launch(
         "attention",
@@ -123,8 +131,9 @@ def _prefill(request: GpuRequest) -> GpuCode:
     a = request.op.attrs
     assert isinstance(a, Attention)
     dtype = request.inputs[1].type.dtype
-    wide = a.head_dim > 256
-    rows = 32 if wide or dtype is DType.F32 else 64 if a.head_dim > 128 else 128
+    keys, stages = _keys(a, dtype)
+    # Queries, scores and sums stay in registers.
+    rows = 32 if a.head_dim > 256 or dtype is DType.F32 else 64 if a.head_dim > 128 else 128
     group = a.heads // a.kv_heads
     heads = min(power_of_two(group), rows)
     tokens = rows // heads
@@ -143,9 +152,9 @@ def _prefill(request: GpuRequest) -> GpuCode:
             "y": ("*fp32", Operand("output", 0)),
             "context": ("i32", Operand("context")),
         },
-        {**_shape(a), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": 32 if wide or dtype is DType.F32 else 64},
-        warps=8 if rows == 128 or wide else 4,
-        stages=(2, 1) if wide or dtype is DType.F32 else (3, 2),
+        {**_shape(a), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": keys},
+        warps=8 if rows == 128 or a.head_dim > 128 else 4,
+        stages=stages,
     )
     return GpuCode((made,))
 

@@ -9,6 +9,7 @@ from hetcomp.backends.gpu import attention, experts, linear, rowwise
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest
 from hetcomp.errors import HetcompError
 from hetcomp.ir.ops import Attention
+from hetcomp.ir.types import DType
 
 _EMITTERS: dict[str, Callable[[GpuRequest], GpuCode]] = {
     "embed": rowwise.embed,
@@ -82,6 +83,8 @@ def _cache_refusal(request: GpuRequest) -> str | None:
         if cache.type.dtype not in attention.CACHE_TYPES:
             expected = " or ".join(attention.CACHE_TYPES)
             return f"state {cache.fqn or cache.id} has dtype {cache.type.dtype}; expected {expected} on a GPU."
+    if isinstance(attrs, Attention) and caches[0].type.dtype is DType.F32 and attrs.head_dim > attention.MAX_F32_DIM:
+        return f"heads of {attrs.head_dim} in an f32 cache are too wide for a GPU; expected a bf16 cache."
     if len({cache.type.dtype for cache in caches}) > 1:
         return "the caches of keys and values have different dtypes."
     return None
