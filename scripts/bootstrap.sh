@@ -3,7 +3,7 @@
 # missing and permitted), a virtual environment, torch, hetcomp itself. Run by the Makefile; safe to run again.
 #   scripts/bootstrap.sh VENV_DIR [--test-packages]
 # With --test-packages it adds what only the tests need (a browser that opens the plan's HTML report, qemu and a kernel
-# to boot in it), nothing else; HETCOMP_SKIP_QEMU=1 leaves the last two out.
+# to boot in it, Triton), nothing else; HETCOMP_SKIP_QEMU=1 leaves qemu and the kernel out.
 set -euo pipefail
 venv=${1:?usage: scripts/bootstrap.sh VENV_DIR [--test-packages]}
 purpose=${2:-run}
@@ -128,8 +128,20 @@ install_hetcomp() {
   "${pip[@]}" -e '.[dev]'
 }
 
+# The compiler of GPU kernels, in the version that the gpu extra asks for; torch's CUDA builds bring one.
+install_triton() {
+  "$venv/bin/python" -c 'import triton' 2>/dev/null && return
+  say "installing triton"
+  local wanted
+  wanted=$("$venv/bin/python" -c '
+from importlib.metadata import requires
+print(next(r.partition(";")[0] for r in requires("hetcomp") if r.startswith("triton")))')
+  "$venv/bin/python" -m pip --disable-pip-version-check install -qq "$wanted"
+}
+
 install_packages
 if [ "$purpose" = --test-packages ]; then
+  install_triton
   fetch_test_kernel
   exit 0
 fi

@@ -29,8 +29,8 @@ class CpuIsa:
     product of a panel and a single row of floats is split into. ``pass_rows``: single rows that share a pass over a
     panel with their sums in registers; more on AVX-512 gain nothing measurable and cost compile time. ``few_tokens``:
     tokens up to which experts stream their weights against single rows; from 12 on it depends on shape and format.
-    ``amx_slice``: columns of a slice of k that tiles multiply before their sums are put aside; ``amx_cache_bytes``: of
-    the second-level cache, for the blocks of a task; ``amx_task_columns``: columns of weights that a task takes at most.
+    ``amx_slice``: columns of a slice of k that tiles multiply before their sums are put aside; ``amx_cache_bytes``:
+    of the second-level cache, for the blocks of a task; ``amx_task_columns``: columns of weights of a task at most.
     """
 
     vocabulary: Literal["avx2", "avx512"]

@@ -217,8 +217,7 @@ def _glu(a: ops.Glu, x: list[Tensor], step: _Step) -> Tensor:
 
 
 def _mul(a: ops.Mul, x: list[Tensor], step: _Step) -> Tensor:
-    rows = len(x[0])
-    return (x[0].reshape(rows, -1) * x[1].reshape(rows, -1)).reshape(x[0].shape)
+    return (x[0].flatten(1) * x[1].flatten(1)).reshape(x[0].shape)
 
 
 def _add(a: ops.Add, x: list[Tensor], step: _Step) -> Tensor:

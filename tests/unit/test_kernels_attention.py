@@ -14,6 +14,7 @@ from hetcomp.backends import packing
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.ops import Attention, KvAppend
 from hetcomp.ir.types import DType
+from tests.reference.attention_reference import attention_reference, poison_the_future
 from tests.reference.kernel_harness import (
     CompiledKernel,
     Step,
@@ -23,7 +24,7 @@ from tests.reference.kernel_harness import (
     cache,
     isas_here,
 )
-from tests.reference.kernel_numbers import EPS, Doubles, draw, from_q8_cache, to_q8_cache
+from tests.reference.kernel_numbers import EPS, draw, from_q8_cache, to_q8_cache
 
 CONTEXT, SLOTS, ROWS = 700, 3, 160
 GQA = Attention(heads=6, kv_heads=2, head_dim=36, v_head_dim=36, scale=0.2)
@@ -91,36 +92,6 @@ def _draw_cache(rng: np.random.Generator, heads: int, dim: int, dtype: DType) ->
     return numbers if dtype is DType.F32 else packing.to_f32(packing.to_bf16_bits(numbers))
 
 
-def _reference(a: Attention, q: Doubles, k: Doubles, v: Doubles, sinks: Doubles, step: Step) -> tuple[Doubles, Doubles]:
-    """Attention and the error it may have, [T, heads, v_head_dim]."""
-    assert step.positions is not None
-    assert step.slots is not None
-    y = np.zeros((len(q), a.heads, a.v_head_dim))
-    bound = np.zeros_like(y)
-    for t, (position, slot) in enumerate(zip(step.positions, step.slots, strict=True)):
-        first = max(0, position - a.window + 1) if a.window else 0
-        for h in range(a.heads):
-            g = h // (a.heads // a.kv_heads)
-            keys, values = k[slot, g, first : position + 1], v[slot, g, first : position + 1]
-            scores = keys @ q[t, h] * a.scale
-            # A score's error is that of a sum of head_dim products (softcap does not steepen it) ...
-            error = EPS * (4 + np.sqrt(a.head_dim)) * (np.abs(keys) @ np.abs(q[t, h]) * a.scale)
-            if a.softcap:
-                scores = a.softcap * np.tanh(scores / a.softcap)
-                error = error + 8 * EPS * np.abs(scores)
-            top = max(scores.max(), sinks[h]) if a.sinks else scores.max()
-            # ... plus the rounding of score - max; exp turns it into a relative error of the probability.
-            error = error + EPS * (4 + np.abs(scores) + abs(top))
-            p = np.exp(scores - top)
-            total = p.sum() + (np.exp(sinks[h] - top) if a.sinks else 0)
-            y[t, h] = p / total @ values
-            spread = p / total @ (np.abs(values) * error[:, None]) + (p / total @ np.abs(values)) * (
-                (p / total) @ error
-            )
-            bound[t, h] = spread + EPS * (8 + np.sqrt(len(p))) * (p / total @ np.abs(values))
-    return y, bound
-
-
 def _check(name: str, isa: Isa, step: Step, threads: int, seed: int) -> None:
     a, dtype = VARIANTS[name]
     rng = np.random.default_rng(seed)
@@ -130,7 +101,7 @@ def _check(name: str, isa: Isa, step: Step, threads: int, seed: int) -> None:
     q, sinks = draw(rng, (rows, a.heads, a.head_dim)), draw(rng, (a.heads,))
     k = _draw_cache(rng, a.kv_heads, a.head_dim, dtype)
     v = k[..., : a.v_head_dim] if a.shared_kv else _draw_cache(rng, a.kv_heads, a.v_head_dim, dtype)
-    _poison_the_future(k, v, step)
+    poison_the_future(k, v, step)
     inputs = [
         q,
         _stored(k, dtype),
@@ -140,20 +111,10 @@ def _check(name: str, isa: Isa, step: Step, threads: int, seed: int) -> None:
     shape = (rows, a.heads, a.v_head_dim)
     kernel = _kernel(name, isa)
     (y,) = kernel(inputs, [shape], rows=rows, threads=threads, step=step)
-    want, bound = _reference(a, *(n.astype(np.float64) for n in (q, k, v, sinks)), step)
+    want, bound = attention_reference(a, *(n.astype(np.float64) for n in (q, k, v, sinks)), step)
     assert (np.abs(y - want) <= bound).all()
     (alone,) = kernel(inputs, [shape], rows=rows, threads=1, step=step)
     np.testing.assert_array_equal(y, alone)
-
-
-def _poison_the_future(k: npt.NDArray[np.float32], v: npt.NDArray[np.float32], step: Step) -> None:
-    """What no token of the step may see is NaN: a read of it would show."""
-    assert step.positions is not None
-    assert step.slots is not None
-    for slot in range(SLOTS):
-        seen = step.positions[step.slots == slot].max(initial=-1) + 1
-        k[slot, :, seen:] = np.nan
-        v[slot, :, seen:] = np.nan
 
 
 @st.composite

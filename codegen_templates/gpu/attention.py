@@ -1,0 +1,311 @@
+"""Attention over the KV cache [slots, kv heads, context, dim], bf16 or f32, by online softmax; sums are f32.
+
+Beside a bf16 cache queries and probabilities are rounded to bf16; beside an f32 one products are TF32 in three parts.
+Heads and values whose width is no power of two are cut in two parts that are (MLA: 512 + 64). Scores are kept in units
+of log 2, which is what exp2 takes.
+"""
+
+import triton
+import triton.language as tl
+
+from hetcomp.codegen_templates.gpu.functions import tanh
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LOWEST: tl.constexpr = tl.constexpr(-1.0e30)  # below every score; finite, so that differences of it are numbers
+
+
+@triton.jit
+def _product(a, b, sums):
+    """sums + a @ b in the arithmetic of b, which comes from the cache."""
+    if b.dtype == tl.float32:
+        return tl.dot(a.to(tl.float32), b, sums, input_precision="tf32x3")
+    else:
+        return tl.dot(a.to(tl.bfloat16), b, sums)
+
+
+@triton.jit
+def _load_queries(q, offsets, valid, DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """Query rows [rows, FIRST](, [rows, SECOND]) as a tuple."""
+    d = tl.arange(0, FIRST)
+    parts = (tl.load(q + offsets[:, None] + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0),)
+    if SECOND > 0:
+        e = FIRST + tl.arange(0, SECOND)
+        parts = parts + (
+            tl.load(q + offsets[:, None] + e[None, :], mask=valid[:, None] & (e < DIM)[None, :], other=0.0),
+        )
+    return parts
+
+
+@triton.jit
+def _attend(
+    queries,
+    k,
+    v,
+    j,
+    end,
+    visible,
+    top,
+    total,
+    sums,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    V_ROW: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_FIRST: tl.constexpr,
+    V_SECOND: tl.constexpr,
+):
+    """One block of keys: the new running maximum, total and sums (a tuple of f32 [rows, part of the values]).
+
+    k, v: rows of the slot's head, DIM and V_ROW elements apart. j i32[keys]; keys from ``end`` on are not read. visible
+    [rows, keys].
+    """
+    inside = j < end
+    d = tl.arange(0, FIRST)
+    keys = tl.load(k + j[None, :] * DIM + d[:, None], mask=inside[None, :] & (d < DIM)[:, None], other=0.0)
+    scores = _product(queries[0], keys, tl.zeros((visible.shape[0], visible.shape[1]), tl.float32))
+    if SECOND > 0:
+        e = FIRST + tl.arange(0, SECOND)
+        more = tl.load(k + j[None, :] * DIM + e[:, None], mask=inside[None, :] & (e < DIM)[:, None], other=0.0)
+        scores = _product(queries[1], more, scores)
+    if SOFTCAP > 0:
+        scores = tanh(scores * (SCALE / SOFTCAP)) * (SOFTCAP * _LOG2_E)
+    else:
+        scores *= SCALE * _LOG2_E
+    scores = tl.where(visible, scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    p = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, axis=1)
+    c = tl.arange(0, V_FIRST)
+    values = tl.load(v + j[:, None] * V_ROW + c[None, :], mask=inside[:, None] & (c < V_DIM)[None, :], other=0.0)
+    new_sums = (_product(p, values, sums[0] * shrink[:, None]),)
+    if V_SECOND > 0:
+        f = V_FIRST + tl.arange(0, V_SECOND)
+        rest = tl.load(v + j[:, None] * V_ROW + f[None, :], mask=inside[:, None] & (f < V_DIM)[None, :], other=0.0)
+        new_sums = new_sums + (_product(p, rest, sums[1] * shrink[:, None]),)
+    return new_top, total, new_sums
+
+
+@triton.jit
+def _no_sums(ROWS: tl.constexpr, V_FIRST: tl.constexpr, V_SECOND: tl.constexpr):
+    sums = (tl.zeros((ROWS, V_FIRST), tl.float32),)
+    if V_SECOND > 0:
+        sums = sums + (tl.zeros((ROWS, V_SECOND), tl.float32),)
+    return sums
+
+
+@triton.jit
+def _first_key(position, WINDOW: tl.constexpr):
+    if WINDOW > 0:
+        return tl.maximum(position - (WINDOW - 1), 0)
+    else:
+        return position * 0
+
+
+@triton.jit
+def _keys_of_part(position, WINDOW: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, MIN_PART: tl.constexpr):
+    """Keys that each part of a token's keys has (the last one less): whole blocks of KEYS, at least MIN_PART."""
+    each = tl.cdiv(position + 1 - _first_key(position, WINDOW), PARTS)
+    return tl.maximum(tl.cdiv(each, KEYS) * KEYS, MIN_PART)
+
+
+@triton.jit
+def attention_decode(
+    q,
+    k,
+    v,
+    positions,
+    slots,
+    partial,
+    stats,
+    context,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    V_ROW: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_FIRST: tl.constexpr,
+    V_SECOND: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIN_PART: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A part of the keys for the query heads of one kv head of one token: q f32[T, HEADS, DIM], caches, positions and
+    slots i32[T], context: positions of a slot -> partial f32[T, HEADS, PARTS, V_DIM], stats f32[T, HEADS, PARTS, 2]
+    (maximum, total). Parts follow from the position alone; those without keys write nothing.
+    Grid: (KV_HEADS * head tiles, PARTS, T)."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    TILES: tl.constexpr = (GROUP + HEAD_TILE - 1) // HEAD_TILE
+    kv_head, token, part = tl.program_id(0) // TILES, tl.program_id(2), tl.program_id(1)
+    position = tl.load(positions + token)
+    each = _keys_of_part(position, WINDOW, PARTS, KEYS, MIN_PART)
+    begin = _first_key(position, WINDOW) + part * each
+    end = tl.minimum(begin + each, position + 1)
+    if begin >= end:
+        return
+    g = tl.program_id(0) % TILES * HEAD_TILE + tl.arange(0, HEAD_TILE)
+    valid = g < GROUP
+    row = token * HEADS + kv_head * GROUP + g
+    queries = _load_queries(q, row * DIM, valid, DIM, FIRST, SECOND)
+    head = (tl.load(slots + token) * KV_HEADS + kv_head).to(tl.int64) * context
+    top = tl.full((HEAD_TILE,), _LOWEST, tl.float32)
+    total = tl.zeros((HEAD_TILE,), tl.float32)
+    sums = _no_sums(HEAD_TILE, V_FIRST, V_SECOND)
+    for first in tl.range(begin, end, KEYS, num_stages=STAGES):
+        j = first + tl.arange(0, KEYS)
+        visible = valid[:, None] & (j < end)[None, :]
+        top, total, sums = _attend(
+            queries, k + head * DIM, v + head * V_ROW, j, end, visible, top, total, sums,
+            SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND,
+        )  # fmt: skip
+    at = row * PARTS + part
+    tl.store(stats + at * 2, top, mask=valid)
+    tl.store(stats + at * 2 + 1, total, mask=valid)
+    c = tl.arange(0, V_FIRST)
+    tl.store(partial + at[:, None] * V_DIM + c[None, :], sums[0], mask=valid[:, None] & (c < V_DIM)[None, :])
+    if V_SECOND > 0:
+        f = V_FIRST + tl.arange(0, V_SECOND)
+        tl.store(partial + at[:, None] * V_DIM + f[None, :], sums[1], mask=valid[:, None] & (f < V_DIM)[None, :])
+
+
+@triton.jit
+def attention_combine(
+    partial,
+    stats,
+    positions,
+    sinks,
+    y,
+    HEADS: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIN_PART: tl.constexpr,
+):
+    """Joins the parts of attention_decode: sinks f32[HEADS] or None -> y f32[T, HEADS, V_DIM]. Grid: (HEADS, T)."""
+    head, token = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions + token)
+    length = position + 1 - _first_key(position, WINDOW)
+    part = tl.arange(0, PARTS)
+    used = part < tl.cdiv(length, _keys_of_part(position, WINDOW, PARTS, KEYS, MIN_PART))
+    row = token * HEADS + head
+    tops = tl.load(stats + (row * PARTS + part) * 2, mask=used, other=-float("inf"))
+    totals = tl.load(stats + (row * PARTS + part) * 2 + 1, mask=used, other=0.0)
+    top = tl.max(tops, axis=0)
+    if sinks is not None:
+        sink = tl.load(sinks + head) * _LOG2_E
+        top = tl.maximum(top, sink)
+    share = tl.exp2(tops - top)
+    total = tl.sum(totals * share, axis=0)
+    if sinks is not None:
+        total += tl.exp2(sink - top)
+    c = tl.arange(0, V_PADDED)
+    at = (row * PARTS + part)[:, None] * V_DIM + c[None, :]
+    sums = tl.load(partial + at, mask=used[:, None] & (c < V_DIM)[None, :], other=0.0)
+    tl.store(y + row * V_DIM + c, tl.sum(sums * share[:, None], axis=0) / total, mask=c < V_DIM)
+
+
+@triton.jit
+def attention_prefill(
+    q,
+    k,
+    v,
+    sinks,
+    positions,
+    slots,
+    n_rows,
+    y,
+    context,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    V_ROW: tl.constexpr,
+    V_DIM: tl.constexpr,
+    V_FIRST: tl.constexpr,
+    V_SECOND: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """TOKENS tokens x HEAD_TILE query heads of one kv head walk over the keys together; operands as those of
+    attention_decode and attention_combine. Tokens of a tile may be of several slots: the tile then walks over the keys
+    of one slot after the other. Grid: (token tiles, KV_HEADS * head tiles)."""
+    rows = tl.load(n_rows)
+    if tl.program_id(0) * TOKENS >= rows:
+        return
+    ROWS: tl.constexpr = TOKENS * HEAD_TILE
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    TILES: tl.constexpr = (GROUP + HEAD_TILE - 1) // HEAD_TILE
+    kv_head = tl.program_id(1) // TILES
+    m = tl.arange(0, ROWS)
+    token = tl.program_id(0) * TOKENS + m // HEAD_TILE
+    g = tl.program_id(1) % TILES * HEAD_TILE + m % HEAD_TILE
+    valid = (token < rows) & (g < GROUP)
+    position = tl.load(positions + token, mask=token < rows, other=-1)
+    slot = tl.load(slots + token, mask=token < rows, other=-1)
+    head = kv_head * GROUP + g
+    row = token.to(tl.int64) * HEADS + head
+    queries = _load_queries(q, row * DIM, valid, DIM, FIRST, SECOND)
+    top = tl.full((ROWS,), _LOWEST, tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = _no_sums(ROWS, V_FIRST, V_SECOND)
+    first_slot = tl.min(tl.where(token < rows, slot, 0x7FFFFFFF), axis=0)
+    for s in tl.range(first_slot, tl.max(slot, axis=0) + 1):
+        mine = slot == s
+        end = tl.max(tl.where(mine, position, -1), axis=0) + 1
+        begin = tl.min(tl.where(mine, _first_key(position, WINDOW), 0x7FFFFFFF), axis=0)
+        cached = (s * KV_HEADS + kv_head).to(tl.int64) * context
+        for first in tl.range(begin, end, KEYS, num_stages=STAGES):
+            j = first + tl.arange(0, KEYS)
+            visible = mine[:, None] & (j[None, :] <= position[:, None])
+            if WINDOW > 0:
+                visible = visible & (j[None, :] > position[:, None] - WINDOW)
+            top, total, sums = _attend(
+                queries, k + cached * DIM, v + cached * V_ROW, j, end, visible, top, total, sums,
+                SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND,
+            )  # fmt: skip
+    shrink = tl.full((ROWS,), 1.0, tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=valid, other=0.0) * _LOG2_E
+        new_top = tl.maximum(top, sink)
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.exp2(sink - new_top)
+    c = tl.arange(0, V_FIRST)
+    factor = (shrink / total)[:, None]
+    tl.store(y + row[:, None] * V_DIM + c[None, :], sums[0] * factor, mask=valid[:, None] & (c < V_DIM)[None, :])
+    if V_SECOND > 0:
+        f = V_FIRST + tl.arange(0, V_SECOND)
+        tl.store(y + row[:, None] * V_DIM + f[None, :], sums[1] * factor, mask=valid[:, None] & (f < V_DIM)[None, :])
+
+
+@triton.jit
+def kv_append(
+    x, cache, positions, slots, n_rows, context, HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    """x f32[rows, HEADS, DIM] to cache[slots[t], :, positions[t], :]. n_rows None: the grid has as many. Grid: (rows,
+    HEADS)."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    if n_rows is not None:
+        if token >= tl.load(n_rows):
+            return
+    d = tl.arange(0, PADDED)
+    row = (tl.load(slots + token) * HEADS + head).to(tl.int64) * context + tl.load(positions + token)
+    numbers = tl.load(x + (token * HEADS + head) * DIM + d, mask=d < DIM)
+    tl.store(cache + row * DIM + d, numbers.to(cache.dtype.element_ty), mask=d < DIM)

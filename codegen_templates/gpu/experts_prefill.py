@@ -1,0 +1,186 @@
+"""Routed experts for many tokens: entries (token, choice) sorted by expert, then GEMMs over the runs of an expert.
+
+Row tiles never span two experts. Every entry's result has a place of its own and a token's are added up in the order of
+its choices, so that sums do not depend on which program comes first. ``resident``: see experts_decode.
+"""
+
+import triton
+import triton.language as tl
+
+from hetcomp.codegen_templates.gpu.functions import glu
+from hetcomp.codegen_templates.gpu.gemm import multiply_add, row_tile, weight_tile
+from hetcomp.codegen_templates.gpu.weights import elements_of_word, padded_steps
+
+
+@triton.jit
+def _experts_of(ids, resident, entries, count):
+    mask = entries < count
+    experts = tl.load(ids + entries, mask=mask, other=-1)
+    if resident is not None:
+        experts = tl.load(resident + experts, mask=mask, other=-1)
+    return experts
+
+
+@triton.jit
+def experts_sort(
+    ids, resident, n_rows, starts, order, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """ids i32[rows, TOP_K] -> order i32[rows * TOP_K]: the entries by expert, then by number; starts i32[EXPERTS + 1]:
+    where an expert's run begins. Grid: (EXPERTS), a program an expert; ENTRIES: entries of a turn."""
+    expert = tl.program_id(0)
+    count = tl.load(n_rows) * TOP_K
+    lower = tl.zeros((ENTRIES,), tl.int32)
+    for first in tl.range(0, count, ENTRIES):
+        experts = _experts_of(ids, resident, first + tl.arange(0, ENTRIES), count)
+        lower += ((experts >= 0) & (experts < expert)).to(tl.int32)
+    start = tl.sum(lower, axis=0)
+    place = start
+    for first in tl.range(0, count, ENTRIES):
+        entries = first + tl.arange(0, ENTRIES)
+        mine = (_experts_of(ids, resident, entries, count) == expert).to(tl.int32)
+        tl.store(order + place + tl.cumsum(mine, axis=0) - 1, entries, mask=mine != 0)
+        place += tl.sum(mine, axis=0)
+    tl.store(starts + expert, start)
+    if expert == EXPERTS - 1:
+        tl.store(starts + EXPERTS, place)
+
+
+@triton.jit
+def _run_of_tile(starts, tile, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, M_TILE: tl.constexpr):
+    """Expert of row tile ``tile`` and where in the order the tile begins and its expert's run ends; begin = end = 0 if
+    there are not so many tiles."""
+    e = tl.arange(0, EXPERTS_PADDED)
+    begins = tl.load(starts + e, mask=e < EXPERTS, other=0)
+    ends = tl.load(starts + e + 1, mask=e < EXPERTS, other=0)
+    tiles = (ends - begins + M_TILE - 1) // M_TILE
+    behind = tl.cumsum(tiles, axis=0)
+    expert = tl.sum((behind <= tile).to(tl.int32), axis=0)
+    mine = e == expert
+    begin = tl.sum(tl.where(mine, begins + (tile - (behind - tiles)) * M_TILE, 0), axis=0)
+    return expert, begin, tl.sum(tl.where(mine, ends, 0), axis=0)
+
+
+@triton.jit
+def experts_gate_up_gemm(
+    x,
+    starts,
+    order,
+    w,
+    bias,
+    h,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    MATRIX: tl.constexpr,
+    FORMAT: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    M_TILE: tl.constexpr,
+    N_TILE: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """x f32[rows, HIDDEN], the order of experts_sort, w in layout panels16_glu, bias f32[EXPERTS, 2 * INTERMEDIATE] or
+    None -> h[entries in order, INTERMEDIATE], bf16 (what the down product rounds it to; f32 beside f32 weights).
+    Grid: (row tiles, column tiles)."""
+    expert, begin, end = _run_of_tile(starts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, M_TILE)
+    if begin >= end:
+        return
+    place = begin + tl.arange(0, M_TILE)
+    valid = place < end
+    token = tl.load(order + place, mask=valid, other=0) // TOP_K
+    n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
+    gate, up, r = n // 16 * 2, n // 16 * 2 + 1, n % 16
+    PER: tl.constexpr = elements_of_word(FORMAT)
+    ALL: tl.constexpr = padded_steps(HIDDEN, FORMAT)
+    MASKED: tl.constexpr = ALL % STEPS != 0 or INTERMEDIATE % N_TILE != 0
+    MASKED_X: tl.constexpr = ALL % STEPS != 0 or ALL * PER != HIDDEN
+    matrix = w + expert.to(tl.int64) * MATRIX
+    offsets = token.to(tl.int64) * HIDDEN
+    gates = tl.zeros((M_TILE, N_TILE), tl.float32)
+    ups = tl.zeros((M_TILE, N_TILE), tl.float32)
+    for first in tl.range(0, ALL, STEPS, num_stages=STAGES):
+        steps = first + tl.arange(0, STEPS)
+        k = first * PER + tl.arange(0, STEPS * PER)
+        mask = (steps < ALL)[:, None] & (n < (INTERMEDIATE + 15) // 16 * 16)[None, :]
+        a = row_tile(x, offsets, valid, k, HIDDEN, MASKED_X)
+        gates = multiply_add(a, weight_tile(matrix, gate, r, steps, mask, HIDDEN, FORMAT, MASKED), gates, FORMAT)
+        ups = multiply_add(a, weight_tile(matrix, up, r, steps, mask, HIDDEN, FORMAT, MASKED), ups, FORMAT)
+    inside = n < INTERMEDIATE
+    if bias is not None:
+        row = bias + expert * (2 * INTERMEDIATE) + n
+        gates += tl.load(row, mask=inside, other=0.0)[None, :]
+        ups += tl.load(row + INTERMEDIATE, mask=inside, other=0.0)[None, :]
+    hidden = glu(gates, ups, FUNCTION, ALPHA, LIMIT)
+    at = place.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
+    tl.store(h + at, hidden.to(h.dtype.element_ty), mask=valid[:, None] & inside[None, :])
+
+
+@triton.jit
+def experts_down_gemm(
+    h,
+    starts,
+    order,
+    weights,
+    w,
+    bias,
+    out,
+    HIDDEN: tl.constexpr,
+    INTERMEDIATE: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    MATRIX: tl.constexpr,
+    FORMAT: tl.constexpr,
+    M_TILE: tl.constexpr,
+    N_TILE: tl.constexpr,
+    STEPS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """h of experts_gate_up_gemm, weights f32[entries], bias f32[EXPERTS, HIDDEN] or None -> out f32[entries, HIDDEN],
+    each entry's result times its weight. Grid: (row tiles, column tiles)."""
+    expert, begin, end = _run_of_tile(starts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, M_TILE)
+    if begin >= end:
+        return
+    place = begin + tl.arange(0, M_TILE)
+    valid = place < end
+    entry = tl.load(order + place, mask=valid, other=0)
+    n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
+    PER: tl.constexpr = elements_of_word(FORMAT)
+    ALL: tl.constexpr = padded_steps(INTERMEDIATE, FORMAT)
+    MASKED: tl.constexpr = ALL % STEPS != 0 or HIDDEN % N_TILE != 0
+    MASKED_H: tl.constexpr = ALL % STEPS != 0 or ALL * PER != INTERMEDIATE
+    matrix = w + expert.to(tl.int64) * MATRIX
+    offsets = place.to(tl.int64) * INTERMEDIATE
+    sums = tl.zeros((M_TILE, N_TILE), tl.float32)
+    for first in tl.range(0, ALL, STEPS, num_stages=STAGES):
+        steps = first + tl.arange(0, STEPS)
+        k = first * PER + tl.arange(0, STEPS * PER)
+        mask = (steps < ALL)[:, None] & (n < (HIDDEN + 15) // 16 * 16)[None, :]
+        a = row_tile(h, offsets, valid, k, INTERMEDIATE, MASKED_H)
+        b = weight_tile(matrix, n // 16, n % 16, steps, mask, INTERMEDIATE, FORMAT, MASKED)
+        sums = multiply_add(a, b, sums, FORMAT)
+    if bias is not None:
+        sums += tl.load(bias + expert * HIDDEN + n, mask=n < HIDDEN, other=0.0)[None, :]
+    sums *= tl.load(weights + entry, mask=valid, other=0.0)[:, None]
+    at = entry.to(tl.int64)[:, None] * HIDDEN + n[None, :]
+    tl.store(out + at, sums, mask=valid[:, None] & (n < HIDDEN)[None, :])
+
+
+@triton.jit
+def experts_combine(out, ids, resident, n_rows, y, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+    """y[t] = sum over k of out[t * TOP_K + k], of the experts that are here. Grid: (rows, column blocks)."""
+    token = tl.program_id(0)
+    if token >= tl.load(n_rows):
+        return
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros((COLUMNS,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        entry = token * TOP_K + choice
+        width = HIDDEN
+        if resident is not None:
+            width = tl.where(tl.load(resident + tl.load(ids + entry)) >= 0, HIDDEN, 0)
+        sums += tl.load(out + entry.to(tl.int64) * HIDDEN + n, mask=n < width, other=0.0)
+    tl.store(y + token.to(tl.int64) * HIDDEN + n, sums, mask=n < HIDDEN)

@@ -1,0 +1,182 @@
+"""Launches of attention and kv_append: keys in parts for a few exact rows, tiles of tokens otherwise."""
+
+from __future__ import annotations
+
+from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Operand, launch
+from hetcomp.backends.gpu.tiles import aligned, power_of_two
+from hetcomp.ir.ops import Attention, KvAppend
+from hetcomp.ir.types import DType
+
+DECODE_ROWS = 16
+# Cache types that the kernels read, and their Triton pointers.
+CACHE_TYPES = {DType.BF16: "*bf16", DType.F32: "*fp32"}
+MAX_F32_DIM = 256  # of a head in an f32 cache: wider ones do not fit in 99 KB of shared memory
+
+_PARTS_WANTED = 256  # programs over all heads and tokens: two for each multiprocessor of a large GPU
+_MIN_PART = 128  # keys below which a part costs more than it saves
+_MIN_PARTS, _MAX_PARTS = 8, 64
+
+
+def split_width(dim: int) -> tuple[int, int]:
+    """A width as one or two tiles whose sides are powers of two and at least 16: (all, 0) or (most, rest)."""
+    if dim <= 16:
+        return 16, 0
+    below = power_of_two(dim + 1) // 2
+    return (below, 0) if below == dim else (below, max(16, power_of_two(dim - below)))
+
+
+def _shape(a: Attention) -> dict[str, Constant]:
+    first, second = split_width(a.head_dim)
+    v_first, v_second = split_width(a.v_head_dim)
+    return {
+        "HEADS": a.heads,
+        "KV_HEADS": a.kv_heads,
+        "DIM": a.head_dim,
+        "FIRST": first,
+        "SECOND": second,
+        "V_ROW": a.head_dim if a.shared_kv else a.v_head_dim,
+        "V_DIM": a.v_head_dim,
+        "V_FIRST": v_first,
+        "V_SECOND": v_second,
+        "SCALE": a.scale,
+        "SOFTCAP": a.softcap,
+        "WINDOW": a.window,
+    }
+
+
+def _stem(a: Attention, cache: DType) -> str:
+    return f"attention_{a.heads}x{a.kv_heads}x{a.head_dim}_{cache}"
+
+
+def _keys(a: Attention, dtype: DType) -> tuple[int, tuple[int, int]]:
+    """Keys of a block and pipeline depths: what fits in shared memory beside the queries."""
+    if dtype is DType.F32:
+        return 32, (2, 1)
+    return (32, (2, 1)) if a.head_dim > 128 else (64, (3, 2))
+
+
+def attention(request: GpuRequest) -> GpuCode:
+    """``attention``."""
+    if request.rows is not None and request.rows <= DECODE_ROWS:
+        return _decode(request, request.rows)
+    return _prefill(request)
+
+
+def _operands(request: GpuRequest, a: Attention) -> tuple[dict[str, tuple[str, Operand]], tuple[str, Operand] | None]:
+    cache = CACHE_TYPES[request.inputs[1].type.dtype]
+    arguments = {
+        "q": ("*fp32", Operand("input", 0)),
+        "k": (cache, Operand("input", 1)),
+        "v": (cache, Operand("input", 1 if a.shared_kv else 2)),
+    }
+    return arguments, ("*fp32", Operand("input", 2 if a.shared_kv else 3)) if a.sinks else None
+
+
+def _decode(request: GpuRequest, rows: int) -> GpuCode:
+    a = request.op.attrs
+    assert isinstance(a, Attention)
+    dtype = request.inputs[1].type.dtype
+    group = a.heads // a.kv_heads
+    # 16 heads: the side of a tensor core's tile; more where one read of the keys can serve more and the sums still fit.
+    heads = min(max(16, power_of_two(group)), 16 if a.v_head_dim > 256 else 64)
+    tiles = a.kv_heads * -(-group // heads)
+    parts = min(_MAX_PARTS, max(_MIN_PARTS, power_of_two(-(-_PARTS_WANTED // (tiles * rows)))))
+    keys, stages = _keys(a, dtype)
+    split: dict[str, Constant] = {"KEYS": keys, "PARTS": parts, "MIN_PART": _MIN_PART}
+    stats_at = aligned(4 * rows * a.heads * parts * a.v_head_dim)
+    partial, stats = ("*fp32", Operand("workspace")), ("*fp32", Operand("workspace", offset=stats_at))
+    positions = ("*i32", Operand("step", name="positions"))
+    operands, sinks = _operands(request, a)
+    shape = _shape(a)
+    first = launch(
+        "attention",
+        "attention_decode",
+        f"{_stem(a, dtype)}_decode_parts{parts}",
+        (GridAxis(tiles), GridAxis(parts), ROWS),
+        {
+            **operands,
+            "positions": positions,
+            "slots": ("*i32", Operand("step", name="slots")),
+            "partial": partial,
+            "stats": stats,
+            "context": ("i32", Operand("context")),
+        },
+        {**shape, "HEAD_TILE": heads, **split},
+        stages=stages,
+    )
+    join = launch(
+        "attention",
+        "attention_combine",
+        f"{_stem(a, dtype)}_combine_parts{parts}",
+        (GridAxis(a.heads), ROWS, ONE),
+        {
+            "partial": partial,
+            "stats": stats,
+            "positions": positions,
+            "sinks": sinks,
+            "y": ("*fp32", Operand("output", 0)),
+        },
+        {
+            "HEADS": a.heads,
+            "V_DIM": a.v_head_dim,
+            "V_PADDED": power_of_two(a.v_head_dim),
+            "WINDOW": a.window,
+            **split,
+        },
+    )
+    return GpuCode((first, join), stats_at + aligned(8 * rows * a.heads * parts))
+
+
+def _prefill(request: GpuRequest) -> GpuCode:
+    a = request.op.attrs
+    assert isinstance(a, Attention)
+    dtype = request.inputs[1].type.dtype
+    keys, stages = _keys(a, dtype)
+    # Queries, scores and sums stay in registers.
+    rows = 32 if a.head_dim > 256 or dtype is DType.F32 else 64 if a.head_dim > 128 else 128
+    group = a.heads // a.kv_heads
+    heads = min(power_of_two(group), rows)
+    tokens = rows // heads
+    operands, sinks = _operands(request, a)
+    made = launch(
+        "attention",
+        "attention_prefill",
+        f"{_stem(a, dtype)}_prefill",
+        (GridAxis(tile=tokens), GridAxis(a.kv_heads * -(-group // heads)), ONE),
+        {
+            **operands,
+            "sinks": sinks,
+            "positions": ("*i32", Operand("step", name="positions")),
+            "slots": ("*i32", Operand("step", name="slots")),
+            "n_rows": ("*i32", Operand("step", name="rows")),
+            "y": ("*fp32", Operand("output", 0)),
+            "context": ("i32", Operand("context")),
+        },
+        {**_shape(a), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": keys},
+        warps=8 if rows == 128 or a.head_dim > 128 else 4,
+        stages=stages,
+    )
+    return GpuCode((made,))
+
+
+def kv_append(request: GpuRequest) -> GpuCode:
+    """``kv_append``."""
+    attrs, dtype = request.op.attrs, request.inputs[1].type.dtype
+    assert isinstance(attrs, KvAppend)
+    made = launch(
+        "attention",
+        "kv_append",
+        f"kv_append_{attrs.heads}x{attrs.head_dim}_{dtype}",
+        (ROWS, GridAxis(attrs.heads), ONE),
+        {
+            "x": ("*fp32", Operand("input", 0)),
+            "cache": (CACHE_TYPES[dtype], Operand("input", 1)),
+            "positions": ("*i32", Operand("step", name="positions")),
+            "slots": ("*i32", Operand("step", name="slots")),
+            "n_rows": ("*i32", Operand("step", name="rows")) if request.rows is None else None,
+            "context": ("i32", Operand("context")),
+        },
+        {"HEADS": attrs.heads, "DIM": attrs.head_dim, "PADDED": power_of_two(attrs.head_dim)},
+        warps=1,
+    )
+    return GpuCode((made,))

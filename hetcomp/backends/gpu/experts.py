@@ -1,0 +1,196 @@
+"""Launches of moe_experts: GEMV an expert for a few exact rows, else entries sorted by expert and GEMMs over them."""
+
+from __future__ import annotations
+
+from hetcomp.backends import packing
+from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
+from hetcomp.backends.gpu.linear import GEMV_ROWS, gemm_tile, gemv_turn, matrix_words, word_type
+from hetcomp.backends.gpu.tiles import aligned, power_of_two
+from hetcomp.ir.ops import MoeExperts
+
+_SORT_ENTRIES = 1024  # entries that a program of the sort looks at in a turn
+_COMBINE_COLUMNS = 1024
+_Argument = tuple[str, Operand] | None
+
+
+def moe_experts(request: GpuRequest) -> GpuCode:
+    """``moe_experts``."""
+    if request.rows is not None and request.rows <= GEMV_ROWS:
+        return _Experts(request).decode(request.rows)
+    return _Experts(request).grouped(request.max_rows())
+
+
+class _Experts:
+    """The op's operands and constants."""
+
+    def __init__(self, request: GpuRequest) -> None:
+        attrs = request.op.attrs
+        assert isinstance(attrs, MoeExperts)
+        self.attrs = attrs
+        self.weight_format = str(request.inputs[3].format)
+        self.here = _first(request.inputs[3].type.shape[0])
+        self.resident: _Argument = ("*i32", Operand("input", 5 + 2 * attrs.bias)) if request.resident else None
+        self.ids = ("*i32", Operand("input", 1))
+        self.weights = ("*fp32", Operand("input", 2))
+        self.stem = f"experts_{self.weight_format}_{self.here}x{attrs.intermediate}x{attrs.hidden}"
+        self.shape: dict[str, Constant] = {"HIDDEN": attrs.hidden, "INTERMEDIATE": attrs.intermediate}
+
+    def _gate_up(self) -> tuple[dict[str, _Argument], dict[str, Constant]]:
+        a, word = self.attrs, word_type(self.weight_format)
+        arguments: dict[str, _Argument] = {
+            "w": (word, Operand("input", 3)),
+            "bias": ("*fp32", Operand("input", 5)) if a.bias else None,
+        }
+        constants: dict[str, Constant] = {
+            **self.shape,
+            "MATRIX": matrix_words(2 * a.intermediate, a.hidden, self.weight_format, packing.PANELS_GLU),
+            "FORMAT": self.weight_format,
+        }
+        return arguments, constants
+
+    def _glu(self) -> dict[str, Constant]:
+        return {"FUNCTION": self.attrs.function, "ALPHA": self.attrs.alpha, "LIMIT": self.attrs.limit}
+
+    def _down(self) -> tuple[dict[str, _Argument], dict[str, Constant]]:
+        a, word = self.attrs, word_type(self.weight_format)
+        arguments: dict[str, _Argument] = {
+            "w": (word, Operand("input", 4)),
+            "bias": ("*fp32", Operand("input", 6)) if a.bias else None,
+        }
+        constants: dict[str, Constant] = {
+            **self.shape,
+            "MATRIX": matrix_words(a.hidden, a.intermediate, self.weight_format, packing.PANELS),
+            "FORMAT": self.weight_format,
+        }
+        return arguments, constants
+
+    def decode(self, rows: int) -> GpuCode:
+        a = self.attrs
+        h = ("*fp32", Operand("workspace"))
+        matrices, constants = self._gate_up()
+        pairs = -(-a.intermediate // packing.PANEL)
+        # A program has two panels: twice the vectors a thread.
+        turn = gemv_turn(a.hidden, self.weight_format, pairs * a.top_k * rows)
+        up = launch(
+            "experts_decode",
+            "experts_gate_up_gemv",
+            f"{self.stem}_gate_up",
+            (GridAxis(pairs), GridAxis(a.top_k), ROWS),
+            {"x": ("*fp32", Operand("input", 0)), "ids": self.ids, "resident": self.resident, **matrices, "h": h},
+            {**constants, "TOP_K": a.top_k, **self._glu(), "STEPS": turn.steps},
+            warps=turn.warps,
+        )
+        matrices, constants = self._down()
+        panels = -(-a.hidden // packing.PANEL)
+        turn = gemv_turn(a.intermediate, self.weight_format, panels * rows)
+        arguments = {"h": h, "ids": self.ids, "weights": self.weights, "resident": self.resident, **matrices}
+        down = launch(
+            "experts_decode",
+            "experts_down_gemv",
+            f"{self.stem}_down",
+            (GridAxis(panels), ROWS, ONE),
+            {**arguments, "y": ("*fp32", Operand("output", 0))},
+            {**constants, "TOP_K": a.top_k, "STEPS": turn.steps},
+            warps=turn.warps,
+        )
+        return GpuCode((up, down), aligned(4 * rows * a.top_k * a.intermediate))
+
+    def grouped(self, rows: int) -> GpuCode:
+        a = self.attrs
+        entries = rows * a.top_k
+        narrow = self.weight_format != "f32"
+        offsets, size = _regions(
+            4 * (self.here + 1), 4 * entries, (2 if narrow else 4) * entries * a.intermediate, 4 * entries * a.hidden
+        )
+        kinds = ("*i32", "*i32", "*bf16" if narrow else "*fp32", "*fp32")
+        regions = [(kind, Operand("workspace", offset=at)) for kind, at in zip(kinds, offsets, strict=True)]
+        starts, order, h, out = regions
+        return GpuCode(
+            (
+                self._sort(starts, order),
+                *self._products(rows, starts, order, h, out),
+                self._combine(out),
+            ),
+            size,
+        )
+
+    def _sort(self, starts: _Argument, order: _Argument) -> Launch:
+        return launch(
+            "experts_prefill",
+            "experts_sort",
+            f"experts_sort_{self.here}",
+            (GridAxis(self.here), ONE, ONE),
+            {
+                "ids": self.ids,
+                "resident": self.resident,
+                "n_rows": ("*i32", Operand("step", name="rows")),
+                "starts": starts,
+                "order": order,
+            },
+            {"EXPERTS": self.here, "TOP_K": self.attrs.top_k, "ENTRIES": _SORT_ENTRIES},
+        )
+
+    def _products(
+        self, rows: int, starts: _Argument, order: _Argument, h: _Argument, out: _Argument
+    ) -> tuple[Launch, Launch]:
+        a = self.attrs
+        share = -(-rows * a.top_k // a.experts)
+        wide, tile = (gemm_tile(self.weight_format, share, matrices) for matrices in (1, 2))
+        # Each expert's last tile may be part of one.
+        tiles = GridAxis(tile=tile.rows, scale=a.top_k, extra=self.here)
+        runs: dict[str, Constant] = {"EXPERTS": self.here, "EXPERTS_PADDED": power_of_two(self.here)}
+        matrices, constants = self._gate_up()
+        up = launch(
+            "experts_prefill",
+            "experts_gate_up_gemm",
+            f"{self.stem}_gate_up_tile{tile.rows}",
+            (tiles, GridAxis(-(-a.intermediate // tile.columns)), ONE),
+            {"x": ("*fp32", Operand("input", 0)), "starts": starts, "order": order, **matrices, "h": h},
+            {**constants, **runs, "TOP_K": a.top_k, **self._glu(), **tile.constants()},
+            warps=tile.warps,
+            stages=tile.stages,
+        )
+        matrices, constants = self._down()
+        down = launch(
+            "experts_prefill",
+            "experts_down_gemm",
+            f"{self.stem}_down_tile{wide.rows}",
+            (tiles, GridAxis(-(-a.hidden // wide.columns)), ONE),
+            {"h": h, "starts": starts, "order": order, "weights": self.weights, **matrices, "out": out},
+            {**constants, **runs, **wide.constants()},
+            warps=wide.warps,
+            stages=wide.stages,
+        )
+        return up, down
+
+    def _combine(self, out: _Argument) -> Launch:
+        a = self.attrs
+        columns = min(power_of_two(a.hidden), _COMBINE_COLUMNS)
+        return launch(
+            "experts_prefill",
+            "experts_combine",
+            f"experts_combine_{a.hidden}",
+            (ROWS, GridAxis(-(-a.hidden // columns)), ONE),
+            {
+                "out": out,
+                "ids": self.ids,
+                "resident": self.resident,
+                "n_rows": ("*i32", Operand("step", name="rows")),
+                "y": ("*fp32", Operand("output", 0)),
+            },
+            {"HIDDEN": a.hidden, "TOP_K": a.top_k, "COLUMNS": columns},
+        )
+
+
+def _first(dim: int | str) -> int:
+    assert isinstance(dim, int)
+    return dim
+
+
+def _regions(*sizes: int) -> tuple[list[int], int]:
+    """Offsets of regions one after the other, multiples of 64, and their total."""
+    offsets, total = [], 0
+    for size in sizes:
+        offsets.append(total)
+        total += aligned(size)
+    return offsets, total

@@ -1,0 +1,142 @@
+"""What the GPU backend is asked and what it answers: an op becomes launches of ahead-of-time kernels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hetcomp.ir.plan import Op, Value
+
+Constant = int | float | bool | str | None
+
+
+@dataclass(frozen=True)
+class GpuRequest:
+    """One op to generate launches for. ``inputs``/``outputs`` are the op's values in order, weights with their format
+    chosen; ``dims`` are upper bounds of the symbolic dimensions.
+
+    ``rows``: the op always has exactly so many rows (a decode step of fixed batch); None: up to its bound, and kernels
+    read the number from memory (prefill). ``resident``: of ``moe_experts``, only some experts' weights are here;
+    inputs[3] and what follows then have these experts alone, and a further last input i32[experts] says where each
+    expert lies among them, -1 for those elsewhere, which add nothing to the result.
+    """
+
+    op: Op
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    dims: Mapping[str, int] = field(default_factory=dict)
+    rows: int | None = None
+    resident: bool = False
+
+    def max_rows(self) -> int:
+        """``rows``, or the upper bound of the op's rows (kv_append has no output; its input's)."""
+        first = (self.outputs or self.inputs)[0].type.shape[0]
+        if self.rows is not None:
+            return self.rows
+        return first if isinstance(first, int) else self.dims[first]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What an argument of a launch is.
+
+    ``input``/``output``: the op's operand number ``index``. ``workspace``: the op's scratch memory from ``offset`` on.
+    ``step``: an array that each step brings in device memory, by ``name``: ``positions``, ``slots``, ``logit_rows`` i32
+    of a row each, ``rows`` i32[1] (tokens), ``logit_row_count`` i32[1]. ``context``: the number i32 of positions that a
+    slot of the KV cache holds. Pointers are multiples of 16 bytes.
+    """
+
+    source: Literal["input", "output", "workspace", "step", "context"]
+    index: int = 0
+    name: str = ""
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class GridAxis:
+    """Programs along one axis of a grid: fixed * (ceil(rows * scale / tile) + extra); ``tile`` 0: fixed."""
+
+    fixed: int = 1
+    tile: int = 0
+    scale: int = 1
+    extra: int = 0
+
+    def programs(self, rows: int) -> int:
+        """Programs for a step of so many rows."""
+        if self.tile == 0:
+            return self.fixed
+        return self.fixed * (-(-rows * self.scale // self.tile) + self.extra)
+
+
+Grid = tuple[GridAxis, GridAxis, GridAxis]
+ONE = GridAxis()
+ROWS = GridAxis(tile=1)
+
+
+@dataclass(frozen=True)
+class GpuKernel:
+    """One Triton function of ``codegen_templates/gpu`` with its constants.
+
+    ``arguments``: name and Triton type (``*fp32``, ``i32``) of what a launch passes, in order. ``stages``: of how many
+    turns of its loop a kernel with the constant STAGES holds the loads at once: first where a block may have 160 KB of
+    shared memory, then elsewhere. None: it has no such constant. Neither this nor ``warps`` moves the grid.
+    """
+
+    stem: str
+    module: str
+    function: str
+    arguments: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Constant], ...]
+    warps: int = 4
+    stages: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Stem and a hash of everything else: equal names are equal kernels."""
+        return f"{self.stem}_{hashlib.sha256(repr(self).encode()).hexdigest()[:10]}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, its grid as a function of the step's rows, and its arguments in order."""
+
+    kernel: GpuKernel
+    grid: Grid
+    operands: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class GpuCode:
+    """An op as launches, one after the other, and the scratch memory they share (bytes; a multiple of 64)."""
+
+    launches: tuple[Launch, ...]
+    workspace_bytes: int = 0
+
+
+def launch(
+    module: str,
+    function: str,
+    stem: str,
+    grid: Grid,
+    arguments: Mapping[str, tuple[str, Operand] | None],
+    constants: Mapping[str, Constant],
+    *,
+    warps: int = 4,
+    stages: tuple[int, int] | None = None,
+) -> Launch:
+    """A launch whose ``arguments`` name their Triton type and operand. An argument that is None is absent: the kernel
+    is compiled without it."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    absent = {name: None for name, value in arguments.items() if value is None}
+    kernel = GpuKernel(
+        stem,
+        module,
+        function,
+        tuple((name, kind) for name, (kind, _) in given.items()),
+        tuple({**absent, **constants}.items()),
+        warps,
+        stages,
+    )
+    return Launch(kernel, grid, tuple(operand for _, operand in given.values()))

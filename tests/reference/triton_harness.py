@@ -1,0 +1,171 @@
+"""Runs the GPU backend's launches on numpy arrays in Triton's interpreter (tests/conftest.py turns it on)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from hetcomp.backends import packing
+from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Launch, Operand
+from hetcomp.backends.gpu.triton_backend import TritonBackend
+from hetcomp.ir.ops import Attrs
+from hetcomp.ir.plan import Op, Value
+from tests.gpu.record_cases import buffer_name, folder, record
+from tests.reference.kernel_harness import Step
+
+_GUARD = 256  # bytes in front of and behind a buffer
+_BACKEND = TritonBackend()
+_TORCH = {"*fp32": torch.float32, "*i32": torch.int32, "*i16": torch.int16, "*bf16": torch.bfloat16}
+_STAGES = 1
+
+
+def _dot_of_numbers(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """The interpreter of Triton 3.9 multiplies the bits of bf16 operands as whole numbers."""
+    wide = [
+        interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if x.dtype.scalar == tl.bfloat16
+        else x
+        for x in (a, b)
+    ]
+    return _given_dot(builder, *wide, d, input_precision, max_num_imprecise_acc)
+
+
+def _convert_as_gpus(data: Any, given: Any, wanted: Any, rounding_mode: Any) -> Any:
+    """The interpreter of Triton 3.9 cuts f32 off to bf16 or carries into the wrong bits; GPUs round to nearest even."""
+    if given == tl.float32 and wanted == tl.bfloat16:
+        return packing.to_bf16_bits(data).reshape(data.shape)
+    return _given_convert(data, given, wanted, rounding_mode)
+
+
+assert triton.knobs.runtime.interpret, "tests/conftest.py must be read before Triton is imported"
+_given_dot = interpreter.InterpreterBuilder.create_dot
+interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
+_given_convert = interpreter._convert_float
+interpreter._convert_float = _convert_as_gpus
+
+
+def request(
+    attrs: Attrs,
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    dims: Mapping[str, int],
+    rows: int | None = None,
+    resident: bool = False,
+) -> GpuRequest:
+    """A request around ``attrs``."""
+    op = Op("op", attrs, (), (), origin="model.layers.0.test")
+    return GpuRequest(op, tuple(inputs), tuple(outputs), dict(dims), rows, resident)
+
+
+def emit(asked: GpuRequest) -> GpuCode:
+    """The backend's answer."""
+    return _BACKEND.emit(asked)
+
+
+@dataclass
+class _Buffer:
+    """Bytes between two guard zones, all 0xFF (NaN, and -1) at first."""
+
+    everything: torch.Tensor
+    size: int
+
+    @classmethod
+    def of_size(cls, size: int) -> _Buffer:
+        return cls(torch.full((size + 2 * _GUARD,), 0xFF, dtype=torch.uint8), size)
+
+    @classmethod
+    def of(cls, array: npt.NDArray[Any]) -> _Buffer:
+        buffer = cls.of_size(array.nbytes)
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        buffer.everything[_GUARD : _GUARD + array.nbytes] = torch.from_numpy(flat.copy())
+        return buffer
+
+    def body(self) -> torch.Tensor:
+        return self.everything[_GUARD : _GUARD + self.size]
+
+    def as_type(self, kind: str, offset: int) -> torch.Tensor:
+        return self.everything[_GUARD + offset :].view(_TORCH[kind])
+
+    def numpy(self, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        return self.body().numpy().view(dtype).reshape(shape).copy()
+
+    def check(self) -> None:
+        assert (self.everything[:_GUARD] == 0xFF).all(), "the kernel wrote in front of a buffer"
+        assert (self.everything[_GUARD + self.size :] == 0xFF).all(), "the kernel wrote behind a buffer"
+
+
+def run(
+    asked: GpuRequest,
+    inputs: Sequence[npt.NDArray[Any]],
+    outputs: Sequence[tuple[tuple[int, ...], Any]],
+    *,
+    rows: int,
+    step: Step | None = None,
+    grid_rows: int | None = None,
+    changed: Mapping[int, npt.NDArray[Any]] | None = None,
+) -> list[npt.NDArray[Any]]:
+    """Runs the op and returns its outputs (shape, dtype); asserts that nothing is written outside of them and of the
+    workspace. ``grid_rows``: rows that the grids are made for, ``rows`` if None. ``changed``: inputs (by index) that
+    the op writes; what it leaves is copied into the given arrays."""
+    code = emit(asked)
+    step = step or Step()
+    of_step = {
+        "positions": step.positions,
+        "slots": step.slots,
+        "logit_rows": step.logit_rows,
+        "rows": np.array([rows], np.int32),
+        "logit_row_count": np.array([rows], np.int32),
+    }
+    buffers: dict[tuple[str, Any], _Buffer] = {("workspace", 0): _Buffer.of_size(code.workspace_bytes)}
+    buffers |= {("input", i): _Buffer.of(a) for i, a in enumerate(inputs)}
+    buffers |= {
+        ("output", i): _Buffer.of_size(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        for i, (shape, dtype) in enumerate(outputs)
+    }
+    buffers |= {("step", name): _Buffer.of(a) for name, a in of_step.items() if a is not None}
+    before = {buffer_name(*key): b.everything.numpy().copy() for key, b in buffers.items()}
+    for launch in code.launches:
+        _run_launch(launch, buffers, step.context, rows if grid_rows is None else grid_rows)
+    for buffer in buffers.values():
+        buffer.check()
+    if recorded := folder():
+        written = {
+            key: b
+            for key, b in buffers.items()
+            if key[0] == "output" or (key[0] == "input" and key[1] in (changed or ()))
+        }
+        after = {buffer_name(*key): b.everything.numpy() for key, b in written.items()}
+        record(recorded, code, before, after, step.context, rows if grid_rows is None else grid_rows, _GUARD)
+    for i, target in (changed or {}).items():
+        target[...] = buffers["input", i].numpy(target.dtype, target.shape)
+    return [buffers["output", i].numpy(dtype, shape) for i, (shape, dtype) in enumerate(outputs)]
+
+
+def _run_launch(launch: Launch, buffers: Mapping[tuple[str, Any], _Buffer], context: int, rows: int) -> None:
+    kernel = launch.kernel
+    function = getattr(import_module(f"hetcomp.codegen_templates.gpu.{kernel.module}"), kernel.function)
+
+    def argument(kind: str, operand: Operand) -> Any:
+        if operand.source == "context":
+            return context
+        key = operand.name if operand.source == "step" else operand.index
+        return buffers[operand.source, key].as_type(kind, operand.offset)
+
+    given = {
+        name: argument(kind, operand) for (name, kind), operand in zip(kernel.arguments, launch.operands, strict=True)
+    }
+    stages = {"STAGES": _STAGES} if kernel.stages else {}
+    grid = tuple(axis.programs(rows) for axis in launch.grid)
+    if 0 in grid:
+        return
+    with np.errstate(all="ignore"):
+        function[grid](**given, **dict(kernel.constants), **stages)

@@ -1,0 +1,173 @@
+"""Every family of GPU kernels compiles ahead of time for every architecture, without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from hetcomp.backends import packing
+from hetcomp.backends.gpu.architectures import shared_limit
+from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_kernels
+from hetcomp.backends.gpu.kernels import GpuKernel, GpuRequest
+from hetcomp.backends.gpu.write_kernels import write_kernels
+from hetcomp.errors import HetcompError
+from hetcomp.ir import ops
+from hetcomp.ir.types import DType
+from tests.reference.experts_case import expert_weights
+from tests.reference.kernel_harness import activation, cache, weight
+from tests.reference.triton_harness import emit, request
+
+CCS = (80, 86, 89, 90, 120)
+FEW_CCS = (86, 90)  # for the other formats of a family: mma and wgmma, 99 and 227 KB of shared memory
+DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096}
+GQA = ops.Attention(heads=32, kv_heads=4, head_dim=128, v_head_dim=128, scale=0.09)
+GPT_OSS = ops.Attention(heads=64, kv_heads=8, head_dim=64, v_head_dim=64, scale=0.125, window=128, sinks=True)
+MLA = ops.Attention(heads=128, kv_heads=1, head_dim=576, v_head_dim=512, scale=0.07, shared_kv=True)
+WIDE = ops.Attention(heads=16, kv_heads=16, head_dim=256, v_head_dim=192, scale=0.06, softcap=30.0)
+DEEPSEEK = ops.Route(256, 8, "sigmoid", True, 1e-20, 8, 4, "top2", "never", 2.5, bias=True)
+
+
+def _linear(weight_format: str, rows: int | None) -> GpuRequest:
+    value = weight("w", (4096, 2048), weight_format, packing.PANELS)
+    return request(
+        ops.Linear(2048, 4096), [activation("x", "T", 2048), value], [activation("y", "T", 4096)], DIMS, rows
+    )
+
+
+def _experts(weight_format: str, rows: int | None, tokens: int = 512) -> GpuRequest:
+    a = ops.MoeExperts(experts=128, top_k=8, hidden=2048, intermediate=768)
+    operands = [activation("x", "T", 2048), activation("i", "T", 8), activation("r", "T", 8)]
+    operands += expert_weights(a, weight_format)
+    operands.append(activation("resident", 128))
+    return request(a, operands, [activation("y", "T", 2048)], {**DIMS, "T": tokens}, rows, resident=True)
+
+
+def _attention(a: ops.Attention, rows: int | None, dtype: DType = DType.BF16) -> GpuRequest:
+    operands = [activation("q", "T", a.heads, a.head_dim), cache("k", dtype, a.kv_heads, a.head_dim)]
+    operands += [] if a.shared_kv else [cache("v", dtype, a.kv_heads, a.v_head_dim)]
+    operands += [activation("s", a.heads)] * a.sinks
+    return request(a, operands, [activation("y", "T", a.heads, a.v_head_dim)], DIMS, rows)
+
+
+def _small(rows: int | None) -> list[GpuRequest]:
+    """Norms, rotary embedding, routing, elementwise ops, reading and writing of rows."""
+    x, y = activation("x", "T", 2048), activation("y", "T", 2048)
+    half, heads, r = activation("c", "T", 64), activation("q", "T", 32, 128), activation("r", "R", 2048)
+    few = activation("i", "T", 8)
+    table = weight("w", (1024, 2048), "q4", packing.PANELS)
+    asked = [
+        (ops.RmsNorm(2048, 1e-6), [x, activation("w", 2048)], [y]),
+        (ops.RmsNorm(128, 1e-6, 32), [heads, activation("w", 128)], [heads]),
+        (ops.RopeTable(128), [activation("p", "T"), activation("f", 64)], [half, half]),
+        (ops.Rope(32, 128, 128), [heads, half, half], [heads]),
+        (DEEPSEEK, [activation("l", "T", 256), activation("b", 256)], [few, few]),
+        (ops.Route(128, 8, "softmax", True), [activation("l", "T", 128)], [few, few]),
+        (ops.Embed(1024, 2048), [activation("ids", "T"), table], [y]),
+        (ops.Glu(2048), [x, x], [y]),
+        (ops.Activation("gelu"), [x], [y]),
+        (ops.Add(), [x, x], [y]),
+        (ops.Mul(), [x, activation("g", "T", 1)], [y]),
+        (ops.Scale(2.0), [x], [y]),
+        (ops.Slice(64, 128), [heads], [activation("y", "T", 32, 64)]),
+        (ops.SelectRows(), [x], [r]),
+        (ops.KvAppend(4, 128), [activation("k", "T", 4, 128), cache("k", DType.BF16, 4, 128)], []),
+    ]
+    return [request(attrs, operands, outputs, DIMS, rows) for attrs, operands, outputs in asked]
+
+
+FAMILIES = {
+    **{f"linear-{form}": [_linear(form, rows) for rows in (1, 8, None)] for form in packing.FORMATS},
+    **{f"experts-{form}": [_experts(form, rows) for rows in (1, None)] for form in ("bf16", "q4")},
+    **{f"experts-{form}-many": [_experts(form, None, 4096)] for form in packing.FORMATS},
+    **{
+        f"attention-{name}": [_attention(a, rows) for rows in (1, None)]
+        for name, a in (("gqa", GQA), ("gpt-oss", GPT_OSS), ("mla", MLA))
+    },
+    "attention-f32": [_attention(GQA, rows, DType.F32) for rows in (1, None)],
+    "attention-wide": [_attention(WIDE, rows) for rows in (1, 4, None)],
+    "small": _small(None),
+}
+ALL_CCS = {"linear-q4", "linear-bf16", "experts-q4", *(f for f in FAMILIES if f.startswith("attention")), "small"}
+
+
+def _kernels(family: str) -> list[GpuKernel]:
+    return [launch.kernel for asked in FAMILIES[family] for launch in emit(asked).launches]
+
+
+def _resources(cubin: Path) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL .. of the kernel, by the cuobjdump that comes with Triton."""
+    tool = (
+        Path(str(metadata.distribution("triton").locate_file("triton"))) / "backends" / "nvidia" / "bin" / "cuobjdump"
+    )
+    done = subprocess.run([str(tool), "-res-usage", str(cubin)], capture_output=True, text=True, check=True)
+    return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", done.stdout)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiles_ahead_of_time(family):
+    kernels = {k.name for k in _kernels(family)}
+    ccs = CCS if family in ALL_CCS else FEW_CCS
+    made = compile_kernels(_kernels(family), ccs, threads=2)
+    assert {(m.kernel.name, m.cc) for m in made} == {(name, cc) for name in kernels for cc in ccs}
+    for m in made:
+        assert m.cubin.read_bytes()[:4] == b"\x7fELF", m
+        assert m.shared_bytes <= shared_limit(m.cc)
+        assert m.global_scratch_bytes == 0
+        resources = _resources(m.cubin)
+        # A few registers that do not fit cost little; arrays in local memory would.
+        assert resources["STACK"] + resources["LOCAL"] <= 128, (m.kernel.name, m.cc, resources)
+
+
+def test_the_folder_holds_what_its_table_says(tmp_path: Path):
+    made = compile_kernels(_kernels("linear-q4")[:1], (90,), threads=1)
+    names = write_kernels(made, tmp_path)
+    assert sorted(names) == sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file())
+    table = json.loads((tmp_path / "kernels.json").read_text())
+    assert table["schema"] == [1, 0]
+    (entry,) = table["kernels"]
+    assert entry["name"].startswith("linear_q4_n4096_k2048_rows1_")
+    assert entry["entry"] == "linear_gemv"
+    assert entry["cc"] == 90
+    assert entry["arguments"] == [{"name": n, "type": "ptr"} for n in ("x", "w", "y")]
+    assert entry["sha256"] == hashlib.sha256((tmp_path / entry["file"]).read_bytes()).hexdigest()
+    assert (entry["num_warps"], entry["global_scratch_bytes"]) == (16, 0)
+
+
+def test_compiles_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HETCOMP_CACHE", str(tmp_path))
+    kernels, seen = _kernels("small")[:1], []
+
+    def compiled() -> list[CompiledKernel]:
+        return compile_kernels([*kernels, *kernels], (80,), threads=2, progress=seen.append)
+
+    (first,), stamp = compiled(), None
+    stamp = first.cubin.stat().st_mtime_ns
+    (again,) = compiled()
+    assert again == first
+    assert again.cubin.stat().st_mtime_ns == stamp
+    assert seen == [f"{kernels[0].name} sm_80"] * 2
+
+
+def test_refusals_name_what_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (kernel,) = {k.name: k for k in _kernels("small")[:1]}.values()
+    with pytest.raises(HetcompError, match="for compute capability 75; expected one of 80, 86"):
+        compile_kernels([kernel], (75,), threads=1)
+    monkeypatch.setenv("HETCOMP_CACHE", str(tmp_path))
+    broken = dataclasses.replace(kernel, function="no_such_kernel")
+    with pytest.raises(HetcompError, match=rf"could not compile the kernel {broken.name} for sm_80: .*no_such_kernel"):
+        compile_kernels([broken], (80,), threads=1)
+    assert not list(tmp_path.rglob("*.cubin"))
+
+
+def test_equal_requests_give_equal_kernels_and_other_ones_other_names():
+    assert emit(_linear("q4", 1)) == emit(_linear("q4", 1))
+    kernels = {kernel for family in FAMILIES for kernel in _kernels(family)}
+    assert len({kernel.name for kernel in kernels}) == len(kernels)

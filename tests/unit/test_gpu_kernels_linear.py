@@ -1,0 +1,103 @@
+"""GPU kernels of linear, head_linear and embed in Triton's interpreter against numpy in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hetcomp.backends import packing
+from hetcomp.ir.ops import Embed, HeadLinear, Linear
+from tests.reference.kernel_harness import activation, weight
+from tests.reference.kernel_numbers import Doubles, Floats, dot_error, draw, packed
+from tests.reference.triton_harness import request, run
+
+DIMS = {"T": 150, "R": 150, "slots": 1, "context": 16}
+# Rows, and whether the kernel is for exactly so many: GEMV up to 8 rows, GEMM with the number in memory.
+ROWS = [(1, True), (3, True), (8, True), (9, True), (0, False), (1, False), (37, False)]
+
+
+def multiplied(numbers: Floats, weight_format: str, rows: int, exact: bool) -> Doubles:
+    """Activations or weights as the kernel multiplies them: bf16 in a GEMM, but beside f32 weights."""
+    if (exact and rows <= 8) or weight_format == "f32":
+        return numbers.astype(np.float64)
+    return packing.to_f32(packing.to_bf16_bits(numbers)).astype(np.float64)
+
+
+def _check_linear(weight_format: str, out: int, k: int, bias: bool, rows: int, exact: bool) -> None:
+    rng = np.random.default_rng(rows)
+    x, b = draw(rng, (rows, k)), draw(rng, (out,))
+    value = weight("w", (out, k), weight_format, packing.PANELS)
+    data, w = packed(draw(rng, (out, k)), value)
+    operands = [activation("x", "T", k), value, *([activation("b", out)] if bias else [])]
+    asked = request(Linear(k, out, bias), operands, [activation("y", "T", out)], DIMS, rows if exact else None)
+    arrays = [x, data, *([b] if bias else [])]
+    grid_rows = rows if exact else max(rows, 70)  # programs beyond the step's rows do nothing
+    (y,) = run(asked, arrays, [((rows, out), np.float32)], rows=rows, grid_rows=grid_rows)
+    x64, w64 = (multiplied(n, weight_format, rows, exact) for n in (x, w))
+    magnitude = np.abs(x64) @ np.abs(w64.T) + np.abs(b)
+    assert (np.abs(y - (x64 @ w64.T + b * bias)) <= dot_error(k, magnitude)).all()
+
+
+@pytest.mark.parametrize(("rows", "exact"), ROWS)
+@pytest.mark.parametrize("weight_format", packing.FORMATS)
+def test_linear(weight_format, rows, exact):
+    _check_linear(weight_format, 80, 300, True, rows, exact)
+
+
+@pytest.mark.parametrize(("rows", "exact"), [(2, True), (20, False)])
+@pytest.mark.parametrize("weight_format", packing.FORMATS)
+@pytest.mark.parametrize(("out", "k"), [(1, 1), (17, 33), (130, 129), (64, 256)])
+def test_linear_of_odd_and_even_sizes(weight_format, out, k, rows, exact):
+    _check_linear(weight_format, out, k, False, rows, exact)
+
+
+def test_linear_of_many_rows():
+    """Tiles of 128 rows."""
+    _check_linear("q4", 48, 96, False, 150, False)
+
+
+@pytest.mark.parametrize(("rows", "exact"), [(2, True), (11, False)])
+@pytest.mark.parametrize("weight_format", packing.FORMATS)
+def test_head_linear(weight_format, rows, exact):
+    heads, k, out = 3, 21, 37
+    rng = np.random.default_rng(rows)
+    x = draw(rng, (rows, heads, k))
+    value = weight("w", (heads, out, k), weight_format, packing.PANELS)
+    data, w = packed(draw(rng, (heads, out, k)), value)
+    operands = [activation("x", "T", heads, k), value]
+    outputs = [activation("y", "T", heads, out)]
+    asked = request(HeadLinear(heads, k, out), operands, outputs, DIMS, rows if exact else None)
+    (y,) = run(asked, [x, data], [((rows, heads, out), np.float32)], rows=rows)
+    x64, w64 = (multiplied(n, weight_format, rows, exact) for n in (x, w))
+    want = np.einsum("thk,hnk->thn", x64, w64)
+    magnitude = np.einsum("thk,hnk->thn", np.abs(x64), np.abs(w64))
+    assert (np.abs(y - want) <= dot_error(k, magnitude)).all()
+
+
+@pytest.mark.parametrize("rows", [(2, True), (0, False), (5, False)])
+@pytest.mark.parametrize("weight_format", packing.FORMATS)
+@pytest.mark.parametrize("width", [1, 301])
+def test_embed(weight_format, width, rows):
+    vocab, scale = 50, 1.5
+    count, exact = rows
+    rng = np.random.default_rng(count)
+    value = weight("w", (vocab, width), weight_format, packing.PANELS)
+    data, table = packed(draw(rng, (vocab, width)), value)
+    ids = rng.integers(0, vocab, count).astype(np.int32)
+    operands = [activation("ids", "T"), value]
+    asked = request(Embed(vocab, width, scale), operands, [activation("y", "T", width)], DIMS, count if exact else None)
+    (y,) = run(asked, [ids, data], [((count, width), np.float32)], rows=count, grid_rows=count if exact else 7)
+    np.testing.assert_array_equal(y, table[ids] * np.float32(scale))
+
+
+def test_not_finite_activations_stay_in_their_row():
+    rng = np.random.default_rng(0)
+    value = weight("w", (80, 300), "q4", packing.PANELS)
+    data, _ = packed(draw(rng, (80, 300)), value)
+    for rows, bad in ((2, np.nan), (30, np.inf)):
+        x = draw(rng, (rows, 300))
+        x[1, 5] = bad
+        asked = request(Linear(300, 80), [activation("x", "T", 300), value], [activation("y", "T", 80)], DIMS, rows)
+        (y,) = run(asked, [x, data], [((rows, 80), np.float32)], rows=rows)
+        assert not np.isfinite(y[1]).any()
+        assert np.isfinite(np.delete(y, 1, axis=0)).all()
