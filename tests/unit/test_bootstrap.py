@@ -23,6 +23,12 @@ def bare_path(tmp_path: Path) -> Path:
     return folder
 
 
+def _command(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+
+
 def _run(path: Path, venv: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["/bin/bash", str(SCRIPT), str(venv), *options],
@@ -45,10 +51,8 @@ def test_names_everything_that_is_missing_in_one_sentence(bare_path, tmp_path):
 
 def test_asks_for_root_where_apt_is_there_but_not_permitted(bare_path, tmp_path):
     for name, text in {"apt-get": "exit 99", "id": "echo 1000"}.items():
-        script = bare_path / name
-        script.unlink(missing_ok=True)
-        script.write_text(f"#!/bin/bash\n{text}\n")
-        script.chmod(0o755)
+        (bare_path / name).unlink(missing_ok=True)
+        _command(bare_path / name, text)
     done = _run(bare_path, tmp_path / "venv")
     assert done.returncode == 1
     assert "needs root" in done.stderr and "apt-get install" in done.stderr and "g++" in done.stderr
@@ -58,9 +62,18 @@ def test_a_missing_browser_is_named_where_the_tests_are_prepared_and_nothing_els
     done = _run(bare_path, tmp_path / "venv", "--test-packages")
     assert done.returncode == 1
     assert "chromium" in done.stderr and "qemu-system-x86" in done.stderr and "g++" not in done.stderr
-    browser = bare_path / "chromium"
-    browser.write_text("#!/bin/bash\n")
-    browser.chmod(0o755)
+    _command(bare_path / "chromium", "")
+    python = tmp_path / "venv" / "bin" / "python"
+    _command(python, f'echo "$@" >> {tmp_path}/asked')
     done = _run(bare_path, tmp_path / "venv", "--test-packages", HETCOMP_SKIP_QEMU="1")
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "venv").exists()
+    assert (tmp_path / "asked").read_text() == "-c import triton\n"
+
+
+def test_triton_is_installed_for_the_tests_in_the_version_that_hetcomp_asks_for(bare_path, tmp_path):
+    _command(bare_path / "chromium", "")
+    answers = 'case "$2" in "import triton") exit 1;; *requires*) echo "triton<3";; *) echo "$@";; esac'
+    _command(tmp_path / "venv" / "bin" / "python", answers)
+    done = _run(bare_path, tmp_path / "venv", "--test-packages", HETCOMP_SKIP_QEMU="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("install -qq triton<3")
