@@ -178,7 +178,12 @@ def _from_curve(
     # that line.
     at_large, at_small, here = (1 / d for d in (curve.shape["head_dim"], small.shape["head_dim"], op.attrs.head_dim))
     place = max(0.0, (here - at_large) / (at_small - at_large))
-    return us + max(0.0, _attention_us(small, op.attrs, work, step) - us) * place
+    narrow = _attention_us(small, op.attrs, work, step)
+    us += max(0.0, narrow - us) * place
+    warm = profile.curve(kernel, "cache", work.state_format, isa)
+    # What caches save the small operands, they save the same part of all.
+    saved = max(0.0, 1 - _attention_us(warm, op.attrs, work, step) / narrow) if warm is not None else 0.0
+    return us * (1 - cached * saved)
 
 
 def _attention_us(curve: KernelCurve, attrs: ops.Attention, work: Work, step: Phase) -> float:

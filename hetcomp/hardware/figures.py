@@ -117,7 +117,7 @@ class KernelCurve(Model):
     ==================  ===========================  =====================================================
 
     ``variant``: ``dram`` (operands come from memory), ``small`` (as well, of smaller matrices or heads) or ``cache``
-    (matrices as for ``small``, just used); for elementwise the op kind (``rms_norm``, ``rope``, ``add``, ``route``,
+    (operands as for ``small``, just used); for elementwise the op kind (``rms_norm``, ``rope``, ``add``, ``route``,
     ``glu``, ...). ``weight_format`` is the KV cache's for attention and ``f32`` for elementwise. ``shape`` says on
     which operands it was measured.
     """

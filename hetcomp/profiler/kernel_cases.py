@@ -238,6 +238,7 @@ def _attention(emit: Emit, dtype: DType, cold_bytes: int) -> Iterator[CurvePlan]
     large, small = (HEADS, KV_HEADS, HEAD_DIM), (HEADS // 4, KV_HEADS // 2, HEAD_DIM // 2)
     yield from _attention_curves(emit, dtype, "dram", large, (POSITIONS, PROMPTS), cold_bytes)
     yield from _attention_curves(emit, dtype, "small", small, (SMALL_POSITIONS, SMALL_PROMPTS), cold_bytes)
+    yield from _attention_curves(emit, dtype, "cache", small, (SMALL_POSITIONS, ()), 0)
 
 
 def _attention_curves(
@@ -269,7 +270,8 @@ def _attention_curves(
     decode = tuple(case(p, 1, p, 2.0 * row * (p + 1)) for p in positions)
     prefill = tuple(case(t, t, t - 1, 2.0 * row * t * (t + 1) / 2) for t in prompts)
     yield CurvePlan("attention_decode", variant, dtype.value, shape, kernel, decode)
-    yield CurvePlan("attention_prefill", variant, dtype.value, shape, kernel, prefill)
+    if prefill:
+        yield CurvePlan("attention_prefill", variant, dtype.value, shape, kernel, prefill)
 
 
 def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:

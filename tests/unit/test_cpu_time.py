@@ -113,6 +113,21 @@ def test_attention_takes_the_more_the_narrower_its_heads(head_dim, time):
     assert got == pytest.approx(work.flops / 2 / 1e3 * time)
 
 
+@pytest.mark.parametrize(("rate", "cached", "time"), [(80.0, 1.0, 1 / 160), (80.0, 0.5, 3 / 320), (20.0, 1.0, 1 / 80)])
+def test_a_kv_cache_in_the_caches_saves_what_it_saves_narrow_heads(rate, cached, time):
+    """Heads of 128, whose time from memory is 1/80; narrow ones 1/40 from memory and 1/rate from caches."""
+    op, work = op_and_work("attend")
+    op = replace(op, attrs=replace(op.attrs, head_dim=128, v_head_dim=128))
+    form = work.state_format
+    machine = with_curves(
+        curve("attention_decode", "dram", WIDE, 80.0, form),
+        curve("attention_decode", "small", NARROW, 40.0, form),
+        curve("attention_decode", "cache", NARROW, rate, form),
+    )
+    got = cpu_time(op, work, DECODE, machine, "avx512", cached).us
+    assert got == pytest.approx(work.flops / 2 / 1e3 * time)
+
+
 def test_prompts_find_no_weights_in_caches_and_the_kv_cache_takes_part_of_them():
     plan, ctx = run_pipeline(tiny_plan(), context("bf16"), stop_after="choose_formats"), context("bf16")
     early, late = Phase("decode", 1, 1, 1), Phase("decode", 1, 1, 60)
