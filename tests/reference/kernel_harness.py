@@ -40,7 +40,7 @@ def isas_here() -> list[Isa]:
     return [isa for isa in Isa if isa.value in have]
 
 
-def tested_isas() -> list[Isa]:
+def isas_to_test() -> list[Isa]:
     """Those, and AMX_BF16 where only its tiles are missing: then they are emulated (``emulated_tiles.h``)."""
     here = isas_here()
     return [*here, Isa.AMX_BF16] if here[-1] == Isa.AVX512_BF16 else here
@@ -49,7 +49,7 @@ def tested_isas() -> list[Isa]:
 def thorough_isas() -> list[Isa]:
     """Those of them whose kernels are tested in all shapes: the weakest, the best, and emulated ones. The others share
     vocabulary and tiles with one of them and differ in single instructions, which one odd shape a format shows."""
-    return sorted({isas_here()[0], isas_here()[-1], tested_isas()[-1]}, key=list(Isa).index)
+    return sorted({isas_here()[0], isas_here()[-1], isas_to_test()[-1]}, key=list(Isa).index)
 
 
 @functools.cache
@@ -153,7 +153,7 @@ class CompiledKernel:
 
     def __init__(self, kernel: Kernel, isa: Isa, compiler: str = "g++", emulate: bool = True) -> None:
         self.kernel = kernel
-        emulate = emulate and isa not in isas_here() and isa in tested_isas()
+        emulate = emulate and isa not in isas_here() and isa in isas_to_test()
         stem = hashlib.sha256(f"{kernel.name}{compiler}{emulate}{kernel.source}".encode()).hexdigest()[:16]
         library = _folder() / f"{stem}.so"
         if not library.exists():

@@ -24,7 +24,7 @@ from tests.reference.kernel_harness import (
     build,
     clang_here,
     isas_here,
-    tested_isas,
+    isas_to_test,
     thorough_isas,
     weight,
 )
@@ -44,7 +44,7 @@ def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> Compi
 @pytest.mark.parametrize(
     ("isa", "out", "k", "bias"),
     [
-        *((isa, 80, 600, False) for isa in tested_isas()),
+        *((isa, 80, 600, False) for isa in isas_to_test()),
         *((isa, *shape) for isa in thorough_isas() for shape in ((17, 33, True), (1, 1, False))),
     ],
 )

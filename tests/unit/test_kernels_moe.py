@@ -14,7 +14,7 @@ from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.ops import MoeExperts
 from tests.reference.experts_case import ExpertsCase, expert_weights
-from tests.reference.kernel_harness import CompiledKernel, activation, build, isas_here, tested_isas, thorough_isas
+from tests.reference.kernel_harness import CompiledKernel, activation, build, isas_here, isas_to_test, thorough_isas
 from tests.reference.kernel_numbers import family
 
 ROWS = 200
@@ -59,7 +59,7 @@ def _check(a: MoeExperts, weight_format: str, isa: Isa, case: ExpertsCase, threa
 @pytest.mark.parametrize(
     ("isa", "attrs", "weight_format"),
     [
-        *((isa, SILU, form) for isa in tested_isas() for form in FORMATS),
+        *((isa, SILU, form) for isa in isas_to_test() for form in FORMATS),
         *(
             (isa, attrs, form)
             for isa in thorough_isas()
@@ -106,7 +106,7 @@ def test_glu_functions(isa, attrs):
         _check(attrs, "f32", isa, _case(attrs, "f32", rows, False, rows, isa), 2)
 
 
-@pytest.mark.parametrize("isa", tested_isas())
+@pytest.mark.parametrize("isa", isas_to_test())
 def test_a_hot_expert_of_many_blocks(isa):
     for form in ("bf16", "q4"):
         _check(SILU, form, isa, _case(SILU, form, ROWS, True, 1, isa), 3)
