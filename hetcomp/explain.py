@@ -13,9 +13,9 @@ from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op, Plan
 from hetcomp.ir.serialise import plan_hash
-from hetcomp.passes.annotate_cost import cost_plan, working_set
+from hetcomp.passes.annotate_cost import Cached, cost_plan
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import cached_fraction, link_gb_per_s
+from hetcomp.passes.device_time import link_gb_per_s
 
 # From this share of a ceiling on, that ceiling is what holds an op class.
 NEAR = 0.6
@@ -89,10 +89,11 @@ def explain(plan: Plan, profile: HardwareProfile, record: BenchRecord) -> list[E
     for case in record.cases:
         work = _work(plan, context, case)
         last = case_steps(plan, case.phase, case.tokens, case.position)[-1]
-        cached = cached_fraction(working_set(plan, last, context), profile)
+        cached = Cached.of(plan, last, context)
         for role in sorted(case.roles, key=lambda r: -r.typical_ms):
             if role.role in work and role.typical_ms > 0:
-                found.append(_explanation(case, role, work[role.role], profile, record, cached))
+                still = cached.experts if role.kind == "moe_experts" else cached.every_step
+                found.append(_explanation(case, role, work[role.role], profile, record, still))
     return found
 
 

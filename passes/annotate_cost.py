@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from hetcomp.ir.annotations import Cost, PhaseCost
+from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import cached_fraction, cpu_time
@@ -25,7 +27,7 @@ def annotate_cost(plan: Plan, context: Context) -> Plan:
 
 def cost_plan(plan: Plan, steps: tuple[Phase, ...], context: Context) -> Plan:
     """The plan with every op's cost at each of ``steps``."""
-    cached = {step: _still_cached(plan, step, context) for step in steps}
+    cached = {step: Cached.of(plan, step, context) for step in steps}
 
     def cost_template(template: Template) -> Template:
         values = template.value_map()
@@ -38,11 +40,35 @@ def cost_plan(plan: Plan, steps: tuple[Phase, ...], context: Context) -> Plan:
     return plan.map_templates({t.name: cost_template(t) for t in plan.templates})
 
 
-def _still_cached(plan: Plan, step: Phase, context: Context) -> float:
-    """Part of the weights that caches still hold from the last step: in decode. Before a prompt something else ran, and
-    its own activations pass through the caches."""
-    decode = step.tokens == step.sequences
-    return cached_fraction(working_set(plan, step, context), context.profile) if decode else 0.0
+@dataclass(frozen=True)
+class Cached:
+    """Part of the weights that caches still hold from the last use: of those that every step reads (between two uses
+    lies what one step reads), and of experts (between two uses lies nearly everything)."""
+
+    every_step: float
+    experts: float
+
+    @staticmethod
+    def of(plan: Plan, step: Phase, context: Context) -> Cached:
+        """In decode. Before a prompt something else ran, and its own activations pass through the caches."""
+        if step.tokens != step.sequences:
+            return Cached(0.0, 0.0)
+        sizes = step_bytes(plan, step, context), working_set(plan, step, context)
+        return Cached(*(cached_fraction(size, context.profile) for size in sizes))
+
+    def part(self, op: Op) -> float:
+        """That of ``op``."""
+        return self.experts if isinstance(op.attrs, MoeExperts) else self.every_step
+
+
+def step_bytes(plan: Plan, step: Phase, context: Context) -> float:
+    """Bytes of weights and KV cache that one step reads."""
+    total = 0.0
+    for name, calls in Counter(call.template for call in plan.calls).items():
+        template = plan.template(name)
+        works = [work_of(op, template.value_map(), step, context.target) for op in template.ops]
+        total += calls * sum(work.weight_bytes + work.state_bytes for work in works)
+    return total
 
 
 def working_set(plan: Plan, step: Phase, context: Context) -> float:
@@ -53,9 +79,9 @@ def working_set(plan: Plan, step: Phase, context: Context) -> float:
     return float(weights + sum(v.type.bytes(filled) for v in plan.values if v.kind is ValueKind.STATE))
 
 
-def _phase_cost(op: Op, values: Values, step: Phase, context: Context, cached: float) -> PhaseCost:
+def _phase_cost(op: Op, values: Values, step: Phase, context: Context, cached: Cached) -> PhaseCost:
     work = work_of(op, values, step, context.target)
-    time = cpu_time(op, work, step, context.profile, context.isa, cached)
+    time = cpu_time(op, work, step, context.profile, context.isa, cached.part(op))
     return PhaseCost(
         phase=step.name,
         tokens=step.tokens,

@@ -9,7 +9,7 @@ import pytest
 from hetcomp.hardware.figures import Cache, KernelCurve, KernelPoint, Source, WorkingSetPoint
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.plan import Op
-from hetcomp.passes.annotate_cost import cost_plan, working_set
+from hetcomp.passes.annotate_cost import Cached, cost_plan, step_bytes, working_set
 from hetcomp.passes.device_time import cpu_time
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.pipeline import run_pipeline
@@ -150,3 +150,15 @@ def test_prompts_find_no_weights_in_caches_and_the_kv_cache_takes_part_of_them()
     _, work = op_and_work("experts", prompt)
     assert experts(early) < experts(late)
     assert experts(prompt) >= work.weights / 20 / 1e3
+
+
+def test_what_every_step_reads_stays_in_caches_that_are_too_small_for_all_experts():
+    plan, ctx = run_pipeline(tiny_plan(), context("bf16"), stop_after="choose_formats"), context("bf16")
+    step = Phase("decode", 1, 1, 8)
+    once, all_of_it = step_bytes(plan, step, ctx), working_set(plan, step, ctx)
+    assert once < all_of_it
+    reads = tuple(WorkingSetPoint(bytes=int(b), gb_per_s=r) for b, r in ((once, 400.0), (all_of_it, 40.0)))
+    caches = (Cache(level=3, type="Unified", bytes=int(once), instances=1),)
+    ctx = replace(ctx, profile=profile().model_copy(update={"cached_reads": reads, "caches": caches}))
+    assert Cached.of(plan, step, ctx) == Cached(every_step=1.0, experts=0.0)
+    assert Cached.of(plan, Phase("prefill", 8, 1, 8), ctx) == Cached(0.0, 0.0)
