@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import Placement
+from hetcomp.ir.homes import memory_of
 from hetcomp.ir.node_parts import NodePart, node_parts
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
@@ -14,11 +15,6 @@ from hetcomp.passes.registry import plan_pass
 
 Devices = tuple[str, ...]
 Parts = tuple[tuple[NodePart, ...], ...]
-
-
-def memory_of(device: str) -> str:
-    """The memory that a device reads: all CPU nodes share one address space, every GPU has its own."""
-    return "cpu" if device.startswith("cpu:") else device
 
 
 @plan_pass(requires=("sliced",), establishes=("transfers_inserted",))

@@ -81,6 +81,8 @@ def fits(problem: Problem, assignment: Assignment) -> bool:
             kind = option.partition(":")[0]
             if e.pin is not None and (kind != "cpu" if e.pin == "cpu" else option != e.pin):
                 return False
+            if not problem.streaming and kind != "cpu" and option != assignment.groups[e.spine]:
+                return False
             pinned += n * e.expert_bytes if kind == "stream" else 0
             if kind == "cpu" and option != "cpu":
                 nodes[number(option)] += n * e.expert_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from hetcomp.passes.placement_assignment import Assignment, assignment_us, fits, gpu_used
@@ -24,7 +25,7 @@ def greedy(problem: Problem, *, whatever: bool = False) -> Assignment:
             if problem.groups[index].bytes <= left and saved > lowest:
                 devices[index] = f"gpu:{gpu}"
                 left -= problem.groups[index].bytes
-        experts = _fill(problem, experts, gpu, left, lowest)
+        experts = _fill(problem, devices, experts, gpu, left, lowest)
     return Assignment(tuple(devices), frozenset(), experts)
 
 
@@ -40,14 +41,19 @@ def topped_up(problem: Problem, assignment: Assignment) -> Assignment:
     experts = assignment.experts
     for gpu, used in enumerate(gpu_used(problem, assignment)):
         if used:
-            experts = _fill(problem, experts, gpu, problem.gpu_bytes[gpu] - used, 0.0)
+            experts = _fill(problem, assignment.groups, experts, gpu, problem.gpu_bytes[gpu] - used, 0.0)
     more = replace(assignment, experts=experts)
     better = fits(problem, more) and assignment_us(problem, more) < assignment_us(problem, assignment)
     return more if better else assignment
 
 
 def _fill(
-    problem: Problem, experts: tuple[tuple[dict[str, int], ...], ...], gpu: int, left: int, lowest: float
+    problem: Problem,
+    devices: Sequence[str],
+    experts: tuple[tuple[dict[str, int], ...], ...],
+    gpu: int,
+    left: int,
+    lowest: float,
 ) -> tuple[tuple[dict[str, int], ...], ...]:
     """Experts of the CPU moved to the GPU into ``left`` bytes."""
     counts = [[dict(options) for options in classes] for classes in experts]
@@ -55,7 +61,8 @@ def _fill(
         e, options = problem.experts[index], counts[index][number]
         available = options.get("cpu", 0)
         moved = min(available, int(left // e.expert_bytes) if e.expert_bytes else available)
-        if moved > 0 and e.pin is None and saved > lowest:
+        here = problem.streaming or devices[e.spine] == f"gpu:{gpu}"
+        if moved > 0 and e.pin is None and saved > lowest and here:
             options["cpu"] = available - moved
             options[f"gpu:{gpu}"] = options.get(f"gpu:{gpu}", 0) + moved
             left -= moved * e.expert_bytes

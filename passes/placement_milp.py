@@ -83,7 +83,9 @@ class PlacementModel:
         """Runs on the GPU, weights copied there in every step; worth a variable only for real weights."""
         g = self.problem.groups[group]
         weights = g.weight_bytes
-        if weights < (1 << 22) * g.layers or g.beside or (g.pin is not None and g.pin != f"gpu:{gpu}"):
+        if not self.problem.streaming or weights < (1 << 22) * g.layers or g.beside:
+            return None
+        if g.pin is not None and g.pin != f"gpu:{gpu}":
             return None
         us = [max(g.gpu_us[gpu][p], g.stream_us[gpu]) - g.cpu_us[p] for p in range(len(self.weights))]
         column = self.model.column(sum(w * t for w, t in zip(self.weights, us, strict=True)), 1, integer=True)
@@ -169,7 +171,8 @@ class PlacementModel:
         members = len(cls.members)
         # Cut or whole, but not both: the parts of an op on NUMA nodes are all of one kind.
         names = [f"cpu:{n}" for n in self.whole_nodes] or ["cpu"]
-        names += [f"gpu:{i}" for i in self.gpus] + [f"stream:{i}" for i in self.gpus]
+        names += [f"gpu:{i}" for i in self.gpus]
+        names += [f"stream:{i}" for i in self.gpus if self.problem.streaming]
         if e.pin is not None:
             names = [n for n in names if n.partition(":")[0] == "cpu"] if e.pin == "cpu" else [e.pin]
         options = {}
@@ -179,6 +182,8 @@ class PlacementModel:
             if kind == "gpu":
                 self._vram[int(number)][c] += e.expert_bytes
                 self.model.row({c: 1.0, self._used[int(number)]: -float(members)}, high=0)
+                if not self.problem.streaming:
+                    self.model.row({c: 1.0, self.on_gpu[e.spine][int(number)]: -float(members)}, high=0)
             elif kind == "cpu" and number:
                 self._dram[int(number)][c] += e.expert_bytes
             else:

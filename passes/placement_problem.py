@@ -107,7 +107,9 @@ class Problem:
     """What place decides on. ``node_share`` and ``node_bytes``: part of sliced weights that each CPU node owns and
     what fits there, in order of the profile's compute nodes; ``main`` indexes the node that holds the rest.
     ``joint_share``: part of the memory's joint bandwidth that the fastest link takes while it copies. ``barrier_us``
-    and ``launch_us[i]``: what it costs to start a layer's experts on the CPU and on GPU i."""
+    and ``launch_us[i]``: what it costs to start a layer's experts on the CPU and on GPU i. ``streaming``: weights may
+    be copied to a GPU in every step, and experts live on another GPU than the one that makes their input; no code is
+    generated for either."""
 
     phases: tuple[Phase, ...]
     groups: tuple[Group, ...]
@@ -122,6 +124,7 @@ class Problem:
     joint_share: float = 0.0
     barrier_us: float = 0.0
     launch_us: tuple[float, ...] = ()
+    streaming: bool = True
 
     @property
     def staging_bytes(self) -> int:
@@ -154,6 +157,7 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         joint_share=max((link_gb_per_s(g) for g in gpus), default=0.0) / joint_gb_per_s(profile),
         barrier_us=profile.barrier_us,
         launch_us=tuple(launch_us(g) for g in gpus),
+        streaming=context.planning,
     )
 
 

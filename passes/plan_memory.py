@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetcomp.ir.annotations import ArenaSlot
+from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
 from hetcomp.ir.node_parts import ALIGNMENT, NodePart, part_workspace, plan_parts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.ir.target import KernelTarget
@@ -29,15 +30,20 @@ class Lifetime:
 def plan_memory(plan: Plan, context: Context) -> Plan:
     """Sets the templates' ``arena``, the plan's ``call_arena`` and ``arena_bytes``, at the dimensions' upper bounds.
 
-    Values handed from call to call live in front, a template's own values and workspaces behind them; templates
-    share that part, since one call runs at a time. Raises HetcompError if all memory together does not fit.
+    The arena is the CPU's; what a GPU computes with has memory there, which its backend lays out. Values handed from
+    call to call live in front, a template's own values and workspaces behind them; templates share that part, since
+    one call runs at a time. Raises HetcompError if all memory together does not fit.
     """
-    call_arena, call_bytes = place_lifetimes(_call_lifetimes(plan), 0)
+    sides = cpu_templates(plan)
+    call_arena, call_bytes = place_lifetimes(_call_lifetimes(plan, sides), 0)
     templates: dict[str, Template] = {}
     top = call_bytes
     parts = plan_parts(plan)
     for template in plan.templates:
-        slots, end = place_lifetimes(_template_lifetimes(plan, template, parts, context), call_bytes)
+        slots: tuple[ArenaSlot, ...] = ()
+        end = call_bytes
+        if template.name in sides:
+            slots, end = place_lifetimes(_template_lifetimes(plan, sides[template.name], parts, context), call_bytes)
         templates[template.name] = replace(template, arena=slots)
         top = max(top, end)
     planned = replace(plan.map_templates(templates), call_arena=call_arena, arena_bytes=top)
@@ -65,14 +71,16 @@ def place_lifetimes(lifetimes: Sequence[Lifetime], base: int) -> tuple[tuple[Are
     return slots, max((_align(s.offset + s.bytes) for s in slots), default=base)
 
 
-def _call_lifetimes(plan: Plan) -> list[Lifetime]:
+def _call_lifetimes(plan: Plan, sides: Mapping[str, CpuTemplate]) -> list[Lifetime]:
     dims = plan.max_dims()
     values = {v.id: v for v in plan.values if v.kind is ValueKind.ACT}
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for i, call in enumerate(plan.calls):
-        for name in (*call.args, *call.results):
-            if name in values:
+        side = sides[call.template]
+        formals = (*side.template.params, *side.template.results)
+        for formal, name in zip(formals, (*call.args, *call.results), strict=True):
+            if name in values and formal in side.arena:
                 first.setdefault(name, i)
                 last[name] = i
     return [Lifetime(n, values[n].type.bytes(dims), first[n], last[n]) for n in first]
@@ -89,9 +97,9 @@ def op_workspace(
 
 
 def _template_lifetimes(
-    plan: Plan, template: Template, parts: Mapping[tuple[str, str], Sequence[NodePart]], context: Context
+    plan: Plan, side: CpuTemplate, parts: Mapping[tuple[str, str], Sequence[NodePart]], context: Context
 ) -> list[Lifetime]:
-    dims = plan.max_dims()
+    dims, template = plan.max_dims(), side.template
     values = template.value_map()
     outside = {*template.params, *template.results}
     first: dict[str, int] = {}
@@ -99,7 +107,7 @@ def _template_lifetimes(
     lifetimes = []
     for op, epoch in zip(template.ops, epochs(template), strict=True):
         for name in (*op.inputs, *op.outputs):
-            if values[name].kind is ValueKind.ACT and name not in outside:
+            if name in side.arena and name not in outside:
                 first.setdefault(name, epoch)
                 last[name] = epoch
         scratch = op_workspace(op, template, parts.get((template.name, op.id), ()), dims, context.target)

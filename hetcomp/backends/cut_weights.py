@@ -1,4 +1,4 @@
-"""The parts of weights that are cut over NUMA nodes: their numbers and the importance of their columns."""
+"""The parts of weights that are cut over NUMA nodes or a GPU: their numbers and the importance of their columns."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ class CutReader:
         whole, cut = self._cuts[value.id]
         if cut.zero:
             return np.zeros([int(d) for d in value.type.shape], np.float32)
-        return _cut(self._reader.read(whole), cut)
+        numbers = self._reader.read(whole)
+        if cut.experts:
+            numbers = _cut(numbers, Cut(0, cut.experts))
+        return _cut(numbers, cut)
 
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """Matrix ``expert`` of the weight, or of the part of one."""
         if value.id not in self._cuts:
             return self._reader.read_expert(value, expert)
         whole, cut = self._cuts[value.id]
-        if cut.axis != 0:
-            return _cut(self._reader.read_expert(whole, expert), cut)
-        return self._reader.read_expert(whole, _whole_index(cut, expert))
+        numbers = self._reader.read_expert(whole, _whole_expert(cut, expert))
+        return numbers if cut.axis == 0 else _cut(numbers, cut)
 
 
 class CutImportance:
@@ -52,8 +54,7 @@ class CutImportance:
         if value.id not in self._cuts:
             return self._importance.of(value, expert)
         whole, cut = self._cuts[value.id]
-        if cut.axis == 0 and expert is not None:
-            expert = _whole_index(cut, expert)
+        expert = None if expert is None else _whole_expert(cut, expert)
         columns = self._importance.of(whole, expert)
         return columns if columns is None else _columns_of(cut, columns)
 
@@ -62,8 +63,7 @@ class CutImportance:
         if value.id not in self._cuts:
             return self._importance.second_moments(value, expert)
         whole, cut = self._cuts[value.id]
-        if cut.axis == 0 and expert is not None:
-            expert = _whole_index(cut, expert)
+        expert = None if expert is None else _whole_expert(cut, expert)
         moments = self._importance.second_moments(whole, expert)
         return moments if moments is None else _columns_of(cut, _columns_of(cut, moments).swapaxes(-1, -2))
 
@@ -75,9 +75,10 @@ def _columns_of(cut: Cut, numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
     return np.concatenate([numbers[..., start:stop] for start, stop in cut.runs], axis=-1)
 
 
-def _whole_index(cut: Cut, index: int) -> int:
-    """Where number ``index`` of the part's axis is in the whole weight."""
-    return [i for start, stop in cut.runs for i in range(start, stop)][index]
+def _whole_expert(cut: Cut, expert: int) -> int:
+    """Number in the whole weight of the part's expert."""
+    runs = cut.runs if cut.axis == 0 else cut.experts
+    return [e for start, stop in runs for e in range(start, stop)][expert] if runs else expert
 
 
 def _cut(numbers: Numbers, cut: Cut) -> Numbers:

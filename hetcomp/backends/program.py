@@ -8,12 +8,17 @@ from functools import partial
 from typing import Any
 
 from hetcomp.backends.decode_flow import OpFlow, decode_flow
+from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
 from hetcomp.backends.protocol import Isa, Kernel
 from hetcomp.backends.templates import render
 from hetcomp.errors import HetcompError
+from hetcomp.ir.cpu_side import CpuRole, CpuTemplate, cpu_plan, cpu_templates
+from hetcomp.ir.homes import CPU, read_in
 from hetcomp.ir.node_parts import Cut, NodePart, cut_weights, part_id, part_workspace, plan_nodes, plan_parts
 from hetcomp.ir.ops import MoeExperts
-from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
+from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
+
+_WAITING = "wait for gpu"  # timer of what the lanes wait at hand-overs
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,19 @@ class ProgramLayout:
     def of(plan: Plan) -> ProgramLayout:
         """The layout that ``plan`` fixes: its values in order, its roles in order of first use."""
         nodes, main = plan_nodes(plan)
-        cut = cut_weights(plan)
+        cut, readers = cut_weights(plan), read_in(plan)
         weights: list[tuple[Value, int]] = []
         for v in plan.values:
             if v.kind in (ValueKind.WEIGHT, ValueKind.CONST):
-                weights += [(part, nodes.index(node)) for part, _, node in cut.get(v.id, ())] or [(v, main)]
+                weights += [(part, nodes.index(node)) for part, _, node in cut.get(v.id, ())]
+                weights += [(v, main)] if CPU in readers[v.id] else []
         cuts = {part.id: (v, c) for v in plan.values for part, c, _ in cut.get(v.id, ())}
-        states = tuple(v for v in plan.values if v.kind is ValueKind.STATE)
+        states = tuple(v for v in plan.values if v.kind is ValueKind.STATE and CPU in readers[v.id])
         roles: dict[str, None] = {}
-        for template in plan.templates:
-            for op in template.ops:
+        for side in cpu_templates(plan).values():
+            for op in side.template.ops:
+                if side.roles[op.id] is not CpuRole.COMPUTE:
+                    roles.setdefault(_WAITING)
                 roles.setdefault(op.role or op.kind)
         return ProgramLayout(
             tuple(v for v, _ in weights), states, tuple(roles), nodes, main, tuple(n for _, n in weights), cuts
@@ -55,16 +63,19 @@ class ProgramLayout:
 def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: Isa, plan_hash: str) -> str:
     """C++ source of the program. ``plan`` is scheduled and has its memory planned; ``kernels`` holds the kernel
     of every (template, op). Raises HetcompError if a value has no home (a bug in a pass)."""
-    layout = ProgramLayout.of(plan)
+    layout, exchange = ProgramLayout.of(plan), Exchange.of(plan)
     homes = _plan_homes(plan, layout)
     parts = plan_parts(plan)
-    flow = decode_flow(plan)
-    templates = [_template(plan, t, kernels, homes, layout, parts, flow) for t in plan.templates]
+    flow = decode_flow(cpu_plan(plan, exchange.sides))
+    sides = [side for side in exchange.sides.values() if side.template.ops]
+    templates = [_template(plan, side, kernels, homes, layout, parts, flow, exchange) for side in sides]
     index = {t["name"]: 0 for t in templates}
     calls = []
-    for call in plan.calls:
-        calls.append({"template": call.template, "index": index[call.template]})
-        index[call.template] += 1
+    for number, call in enumerate(plan.calls):
+        if call.template in index:
+            flag = next((h.flag for h in exchange.hand_overs if h.call == number), 0)
+            calls.append({"template": call.template, "index": index[call.template], "flag": flag})
+            index[call.template] += 1
     return render(
         "program/program.cpp.j2",
         model=plan.model.name,
@@ -80,7 +91,10 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         max_logit_rows=plan.dim("R").max,
         vocab=plan.model.vocab,
         timers=layout.timers,
+        waiting=layout.timers.index(_WAITING) if exchange.hand_overs else 0,
         n_nodes=len(layout.nodes),
+        n_pinned=len(exchange.buffers),
+        n_flags=len(exchange.hand_overs),
     )
 
 
@@ -100,25 +114,30 @@ def _plan_homes(plan: Plan, layout: ProgramLayout) -> dict[str, tuple[str, int]]
 
 def _template(
     plan: Plan,
-    template: Template,
+    side: CpuTemplate,
     kernels: Mapping[tuple[str, str], Kernel],
     homes: Mapping[str, tuple[str, int]],
     layout: ProgramLayout,
     all_parts: Mapping[tuple[str, str], Sequence[NodePart]],
     flow: Mapping[tuple[str, str], OpFlow],
+    exchange: Exchange,
 ) -> dict[str, Any]:
+    template = side.template
     parts = {op.id: all_parts.get((template.name, op.id), ()) for op in template.ops}
     cut_formals = {
-        op.inputs[operand]: [p.node for p in parts[op.id]]
+        op.inputs[operand]: [int(p.node) for p in parts[op.id]]
         for op in template.ops
         for part in parts[op.id]
         for operand, _ in part.cuts
     }
-    formals = _cut_names((*template.params, *(r for r in template.results if r not in template.params)), cut_formals)
+    formals = [*_formals(side, cut_formals), *(name for op in template.ops for name in _handed(op, side))]
     address = {formal: f"p[{i}]" for i, formal in enumerate(formals)}
-    offsets = {slot.value: slot.offset for slot in template.arena}
+    offsets = {slot.value: slot.offset for slot in plan.template(template.name).arena}
     for slot_value, offset in offsets.items():
         address.setdefault(slot_value, f"a + {offset}")
+    for op in template.ops:
+        if side.roles[op.id] is CpuRole.AWAIT:
+            address[op.outputs[0]] = address[_pinned(op, VALUE)]
 
     def find(id: str, op: Op) -> str:
         if id not in address:
@@ -128,42 +147,112 @@ def _template(
             )
         return address[id]
 
+    flags = [op.id for op in template.ops if side.roles[op.id] is not CpuRole.COMPUTE]
     ops = []
     for op in template.ops:
-        workspace = f"workspace:{op.id}"
-        schedule = op.schedule
-        ops.append(
-            {
-                "id": op.id,
-                "kind": op.kind,
-                "role": op.role,
-                "origin": op.origin,
-                "barrier": schedule is None or schedule.barrier_before,
-                "flow": flow[template.name, op.id],
-                "timer": layout.timers.index(op.role or op.kind),
-                "outputs": [find(o, op) for o in op.outputs] or ["nullptr"],
-                "rows": _rows(template, op),
-                "workspace": address.get(workspace, "nullptr"),
-            }
-        )
-        if parts[op.id]:
-            ops[-1] |= _parts(plan, template, op, parts[op.id], kernels, layout, ops[-1], partial(find, op=op))
-        else:
-            ops[-1] |= {
-                "inputs": [find(i, op) for i in op.inputs] or ["nullptr"],
-                "kernel": kernels[template.name, op.id].name,
-                "parts": (),
-            }
-    calls = [c for c in plan.calls if c.template == template.name]
+        role = side.roles[op.id]
+        rendered: dict[str, Any] = {
+            "id": op.id,
+            "kind": op.kind,
+            "role": op.role,
+            "origin": op.origin,
+            "barrier": op.schedule is None or op.schedule.barrier_before,
+            "flow": flow[template.name, op.id],
+            "timer": layout.timers.index(op.role or op.kind),
+            "rows": _rows(template, op),
+            "workspace": address.get(f"workspace:{op.id}", "nullptr"),
+            "hands": role.value,
+            "flag": flags.index(op.id) if op.id in flags else 0,
+            "parts": (),
+        }
+        if role is CpuRole.SEND:
+            value = template.value(op.outputs[0])
+            row = value.type.bytes({**plan.max_dims(), str(value.type.shape[0]): 1})
+            rendered |= {"source": find(op.inputs[0], op), "target": address[_pinned(op, VALUE)], "row_bytes": row}
+        elif role is CpuRole.EXPERTS:
+            moved = {name: _pinned(op, part) for name, part in zip(op.inputs, EXPERT_INPUTS, strict=False)}
+            rendered["outputs"] = [address[_pinned(op, EXPERT_SUM)]]
+            where = partial(_find_moved, moved, partial(find, op=op))
+            rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
+        elif role is CpuRole.COMPUTE:
+            rendered["outputs"] = [find(o, op) for o in op.outputs] or ["nullptr"]
+            if parts[op.id]:
+                where = partial(find, op=op)
+                rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
+            else:
+                inputs = [find(i, op) for i in op.inputs] or ["nullptr"]
+                rendered |= {"inputs": inputs, "kernel": kernels[template.name, op.id].name}
+        ops.append(rendered)
+    calls = [i for i, c in enumerate(plan.calls) if c.template == template.name]
     return {
         "name": template.name,
         "params": formals,
         "ops": ops,
         "calls": [
-            {"index": i, "refs": [homes[v] for v in _actuals(template, call, cut_formals)]}
-            for i, call in enumerate(calls)
+            {"index": i, "refs": _refs(plan, side, number, formals, cut_formals, homes, exchange)}
+            for i, number in enumerate(calls)
         ],
     }
+
+
+def _find_moved(moved: Mapping[str, str], find: Callable[[str], str], id: str) -> str:
+    return find(moved.get(id, id))
+
+
+def _pinned(op: Op, part: str) -> str:
+    """Name in its template of a buffer that the op hands over."""
+    return f"{op.id}.{part}"
+
+
+def _handed(op: Op, side: CpuTemplate) -> list[str]:
+    role = side.roles[op.id]
+    if role is CpuRole.COMPUTE:
+        return []
+    parts = (*EXPERT_INPUTS, EXPERT_SUM) if role is CpuRole.EXPERTS else (VALUE,)
+    return [_pinned(op, part) for part in parts]
+
+
+def _formals(side: CpuTemplate, cut: Mapping[str, Sequence[int]]) -> list[str]:
+    """The template's params and results that the CPU touches; of cut weights their parts."""
+    template = side.template
+    touched: set[str] = set()
+    for op in template.ops:
+        role = side.roles[op.id]
+        touched |= set(op.inputs[len(EXPERT_INPUTS) :] if role is CpuRole.EXPERTS else op.inputs)
+        touched |= set(op.outputs if role is CpuRole.COMPUTE else ())
+        if role is CpuRole.AWAIT:
+            touched -= set(op.inputs)
+    names = (*template.params, *(r for r in template.results if r not in template.params))
+    return _cut_names((name for name in names if name in touched), cut)
+
+
+def _refs(
+    plan: Plan,
+    side: CpuTemplate,
+    number: int,
+    formals: Sequence[str],
+    cut: Mapping[str, Sequence[int]],
+    homes: Mapping[str, tuple[str, int]],
+    exchange: Exchange,
+) -> list[tuple[str, int]]:
+    """Where call ``number`` of the plan has the values bound to ``formals``."""
+    call, template = plan.calls[number], side.template
+    bound: dict[str, str] = {}
+    for formal, actual in (
+        *zip(template.params, call.args, strict=True),
+        *zip(template.results, call.results, strict=True),
+    ):
+        for node in cut.get(formal, ()):
+            bound[part_id(formal, node)] = part_id(actual, node)
+        bound.setdefault(formal, actual)
+    pinned = {
+        f"{h.op}.{part}": ("kPinned", index)
+        for h in exchange.hand_overs
+        if h.call == number
+        for (flag, part), index in exchange.indices.items()
+        if flag == h.flag
+    }
+    return [pinned[formal] if formal in pinned else homes[bound[formal]] for formal in formals]
 
 
 def _parts(
@@ -194,9 +283,8 @@ def _parts(
             output = scratch(space.partials[i - 1])
         call = {"node": layout.nodes.index(part.node), "kernel": kernel.name, "output": output, "inputs": inputs}
         call["local"] = ()
-        if isinstance(part.attrs, MoeExperts) and part.experts:
+        if isinstance(part.attrs, MoeExperts) and isinstance(op.attrs, MoeExperts) and _some(part, op.attrs):
             here = [e for start, stop in part.experts for e in range(start, stop)]
-            assert isinstance(op.attrs, MoeExperts)
             call["local"] = [here.index(e) if e in here else -1 for e in range(op.attrs.experts)]
             call["top_k"] = part.attrs.top_k
             call["choices"] = inputs[1]
@@ -211,14 +299,9 @@ def _cut_names(names: Iterable[str], cut: Mapping[str, Sequence[int]]) -> list[s
     return [part for name in names for part in ([part_id(name, n) for n in cut[name]] if name in cut else [name])]
 
 
-def _actuals(template: Template, call: Call, cut: Mapping[str, Sequence[int]]) -> list[str]:
-    """The plan values bound to ``params`` and then to those results that are not params, in order; for cut weights
-    those of their parts."""
-    results = [
-        actual for formal, actual in zip(template.results, call.results, strict=True) if formal not in template.params
-    ]
-    of_plan = {actual: cut[formal] for formal, actual in zip(template.params, call.args, strict=True) if formal in cut}
-    return _cut_names((*call.args, *results), of_plan)
+def _some(part: NodePart, whole: MoeExperts) -> bool:
+    """Whether the part has some of the experts and not all."""
+    return bool(part.experts) and sum(stop - start for start, stop in part.experts) < whole.experts
 
 
 def _rows(template: Template, op: Op) -> str:

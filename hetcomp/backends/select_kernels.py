@@ -11,6 +11,7 @@ from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
 from hetcomp.backends.tvm import TvmBackend
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.tuning import KernelTuning
+from hetcomp.ir.cpu_side import CpuRole, cpu_templates
 from hetcomp.ir.node_parts import part_id, plan_parts
 from hetcomp.ir.plan import Op, Plan, Template, Value
 
@@ -74,12 +75,15 @@ def choose(backends: Sequence[KernelBackend], ask: KernelRequest) -> KernelBacke
 
 
 def select_kernels(plan: Plan, target: CpuTarget, isa: Isa) -> dict[tuple[str, str], Kernel]:
-    """Generates the kernel of every op for ``isa``, keyed by (template name, op id); of an op that is cut over NUMA
-    nodes one for every part, keyed by (template name, ``part_id`` of the op)."""
+    """Generates the kernel of every op of the CPU for ``isa``, keyed by (template name, op id); of an op that is cut
+    over NUMA nodes one for every part, keyed by (template name, ``part_id`` of the op)."""
     dims, parts = plan.max_dims(), plan_parts(plan)
     kernels: dict[tuple[str, str], Kernel] = {}
-    for template in plan.templates:
+    for side in cpu_templates(plan).values():
+        template = side.template
         for op in template.ops:
+            if side.roles[op.id] not in (CpuRole.COMPUTE, CpuRole.EXPERTS):
+                continue
             cut = parts.get((template.name, op.id), ())
             for part in cut:
                 ask = request(*part.of(op, template), isa, dims, target.tunings)

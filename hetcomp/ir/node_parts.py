@@ -1,4 +1,4 @@
-"""What each NUMA node computes of an op whose weights are cut over several."""
+"""What each NUMA node, and a GPU, computes of an op whose weights are cut over several."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ Runs = tuple[tuple[int, int], ...]
 class Cut:
     """A part of a weight: ``runs`` (start, stop) of ``axis``, one after the other. The axis is 0 (experts) or counted
     from the end, so that it is the same in one matrix as in a stack. ``zero``: numbers of value 0 in that shape (a bias
-    that another node adds)."""
+    that another node adds). ``experts``: where the weight has an axis 0 of experts and only some are wanted, these."""
 
     axis: int
     runs: Runs
     zero: bool = False
+    experts: Runs = ()
 
     @property
     def extent(self) -> int:
         """Length of the part along the axis."""
-        return sum(stop - start for start, stop in self.runs)
+        return _length(self.runs)
 
 
 @dataclass(frozen=True, slots=True)
 class NodePart:
-    """The part of node ``node``: an op of the same kind with ``attrs``; ``cuts`` are (operand, cut).
+    """The part of node ``node`` (or GPU, ``gpu0``): an op of the same kind with ``attrs``; ``cuts`` are (operand, cut).
 
     A linear's part writes the columns from ``first_column`` on of the op's output. The parts of experts each give a sum
     over all columns, to be added; ``experts`` are those that the node has, where it has some of them whole.
     """
 
-    node: int
+    node: int | str
     attrs: Attrs
     cuts: tuple[tuple[int, Cut], ...]
     first_column: int = 0
@@ -55,24 +56,42 @@ class NodePart:
 
 
 def node_parts(op: Op, placement: Placement) -> tuple[NodePart, ...]:
-    """One part a node, in order of the cut; empty where the op runs in one piece (or not on the CPU alone)."""
-    devices = {placement.device, *(run.device for run in placement.experts)}
-    if placement.streamed or not all(device.startswith("cpu:") for device in devices):
+    """One part a CPU node, in order of the cut; empty where the op runs in one piece or not on the CPU.
+
+    Experts of an op whose input is on a GPU are such parts even where one node has all of them."""
+    if placement.streamed:
         return ()
     if isinstance(op.attrs, ops.MoeExperts):
-        by_node: dict[int, list[tuple[int, int]]] = {}
-        for run in placement.experts:
-            by_node.setdefault(int(run.device[4:]), []).append((run.first, run.last + 1))
-        if by_node and set(by_node) != {int(placement.device[4:])}:
-            return tuple(_whole_experts(op.attrs, node, tuple(runs)) for node, runs in sorted(by_node.items()))
-    if len(placement.slices) < 2:
-        return ()
-    if isinstance(op.attrs, ops.MoeExperts):
-        a = op.attrs
-        return tuple(_expert_slice(a, s.node, s.start, s.stop, i == 0) for i, s in enumerate(placement.slices))
-    if isinstance(op.attrs, ops.Linear):
+        return _expert_parts(op.attrs, placement)
+    if isinstance(op.attrs, ops.Linear) and placement.device.startswith("cpu:") and len(placement.slices) > 1:
         return tuple(_linear_rows(op.attrs, s.node, s.start, s.stop) for s in placement.slices)
     return ()
+
+
+def _expert_parts(a: ops.MoeExperts, placement: Placement) -> tuple[NodePart, ...]:
+    by_node: dict[int, list[tuple[int, int]]] = {}
+    for run in placement.experts:
+        if run.device.startswith("cpu:"):
+            by_node.setdefault(int(run.device[4:]), []).append((run.first, run.last + 1))
+    everything = all(run.device.startswith("cpu:") for run in placement.experts)
+    here: Runs = () if everything else tuple(run for runs in by_node.values() for run in runs)
+    if len(placement.slices) > 1 and (everything or here):
+        slices = enumerate(placement.slices)
+        return tuple(_expert_slice(a, s.node, (s.start, s.stop), here, i == 0) for i, s in slices)
+    main = placement.device[4:] if placement.device.startswith("cpu:") else ""
+    if not by_node or (everything and main and set(by_node) == {int(main)}):
+        return ()
+    return tuple(_whole_experts(a, node, tuple(runs)) for node, runs in sorted(by_node.items()))
+
+
+def gpu_part(op: Op, placement: Placement) -> NodePart | None:
+    """What the op's GPU computes of experts that partly live elsewhere: an op of fewer experts, whose ``experts`` say
+    which; None where it has all of them or none."""
+    runs = tuple((run.first, run.last + 1) for run in placement.experts if run.device == placement.device)
+    assert isinstance(op.attrs, ops.MoeExperts)
+    if not placement.device.startswith("gpu:") or not runs or _length(runs) == op.attrs.experts:
+        return None
+    return _whole_experts(op.attrs, placement.device.replace(":", ""), runs)
 
 
 def _linear_rows(a: ops.Linear, node: int, start: int, stop: int) -> NodePart:
@@ -81,24 +100,33 @@ def _linear_rows(a: ops.Linear, node: int, start: int, stop: int) -> NodePart:
     return NodePart(node, replace(a, out_features=stop - start), cuts, first_column=start)
 
 
-def _expert_slice(a: ops.MoeExperts, node: int, start: int, stop: int, first: bool) -> NodePart:
-    both = ((start, stop), (a.intermediate + start, a.intermediate + stop))
-    cuts: tuple[tuple[int, Cut], ...] = ((3, Cut(-2, both)), (4, Cut(-1, ((start, stop),))))
+def _expert_slice(a: ops.MoeExperts, node: int, columns: tuple[int, int], experts: Runs, first: bool) -> NodePart:
+    start, stop = columns
+    both = (columns, (a.intermediate + start, a.intermediate + stop))
+    cuts: tuple[tuple[int, Cut], ...] = ((3, Cut(-2, both, False, experts)), (4, Cut(-1, (columns,), False, experts)))
     if a.bias:
-        cuts = (*cuts, (5, Cut(-1, both)), (6, Cut(0, ((0, a.experts),), zero=not first)))
-    return NodePart(node, replace(a, intermediate=stop - start), cuts)
+        biases = experts or ((0, a.experts),)
+        cuts = (*cuts, (5, Cut(-1, both, False, experts)), (6, Cut(0, biases, zero=not first)))
+    count = _length(experts) if experts else a.experts
+    return NodePart(node, replace(a, intermediate=stop - start, experts=count), cuts, experts=experts)
 
 
-def _whole_experts(a: ops.MoeExperts, node: int, runs: Runs) -> NodePart:
+def _length(runs: Runs) -> int:
+    return sum(stop - start for start, stop in runs)
+
+
+def _whole_experts(a: ops.MoeExperts, node: int | str, runs: Runs) -> NodePart:
     cut = Cut(0, runs)
     operands = (3, 4, 5, 6) if a.bias else (3, 4)
     return NodePart(node, replace(a, experts=cut.extent), tuple((o, cut) for o in operands), experts=runs)
 
 
-def cut_value(value: Value, cut: Cut, node: int) -> Value:
+def cut_value(value: Value, cut: Cut, node: int | str) -> Value:
     """The weight that holds the part of ``value`` on ``node``; its ids end in ``@node``."""
     shape: list[int | str] = list(value.type.shape)
     shape[cut.axis] = cut.extent
+    if cut.experts:
+        shape[0] = _length(cut.experts)
     return replace(
         value,
         id=part_id(value.id, node),
@@ -107,7 +135,7 @@ def cut_value(value: Value, cut: Cut, node: int) -> Value:
     )
 
 
-def part_id(id: str, node: int) -> str:
+def part_id(id: str, node: int | str) -> str:
     """Name of what belongs to one node's part."""
     return f"{id}@{node}"
 
@@ -127,8 +155,9 @@ def plan_parts(plan: Plan) -> dict[tuple[str, str], tuple[NodePart, ...]]:
 def plan_nodes(plan: Plan) -> tuple[tuple[int, ...], int]:
     """Ids of the NUMA nodes that the plan uses, ascending, and the index of the one that holds what is not cut."""
     devices = [p.device for call in plan.calls for _, p in call.placements]
-    main = next((int(device[4:]) for device in devices if device.startswith("cpu:")), 0)
-    nodes = {main, *(part.node for parts in plan_parts(plan).values() for part in parts)}
+    of_parts = [int(part.node) for parts in plan_parts(plan).values() for part in parts]
+    main = next((int(device[4:]) for device in devices if device.startswith("cpu:")), min(of_parts, default=0))
+    nodes = {main, *of_parts}
     return tuple(sorted(nodes)), sorted(nodes).index(main)
 
 
@@ -143,10 +172,26 @@ def cut_weights(plan: Plan) -> dict[str, tuple[tuple[Value, Cut, int], ...]]:
             by_operand: dict[int, list[tuple[Cut, int]]] = {}
             for part in parts.get((template.name, op.id), ()):
                 for operand, cut in part.cuts:
-                    by_operand.setdefault(operand, []).append((cut, part.node))
+                    by_operand.setdefault(operand, []).append((cut, int(part.node)))
             for operand, cuts in by_operand.items():
                 whole = values[actual[op.inputs[operand]]]
                 found[whole.id] = tuple((cut_value(whole, cut, node), cut, node) for cut, node in cuts)
+    return found
+
+
+def gpu_cut_weights(plan: Plan) -> dict[str, tuple[Value, Cut]]:
+    """By id of the plan's whole weight, of which a GPU has some experts: the weight that holds them, and its cut."""
+    values = plan.value_map()
+    found: dict[str, tuple[Value, Cut]] = {}
+    for call in plan.calls:
+        template = plan.template(call.template)
+        actual = dict(zip(template.params, call.args, strict=True))
+        placements = dict(call.placements)
+        for op in template.ops:
+            part = gpu_part(op, placements[op.id]) if isinstance(op.attrs, ops.MoeExperts) else None
+            for operand, cut in part.cuts if part else ():
+                whole = values[actual[op.inputs[operand]]]
+                found[whole.id] = cut_value(whole, cut, part.node if part else ""), cut
     return found
 
 

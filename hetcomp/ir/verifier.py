@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from hetcomp.errors import HetcompError
 from hetcomp.ir import op_types
+from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
 from hetcomp.ir.node_parts import node_parts, plan_parts, shared_weights
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 
@@ -231,12 +232,13 @@ def _scheduled(plan: Plan) -> None:
 
 
 def _memory_planned(plan: Plan) -> None:
-    dims = plan.max_dims()
-    _call_arena_planned(plan, dims)
+    dims, sides = plan.max_dims(), cpu_templates(plan)
+    _call_arena_planned(plan, dims, sides)
     call_end = max((s.offset + s.bytes for s in plan.call_arena), default=0)
-    for template in plan.templates:
+    for template in (plan.template(name) for name in sides):
         slots = {s.value: s for s in template.arena}
-        live = _live_epochs(template)
+        side = sides[template.name]
+        live = {name: alive for name, alive in _live_epochs(side.template).items() if name in side.arena}
         for name in live:
             if name not in slots:
                 raise HetcompError(f"Value {name} of template {template.name} has no place in the arena.")
@@ -248,21 +250,23 @@ def _memory_planned(plan: Plan) -> None:
                 raise HetcompError(f"{slot.value} of template {template.name} has an unaligned place.")
             if slot.offset < call_end or slot.offset + slot.bytes > plan.arena_bytes:
                 raise HetcompError(f"{slot.value} of template {template.name} lies outside of its part of the arena.")
-        for op, epoch in zip(template.ops, _epochs(template), strict=True):
+        for op, epoch in zip(side.template.ops, _epochs(side.template), strict=True):
             if f"workspace:{op.id}" in slots:
                 live[f"workspace:{op.id}"] = (epoch, epoch)
         where = f"of template {template.name}"
         _no_overlap(where, [(n, *live[n], slots[n].offset, slots[n].bytes) for n in live])
 
 
-def _call_arena_planned(plan: Plan, dims: dict[str, int]) -> None:
-    """Values handed from call to call: each has a place of its own from its first call to its last."""
+def _call_arena_planned(plan: Plan, dims: dict[str, int], sides: Mapping[str, CpuTemplate]) -> None:
+    """Values handed from call to call on the CPU: each has a place of its own from its first call to its last."""
     values = {v.id: v for v in plan.values if v.kind is ValueKind.ACT}
     slots = {s.value: s for s in plan.call_arena}
     live: dict[str, tuple[int, int]] = {}
     for i, call in enumerate(plan.calls):
-        for name in (*call.args, *call.results):
-            if name in values:
+        side = sides[call.template]
+        formals = (*side.template.params, *side.template.results)
+        for formal, name in zip(formals, (*call.args, *call.results), strict=True):
+            if name in values and formal in side.arena:
                 live[name] = (live.get(name, (i, i))[0], i)
     for name in live:
         if name not in slots:
