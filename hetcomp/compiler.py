@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hetcomp import frontend, installed_runtime
-from hetcomp.artifact.chat_template import compile_chat_template, template_bytes
-from hetcomp.artifact.chat_template_parity import prove_chat_template_parity
+from hetcomp import frontend
 from hetcomp.artifact.staging import staged_folder
-from hetcomp.artifact.tokenizer import compile_tokenizer
-from hetcomp.artifact.tokenizer_parity import prove_parity
-from hetcomp.artifact.weight_files import write_weights
-from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
 from hetcomp.backends.cut_weights import CutImportance, CutReader
 from hetcomp.backends.importance import Importance
-from hetcomp.backends.native_compiler import Source, compile_objects, link_program
-from hetcomp.backends.pack_weights import Packer, WeightPacker
-from hetcomp.backends.program import ProgramLayout, render_program
+from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.protocol import Isa
-from hetcomp.backends.select_kernels import CpuTarget, default_backends, select_kernels
-from hetcomp.backends.tvm import support_source
+from hetcomp.backends.select_kernels import CpuTarget, default_backends
+from hetcomp.build_artifact import all_cuts, write_artifact
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.ir.annotations import Mix
 from hetcomp.ir.plan import Plan
-from hetcomp.ir.printer import print_plan
-from hetcomp.ir.serialise import to_json
 from hetcomp.passes.context import Context, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
 from hetcomp.passes.format_search import search_formats
 from hetcomp.passes.phases import default_mix
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
+from hetcomp.planned import Planned
 from hetcomp.progress import ProgressSink, QuietProgress
 from hetcomp.replay import replay
 
@@ -58,19 +47,6 @@ MAX_LOGIT_ROWS = 64
 # Largest step where a GPU takes part: weights that are streamed to it pay only when many tokens share them
 # (FreeToken streams whole layers for chunks of 4,096 and more).
 MAX_GPU_STEP_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A model after the passes: what `hetcomp-plan` shows and what the backends generate from. ``seconds`` is the
-    time that each pass took."""
-
-    plan: Plan
-    imported: frontend.Imported
-    target: CpuTarget
-    profile: HardwareProfile
-    context: Context
-    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -102,13 +78,16 @@ def plan_model(
 ) -> Planned:
     """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
 
-    planning: nothing will be generated from the plan; the profile's GPUs may be used.
+    planning: nothing will be generated from the plan, which may then use several GPUs and stream weights to them.
     """
     progress = progress or QuietProgress()
     wishes = wishes or PlanWishes()
     request = FormatRequest.parse(formats)
     progress.stage("measure hardware" if hw_profile == "auto" else "read hardware profile")
     profile = hw_profile if isinstance(hw_profile, HardwareProfile) else load_profile(str(hw_profile))
+    if not planning and len(profile.gpus) > 1:
+        progress.warn(f"code is generated for one GPU: {profile.gpus[0].name}, the first of {len(profile.gpus)}")
+        profile = profile.model_copy(update={"gpus": profile.gpus[:1]})
     target = CpuTarget(_choose_isas(isa, profile), default_backends(), profile.tunings)
     context = Context(
         profile,
@@ -117,7 +96,7 @@ def plan_model(
         request,
         isa=target.isas[0].value,
         planning=planning,
-        use_gpus=planning and bool(profile.gpus),
+        use_gpus=bool(profile.gpus) and wishes.vram != 0,
         vram=wishes.vram,
         pinned_bytes=wishes.pinned_bytes,
         pins=tuple(parse_pin(pin) for pin in wishes.pins),
@@ -130,9 +109,7 @@ def plan_model(
         context_length=_context_length(context_length, mix),
         default_context=DEFAULT_CONTEXT,
         max_batch=max(max_batch, mix.batch if mix else 1),
-        max_tokens=min(MAX_GPU_STEP_TOKENS, max(MAX_STEP_TOKENS, mix.prompt if mix else 0))
-        if context.use_gpus
-        else MAX_STEP_TOKENS,
+        max_tokens=_step_tokens(context, mix),
         max_logit_rows=MAX_LOGIT_ROWS,
     )
     context = replace(context, checkpoint=imported.checkpoint)
@@ -148,7 +125,7 @@ def plan_model(
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:
     """The same model, wishes and formats on another machine; nothing is traced again."""
-    context = replace(planned.context, profile=profile, use_gpus=planned.context.planning and bool(profile.gpus))
+    context = replace(planned.context, profile=profile, use_gpus=bool(profile.gpus) and planned.context.vram != 0)
     seconds: dict[str, float] = {}
     plan = run_pipeline(planned.imported.plan, context, seconds=seconds)
     return Planned(plan, planned.imported, planned.target, profile, context, seconds)
@@ -181,6 +158,14 @@ def _context_length(wanted: int | None, mix: Mix | None) -> int | None:
     return needed if needed > DEFAULT_CONTEXT else None
 
 
+def _step_tokens(context: Context, mix: Mix | None) -> int:
+    """Tokens of the largest step: all of the prompt that is planned for, or of any, where a GPU takes part."""
+    if not context.use_gpus:
+        return MAX_STEP_TOKENS
+    wanted = mix.prompt if mix else MAX_STEP_TOKENS if context.planning else MAX_GPU_STEP_TOKENS
+    return min(MAX_GPU_STEP_TOKENS, max(MAX_STEP_TOKENS, wanted))
+
+
 def _check_mix(plan: Plan) -> None:
     mix, context = plan.mix, plan.dim("context").max
     if mix is not None and mix.prompt + mix.answer > context:
@@ -210,6 +195,8 @@ def compile(
     formats: str | Mapping[str, str] = "auto",
     out: str | Path | None = None,
     isa: Sequence[str] | None = None,
+    wishes: PlanWishes | None = None,
+    ccs: Sequence[int] = (),
     plan: str | Path | None = None,
     importance: str | Path | None = None,
     dump_dir: Path | None = None,
@@ -224,6 +211,8 @@ def compile(
     f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router, embedding; kv: f32, bf16,
     q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
     lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
+    wishes: what placement shall keep to; a GPU of the profile takes part unless ``wishes.vram`` is 0. ccs: compute
+    capabilities (80, 90, ..) that GPU code is generated for; by default the profile's GPU's.
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
@@ -237,6 +226,7 @@ def compile(
         max_batch=max_batch,
         formats=formats,
         isa=isa,
+        wishes=wishes,
         planning=False,
         stop_after="lower" if plan is not None else None,
         dump_dir=dump_dir,
@@ -257,91 +247,10 @@ def compile(
         out = Path(owner.name) / f"{planned.plan.model.name}.hetc"
     target = Path(out)
     with staged_folder(target) as staging:
-        cuts = ProgramLayout.of(planned.plan).cuts
+        cuts = all_cuts(planned.plan)
         packer = WeightPacker(CutReader(checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
-        write_artifact(planned, packer, staging, progress)
+        write_artifact(planned, packer, staging, progress, ccs)
     return Executable(target, owner=owner)
-
-
-def write_artifact(planned: Planned, packer: Packer, staging: Path, progress: ProgressSink) -> None:
-    """Fills ``staging`` with the code, weights and documents of a planned model."""
-    plan = planned.plan
-    layout = ProgramLayout.of(plan)
-    documents = _documents(planned, progress)
-    digest = hashlib.sha256(documents.plan_json.encode()).hexdigest()
-    # Code first: it fails early and cheaply, weights are the long part.
-    for isa in planned.target.isas:
-        _build_program(planned, isa, digest, staging, progress)
-    sizes = [planned.target.packed_bytes(v) for v in layout.weights]
-    progress.stage("pack weights", total=sum(sizes))
-    records = write_weights(layout.weights, sizes, packer.chunks(layout.weights), staging, progress.advance)
-    records = [replace(record, node=node) for record, node in zip(records, layout.weight_nodes, strict=True)]
-    for name in packer.not_finite:
-        progress.warn(
-            f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "
-            "not be usable"
-        )
-    write_documents(documents, staging)
-    copy_runtime(staging)
-    write_manifest(
-        plan,
-        layout,
-        records,
-        planned.target.isas,
-        version("hetcomp"),
-        {"name": planned.profile.name, "sha256": planned.profile.sha256()},
-        staging,
-    )
-
-
-def _documents(planned: Planned, progress: ProgressSink) -> Documents:
-    """Plan texts, and the tokenizer and chat template whose C++ twins are proven equal to the originals here."""
-    words: bytes | None = None
-    template: bytes | None = None
-    folder = planned.imported.folder
-    if folder is not None:
-        progress.stage("tokenizer")
-        try:
-            compiled = compile_tokenizer(folder)
-            if compiled is not None:
-                prove_parity(compiled, folder)
-                words = compiled.data
-        except HetcompError as error:
-            progress.warn(f"{error} The artifact takes token ids only (--ids).")
-        try:
-            tree = compile_chat_template(folder)
-            if tree is not None:
-                prove_chat_template_parity(tree, folder)
-                template = template_bytes(tree)
-        except HetcompError as error:
-            progress.warn(f"{error} The artifact has no chat template (--chat will be refused).")
-    return Documents(to_json(planned.plan), print_plan(planned.plan), words, template)
-
-
-def _build_program(planned: Planned, isa: Isa, digest: str, staging: Path, progress: ProgressSink) -> None:
-    kernels = select_kernels(planned.plan, planned.target, isa)
-    unique = {kernel.name: kernel for kernel in kernels.values()}
-    sources = [Source(kernel.name, kernel.source) for kernel in unique.values()]
-    sources.append(Source("program", render_program(planned.plan, kernels, isa, digest)))
-    sources.append(Source("tvm_support", support_source()))
-    folder = staging / "kernels" / "src" / isa.value
-    folder.mkdir(parents=True)
-    for source in sources:
-        (folder / f"{source.stem}.cpp").write_text(source.text)
-    progress.stage(f"compile kernels ({isa.value})", total=len(sources))
-    objects = compile_objects(
-        sources,
-        isa,
-        installed_runtime.include(),
-        threads=planned.profile.compile_threads(),
-        progress=lambda stem: progress.advance(1, stem),
-    )
-    with tempfile.TemporaryDirectory(prefix="hetcomp-") as temporary:
-        for stem, data in {name: data for kernel in unique.values() for name, data in kernel.objects}.items():
-            path = Path(temporary) / f"{hashlib.sha256(stem.encode()).hexdigest()[:16]}.o"
-            path.write_bytes(data)
-            objects.append(path)
-        link_program(objects, staging / "kernels" / f"lib_{isa.value}.so")
 
 
 def _choose_isas(wanted: Sequence[str] | None, profile: HardwareProfile) -> tuple[Isa, ...]:

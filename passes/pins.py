@@ -49,8 +49,10 @@ def parse_pin(text: str) -> Pin:
 
 
 def pinned_device(pins: tuple[Pin, ...], op: Op, layer: int | None) -> str | None:
-    """Where the pins want the op, None if they do not say. Raises HetcompError if two contradict each other."""
+    """Where the pins want the op, None if they do not say; one that names a role goes before ``*``. Raises HetcompError
+    if two contradict each other."""
     matching = [pin for pin in pins if pin.matches(op, layer)]
+    matching = [pin for pin in matching if pin.role != "*"] or matching
     for pin in matching[1:]:
         if pin.device != matching[0].device:
             where = f"layer {layer}" if layer is not None else "the model's ends"

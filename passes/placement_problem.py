@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
@@ -239,7 +240,7 @@ class _Builder:
             sliced += weights if isinstance(op.attrs, ops.Linear) else 0
             whole += (0 if isinstance(op.attrs, ops.Linear) else weights) + state
             states += state
-        pins = {pin for op in part if (pin := pinned_device(self.context.pins, op, call.layer)) is not None}
+        pins = {pin for op in part if (pin := self._pin(template, op, call.layer)) is not None}
         if len(pins) > 1:
             pins = {pinned_device(self.context.pins, max(part, key=lambda o: len(o.inputs)), call.layer) or "cpu"}
         weight_bytes = sliced + whole - states
@@ -255,6 +256,18 @@ class _Builder:
             beside=any(op.id in self._beside[template.name] for op in part),
             pin=next(iter(pins), None),
         )
+
+    def _pin(self, template: Template, op: Op, layer: int | None) -> str | None:
+        """The device that the user decided, or the CPU where no GPU code can be generated for the op."""
+        pin = pinned_device(self.context.pins, op, layer)
+        if self.context.planning or not self.gpus or pin == "cpu":
+            return pin
+        refusal = self.context.target.gpu_refusal(op, template)
+        if refusal is None:
+            return pin
+        if pin is not None:
+            raise HetcompError(f"{op.origin or op.id} is pinned to {pin}, but {refusal}")
+        return "cpu"
 
     def _op_times(self, template: Template, op: Op) -> tuple[Times, tuple[Times, ...]]:
         key = (template.name, op.id)
@@ -309,7 +322,7 @@ class _Builder:
         exchange = tuple(
             tuple(handshake_us(g) + 2 * copy_us(g, activation_bytes(x, step)) for step in self.steps) for g in self.gpus
         )
-        pin = pinned_device(self.context.pins, op, call.layer)
+        pin = self._pin(template, op, call.layer)
         return ExpertSet(index, op.id, spine, size, classes, exchange, pin)
 
     def _expert_class(

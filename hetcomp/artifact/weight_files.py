@@ -46,9 +46,10 @@ def write_weights(
     chunks: Generator[Chunk],
     folder: Path,
     advance: Callable[[int, str], None],
+    stem: str = "weights",
     shard_bytes: int = SHARD_BYTES,
 ) -> list[WeightRecord]:
-    """Streams the packed weights into ``weights-NNNNN.safetensors`` files of about ``shard_bytes``.
+    """Streams the packed weights into ``<stem>-NNNNN.safetensors`` files of about ``shard_bytes``.
 
     values, sizes: the weights and their packed bytes (multiples of 64). ``chunks`` yields the values' bytes in the same
     order, in chunks of any size; the next chunk is made while the last is written, in a thread of its own, and no more
@@ -58,7 +59,7 @@ def write_weights(
     records: list[WeightRecord] = []
     with closing(prefetch(chunks, "hetcomp-pack")) as stream:
         for number, shard in enumerate(_shards(list(zip(values, sizes, strict=True)), shard_bytes), start=1):
-            file = f"weights-{number:05d}.safetensors"
+            file = f"{stem}-{number:05d}.safetensors"
             records.extend(_write_shard(shard, stream, folder, file, advance))
     return records
 

@@ -59,8 +59,10 @@ def write_manifest(
     version: str,
     profile: Mapping[str, str],
     folder: Path,
+    pinned: Sequence[str] | None = None,
 ) -> None:
-    """Writes manifest.json over everything that is already in ``folder``. ``isas``: best first."""
+    """Writes manifest.json over everything that is already in ``folder``. ``isas``: best first. ``pinned``: names of
+    the buffers that CPU and GPU share, in the order of the CPU's program; None: there is no GPU program."""
     dims = plan.max_dims()
     manifest: dict[str, Any] = {
         "schema": list(MANIFEST_SCHEMA),
@@ -90,6 +92,9 @@ def write_manifest(
         "tokenizer": _present(folder, "tokenizer.hetc.json"),
         "chat_template": _present(folder, "chat_template.hetc.json"),
     }
+    if pinned is not None:
+        files = sorted(path.name for path in folder.glob("gpu-weights-*.safetensors"))
+        manifest["gpu"] = {"program": "gpu/program.json", "pinned": list(pinned), "weight_files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from hetcomp.backends import packing
 from hetcomp.backends.cpu import CpuBackend
+from hetcomp.backends.gpu.kernels import GpuRequest
+from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
 from hetcomp.backends.tvm import TvmBackend
 from hetcomp.errors import HetcompError
@@ -23,7 +25,8 @@ def default_backends() -> tuple[KernelBackend, ...]:
 
 @dataclass(frozen=True)
 class CpuTarget:
-    """KernelTarget of a CPU program built for one or several instruction sets, with the ``tunings`` of a profile."""
+    """KernelTarget of a CPU program built for one or several instruction sets, with the ``tunings`` of a profile, and
+    of what a GPU does beside it."""
 
     isas: tuple[Isa, ...]
     backends: tuple[KernelBackend, ...]
@@ -38,6 +41,14 @@ class CpuTarget:
             ask = request(op, template, isa, dims, self.tunings)
             needs.append(choose(self.backends, ask).workspace_bytes(ask))
         return max(needs)
+
+    def gpu_refusal(self, op: Op, template: Template) -> str | None:
+        """Why no GPU code can be generated for the op, one sentence; None if it can."""
+        if op.kind == "transfer":
+            return None
+        values = template.value_map()
+        inputs, outputs = tuple(values[i] for i in op.inputs), tuple(values[o] for o in op.outputs)
+        return TritonBackend().refusal(GpuRequest(op, inputs, outputs))
 
     def weight_layout(self, op: Op, operand: int) -> str:
         """Layout in which input ``operand`` of the op is stored."""

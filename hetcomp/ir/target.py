@@ -19,6 +19,10 @@ class KernelTarget(Protocol):
         """Layout in which input ``operand`` of the op is stored: ``row_major`` or a packed one."""
         ...
 
+    def gpu_refusal(self, op: Op, template: Template) -> str | None:
+        """Why no GPU code can be generated for the op, one sentence; None if it can."""
+        ...
+
     def packed_bytes(self, value: Value) -> int:
         """Bytes of the weight once packed in ``value.format`` (padding and scales included)."""
         ...

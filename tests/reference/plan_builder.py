@@ -135,6 +135,9 @@ class HandTarget:
     def workspace_bytes(self, op: Op, template: Template, dims: Mapping[str, int]) -> int:
         return 4096 if op.kind == "moe_experts" else 0
 
+    def gpu_refusal(self, op: Op, template: Template) -> str | None:
+        return None
+
     def weight_layout(self, op: Op, operand: int) -> str:
         return "row_major" if op.kind == "rms_norm" else "panels16"
 

@@ -39,6 +39,6 @@ def group_ops(
 
 
 def _single(op: Op, values: Mapping[str, Value], dims: Mapping[str, int], rows: int | None) -> GpuGroup:
-    operands = (tuple(values[v] for v in ids) for ids in (op.inputs, op.outputs))
-    code = TritonBackend().emit(GpuRequest(op, *operands, dims, rows))
+    inputs, outputs = tuple(values[v] for v in op.inputs), tuple(values[v] for v in op.outputs)
+    code = TritonBackend().emit(GpuRequest(op, inputs, outputs, dims, rows))
     return GpuGroup((op,), op.inputs, op.outputs, code)

@@ -1,0 +1,52 @@
+"""Launches that hand values to the CPU, and that add what it gives back."""
+
+from __future__ import annotations
+
+import math
+
+from hetcomp.backends.gpu.groups import GpuGroup
+from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Operand, launch
+from hetcomp.backends.gpu.tiles import power_of_two
+from hetcomp.backends.gpu.triton_backend import TritonBackend
+from hetcomp.ir.ops import Add
+from hetcomp.ir.plan import Op, Value
+
+_MAX_COLUMNS = 1024
+
+
+def hand_out(op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], exact: bool) -> GpuGroup:
+    """Copies x f32[rows, ..], or x, ids i32[rows, top_k] and weights f32[rows, top_k], to ``outputs``."""
+    width = math.prod(d for d in inputs[0].type.shape[1:] if isinstance(d, int))
+    choices = len(inputs) > 1
+    top_k = inputs[1].type.shape[1] if choices else 1
+    assert isinstance(top_k, int)
+    columns = min(power_of_two(width), _MAX_COLUMNS)
+    constants: dict[str, Constant] = {
+        "WIDTH": width,
+        "TOP_K": top_k,
+        "TOP_K_PADDED": power_of_two(top_k),
+        "COLUMNS": columns,
+    }
+    made = launch(
+        "hand_out",
+        "hand_out",
+        f"hand_out_{width}{f'_top{top_k}' if choices else ''}",
+        (ROWS, GridAxis(-(-width // columns)), ONE),
+        {
+            "x": ("*fp32", Operand("input", 0)),
+            "ids": ("*i32", Operand("input", 1)) if choices else None,
+            "weights": ("*fp32", Operand("input", 2)) if choices else None,
+            "n_rows": None if exact else ("*i32", Operand("step", name="rows")),
+            "x_out": ("*fp32", Operand("output", 0)),
+            "ids_out": ("*i32", Operand("output", 1)) if choices else None,
+            "weights_out": ("*fp32", Operand("output", 2)) if choices else None,
+        },
+        constants,
+    )
+    return GpuGroup((op,), tuple(v.id for v in inputs), outputs, GpuCode((made,)))
+
+
+def add_sums(op: Op, a: Value, b: Value, total: Value, rows: int | None) -> GpuGroup:
+    """total = a + b, f32[rows, width] all."""
+    request = GpuRequest(Op(op.id, Add(), (a.id, b.id), (total.id,)), (a, b), (total,), {}, rows)
+    return GpuGroup((op,), (a.id, b.id), (total.id,), TritonBackend().emit(request))

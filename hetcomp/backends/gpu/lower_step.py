@@ -1,0 +1,250 @@
+"""Lowers what a GPU does in a step to launches and hand-overs with addresses: one graph a number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
+from hetcomp.backends.gpu.groups import GpuGroup, group_ops
+from hetcomp.backends.gpu.hand_out import add_sums, hand_out
+from hetcomp.backends.gpu.kernels import GpuKernel, GpuRequest, Launch, Operand
+from hetcomp.backends.gpu.step_events import (
+    AskExperts,
+    AwaitExperts,
+    Event,
+    GiveValue,
+    Result,
+    Run,
+    SomeExperts,
+    TakeValue,
+    attrs_of,
+    reads_of,
+    resident_rows,
+)
+from hetcomp.backends.gpu.triton_backend import TritonBackend
+from hetcomp.ir.cpu_side import HandOver
+from hetcomp.ir.node_parts import cut_value
+from hetcomp.ir.plan import Value, ValueKind
+from hetcomp.ir.types import DType, TensorType
+from hetcomp.passes.plan_memory import Lifetime, place_lifetimes
+
+ARENA = "arena"
+LOGITS = "logits"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a graph: exactly ``count`` of them, logits of each; or up to ``count``, and logits of up to
+    ``logit_rows``."""
+
+    count: int
+    exact: bool
+    logit_rows: int
+
+    def dims(self, dims: Mapping[str, int]) -> dict[str, int]:
+        """The plan's bounds with those of the rows."""
+        return {**dims, "T": self.count, "R": self.logit_rows}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes from ``offset`` on of a buffer of the program."""
+
+    buffer: str
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Raises a flag of the CPU's."""
+
+    flag: int
+
+
+@dataclass(frozen=True)
+class Await:
+    """Waits for the CPU's answer."""
+
+    flag: int
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """The nodes of a step, one after the other; ``kernels`` by name, ``arena_bytes`` of device memory."""
+
+    rows: Rows
+    nodes: tuple[dict[str, Any], ...]
+    kernels: Mapping[str, GpuKernel]
+    arena_bytes: int
+
+
+@dataclass
+class StepLowering:
+    """Lowers the events of one number of rows.
+
+    ``values`` by id, those of the step and of the plan; ``places``: of values outside of the arena (weights, states, a
+    step's inputs). ``residents``: places of tables of resident experts, filled as they are needed (``constants``: their
+    numbers)."""
+
+    events: Sequence[Event]
+    values: dict[str, Value]
+    places: dict[str, Place]
+    exchange: Exchange
+    dims: Mapping[str, int]
+    rows: Rows
+    constants: dict[tuple[int, ...], int]
+    steps: list[GpuGroup | Ask | Await] = field(default_factory=list)
+
+    def lower(self) -> StepGraph:
+        """The graph. Raises HetcompError naming an op that there is no kernel for."""
+        self._place_results()
+        for i, event in enumerate(self.events):
+            self._lower_event(i, event)
+        return self._graph()
+
+    @property
+    def _exact(self) -> int | None:
+        return self.rows.count if self.rows.exact else None
+
+    def _place_results(self) -> None:
+        """Results, and values whose one reader is a transfer, are written where the CPU reads them."""
+        for event in self.events:
+            if isinstance(event, Result):
+                self.places[event.op.inputs[0]] = Place(LOGITS)
+            elif isinstance(event, GiveValue) and self._readers(event.op.inputs[0]) == 1:
+                buffer = self.exchange.buffer(event.hand_over, VALUE)
+                self.places.setdefault(event.op.inputs[0], Place(buffer.name))
+
+    def _readers(self, name: str) -> int:
+        return sum(reads_of(event).count(name) for event in self.events)
+
+    def _lower_event(self, index: int, event: Event) -> None:
+        match event:
+            case Run(ops):
+                elsewhere = {n for i, e in enumerate(self.events) if i != index for n in reads_of(e)}
+                dims = self.rows.dims(self.dims)
+                self.steps += group_ops(ops, self.values, elsewhere, dims, self._exact)
+            case SomeExperts(op, _):
+                self._some_experts(event)
+            case AskExperts(op, hand_over):
+                outputs = tuple(self._pinned(hand_over, part) for part in EXPERT_INPUTS)
+                inputs = tuple(self.values[name] for name in op.inputs[: len(EXPERT_INPUTS)])
+                self.steps += [hand_out(op, inputs, outputs, self.rows.exact), Ask(hand_over.flag)]
+            case AwaitExperts():
+                self._await_experts(index, event)
+            case GiveValue(op, hand_over):
+                target = self._pinned(hand_over, VALUE)
+                if self.places.get(op.inputs[0]) != self.places[target]:
+                    self.steps.append(hand_out(op, (self.values[op.inputs[0]],), (target,), self.rows.exact))
+                self.steps.append(Ask(hand_over.flag))
+            case TakeValue(op, hand_over):
+                source = self._pinned(hand_over, VALUE)
+                self.values[source] = replace(self.values[op.outputs[0]], id=source)
+                self.steps += [Ask(hand_over.flag), Await(hand_over.flag)]
+                self.steps.append(hand_out(op, (self.values[source],), op.outputs, self.rows.exact))
+            case Result():
+                pass
+
+    def _pinned(self, hand_over: HandOver, part: str) -> str:
+        """A name for a pinned buffer among the values."""
+        buffer = self.exchange.buffer(hand_over, part).name
+        self.places[f"pinned {buffer}"] = Place(buffer)
+        return f"pinned {buffer}"
+
+    def _some_experts(self, event: SomeExperts) -> None:
+        op, part = event.op, event.part
+        attrs = attrs_of(op)
+        rows = resident_rows(part, attrs.experts)
+        offset = self.constants.setdefault(rows, 64 * sum(-(-4 * len(r) // 64) for r in self.constants))
+        table = Value(f"residents {offset}", TensorType(DType.I32, (attrs.experts,)), ValueKind.CONST)
+        self.places[table.id] = Place("constants", offset)
+        cuts = dict(part.cuts)
+        weights = [
+            cut_value(self.values[name], cuts[i], part.node) if i in cuts else self.values[name]
+            for i, name in enumerate(op.inputs)
+        ]
+        total = replace(self.values[op.outputs[0]], id=f"{op.outputs[0]} here")
+        self.values |= {v.id: v for v in (*weights, table, total)}
+        part_op = replace(op, attrs=attrs, outputs=(total.id,))
+        dims = self.rows.dims(self.dims)
+        request = GpuRequest(part_op, (*weights, table), (total,), dims, self._exact, resident=True)
+        names = tuple(v.id for v in request.inputs)
+        self.steps.append(GpuGroup((part_op,), names, (total.id,), TritonBackend().emit(request)))
+
+    def _await_experts(self, index: int, event: AwaitExperts) -> None:
+        op = event.op
+        self.steps.append(Await(event.hand_over.flag))
+        total = self.values[op.outputs[0]]
+        there = self._pinned(event.hand_over, EXPERT_SUM)
+        self.values[there] = replace(total, id=there)
+        if event.some:
+            here = self.values[f"{total.id} here"]
+            self.steps.append(add_sums(op, here, self.values[there], total, self._exact))
+        elif self._read_before_next_sum(total.id, index):
+            self.places[total.id] = self.places[there]
+        else:
+            self.steps.append(hand_out(op, (self.values[there],), (total.id,), self.rows.exact))
+
+    def _read_before_next_sum(self, name: str, index: int) -> bool:
+        """Whether the pinned sum may stand for the value: the CPU writes the next when it has that layer's input."""
+        events = list(self.events)
+        following = (i for i, e in enumerate(events) if i > index and isinstance(e, AskExperts))
+        end = next(following, len(events))
+        return all(name not in reads_of(e) for e in events[end:])
+
+    def _graph(self) -> StepGraph:
+        slots, arena = self._arena()
+        nodes: list[dict[str, Any]] = []
+        kernels: dict[str, GpuKernel] = {}
+        for i, step in enumerate(self.steps):
+            if isinstance(step, GpuGroup):
+                for launch in step.code.launches:
+                    kernels[launch.kernel.name] = launch.kernel
+                    nodes.append(self._node(step, launch, slots, i))
+            else:
+                to = "cpu" if isinstance(step, Ask) else "gpu"
+                nodes.append({"hand_over": {"flag": step.flag, "to": to}})
+        for i, node in enumerate(nodes):
+            node["after"] = [i - 1] if i else []
+        return StepGraph(self.rows, tuple(nodes), kernels, arena)
+
+    def _arena(self) -> tuple[dict[str, int], int]:
+        """Offsets of the values and workspaces, and the size: the steps run one after the other."""
+        dims = self.rows.dims(self.dims)
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        lives: list[Lifetime] = []
+        for i, step in enumerate(self.steps):
+            if not isinstance(step, GpuGroup):
+                continue
+            for name in (*step.inputs, *step.outputs):
+                if name not in self.places:
+                    first.setdefault(name, i)
+                    last[name] = i
+            if step.code.workspace_bytes:
+                lives.append(Lifetime(f"workspace {i}", step.code.workspace_bytes, i, i))
+        lives += [Lifetime(n, self.values[n].type.bytes(dims), first[n], last[n]) for n in first]
+        slots, end = place_lifetimes(lives, 0)
+        return {slot.value: slot.offset for slot in slots}, end
+
+    def _node(self, group: GpuGroup, launch: Launch, slots: Mapping[str, int], index: int) -> dict[str, Any]:
+        shape = self.values[(group.ops[0].outputs or group.ops[0].inputs)[0]].type.shape
+        rows = self.rows.logit_rows if shape[0] == "R" else self.rows.count
+        return {
+            "kernel": launch.kernel.name,
+            "grid": [axis.programs(rows) for axis in launch.grid],
+            "arguments": [self._argument(operand, group, slots, index) for operand in launch.operands],
+        }
+
+    def _argument(self, operand: Operand, group: GpuGroup, slots: Mapping[str, int], index: int) -> dict[str, Any]:
+        if operand.source == "context":
+            return {"i32": self.dims["context"]}
+        if operand.source == "step":
+            return {"buffer": operand.name, "offset": 0}
+        if operand.source == "workspace":
+            return {"buffer": ARENA, "offset": slots[f"workspace {index}"] + operand.offset}
+        name = (group.inputs if operand.source == "input" else group.outputs)[operand.index]
+        place = self.places.get(name) or Place(ARENA, slots[name])
+        return {"buffer": place.buffer, "offset": place.offset + operand.offset}

@@ -1,0 +1,138 @@
+"""What happens on a GPU in a step, in order: runs of ops, and the hand-overs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from hetcomp.backends.exchange import Exchange
+from hetcomp.backends.gpu.flat_ops import FlatOp
+from hetcomp.ir.cpu_side import CpuRole, HandOver
+from hetcomp.ir.homes import memory_of
+from hetcomp.ir.node_parts import NodePart, gpu_part
+from hetcomp.ir.ops import MoeExperts, Transfer
+from hetcomp.ir.plan import Op
+
+
+@dataclass(frozen=True)
+class Run:
+    """Ops that are wholly on the GPU."""
+
+    ops: tuple[Op, ...]
+
+
+@dataclass(frozen=True)
+class SomeExperts:
+    """Of a moe_experts op what the GPU has: all the experts of ``part``."""
+
+    op: Op
+    part: NodePart
+
+
+@dataclass(frozen=True)
+class AskExperts:
+    """Hands the input of the op's experts to the CPU."""
+
+    op: Op
+    hand_over: HandOver
+
+
+@dataclass(frozen=True)
+class AwaitExperts:
+    """Waits for the sum of the CPU's experts and adds it to that of the GPU's, if it has ``some``."""
+
+    op: Op
+    hand_over: HandOver
+    some: bool
+
+
+@dataclass(frozen=True)
+class GiveValue:
+    """A transfer to the CPU."""
+
+    op: Op
+    hand_over: HandOver
+
+
+@dataclass(frozen=True)
+class TakeValue:
+    """A transfer from the CPU."""
+
+    op: Op
+    hand_over: HandOver
+
+
+@dataclass(frozen=True)
+class Result:
+    """A transfer of a step's result: it is read when the step is over."""
+
+    op: Op
+
+
+Event = Run | SomeExperts | AskExperts | AwaitExperts | GiveValue | TakeValue | Result
+
+
+def step_events(ops: tuple[FlatOp, ...], exchange: Exchange, gpu: str) -> tuple[Event, ...]:
+    """The events of ``gpu``.
+
+    The sum of the CPU's experts is awaited as late as possible, so that a shared expert runs meanwhile: before the
+    first op that reads it, and before the next hand-over at the latest.
+    """
+    events: list[Event] = []
+    open_sums: list[AwaitExperts] = []
+    by_op = {(h.call, h.op): h for h in exchange.hand_overs}
+
+    def run(op: Op) -> None:
+        last = events[-1] if events else None
+        if isinstance(last, Run):
+            events[-1] = replace(last, ops=(*last.ops, op))
+        else:
+            events.append(Run((op,)))
+
+    def close(op: Op | None) -> None:
+        for awaited in list(open_sums):
+            if op is None or awaited.op.outputs[0] in op.inputs:
+                open_sums.remove(awaited)
+                events.append(awaited)
+
+    for flat in ops:
+        op, hand_over = flat.op, by_op.get((flat.call, flat.id))
+        if isinstance(op.attrs, Transfer):
+            close(None if hand_over is not None else op)
+            if hand_over is not None:
+                events.append((GiveValue if hand_over.role is CpuRole.AWAIT else TakeValue)(op, hand_over))
+            elif op.attrs.source == gpu:
+                events.append(Result(op))
+        elif memory_of(flat.placement.device) == gpu:
+            close(None if hand_over is not None else op)
+            if hand_over is not None:
+                events.append(AskExperts(op, hand_over))
+                part = gpu_part(op, flat.placement)
+                events.extend([SomeExperts(op, part)] if part else [])
+                open_sums.append(AwaitExperts(op, hand_over, part is not None))
+            else:
+                run(op)
+    close(None)
+    return tuple(events)
+
+
+def reads_of(event: Event) -> tuple[str, ...]:
+    """Values that the event reads (of experts their input alone)."""
+    if isinstance(event, Run):
+        return tuple(name for op in event.ops for name in op.inputs)
+    if isinstance(event, AwaitExperts):
+        return ()
+    return event.op.inputs
+
+
+def resident_rows(part: NodePart, experts: int) -> tuple[int, ...]:
+    """Where each of the op's experts lies among the part's; -1: elsewhere."""
+    here = [e for start, stop in part.experts for e in range(start, stop)]
+    index: Mapping[int, int] = {expert: i for i, expert in enumerate(here)}
+    return tuple(index.get(e, -1) for e in range(experts))
+
+
+def attrs_of(op: Op) -> MoeExperts:
+    """The attributes of an op of experts."""
+    assert isinstance(op.attrs, MoeExperts)
+    return op.attrs

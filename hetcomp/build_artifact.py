@@ -1,0 +1,164 @@
+"""Builds an artifact's code and weights from a planned model."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from hetcomp import installed_runtime
+from hetcomp.artifact.chat_template import compile_chat_template, template_bytes
+from hetcomp.artifact.chat_template_parity import prove_chat_template_parity
+from hetcomp.artifact.tokenizer import compile_tokenizer
+from hetcomp.artifact.tokenizer_parity import prove_parity
+from hetcomp.artifact.weight_files import WeightRecord, write_weights
+from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
+from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_kernels
+from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_program, write_program
+from hetcomp.backends.gpu.write_kernels import write_kernels
+from hetcomp.backends.native_compiler import Source, compile_objects, link_program
+from hetcomp.backends.pack_weights import Packer
+from hetcomp.backends.program import ProgramLayout, render_program
+from hetcomp.backends.protocol import Isa
+from hetcomp.backends.select_kernels import select_kernels
+from hetcomp.backends.tvm import support_source
+from hetcomp.errors import HetcompError
+from hetcomp.ir.node_parts import Cut, gpu_cut_weights
+from hetcomp.ir.plan import Plan, Value
+from hetcomp.ir.printer import print_plan
+from hetcomp.ir.serialise import to_json
+from hetcomp.passes.memory_table import gpu_limit
+from hetcomp.planned import Planned
+from hetcomp.progress import ProgressSink
+
+
+def all_cuts(plan: Plan) -> dict[str, tuple[Value, Cut]]:
+    """By id of every weight that an artifact has a part of: the whole weight and the cut."""
+    of_gpu = {value.id: (plan.value_map()[whole], cut) for whole, (value, cut) in gpu_cut_weights(plan).items()}
+    return {**ProgramLayout.of(plan).cuts, **of_gpu}
+
+
+def write_artifact(
+    planned: Planned, packer: Packer, staging: Path, progress: ProgressSink, ccs: Sequence[int] = ()
+) -> None:
+    """Fills ``staging`` with the code, weights and documents of a planned model."""
+    plan = planned.plan
+    layout = ProgramLayout.of(plan)
+    documents = _documents(planned, progress)
+    digest = hashlib.sha256(documents.plan_json.encode()).hexdigest()
+    # Code first: it fails early and cheaply, weights are the long part.
+    gpu = lower_program(plan)
+    compiled = _compile_gpu(planned, gpu, ccs, staging, progress) if gpu else []
+    for isa in planned.target.isas:
+        _build_program(planned, isa, digest, staging, progress)
+    of_gpu = gpu.weights if gpu else ()
+    sizes = [planned.target.packed_bytes(v) for v in (*layout.weights, *of_gpu)]
+    progress.stage("pack weights", total=sum(sizes))
+    records = _write_weights(layout.weights, planned, packer, staging, "weights", progress)
+    records = [replace(record, node=node) for record, node in zip(records, layout.weight_nodes, strict=True)]
+    shared: tuple[str, ...] = ()
+    if gpu:
+        gpu_records = _write_weights(of_gpu, planned, packer, staging, "gpu-weights", progress)
+        write_program(gpu, gpu_records, compiled, staging)
+        shared = tuple(buffer.name for buffer in gpu.exchange.buffers)
+    for name in packer.not_finite:
+        progress.warn(
+            f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "
+            "not be usable"
+        )
+    write_documents(documents, staging)
+    copy_runtime(staging)
+    write_manifest(
+        plan,
+        layout,
+        records,
+        planned.target.isas,
+        version("hetcomp"),
+        {"name": planned.profile.name, "sha256": planned.profile.sha256()},
+        staging,
+        shared if gpu else None,
+    )
+
+
+def _write_weights(
+    values: Sequence[Value], planned: Planned, packer: Packer, staging: Path, stem: str, progress: ProgressSink
+) -> list[WeightRecord]:
+    sizes = [planned.target.packed_bytes(v) for v in values]
+    return write_weights(values, sizes, packer.chunks(values), staging, progress.advance, stem)
+
+
+def _compile_gpu(
+    planned: Planned, program: GpuProgram, ccs: Sequence[int], staging: Path, progress: ProgressSink
+) -> list[CompiledKernel]:
+    """Compiles and writes the GPU's kernels. Raises HetcompError if the program needs more memory than it may."""
+    major, minor = planned.profile.gpus[0].compute_capability
+    wanted = sorted(set(ccs)) or [10 * major + minor]
+    names = ", ".join(f"sm_{cc}" for cc in wanted)
+    progress.stage(f"compile kernels ({names})", total=len(program.kernels) * len(wanted))
+    compiled = compile_kernels(
+        program.kernels,
+        wanted,
+        threads=planned.profile.compile_threads(),
+        progress=lambda stem: progress.advance(1, stem),
+    )
+    needed, limit = program.device_bytes(compiled), gpu_limit(planned.profile.gpus[0], planned.context)
+    if needed > limit:
+        raise HetcompError(
+            f"The GPU's part of the plan needs {needed:,} bytes, {limit:,} may be used; give a larger --vram, or a "
+            "shorter --context or --prompt."
+        )
+    write_kernels(compiled, staging / "gpu")
+    return compiled
+
+
+def _documents(planned: Planned, progress: ProgressSink) -> Documents:
+    """Plan texts, and the tokenizer and chat template whose C++ twins are proven equal to the originals here."""
+    words: bytes | None = None
+    template: bytes | None = None
+    folder = planned.imported.folder
+    if folder is not None:
+        progress.stage("tokenizer")
+        try:
+            compiled = compile_tokenizer(folder)
+            if compiled is not None:
+                prove_parity(compiled, folder)
+                words = compiled.data
+        except HetcompError as error:
+            progress.warn(f"{error} The artifact takes token ids only (--ids).")
+        try:
+            tree = compile_chat_template(folder)
+            if tree is not None:
+                prove_chat_template_parity(tree, folder)
+                template = template_bytes(tree)
+        except HetcompError as error:
+            progress.warn(f"{error} The artifact has no chat template (--chat will be refused).")
+    return Documents(to_json(planned.plan), print_plan(planned.plan), words, template)
+
+
+def _build_program(planned: Planned, isa: Isa, digest: str, staging: Path, progress: ProgressSink) -> None:
+    kernels = select_kernels(planned.plan, planned.target, isa)
+    unique = {kernel.name: kernel for kernel in kernels.values()}
+    sources = [Source(kernel.name, kernel.source) for kernel in unique.values()]
+    sources.append(Source("program", render_program(planned.plan, kernels, isa, digest)))
+    sources.append(Source("tvm_support", support_source()))
+    folder = staging / "kernels" / "src" / isa.value
+    folder.mkdir(parents=True)
+    for source in sources:
+        (folder / f"{source.stem}.cpp").write_text(source.text)
+    progress.stage(f"compile kernels ({isa.value})", total=len(sources))
+    objects = compile_objects(
+        sources,
+        isa,
+        installed_runtime.include(),
+        threads=planned.profile.compile_threads(),
+        progress=lambda stem: progress.advance(1, stem),
+    )
+    with tempfile.TemporaryDirectory(prefix="hetcomp-") as temporary:
+        for stem, data in {name: data for kernel in unique.values() for name, data in kernel.objects}.items():
+            path = Path(temporary) / f"{hashlib.sha256(stem.encode()).hexdigest()[:16]}.o"
+            path.write_bytes(data)
+            objects.append(path)
+        link_program(objects, staging / "kernels" / f"lib_{isa.value}.so")
