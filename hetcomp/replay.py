@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hetcomp.errors import HetcompError
+from hetcomp.ir.annotations import Placement
+from hetcomp.ir.cpu_side import CpuRole, cpu_templates
 from hetcomp.ir.node_parts import plan_parts
-from hetcomp.ir.plan import Call, Plan, Template, ValueKind
+from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 from hetcomp.ir.serialise import from_json
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.bind_weights import bind_weights
@@ -86,25 +88,14 @@ def _same_ops(path: Path, where: str, plan: Plan, call: Call, own: Template) -> 
 
 
 def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
-    main = next((p.device for call in plan.calls for _, p in call.placements), "cpu:0")
+    devices = [p.device for call in plan.calls for _, p in call.placements]
+    main = next((device for device in devices if device.startswith("cpu:")), "cpu:0")
     for index, call in enumerate(plan.calls):
+        template = plan.template(call.template)
         for op, placement in call.placements:
-            devices = {placement.device, *(r.device for r in placement.experts)}
-            devices |= {f"cpu:{piece.node}" for piece in placement.slices}
-            devices |= {r.streamed_to for r in placement.experts if r.streamed_to is not None}
-            for device in sorted(devices):
-                if not device.startswith("cpu:"):
-                    raise HetcompError(
-                        f"{path}: calls.{index}.placements.{op} is on {device}; this version generates code for CPUs "
-                        "only. Plan without the GPU (--vram 0), or change the placement."
-                    )
-                if device not in {f"cpu:{n.id}" for n in context.profile.compute_nodes}:
-                    raise HetcompError(f"{path}: calls.{index}.placements.{op} is on {device}, which does not exist.")
-            if placement.device != main:
-                raise HetcompError(
-                    f"{path}: calls.{index}.placements.{op} is on {placement.device}, other ops on {main}: only slices "
-                    "and experts can be on nodes of their own."
-                )
+            where = f"{path}: calls.{index}.placements.{op}"
+            node = next(o for o in template.ops if o.id == op)
+            _placement_can_be_generated(where, node, template, placement, main, context)
     for value in plan.values:
         if value.kind is ValueKind.WEIGHT and value.format not in FORMATS:
             raise HetcompError(
@@ -116,9 +107,12 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
                 f"{', '.join(KV_FORMATS)}."
             )
     dims, parts = plan.max_dims(), plan_parts(plan)
-    for template in plan.templates:
-        slots = {slot.value: slot.bytes for slot in template.arena}
+    for side in cpu_templates(plan).values():
+        template = side.template
+        slots = {slot.value: slot.bytes for slot in plan.template(template.name).arena}
         for node in template.ops:
+            if side.roles[node.id] not in (CpuRole.COMPUTE, CpuRole.EXPERTS):
+                continue
             needed = op_workspace(node, template, parts.get((template.name, node.id), ()), dims, context.target)
             if needed > slots.get(f"workspace:{node.id}", 0):
                 raise HetcompError(
@@ -126,3 +120,28 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
                     f"{slots.get(f'workspace:{node.id}', 0)} bytes of workspace, its kernel needs {needed}; plan again "
                     "for these instruction sets."
                 )
+
+
+def _placement_can_be_generated(
+    where: str, op: Op, template: Template, placement: Placement, main: str, context: Context
+) -> None:
+    nodes = {f"cpu:{node.id}" for node in context.profile.compute_nodes}
+    gpus = {f"gpu:{i}" for i in range(len(context.profile.gpus))} if context.use_gpus else set()
+    devices = {placement.device, *(run.device for run in placement.experts)}
+    devices |= {f"cpu:{piece.node}" for piece in placement.slices}
+    for device in sorted(devices - nodes - gpus):
+        have = "" if device.startswith("cpu:") else f" in profile {context.profile.name}; plan with --vram 0, or for it"
+        raise HetcompError(f"{where} is on {device}, which does not exist{have}.")
+    if placement.streamed or any(run.streamed_to for run in placement.experts):
+        raise HetcompError(f"{where} streams weights to a GPU, for which no code is generated; place them for good.")
+    if placement.device.startswith("cpu:") and placement.device != main:
+        raise HetcompError(
+            f"{where} is on {placement.device}, other ops on {main}: only slices and experts can be on nodes of their "
+            "own."
+        )
+    away = sorted({r.device for r in placement.experts if r.device.startswith("gpu:")} - {placement.device})
+    if away:
+        raise HetcompError(f"{where} has experts on {away[0]}, but its input on {placement.device}; put both there.")
+    refusal = context.target.gpu_refusal(op, template) if placement.device in gpus else None
+    if refusal is not None:
+        raise HetcompError(f"{where} is on {placement.device}, but {refusal}")

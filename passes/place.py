@@ -30,7 +30,8 @@ def place(plan: Plan, context: Context) -> Plan:
     pinned memory and the user's pins: HiGHS, greedy and plain rules each propose a placement (see
     placement_candidates), and the one whose simulation is fastest is taken. Weights on the CPU are cut over the NUMA
     nodes by slice_numa; whole experts go to single nodes only where the cut does not fit. GPUs take part if the
-    context says so: code for them cannot be generated yet.
+    context says so; where code will be generated, what it cannot be generated for (``KernelTarget.gpu_refusal``) stays
+    on the CPU.
     Raises HetcompError with a byte table if the plan does not fit, and if pins contradict or cannot be met.
     """
     _check_pins(context.pins, plan, context)
@@ -64,7 +65,7 @@ def place(plan: Plan, context: Context) -> Plan:
         candidates=tuple(times),
         chosen=times[best].method,
     )
-    notes = (*plan.notes, *gpu_evidence(plans[best], context))
+    notes = (*plan.notes, *gpu_evidence(plans[best], context), *_kept_on_cpu(plan, context))
     return replace(plans[best], solution=solution, notes=notes)
 
 
@@ -76,9 +77,17 @@ def _limits(problem: Problem, context: Context) -> tuple[MemoryRow, ...]:
 
 
 def _unused_gpus(context: Context) -> tuple[str, ...]:
-    return tuple(
-        f"GPU {gpu.name} is not used: this version generates code for CPUs only" for gpu in context.profile.gpus
-    )
+    return tuple(f"GPU {gpu.name} is not used: no memory of it may be (--vram 0)" for gpu in context.profile.gpus)
+
+
+def _kept_on_cpu(plan: Plan, context: Context) -> tuple[str, ...]:
+    """What has no GPU code, each reason once."""
+    if context.planning:
+        return ()
+    ops = ((op, template) for template in plan.templates for op in template.ops)
+    refusals = ((op, context.target.gpu_refusal(op, template)) for op, template in ops)
+    reasons = {f"{op.role or op.kind} stays on the CPU: {why}" for op, why in refusals if why}
+    return tuple(sorted(reasons))
 
 
 def _check_pins(pins: tuple[Pin, ...], plan: Plan, context: Context) -> None:
@@ -86,7 +95,7 @@ def _check_pins(pins: tuple[Pin, ...], plan: Plan, context: Context) -> None:
     for pin in pins:
         kind, _, number = pin.device.partition(":")
         if kind == "gpu" and int(number) >= count:
-            have = f"it has {count} GPU{'s' if count != 1 else ''}" if context.use_gpus else "code is for CPUs only"
+            have = f"it has {count} GPU{'s' if count != 1 else ''}" if context.use_gpus else "no GPU takes part"
             raise HetcompError(
                 f"Pin '{pin.text}' names {pin.device}, which profile {context.profile.name} does not offer ({have})."
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from hetcomp import installed_runtime
+from hetcomp.backends.gpu.architectures import ARCHITECTURES
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.tvm_toolchain import check_versions
 from hetcomp.errors import HetcompError
@@ -76,8 +77,8 @@ def all_checks() -> list[Check]:
         *package_checks(),
         _tvm(),
         _runtime(),
-        gpu_check(detect_gpus()),
-        Check("GPU code", "none: this version generates code for CPUs", False, (Purpose.GPU,), "use the CPU"),
+        gpu_check(driver := detect_gpus()),
+        gpu_code_check(driver, installed_version("triton")),
     ]
 
 
@@ -240,6 +241,18 @@ def gpu_check(driver: GpuDriver) -> Check:
     )
     found = f"driver {driver.version or 'unknown'}, CUDA {driver.cuda}: {devices or 'no devices'}"
     return Check("GPU driver", found, bool(driver.gpus), (Purpose.GPU,), "the driver shows no device")
+
+
+def gpu_code_check(driver: GpuDriver, triton: str | None) -> Check:
+    """Whether GPU code can be compiled, and for the devices that are here."""
+    known = ", ".join(f"{cc // 10}.{cc % 10}" for cc in ARCHITECTURES)
+    here = {gpu.name: 10 * gpu.compute_capability[0] + gpu.compute_capability[1] for gpu in driver.gpus}
+    strangers = [name for name, cc in here.items() if cc not in ARCHITECTURES]
+    found = f"triton {triton or 'not installed'}; kernels for compute capability {known}"
+    advice = "pip install 'hetcomp[gpu]'"
+    if triton is not None and strangers:
+        advice = f"{', '.join(strangers)} has another compute capability: compile with --vram 0"
+    return Check("GPU code", found, triton is not None and not strangers, (Purpose.GPU,), advice)
 
 
 def _gb(bytes: int) -> str:

@@ -14,6 +14,7 @@ from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.importance_command import importance_command
 from hetcomp.cli.options import (
+    Answer,
     Batch,
     Context,
     Debug,
@@ -22,9 +23,16 @@ from hetcomp.cli.options import (
     Hw,
     IsaList,
     Model,
+    PinList,
+    Pinned,
+    Prompt,
+    Stats,
     StopAfter,
+    Vram,
+    ccs_of,
     formats_of,
     isas_of,
+    wishes_of,
 )
 from hetcomp.cli.plan_command import plan_command
 from hetcomp.cli.profile_command import profile_command
@@ -49,6 +57,15 @@ def compile_command(
     context: Context = None,
     batch: Batch = 1,
     isa: IsaList = "auto",
+    prompt: Prompt = None,
+    answer: Answer = None,
+    vram: Vram = None,
+    pinned: Pinned = None,
+    pin: PinList = None,
+    stats: Stats = None,
+    cc: Annotated[
+        str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
+    ] = "auto",
     plan: Annotated[Path | None, typer.Option("--plan", help="Take the decisions of this plan.json.")] = None,
     importance: Annotated[
         Path | None, typer.Option("--importance", help="safetensors with each weight's column importances (q4, mxfp4).")
@@ -65,16 +82,24 @@ def compile_command(
         from hetcomp.ir.printer import print_plan
 
         options: dict[str, Any] = dict(
-            hw_profile=hw, context_length=context, max_batch=batch, formats=formats_of(formats), isa=isas_of(isa)
+            hw_profile=hw,
+            context_length=context,
+            max_batch=batch,
+            formats=formats_of(formats),
+            isa=isas_of(isa),
+            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats),
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:
-                planned = plan_model(model, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options)
+                planned = plan_model(
+                    model, planning=False, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options
+                )
                 text = print_plan(planned.plan)
             else:
                 exe = compile(
                     model,
                     out=out,
+                    ccs=ccs_of(cc),
                     plan=plan,
                     importance=importance,
                     dump_dir=dump_dir,

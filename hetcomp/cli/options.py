@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hetcomp.errors import HetcompError
+
+if TYPE_CHECKING:
+    from hetcomp.compiler import PlanWishes
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF folder, zoo name, or (plan) an artifact.")]
 Hw = Annotated[str, typer.Option("--hw", help="auto, preset:NAME, or a profile file.")]
@@ -18,6 +21,14 @@ Formats = Annotated[
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions of the KV cache.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences kept at once.")]
 IsaList = Annotated[str, typer.Option("--isa", help="auto (the profile's), or a list: avx512,avx2.")]
+Prompt = Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens of a prompt to plan for.")]
+Answer = Annotated[int | None, typer.Option("--answer", min=1, help="Tokens of an answer to plan for.")]
+Vram = Annotated[
+    str | None, typer.Option("--vram", help="Of each GPU, e.g. 16G (powers of 1024); 0: none. Default: what is free.")
+]
+Pinned = Annotated[str | None, typer.Option("--pinned", help="Limit of pinned host memory.")]
+PinList = Annotated[list[str] | None, typer.Option("--pin", help="ROLE[@LAYERS]=DEVICE, e.g. attn@0-3=gpu:0.")]
+Stats = Annotated[str | None, typer.Option("--stats", help="Expert statistics: FILE or FILE#DOMAIN.")]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -32,6 +43,39 @@ def formats_of(text: str) -> str | dict[str, str]:
         if not (role and equals and form):
             raise HetcompError(f"--formats {text} is not understood; write one format or role=format,role=format.")
     return {role.strip(): form.strip() for role, _, form in pairs}
+
+
+def wishes_of(
+    prompt: int | None,
+    answer: int | None,
+    batch: int,
+    vram: str | None,
+    pinned: str | None,
+    pins: list[str] | None,
+    stats: str | None,
+) -> PlanWishes:
+    """What the options ask of placement. Raises HetcompError for sizes that are not understood."""
+    from hetcomp.compiler import PlanWishes
+    from hetcomp.ir.annotations import Mix
+    from hetcomp.passes.phases import DEFAULT_ANSWER, DEFAULT_PROMPT
+    from hetcomp.what_if import parse_size
+
+    mix = Mix(prompt or DEFAULT_PROMPT, answer or DEFAULT_ANSWER, batch) if prompt or answer or batch > 1 else None
+    return PlanWishes(
+        mix=mix,
+        vram=parse_size(vram, "--vram") if vram is not None else None,
+        pinned_bytes=parse_size(pinned, "--pinned") if pinned is not None else None,
+        pins=tuple(pins or ()),
+        statistics=stats,
+    )
+
+
+def ccs_of(text: str) -> list[int]:
+    """Compute capabilities of a list as ``80,90``; empty for the profile's GPU's. Raises HetcompError."""
+    try:
+        return [int(part) for part in text.split(",")] if text != "auto" else []
+    except ValueError:
+        raise HetcompError(f"--cc {text} is not understood; write auto, or a list such as 80,89,90.") from None
 
 
 def isas_of(text: str) -> list[str] | None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hetcomp.cli.guard import guard
 from hetcomp.cli.options import (
+    Answer,
     Batch,
     Context,
     Debug,
@@ -19,15 +20,21 @@ from hetcomp.cli.options import (
     Hw,
     IsaList,
     Model,
+    PinList,
+    Pinned,
+    Prompt,
+    Stats,
     StopAfter,
+    Vram,
     formats_of,
     isas_of,
+    wishes_of,
 )
 from hetcomp.errors import HetcompError
 
 if TYPE_CHECKING:
     from hetcomp.cli.plan_figures import Figures
-    from hetcomp.compiler import Planned, PlanWishes
+    from hetcomp.planned import Planned
 
 
 def plan_command(
@@ -37,12 +44,12 @@ def plan_command(
     context: Context = None,
     batch: Batch = 1,
     isa: IsaList = "auto",
-    prompt: Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens of a prompt.")] = None,
-    answer: Annotated[int | None, typer.Option("--answer", min=1, help="Tokens of an answer.")] = None,
-    vram: Annotated[str | None, typer.Option("--vram", help="Of each GPU, e.g. 16G (powers of 1024).")] = None,
-    pinned: Annotated[str | None, typer.Option("--pinned", help="Limit of pinned host memory.")] = None,
-    pin: Annotated[list[str] | None, typer.Option("--pin", help="ROLE[@LAYERS]=DEVICE, e.g. attn@0-3=gpu:0.")] = None,
-    stats: Annotated[str | None, typer.Option("--stats", help="Expert statistics: FILE or FILE#DOMAIN.")] = None,
+    prompt: Prompt = None,
+    answer: Answer = None,
+    vram: Vram = None,
+    pinned: Pinned = None,
+    pin: PinList = None,
+    stats: Stats = None,
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
@@ -81,7 +88,7 @@ def plan_command(
                     max_batch=batch,
                     formats=formats_of(formats),
                     isa=isas_of(isa),
-                    wishes=_wishes(prompt, answer, batch, vram, pinned, pin, stats),
+                    wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats),
                     stop_after=stop_after,
                     dump_dir=dump_dir,
                     progress=progress,
@@ -114,30 +121,6 @@ def plan_command(
                 console.print(f"would help: {label}: {gain:+.0%}", highlight=False)
 
     guard(body, debug)
-
-
-def _wishes(
-    prompt: int | None,
-    answer: int | None,
-    batch: int,
-    vram: str | None,
-    pinned: str | None,
-    pins: list[str] | None,
-    stats: str | None,
-) -> PlanWishes:
-    from hetcomp.compiler import PlanWishes
-    from hetcomp.ir.annotations import Mix
-    from hetcomp.passes.phases import DEFAULT_ANSWER, DEFAULT_PROMPT
-    from hetcomp.what_if import parse_size
-
-    mix = Mix(prompt or DEFAULT_PROMPT, answer or DEFAULT_ANSWER, batch) if prompt or answer or batch > 1 else None
-    return PlanWishes(
-        mix=mix,
-        vram=parse_size(vram, "--vram") if vram is not None else None,
-        pinned_bytes=parse_size(pinned, "--pinned") if pinned is not None else None,
-        pins=tuple(pins or ()),
-        statistics=stats,
-    )
 
 
 def _figures(planned: Planned) -> Figures:

@@ -108,7 +108,7 @@ def no_barriers(document):
     ("edit", "words"),
     [
         (break_experts, "expert 0 has no single home"),
-        (to_gpu, r"calls.2.placements.\w+ is on gpu:0; this version generates code for CPUs only"),
+        (to_gpu, r"calls.2.placements.\w+ is on gpu:0, which does not exist in profile"),
         (to_nowhere, "is on cpu:7, which does not exist"),
         (other_model, "is a plan of tiny"),
         (other_format, "values.l0.q.w has format q5"),

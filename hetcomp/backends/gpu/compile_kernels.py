@@ -79,7 +79,8 @@ def _triton_version() -> str:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
         raise HetcompError(
-            "GPU kernels are compiled by Triton, which is not installed; run pip install 'hetcomp[gpu]'."
+            "GPU kernels are compiled by Triton, which is not installed; run pip install 'hetcomp[gpu]', or compile "
+            "for the CPU alone with --vram 0."
         ) from None
 
 
