@@ -25,6 +25,22 @@ def main() -> None:
             raise RuntimeError(f"{len(stamps)} tokens came instead of {tokens + 1}")
         return tokens / (stamps[-1] - stamps[0])
 
+    def decode_batch(prompt: list[int], sequences: int, tokens: int) -> float:
+        """Tokens per second of several sequences together, each after the prompt and a token of its own."""
+        sessions = [exe.runtime.session() for _ in range(sequences)]
+        try:
+            for session in sessions:
+                session.prefill(prompt)
+            ids = list(range(1, sequences + 1))
+            exe.runtime.decode(sessions, ids)
+            start = time.perf_counter()
+            for _ in range(tokens):
+                ids = [int(row.argmax()) for row in exe.runtime.decode(sessions, ids)]
+            return sequences * tokens / (time.perf_counter() - start)
+        finally:
+            for session in sessions:
+                session.close()
+
     def prefill(prompt: list[int]) -> float:
         """Prompt tokens per second until the first token is there."""
         start = time.perf_counter()
@@ -39,6 +55,7 @@ def main() -> None:
     serve(
         {
             "decode": decode,
+            "decode_batch": decode_batch,
             "prefill": prefill,
             "logits": logits,
             "stats": lambda: exe.stats,

@@ -1,6 +1,6 @@
 """Artifacts of real shapes with random weights: speed needs no checkpoint of 60 GB.
 
-python -m benchmarks.random_artifact NAME OUT.hetc --formats q4 --isa amx_bf16 [--context 4096]
+python -m benchmarks.random_artifact NAME OUT.hetc --formats q4 --isa amx_bf16 [--context 4096] [--vram 12G --pin ..]
 python -m benchmarks.random_artifact --weights-of OUT.hetc
 
 The first compiles the zoo's config NAME; the second only writes the weights of an artifact that was copied here without
@@ -22,7 +22,10 @@ from hetcomp import compiler
 from hetcomp.artifact.staging import staged_folder
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.backends import packing
+from hetcomp.backends.gpu.gpu_program import lower_program
 from hetcomp.backends.program import ProgramLayout
+from hetcomp.build_artifact import write_artifact
+from hetcomp.cli.options import formats_of, wishes_of
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 from hetcomp.progress import QuietProgress
@@ -59,21 +62,40 @@ def _panels(columns: int, weight_format: str) -> NDArray[np.uint8]:
     return packing.pack(numbers, value, threads=1)[0]
 
 
-def build(name: str, out: Path, *, formats: str, isa: Sequence[str], context: int, hw_profile: str) -> Path:
+def build(
+    name: str,
+    out: Path,
+    *,
+    formats: str | dict[str, str],
+    isa: Sequence[str],
+    context: int,
+    batch: int,
+    hw_profile: str,
+    wishes: compiler.PlanWishes,
+) -> Path:
     """Compiles the zoo's config ``name`` with random weights; returns ``out``."""
     planned = compiler.plan_model(
-        name, hw_profile=hw_profile, context_length=context, formats=formats, isa=isa, planning=False
+        name,
+        hw_profile=hw_profile,
+        context_length=context,
+        max_batch=batch,
+        formats=formats,
+        isa=isa,
+        wishes=wishes,
+        planning=False,
     )
     with staged_folder(out) as staging:
-        compiler.write_artifact(planned, RandomPacker(), staging, QuietProgress())
+        write_artifact(planned, RandomPacker(), staging, QuietProgress())
     return out
 
 
 def write_weights_of(artifact: Path) -> None:
     """Writes the weights of an artifact of :func:`build` into it."""
-    values = ProgramLayout.of(models.plan(artifact)).weights
-    sizes = [packing.packed_bytes(value) for value in values]
-    write_weights(values, sizes, RandomPacker().chunks(values), artifact, lambda done, name: None)
+    plan = models.plan(artifact)
+    gpu = lower_program(plan)
+    for stem, values in (("weights", ProgramLayout.of(plan).weights), ("gpu-weights", gpu.weights if gpu else ())):
+        sizes = [packing.packed_bytes(value) for value in values]
+        write_weights(values, sizes, RandomPacker().chunks(values), artifact, lambda done, name: None, stem)
 
 
 def main() -> None:
@@ -84,14 +106,28 @@ def main() -> None:
     parser.add_argument("--formats", default="q4")
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--hw", default="auto")
+    parser.add_argument("--vram")
+    parser.add_argument("--pin", action="append")
+    parser.add_argument("--prompt", type=int)
+    parser.add_argument("--answer", type=int)
     parser.add_argument("--weights-of", type=Path)
     o = parser.parse_args()
     if o.weights_of:
         write_weights_of(o.weights_of)
     elif o.name and o.out:
         isa = [] if o.isa == "auto" else o.isa.split(",")
-        build(o.name, o.out, formats=o.formats, isa=isa, context=o.context, hw_profile=o.hw)
+        build(
+            o.name,
+            o.out,
+            formats=formats_of(o.formats),
+            isa=isa,
+            context=o.context,
+            batch=o.batch,
+            hw_profile=o.hw,
+            wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None),
+        )
     else:
         parser.error("give NAME and OUT, or --weights-of")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hetcomp.passes.placement_problem import ExpertSet, Problem
+from hetcomp.passes.placement_problem import SMALL_BYTES, ExpertSet, Problem
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,25 @@ def gpu_used(problem: Problem, assignment: Assignment) -> list[int]:
     return [
         fixed[i] + buffers[i] + ring[i] + (problem.workspace_bytes if i in touched else 0) for i in range(len(fixed))
     ]
+
+
+def small_ones_at_neighbours(problem: Problem, assignment: Assignment) -> Assignment:
+    """With groups that take next to no memory (norms, tables made of the positions) where most of the groups are that
+    they read or that read them: every reader elsewhere moves their values once more."""
+    neighbours: dict[int, list[int]] = defaultdict(list)
+    for edge in problem.edges:
+        for reader in edge.readers:
+            neighbours[edge.source].append(reader)
+            neighbours[reader].append(edge.source)
+    devices = list(assignment.groups)
+    for index, others in sorted(neighbours.items()):
+        g = problem.groups[index]
+        if g.bytes <= SMALL_BYTES and g.pin is None:
+            counted = Counter(devices[other] for other in others)
+            most = max(counted.values())
+            if counted[devices[index]] < most:
+                devices[index] = min(device for device, n in counted.items() if n == most)
+    return replace(assignment, groups=tuple(devices))
 
 
 def fits(problem: Problem, assignment: Assignment) -> bool:

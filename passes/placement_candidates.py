@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetcomp.passes.placement_assignment import Assignment, assignment_us, fits
+from hetcomp.passes.placement_assignment import Assignment, assignment_us, fits, small_ones_at_neighbours
 from hetcomp.passes.placement_blocks import in_order, join_layers
 from hetcomp.passes.placement_greedy import cpu_only, greedy, topped_up
 from hetcomp.passes.placement_milp import PlacementModel
@@ -45,6 +45,7 @@ def propose(problem: Problem) -> Proposals:
     by_gain = greedy(problem)
     others = [(MILP, solved_for), (GREEDY, by_gain), (GPU_FIRST, greedy(problem, whatever=True))]
     others.append((CPU_ONLY, cpu_only(problem)))
+    others = [(name, None if a is None else small_ones_at_neighbours(problem, a)) for name, a in others]
     fitting = [(name, a) for name, a in others if a is not None and fits(problem, a)]
     bound = solved.bound if blocks.problem is problem else model.model.relaxed_bound()
     if not fitting and len(problem.node_share) > 1:

@@ -1,0 +1,82 @@
+"""Decode and prefill of artifacts with GPU code, each in a process of its own, beside what their plans predict.
+
+python -m benchmarks.gpu_e2e OUT.hetc [MORE.hetc ..] [--rounds 3] [--tokens 128] [--prompts 512,4096] [--batches 1,8]
+
+Decode is that of sequences with 16 tokens each; a batch's speed counts the
+tokens of all of them. Device memory is what the program has taken of the plan's figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+from pathlib import Path
+
+from benchmarks import models, read_bandwidth
+from benchmarks.cpu_e2e import show
+from benchmarks.record import Record
+from benchmarks.worker import Worker
+
+_WARM_UP = 16
+
+
+def run(record: Record, o: argparse.Namespace) -> None:
+    """All rounds of every artifact."""
+    ids = random.Random(0).choices(range(models.plan(o.artifacts[0]).model.vocab), k=max(o.prompts))
+    for artifact in o.artifacts:
+        # One artifact is loaded at a time: their weights together may be more than the memory.
+        with Worker(sys.executable, "hetcomp_worker", artifact, "--threads", str(o.threads)) as worker:
+            _measure(record, o, artifact.stem, worker, ids)
+            _compare(record, artifact)
+
+
+def _measure(record: Record, o: argparse.Namespace, name: str, worker: Worker, ids: list[int]) -> None:
+    record.versions.update(worker.call("version"))
+    worker.call("decode", prompt=ids[:16], tokens=_WARM_UP)
+    for length in o.prompts:
+        worker.call("prefill", prompt=ids[:length])
+    for _ in range(o.rounds):
+        record.add(f"{name} decode", "tok/s", worker.call("decode", prompt=ids[:16], tokens=o.tokens))
+        for batch in (b for b in o.batches if b > 1):
+            speed = worker.call("decode_batch", prompt=ids[:16], sequences=batch, tokens=o.tokens // 2)
+            record.add(f"{name} decode of {batch}", "tok/s", speed)
+        for length in o.prompts:
+            record.add(f"{name} prefill {length}", "tok/s", worker.call("prefill", prompt=ids[:length]))
+    stats = worker.call("stats")
+    record.derived[f"{name} device bytes"] = float((stats.get("gpu") or {}).get("bytes", 0))
+    record.conditions[f"{name} stats"] = stats
+
+
+def _compare(record: Record, artifact: Path) -> None:
+    """The plan's prediction of a decode step beside the measured one."""
+    name, plan = artifact.stem, models.plan(artifact)
+    record.conditions[f"{name} plan_sha256"] = models.plan_sha256(artifact)
+    for timeline in plan.timelines:
+        if timeline.phase == "decode" and timeline.tokens == 1:
+            predicted = timeline.tokens_per_s
+            record.derived[f"{name} decode, predicted tok/s"] = predicted
+            record.derived[f"{name} decode, predicted / measured"] = predicted / record[f"{name} decode"].median
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--prompts", type=lambda text: [int(n) for n in text.split(",")], default=[512])
+    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1])
+    parser.add_argument("--out", type=Path)
+    o = parser.parse_args()
+    record = Record("gpu_e2e", {"artifacts": [a.stem for a in o.artifacts], "prompts": o.prompts, "batches": o.batches})
+    record.add("read bandwidth", "GB/s", max(max(samples) for samples in read_bandwidth.measure(o.threads, repeats=3)))
+    run(record, o)
+    show(record)
+    print(record.write(o.out) if o.out else record.write())
+
+
+if __name__ == "__main__":
+    main()
