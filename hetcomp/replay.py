@@ -81,7 +81,9 @@ def _same_ops(path: Path, where: str, plan: Plan, call: Call, own: Template) -> 
         if op.kind == "transfer":
             continue
         twin = wanted.pop(op.id, None)
-        if twin is None or twin.attrs != op.attrs or twin.outputs != op.outputs:
+        # The copy of a result that a transfer then hands out (insert_transfers).
+        outputs = tuple(name.removesuffix(".local") for name in op.outputs)
+        if twin is None or twin.attrs != op.attrs or twin.outputs != outputs:
             raise HetcompError(f"{path}: op {op.id} of template {template.name} ({where}) is not the model's.")
     if wanted:
         raise HetcompError(f"{path}: template {template.name} ({where}) lacks the model's op {next(iter(wanted))}.")
