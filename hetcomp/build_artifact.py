@@ -12,12 +12,13 @@ from pathlib import Path
 from hetcomp import installed_runtime
 from hetcomp.artifact.chat_template import compile_chat_template, template_bytes
 from hetcomp.artifact.chat_template_parity import prove_chat_template_parity
+from hetcomp.artifact.gpu_program_file import write_gpu_program
 from hetcomp.artifact.tokenizer import compile_tokenizer
 from hetcomp.artifact.tokenizer_parity import prove_parity
 from hetcomp.artifact.weight_files import WeightRecord, write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_kernels
-from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_program, write_program
+from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_program
 from hetcomp.backends.gpu.write_kernels import write_kernels
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
 from hetcomp.backends.pack_weights import Packer
@@ -62,7 +63,7 @@ def write_artifact(
     shared: tuple[str, ...] = ()
     if gpu:
         gpu_records = _write_weights(of_gpu, planned, packer, staging, "gpu-weights", progress)
-        write_program(gpu, gpu_records, compiled, staging)
+        write_gpu_program(gpu, gpu_records, compiled, staging)
         shared = tuple(buffer.name for buffer in gpu.exchange.buffers)
     for name in packer.not_finite:
         progress.warn(

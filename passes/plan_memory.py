@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hetcomp.ir.annotations import ArenaSlot
 from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
-from hetcomp.ir.node_parts import ALIGNMENT, NodePart, part_workspace, plan_parts
+from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
+from hetcomp.ir.node_parts import NodePart, part_workspace, plan_parts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.ir.target import KernelTarget
 from hetcomp.passes.context import Context
 from hetcomp.passes.epochs import epochs
 from hetcomp.passes.memory_table import refuse_if_too_large
 from hetcomp.passes.registry import plan_pass
-
-
-@dataclass(frozen=True)
-class Lifetime:
-    """A value needs ``bytes`` from ``first`` to ``last`` (epochs or calls, inclusive)."""
-
-    value: str
-    bytes: int
-    first: int
-    last: int
 
 
 @plan_pass(requires=("scheduled",), establishes=("memory_planned",))
@@ -49,26 +40,6 @@ def plan_memory(plan: Plan, context: Context) -> Plan:
     planned = replace(plan.map_templates(templates), call_arena=call_arena, arena_bytes=top)
     refuse_if_too_large(planned, context)
     return planned
-
-
-def place_lifetimes(lifetimes: Sequence[Lifetime], base: int) -> tuple[tuple[ArenaSlot, ...], int]:
-    """Offsets from ``base`` on such that values alive together never overlap; returns them and the end.
-
-    Largest first, each at the lowest place that is free for its whole life (XLA's GlobalDecreasingSizeBestFit
-    without the best-fit rule: a template has tens of values, and the largest decide).
-    """
-    placed: list[tuple[Lifetime, int]] = []
-    for life in sorted(lifetimes, key=lambda it: (-it.bytes, it.first, it.value)):
-        offset = base
-        for other, at in sorted(placed, key=lambda it: it[1]):
-            alive_together = other.first <= life.last and life.first <= other.last
-            if alive_together and at < offset + life.bytes and offset < at + other.bytes:
-                offset = _align(at + other.bytes)
-        placed.append((life, offset))
-    slots = tuple(
-        ArenaSlot(life.value, at, life.bytes) for life, at in sorted(placed, key=lambda it: (it[1], it[0].value))
-    )
-    return slots, max((_align(s.offset + s.bytes) for s in slots), default=base)
 
 
 def _call_lifetimes(plan: Plan, sides: Mapping[str, CpuTemplate]) -> list[Lifetime]:
@@ -114,7 +85,3 @@ def _template_lifetimes(
         if scratch:
             lifetimes.append(Lifetime(f"workspace:{op.id}", scratch, epoch, epoch))
     return lifetimes + [Lifetime(n, values[n].type.bytes(dims), first[n], last[n]) for n in first]
-
-
-def _align(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -152,7 +152,7 @@ def test_values_that_live_together_do_not_share_memory(experts_on_cpu):
     """Every kernel's operands are apart: an output overlaps an input only in place, which no launch here does."""
     program = lower_program(experts_on_cpu.plan)
     assert program is not None
-    size = {b["name"]: b["bytes"] for b in program._buffers({})}
+    size = {buffer.name: buffer.bytes for buffer in program.buffers()}
     for graph in program.graphs:
         for node in graph.nodes:
             places = [(a["buffer"], a["offset"]) for a in node.get("arguments", ()) if "buffer" in a]

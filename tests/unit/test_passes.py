@@ -8,6 +8,7 @@ import pytest
 
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import ExpertPlacement, Placement
+from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.ir.types import DType
 from hetcomp.ir.verifier import verify
@@ -18,7 +19,6 @@ from hetcomp.passes.context import Context, FormatRequest
 from hetcomp.passes.insert_transfers import insert_transfers
 from hetcomp.passes.pipeline import PIPELINE, run_pipeline
 from hetcomp.passes.place import place
-from hetcomp.passes.plan_memory import Lifetime, place_lifetimes
 from hetcomp.passes.slice_numa import slice_numa
 from hetcomp.passes.work import expected_experts
 from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, TOP_K, WIDTH, context, tiny_plan

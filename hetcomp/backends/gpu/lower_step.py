@@ -25,10 +25,10 @@ from hetcomp.backends.gpu.step_events import (
 )
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.cpu_side import HandOver
+from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
 from hetcomp.ir.node_parts import cut_value
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
-from hetcomp.passes.plan_memory import Lifetime, place_lifetimes
 
 ARENA = "arena"
 LOGITS = "logits"
