@@ -23,6 +23,7 @@ def expert_of(ids, resident, entry):
 @triton.jit
 def experts_gate_up_gemv(
     x,
+    norm,
     ids,
     resident,
     w,
@@ -32,14 +33,17 @@ def experts_gate_up_gemv(
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
     MATRIX: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
     FORMAT: tl.constexpr,
     FUNCTION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """x f32[T, HIDDEN], ids i32[T, TOP_K], w matrices of MATRIX words in layout panels16_glu, bias f32[experts,
-    2 * INTERMEDIATE] or None -> h f32[T, TOP_K, INTERMEDIATE]. Grid: (pairs of panels, TOP_K, T)."""
+    """x f32[T, HIDDEN], norm as in panel_products, ids i32[T, TOP_K], w matrices of MATRIX words in layout
+    panels16_glu, bias f32[experts, 2 * INTERMEDIATE] or None -> h f32[T, TOP_K, INTERMEDIATE]. Grid: (pairs of panels,
+    TOP_K, T)."""
     pair, entry = tl.program_id(0), tl.program_id(2) * TOP_K + tl.program_id(1)
     expert = expert_of(ids, resident, entry)
     if expert < 0:
@@ -47,11 +51,14 @@ def experts_gate_up_gemv(
     c = tl.arange(0, 32)
     totals = panel_products(
         x + tl.program_id(2) * HIDDEN,
+        norm,
         w + expert.to(tl.int64) * MATRIX,
         pair * 2 + c // 16,
         c % 16,
         HIDDEN,
         HIDDEN,
+        EPS,
+        WEIGHT_OFFSET,
         FORMAT,
         1,
         STEPS,
@@ -72,6 +79,8 @@ def experts_down_gemv(
     resident,
     w,
     bias,
+    added,
+    added_1,
     y,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
@@ -81,7 +90,8 @@ def experts_down_gemv(
     STEPS: tl.constexpr,
 ):
     """h f32[T, TOP_K, INTERMEDIATE], ids i32 and weights f32[T, TOP_K], w matrices of MATRIX words, bias f32[experts,
-    HIDDEN] or None -> y f32[T, HIDDEN], added up in the order of the choice. Grid: (panels, T)."""
+    HIDDEN] or None -> y f32[T, HIDDEN], added up in the order of the choice; then added and added_1, None or f32 of y's
+    shape. Grid: (panels, T)."""
     panel, token = tl.program_id(0), tl.program_id(1)
     r = tl.arange(0, 16)
     n = panel * 16 + r
@@ -92,11 +102,14 @@ def experts_down_gemv(
         if expert >= 0:
             totals = panel_products(
                 h + entry * INTERMEDIATE,
+                None,
                 w + expert.to(tl.int64) * MATRIX,
                 panel + r * 0,
                 r,
                 INTERMEDIATE,
                 INTERMEDIATE,
+                0.0,
+                0.0,
                 FORMAT,
                 1,
                 STEPS,
@@ -105,4 +118,9 @@ def experts_down_gemv(
             if bias is not None:
                 total += tl.load(bias + expert * HIDDEN + n, mask=n < HIDDEN, other=0.0)
             sums += tl.load(weights + entry) * total
-    tl.store(y + token * HIDDEN + n, sums, mask=n < HIDDEN)
+    at = token * HIDDEN + n
+    if added is not None:
+        sums += tl.load(added + at, mask=n < HIDDEN, other=0.0)
+    if added_1 is not None:
+        sums += tl.load(added_1 + at, mask=n < HIDDEN, other=0.0)
+    tl.store(y + at, sums, mask=n < HIDDEN)

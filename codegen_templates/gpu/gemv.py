@@ -7,6 +7,7 @@ result depends on nothing but the operands.
 import triton
 import triton.language as tl
 
+from hetcomp.codegen_templates.gpu.functions import glu
 from hetcomp.codegen_templates.gpu.weights import (
     element,
     elements_of_word,
@@ -15,6 +16,8 @@ from hetcomp.codegen_templates.gpu.weights import (
     load_words,
     padded_steps,
 )
+
+_SQUARES: tl.constexpr = tl.constexpr(1024)  # elements of a row that a block squares at a time
 
 
 @triton.jit
@@ -32,20 +35,45 @@ def _load_turn(w, panels, rows, first, K: tl.constexpr, FORMAT: tl.constexpr, ST
 
 
 @triton.jit
+def _load_columns(x, k, K: tl.constexpr, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(x + k, mask=k < K, other=0.0)
+    else:
+        return tl.load(x + k)
+
+
+@triton.jit
+def norm_factors(x, X_ROW: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr):
+    """1 / sqrt(mean(x^2) + EPS) of ROWS rows of K elements, X_ROW apart: a tuple of f32."""
+    factors = ()
+    for m in tl.static_range(ROWS):
+        squares = tl.zeros((_SQUARES,), tl.float32)
+        for first in tl.static_range(0, K, _SQUARES):
+            k = first + tl.arange(0, _SQUARES)
+            numbers = tl.load(x + m * X_ROW + k, mask=k < K, other=0.0)
+            squares += numbers * numbers
+        factors = factors + (1.0 / tl.sqrt_rn(tl.sum(squares, axis=0) / K + EPS),)
+    return factors
+
+
+@triton.jit
 def _multiply_turn(
     x,
+    norm,
     words,
     scales,
     sums,
     first,
     X_ROW: tl.constexpr,
     K: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
     FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """sums of each row plus the products of a turn's words; a word is taken apart once for all rows."""
     PER: tl.constexpr = elements_of_word(FORMAT)
+    MASKED: tl.constexpr = K % (STEPS * PER) != 0
     k = (first + tl.arange(0, STEPS)) * PER
     if has_scales(FORMAT):
         parts = (tl.zeros((STEPS, words.shape[1]), tl.float32),) * ROWS
@@ -53,12 +81,13 @@ def _multiply_turn(
         parts = sums
     for o in tl.static_range(PER):
         number = element(words, o, FORMAT)
+        if norm is not None:
+            weight = _load_columns(norm, k + o, K, MASKED) + WEIGHT_OFFSET
         added = ()
         for m in tl.static_range(ROWS):
-            if K % (STEPS * PER) == 0:
-                column = tl.load(x + m * X_ROW + k + o)
-            else:
-                column = tl.load(x + m * X_ROW + k + o, mask=k + o < K, other=0.0)
+            column = _load_columns(x + m * X_ROW, k + o, K, MASKED)
+            if norm is not None:
+                column *= weight
             added = added + (parts[m] + number * column[:, None],)
         parts = added
     if has_scales(FORMAT):
@@ -72,60 +101,155 @@ def _multiply_turn(
 @triton.jit
 def panel_products(
     x,
+    norm,
     w,
     panels,
     rows,
     X_ROW: tl.constexpr,
     K: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
     FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """y[m][c] = sum over k of x[m, k] * w[c, k] for ROWS rows of x: a tuple of f32 [columns].
 
-    x: f32 rows X_ROW elements apart. w, panels, rows i32[columns]: see weights.load_words. STEPS: steps of a turn,
-    fewer than a block's threads: then Triton loads a turn's activations where they are used, without shared memory. The
-    weights of a turn are loaded while those of the turn before are multiplied.
+    x: f32 rows X_ROW elements apart. norm: None, or f32[K], the weight of an rms_norm of x that is done on the way: its
+    sum of squares is that of the row and its factor that of the whole product. w, panels, rows i32[columns]: see
+    weights.load_words. STEPS: steps of a turn, fewer than a block's threads: then Triton loads a turn's activations
+    where they are used, without shared memory. The weights of a turn are loaded while those of the turn before are
+    multiplied.
     """
     ALL: tl.constexpr = padded_steps(K, FORMAT)
     LAST: tl.constexpr = (ALL - 1) // STEPS * STEPS
     sums = (tl.zeros((STEPS, rows.shape[0]), tl.float32),) * ROWS
     words, scales = _load_turn(w, panels, rows, 0, K, FORMAT, STEPS)
+    # Before the loop, the weights are on their way meanwhile; but many rows' factors have no registers during it.
+    if norm is not None and ROWS <= 4:
+        factors = norm_factors(x, X_ROW, K, EPS, ROWS)
     for first in tl.range(0, LAST, STEPS, num_stages=1):
         next_words, next_scales = _load_turn(w, panels, rows, first + STEPS, K, FORMAT, STEPS)
-        sums = _multiply_turn(x, words, scales, sums, first, X_ROW, K, FORMAT, ROWS, STEPS)
+        sums = _multiply_turn(x, norm, words, scales, sums, first, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS)
         words, scales = next_words, next_scales
-    sums = _multiply_turn(x, words, scales, sums, LAST, X_ROW, K, FORMAT, ROWS, STEPS)
+    sums = _multiply_turn(x, norm, words, scales, sums, LAST, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS)
+    if norm is not None and ROWS > 4:
+        factors = norm_factors(x, X_ROW, K, EPS, ROWS)
     totals = ()
     for m in tl.static_range(ROWS):
-        totals = totals + (tl.sum(sums[m], axis=0),)
+        total = tl.sum(sums[m], axis=0)
+        if norm is not None:
+            total *= factors[m]
+        totals = totals + (total,)
     return totals
 
 
 @triton.jit
 def linear_gemv(
     x,
+    norm,
     w,
     bias,
+    added,
+    added_1,
     y,
+    w_1,
+    bias_1,
+    y_1,
+    w_2,
+    bias_2,
+    y_2,
+    normed,
     K: tl.constexpr,
     N: tl.constexpr,
+    N_1: tl.constexpr,
+    N_2: tl.constexpr,
     HEADS: tl.constexpr,
     MATRIX: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    NORMED: tl.constexpr,
     FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """linear and head_linear for exactly ROWS rows: x f32[ROWS, HEADS, K], w HEADS matrices [N, K] of MATRIX words,
-    bias f32[N] or None -> y f32[ROWS, HEADS, N]. Grid: (panels, HEADS)."""
+    bias f32[N] or None -> y f32[ROWS, HEADS, N]. Grid: (panels of all matrices, HEADS).
+
+    norm: None or the weight of x's rms_norm (panel_products). w_1, w_2: None, or further matrices [N_1, K], [N_2, K] to
+    multiply the same x with, with a bias if the first has one; HEADS is 1 then. added, added_1: None, or f32 of y's
+    shape to be added to it. normed: None, or where the norm's result f32[ROWS, K] is wanted, NORMED columns a program.
+    """
     panel, head = tl.program_id(0), tl.program_id(1)
+    matrix, its_bias, its_y, width = w, bias, y, panel * 0 + N
+    if w_1 is not None:
+        BEFORE_1: tl.constexpr = (N + 15) // 16
+        if panel >= BEFORE_1:
+            matrix, its_bias, its_y, width, panel = w_1, bias_1, y_1, panel * 0 + N_1, panel - BEFORE_1
+    if w_2 is not None:
+        BEFORE_2: tl.constexpr = (N + 15) // 16 + (N_1 + 15) // 16
+        if tl.program_id(0) >= BEFORE_2:
+            matrix, its_bias, its_y, width = w_2, bias_2, y_2, panel * 0 + N_2
+            panel = tl.program_id(0) - BEFORE_2
     r = tl.arange(0, 16)
     n = panel * 16 + r
     totals = panel_products(
-        x + head * K, w + head.to(tl.int64) * MATRIX, panel + r * 0, r, HEADS * K, K, FORMAT, ROWS, STEPS
-    )
+        x + head * K, norm, matrix + head.to(tl.int64) * MATRIX, panel + r * 0, r,
+        HEADS * K, K, EPS, WEIGHT_OFFSET, FORMAT, ROWS, STEPS,
+    )  # fmt: skip
     for m in tl.static_range(ROWS):
         total = totals[m]
+        at = m * (HEADS * width) + head * width + n
         if bias is not None:
-            total += tl.load(bias + n, mask=n < N, other=0.0)
-        tl.store(y + m * (HEADS * N) + head * N + n, total, mask=n < N)
+            total += tl.load(its_bias + n, mask=n < width, other=0.0)
+        if added is not None:
+            total += tl.load(added + at, mask=n < width, other=0.0)
+        if added_1 is not None:
+            total += tl.load(added_1 + at, mask=n < width, other=0.0)
+        tl.store(its_y + at, total, mask=n < width)
+    if normed is not None:
+        k = tl.program_id(0) * NORMED + tl.arange(0, NORMED)
+        weight = tl.load(norm + k, mask=k < K, other=0.0) + WEIGHT_OFFSET
+        factors = norm_factors(x, K, K, EPS, ROWS)
+        for m in tl.static_range(ROWS):
+            numbers = tl.load(x + m * K + k, mask=k < K, other=0.0)
+            tl.store(normed + m * K + k, numbers * factors[m] * weight, mask=k < K)
+
+
+@triton.jit
+def glu_gemv(
+    x,
+    norm,
+    gate,
+    up,
+    gate_bias,
+    up_bias,
+    y,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Two linears of the same x and their glu for exactly ROWS rows: x f32[ROWS, K], norm as in panel_products, gate
+    and up [N, K], biases f32[N] or None -> y f32[ROWS, N]. Grid: (panels)."""
+    c = tl.arange(0, 32)
+    # Every weight begins at a multiple of 64 bytes; only with that said are its words loaded in whole vectors.
+    WORD: tl.constexpr = gate.dtype.element_ty.primitive_bitwidth // 8
+    apart = tl.multiple_of((up.to(tl.int64) - gate.to(tl.int64)) // WORD, 16)
+    matrices = (gate + (c // 16) * apart)[None, :]
+    totals = panel_products(
+        x, norm, matrices, tl.program_id(0) + c * 0, c % 16, K, K, EPS, WEIGHT_OFFSET, FORMAT, ROWS, STEPS
+    )
+    n = tl.program_id(0) * 16 + tl.arange(0, 16)
+    for m in tl.static_range(ROWS):
+        a, b = tl.split(tl.permute(tl.reshape(totals[m], (2, 16)), (1, 0)))
+        if gate_bias is not None:
+            a += tl.load(gate_bias + n, mask=n < N, other=0.0)
+            b += tl.load(up_bias + n, mask=n < N, other=0.0)
+        tl.store(y + m * N + n, glu(a, b, FUNCTION, ALPHA, LIMIT), mask=n < N)

@@ -104,7 +104,7 @@ class _Buffer:
 
 
 def run(
-    asked: GpuRequest,
+    asked: GpuRequest | GpuCode,
     inputs: Sequence[npt.NDArray[Any]],
     outputs: Sequence[tuple[tuple[int, ...], Any]],
     *,
@@ -113,10 +113,10 @@ def run(
     grid_rows: int | None = None,
     changed: Mapping[int, npt.NDArray[Any]] | None = None,
 ) -> list[npt.NDArray[Any]]:
-    """Runs the op and returns its outputs (shape, dtype); asserts that nothing is written outside of them and of the
-    workspace. ``grid_rows``: rows that the grids are made for, ``rows`` if None. ``changed``: inputs (by index) that
-    the op writes; what it leaves is copied into the given arrays."""
-    code = emit(asked)
+    """Runs the op, or a group's code, and returns its outputs (shape, dtype); asserts that nothing is written outside
+    of them and of the workspace. ``grid_rows``: rows that the grids are made for, ``rows`` if None. ``changed``: inputs
+    (by index) that are written; what is left in them is copied into the given arrays."""
+    code = asked if isinstance(asked, GpuCode) else emit(asked)
     step = step or Step()
     of_step = {
         "positions": step.positions,

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hetcomp.backends import packing
+from hetcomp.backends.gpu.gemv import (
+    GEMV_ROWS,
+    Norm,
+    added_arguments,
+    gemv_turn,
+    norm_argument,
+    norm_constants,
+)
 from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
-from hetcomp.backends.gpu.linear import GEMV_ROWS, gemm_tile, gemv_turn, matrix_words, word_type
+from hetcomp.backends.gpu.linear import gemm_tile
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
+from hetcomp.backends.gpu.words import matrix_words, word_type
 from hetcomp.ir.ops import MoeExperts
 
 _SORT_ENTRIES = 1024  # entries that a program of the sort looks at in a turn
@@ -18,6 +29,12 @@ def moe_experts(request: GpuRequest) -> GpuCode:
     if request.rows is not None and request.rows <= GEMV_ROWS:
         return _Experts(request).decode(request.rows)
     return _Experts(request).grouped(request.max_rows())
+
+
+def fused_experts(request: GpuRequest, rows: int, norm: Norm | None, added: Sequence[Operand]) -> GpuCode:
+    """``moe_experts`` of the norm of its first input for exactly ``rows`` rows, at most GEMV_ROWS; ``added``, at most
+    two, is added to the result."""
+    return _Experts(request).decode(rows, norm, added)
 
 
 class _Experts:
@@ -64,7 +81,7 @@ class _Experts:
         }
         return arguments, constants
 
-    def decode(self, rows: int) -> GpuCode:
+    def decode(self, rows: int, norm: Norm | None = None, added: Sequence[Operand] = ()) -> GpuCode:
         a = self.attrs
         h = ("*fp32", Operand("workspace"))
         matrices, constants = self._gate_up()
@@ -76,8 +93,15 @@ class _Experts:
             "experts_gate_up_gemv",
             f"{self.stem}_gate_up",
             (GridAxis(pairs), GridAxis(a.top_k), ROWS),
-            {"x": ("*fp32", Operand("input", 0)), "ids": self.ids, "resident": self.resident, **matrices, "h": h},
-            {**constants, "TOP_K": a.top_k, **self._glu(), "STEPS": turn.steps},
+            {
+                "x": ("*fp32", Operand("input", 0)),
+                **norm_argument(norm),
+                "ids": self.ids,
+                "resident": self.resident,
+                **matrices,
+                "h": h,
+            },
+            {**constants, **norm_constants(norm), "TOP_K": a.top_k, **self._glu(), "STEPS": turn.steps},
             warps=turn.warps,
         )
         matrices, constants = self._down()
@@ -89,7 +113,7 @@ class _Experts:
             "experts_down_gemv",
             f"{self.stem}_down",
             (GridAxis(panels), ROWS, ONE),
-            {**arguments, "y": ("*fp32", Operand("output", 0))},
+            {**arguments, **added_arguments(added), "y": ("*fp32", Operand("output", 0))},
             {**constants, "TOP_K": a.top_k, "STEPS": turn.steps},
             warps=turn.warps,
         )

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest
+from hetcomp.backends.gpu.experts import fused_experts
+from hetcomp.backends.gpu.gemv import MAX_MATRICES, Matrix, Norm, glu_gemv, linear_gemv
+from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Operand
+from hetcomp.backends.gpu.patterns import GluPair, Run
 from hetcomp.backends.gpu.triton_backend import TritonBackend
+from hetcomp.ir.ops import Glu, Linear, RmsNorm
 from hetcomp.ir.plan import Op, Value
+
+_BACKEND = TritonBackend()
 
 
 @dataclass(frozen=True)
 class GpuGroup:
-    """Ops with common launches. ``ops``: what is covered, in order. ``inputs``: ids of the values that
-    ``Operand("input", i)`` stands for; a state that is appended to is one. ``outputs``: ids of the values that the
-    launches write, ``Operand("output", i)``."""
+    """Ops with common launches. ``ops``: what is covered, in order; a norm that several groups do on the way is of the
+    first. ``inputs``: ids of the values that ``Operand("input", i)`` stands for; a state that is appended to is one.
+    ``outputs``: ids of the values that the launches write, ``Operand("output", i)``."""
 
     ops: tuple[Op, ...]
     inputs: tuple[str, ...]
@@ -35,10 +41,194 @@ def group_ops(
     here. wanted: ids of values that others read too. A value that is neither wanted nor read by another group need not
     be written. dims, rows: as ``GpuRequest``. Raises HetcompError naming an op that there is no kernel for.
     """
-    return tuple(_single(op, values, dims, rows) for op in ops)
+    return tuple(_Grouping(Run(ops, values, wanted, rows), dims, rows).groups())
 
 
-def _single(op: Op, values: Mapping[str, Value], dims: Mapping[str, int], rows: int | None) -> GpuGroup:
-    inputs, outputs = tuple(values[v] for v in op.inputs), tuple(values[v] for v in op.outputs)
-    code = TritonBackend().emit(GpuRequest(op, inputs, outputs, dims, rows))
-    return GpuGroup((op,), op.inputs, op.outputs, code)
+class _Operands:
+    """A group's inputs and outputs in the order in which they are first named."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, int] = {}
+        self.outputs: dict[str, int] = {}
+
+    def read(self, value: str) -> Operand:
+        return Operand("input", self.inputs.setdefault(value, len(self.inputs)))
+
+    def write(self, value: str) -> Operand:
+        return Operand("output", self.outputs.setdefault(value, len(self.outputs)))
+
+
+class _Grouping:
+    """Walks over the ops: the first one whose pattern has all its operands is the next group's. If no pattern has, the
+    first op that has its own operands goes alone; there always is one, as the ops' own order is an order of execution.
+    """
+
+    def __init__(self, run: Run, dims: Mapping[str, int], rows: int | None) -> None:
+        self.run = run
+        self.dims = dims
+        self.rows = rows
+        self.pending = list(range(len(run.ops)))
+        self.done: set[int] = set()
+        self.written = {v for op in run.ops for v in op.inputs if v not in run.writer}
+        # Norms done by their readers, by result; those among them that no group has among its ops so far.
+        self.folded: dict[str, int] = {}
+        self.uncovered: set[int] = set()
+
+    def groups(self) -> list[GpuGroup]:
+        made: list[GpuGroup] = []
+        while self.pending:
+            made.extend(self._next())
+            self.pending = [i for i in self.pending if i not in self.done]
+        return made
+
+    def _next(self) -> list[GpuGroup]:
+        first = None
+        for i in self.pending:
+            if not self._ready(i):
+                continue
+            if self.run.foldable(i):
+                self.done.add(i)
+                self.uncovered.add(i)
+                self.folded[self.run.ops[i].outputs[0]] = i
+                return []
+            if self._whole(i):
+                return [self._group(i)]
+            first = i if first is None else first
+        assert first is not None
+        self.run.dissolve(first)
+        return [self._group(first)]
+
+    def _ready(self, i: int) -> bool:
+        """Whether an op has its operands; a norm that it can do itself counts as one."""
+        return self.run.waits[i] <= self.done and all(
+            v in self.written or (v in self.folded and self.run.folds(i, v)) for v in self.run.ops[i].inputs
+        )
+
+    def _whole(self, i: int) -> bool:
+        """Whether what the op's pattern needs beside the op's own operands is there."""
+        chain = self.run.adds.get(i, [])
+        own = {self.run.ops[i].outputs[0], *(self.run.ops[j].outputs[0] for j in chain)} if chain else set()
+        return all(v in self.written or v in own for j in chain for v in self.run.ops[j].inputs)
+
+    def _group(self, i: int) -> GpuGroup:
+        run, kind = self.run, self.run.ops[i].kind
+        if i in run.glus:
+            return self._glu(run.glus[i])
+        if run.decode and kind == "linear":
+            return self._linears(i)
+        if run.decode and kind == "moe_experts":
+            return self._experts(i)
+        return self._single(i)
+
+    def _single(self, i: int) -> GpuGroup:
+        op = self.run.ops[i]
+        self._finish([i], op.outputs)
+        return GpuGroup((op,), op.inputs, op.outputs, _BACKEND.emit(self._request(i)))
+
+    def _request(self, i: int) -> GpuRequest:
+        op, values = self.run.ops[i], self.run.values
+        inputs, outputs = (tuple(values[v] for v in ids) for ids in (op.inputs, op.outputs))
+        return GpuRequest(op, inputs, outputs, self.dims, self.rows)
+
+    def _linears(self, first: int) -> GpuGroup:
+        """A linear with what is added to it, or those that read the same and can be multiplied by the same launch."""
+        run = self.run
+        chain = run.adds.get(first, [])
+        members = [first]
+        if not chain:
+            others = run.readers[run.ops[first].inputs[0]]
+            others = [j for j in others if j != first and j not in self.done and run.plain_linear(j)]
+            members += [j for j in others if run.alike(first, j)][: MAX_MATRICES - 1]
+        for j in members:
+            _BACKEND.require(self._request(j))
+        operands = _Operands()
+        x, norm = self._source(first, operands)
+        added, result = self._added(first, operands)
+        results = [result] if chain else [run.ops[j].outputs[0] for j in members]
+        matrices = [self._matrix(j, y, operands) for j, y in zip(members, results, strict=True)]
+        source = run.ops[first].inputs[0]
+        owed = norm is not None and not chain and run.must_be_written(self.folded[source])
+        normed = operands.write(source) if owed else None
+        attrs = run.ops[first].attrs
+        assert isinstance(attrs, Linear)
+        weight_format, rows = run.weight_format(first), self._rows()
+        stem = f"linear_{weight_format}_n{'_'.join(str(m.rows) for m in matrices)}_k{attrs.in_features}"
+        made = linear_gemv(
+            stem, x, matrices, attrs.in_features, weight_format, rows, norm=norm, added=added, normed=normed
+        )
+        return self._made([*members, *chain], operands, GpuCode((made,)))
+
+    def _glu(self, pair: GluPair) -> GpuGroup:
+        run = self.run
+        for j in (pair.gate, pair.up):
+            _BACKEND.require(self._request(j))
+        operands = _Operands()
+        x, norm = self._source(pair.gate, operands)
+        (result,) = run.ops[pair.glu].outputs
+        gate, up = (self._matrix(j, result, operands) for j in (pair.gate, pair.up))
+        linear, glu = run.ops[pair.gate].attrs, run.ops[pair.glu].attrs
+        assert isinstance(linear, Linear) and isinstance(glu, Glu)
+        weight_format = run.weight_format(pair.gate)
+        made = glu_gemv(x, gate, up, linear.in_features, weight_format, self._rows(), glu, norm)
+        return self._made([pair.gate, pair.up, pair.glu], operands, GpuCode((made,)))
+
+    def _experts(self, i: int) -> GpuGroup:
+        request = self._request(i)
+        _BACKEND.require(request)
+        operands = _Operands()
+        _, *others = self.run.ops[i].inputs
+        x, weight = self._norm_of(i)
+        for v in (x, *others):  # in the order of the op's inputs
+            operands.read(v)
+        norm = None if weight is None else self._norm(weight, operands)
+        added, result = self._added(i, operands)
+        operands.write(result)
+        code = fused_experts(request, self._rows(), norm, added)
+        return self._made([i, *self.run.adds.get(i, [])], operands, code)
+
+    def _matrix(self, i: int, result: str, operands: _Operands) -> Matrix:
+        op = self.run.ops[i]
+        assert isinstance(op.attrs, Linear)
+        bias = operands.read(op.inputs[2]) if op.attrs.bias else None
+        return Matrix(operands.read(op.inputs[1]), bias, operands.write(result), op.attrs.out_features)
+
+    def _norm_of(self, i: int) -> tuple[str, int | None]:
+        """What an op reads first, and the norm that it has to do with it."""
+        x = self.run.ops[i].inputs[0]
+        if x in self.written:
+            return x, None
+        return self.run.ops[self.folded[x]].inputs[0], self.folded[x]
+
+    def _source(self, i: int, operands: _Operands) -> tuple[Operand, Norm | None]:
+        x, norm = self._norm_of(i)
+        return operands.read(x), None if norm is None else self._norm(norm, operands)
+
+    def _norm(self, i: int, operands: _Operands) -> Norm:
+        op = self.run.ops[i]
+        assert isinstance(op.attrs, RmsNorm)
+        return Norm(operands.read(op.inputs[1]), op.attrs.eps, op.attrs.weight_offset)
+
+    def _added(self, i: int, operands: _Operands) -> tuple[list[Operand], str]:
+        """What the launch of op ``i`` adds to its result, and the value that is then the result."""
+        (result,) = self.run.ops[i].outputs
+        added = []
+        for j in self.run.adds.get(i, []):
+            a, b = self.run.ops[j].inputs
+            added.append(operands.read(b if a == result else a))
+            (result,) = self.run.ops[j].outputs
+        return added, result
+
+    def _rows(self) -> int:
+        assert self.rows is not None
+        return self.rows
+
+    def _made(self, members: Sequence[int], operands: _Operands, code: GpuCode) -> GpuGroup:
+        norms = {self.folded[v] for j in members for v in self.run.ops[j].inputs if v in self.folded}
+        covered = sorted({*members, *(norms & self.uncovered)})
+        self.uncovered -= norms
+        self._finish(members, operands.outputs)
+        return GpuGroup(tuple(self.run.ops[j] for j in covered), tuple(operands.inputs), tuple(operands.outputs), code)
+
+    def _finish(self, members: Sequence[int], written: Sequence[str] | Mapping[str, int]) -> None:
+        self.done.update(members)
+        self.written.update(written)

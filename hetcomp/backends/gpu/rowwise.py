@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 
 from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
-from hetcomp.backends.gpu.linear import word_type
 from hetcomp.backends.gpu.tiles import power_of_two
+from hetcomp.backends.gpu.words import word_type
 from hetcomp.ir import ops
 from hetcomp.ir.types import TensorType
 

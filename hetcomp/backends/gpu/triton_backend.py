@@ -67,10 +67,14 @@ class TritonBackend:
 
     def emit(self, request: GpuRequest) -> GpuCode:
         """The op's launches. Raises HetcompError naming the op if there is no kernel for it."""
+        self.require(request)
+        return _EMITTERS[request.op.kind](request)
+
+    def require(self, request: GpuRequest) -> None:
+        """Raises HetcompError naming the op if there is no kernel for it."""
         refusal = self.refusal(request)
         if refusal:
             raise HetcompError(f"The GPU backend cannot compile {request.op.origin or request.op.id}: {refusal}")
-        return _EMITTERS[request.op.kind](request)
 
 
 def _cache_refusal(request: GpuRequest) -> str | None:

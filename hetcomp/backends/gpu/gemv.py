@@ -1,0 +1,175 @@
+"""Launches of GEMVs: linears for a few exact rows, with the norm in front of them and what is added behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hetcomp.backends import packing
+from hetcomp.backends.gpu.kernels import ONE, Constant, GridAxis, Launch, Operand, launch
+from hetcomp.backends.gpu.tiles import power_of_two
+from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
+from hetcomp.ir.ops import Glu
+
+GEMV_ROWS = 8
+MAX_MATRICES = 3  # of one launch
+MAX_ADDED = 2
+_GEMV_STEPS = (256, 128, 64, 32, 16)
+_FEW_PANELS = 512  # programs that fill no GPU: each then has more threads
+
+Arguments = Mapping[str, tuple[str, Operand] | None]
+
+
+@dataclass(frozen=True)
+class GemvTurn:
+    """Words of a column that a turn of a GEMV takes, and the warps that share them: a thread has two vectors of 16
+    bytes of a panel, and fewer steps than threads (codegen_templates/gpu/gemv.py says why)."""
+
+    steps: int
+    warps: int
+
+
+def gemv_turn(columns: int, weight_format: str, programs: int, rows: int = 1, panels: int = 1) -> GemvTurn:
+    """The turn for a GEMV of ``programs`` programs, each of ``rows`` rows and ``panels`` panels: the largest size that
+    wastes the fewest steps. A thread has a sum for each of its weights and each row, and another before the scales:
+    many rows want the registers of fewer threads."""
+    needed = packing.padded_columns(columns, weight_format) // PER_WORD[weight_format]
+    sizes = _GEMV_STEPS if programs <= _FEW_PANELS else _GEMV_STEPS[2:]
+    most = _GEMV_STEPS[0 if rows * panels <= 4 else 1 if rows * panels <= 8 else 2]
+    steps = min((s for s in sizes if s <= most), key=lambda size: (-(-needed // size) * size, -size))
+    # Two panels of many rows: one vector of each a thread.
+    return GemvTurn(steps, max(1, steps * (2 if rows * panels > 8 else 1) // 16))
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An rms_norm of whole rows that a GEMV does on the way: its weight, and its attributes."""
+
+    weight: Operand
+    eps: float
+    weight_offset: float
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One linear of a launch: weight, bias, result, rows of the matrix."""
+
+    w: Operand
+    bias: Operand | None
+    y: Operand
+    rows: int
+
+
+def norm_argument(norm: Norm | None) -> Arguments:
+    """The argument ``norm`` of a kernel."""
+    return {"norm": floats(norm.weight if norm else None)}
+
+
+def norm_constants(norm: Norm | None) -> dict[str, Constant]:
+    """The constants that go with it."""
+    return {"EPS": norm.eps, "WEIGHT_OFFSET": norm.weight_offset} if norm else {"EPS": 0.0, "WEIGHT_OFFSET": 0.0}
+
+
+def floats(operand: Operand | None) -> tuple[str, Operand] | None:
+    """An argument that is f32, or absent."""
+    return None if operand is None else ("*fp32", operand)
+
+
+def added_arguments(added: Sequence[Operand]) -> Arguments:
+    """The arguments ``added`` and ``added_1`` of a kernel: at most two."""
+    padded: list[Operand | None] = [*added, None, None]
+    return {"added": floats(padded[0]), "added_1": floats(padded[1])}
+
+
+def linear_gemv(
+    stem: str,
+    x: Operand,
+    matrices: Sequence[Matrix],
+    columns: int,
+    weight_format: str,
+    rows: int,
+    *,
+    heads: int = 1,
+    norm: Norm | None = None,
+    added: Sequence[Operand] = (),
+    normed: Operand | None = None,
+) -> Launch:
+    """Products of x with one matrix (of ``heads`` heads) or up to three; all of them have a bias or none has.
+
+    added: what is added to the result of the only matrix. normed: where the norm's own result is to be written.
+    """
+    word = word_type(weight_format)
+    first, *others = matrices
+    panels = [-(-m.rows // packing.PANEL) for m in matrices]
+    turn = gemv_turn(columns, weight_format, sum(panels) * heads, rows)
+    arguments: dict[str, tuple[str, Operand] | None] = {
+        "x": floats(x),
+        **norm_argument(norm),
+        "w": (word, first.w),
+        "bias": floats(first.bias),
+        **added_arguments(added),
+        "y": floats(first.y),
+    }
+    sizes: dict[str, Constant] = {"K": columns, "N": first.rows}
+    for i in range(1, MAX_MATRICES):
+        other = others[i - 1] if i <= len(others) else None
+        arguments |= {
+            f"w_{i}": (word, other.w) if other else None,
+            f"bias_{i}": floats(other.bias if other else None),
+            f"y_{i}": floats(other.y if other else None),
+        }
+        sizes[f"N_{i}"] = other.rows if other else 0
+    return launch(
+        "gemv",
+        "linear_gemv",
+        f"{stem}_rows{rows}",
+        (GridAxis(sum(panels)), GridAxis(heads), ONE),
+        {**arguments, "normed": floats(normed)},
+        {
+            **sizes,
+            "HEADS": heads,
+            "MATRIX": matrix_words(first.rows, columns, weight_format, packing.PANELS),
+            **norm_constants(norm),
+            "NORMED": power_of_two(-(-columns // sum(panels))),
+            "FORMAT": weight_format,
+            "ROWS": rows,
+            "STEPS": turn.steps,
+        },
+        warps=turn.warps,
+    )
+
+
+def glu_gemv(
+    x: Operand, gate: Matrix, up: Matrix, columns: int, weight_format: str, rows: int, glu: Glu, norm: Norm | None
+) -> Launch:
+    """``glu`` of two linears of x, written to ``gate.y``."""
+    word = word_type(weight_format)
+    panels = -(-gate.rows // packing.PANEL)
+    turn = gemv_turn(columns, weight_format, panels, rows, 2)
+    return launch(
+        "gemv",
+        "glu_gemv",
+        f"glu_{weight_format}_n{gate.rows}_k{columns}_rows{rows}",
+        (GridAxis(panels), ONE, ONE),
+        {
+            "x": floats(x),
+            **norm_argument(norm),
+            "gate": (word, gate.w),
+            "up": (word, up.w),
+            "gate_bias": floats(gate.bias),
+            "up_bias": floats(up.bias),
+            "y": floats(gate.y),
+        },
+        {
+            "K": columns,
+            "N": gate.rows,
+            **norm_constants(norm),
+            "FUNCTION": glu.function,
+            "ALPHA": glu.alpha,
+            "LIMIT": glu.limit,
+            "FORMAT": weight_format,
+            "ROWS": rows,
+            "STEPS": turn.steps,
+        },
+        warps=turn.warps,
+    )

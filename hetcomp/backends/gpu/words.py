@@ -1,0 +1,18 @@
+"""Packed weights as words, the units in which kernels load them (codegen_templates/gpu/weights.py)."""
+
+from __future__ import annotations
+
+from hetcomp.backends import packing
+
+# Elements of k in a word of weights.
+PER_WORD = {"f32": 1, "bf16": 2, "q8": 4, "q4": 8, "mxfp4": 8, "fp8": 2}
+
+
+def word_type(weight_format: str) -> str:
+    """Triton type of a packed weight's pointer."""
+    return "*i16" if weight_format == "fp8" else "*i32"
+
+
+def matrix_words(rows: int, columns: int, weight_format: str, layout: str) -> int:
+    """Words of one packed matrix."""
+    return packing.matrix_bytes(rows, columns, weight_format, layout) // (2 if weight_format == "fp8" else 4)

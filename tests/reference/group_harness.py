@@ -1,0 +1,45 @@
+"""Runs groups of the GPU backend one after the other in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hetcomp.backends.gpu.groups import GpuGroup
+from hetcomp.ir.plan import Value
+from hetcomp.ir.types import DType
+from tests.reference.kernel_harness import Step
+from tests.reference.triton_harness import run
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def run_groups(
+    groups: Sequence[GpuGroup], values: Mapping[str, Value], given: Arrays, rows: int, step: Step | None = None
+) -> Arrays:
+    """All values after the groups, by id. given: weights as stored, states, and activations that no group writes.
+    States are written in place. A group that reads what nobody has written fails."""
+    have = dict(given)
+    for group in groups:
+        appended = {op.inputs[1] for op in group.ops if op.kind == "kv_append"}
+        assert appended <= set(group.inputs)
+        made = run(
+            group.code,
+            [have[v] for v in group.inputs],
+            [(_shape(values[v], rows), _NUMPY[values[v].type.dtype]) for v in group.outputs],
+            rows=rows,
+            step=step,
+            changed={i: have[v] for i, v in enumerate(group.inputs) if v in appended},
+        )
+        have.update(zip(group.outputs, made, strict=True))
+    return have
+
+
+_NUMPY = {DType.F32: np.float32, DType.I32: np.int32}
+
+
+def _shape(value: Value, rows: int) -> tuple[int, ...]:
+    return tuple(d if isinstance(d, int) else rows for d in value.type.shape)

@@ -1,0 +1,257 @@
+"""Groups of ops on a GPU: fused kernels in Triton's interpreter against numpy in float64, and what is grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from hetcomp.backends import packing
+from hetcomp.backends.gpu.groups import GpuGroup, group_ops
+from hetcomp.ir import ops
+from hetcomp.ir.ops import Attrs
+from hetcomp.ir.plan import Op, Value
+from hetcomp.ir.types import DType, TensorType
+from tests.reference.experts_case import expert_weights
+from tests.reference.group_harness import Arrays, run_groups
+from tests.reference.kernel_harness import activation, weight
+from tests.reference.kernel_numbers import EPS, Doubles, dot_error, draw, packed
+
+DIMS = {"T": 100, "R": 100, "slots": 2, "context": 16}
+NORM_EPS = 1e-3  # large enough to be missed
+
+
+class Graph:
+    """Ops, values and arrays, built up by name: an op's result is called like the op."""
+
+    def __init__(self, rows: int, seed: int = 0) -> None:
+        self.rows = rows
+        self.rng = np.random.default_rng(seed)
+        self.ops: list[Op] = []
+        self.values: dict[str, Value] = {}
+        self.arrays: Arrays = {}
+        self.numbers: dict[str, Doubles] = {}
+
+    def given(self, name: str, *shape: int, spread: float = 1.0) -> str:
+        """An activation that the step has."""
+        array = draw(self.rng, (self.rows, *shape)) * np.float32(spread)
+        self._declare(activation(name, "T", *shape), array, array)
+        return name
+
+    def plain(self, name: str, *shape: int) -> str:
+        """A weight that is not packed."""
+        array = draw(self.rng, shape)
+        self._declare(activation(name, *shape), array, array)
+        return name
+
+    def packed(self, value: Value) -> str:
+        """A weight in its format."""
+        data, means = packed(draw(self.rng, tuple(int(d) for d in value.type.shape)), value)
+        self._declare(value, data, means)
+        return value.id
+
+    def _declare(self, value: Value, array, numbers) -> None:
+        self.values[value.id], self.arrays[value.id] = value, array
+        self.numbers[value.id] = numbers.astype(np.float64)
+
+    def op(self, name: str, attrs: Attrs, inputs: Sequence[str], *shape: int) -> str:
+        """An op with one result."""
+        self.values[name] = activation(name, "T", *shape)
+        self.ops.append(Op(name, attrs, tuple(inputs), (name,)))
+        return name
+
+    def linear(self, name: str, x: str, out: int, k: int, weight_format: str, bias: bool = False) -> str:
+        """A linear with a weight of its own."""
+        w = self.packed(weight(f"{name}.w", (out, k), weight_format, packing.PANELS))
+        operands = [x, w, *([self.plain(f"{name}.b", out)] if bias else [])]
+        return self.op(name, ops.Linear(k, out, bias), operands, out)
+
+    def norm(self, name: str, x: str, width: int) -> str:
+        """A norm of whole rows with a weight of its own."""
+        return self.op(name, ops.RmsNorm(width, NORM_EPS, 1, 0.5), [x, self.plain(f"{name}.w", width)], width)
+
+    def groups(self, *wanted: str) -> tuple[GpuGroup, ...]:
+        """The ops in groups for exactly so many rows."""
+        return group_ops(self.ops, self.values, wanted, DIMS, self.rows)
+
+    def run(self, *wanted: str) -> Arrays:
+        """The grouped ops' values."""
+        return run_groups(self.groups(*wanted), self.values, self.arrays, self.rows)
+
+    def normed(self, x: str, weight_name: str) -> Doubles:
+        """What the norm of x is."""
+        numbers = self.numbers[x]
+        factor = 1 / np.sqrt((numbers**2).mean(axis=1, keepdims=True) + NORM_EPS)
+        return numbers * factor * (self.numbers[weight_name] + 0.5)
+
+
+def covered(groups: Sequence[GpuGroup]) -> list[tuple[str, ...]]:
+    return [tuple(op.id for op in group.ops) for group in groups]
+
+
+def launches(groups: Sequence[GpuGroup]) -> int:
+    return sum(len(group.code.launches) for group in groups)
+
+
+def norm_error(k: int, magnitude: Doubles) -> Doubles:
+    """A product's error after a norm: the sum of squares is a sum of k terms, too, and the root halves its error; two
+    more roundings a term."""
+    return 2 * dot_error(k, magnitude)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize(("weight_format", "k", "bias"), [("q4", 300, True), ("bf16", 33, False), ("fp8", 1030, True)])
+def test_norm_and_linears_are_one_launch(weight_format, k, bias, rows):
+    g = Graph(rows)
+    x = g.given("x", k, spread=0.02)  # the sum of squares is about as large as eps
+    n = g.norm("norm", x, k)
+    sizes = {"q": 70, "k": 17, "v": 32}
+    for name, out in sizes.items():
+        g.linear(name, n, out, k, weight_format, bias)
+    groups = g.groups(*sizes)
+    assert covered(groups) == [("norm", "q", "k", "v")] and launches(groups) == 1
+    made = g.run(*sizes)
+    normed = g.normed(x, "norm.w")
+    for name in sizes:
+        w, b = g.numbers[f"{name}.w"], g.numbers[f"{name}.b"] if bias else 0.0
+        magnitude = np.abs(normed) @ np.abs(w.T) + np.abs(b)
+        assert (np.abs(made[name] - (normed @ w.T + b)) <= norm_error(k, magnitude)).all(), name
+
+
+@pytest.mark.parametrize("weight_format", packing.FORMATS)
+def test_norm_and_linear_in_every_format(weight_format):
+    g = Graph(2)
+    g.linear("y", g.norm("norm", g.given("x", 129), 129), 37, 129, weight_format)
+    assert launches(g.groups("y")) == 1
+    normed, w = g.normed("x", "norm.w"), g.numbers["y.w"]
+    assert (np.abs(g.run("y")["y"] - normed @ w.T) <= norm_error(129, np.abs(normed) @ np.abs(w.T))).all()
+
+
+@pytest.mark.parametrize(("rows", "k", "out"), [(1, 300, 20), (3, 40, 100), (8, 64, 64)])
+def test_a_norm_that_others_want_is_written_by_a_linear(rows, k, out):
+    """Also where the launch has fewer programs than the norm has columns, or more."""
+    g = Graph(rows)
+    g.linear("y", g.norm("norm", g.given("x", k), k), out, k, "q8")
+    g.op("scaled", ops.Scale(2.0), ["norm"], k)
+    groups = g.groups("y", "norm")
+    assert covered(groups) == [("norm", "y"), ("scaled",)]
+    made = g.run("y", "norm")
+    want = g.normed("x", "norm.w")
+    np.testing.assert_allclose(made["norm"], want, rtol=EPS * (4 + np.sqrt(k)))
+    np.testing.assert_array_equal(made["scaled"], made["norm"] * np.float32(2))
+
+
+def test_formats_and_biases_that_differ_are_launches_of_their_own():
+    g = Graph(1)
+    n = g.norm("norm", g.given("x", 32), 32)
+    for name, weight_format, bias in (("a", "q4", False), ("b", "q8", False), ("c", "q4", True), ("d", "q4", False)):
+        g.linear(name, n, 16, 32, weight_format, bias)
+    for name in "efg":
+        g.linear(name, n, 16, 32, "q8")
+    assert covered(g.groups(*"abcdefg")) == [("norm", "a", "d"), ("b", "e", "f"), ("c",), ("g",)]
+    made, normed = g.run(*"abcdefg"), g.normed("x", "norm.w")
+    for name in "abcdefg":
+        want = normed @ g.numbers[f"{name}.w"].T + (g.numbers["c.b"] if name == "c" else 0)
+        np.testing.assert_allclose(made[name], want, rtol=1e-5, atol=1e-4)
+
+
+def test_norms_that_a_gemv_does_not_do():
+    """For many rows, of heads, in front of something else, or in front of a head of very many panels."""
+    for rows in (9, None):
+        g = Graph(9)
+        g.linear("y", g.norm("norm", g.given("x", 32), 32), 16, 32, "f32")
+        assert covered(group_ops(g.ops, g.values, ("y",), DIMS, rows)) == [("norm",), ("y",)]
+    g = Graph(1)
+    heads = g.op("norm", ops.RmsNorm(16, 1e-6, 2), [g.given("x", 32), g.plain("w", 16)], 32)
+    g.linear("y", heads, 16, 32, "f32")
+    assert covered(g.groups("y")) == [("norm",), ("y",)]
+    g = Graph(1)
+    n = g.norm("norm", g.given("x", 32), 32)
+    g.op("scaled", ops.Scale(2.0), [n], 32)
+    assert covered(g.groups("scaled")) == [("norm",), ("scaled",)]
+    g = Graph(1)
+    big = replace(weight("w", (2048 * 16 + 1, 32), "f32", packing.PANELS), format="f32")
+    g.values["w"] = big
+    g.op("y", ops.Linear(32, 2048 * 16 + 1), [g.norm("norm", g.given("x", 32), 32), "w"], 2048 * 16 + 1)
+    assert covered(g.groups("y")) == [("norm",), ("y",)]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("weight_format", "bias"), [("q4", True), ("f32", False)])
+def test_linear_and_additions_are_one_launch(weight_format, bias, rows):
+    k, out = 100, 45
+    g = Graph(rows)
+    y = g.linear("y", g.given("x", k), out, k, weight_format, bias)
+    sum_ = g.op("sum", ops.Add(), [g.given("r", out), y], out)
+    g.op("more", ops.Add(), [sum_, g.given("s", out)], out)
+    groups = g.groups("more")
+    assert covered(groups) == [("y", "sum", "more")] and launches(groups) == 1
+    assert groups[0].outputs == ("more",)
+    n = g.numbers
+    b = n["y.b"] if bias else np.zeros(out)
+    want = n["x"] @ n["y.w"].T + b + n["r"] + n["s"]
+    magnitude = np.abs(n["x"]) @ np.abs(n["y.w"].T) + np.abs(b) + np.abs(n["r"]) + np.abs(n["s"])
+    assert (np.abs(g.run("more")["more"] - want) <= dot_error(k, magnitude)).all()
+
+
+def test_a_sum_on_the_way_that_others_read_is_written():
+    g = Graph(1)
+    y = g.linear("y", g.given("x", 16), 16, 16, "f32")
+    sum_ = g.op("sum", ops.Add(), [g.given("r", 16), y], 16)
+    g.op("more", ops.Add(), [sum_, g.given("s", 16)], 16)
+    assert covered(g.groups("more", "sum")) == [("y", "sum"), ("more",)]
+    assert covered(g.groups("more", "y")) == [("y",), ("sum",), ("more",)]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("weight_format", "function", "bias"), [("q4", "silu", False), ("fp8", "swiglu_oai", True)])
+def test_gate_up_and_glu_are_one_launch(weight_format, function, bias, rows):
+    k, width = 70, 21
+    g = Graph(rows)
+    n = g.norm("norm", g.given("x", k), k)
+    gate, up = (g.linear(name, n, width, k, weight_format, bias) for name in ("gate", "up"))
+    g.op("act", ops.Glu(width, function, 1.702, 2.0), [gate, up], width)
+    g.linear("y", "act", k, width, weight_format)
+    g.op("out", ops.Add(), ["x", "y"], k)
+    groups = g.groups("out")
+    assert covered(groups) == [("norm", "gate", "up", "act"), ("y", "out")] and launches(groups) == 2
+    made, normed = g.run("out"), g.normed("x", "norm.w")
+    a, b = (normed @ g.numbers[f"{p}.w"].T + (g.numbers[f"{p}.b"] if bias else 0) for p in ("gate", "up"))
+    if function == "silu":
+        want = a / (1 + np.exp(-a)) * b
+    else:
+        a = np.minimum(a, 2)
+        want = (np.clip(b, -2, 2) + 1) * a / (1 + np.exp(-1.702 * a))
+    np.testing.assert_allclose(made["act"], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("weight_format", ["q4", "f32"])
+def test_experts_do_the_norm_and_the_additions(weight_format, rows):
+    """As DeepSeek has them: router, experts, then a shared expert whose result is added to theirs."""
+    a = ops.MoeExperts(experts=7, top_k=3, hidden=33, intermediate=21)
+    g = Graph(rows)
+    n = g.norm("norm", g.given("x", a.hidden), a.hidden)
+    g.linear("logits", n, a.experts, a.hidden, "f32")
+    route = ops.Route(a.experts, a.top_k, "softmax", True)
+    g.values |= {"ids": _ids("ids", a.top_k), "weights": activation("weights", "T", a.top_k)}
+    g.ops.append(Op("route", route, ("logits",), ("ids", "weights")))
+    matrices = [g.packed(value) for value in expert_weights(a, weight_format)]
+    g.op("moe", a, [n, "ids", "weights", *matrices], a.hidden)
+    g.linear("shared", n, a.hidden, a.hidden, weight_format)
+    g.op("sum", ops.Add(), ["moe", "shared"], a.hidden)
+    g.op("out", ops.Add(), ["x", "sum"], a.hidden)
+    groups = g.groups("out", "ids", "weights")
+    expected = [("norm", "logits"), ("route",), ("shared",), ("moe", "sum", "out")]
+    if weight_format == "f32":
+        expected = [("norm", "logits", "shared"), ("route",), ("moe", "sum", "out")]
+    assert covered(groups) == expected
+    made, alone = g.run("out"), g.run(*g.values)  # everything wanted: nothing is left out
+    np.testing.assert_array_equal(made["ids"], alone["ids"])
+    np.testing.assert_allclose(made["out"], alone["out"], rtol=1e-5, atol=2e-5 * np.abs(alone["out"]).max())
+
+
+def _ids(name: str, top_k: int) -> Value:
+    return replace(activation(name, "T", top_k), type=TensorType(DType.I32, ("T", top_k)))
