@@ -31,16 +31,18 @@ class Executable:
         owner: TemporaryDirectory[str] | None = None,
         threads: int = 0,
         weights: str = "auto",
+        gpu: int = 0,
     ) -> None:
         self.path = path
         self._owner = owner  # keeps an artifact without a name alive
         self._threads = threads
         self._weights = weights
+        self._gpu = gpu
 
     @cached_property
     def runtime(self) -> Runtime:
         """The loaded runtime; weights are read on first use."""
-        return Runtime.load(self.path, threads=self._threads, weights=self._weights)
+        return Runtime.load(self.path, threads=self._threads, weights=self._weights, gpu=self._gpu)
 
     @cached_property
     def plan(self) -> Plan:
@@ -104,16 +106,16 @@ class Executable:
         return target
 
 
-def load(path: str | Path, *, threads: int = 0, weights: str = "auto") -> Executable:
+def load(path: str | Path, *, threads: int = 0, weights: str = "auto", gpu: int = 0) -> Executable:
     """Loads an artifact.
 
     threads: CPU threads, 0 for as many as this process may use. weights: ``ram`` (huge pages), ``mmap`` or
-    ``auto``. Raises HetcompError if the artifact is missing, damaged, of a newer schema, or needs an
-    instruction set that this CPU lacks.
+    ``auto``. gpu: number of the GPU, for an artifact compiled for one. Raises HetcompError if the artifact is missing,
+    damaged, of a newer schema, or needs an instruction set or a GPU that this machine lacks.
     """
     folder = Path(path)
     if not (folder / "manifest.json").is_file():
         raise HetcompError(f"{folder} is not a hetcomp artifact: it has no manifest.json. Compile a model first.")
-    exe = Executable(folder, threads=threads, weights=weights)
+    exe = Executable(folder, threads=threads, weights=weights, gpu=gpu)
     _ = exe.runtime
     return exe

@@ -61,7 +61,8 @@ class Token:
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Facts of a loaded artifact. ``context`` is in positions, ``max_batch`` in sequences, ``max_tokens`` and
-    ``max_logit_rows`` in rows of one step; ``weights`` is ``ram`` or ``mmap``."""
+    ``max_logit_rows`` in rows of one step; ``weights`` is ``ram`` or ``mmap``. ``gpu``: name of the GPU that computes
+    a part, None if the CPU computes all; ``gpu_bytes`` of its memory are the model's."""
 
     name: str
     architecture: str
@@ -77,6 +78,8 @@ class ModelInfo:
     weights: str
     has_tokenizer: bool
     has_chat_template: bool
+    gpu: str | None
+    gpu_bytes: int
 
 
 def version() -> str:
@@ -239,23 +242,27 @@ class Runtime:
         weights: str = "auto",
         verify_weights: bool = True,
         isa: str | None = None,
+        gpu: int = 0,
     ) -> Runtime:
         """Loads an artifact.
 
         threads: 0 for the physical cores this process may use. weights: ``ram`` (2 MB pages), ``mmap``, or
         ``auto`` (ram if it fits into 80 % of the available memory). verify_weights: compare every tensor with
-        its hash. isa: force one of the artifact's instruction sets. Raises HetcompError: no artifact, damaged,
-        newer schema, missing instruction set, not enough memory.
+        its hash. isa: force one of the artifact's instruction sets. gpu: number of the GPU as the driver counts, for
+        an artifact compiled for one. Raises HetcompError: no artifact, damaged, newer schema, missing instruction
+        set, no GPU that runs it, not enough memory.
         """
         if weights not in _WEIGHTS:
             refuse(f"weights must be auto, mmap or ram, not {weights!r}.")
         _check_range("threads", threads, 0, 2**31 - 1)
+        _check_range("gpu", gpu, 0, 2**31 - 1)
         options = LoadOptionsStruct(
             struct_size=ctypes.sizeof(LoadOptionsStruct),
             threads=threads,
             weights=_WEIGHTS[weights],
             verify_weights=int(verify_weights),
             isa=None if isa is None else isa.encode(),
+            gpu=gpu,
         )
         out = ctypes.c_void_p()
         call("hetcomp_load", str(path).encode(), ctypes.byref(options), ctypes.byref(out))
@@ -407,4 +414,6 @@ def _model_info(handle: Handle) -> ModelInfo:
         weights=raw.weights.decode(),
         has_tokenizer=bool(raw.has_tokenizer),
         has_chat_template=bool(raw.has_chat_template),
+        gpu=None if raw.gpu is None else raw.gpu.decode(),
+        gpu_bytes=raw.gpu_bytes,
     )

@@ -48,6 +48,7 @@ class LoadOptionsStruct(ctypes.Structure):
         ("weights", ctypes.c_int32),
         ("verify_weights", ctypes.c_int32),
         ("isa", ctypes.c_char_p),
+        ("gpu", ctypes.c_int32),
     )
 
 
@@ -71,6 +72,8 @@ class ModelInfoStruct(ctypes.Structure):
         ("architecture", ctypes.c_char_p),
         ("isa", ctypes.c_char_p),
         ("weights", ctypes.c_char_p),
+        ("gpu", ctypes.c_char_p),
+        ("gpu_bytes", ctypes.c_int64),
     )
 
 

@@ -133,7 +133,7 @@ void hetcomp_free(void* memory) { std::free(memory); }
 // ---- model
 
 void hetcomp_load_options_init(hetcomp_load_options* options) {
-  if (options != nullptr) *options = {sizeof(hetcomp_load_options), 0, HETCOMP_WEIGHTS_AUTO, 1, nullptr};
+  if (options != nullptr) *options = {sizeof(hetcomp_load_options), 0, HETCOMP_WEIGHTS_AUTO, 1, nullptr, 0};
 }
 
 hetcomp_status hetcomp_load(const char* path, const hetcomp_load_options* options, hetcomp_model** out) {
@@ -145,8 +145,12 @@ hetcomp_status hetcomp_load(const char* path, const hetcomp_load_options* option
     o = copy_options(options, o);
     if (o.weights < HETCOMP_WEIGHTS_AUTO || o.weights > HETCOMP_WEIGHTS_RAM)
       throw Error(HETCOMP_INVALID_ARGUMENT, "The option weights must be auto (0), mmap (1) or ram (2).");
-    const hetcomp::LoadOptions load{o.threads, static_cast<hetcomp_weights>(o.weights), o.verify_weights != 0,
-                                    o.isa == nullptr ? "" : o.isa};
+    hetcomp::LoadOptions load{o.threads,
+                              static_cast<hetcomp_weights>(o.weights),
+                              o.verify_weights != 0,
+                              o.isa == nullptr ? "" : o.isa,
+                              {}};
+    load.gpu.device = o.gpu;
     *out = std::make_unique<hetcomp_model>(std::make_shared<hetcomp::Model>(path, load)).release();
   });
 }
@@ -184,6 +188,8 @@ hetcomp_status hetcomp_model_get_info(const hetcomp_model* model, hetcomp_model_
         .architecture = facts.architecture.c_str(),
         .isa = m.isa().c_str(),
         .weights = m.residency() == hetcomp::Residency::kRam ? "ram" : "mmap",
+        .gpu = m.gpu() != nullptr ? m.gpu()->name().c_str() : nullptr,
+        .gpu_bytes = m.gpu() != nullptr ? static_cast<std::int64_t>(m.gpu()->bytes()) : 0,
     };
     std::memcpy(static_cast<void*>(info), &full, size);
   });

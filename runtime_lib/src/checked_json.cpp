@@ -66,6 +66,11 @@ double CheckedJson::real() const {
   return json_.get<double>();
 }
 
+bool CheckedJson::truth() const {
+  if (!json_.is_boolean()) refuse("true or false");
+  return json_.get<bool>();
+}
+
 std::string CheckedJson::hex(std::size_t digits) const {
   std::string value = text();
   const bool good = value.size() == digits && std::ranges::all_of(value, [](char c) {

@@ -31,6 +31,7 @@ class CheckedJson {
   std::int64_t integer(std::int64_t low, std::int64_t high) const;
   std::int32_t count(std::int32_t low, std::int32_t high = std::numeric_limits<std::int32_t>::max()) const;
   double real() const;
+  bool truth() const;
   // Lower-case hexadecimal of a given length, and the value of 16 digits.
   std::string hex(std::size_t digits) const;
   std::uint64_t hash_value() const;

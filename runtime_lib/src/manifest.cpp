@@ -82,10 +82,30 @@ void read_weights(const CheckedJson& node, Manifest& manifest) {
   }
 }
 
-// A file of weights may go without a SHA-256, for its tensors have a hash each; no other may.
+void read_gpu(const CheckedJson& node, Manifest& manifest) {
+  GpuRecord gpu;
+  if (listed_file(node["program"], manifest, true) != "gpu/program.json")
+    node["program"].refuse("gpu/program.json");
+  constexpr const char* kKernels = "gpu/kernels.json";
+  const auto kernels = manifest.files.find(kKernels);
+  if (kernels == manifest.files.end() || kernels->second.sha256.empty())
+    node.refuse(std::string("absent, or \"files\" have ") + kKernels + " with a sha256");
+  std::set<std::string> seen;
+  for (const CheckedJson& name : node["pinned"].elements()) {
+    gpu.pinned.push_back(name.text());
+    if (!seen.insert(gpu.pinned.back()).second) name.refuse("named once");
+  }
+  for (const CheckedJson& file : node["weight_files"].elements())
+    gpu.weight_files.push_back(listed_file(file, manifest, false));
+  manifest.gpu = std::move(gpu);
+}
+
+// A file of weights may go without a SHA-256, for its tensors have a hash each, those for a GPU in
+// gpu/program.json; no other may.
 void check_hashes(const CheckedJson& node, const Manifest& manifest) {
   std::set<std::string> of_weights;
   for (const WeightRecord& weight : manifest.weights) of_weights.insert(weight.file);
+  if (manifest.gpu) of_weights.insert(manifest.gpu->weight_files.begin(), manifest.gpu->weight_files.end());
   for (const auto& [file, record] : manifest.files)
     if (record.sha256.empty() && !of_weights.contains(file)) node[file].refuse("given with a sha256");
 }
@@ -112,6 +132,7 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
   if (manifest.programs.empty()) root["programs"].refuse("a list of at least one program");
   read_nodes(root, manifest);
   read_weights(root["weights"], manifest);
+  if (root.has("gpu")) read_gpu(root["gpu"], manifest);
   check_hashes(root["files"], manifest);
   read_states(root["states"], manifest);
   if (root.has("timers"))

@@ -48,6 +48,12 @@ struct StateRecord {
   std::uint64_t bytes_per_slot;
 };
 
+// What is computed on a GPU: gpu/program.json and gpu/kernels.json.
+struct GpuRecord {
+  std::vector<std::string> pinned;  // buffers of program.json, in the order of hetcomp_step::pinned
+  std::vector<std::string> weight_files;
+};
+
 struct Manifest {
   static constexpr int kSchemaMajor = 1;
   static constexpr std::uint64_t kAlignment = 64;  // of weights in files and of everything in memory
@@ -55,11 +61,12 @@ struct Manifest {
   ModelFacts model;
   std::map<std::string, FileRecord> files;
   std::vector<ProgramRecord> programs;  // best first
-  std::vector<WeightRecord> weights;    // in the order of the program's weight indices
-  std::vector<StateRecord> states;      // in the order of the program's state indices
-  std::vector<int> nodes{0};            // ids of the NUMA nodes that the weights are cut for, at least one
-  std::size_t main_node = 0;            // index of the one that holds what is not cut
-  std::vector<std::string> timers;      // names of the program's timers; may be shorter
+  std::vector<WeightRecord> weights;    // the CPU's, in the order of the program's weight indices
+  std::vector<StateRecord> states;      // the CPU's, in the order of the program's state indices
+  std::optional<GpuRecord> gpu;
+  std::vector<int> nodes{0};        // ids of the NUMA nodes that the weights are cut for, at least one
+  std::size_t main_node = 0;        // index of the one that holds what is not cut
+  std::vector<std::string> timers;  // names of the program's timers; may be shorter
   std::optional<std::string> tokenizer;
   std::optional<std::string> chat_template;
 

@@ -42,12 +42,20 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
   isa_ = program.isa;
   verify_files(artifact, manifest_);
   library_ = std::make_unique<ProgramLibrary>(locate(artifact, manifest_, program.file), program, manifest_);
+  if (manifest_.gpu) load_gpu(options);
   tokenizer_ = load_text<Tokenizer>(artifact, manifest_, manifest_.tokenizer);
   chat_template_ = load_text<ChatTemplate>(artifact, manifest_, manifest_.chat_template);
   allocate(options);
   for (std::int32_t slot = facts().max_batch; slot-- > 0;) free_slots_.push_back(slot);
   reset_statistics();
   statistics_.load_seconds = seconds_since(start);
+}
+
+void Model::load_gpu(const LoadOptions& options) {
+  gpu::GpuOptions gpu = options.gpu;
+  gpu.verify = options.verify_weights;
+  gpu_ = std::make_unique<gpu::GpuStep>(artifact_, manifest_, library_->program(), gpu);
+  statistics_.gpu = {gpu_->name(), gpu_->bytes(), {}};
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
@@ -192,7 +200,7 @@ void Model::run(const StepRequest& request) {
   const std::size_t logit_bytes =
       request.logit_rows.size() * static_cast<std::size_t>(facts().vocab) * sizeof(float);
   float* logits = request.logits;
-  if (reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
+  if (!gpu_ && reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
     if (logits_.size() < logit_bytes) logits_ = Memory(logit_bytes, "the logits");
     logits = reinterpret_cast<float*>(logits_.data());
   }
@@ -214,7 +222,12 @@ void Model::run(const StepRequest& request) {
       .hand_over = nullptr,
   };
   const auto start = std::chrono::steady_clock::now();
-  const std::int32_t error = lanes_->run(library_->program(), step);
+  std::int32_t error = 0;
+  const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
+  if (gpu_)
+    statistics_.gpu->steps[gpu_->run(step, run_lanes)] += 1;
+  else
+    run_lanes(step);
   phase.seconds += seconds_since(start);
   phase.steps += 1;
   phase.tokens += step.n_tokens;
@@ -237,6 +250,7 @@ void Model::reset_statistics() {
     phase = PhaseStatistics{};
     phase.timer_ns.assign(timers, 0);
   }
+  if (statistics_.gpu) statistics_.gpu->steps.clear();
 }
 
 }  // namespace hetcomp

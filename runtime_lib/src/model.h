@@ -1,4 +1,4 @@
-// A loaded artifact: program, weights, KV cache, threads, texts; and how a step is run on it.
+// A loaded artifact: program, weights, KV cache, threads, GPU, texts; and how a step is run on it.
 #pragma once
 
 #include <sys/types.h>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "chat_template.h"
+#include "gpu/gpu_step.h"
 #include "hetcomp/hetcomp.h"
 #include "lane_threads.h"
 #include "manifest.h"
@@ -27,7 +28,8 @@ struct LoadOptions {
   int threads = 0;
   hetcomp_weights weights = HETCOMP_WEIGHTS_AUTO;
   bool verify_weights = true;
-  std::string isa;  // empty: the best
+  std::string isa;      // empty: the best
+  gpu::GpuOptions gpu;  // but for `verify`, which verify_weights says
 };
 
 // One forward pass; see hetcomp_step.
@@ -51,6 +53,7 @@ class Model {
   const std::string& isa() const { return isa_; }
   int threads() const { return lanes_->size(); }
   Residency residency() const { return weights_->residency(); }
+  const gpu::GpuStep* gpu() const { return gpu_.get(); }  // null: it runs on the CPU alone
   bool is_eos(std::int32_t id) const;
   const Tokenizer* tokenizer() const { return tokenizer_.get(); }
   const ChatTemplate* chat_template() const { return chat_template_.get(); }
@@ -71,6 +74,7 @@ class Model {
   void reset_statistics();
 
  private:
+  void load_gpu(const LoadOptions& options);
   void allocate(const LoadOptions& options);
   Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;
   void describe_nodes();
@@ -79,6 +83,7 @@ class Model {
   std::filesystem::path artifact_;
   std::string isa_;
   std::unique_ptr<ProgramLibrary> library_;
+  std::unique_ptr<gpu::GpuStep> gpu_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<ChatTemplate> chat_template_;
   std::vector<NodePlace> nodes_;  // in the order of the manifest's

@@ -95,6 +95,9 @@ void ProgramLibrary::check(const ProgramRecord& record, const Manifest& manifest
       Fact{"weights", program_->n_weights, static_cast<std::int64_t>(manifest.weights.size())},
       Fact{"NUMA nodes", program_->n_nodes, static_cast<std::int64_t>(manifest.nodes.size())},
       Fact{"states", program_->n_states, static_cast<std::int64_t>(manifest.states.size())},
+      Fact{"buffers to share with a GPU", program_->n_pinned,
+           manifest.gpu ? static_cast<std::int64_t>(manifest.gpu->pinned.size()) : 0},
+      Fact{"hand-overs with a GPU", program_->n_flags, manifest.gpu ? program_->n_flags : 0},
       Fact{"vocabulary entries", program_->vocab, model.vocab},
       Fact{"tokens a step", program_->max_tokens, model.max_tokens},
       Fact{"logit rows a step", program_->max_logit_rows, model.max_logit_rows},
@@ -109,7 +112,7 @@ void ProgramLibrary::check(const ProgramRecord& record, const Manifest& manifest
   if (program_->isa == nullptr || record.isa != program_->isa || program_->plan_hash == nullptr ||
       plan == manifest.files.end() || plan->second.sha256 != program_->plan_hash ||
       program_->arena_bytes < 0 || program_->n_timers < 0 || program_->run == nullptr ||
-      program_->n_pinned < 0 || program_->n_flags < 0)
+      program_->n_flags < 0)
     throw Error(HETCOMP_BAD_ARTIFACT,
                 where + " was not generated from the plan.json beside it: compile the model again.");
 }

@@ -26,23 +26,34 @@ nlohmann::ordered_json node_json(const NodeStatistics& node) {
   return json;
 }
 
+nlohmann::ordered_json gpu_json(const GpuStatistics& gpu) {
+  std::int64_t steps = 0;
+  nlohmann::ordered_json by_batch = nlohmann::ordered_json::object();
+  for (const auto& [batch, count] : gpu.steps) {
+    by_batch[std::to_string(batch)] = count;
+    steps += count;
+  }
+  return {{"name", gpu.name}, {"bytes", gpu.bytes}, {"steps", steps}, {"steps_by_batch", by_batch}};
+}
+
 }  // namespace
 
 std::string to_json(const Statistics& statistics, const std::vector<std::string>& timer_names, int threads,
                     const std::string& isa, const std::string& weights) {
   nlohmann::ordered_json nodes = nlohmann::ordered_json::array();
   for (const NodeStatistics& node : statistics.nodes) nodes.push_back(node_json(node));
-  const nlohmann::ordered_json json = {{"load_seconds", statistics.load_seconds},
-                                       {"threads", threads},
-                                       {"isa", isa},
-                                       {"weights", weights},
-                                       {"weight_bytes", statistics.weight_bytes},
-                                       {"kv_cache_bytes", statistics.state_bytes},
-                                       {"arena_bytes", statistics.arena_bytes},
-                                       {"nodes", nodes},
-                                       {"notes", statistics.notes},
-                                       {"prefill", phase_json(statistics.phases[0], timer_names)},
-                                       {"decode", phase_json(statistics.phases[1], timer_names)}};
+  nlohmann::ordered_json json = {{"load_seconds", statistics.load_seconds},
+                                 {"threads", threads},
+                                 {"isa", isa},
+                                 {"weights", weights},
+                                 {"weight_bytes", statistics.weight_bytes},
+                                 {"kv_cache_bytes", statistics.state_bytes},
+                                 {"arena_bytes", statistics.arena_bytes},
+                                 {"nodes", nodes},
+                                 {"notes", statistics.notes},
+                                 {"prefill", phase_json(statistics.phases[0], timer_names)},
+                                 {"decode", phase_json(statistics.phases[1], timer_names)}};
+  if (statistics.gpu) json["gpu"] = gpu_json(*statistics.gpu);
   return json.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
 }
 

@@ -3,6 +3,8 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,12 +30,19 @@ struct NodeStatistics {
   std::uint64_t weight_bytes;
 };
 
+struct GpuStatistics {
+  std::string name;
+  std::uint64_t bytes;                         // of its memory
+  std::map<std::int32_t, std::int64_t> steps;  // by the batch size of the graph that was run
+};
+
 struct Statistics {
   double load_seconds = 0;
   std::uint64_t weight_bytes = 0;
   std::uint64_t state_bytes = 0;
   std::uint64_t arena_bytes = 0;
   std::vector<NodeStatistics> nodes;
+  std::optional<GpuStatistics> gpu;
   std::vector<std::string> notes;  // a sentence each: what makes it slower than it could be
   std::array<PhaseStatistics, 2> phases;
 

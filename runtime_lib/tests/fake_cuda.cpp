@@ -20,61 +20,19 @@
 #include <vector>
 
 #include "cuda_api.h"
+#include "fake_kernels.h"
 
 namespace {
+
+using fake_kernels::FakeKernel;
+using fake_kernels::kernels;
+using fake_kernels::Values;
 
 FakeCuda fake;
 
 CUresult counted() {
   const int call = ++fake.calls;
   return call == fake.fail_call ? static_cast<CUresult>(fake.fail_result.load()) : CUDA_SUCCESS;
-}
-
-using Values = std::vector<std::uint64_t>;
-template <class T>
-T* pointer(const Values& values, std::size_t i) {
-  return reinterpret_cast<T*>(values[i]);
-}
-float real(std::uint64_t value) {
-  const auto bits = static_cast<std::uint32_t>(value);
-  float result = 0;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-struct FakeKernel {
-  std::vector<std::size_t> sizes;  // of the arguments; Triton's two pointers come behind
-  std::function<CUresult(const Values&)> run;
-};
-
-const std::map<std::string, FakeKernel>& kernels() {
-  static const std::map<std::string, FakeKernel> kKernels{
-      {"add_one",  // y = x + 1
-       {{8, 8, 4},
-        [](const Values& v) {
-          for (std::size_t i = 0; i < v[2]; ++i) pointer<float>(v, 1)[i] = pointer<float>(v, 0)[i] + 1;
-          return CUDA_SUCCESS;
-        }}},
-      {"add",  // y = a + b
-       {{8, 8, 8, 4},
-        [](const Values& v) {
-          for (std::size_t i = 0; i < v[3]; ++i)
-            pointer<float>(v, 2)[i] = pointer<float>(v, 0)[i] + pointer<float>(v, 1)[i];
-          return CUDA_SUCCESS;
-        }}},
-      {"scale",  // y = factor * x + shift, through the scratch memory
-       {{8, 8, 4, 4, 8},
-        [](const Values& v) {
-          for (std::size_t i = 0; i < v[2]; ++i)
-            pointer<float>(v, 5)[i] = real(v[3]) * pointer<float>(v, 0)[i];
-          for (std::size_t i = 0; i < v[2]; ++i)
-            pointer<float>(v, 1)[i] =
-                pointer<float>(v, 5)[i] + static_cast<float>(static_cast<std::int64_t>(v[4]));
-          return CUDA_SUCCESS;
-        }}},
-      {"fault", {{8}, [](const Values&) { return CUDA_ERROR_ILLEGAL_ADDRESS; }}},
-  };
-  return kKernels;
 }
 
 struct Node {

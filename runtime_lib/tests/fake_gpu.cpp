@@ -159,7 +159,7 @@ FakeGpuArtifact::FakeGpuArtifact(int layers) : layers_(layers) {
       {{"name", "weight"}, {"bytes", kBytes}, {"kind", "weight"}, {"sources", weight_source(path_)}});
   Json graphs = Json::array();
   for (const int batch : {1, 2})
-    graphs.push_back({{"batch", batch}, {"nodes", nodes(batch == 1 ? layers : 0)}});
+    graphs.push_back({{"batch", batch}, {"exact", true}, {"nodes", nodes(batch == 1 ? layers : 0)}});
   write("program.json", {{"schema", {1, 0}},
                          {"device_bytes", 1 << 20},
                          {"flags", layers},

@@ -95,7 +95,9 @@ def main() -> None:
         "device_bytes": 1 << 20,
         "flags": LAYERS,
         "buffers": [{"name": name, "bytes": 4 * WIDTH, "kind": kind} for name, kind in kinds.items()],
-        "graphs": [{"batch": v["batch"], "nodes": nodes(v["hand_overs"], v["work"])} for v in variants.values()],
+        "graphs": [
+            {"batch": v["batch"], "exact": True, "nodes": nodes(v["hand_overs"], v["work"])} for v in variants.values()
+        ],
     }
     (gpu / "program.json").write_text(json.dumps(program))
     (folder / "check.json").write_text(json.dumps({"layers": LAYERS, "variants": variants}))

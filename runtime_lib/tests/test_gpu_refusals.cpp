@@ -89,7 +89,7 @@ TEST_F(GpuRefusals, NoDevice) {
   fake_.devices = 0;
   expect_load_error(HETCOMP_MISSING_ISA, {"no GPU", "CUDA_VISIBLE_DEVICES"});
   fake_.devices = 1;
-  expect_error(HETCOMP_MISSING_ISA, {"no GPU 1", "shows 1"}, [&] {
+  expect_error(HETCOMP_MISSING_ISA, {"no GPU 1", "shows 1", "--gpu"}, [&] {
     const CudaDriver driver(FAKE_CUDA);
     const GpuProgram program(driver, artifact_.path(), {.device = 1});
   });
@@ -275,6 +275,8 @@ TEST_F(GpuRefusals, MemoryBeyondThePlan) {
 TEST_F(GpuRefusals, Graphs) {
   expect_bad_program("graphs must be a list of at least one", [](Json& p) { p["graphs"] = Json::array(); });
   expect_bad_program("graphs[1].batch must be the only", [](Json& p) { p["graphs"][1]["batch"] = 1; });
+  expect_bad_program("graphs[0].exact must be present", [](Json& p) { p["graphs"][0].erase("exact"); });
+  expect_bad_program("graphs[0].exact must be true or false", [](Json& p) { p["graphs"][0]["exact"] = 1; });
   expect_bad_program("graphs[0].batch", [](Json& p) { p["graphs"][0]["batch"] = 0; });
   expect_bad_program("nodes must be a list of 1", [](Json& p) { p["graphs"][0]["nodes"] = Json::array(); });
   expect_bad_node(0, "without a cycle", [](Json& n) { n["after"] = {4}; });

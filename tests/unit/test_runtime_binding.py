@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import signal
 import subprocess
 import threading
 import time
+from ctypes.util import find_library
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,6 +51,8 @@ def test_info_and_version(runtime):
     assert runtime.info.isa == "avx2" and runtime.info.threads >= 1
     assert runtime.info.eos_token_ids == (2,) and runtime.info.bos_token_id is None
     assert runtime.info.has_tokenizer and runtime.info.has_chat_template
+    assert runtime.info.gpu is None and runtime.info.gpu_bytes == 0
+    assert "gpu" not in runtime.stats()
     assert version().count(".") == 2
 
 
@@ -189,6 +193,7 @@ def test_load_refusals(artifact, tmp_path):
         ({"weights": "disk"}, "auto, mmap or ram"),
         ({"threads": -1}, "threads"),
         ({"threads": 9999}, "may use"),
+        ({"gpu": -1}, "gpu"),
         ({"isa": "avx512"}, "no program for avx512"),
     ):
         with pytest.raises(HetcompError, match=words):
@@ -270,6 +275,7 @@ def test_executable_stats(artifact):
         (("--ids", "1", "--prompt", "a"), 2, "Exactly 1"),
         ((), 2, "--ids,--prompt,--chat"),
         (("--ids", "1", "--weights", "disk"), 2, "weights"),
+        (("--ids", "1", "--gpu", "x"), 2, "gpu"),
         (("--ids", "1", "--top-p", "2"), 1, "top_p"),
         (("--ids", "8192"), 1, "outside the vocabulary"),
         (("--ids", "14"), 1, "not finite"),
@@ -283,6 +289,22 @@ def test_executable_refuses_with_one_sentence(artifact, arguments, code, words):
     assert done.returncode == code and done.stdout == b""
     message = done.stderr.decode()
     assert message.startswith("hetcomp-run: ") and message.count("\n") == 1 and words in message
+
+
+@pytest.mark.skipif(find_library("cuda") is not None, reason="this machine has a driver")
+def test_executable_refuses_gpu_code_without_a_driver(program, tmp_path):
+    folder = tmp_path / "gpu.hetc"
+    write_artifact(folder, program)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "gpu").mkdir()
+    for name in ("gpu/program.json", "gpu/kernels.json"):
+        (folder / name).write_text("{}")
+        manifest["files"][name] = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    manifest["gpu"] = {"program": "gpu/program.json", "pinned": [], "weight_files": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    done = run(folder, "--ids", IDS, "--gpu", 1)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "There is no NVIDIA driver (libcuda.so.1" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_chat_computes_only_what_is_new(artifact, runtime):

@@ -28,7 +28,7 @@ typedef enum hetcomp_status {
   HETCOMP_NOT_FOUND = 2,    /* no artifact at that path */
   HETCOMP_BAD_ARTIFACT = 3, /* damaged, truncated or inconsistent */
   HETCOMP_NEWER_SCHEMA = 4, /* written by a newer hetcomp */
-  HETCOMP_MISSING_ISA = 5,  /* this CPU runs none of the artifact's programs */
+  HETCOMP_MISSING_ISA = 5,  /* this CPU or GPU runs none of the artifact's programs, or there is no GPU */
   HETCOMP_OUT_OF_MEMORY = 6,
   HETCOMP_CONTEXT_FULL = 7, /* the tokens do not fit into the session's context */
   HETCOMP_NO_FREE_SLOT = 8, /* all max_batch sessions are taken */
@@ -62,6 +62,7 @@ typedef struct hetcomp_load_options {
   int32_t weights;        /* hetcomp_weights */
   int32_t verify_weights; /* 1: compare every tensor with its hash while it is read; 0: trust the files */
   const char* isa;        /* NULL: the best that this CPU has; or "avx2", "avx512" */
+  int32_t gpu;            /* the GPU's number as the driver counts, from 0; for models compiled for one */
 } hetcomp_load_options;
 
 HETCOMP_EXPORT void hetcomp_load_options_init(hetcomp_load_options* options);
@@ -89,6 +90,8 @@ typedef struct hetcomp_model_info {
   const char* architecture;
   const char* isa;
   const char* weights; /* "ram" or "mmap" */
+  const char* gpu;     /* the name of the GPU that computes a part; NULL: none does */
+  int64_t gpu_bytes;   /* of its memory that the model takes */
 } hetcomp_model_info;
 
 HETCOMP_EXPORT void hetcomp_model_info_init(hetcomp_model_info* info);
@@ -96,14 +99,15 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_get_info(const hetcomp_model* model,
 
 /* A JSON object: load seconds, bytes, threads, isa, nodes (the NUMA nodes that the weights are cut for: node,
  * machine_node, threads, weight_bytes), notes (sentences about what slows it down), and for prefill and
- * decode tokens, steps, seconds, tokens per second and the milliseconds of every timer of the plan. Freed
- * with hetcomp_free. */
+ * decode tokens, steps, seconds, tokens per second and the milliseconds of every timer of the plan. With a
+ * GPU also gpu: its name, bytes of its memory, steps, and steps_by_batch (by the batch size of the graph that
+ * was run); all other bytes are the CPU's. Freed with hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_stats(const hetcomp_model* model, char** json);
 /* A JSON array, one object a weight: weight (its name), bytes, node (the artifact's), machine_node (null:
  * any), and of its pages the number (pages), on_node, elsewhere, absent (not in memory). Freed with
  * hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_numa_report(const hetcomp_model* model, char** json);
-/* Sets the prefill and decode figures to zero. */
+/* Sets the figures of steps to zero. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model);
 
 /* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------

@@ -70,6 +70,9 @@ void add_options(CLI::App& app, RunOptions* options, std::string* ids) {
          "auto, mmap, or ram (2 MB pages)")
       ->check(CLI::IsMember({"auto", "mmap", "ram"}))
       ->type_name("WHERE");
+  app.add_option("--gpu", options->gpu, "Number of the GPU, for models compiled for one")
+      ->capture_default_str()
+      ->type_name("N");
   app.add_flag("--no-verify{false}", options->verify_weights, "Do not compare the weights with their hashes");
   app.add_flag("--print-ids", options->print_ids, "Print token ids instead of text");
   app.add_flag("--stats", options->stats, "Print figures to stderr at the end");

@@ -11,7 +11,8 @@ Device::Device(const CudaDriver& driver, int ordinal) {
   driver.device_count(&devices);
   if (ordinal < 0 || ordinal >= devices) {
     throw Error(HETCOMP_MISSING_ISA, "There is no GPU " + std::to_string(ordinal) + ": the driver shows " +
-                                         std::to_string(devices) + ", counted from 0.");
+                                         std::to_string(devices) +
+                                         ", counted from 0: give the number of one of them (--gpu).");
   }
   driver.device_get(&id, ordinal);
   std::array<char, 256> text{};

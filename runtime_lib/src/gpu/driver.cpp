@@ -51,7 +51,8 @@ void refuse_missing_entry(const char* symbol) {
 
 void report_failed_call(const char* symbol, const std::string& doing, const std::string& reason) {
   throw Error(HETCOMP_COMPUTE, "The GPU driver's " + std::string(symbol) + " failed" +
-                                   (doing.empty() ? "" : " when " + doing) + ": " + reason + ".");
+                                   (doing.empty() ? "" : " when " + doing) + ": " + reason +
+                                   "; nvidia-smi shows the state of the GPU and who uses it.");
 }
 
 CudaDriver::CudaDriver(const std::string& library) : library_(library), version_(checked_version(library_)) {

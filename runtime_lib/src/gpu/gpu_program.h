@@ -48,6 +48,7 @@ class GpuProgram {
   // hand-overs allow, during one. Throws Error for any other name.
   std::span<std::byte> host(const std::string& buffer) const;
 
+  const GpuProgramRecord& record() const { return record_; }
   const Device& device() const { return device_; }
   std::uint64_t device_bytes() const;  // taken of the plan's figure
 

@@ -116,7 +116,7 @@ HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
 
 GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
                          const GpuProgramRecord& program, const BufferIndex& index) {
-  GraphRecord graph{node["batch"].count(1, kLargestBatch), {}, {}};
+  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), {}, {}};
   const auto nodes = node["nodes"].elements();
   if (nodes.empty() || nodes.size() > kMostNodes)
     node["nodes"].refuse("a list of 1 to " + std::to_string(kMostNodes) + " nodes");

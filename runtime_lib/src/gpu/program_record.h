@@ -64,8 +64,11 @@ struct NodeRecord {
   std::vector<std::size_t> after;  // indices of nodes of the graph
 };
 
+// exact: the kernels work on `batch` rows, whatever the step has. Else they read how many it has, at most
+// `batch`.
 struct GraphRecord {
   std::int32_t batch;
+  bool exact;
   std::vector<NodeRecord> nodes;
   std::vector<std::size_t> order;  // all nodes, each behind those it comes after
 };

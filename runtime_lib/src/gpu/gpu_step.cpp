@@ -1,0 +1,180 @@
+#include "gpu_step.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <utility>
+
+#include "../status.h"
+
+namespace hetcomp::gpu {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what) {
+  throw Error(HETCOMP_BAD_ARTIFACT, "gpu/program.json " + what + ": compile the model again.");
+}
+
+int wait_for_gpu(void* hand_shake, std::uint32_t flag) noexcept {
+  auto& shared = *static_cast<HandShake*>(hand_shake);
+  try {
+    return shared.wait_for_gpu(flag) ? 1 : 0;
+  } catch (const std::exception& error) {
+    shared.abort(error.what());
+    return 0;
+  }
+}
+
+void answer(void* hand_shake, std::uint32_t flag) noexcept {
+  static_cast<HandShake*>(hand_shake)->answer(flag);
+}
+
+// The n values and, up to `size` of them, `fill`.
+void copy_padded(std::span<std::int32_t> to, const std::int32_t* values, std::int64_t n, std::int64_t size,
+                 std::int32_t fill) {
+  if (to.empty()) return;
+  std::copy_n(values, n, to.begin());
+  std::fill(to.begin() + n, to.begin() + size, fill);
+}
+
+}  // namespace
+
+GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest, const hetcomp_program& cpu,
+                 const GpuOptions& options)
+    : program_(driver_, artifact, options),
+      max_batch_(manifest.model.max_batch),
+      vocab_(static_cast<std::size_t>(manifest.model.vocab)),
+      has_hand_overs_(cpu.n_flags > 0) {
+  if (program_.record().flags != cpu.n_flags)
+    refuse("has " + std::to_string(program_.record().flags) + " hand-overs, the CPU's program " +
+           std::to_string(cpu.n_flags));
+  find_inputs(manifest.model);
+  check_graphs(manifest.model);
+  for (const std::string& name : manifest.gpu->pinned)
+    pinned_.push_back(reinterpret_cast<std::uint8_t*>(pinned_buffer(name).data()));
+  logits_ = pinned_buffer("logits");
+  const std::size_t bytes = static_cast<std::size_t>(manifest.model.max_logit_rows) * vocab_ * sizeof(float);
+  if (logits_.size() != bytes)
+    refuse("has " + std::to_string(logits_.size()) + " bytes for the buffer logits, not " +
+           std::to_string(bytes));
+}
+
+void GpuStep::find_inputs(const ModelFacts& model) {
+  struct Input {
+    std::span<std::int32_t>& place;
+    std::int32_t numbers;
+  };
+  const std::map<std::string, Input> inputs{
+      {"ids", {inputs_.ids, model.max_tokens}},
+      {"positions", {inputs_.positions, model.max_tokens}},
+      {"slots", {inputs_.slots, model.max_tokens}},
+      {"logit_rows", {inputs_.logit_rows, model.max_logit_rows}},
+      {"rows", {inputs_.rows, 1}},
+      {"logit_row_count", {inputs_.logit_row_count, 1}},
+  };
+  for (const BufferRecord& buffer : program_.record().buffers) {
+    if (buffer.kind != BufferKind::kStep) continue;
+    const auto input = inputs.find(buffer.name);
+    if (input == inputs.end()) refuse("has the step buffer " + buffer.name + ", which nobody fills");
+    const auto numbers = static_cast<std::size_t>(input->second.numbers);
+    if (buffer.bytes != numbers * sizeof(std::int32_t))
+      refuse("has " + std::to_string(buffer.bytes) + " bytes for the step buffer " + buffer.name + ", not " +
+             std::to_string(numbers * sizeof(std::int32_t)));
+    input->second.place = {reinterpret_cast<std::int32_t*>(program_.host(buffer.name).data()), numbers};
+  }
+}
+
+void GpuStep::check_graphs(const ModelFacts& model) const {
+  for (const GraphRecord& graph : program_.record().graphs) {
+    const std::string name = "has a graph for batch size " + std::to_string(graph.batch);
+    const std::int32_t most =
+        graph.exact ? std::min(model.max_tokens, model.max_logit_rows) : model.max_tokens;
+    if (graph.batch > most) refuse(name + ", a step has at most " + std::to_string(most) + " rows");
+    std::uint32_t to_cpu = 0;
+    for (const NodeRecord& node : graph.nodes)
+      if (const auto* hand_over = std::get_if<HandOver>(&node.work))
+        to_cpu += hand_over->to == HandOver::To::kCpu ? 1 : 0;
+    if (to_cpu != program_.record().flags)
+      refuse(name + " that makes " + std::to_string(to_cpu) + " of the " +
+             std::to_string(program_.record().flags) + " hand-overs to the CPU");
+  }
+}
+
+std::span<std::byte> GpuStep::pinned_buffer(const std::string& name) const {
+  for (const BufferRecord& buffer : program_.record().buffers)
+    if (buffer.name == name &&
+        (buffer.kind == BufferKind::kPinnedIn || buffer.kind == BufferKind::kPinnedOut))
+      return program_.host(name);
+  refuse("has no pinned buffer " + name);
+}
+
+// Where rows of a graph that are nobody's tokens may write their KV. With hand-overs they must not repeat the
+// last token: the CPU computes nothing for them, so that from the next layer on they would write other
+// numbers to its place. Any place will do that no token of this step reads, and that is written before a
+// later step reads it: the one behind the last token; or the last position of a slot, which only a token of
+// that position reads.
+std::optional<GpuStep::Place> GpuStep::padding_place(const hetcomp_step& step) const {
+  const std::int64_t last = step.n_tokens - 1;
+  if (!has_hand_overs_) return Place{step.slots[last], step.positions[last]};
+  if (step.positions[last] + 1 < step.context) return Place{step.slots[last], step.positions[last] + 1};
+  const auto end = static_cast<std::int32_t>(step.context - 1);
+  for (std::int32_t slot = 0; slot < max_batch_; ++slot) {
+    bool free = true;
+    for (std::int64_t t = 0; t < step.n_tokens; ++t)
+      free = free && (step.slots[t] != slot || step.positions[t] != end);
+    if (free) return Place{slot, end};
+  }
+  return std::nullopt;
+}
+
+const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool may_pad) const {
+  const GraphRecord* best = nullptr;
+  std::string sizes;
+  for (const GraphRecord& graph : program_.record().graphs) {
+    sizes += (sizes.empty() ? "" : ", ") + std::string(graph.exact ? "exactly " : "up to ") +
+             std::to_string(graph.batch);
+    if (graph.batch < step.n_tokens || (graph.exact && graph.batch < step.n_logit_rows)) continue;
+    if (graph.exact && graph.batch > step.n_tokens && !may_pad) continue;
+    const auto rank = [](const GraphRecord& g) { return std::pair(!g.exact, g.batch); };
+    if (best == nullptr || rank(graph) < rank(*best)) best = &graph;
+  }
+  if (best != nullptr) return *best;
+  throw Error(HETCOMP_INVALID_ARGUMENT,
+              "The GPU has no graph for a step of " + std::to_string(step.n_tokens) + " tokens and " +
+                  std::to_string(step.n_logit_rows) + " rows of logits, only for " + sizes +
+                  " tokens: give fewer at once, or compile the model again.");
+}
+
+void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
+                          const std::optional<Place>& padding) const {
+  const std::int64_t n = step.n_tokens;
+  const std::int64_t rows = graph.exact ? graph.batch : n;
+  const Place place = padding.value_or(Place{});  // without one there are no rows to pad
+  copy_padded(inputs_.ids, step.ids, n, rows, step.ids[n - 1]);
+  copy_padded(inputs_.positions, step.positions, n, rows, place.position);
+  copy_padded(inputs_.slots, step.slots, n, rows, place.slot);
+  const std::int64_t wanted = step.n_logit_rows;
+  copy_padded(inputs_.logit_rows, step.logit_rows, wanted, graph.exact ? graph.batch : wanted,
+              wanted > 0 ? step.logit_rows[wanted - 1] : 0);
+  if (!inputs_.rows.empty()) inputs_.rows[0] = static_cast<std::int32_t>(n);
+  if (!inputs_.logit_row_count.empty()) inputs_.logit_row_count[0] = static_cast<std::int32_t>(wanted);
+}
+
+std::int32_t GpuStep::run(hetcomp_step step, const Lanes& lanes) {
+  const std::optional<Place> padding = padding_place(step);
+  const GraphRecord& graph = choose_graph(step, padding.has_value());
+  fill_inputs(step, graph, padding);
+  float* const logits = std::exchange(step.logits, nullptr);
+  step.pinned = pinned_.data();
+  program_.run(graph.batch, [&](HandShake& hand_shake) {
+    if (!has_hand_overs_) return;
+    hetcomp_hand_over hand_over{&hand_shake, wait_for_gpu, answer, std::numeric_limits<std::uint32_t>::max()};
+    step.hand_over = &hand_over;
+    lanes(step);
+  });
+  const std::size_t bytes = static_cast<std::size_t>(step.n_logit_rows) * vocab_ * sizeof(float);
+  if (bytes > 0) std::memcpy(logits, logits_.data(), bytes);
+  return graph.batch;
+}
+
+}  // namespace hetcomp::gpu

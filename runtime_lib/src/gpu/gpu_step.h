@@ -1,0 +1,62 @@
+// A step of a model that is computed on a GPU, alone or together with the CPU's program.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "../manifest.h"
+#include "driver.h"
+#include "gpu_program.h"
+#include "hetcomp/program.h"
+
+namespace hetcomp::gpu {
+
+class GpuStep {
+ public:
+  // cpu: the artifact's program for the CPU. Throws Error: what GpuProgram's constructor does, and gpu/
+  // does not fit the manifest or the CPU's program.
+  GpuStep(const std::filesystem::path& artifact, const Manifest& manifest, const hetcomp_program& cpu,
+          const GpuOptions& options);
+
+  // The step with what a program needs beside a GPU, for the lanes to run.
+  using Lanes = std::function<void(const hetcomp_step&)>;
+  // Runs one step, which has the tokens and the caller's logits. Returns the batch size of the graph that it
+  // ran. One thread at a time. Throws Error as GpuProgram::run does; what `lanes` throws is passed on.
+  std::int32_t run(hetcomp_step step, const Lanes& lanes);
+
+  const std::string& name() const { return program_.device().name; }
+  std::uint64_t bytes() const { return program_.device_bytes(); }  // of its memory
+
+ private:
+  struct Place {
+    std::int32_t slot;
+    std::int32_t position;
+  };
+  struct Inputs {  // on the host; empty where no kernel reads it
+    std::span<std::int32_t> ids, positions, slots, logit_rows, rows, logit_row_count;
+  };
+
+  void find_inputs(const ModelFacts& model);
+  void check_graphs(const ModelFacts& model) const;
+  std::span<std::byte> pinned_buffer(const std::string& name) const;
+  std::optional<Place> padding_place(const hetcomp_step& step) const;
+  const GraphRecord& choose_graph(const hetcomp_step& step, bool may_pad) const;
+  void fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
+                   const std::optional<Place>& padding) const;
+
+  CudaDriver driver_;
+  GpuProgram program_;
+  std::int32_t max_batch_;
+  std::size_t vocab_;
+  bool has_hand_overs_;
+  Inputs inputs_;
+  std::vector<std::uint8_t*> pinned_;  // in the order of hetcomp_step::pinned
+  std::span<std::byte> logits_;
+};
+
+}  // namespace hetcomp::gpu

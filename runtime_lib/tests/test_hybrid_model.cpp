@@ -1,0 +1,243 @@
+// Models that a GPU and the CPU compute together, or a GPU alone: whole artifacts through the C ABI, on the
+// fake driver.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <thread>
+
+#include "cli/handles.h"
+#include "fake_gpu.h"
+#include "fake_hybrid.h"
+#include "fake_program.h"
+#include "hetcomp/hetcomp.h"
+#include "session.h"
+#include "status.h"
+
+namespace hetcomp {
+namespace {
+
+using cli::check;
+using cli::ModelPtr;
+using cli::SessionPtr;
+using fake::FakeArtifact;
+using fake::FakeHybrid;
+using Ids = std::vector<std::int32_t>;
+using Json = nlohmann::json;
+using Logits = std::vector<float>;
+
+ModelPtr load(const FakeHybrid& artifact) {
+  hetcomp_model* model = nullptr;
+  check(hetcomp_load(artifact.path().c_str(), nullptr, &model));
+  return ModelPtr(model);
+}
+
+// A session and the tokens that it should have.
+struct Sequence {
+  explicit Sequence(hetcomp_model* model) {
+    hetcomp_session* created = nullptr;
+    check(hetcomp_session_create(model, &created));
+    session.reset(created);
+  }
+  Logits prefill(const Ids& more) {
+    Logits logits(fake::kVocab);
+    check(hetcomp_prefill(session.get(), more.data(), static_cast<std::int64_t>(more.size()), logits.data()));
+    ids.insert(ids.end(), more.begin(), more.end());
+    return logits;
+  }
+  std::int64_t length() const {
+    std::int64_t length = -1;
+    check(hetcomp_session_length(session.get(), &length));
+    return length;
+  }
+
+  SessionPtr session;
+  Ids ids;
+};
+
+Ids range(std::int32_t n, std::int32_t first = 20) {
+  Ids ids;
+  for (std::int32_t i = 0; i < n; ++i) ids.push_back(20 + (first + i * 31) % 70);
+  return ids;
+}
+
+// One token for each; what came of it must be `expected` of the sequence.
+void expect_decode(hetcomp_model* model, const FakeHybrid& artifact, const std::vector<Sequence*>& sequences,
+                   const Ids& ids) {
+  std::vector<hetcomp_session*> sessions;
+  for (Sequence* sequence : sequences) sessions.push_back(sequence->session.get());
+  Logits logits(ids.size() * fake::kVocab);
+  check(hetcomp_decode(model, sessions.data(), ids.data(), static_cast<std::int64_t>(ids.size()),
+                       logits.data()));
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    sequences[i]->ids.push_back(ids[i]);
+    const auto row = logits.begin() + static_cast<long>(i * fake::kVocab);
+    EXPECT_EQ(Logits(row, row + fake::kVocab), artifact.expected(sequences[i]->ids)) << "row " << i;
+  }
+}
+
+Json statistics(const hetcomp_model* model) {
+  char* text = nullptr;
+  check(hetcomp_model_stats(model, &text));
+  const cli::Buffer<char> owner(text);
+  return Json::parse(text);
+}
+
+class HybridModels : public testing::Test {
+ protected:
+  ~HybridModels() override { EXPECT_EQ(fake_.live(), 0); }
+
+  FakeCuda& fake_ = fake::healthy_fake_cuda();
+};
+class GpuModels : public HybridModels, public testing::WithParamInterface<FakeHybrid::Parts> {};
+INSTANTIATE_TEST_SUITE_P(Parts, GpuModels,
+                         testing::Values(FakeHybrid::Parts::kGpuAndCpu, FakeHybrid::Parts::kGpu));
+
+TEST_P(GpuModels, ForwardGivesEveryRowAcrossSteps) {
+  const FakeHybrid artifact(GetParam());
+  const ModelPtr model = load(artifact);
+  const Sequence sequence(model.get());
+  const Ids ids = range(23);
+  Logits logits(ids.size() * fake::kVocab);
+  check(hetcomp_forward(sequence.session.get(), ids.data(), 23, logits.data()));
+  for (long t = 0; t < 23; ++t) {
+    const auto row = logits.begin() + t * fake::kVocab;
+    EXPECT_EQ(Logits(row, row + fake::kVocab), artifact.expected(Ids(ids.begin(), ids.begin() + t + 1))) << t;
+  }
+  // Five tokens at a time, for so many rows of logits has a step; the last three on the graph of four.
+  EXPECT_EQ(statistics(model.get())["gpu"]["steps_by_batch"], (Json{{"4", 1}, {"7", 4}}));
+}
+
+// Two sessions of different lengths, three of them, one: padded and not, by tokens that come in between.
+TEST_P(GpuModels, DecodeOfSeveralSessionsOnPaddedGraphs) {
+  const FakeHybrid artifact(GetParam());
+  const ModelPtr model = load(artifact);
+  Sequence a(model.get());
+  Sequence b(model.get());
+  Sequence c(model.get());
+  EXPECT_EQ(a.prefill(range(9)), artifact.expected(range(9)));
+  EXPECT_EQ(b.prefill({40}), artifact.expected({40}));
+  EXPECT_EQ(c.prefill(range(3, 50)), artifact.expected(range(3, 50)));
+  check(hetcomp_model_reset_stats(model.get()));
+  for (std::int32_t i = 0; i < 5; ++i) {
+    expect_decode(model.get(), artifact, {&c, &a, &b}, {60 + i, 70 + i, 80 + i});
+    expect_decode(model.get(), artifact, {&b, &a}, {30 + i, 20 + i});
+    expect_decode(model.get(), artifact, {&a}, {90 - i});
+  }
+  EXPECT_EQ(statistics(model.get())["gpu"]["steps_by_batch"], (Json{{"1", 5}, {"4", 10}}));
+}
+
+TEST_P(GpuModels, PaddingAtTheEndOfTheContext) {
+  const FakeHybrid artifact(GetParam());
+  const ModelPtr model = load(artifact);
+  std::vector<Sequence> sequences;
+  std::vector<Sequence*> all;
+  for (std::int32_t i = 0; i < FakeArtifact::kMaxBatch; ++i) sequences.emplace_back(model.get());
+  for (Sequence& sequence : sequences) all.push_back(&sequence);
+  // The last is full; what padding rows leave at its last position, nobody reads.
+  for (Sequence& sequence : sequences)
+    sequence.prefill(range(39, 20 + 3 * static_cast<int>(&sequence - &sequences[0])));
+  check(hetcomp_model_reset_stats(model.get()));
+  expect_decode(model.get(), artifact, {all[2]}, {33});
+  expect_decode(model.get(), artifact, {all[0], all[1]}, {44, 55});
+  EXPECT_EQ(statistics(model.get())["gpu"]["steps_by_batch"], (Json{{"1", 1}, {"4", 1}}));
+  for (Sequence& sequence : sequences) {
+    check(hetcomp_session_truncate(sequence.session.get(), 39));
+    sequence.ids.resize(39);
+  }
+  // With hand-overs there is no place for the KV of a padding row.
+  expect_decode(model.get(), artifact, all, {44, 55, 66});
+  const char* const graph = GetParam() == FakeHybrid::Parts::kGpu ? "4" : "7";
+  EXPECT_EQ(statistics(model.get())["gpu"]["steps_by_batch"][graph],
+            GetParam() == FakeHybrid::Parts::kGpu ? 2 : 1);
+}
+
+TEST_P(GpuModels, InfoAndStatistics) {
+  const FakeHybrid artifact(GetParam());
+  fake_.device_bytes = 0;
+  const ModelPtr model = load(artifact);
+  hetcomp_model_info info;
+  hetcomp_model_info_init(&info);
+  check(hetcomp_model_get_info(model.get(), &info));
+  EXPECT_STREQ(info.gpu, "Fake GPU");
+  EXPECT_EQ(info.gpu_bytes, static_cast<std::int64_t>(fake_.device_bytes));
+  EXPECT_GT(info.gpu_bytes, FakeArtifact::kMaxBatch * FakeArtifact::kContext * fake::kWidth * 4);
+  Sequence(model.get()).prefill(range(10));
+  const Json stats = statistics(model.get());
+  EXPECT_EQ(stats["gpu"], (Json{{"name", "Fake GPU"},
+                                {"bytes", info.gpu_bytes},
+                                {"steps", 2},
+                                {"steps_by_batch", {{"4", 1}, {"7", 1}}}}));
+  EXPECT_EQ(stats["prefill"]["tokens"], 10);
+  if (GetParam() == FakeHybrid::Parts::kGpu) return;
+  EXPECT_EQ(stats["weight_bytes"], fake::kWidth * 4);  // the CPU's
+  EXPECT_EQ(stats["kv_cache_bytes"], 0);
+  EXPECT_EQ(stats["arena_bytes"], 0);
+  EXPECT_EQ(stats["prefill"]["timers_ms"]["append"], 2.0);
+}
+
+TEST_P(GpuModels, StepThatCannotBeLaunched) {
+  const FakeHybrid artifact(GetParam());
+  const ModelPtr model = load(artifact);
+  Sequence sequence(model.get());
+  sequence.prefill(range(5));
+  fake_.calls = 0;
+  fake_.fail_call = 2;  // the copy of the step, then the launch
+  Logits logits(fake::kVocab);
+  const Ids next{40};
+  EXPECT_EQ(hetcomp_prefill(sequence.session.get(), next.data(), 1, logits.data()), HETCOMP_COMPUTE);
+  EXPECT_NE(std::string(hetcomp_last_error()).find("cuGraphLaunch"), std::string::npos)
+      << hetcomp_last_error();
+  EXPECT_EQ(sequence.length(), 5);
+  expect_decode(model.get(), artifact, {&sequence}, {41});
+}
+
+TEST_F(HybridModels, ErrorOfAKernelOfTheCpu) {
+  const FakeHybrid artifact;
+  const ModelPtr model = load(artifact);
+  Sequence sequence(model.get());
+  sequence.prefill(range(5));
+  Logits logits(fake::kVocab);
+  EXPECT_EQ(hetcomp_prefill(sequence.session.get(), &fake::kErrorId, 1, logits.data()), HETCOMP_COMPUTE);
+  EXPECT_NE(std::string(hetcomp_last_error()).find("error 13"), std::string::npos) << hetcomp_last_error();
+  EXPECT_EQ(sequence.length(), 5);
+  expect_decode(model.get(), artifact, {&sequence}, {41});
+}
+
+// Several lanes leave a step that the GPU never gets on with; the next one works.
+TEST_F(HybridModels, StepThatIsGivenUpBecauseTheGpuHangs) {
+  const FakeHybrid artifact;
+  LoadOptions patient{};
+  patient.threads = static_cast<int>(std::min(2U, std::thread::hardware_concurrency()));
+  patient.gpu.patience = std::chrono::milliseconds(60);
+  const auto model = std::make_shared<Model>(artifact.path(), patient);
+  Session session(model);
+  Logits logits(fake::kVocab);
+  session.prefill(range(6), logits.data());
+  for (int round = 0; round < 3; ++round) {
+    fake_.hang = true;
+    std::jthread other([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      fake_.hang = false;
+    });
+    try {
+      session.prefill(range(3, 41), logits.data());
+      ADD_FAILURE() << "no error";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.status(), HETCOMP_COMPUTE);
+      EXPECT_NE(std::string(error.what()).find("hand-over 0 within 60 ms"), std::string::npos)
+          << error.what();
+    }
+    other.join();
+    EXPECT_EQ(session.length(), 6);
+    session.prefill(range(3, 33), logits.data());
+    Ids ids = range(6);
+    for (const std::int32_t id : range(3, 33)) ids.push_back(id);
+    EXPECT_EQ(logits, artifact.expected(ids));
+    session.truncate(6);
+  }
+}
+
+}  // namespace
+}  // namespace hetcomp
