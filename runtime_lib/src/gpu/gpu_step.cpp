@@ -156,8 +156,10 @@ void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
   const std::int64_t wanted = step.n_logit_rows;
   copy_padded(inputs_.logit_rows, step.logit_rows, wanted, graph.exact ? graph.batch : wanted,
               wanted > 0 ? step.logit_rows[wanted - 1] : 0);
-  if (!inputs_.rows.empty()) inputs_.rows[0] = static_cast<std::int32_t>(n);
-  if (!inputs_.logit_row_count.empty()) inputs_.logit_row_count[0] = static_cast<std::int32_t>(wanted);
+  // Of an exact graph all rows are written: those kernels that do not ask how many there are read all of them.
+  if (!inputs_.rows.empty()) inputs_.rows[0] = static_cast<std::int32_t>(rows);
+  if (!inputs_.logit_row_count.empty())
+    inputs_.logit_row_count[0] = static_cast<std::int32_t>(graph.exact ? rows : wanted);
 }
 
 std::int32_t GpuStep::run(hetcomp_step step, const Lanes& lanes) {
