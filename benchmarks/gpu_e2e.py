@@ -46,7 +46,7 @@ def _measure(record: Record, o: argparse.Namespace, name: str, worker: Worker, i
             record.add(f"{name} prefill {length}", "tok/s", worker.call("prefill", prompt=ids[:length]))
     stats = worker.call("stats")
     record.derived[f"{name} device bytes"] = float((stats.get("gpu") or {}).get("bytes", 0))
-    record.conditions[f"{name} stats"] = stats
+    record.conditions.setdefault("stats", {})[name] = stats
 
 
 def _compare(record: Record, artifact: Path) -> None:
@@ -74,7 +74,9 @@ def main() -> None:
     record = Record("gpu_e2e", {"artifacts": [a.stem for a in o.artifacts], "prompts": o.prompts, "batches": o.batches})
     record.add("read bandwidth", "GB/s", max(max(samples) for samples in read_bandwidth.measure(o.threads, repeats=3)))
     run(record, o)
+    stats = record.conditions.pop("stats")
     show(record)
+    record.conditions["stats"] = stats
     print(record.write(o.out) if o.out else record.write())
 
 
