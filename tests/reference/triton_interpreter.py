@@ -1,0 +1,86 @@
+"""Triton's interpreter, repaired, and fast enough for whole models: importing this module patches it for the process.
+
+Triton patches its language anew for every launch and every call of a device function, which costs more than small
+kernels themselves; here it is patched once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from hetcomp.backends import packing
+from hetcomp.backends.gpu.kernels import GpuKernel
+
+_STAGES = 1  # of kernels that have the constant: pipelining means nothing here
+_SCALARS = {"i32": (tl.int32, np.int32), "i64": (tl.int64, np.int64), "fp32": (tl.float32, np.float32)}
+
+
+def _dot_of_numbers(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    """The interpreter of Triton 3.9 multiplies the bits of bf16 operands as whole numbers."""
+    wide = [
+        interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        if x.dtype.scalar == tl.bfloat16
+        else x
+        for x in (a, b)
+    ]
+    return _given_dot(builder, *wide, d, input_precision, max_num_imprecise_acc)
+
+
+def _convert_as_gpus(data: Any, given: Any, wanted: Any, rounding_mode: Any) -> Any:
+    """The interpreter of Triton 3.9 cuts f32 off to bf16 or carries into the wrong bits; GPUs round to nearest even."""
+    if given == tl.float32 and wanted == tl.bfloat16:
+        return packing.to_bf16_bits(data).reshape(data.shape)
+    return _given_convert(data, given, wanted, rounding_mode)
+
+
+def _patched_once(_: Any) -> Any:
+    """Stands in for interpreter._patch_lang, whose answer only undoes what it did."""
+    return SimpleNamespace(restore=lambda: None)
+
+
+assert triton.knobs.runtime.interpret, "tests/conftest.py must be read before Triton is imported"
+_given_dot = interpreter.InterpreterBuilder.create_dot
+interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
+_given_convert = interpreter._convert_float
+interpreter._convert_float = _convert_as_gpus
+# Our kernels see triton.language, Triton's own functions (tl.zeros, tl.max) see triton.language.core.
+interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+interpreter._patch_lang = _patched_once
+
+
+@functools.cache
+def _function(kernel: GpuKernel) -> Callable[..., None]:
+    """The kernel with its constants given."""
+    module = import_module(f"hetcomp.codegen_templates.gpu.{kernel.module}")
+    stages = {"STAGES": _STAGES} if kernel.stages else {}
+    return functools.partial(getattr(module, kernel.function).rewrite(), **dict(kernel.constants), **stages)
+
+
+def _argument(kind: str, value: int | float) -> Any:
+    if kind.startswith("*"):
+        type_, number = tl.pointer_type(tl.str_to_ty(kind[1:], None)), np.uint64(value)
+    else:
+        type_, dtype = _SCALARS[kind]
+        number = dtype(value)
+    return tl.tensor(interpreter.TensorHandle(np.array([number]), type_), type_)
+
+
+def run_kernel(kernel: GpuKernel, grid: tuple[int, int, int], values: Mapping[str, int | float]) -> None:
+    """Runs all programs of ``grid`` one after the other. ``values``: the kernel's arguments by name, addresses for
+    pointers. Not for several threads at once."""
+    function = _function(kernel)
+    arguments = {name: _argument(kind, values[name]) for name, kind in kernel.arguments}
+    interpreter.interpreter_builder.set_grid_dim(*grid)
+    with np.errstate(all="ignore"):
+        for x, y, z in np.ndindex(*grid):
+            interpreter.interpreter_builder.set_grid_idx(x, y, z)
+            function(**arguments)
