@@ -43,4 +43,7 @@ using FakeCudaModuleLoader = int (*)(const void* image, std::size_t bytes);
 using FakeCudaLauncher = int (*)(int id, const unsigned* grid, int n, const std::uint64_t* values);
 void fake_cuda_set_module_loader(FakeCudaModuleLoader loaded);
 void fake_cuda_set_launcher(FakeCudaLauncher launch);
+// The memory of the device or of the pinned host that an address lies in: moves the address to its start and
+// returns its bytes; 0: none.
+std::size_t fake_cuda_memory(std::uint64_t* address);
 }

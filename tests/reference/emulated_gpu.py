@@ -76,9 +76,10 @@ class EmulatedGpu:
         try:
             assert n == len(kernel.arguments) + 2, "Triton's two pointers are missing"
             values = {name: _value(kind, words[i]) for i, (name, kind) in enumerate(kernel.arguments)}
+            memory = [_memory(words[i]) for i, (_, kind) in enumerate(kernel.arguments) if kind.startswith("*")]
             with self._one:
                 self.launches[kernel.stem] += 1
-                run_kernel(kernel, (grid[0], grid[1], grid[2]), values)
+                run_kernel(kernel, (grid[0], grid[1], grid[2]), values, memory)
         except Exception as error:  # no exception passes the driver
             error.add_note(f"in {kernel.name}, grid {grid[0]} x {grid[1]} x {grid[2]}")
             self.failures.append(error)
@@ -96,6 +97,13 @@ def _value(kind: str, word: int) -> int | float:
     return int.from_bytes(bits[: _BYTES[kind]], "little", signed=True)
 
 
+def _memory(address: int) -> range:
+    """The addresses of the allocation that ``address`` lies in; none if it was freed or never allocated."""
+    start = ctypes.c_uint64(address)
+    size = _library().fake_cuda_memory(ctypes.byref(start))
+    return range(start.value, start.value + size)
+
+
 _GPU = EmulatedGpu()
 _CALLBACKS = (_LOADER(_GPU.load), _LAUNCHER(_GPU.launch))
 
@@ -106,9 +114,9 @@ def _folder() -> Path:
 
 
 @functools.cache
-def _driver() -> _FakeCuda:
-    """The fake driver's control block. Loaded once for the process: whoever opens libcuda.so.1 from now on gets this
-    one, by its SONAME, though the machine may have another; outside of :func:`emulated_gpu` it shows no device."""
+def _library() -> ctypes.CDLL:
+    """The fake driver. Loaded once for the process: whoever opens libcuda.so.1 from now on gets this one, by its
+    SONAME, though the machine may have another; outside of :func:`emulated_gpu` it shows no device."""
     library = _folder() / "libcuda.so.1"
     source = ROOT / "runtime_lib" / "tests" / "fake_cuda.cpp"
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1"]
@@ -119,11 +127,11 @@ def _driver() -> _FakeCuda:
     if not hasattr(found, "fake_cuda"):
         raise RuntimeError("This process has loaded the real libcuda.so.1 already; run the tests in one of their own.")
     found.fake_cuda.restype = ctypes.POINTER(_FakeCuda)
+    found.fake_cuda_memory.restype = ctypes.c_size_t
     found.fake_cuda_set_module_loader(_CALLBACKS[0])
     found.fake_cuda_set_launcher(_CALLBACKS[1])
-    fake: _FakeCuda = found.fake_cuda().contents
-    fake.devices = 0
-    return fake
+    found.fake_cuda().contents.devices = 0
+    return found
 
 
 def _compile_stand_ins(
@@ -145,7 +153,7 @@ def _compile_stand_ins(
 @contextmanager
 def emulated_gpu(compute_capability: int = 90, free_bytes: int = 1 << 30) -> Iterator[EmulatedGpu]:
     """This machine has a GPU meanwhile. Raises what a kernel raised."""
-    fake = _driver()
+    fake: _FakeCuda = _library().fake_cuda().contents
     fake.devices, fake.compute_capability, fake.free_bytes = 1, compute_capability, free_bytes
     _GPU.launches.clear()
     _GPU.failures.clear()

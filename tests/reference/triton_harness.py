@@ -61,8 +61,10 @@ class _Buffer:
     def body(self) -> torch.Tensor:
         return self.everything[_GUARD : _GUARD + self.size]
 
-    def address(self, offset: int) -> int:
-        return self.everything.data_ptr() + _GUARD + offset
+    def area(self) -> range:
+        """Addresses of the bytes."""
+        start = self.everything.data_ptr() + _GUARD
+        return range(start, start + self.size)
 
     def numpy(self, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         return self.body().numpy().view(dtype).reshape(shape).copy()
@@ -124,9 +126,9 @@ def _run_launch(launch: Launch, buffers: Mapping[tuple[str, Any], _Buffer], cont
         if operand.source == "context":
             return context
         key = operand.name if operand.source == "step" else operand.index
-        return buffers[operand.source, key].address(operand.offset)
+        return buffers[operand.source, key].area().start + operand.offset
 
     names = (name for name, _ in launch.kernel.arguments)
     values = {name: value(operand) for name, operand in zip(names, launch.operands, strict=True)}
     x, y, z = (axis.programs(rows) for axis in launch.grid)
-    run_kernel(launch.kernel, (x, y, z), values)
+    run_kernel(launch.kernel, (x, y, z), values, [buffer.area() for buffer in buffers.values()])

@@ -7,7 +7,7 @@ kernels themselves; here it is patched once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from hetcomp.backends.gpu.kernels import GpuKernel
 
 _STAGES = 1  # of kernels that have the constant: pipelining means nothing here
 _SCALARS = {"i32": (tl.int32, np.int32), "i64": (tl.int64, np.int64), "fp32": (tl.float32, np.float32)}
+_memory: Sequence[range] = ()  # addresses that the running kernel may touch
 
 
 def _dot_of_numbers(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
@@ -42,6 +43,34 @@ def _convert_as_gpus(data: Any, given: Any, wanted: Any, rounding_mode: Any) -> 
     return _given_convert(data, given, wanted, rounding_mode)
 
 
+def _checked_load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+    _check("reads", ptrs, mask)
+    return _given_load(builder, ptrs, mask, *rest)
+
+
+def _checked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    _check("writes", ptrs, mask)
+    return _given_store(builder, ptrs, value, mask, *rest)
+
+
+def _check(verb: str, ptrs: Any, mask: Any) -> None:
+    """Raises IndexError where a GPU would touch memory that no argument points into."""
+    addresses = ptrs.data[mask.data]
+    if not addresses.size:
+        return
+    size = ptrs.get_element_ty().primitive_bitwidth // 8
+    low, high = int(addresses.min()), int(addresses.max())
+    if any(area.start <= low and high + size <= area.stop for area in _memory):  # the usual case
+        return
+    inside = np.zeros(addresses.shape, bool)
+    for area in _memory:
+        inside |= (addresses >= area.start) & (addresses + np.uint64(size) <= area.stop)
+    if not inside.all():
+        place = int(addresses[~inside][0])
+        near = min(_memory, key=lambda area: abs(place - area.start), default=range(0))
+        raise IndexError(f"the kernel {verb} outside of its memory, {place - near.start} bytes into {len(near)} bytes")
+
+
 def _patched_once(_: Any) -> Any:
     """Stands in for interpreter._patch_lang, whose answer only undoes what it did."""
     return SimpleNamespace(restore=lambda: None)
@@ -50,6 +79,10 @@ def _patched_once(_: Any) -> Any:
 assert triton.knobs.runtime.interpret, "tests/conftest.py must be read before Triton is imported"
 _given_dot = interpreter.InterpreterBuilder.create_dot
 interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
+_given_load = interpreter.InterpreterBuilder.create_masked_load
+interpreter.InterpreterBuilder.create_masked_load = _checked_load
+_given_store = interpreter.InterpreterBuilder.create_masked_store
+interpreter.InterpreterBuilder.create_masked_store = _checked_store
 _given_convert = interpreter._convert_float
 interpreter._convert_float = _convert_as_gpus
 # Our kernels see triton.language, Triton's own functions (tl.zeros, tl.max) see triton.language.core.
@@ -74,9 +107,13 @@ def _argument(kind: str, value: int | float) -> Any:
     return tl.tensor(interpreter.TensorHandle(np.array([number]), type_), type_)
 
 
-def run_kernel(kernel: GpuKernel, grid: tuple[int, int, int], values: Mapping[str, int | float]) -> None:
+def run_kernel(
+    kernel: GpuKernel, grid: tuple[int, int, int], values: Mapping[str, int | float], memory: Sequence[range]
+) -> None:
     """Runs all programs of ``grid`` one after the other. ``values``: the kernel's arguments by name, addresses for
-    pointers. Not for several threads at once."""
+    pointers. Raises IndexError when it leaves the addresses of ``memory``. Not for several threads at once."""
+    global _memory
+    _memory = memory
     function = _function(kernel)
     arguments = {name: _argument(kind, values[name]) for name, kind in kernel.arguments}
     interpreter.interpreter_builder.set_grid_dim(*grid)
