@@ -6,6 +6,7 @@ kernels themselves; here it is patched once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -108,16 +109,24 @@ def _argument(kind: str, value: int | float) -> Any:
 
 
 def run_kernel(
-    kernel: GpuKernel, grid: tuple[int, int, int], values: Mapping[str, int | float], memory: Sequence[range]
+    kernel: GpuKernel,
+    grid: tuple[int, int, int],
+    values: Mapping[str, int | float],
+    memory: Sequence[range],
+    *,
+    find_overflows: bool = True,
 ) -> None:
     """Runs all programs of ``grid`` one after the other. ``values``: the kernel's arguments by name, addresses for
-    pointers. Raises IndexError when it leaves the addresses of ``memory``. Not for several threads at once."""
+    pointers. Raises IndexError when it leaves the addresses of ``memory``. ``find_overflows``: whole numbers of 32 bits
+    are computed in 64 as well and must agree, which takes three times as long. Not for several threads at once."""
     global _memory
     _memory = memory
     function = _function(kernel)
     arguments = {name: _argument(kind, values[name]) for name, kind in kernel.arguments}
-    interpreter.interpreter_builder.set_grid_dim(*grid)
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=find_overflows)
+    builder.set_grid_dim(*grid)
     with np.errstate(all="ignore"):
         for x, y, z in np.ndindex(*grid):
-            interpreter.interpreter_builder.set_grid_idx(x, y, z)
+            builder.set_grid_idx(x, y, z)
             function(**arguments)
