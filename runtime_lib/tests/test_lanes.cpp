@@ -183,6 +183,70 @@ TEST_P(Lanes, MoreRegionsThanCounters) {
   }
 }
 
+// A program with hand-overs beside a GPU that gives the step up at one of them.
+struct HandOvers {
+  static constexpr std::uint32_t kFlags = 12;
+  std::uint32_t gives_up_at = 0;
+  std::vector<std::int64_t> from_gpu = std::vector<std::int64_t>(kFlags);  // written by wait()
+  std::vector<std::int64_t> to_gpu = std::vector<std::int64_t>(40);
+  std::vector<std::int64_t> answers;     // sums of to_gpu
+  std::atomic<std::int64_t> left_at{0};  // sum of the flags at which lanes left
+  std::atomic<int> lanes{0};
+  hetcomp_hand_over hand_over{this, wait, answer, UINT32_MAX};
+
+  static int wait(void* host, std::uint32_t flag) {
+    auto& d = *static_cast<HandOvers*>(host);
+    d.from_gpu[flag] = flag + 5;
+    return flag != d.gives_up_at;
+  }
+  static void answer(void* host, std::uint32_t flag) {
+    auto& d = *static_cast<HandOvers*>(host);
+    EXPECT_EQ(d.answers.size(), flag);
+    d.answers.push_back(std::accumulate(d.to_gpu.begin(), d.to_gpu.end(), std::int64_t{0}));
+  }
+};
+
+void handing_over(hetcomp_lane* lane, const hetcomp_step* step) {
+  auto& d = data<HandOvers>(step);
+  d.lanes += 1;
+  const auto layers = [&] {
+    for (std::uint32_t flag = 0; flag < HandOvers::kFlags; ++flag) {
+      if (!await_gpu(*lane, *step, flag)) {
+        d.left_at += flag;
+        return;
+      }
+      parallel_for(*lane, 40, 3, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) d.to_gpu[static_cast<std::size_t>(i)] = d.from_gpu[flag];
+      });
+      // Thread 0 goes on to the next wait while others are still in the barrier: where it answers nothing, it
+      // may give up before they have looked whether this hand-over was.
+      if (flag % 2 == 0) answer_gpu(*lane, *step, flag);
+      if (flag % 2 == 1 && lane->thread == 0) d.answers.push_back(0);
+    }
+  };
+  layers();
+  barrier(*lane);
+}
+
+TEST_P(Lanes, HandOversAndAStepThatIsGivenUpAtAnyOfThem) {
+  LaneThreads lanes(cpus_for(GetParam()));
+  for (int round = 0; round < 20; ++round) {
+    for (std::uint32_t flag = 0; flag <= HandOvers::kFlags; ++flag) {
+      HandOvers d{.gives_up_at = flag, .answers = {}};
+      hetcomp_step step = step_of(d);
+      step.hand_over = &d.hand_over;
+      EXPECT_EQ(lanes.run(program_of(handing_over), step), 0);
+      std::vector<std::int64_t> expected;
+      for (std::uint32_t i = 0; i < flag && i < HandOvers::kFlags; ++i)
+        expected.push_back(i % 2 == 0 ? 40 * (i + 5) : 0);
+      EXPECT_EQ(d.answers, expected);
+      // All lanes left at the same hand-over.
+      EXPECT_EQ(d.left_at, flag < HandOvers::kFlags ? d.lanes * flag : 0);
+      EXPECT_EQ(d.hand_over.given_up, flag < HandOvers::kFlags ? flag : UINT32_MAX);
+    }
+  }
+}
+
 void report_error(hetcomp_lane* lane, const hetcomp_step* step) {
   parallel_for(*lane, 8, 1, [&](std::int64_t begin, std::int64_t end) {
     if (begin <= 5 && 5 < end) lane->set->error.store(data<int>(step));
