@@ -68,7 +68,7 @@ def _check(verb: str, ptrs: Any, mask: Any) -> None:
         inside |= (addresses >= area.start) & (addresses + np.uint64(size) <= area.stop)
     if not inside.all():
         place = int(addresses[~inside][0])
-        near = min(_memory, key=lambda area: abs(place - area.start), default=range(0))
+        near = max((a for a in _memory if a.start <= place), key=lambda area: area.start, default=range(place))
         raise IndexError(f"the kernel {verb} outside of its memory, {place - near.start} bytes into {len(near)} bytes")
 
 
