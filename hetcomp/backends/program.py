@@ -81,8 +81,6 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         vocab=plan.model.vocab,
         timers=layout.timers,
         n_nodes=len(layout.nodes),
-        n_pinned=0,
-        n_flags=0,
     )
 
 

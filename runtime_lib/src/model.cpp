@@ -210,8 +210,6 @@ void Model::run(const StepRequest& request) {
       .states = state_addresses_.data(),
       .context = facts().context,
       .lane_ns = phase.timer_ns.empty() ? nullptr : phase.timer_ns.data(),
-      .pinned = nullptr,
-      .hand_over = nullptr,
   };
   const auto start = std::chrono::steady_clock::now();
   const std::int32_t error = lanes_->run(library_->program(), step);

@@ -108,8 +108,7 @@ void ProgramLibrary::check(const ProgramRecord& record, const Manifest& manifest
   const auto plan = manifest.files.find("plan.json");
   if (program_->isa == nullptr || record.isa != program_->isa || program_->plan_hash == nullptr ||
       plan == manifest.files.end() || plan->second.sha256 != program_->plan_hash ||
-      program_->arena_bytes < 0 || program_->n_timers < 0 || program_->run == nullptr ||
-      program_->n_pinned < 0 || program_->n_flags < 0)
+      program_->arena_bytes < 0 || program_->n_timers < 0 || program_->run == nullptr)
     throw Error(HETCOMP_BAD_ARTIFACT,
                 where + " was not generated from the plan.json beside it: compile the model again.");
 }

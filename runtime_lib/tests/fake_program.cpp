@@ -61,21 +61,8 @@ void run(Lane* lane, const hetcomp_step* s) {
 }
 
 constexpr hetcomp_program kProgram = {
-    .abi = HETCOMP_PROGRAM_ABI,
-    .isa_size = 0,
-    .isa = FAKE_ISA,
-    .plan_hash = kPlanHash,
-    .n_weights = 2,
-    .n_states = 1,
-    .arena_bytes = kMaxLogitRows * kWidth * 4,
-    .max_tokens = kMaxTokens,
-    .max_logit_rows = kMaxLogitRows,
-    .vocab = kVocab,
-    .n_timers = kTimers,
-    .n_nodes = 1,
-    .n_pinned = 0,
-    .n_flags = 0,
-    .run = run,
+    HETCOMP_PROGRAM_ABI, 0,      FAKE_ISA, kPlanHash, 2,   1, kMaxLogitRows * kWidth * 4, kMaxTokens,
+    kMaxLogitRows,       kVocab, kTimers,  1,         run,
 };
 
 }  // namespace

@@ -104,8 +104,6 @@ class _Step(ctypes.Structure):
         ("states", ctypes.c_void_p),
         ("context", ctypes.c_int64),
         ("lane_ns", ctypes.c_void_p),
-        ("pinned", ctypes.c_void_p),
-        ("hand_over", ctypes.c_void_p),
     )
 
 

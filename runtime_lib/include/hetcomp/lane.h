@@ -8,8 +8,6 @@
 // (alone_begin()). A waiting thread spins for a few microseconds and then parks on a futex: on a busy desktop
 // the core goes to whoever needs it.
 //
-// Beside a GPU, await_gpu() and answer_gpu() hand over between the lanes and its graph.
-//
 // This header is compiled into the runtime (which owns the threads) and into every generated program (which
 // runs on them). Any change of a struct layout here must raise HETCOMP_PROGRAM_ABI in program.h.
 #pragma once
@@ -22,8 +20,6 @@
 #include <atomic>
 #include <climits>
 #include <cstdint>
-
-#include "hetcomp/program.h"
 
 namespace hetcomp {
 
@@ -171,25 +167,6 @@ inline void alone_end(Lane& lane, bool alone) {
   if (!lane.alone) return;
   lane.alone = false;
   release(*lane.set);
-}
-
-// Waits until the GPU has come to hand-over `flag`, as a barrier. False, on all threads alike: the step was
-// given up; the program goes to its end.
-inline bool await_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag) {
-  hetcomp_hand_over& hand_over = *step.hand_over;
-  // The others read it after the barrier, when thread 0 may already have given up at a later flag: that is
-  // why they compare, and why it must be atomic.
-  const std::atomic_ref<std::uint32_t> given_up(hand_over.given_up);
-  if (lane.thread == 0 && hand_over.wait(hand_over.host, flag) == 0)
-    given_up.store(flag, std::memory_order_relaxed);
-  barrier(lane);
-  return given_up.load(std::memory_order_relaxed) > flag;
-}
-
-// Hands to the GPU what all threads have computed for hand-over `flag`, after a barrier.
-inline void answer_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag) {
-  barrier(lane);
-  if (lane.thread == 0) step.hand_over->answer(step.hand_over->host, flag);
 }
 
 // Tasks of one region as a thread gets them: first a chunk of its own, then chunks from a shared counter.

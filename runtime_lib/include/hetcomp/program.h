@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define HETCOMP_PROGRAM_ABI 4
+#define HETCOMP_PROGRAM_ABI 3
 
 #ifdef __cplusplus
 namespace hetcomp {
@@ -18,18 +18,6 @@ extern "C" {
 typedef struct hetcomp_lane hetcomp_lane;
 #endif
 
-// Hand-overs between a program and the GPU that works on the same step, numbered in the order of the step.
-// The program calls them through await_gpu() and answer_gpu() of lane.h.
-typedef struct hetcomp_hand_over {
-  void* host;
-  // Waits until the GPU has come to hand-over `flag`; 0: the step was given up, and nothing that is computed
-  // for it matters.
-  int (*wait)(void* host, uint32_t flag);
-  // What the CPU computes for hand-over `flag` is in its pinned buffers.
-  void (*answer)(void* host, uint32_t flag);
-  uint32_t given_up;  // first flag at which the step was given up, UINT32_MAX: none; thread 0 alone writes it
-} hetcomp_hand_over;
-
 // One forward pass over `n_tokens` tokens, which may belong to several sequences.
 // Tokens of one sequence are adjacent and in order of position; the pass appends them to the sequence's KV
 // cache at those positions and attends to positions 0 .. positions[t] of the same slot.
@@ -40,15 +28,12 @@ typedef struct hetcomp_step {
   const int32_t* slots;           // [T] sequence slot, 0 .. max_batch-1
   int64_t n_logit_rows;           // R, 0 .. program.max_logit_rows
   const int32_t* logit_rows;      // [R] indices into the T tokens whose logits are wanted
-  float* logits;                  // [R, vocab] out; null where a GPU computes them
+  float* logits;                  // [R, vocab] out
   uint8_t* arena;                 // program.arena_bytes, 64-byte aligned: activations and workspaces
   const uint8_t* const* weights;  // program.n_weights base addresses, 64-byte aligned, packed layout
   uint8_t* const* states;  // program.n_states base addresses: [slot][...] as the plan's state types say
   int64_t context;         // positions a slot of the KV cache holds
   int64_t* lane_ns;        // null, or [program.n_timers]: nanoseconds spent per timer, added by thread 0
-  // program.n_pinned base addresses, 64-byte aligned: buffers that CPU and GPU both reach.
-  uint8_t* const* pinned;
-  hetcomp_hand_over* hand_over;  // null where program.n_flags is 0
 } hetcomp_step;
 
 typedef struct hetcomp_program {
@@ -64,8 +49,6 @@ typedef struct hetcomp_program {
   int64_t vocab;
   int64_t n_timers;  // one per op group and phase; names in plan.json
   int64_t n_nodes;   // NUMA nodes that its weights are cut for; lanes carry `own` where it is more than 1
-  int64_t n_pinned;  // buffers that it shares with a GPU
-  int64_t n_flags;   // hand-overs of a step; 0 beside a GPU: the GPU does it all, and nobody calls run
   // Runs one step. Called by every thread of the lane set with its own lane and the same step.
   void (*run)(hetcomp_lane* lane, const hetcomp_step* step);
 } hetcomp_program;
