@@ -1,9 +1,8 @@
 // A libcuda.so.1 without a GPU, for the tests of the runtime: device memory is host memory, a stream is a
 // thread, a graph runs its nodes in the order of their dependencies, memory operations included. Kernels are
-// known by the names that a fake cubin lists behind its header, or foreign: see fake_cuda.h.
+// known by the names that a fake cubin lists behind its header.
 #include "fake_cuda.h"
 
-#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <cstdlib>
@@ -14,7 +13,6 @@
 #include <memory>
 #include <mutex>
 #include <set>
-#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -78,7 +76,8 @@ const std::map<std::string, FakeKernel>& kernels() {
 }
 
 struct Node {
-  std::function<CUresult()> kernel;
+  const FakeKernel* kernel = nullptr;
+  Values values;
   std::vector<CUstreamBatchMemOpParams> operations;
   std::vector<std::size_t> after;
 };
@@ -112,9 +111,9 @@ CUresult run_graph(const Nodes& nodes) {
       bool ready = !ended[i];
       for (const std::size_t before : nodes[i].after) ready = ready && ended[before];
       if (!ready) continue;
-      if (nodes[i].kernel) {
+      if (nodes[i].kernel != nullptr) {
         while (fake.hang) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        const CUresult result = nodes[i].kernel();
+        const CUresult result = nodes[i].kernel->run(nodes[i].values);
         if (result != CUDA_SUCCESS) return result;
       } else if (!operate(nodes[i], operations_done[i])) {
         continue;
@@ -213,14 +212,10 @@ void synchronize_all() {
   for (CUstream_st* stream : streams) stream->synchronize();
 }
 
-using Grid = std::array<unsigned, 3>;
-struct CUfunc_st {
-  std::vector<std::size_t> sizes;  // of the arguments
-  std::function<CUresult(const Grid&, const Values&)> run;
-};
 struct CUmod_st {
-  std::map<std::string, CUfunc_st> functions;
+  std::string names;
 };
+struct CUfunc_st {};  // a FakeKernel
 struct CUgraph_st {
   Nodes nodes;
 };
@@ -229,38 +224,6 @@ struct CUgraphExec_st {
 };
 
 namespace {
-
-std::atomic<FakeCudaModuleLoader> module_loader{nullptr};
-std::atomic<FakeCudaLauncher> launcher{nullptr};
-
-constexpr std::size_t kHeader = 64;  // of an ELF file
-
-// A module of the text "foreign ENTRY SIZE ...": its kernel's arguments stand in it, as in a real cubin.
-CUresult load_foreign(CUmod_st& module, const void* image, const std::string& text) {
-  const FakeCudaModuleLoader load = module_loader;
-  const int id = load == nullptr ? -1 : load(image, kHeader + text.size() + 1);
-  if (id < 0) return CUDA_ERROR_NO_BINARY_FOR_GPU;
-  std::istringstream words(text.substr(0, text.find('\n')));
-  std::string entry;
-  words >> entry >> entry;
-  CUfunc_st& function = module.functions[entry];
-  for (std::size_t size = 0; words >> size;) function.sizes.push_back(size);
-  function.run = [id](const Grid& grid, const Values& values) {
-    const FakeCudaLauncher launch = launcher;
-    if (launch == nullptr) return CUDA_ERROR_NOT_SUPPORTED;
-    return static_cast<CUresult>(launch(id, grid.data(), static_cast<int>(values.size()), values.data()));
-  };
-  return words.eof() ? CUDA_SUCCESS : CUDA_ERROR_INVALID_IMAGE;
-}
-
-void load_known(CUmod_st& module, const std::string& names) {
-  std::istringstream words(names);
-  for (std::string name; words >> name;)
-    if (const auto found = kernels().find(name); found != kernels().end())
-      module.functions[name] = {
-          found->second.sizes,
-          [run = found->second.run](const Grid&, const Values& values) { return run(values); }};
-}
 
 // Nodes are numbered from 1 in their graph.
 CUresult add_node(CUgraphNode* result, CUgraph graph, const CUgraphNode* after, std::size_t count,
@@ -282,23 +245,6 @@ CUresult add_node(CUgraphNode* result, CUgraph graph, const CUgraphNode* after, 
   if (const CUresult failed = counted(); failed != CUDA_SUCCESS) return failed
 
 extern "C" __attribute__((visibility("default"))) FakeCuda* fake_cuda() { return &fake; }
-
-extern "C" __attribute__((visibility("default"))) void fake_cuda_set_module_loader(
-    FakeCudaModuleLoader loaded) {
-  module_loader = loaded;
-}
-extern "C" __attribute__((visibility("default"))) void fake_cuda_set_launcher(FakeCudaLauncher launch) {
-  launcher = launch;
-}
-
-extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t* address) {
-  const std::lock_guard lock(memories_mutex);
-  const auto above = memories.upper_bound(*address);
-  if (above == memories.begin()) return 0;
-  const auto [start, bytes] = *std::prev(above);
-  if (*address - start >= bytes) return 0;
-  return *address = start, bytes;
-}
 
 ENTRY cuGetErrorString(CUresult result, const char** text) {
   *text = result == CUDA_ERROR_ILLEGAL_ADDRESS ? "an illegal memory access was encountered" : "a fake error";
@@ -331,6 +277,14 @@ ENTRY cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   *free = fake.free_bytes;
   *total = std::size_t{2} << 30;
   return CUDA_SUCCESS;
+}
+extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t* address) {
+  const std::lock_guard lock(memories_mutex);
+  const auto above = memories.upper_bound(*address);
+  if (above == memories.begin()) return 0;
+  const auto [start, bytes] = *std::prev(above);
+  if (*address - start >= bytes) return 0;
+  return *address = start, bytes;
 }
 ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
   COUNTED;
@@ -369,22 +323,18 @@ ENTRY cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned) {
 }
 ENTRY cuModuleLoadData(CUmodule* module, const void* image) {
   COUNTED;
-  const std::string text = static_cast<const char*>(image) + kHeader;
-  if (text.starts_with("other_gpu")) return CUDA_ERROR_NO_BINARY_FOR_GPU;
-  auto loaded = std::make_unique<CUmod_st>();
-  if (text.starts_with("foreign ")) {
-    if (const CUresult result = load_foreign(*loaded, image, text); result != CUDA_SUCCESS) return result;
-  } else {
-    load_known(*loaded, text);
-  }
-  return ++fake.modules, *module = loaded.release(), CUDA_SUCCESS;
+  const std::string names = static_cast<const char*>(image) + 64;  // behind the ELF header
+  if (names.find("other_gpu") != std::string::npos) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+  return ++fake.modules, *module = new CUmod_st{names}, CUDA_SUCCESS;
 }
 ENTRY cuModuleUnload(CUmodule module) { return --fake.modules, delete module, CUDA_SUCCESS; }
 ENTRY cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   COUNTED;
-  const auto found = module->functions.find(name);
-  if (found == module->functions.end()) return CUDA_ERROR_NOT_FOUND;
-  return *function = &found->second, CUDA_SUCCESS;
+  const auto found = kernels().find(name);
+  if (found == kernels().end() || (module->names + " ").find(std::string(name) + " ") == std::string::npos)
+    return CUDA_ERROR_NOT_FOUND;
+  *function = reinterpret_cast<CUfunction>(const_cast<FakeKernel*>(&found->second));
+  return CUDA_SUCCESS;
 }
 ENTRY cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) {
   COUNTED;
@@ -411,14 +361,14 @@ ENTRY cuGraphDestroy(CUgraph graph) { return --fake.graphs, delete graph, CUDA_S
 ENTRY cuGraphAddKernelNode_v2(CUgraphNode* result, CUgraph graph, const CUgraphNode* after, std::size_t count,
                               const CUDA_KERNEL_NODE_PARAMS* parameters) {
   COUNTED;
-  std::vector<std::size_t> sizes = parameters->func->sizes;
-  sizes.insert(sizes.end(), {8, 8});
-  Values values(sizes.size());
-  for (std::size_t i = 0; i < sizes.size(); ++i)
-    std::memcpy(&values[i], parameters->kernelParams[i], sizes[i]);
-  const Grid grid{parameters->gridDimX, parameters->gridDimY, parameters->gridDimZ};
   Node node;
-  node.kernel = [run = parameters->func->run, grid, values] { return run(grid, values); };
+  node.kernel = reinterpret_cast<const FakeKernel*>(parameters->func);
+  std::vector<std::size_t> sizes = node.kernel->sizes;
+  sizes.insert(sizes.end(), {8, 8});
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    node.values.push_back(0);
+    std::memcpy(&node.values.back(), parameters->kernelParams[i], sizes[i]);
+  }
   return add_node(result, graph, after, count, std::move(node));
 }
 ENTRY cuGraphAddBatchMemOpNode(CUgraphNode* result, CUgraph graph, const CUgraphNode* after,

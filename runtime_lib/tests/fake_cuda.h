@@ -5,6 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+// The memory of the device or of the pinned host that an address lies in: moves the address to its start and
+// returns its bytes; 0: none.
+extern "C" std::size_t fake_cuda_memory(std::uint64_t* address);
+
 struct FakeCuda {
   // The machine.
   std::atomic<int> version{12040};
@@ -31,19 +35,3 @@ struct FakeCuda {
   // Nodes of the graph that was instantiated last.
   std::atomic<int> nodes{0};
 };
-
-// Foreign kernels: a test brings their code. A stand-in for a cubin has, behind its 64-byte ELF header, the
-// NUL-terminated text "foreign ENTRY SIZE ...": the kernel's name and the bytes of its arguments, without
-// Triton's two pointers; more text may follow behind a newline. The loader is asked for every such image (all
-// of `bytes`) and answers an id >= 0, or -1: the image is refused. The launcher runs a kernel on the stream's
-// thread: 3 numbers of blocks, n arguments as 64-bit words, Triton's two pointers included; it returns a
-// CUresult.
-extern "C" {
-using FakeCudaModuleLoader = int (*)(const void* image, std::size_t bytes);
-using FakeCudaLauncher = int (*)(int id, const unsigned* grid, int n, const std::uint64_t* values);
-void fake_cuda_set_module_loader(FakeCudaModuleLoader loaded);
-void fake_cuda_set_launcher(FakeCudaLauncher launch);
-// The memory of the device or of the pinned host that an address lies in: moves the address to its start and
-// returns its bytes; 0: none.
-std::size_t fake_cuda_memory(std::uint64_t* address);
-}

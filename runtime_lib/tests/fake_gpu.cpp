@@ -88,17 +88,12 @@ Json weight_source(const fs::path& path) {
            {"xxh3_64", hash.data()}}};
 }
 
-template <class Entry>
-Entry fake_cuda_entry(const char* name) {
-  void* library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) throw std::runtime_error(dlerror());
-  return reinterpret_cast<Entry>(dlsym(library, name));
-}
-
 }  // namespace
 
 FakeCuda& healthy_fake_cuda() {
-  FakeCuda& fake = *fake_cuda_entry<FakeCuda* (*)()>("fake_cuda")();
+  void* library = dlopen(FAKE_CUDA, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw std::runtime_error(dlerror());
+  FakeCuda& fake = *reinterpret_cast<FakeCuda* (*)()>(dlsym(library, "fake_cuda"))();
   fake.version = 12040;
   fake.devices = 1;
   fake.compute_capability = 90;
@@ -110,11 +105,6 @@ FakeCuda& healthy_fake_cuda() {
   fake.calls = 0;
   fake.hang = fake.reverse = false;
   return fake;
-}
-
-void set_foreign_kernels(FakeCudaModuleLoader loader, FakeCudaLauncher launcher) {
-  fake_cuda_entry<decltype(&fake_cuda_set_module_loader)>("fake_cuda_set_module_loader")(loader);
-  fake_cuda_entry<decltype(&fake_cuda_set_launcher)>("fake_cuda_set_launcher")(launcher);
 }
 
 void write_cubin(const fs::path& file, const std::string& names) {

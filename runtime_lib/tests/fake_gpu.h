@@ -14,8 +14,6 @@ namespace hetcomp::fake {
 
 // The control block of the fake driver, with a healthy machine.
 FakeCuda& healthy_fake_cuda();
-// See fake_cuda.h.
-void set_foreign_kernels(FakeCudaModuleLoader loader, FakeCudaLauncher launcher);
 
 // The inputs are x. Each of `layers` layers: out = x + 1 (GPU), in = 3 * out (CPU), x = in + shared, where
 // shared = 2 * x - 1 is computed by the GPU beside the CPU. In the end y = x + weight. Batch size 2: only the

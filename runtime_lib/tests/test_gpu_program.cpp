@@ -7,7 +7,6 @@
 #include <thread>
 
 #include "fake_gpu.h"
-#include "file.h"
 #include "status.h"
 
 namespace hetcomp::gpu {
@@ -189,49 +188,6 @@ TEST_F(GpuPrograms, HandOverThatTheGraphLacks) {
         << error.what();
   }
   EXPECT_TRUE(artifact_.step_is_right(program, 4));
-}
-
-// A kernel that the fake driver does not know: y = 2 * x, run by this test.
-TEST_F(GpuPrograms, ForeignKernel) {
-  static std::string text;
-  const auto loader = [](const void* image, std::size_t bytes) {
-    text.assign(static_cast<const char*>(image) + 64, bytes - 64);
-    return 7;
-  };
-  const auto launcher = [](int id, const unsigned* grid, int n, const std::uint64_t* values) {
-    if (id != 7 || grid[0] != 2 || grid[1] != 1 || n != 5) return 1;
-    for (std::size_t i = 0; i < values[2]; ++i)
-      reinterpret_cast<float*>(values[1])[i] = 2 * reinterpret_cast<const float*>(values[0])[i];
-    return 0;
-  };
-  const std::filesystem::path cubin = artifact_.path() / "gpu" / "sm_90" / "foreign.cubin";
-  fake::write_cubin(cubin, "foreign twice 8 8 4\nmore");
-  nlohmann::json kernels = artifact_.read("kernels.json");
-  nlohmann::json& twice = kernels["kernels"].emplace_back(kernels["kernels"][0]);
-  twice["name"] = twice["entry"] = "twice";
-  twice["file"] = "sm_90/foreign.cubin";
-  twice["sha256"] = File(cubin).sha256();
-  artifact_.write("kernels.json", kernels);
-  nlohmann::json json = artifact_.read("program.json");
-  auto& node = json["graphs"][1]["nodes"][0];
-  node["kernel"] = "twice";
-  node["grid"] = {2, 1, 1};
-  node["arguments"] = {{{"buffer", "input"}, {"offset", 0}},
-                       {{"buffer", "y"}, {"offset", 0}},
-                       {{"i32", FakeGpuArtifact::kWidth}}};
-  artifact_.write("program.json", json);
-  EXPECT_THROW(GpuProgram(driver_, artifact_.path(), {}), Error);  // nobody loads it
-  fake::set_foreign_kernels(loader, launcher);
-  {
-    GpuProgram program(driver_, artifact_.path(), {});
-    EXPECT_EQ(text, std::string("foreign twice 8 8 4\nmore\0", 25));
-    reinterpret_cast<float*>(program.host("input").data())[9] = 21;
-    program.run(2, [](HandShake&) {});
-    EXPECT_EQ(reinterpret_cast<const float*>(program.host("y").data())[9], 42);
-  }
-  fake::set_foreign_kernels([](const void*, std::size_t) { return -1; }, launcher);
-  EXPECT_THROW(GpuProgram(driver_, artifact_.path(), {}), Error);
-  fake::set_foreign_kernels(nullptr, nullptr);
 }
 
 TEST_F(GpuPrograms, NamesThatAreNotThere) {
