@@ -27,9 +27,10 @@ from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 from tests.reference.kernel_harness import activation, weight
 
-VOCAB, WIDTH, CONTEXT, MAX_TOKENS, LOGIT_ROWS = 40, 24, 32, 6, 3
+VOCAB, WIDTH, CONTEXT, MAX_TOKENS, LOGIT_ROWS = 40, 24, 32, 6, 4
 _EPS = 1e-5
 _FLOATS = 4
+_PLAN = "{}"
 _SHAPES = {"embed": (VOCAB, WIDTH), "norm": (WIDTH,), "head": (VOCAB, WIDTH)}
 
 
@@ -114,9 +115,11 @@ def _buffers(folder: Path, model: HybridModel) -> list[dict[str, Any]]:
 
 def _build_cpu_program(target: Path) -> None:
     source = Path(__file__).with_name("tripled_program.cpp")
+    digest = hashlib.sha256(_PLAN.encode()).hexdigest()
     sizes = {"WIDTH": WIDTH, "TOKENS": MAX_TOKENS, "LOGIT_ROWS": LOGIT_ROWS, "VOCAB": VOCAB}
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{installed_runtime.include()}"]
     command += [f"-DFAKE_{name}={size}" for name, size in sizes.items()]
+    command.append(f'-DFAKE_PLAN_HASH="{digest}"')
     subprocess.run([*command, str(source), "-o", str(target)], check=True)
 
 
@@ -132,7 +135,7 @@ def write_hybrid_artifact(folder: Path, model: HybridModel, batches: Sequence[in
     program = {"schema": [1, 0], "device_bytes": 1 << 20, "flags": 1, "buffers": buffers, "graphs": graphs}
     (folder / "gpu" / "program.json").write_text(json.dumps(program))
     write_kernels(compiler.compile_kernels(kernels, (90,), threads=1), folder / "gpu")
-    (folder / "plan.json").write_text("{}")
+    (folder / "plan.json").write_text(_PLAN)
     _write_manifest(folder)
 
 
