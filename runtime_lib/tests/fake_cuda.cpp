@@ -89,6 +89,21 @@ CUresult run_graph(const Nodes& nodes) {
 
 }  // namespace
 
+std::mutex memories_mutex;
+std::map<std::uintptr_t, std::size_t> memories;  // of the device and the host that live: address, bytes
+
+void* allocated(std::size_t alignment, std::size_t bytes) {
+  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  const std::lock_guard lock(memories_mutex);
+  memories[reinterpret_cast<std::uintptr_t>(memory)] = bytes;
+  return memory;
+}
+void release(void* memory) {
+  const std::lock_guard lock(memories_mutex);
+  memories.erase(reinterpret_cast<std::uintptr_t>(memory));
+  std::free(memory);
+}
+
 std::mutex streams_mutex;
 std::set<struct CUstream_st*> streams;
 
@@ -266,11 +281,19 @@ ENTRY cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   *total = std::size_t{2} << 30;
   return CUDA_SUCCESS;
 }
+extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t* address) {
+  const std::lock_guard lock(memories_mutex);
+  const auto above = memories.upper_bound(*address);
+  if (above == memories.begin()) return 0;
+  const auto [start, bytes] = *std::prev(above);
+  if (*address - start >= bytes) return 0;
+  return *address = start, bytes;
+}
 ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
   COUNTED;
   if (current_contexts == 0) return static_cast<CUresult>(201);
   if (fake.out_of_memory) return CUDA_ERROR_OUT_OF_MEMORY;
-  void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  void* memory = allocated(256, bytes);
   std::memset(memory, 0xa5, bytes);  // as memory that others had before
   ++fake.memories;
   fake.device_bytes += bytes;
@@ -279,7 +302,7 @@ ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
 ENTRY cuMemFree_v2(CUdeviceptr at) {
   if (current_contexts == 0) return static_cast<CUresult>(201);
   synchronize_all();
-  return --fake.memories, std::free(reinterpret_cast<void*>(at)), CUDA_SUCCESS;
+  return --fake.memories, release(reinterpret_cast<void*>(at)), CUDA_SUCCESS;
 }
 ENTRY cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t bytes, CUstream stream) {
   COUNTED;
@@ -294,9 +317,9 @@ ENTRY cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t bytes, 
 ENTRY cuMemHostAlloc(void** at, std::size_t bytes, unsigned) {
   COUNTED;
   ++fake.host_memories;
-  return *at = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096), CUDA_SUCCESS;
+  return *at = allocated(4096, bytes), CUDA_SUCCESS;
 }
-ENTRY cuMemFreeHost(void* at) { return synchronize_all(), --fake.host_memories, std::free(at), CUDA_SUCCESS; }
+ENTRY cuMemFreeHost(void* at) { return synchronize_all(), --fake.host_memories, release(at), CUDA_SUCCESS; }
 ENTRY cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned) {
   COUNTED;
   return *device = reinterpret_cast<CUdeviceptr>(host), CUDA_SUCCESS;

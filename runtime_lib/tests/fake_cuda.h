@@ -5,6 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
+// The memory of the device or of the pinned host that an address lies in: moves the address to its start and
+// returns its bytes; 0: none.
+extern "C" std::size_t fake_cuda_memory(std::uint64_t* address);
+
 struct FakeCuda {
   // The machine.
   std::atomic<int> version{12040};

@@ -4,53 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import triton
-import triton.language as tl
-from triton.runtime import interpreter
 
-from hetcomp.backends import packing
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Launch, Operand
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value
 from tests.gpu.record_cases import buffer_name, folder, record
 from tests.reference.kernel_harness import Step
+from tests.reference.triton_interpreter import run_kernel
 
 _GUARD = 256  # bytes in front of and behind a buffer
 _BACKEND = TritonBackend()
-_TORCH = {"*fp32": torch.float32, "*i32": torch.int32, "*i16": torch.int16, "*bf16": torch.bfloat16}
-_STAGES = 1
-
-
-def _dot_of_numbers(builder: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """The interpreter of Triton 3.9 multiplies the bits of bf16 operands as whole numbers."""
-    wide = [
-        interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-        if x.dtype.scalar == tl.bfloat16
-        else x
-        for x in (a, b)
-    ]
-    return _given_dot(builder, *wide, d, input_precision, max_num_imprecise_acc)
-
-
-def _convert_as_gpus(data: Any, given: Any, wanted: Any, rounding_mode: Any) -> Any:
-    """The interpreter of Triton 3.9 cuts f32 off to bf16 or carries into the wrong bits; GPUs round to nearest even."""
-    if given == tl.float32 and wanted == tl.bfloat16:
-        return packing.to_bf16_bits(data).reshape(data.shape)
-    return _given_convert(data, given, wanted, rounding_mode)
-
-
-assert triton.knobs.runtime.interpret, "tests/conftest.py must be read before Triton is imported"
-_given_dot = interpreter.InterpreterBuilder.create_dot
-interpreter.InterpreterBuilder.create_dot = _dot_of_numbers
-_given_convert = interpreter._convert_float
-interpreter._convert_float = _convert_as_gpus
 
 
 def request(
@@ -92,8 +61,10 @@ class _Buffer:
     def body(self) -> torch.Tensor:
         return self.everything[_GUARD : _GUARD + self.size]
 
-    def as_type(self, kind: str, offset: int) -> torch.Tensor:
-        return self.everything[_GUARD + offset :].view(_TORCH[kind])
+    def area(self) -> range:
+        """Addresses of the bytes."""
+        start = self.everything.data_ptr() + _GUARD
+        return range(start, start + self.size)
 
     def numpy(self, dtype: Any, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         return self.body().numpy().view(dtype).reshape(shape).copy()
@@ -151,21 +122,13 @@ def run(
 
 
 def _run_launch(launch: Launch, buffers: Mapping[tuple[str, Any], _Buffer], context: int, rows: int) -> None:
-    kernel = launch.kernel
-    function = getattr(import_module(f"hetcomp.codegen_templates.gpu.{kernel.module}"), kernel.function)
-
-    def argument(kind: str, operand: Operand) -> Any:
+    def value(operand: Operand) -> int:
         if operand.source == "context":
             return context
         key = operand.name if operand.source == "step" else operand.index
-        return buffers[operand.source, key].as_type(kind, operand.offset)
+        return buffers[operand.source, key].area().start + operand.offset
 
-    given = {
-        name: argument(kind, operand) for (name, kind), operand in zip(kernel.arguments, launch.operands, strict=True)
-    }
-    stages = {"STAGES": _STAGES} if kernel.stages else {}
-    grid = tuple(axis.programs(rows) for axis in launch.grid)
-    if 0 in grid:
-        return
-    with np.errstate(all="ignore"):
-        function[grid](**given, **dict(kernel.constants), **stages)
+    names = (name for name, _ in launch.kernel.arguments)
+    values = {name: value(operand) for name, operand in zip(names, launch.operands, strict=True)}
+    x, y, z = (axis.programs(rows) for axis in launch.grid)
+    run_kernel(launch.kernel, (x, y, z), values, [buffer.area() for buffer in buffers.values()])

@@ -108,7 +108,7 @@ def test_scores_far_apart_do_not_overflow():
         step.context = CONTEXT
         operands = [activation("q", "T", a.heads, a.head_dim)]
         operands += [cache(n, DType.F32, a.kv_heads, a.head_dim) for n in "kv"]
-        asked = request(a, operands, [activation("y", "T", a.heads, a.v_head_dim)], {}, tokens)
+        asked = request(a, operands, [activation("y", "T", a.heads, a.v_head_dim)], {"context": CONTEXT}, tokens)
         (y,) = run(asked, [q, k, v], [((tokens, a.heads, a.v_head_dim), np.float32)], rows=tokens, step=step)
         for t in range(tokens):
             for h in range(a.heads):
@@ -146,3 +146,11 @@ def test_wide_heads_in_an_f32_cache_are_refused():
     operands = [activation("q", "T", 2, 288), cache("k", DType.F32, 1, 288), cache("v", DType.F32, 1, 272)]
     with pytest.raises(HetcompError, match="heads of 288 in an f32 cache are too wide for a GPU; expected a bf16"):
         emit(request(a, operands, [activation("y", "T", 2, 272)], {"T": 1}, 1))
+
+
+@pytest.mark.parametrize(("window", "context", "parts"), [(0, 32, 1), (0, 300, 4), (128, 4096, 1), (129, 4096, 2)])
+def test_no_part_is_always_without_keys(window, context, parts):
+    a = Attention(heads=4, kv_heads=2, head_dim=64, v_head_dim=64, scale=0.1, window=window)
+    operands = [activation("q", "T", 4, 64), *(cache(n, DType.F32, 2, 64) for n in "kv")]
+    code = emit(request(a, operands, [activation("y", "T", 4, 64)], {"context": context}, 1))
+    assert code.launches[0].grid[1].programs(1) == parts

@@ -80,7 +80,9 @@ def _decode(request: GpuRequest, rows: int) -> GpuCode:
     # 16 heads: the side of a tensor core's tile; more where one read of the keys can serve more and the sums still fit.
     heads = min(max(16, power_of_two(group)), 16 if a.v_head_dim > 256 else 64)
     tiles = a.kv_heads * -(-group // heads)
-    parts = min(_MAX_PARTS, max(_MIN_PARTS, power_of_two(-(-_PARTS_WANTED // (tiles * rows)))))
+    keys_of_token = min(request.dims["context"], a.window or request.dims["context"])
+    with_keys = power_of_two(-(-keys_of_token // _MIN_PART))  # more parts would never have any
+    parts = min(_MAX_PARTS, with_keys, max(_MIN_PARTS, power_of_two(-(-_PARTS_WANTED // (tiles * rows)))))
     keys, stages = _keys(a, dtype)
     split: dict[str, Constant] = {"KEYS": keys, "PARTS": parts, "MIN_PART": _MIN_PART}
     stats_at = aligned(4 * rows * a.heads * parts * a.v_head_dim)
