@@ -47,6 +47,32 @@ def rms_norm(
 
 
 @triton.jit
+def add_rms_norm(
+    a,
+    b,
+    weight,
+    n_rows,
+    total,
+    y,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """a, b f32[rows, WIDTH], weight f32[WIDTH] -> total = a + b, and y, its rms_norm. Grid: (rows)."""
+    row = tl.program_id(0)
+    if beyond(row, n_rows):
+        return
+    d = tl.arange(0, PADDED)
+    at = row.to(tl.int64) * WIDTH + d
+    numbers = tl.load(a + at, mask=d < WIDTH, other=0.0) + tl.load(b + at, mask=d < WIDTH, other=0.0)
+    tl.store(total + at, numbers, mask=d < WIDTH)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(numbers * numbers, axis=0) / WIDTH + EPS)
+    scale = tl.load(weight + d, mask=d < WIDTH, other=0.0) + WEIGHT_OFFSET
+    tl.store(y + at, numbers * factor * scale, mask=d < WIDTH)
+
+
+@triton.jit
 def rope_table(positions, inv_freq, n_rows, cos, sin, HALF: tl.constexpr, SCALING: tl.constexpr, PADDED: tl.constexpr):
     """positions i32[rows], inv_freq f32[HALF] -> cos, sin f32[rows, HALF]. Grid: (rows)."""
     row = tl.program_id(0)
@@ -56,6 +82,23 @@ def rope_table(positions, inv_freq, n_rows, cos, sin, HALF: tl.constexpr, SCALIN
     angle = tl.load(positions + row).to(tl.float32) * tl.load(inv_freq + i, mask=i < HALF, other=0.0)
     tl.store(cos + row * HALF + i, tl.cos(angle) * SCALING, mask=i < HALF)
     tl.store(sin + row * HALF + i, tl.sin(angle) * SCALING, mask=i < HALF)
+
+
+@triton.jit
+def rotary_pairs(d, HALF: tl.constexpr, OFFSET: tl.constexpr, STYLE: tl.constexpr):
+    """Of a head's elements ``d``: whether they are rotated, by which pair's angle, whether they are the second of their
+    pair, and where the pair's first and second element are read."""
+    i = d - OFFSET
+    turned = (i >= 0) & (i < 2 * HALF)
+    if STYLE == "interleaved":
+        pair, second = i // 2, i % 2 == 1
+    else:
+        pair, second = i % HALF, i >= HALF
+    if STYLE == "half":
+        a, b = OFFSET + pair, OFFSET + HALF + pair
+    else:
+        a, b = OFFSET + 2 * pair, OFFSET + 2 * pair + 1
+    return turned, pair, second, a, b
 
 
 @triton.jit
@@ -80,16 +123,7 @@ def rope(
         return
     h = tl.program_id(1) * HEAD_TILE + tl.arange(0, HEAD_TILE)
     d = tl.arange(0, PADDED)
-    i = d - OFFSET
-    turned = (i >= 0) & (i < 2 * HALF)
-    if STYLE == "interleaved":
-        pair, second = i // 2, i % 2 == 1
-    else:
-        pair, second = i % HALF, i >= HALF
-    if STYLE == "half":
-        a, b = OFFSET + pair, OFFSET + HALF + pair
-    else:
-        a, b = OFFSET + 2 * pair, OFFSET + 2 * pair + 1
+    turned, pair, second, a, b = rotary_pairs(d, HALF, OFFSET, STYLE)
     heads = (row.to(tl.int64) * HEADS + h)[:, None] * DIM
     inside = (h < HEADS)[:, None]
     mask = inside & turned[None, :]

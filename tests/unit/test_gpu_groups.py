@@ -16,7 +16,7 @@ from hetcomp.ir.plan import Op, Value
 from hetcomp.ir.types import DType, TensorType
 from tests.reference.experts_case import expert_weights
 from tests.reference.group_harness import Arrays, run_groups
-from tests.reference.kernel_harness import activation, weight
+from tests.reference.kernel_harness import Step, activation, cache, weight
 from tests.reference.kernel_numbers import EPS, Doubles, dot_error, draw, packed
 
 DIMS = {"T": 100, "R": 100, "slots": 2, "context": 16}
@@ -251,6 +251,100 @@ def test_experts_do_the_norm_and_the_additions(weight_format, rows):
     made, alone = g.run("out"), g.run(*g.values)  # everything wanted: nothing is left out
     np.testing.assert_array_equal(made["ids"], alone["ids"])
     np.testing.assert_allclose(made["out"], alone["out"], rtol=1e-5, atol=2e-5 * np.abs(alone["out"]).max())
+
+
+HEADS = {
+    # Norms (of "heads", of the whole "row", none), rotation of the queries, width of v, cache.
+    "qwen": ("heads", ops.Rope(6, 20, 20), 20, DType.BF16),
+    "olmoe": ("row", ops.Rope(5, 16, 16), 16, DType.F32),
+    "gpt-oss": (None, ops.Rope(4, 36, 36), 40, DType.F32),
+    "glm": ("heads", ops.Rope(6, 20, 10), 12, DType.F32),
+    "pairs": (None, ops.Rope(2, 24, 12, offset=8, style="interleaved"), 24, DType.F32),
+    "pairs-to-halves": ("row", ops.Rope(2, 9, 8, offset=1, style="interleaved_to_half"), 9, DType.F32),
+}
+
+
+def _heads_graph(name: str, rows: int) -> Graph:
+    norms, q, v_dim, dtype = HEADS[name]
+    g = Graph(rows)
+    kv_heads = 1 if q.heads == 5 else 2
+    for array in ("cos", "sin"):
+        g.given(array, q.rotary_dim // 2)
+    x = {"q": g.given("q", q.heads, q.head_dim), "k": g.given("k", kv_heads, q.head_dim)}
+    for of, heads in (("q", q.heads), ("k", kv_heads)):
+        groups = heads if norms == "heads" else 1
+        attrs = ops.RmsNorm(heads * q.head_dim // groups, NORM_EPS, groups, 0.25)
+        if norms:
+            x[of] = g.op(f"{of}_norm", attrs, [of, g.plain(f"{of}_norm.w", attrs.width)], heads, q.head_dim)
+    g.op("q_rope", q, [x["q"], "cos", "sin"], q.heads, q.head_dim)
+    g.op("k_rope", replace(q, heads=kv_heads), [x["k"], "cos", "sin"], kv_heads, q.head_dim)
+    for of, dim in (("k_rope", q.head_dim), ("v", v_dim)):
+        state = f"{of}_cache"
+        g.values[state] = cache(state, dtype, kv_heads, dim)
+        bits = np.uint16 if dtype is DType.BF16 else np.float32
+        g.arrays[state] = np.zeros((DIMS["slots"], kv_heads, DIMS["context"], dim), bits)
+    g.given("v", kv_heads, v_dim)
+    for of, dim in (("k_rope", q.head_dim), ("v", v_dim)):
+        g.ops.append(Op(f"{of}_append", ops.KvAppend(kv_heads, dim), (of, f"{of}_cache"), ()))
+    a = ops.Attention(q.heads, kv_heads, q.head_dim, v_dim, 0.3)
+    g.op("y", a, ["q_rope", "k_rope_cache", "v_cache"], q.heads, v_dim)
+    return g
+
+
+@pytest.mark.parametrize(("rows", "exact"), [(1, True), (3, True), (5, False)])
+@pytest.mark.parametrize("name", HEADS)
+def test_norms_rotations_and_caches_are_one_launch(name, rows, exact):
+    step = Step(np.arange(rows, dtype=np.int32) + 3, np.arange(rows, dtype=np.int32) % 2, None, DIMS["context"])
+
+    def made(*wanted: str) -> tuple[Sequence[GpuGroup], Arrays]:
+        g = _heads_graph(name, rows)
+        groups = group_ops(g.ops, g.values, ("y", *wanted), DIMS, rows if exact else None)
+        count = sum(op.kind != "attention" for op in g.ops)
+        assert len(groups) == (len(g.ops) if "k_rope" in wanted else 2)
+        assert "k_rope" in wanted or (len(groups[0].ops) == count and launches(groups[:1]) == 1)
+        heads = [group for group in groups if group.ops[0].kind != "attention"]
+        return heads, run_groups(heads, g.values, g.arrays, rows, step)
+
+    (_, fused), (_, alone) = made(), made("k_rope")
+    # A sum of squares in another order, by a half; two roundings more.
+    tolerance = {"rtol": EPS * 8, "atol": EPS * 8 * 4}
+    np.testing.assert_allclose(fused["q_rope"], alone["q_rope"], **tolerance)
+    for state in ("k_rope_cache", "v_cache"):
+        numbers = [packing.to_f32(a[state]) for a in (fused, alone)]
+        assert np.any(numbers[0])
+        bf16 = 2.0**-7 if fused[state].dtype == np.uint16 and state != "v_cache" else 0.0
+        np.testing.assert_allclose(*numbers, rtol=EPS * 8 + bf16, atol=EPS * 8 * 4)
+
+
+def test_heads_that_differ_are_launches_of_their_own():
+    def groups(change) -> int:
+        g = _heads_graph("qwen", 1)
+        g.ops = [change(op) for op in g.ops]
+        return len(group_ops(g.ops, g.values, ("y",), DIMS, 1))
+
+    def other_rotation(op: Op) -> Op:
+        return replace(op, attrs=replace(op.attrs, rotary_dim=10)) if op.id == "k_rope" else op
+
+    def no_norm(op: Op) -> Op:
+        return replace(op, inputs=("k", "cos", "sin")) if op.id == "k_rope" else op
+
+    assert groups(lambda op: op) == 2
+    assert groups(other_rotation) == 7
+    assert groups(no_norm) == 7
+
+
+@pytest.mark.parametrize("rows", [1, 9, 20])
+def test_an_addition_and_its_norm_are_one_launch(rows):
+    width = 301
+    g = Graph(rows)
+    g.op("sum", ops.Add(), [g.given("a", width), g.given("b", width)], width)
+    g.norm("norm", "sum", width)
+    groups = group_ops(g.ops, g.values, ("norm",), DIMS, rows if rows < 20 else None)
+    assert covered(groups) == [("sum", "norm")] and launches(groups) == 1
+    made = run_groups(groups, g.values, g.arrays, rows)
+    np.testing.assert_array_equal(made["sum"], g.arrays["a"] + g.arrays["b"])
+    g.numbers["sum"] = made["sum"].astype(np.float64)
+    np.testing.assert_allclose(made["norm"], g.normed("sum", "norm.w"), rtol=EPS * (4 + np.sqrt(width)))
 
 
 def _ids(name: str, top_k: int) -> Value:

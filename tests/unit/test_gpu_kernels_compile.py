@@ -114,6 +114,42 @@ def _grouped(weight_format: str, rows: int) -> list[GpuGroup]:
     return list(group_ops(graph, values, ("q", "k", "v", "n"), DIMS, rows))
 
 
+def _grouped_heads(a: ops.Attention, q: ops.Rope, norms: int | None, rows: int | None) -> list[GpuGroup]:
+    """Norms of whole rows (1), of heads or none (None), rotations and caches."""
+    k = dataclasses.replace(q, heads=a.kv_heads)
+    heads = {"q": a.heads, "k": a.kv_heads, "v": a.kv_heads, "qr": a.heads, "kr": a.kv_heads, "y": a.heads}
+    values = {name: activation(name, "T", count, a.head_dim) for name, count in heads.items()}
+    values |= {name: activation(name, "T", q.rotary_dim // 2) for name in ("cos", "sin")}
+    values |= {name: cache(name, DType.BF16, a.kv_heads, a.head_dim) for name in ("kc", "vc")}
+    values["sinks"] = activation("sinks", a.heads)
+    graph, x = [], {"q": "q", "k": "k"}
+    if norms is not None:
+        for name, count in (("q", a.heads), ("k", a.kv_heads)):
+            groups = 1 if norms == 1 else count
+            width = count * a.head_dim // groups
+            values |= {f"{name}w": activation(f"{name}w", width), f"{name}n": values[name]}
+            graph.append(Op(f"{name}n", ops.RmsNorm(width, 1e-6, groups), (name, f"{name}w"), (f"{name}n",)))
+            x[name] = f"{name}n"
+    append = ops.KvAppend(a.kv_heads, a.head_dim)
+    graph += [
+        Op("qr", q, (x["q"], "cos", "sin"), ("qr",)),
+        Op("kr", k, (x["k"], "cos", "sin"), ("kr",)),
+        Op("ka", append, ("kr", "kc"), ()),
+        Op("va", append, ("v", "vc"), ()),
+        Op("y", a, ("qr", "kc", "vc", *["sinks"] * a.sinks), ("y",)),
+    ]
+    first, *_ = group_ops(graph, values, ("y",), DIMS, rows)
+    assert len(first.ops) == len(graph) - 1
+    return [first]
+
+
+def _grouped_sum() -> list[GpuGroup]:
+    """An addition and a norm."""
+    values = {name: activation(name, "T", 2880) for name in "abcd"} | {"w": activation("w", 2880)}
+    add, norm = Op("c", ops.Add(), ("a", "b"), ("c",)), Op("d", ops.RmsNorm(2880, 1e-6), ("c", "w"), ("d",))
+    return list(group_ops([add, norm], values, ("c", "d"), DIMS, None))
+
+
 FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup]] = {
     **{f"linear-{form}": [_linear(form, rows) for rows in (8, None)] for form in packing.FORMATS},
     **{f"experts-{form}": [_experts(form, rows) for rows in (1, None)] for form in ("bf16", "q4")},
@@ -126,8 +162,17 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup]] = {
     "attention-wide": [_attention(WIDE, rows) for rows in (1, 4, None)],
     "small": _small(None),
     **{f"groups-{form}": [g for rows in (1, 8) for g in _grouped(form, rows)] for form in ("q4", "fp8")},
+    "groups-heads": [
+        *_grouped_heads(GQA, ops.Rope(32, 128, 128), 1, 1),
+        *_grouped_heads(GQA, ops.Rope(32, 128, 64, style="interleaved"), 32, None),
+        *_grouped_heads(GPT_OSS, ops.Rope(64, 64, 64), None, 8),
+        *_grouped_sum(),
+    ],
 }
-ALL_CCS = {"groups-q4", "linear-q4", "experts-q4", "attention-gqa", "attention-gpt-oss", "attention-mla", "small"}
+ALL_CCS = {
+    *("linear-q4", "experts-q4", "attention-gqa", "attention-gpt-oss", "attention-mla", "small"),
+    *("groups-q4", "groups-heads"),
+}
 
 
 def _kernels(family: str) -> list[GpuKernel]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from hetcomp.backends.gpu.experts import fused_experts
 from hetcomp.backends.gpu.gemv import MAX_MATRICES, Matrix, Norm, glu_gemv, linear_gemv
+from hetcomp.backends.gpu.heads import HeadOperands, heads_to_cache
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Operand
-from hetcomp.backends.gpu.patterns import GluPair, Run
+from hetcomp.backends.gpu.patterns import GluPair, HeadOps, Run
+from hetcomp.backends.gpu.rowwise import add_rms_norm
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Glu, Linear, RmsNorm
 from hetcomp.ir.plan import Op, Value
@@ -99,21 +101,29 @@ class _Grouping:
         return [self._group(first)]
 
     def _ready(self, i: int) -> bool:
-        """Whether an op has its operands; a norm that it can do itself counts as one."""
-        return self.run.waits[i] <= self.done and all(
-            v in self.written or (v in self.folded and self.run.folds(i, v)) for v in self.run.ops[i].inputs
-        )
+        """Whether an op has its operands."""
+        return self.run.waits[i] <= self.done and all(self._has(i, v) for v in self.run.ops[i].inputs)
 
     def _whole(self, i: int) -> bool:
-        """Whether what the op's pattern needs beside the op's own operands is there."""
-        chain = self.run.adds.get(i, [])
-        own = {self.run.ops[i].outputs[0], *(self.run.ops[j].outputs[0] for j in chain)} if chain else set()
-        return all(v in self.written or v in own for j in chain for v in self.run.ops[j].inputs)
+        """Whether the op's pattern has what it does not make itself."""
+        parts = self.run.parts(i)
+        own = {v for j in parts for v in self.run.ops[j].outputs}
+        return all(self.run.waits[j] <= self.done for j in parts) and all(
+            v in own or self._has(j, v) for j in parts for v in self.run.ops[j].inputs
+        )
+
+    def _has(self, i: int, value: str) -> bool:
+        """Whether an operand of op ``i`` is there; what a norm reads, if the op can do the norm, stands for it."""
+        return value in self.written or (value in self.folded and self.run.folds(i, value))
 
     def _group(self, i: int) -> GpuGroup:
         run, kind = self.run, self.run.ops[i].kind
+        if i in run.heads:
+            return self._heads(run.heads[i])
         if i in run.glus:
             return self._glu(run.glus[i])
+        if i in run.normed_adds:
+            return self._normed_add(i, run.normed_adds[i])
         if run.decode and kind == "linear":
             return self._linears(i)
         if run.decode and kind == "moe_experts":
@@ -185,6 +195,33 @@ class _Grouping:
         operands.write(result)
         code = fused_experts(request, self._rows(), norm, added)
         return self._made([i, *self.run.adds.get(i, [])], operands, code)
+
+    def _heads(self, of: HeadOps) -> GpuGroup:
+        run, operands = self.run, _Operands()
+        for j in of.members():
+            _BACKEND.require(self._request(j))
+        q_rope, k_append, v_append = (run.ops[j] for j in (of.q_rope, of.k_append, of.v_append))
+
+        def head(rope: int, norm: int | None) -> tuple[Operand, Operand | None]:
+            if norm is None:
+                return operands.read(run.ops[rope].inputs[0]), None
+            return operands.read(run.ops[norm].inputs[0]), operands.read(run.ops[norm].inputs[1])
+
+        q, q_norm = head(of.q_rope, of.q_norm)
+        k, k_norm = head(of.k_rope, of.k_norm)
+        v, cos, sin = (operands.read(v) for v in (v_append.inputs[0], *q_rope.inputs[1:]))
+        k_cache, v_cache = (operands.read(op.inputs[1]) for op in (k_append, v_append))
+        named = HeadOperands(q, k, v, q_norm, k_norm, cos, sin, operands.write(q_rope.outputs[0]), k_cache, v_cache)
+        k_type, v_type = (run.values[op.inputs[1]].type.dtype for op in (k_append, v_append))
+        return self._made(of.members(), operands, heads_to_cache(named, of.attrs, k_type, v_type, self.rows))
+
+    def _normed_add(self, add: int, norm: int) -> GpuGroup:
+        run, operands = self.run, _Operands()
+        a, b = (operands.read(v) for v in run.ops[add].inputs)
+        weight = operands.read(run.ops[norm].inputs[1])
+        total, y = (operands.write(run.ops[j].outputs[0]) for j in (add, norm))
+        code = add_rms_norm(self._request(norm), a, b, weight, total, y)
+        return self._made([add, norm], operands, code)
 
     def _matrix(self, i: int, result: str, operands: _Operands) -> Matrix:
         op = self.run.ops[i]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.gemv import GEMV_ROWS, MAX_ADDED
-from hetcomp.ir.ops import Linear, RmsNorm
+from hetcomp.backends.gpu.heads import HeadAttrs
+from hetcomp.ir.ops import Attention, KvAppend, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value, ValueKind
 
 # A GEMV of more panels takes longer by the norm's multiplications, done by every program, than a launch saved.
@@ -21,6 +22,24 @@ class GluPair:
     gate: int
     up: int
     glu: int
+
+
+@dataclass(frozen=True)
+class HeadOps:
+    """Numbers of the ops between the projections of one attention and itself; norms are None where it has none."""
+
+    q_norm: int | None
+    k_norm: int | None
+    q_rope: int
+    k_rope: int
+    k_append: int
+    v_append: int
+    attrs: HeadAttrs
+
+    def members(self) -> list[int]:
+        """All of them, in order."""
+        ops = (self.q_norm, self.k_norm, self.q_rope, self.k_rope, self.k_append, self.v_append)
+        return sorted(i for i in ops if i is not None)
 
 
 class Run:
@@ -41,9 +60,24 @@ class Run:
         self.waits = self._state_order()
         self.glus: dict[int, GluPair] = {}
         self.adds: dict[int, list[int]] = {}  # by the linear or moe_experts whose launch does them
+        self.heads: dict[int, HeadOps] = {}
+        self.normed_adds: dict[int, int] = {}  # norms by the add whose result they read
+        self._find_heads()
         if self.decode:
             self._find_glus()
             self._find_adds()
+        self._find_normed_adds()
+
+    def parts(self, i: int) -> list[int]:
+        """The ops of the pattern that op ``i`` begins; itself if it begins none."""
+        if i in self.heads:
+            return self.heads[i].members()
+        if i in self.glus:
+            pair = self.glus[i]
+            return [pair.gate, pair.up, pair.glu]
+        if i in self.normed_adds:
+            return [i, self.normed_adds[i]]
+        return [i, *self.adds.get(i, [])]
 
     def sole_reader(self, value: str) -> int | None:
         """The only op that reads the value; None if there are several or it is read elsewhere too."""
@@ -134,6 +168,79 @@ class Run:
                 self.adds.setdefault(host, []).append(i)
                 hosts[op.outputs[0]] = host
 
+    def _find_heads(self) -> None:
+        for i, op in enumerate(self.ops):
+            if not isinstance(op.attrs, Attention) or op.attrs.shared_kv:
+                continue
+            k_append, v_append = (self._append_to(state, i) for state in op.inputs[1:3])
+            if k_append is None or v_append is None:
+                continue
+            q_rope, q_norm = self._rotation(op.inputs[0], None)
+            k_rope, k_norm = self._rotation(self.ops[k_append].inputs[0], k_append)
+            if q_rope is None or k_rope is None:
+                continue
+            attrs = self._head_attrs(q_norm, k_norm, q_rope, k_rope, k_append, v_append)
+            if attrs is not None:
+                found = HeadOps(q_norm, k_norm, q_rope, k_rope, k_append, v_append, attrs)
+                self.heads.update(dict.fromkeys(found.members(), found))
+
+    def _append_to(self, state: str, reader: int) -> int | None:
+        """The only op before ``reader`` that touches a state, an append."""
+        before = [j for j in self.readers[state] if j < reader]
+        return before[0] if len(before) == 1 and self.ops[before[0]].kind == "kv_append" else None
+
+    def _rotation(self, value: str, reader: int | None) -> tuple[int | None, int | None]:
+        """The rope that writes ``value``, which only ``reader`` reads unless that is None, and the norm in front."""
+        rope = self.writer.get(value)
+        if rope is None or self.ops[rope].kind != "rope":
+            return None, None
+        if reader is not None and self.sole_reader(value) != reader:
+            return None, None
+        x = self.ops[rope].inputs[0]
+        norm = self.writer.get(x)
+        attrs = self.ops[rope].attrs
+        if norm is None or self.sole_reader(x) != rope or not isinstance(attrs, Rope):
+            return rope, None
+        of_norm = self.ops[norm].attrs
+        heads = attrs.heads * attrs.head_dim
+        if not isinstance(of_norm, RmsNorm) or of_norm.width * of_norm.groups != heads:
+            return rope, None
+        return rope, norm if of_norm.groups in (1, attrs.heads) else None
+
+    def _head_attrs(
+        self, q_norm: int | None, k_norm: int | None, q_rope: int, k_rope: int, k_append: int, v_append: int
+    ) -> HeadAttrs | None:
+        """The ops' attributes, if q and k are normed and rotated alike, and k and v have equally many heads."""
+        q, k, k_to, v_to = (self.ops[i].attrs for i in (q_rope, k_rope, k_append, v_append))
+        of_q, of_k = (None if i is None else self.ops[i].attrs for i in (q_norm, k_norm))
+        assert isinstance(q, Rope) and isinstance(k, Rope)
+        assert isinstance(k_to, KvAppend) and isinstance(v_to, KvAppend)
+        fit = (
+            self.ops[q_rope].inputs[1:] == self.ops[k_rope].inputs[1:]
+            and replace(q, heads=k.heads) == k
+            and (k_to.heads, k_to.head_dim) == (k.heads, k.head_dim)
+            and v_to.heads == k_to.heads
+        )
+        if not fit:
+            return None
+        if isinstance(of_q, RmsNorm) and isinstance(of_k, RmsNorm):
+            return HeadAttrs(of_q, of_k, q, k, v_to) if (of_q.groups == 1) == (of_k.groups == 1) else None
+        return HeadAttrs(None, None, q, k, v_to) if of_q is None and of_k is None else None
+
+    def _find_normed_adds(self) -> None:
+        hosted = {j for chain in self.adds.values() for j in chain}
+        for i, op in enumerate(self.ops):
+            if op.kind != "add" or i in hosted:
+                continue
+            for j in self.readers.get(op.outputs[0], []):
+                attrs = self.ops[j].attrs
+                if isinstance(attrs, RmsNorm) and attrs.groups == 1 and not self.foldable(j):
+                    self.normed_adds[i] = j
+                    break
+
     def dissolve(self, i: int) -> None:
-        """Takes apart the patterns that op ``i`` begins: its parts are ops of their own."""
+        """Takes apart the pattern that op ``i`` begins: its parts are ops of their own."""
         self.adds.pop(i, None)
+        if i in self.heads:
+            for j in self.heads[i].members():
+                del self.heads[j]

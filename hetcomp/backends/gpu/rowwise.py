@@ -61,6 +61,30 @@ def rms_norm(request: GpuRequest) -> GpuCode:
     return GpuCode((made,))
 
 
+def add_rms_norm(norm: GpuRequest, a: Operand, b: Operand, weight: Operand, total: Operand, y: Operand) -> GpuCode:
+    """``rms_norm`` of whole rows, of the sum of a and b, which is written too."""
+    attrs = norm.op.attrs
+    assert isinstance(attrs, ops.RmsNorm)
+    padded = power_of_two(attrs.width)
+    made = launch(
+        "rowwise",
+        "add_rms_norm",
+        f"add_rms_norm_{attrs.width}",
+        (ROWS, ONE, ONE),
+        {
+            "a": ("*fp32", a),
+            "b": ("*fp32", b),
+            "weight": ("*fp32", weight),
+            "n_rows": _n_rows(norm),
+            "total": ("*fp32", total),
+            "y": ("*fp32", y),
+        },
+        {"WIDTH": attrs.width, "EPS": attrs.eps, "WEIGHT_OFFSET": attrs.weight_offset, "PADDED": padded},
+        warps=8 if padded > 2048 else 4,
+    )
+    return GpuCode((made,))
+
+
 def rope_table(request: GpuRequest) -> GpuCode:
     """``rope_table``."""
     a = request.op.attrs
