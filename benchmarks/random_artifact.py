@@ -3,22 +3,27 @@
 python -m benchmarks.random_artifact NAME OUT.hetc --formats q4 --isa amx_bf16 [--context 4096] [--vram 12G --pin ..]
 python -m benchmarks.random_artifact --weights-of OUT.hetc
 
-The first compiles the zoo's config NAME; the second only writes the weights of an artifact that was copied here without
-them (the same bytes: they follow from the plan).
+The first compiles the zoo's config NAME (--hollow: files of weights have their size, but nothing is written to them);
+the second only writes the weights of an artifact that was copied here without them (the same bytes: they follow from the
+plan).
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
 from collections.abc import Generator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import models
 from hetcomp import compiler
+from hetcomp.artifact import weight_files
 from hetcomp.artifact.staging import staged_folder
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.backends import packing
@@ -89,6 +94,25 @@ def build(
     return out
 
 
+class Hollow(io.BufferedIOBase):
+    """A file that takes no room: what is written leaves a hole of its size."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._size = path, 0
+
+    def write(self, data: Any) -> int:  # noqa: ANN401 - the buffer protocol
+        """Counts the bytes."""
+        self._size += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def close(self) -> None:
+        """Makes the file."""
+        if not self.closed:
+            self._path.touch()
+            os.truncate(self._path, self._size)
+        super().close()
+
+
 def write_weights_of(artifact: Path) -> None:
     """Writes the weights of an artifact of :func:`build` into it."""
     plan = models.plan(artifact)
@@ -112,11 +136,14 @@ def main() -> None:
     parser.add_argument("--pin", action="append")
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--answer", type=int)
+    parser.add_argument("--hollow", action="store_true")
     parser.add_argument("--weights-of", type=Path)
     o = parser.parse_args()
     if o.weights_of:
         write_weights_of(o.weights_of)
     elif o.name and o.out:
+        if o.hollow:
+            weight_files.create = Hollow  # type: ignore[assignment]
         isa = [] if o.isa == "auto" else o.isa.split(",")
         build(
             o.name,

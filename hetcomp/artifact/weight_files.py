@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -87,7 +88,7 @@ def _write_shard(
     names = [tensor_name(value) for value, _ in shard]
     header = _header(names, [size for _, size in shard])
     records = []
-    with (folder / file).open("wb") as handle:
+    with create(folder / file) as handle:
         handle.write(header)
         offset = len(header)
         for name, (value, size) in zip(names, shard, strict=True):
@@ -105,6 +106,11 @@ def _write_shard(
             records.append(WeightRecord(name, file, offset, size, digest.hexdigest()))
             offset += size
     return records
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file of weights."""
+    return path.open("wb")
 
 
 def tensor_name(value: Value) -> str:
