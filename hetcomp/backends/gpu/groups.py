@@ -151,7 +151,7 @@ class _Grouping:
         if not chain:
             others = run.readers[run.ops[first].inputs[0]]
             others = [j for j in others if j != first and j not in self.done and run.plain_linear(j)]
-            members += [j for j in others if run.alike(first, j)][: MAX_MATRICES - 1]
+            members += [j for j in others if run.alike(first, j) and self._ready(j)][: MAX_MATRICES - 1]
         for j in members:
             _BACKEND.require(self._request(j))
         operands = _Operands()

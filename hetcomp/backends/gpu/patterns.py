@@ -242,7 +242,8 @@ class Run:
                 continue
             for j in self.readers.get(op.outputs[0], []):
                 attrs = self.ops[j].attrs
-                if isinstance(attrs, RmsNorm) and attrs.groups == 1 and not self.foldable(j):
+                free = j not in self.heads and j not in self.latents and not self.foldable(j)
+                if isinstance(attrs, RmsNorm) and attrs.groups == 1 and free:
                     self.normed_adds[i] = j
                     break
 
