@@ -9,6 +9,14 @@ import triton.language as tl
 
 from hetcomp.codegen_templates.gpu.functions import glu
 from hetcomp.codegen_templates.gpu.gemv import panel_products
+from hetcomp.codegen_templates.gpu.weights import (
+    element,
+    elements_of_word,
+    has_scales,
+    load_scales,
+    load_words,
+    padded_steps,
+)
 
 
 @triton.jit
@@ -72,6 +80,68 @@ def experts_gate_up_gemv(
 
 
 @triton.jit
+def _load_turn(
+    w,
+    ids,
+    weights,
+    resident,
+    token,
+    panels,
+    rows,
+    first,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    MATRIX: tl.constexpr,
+    FORMAT: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """Words of the steps from ``first`` on, where a token's chosen experts' panels lie behind each other; what their
+    products must be multiplied by; and whether there is such a step."""
+    ALL: tl.constexpr = padded_steps(K, FORMAT)
+    s = first + tl.arange(0, STEPS)
+    entry, steps = token * TOP_K + s // ALL, s % ALL
+    inside = s < TOP_K * ALL
+    expert = tl.load(ids + entry, mask=inside, other=-1)
+    if resident is not None:
+        expert = tl.load(resident + expert, mask=inside, other=-1)
+    here = expert >= 0
+    factor = tl.load(weights + entry, mask=here, other=0.0)[:, None]
+    valid = here[:, None] & (rows >= 0)[None, :]
+    matrices = w + (expert.to(tl.int64) * MATRIX)[:, None]
+    words = load_words(matrices, panels, rows, steps, valid, K, FORMAT, True)
+    if has_scales(FORMAT):
+        return words, load_scales(matrices, panels, rows, steps, valid, K, FORMAT, True) * factor, here
+    else:
+        return words, factor + tl.zeros((STEPS, rows.shape[0]), tl.float32), here
+
+
+@triton.jit
+def _multiply_turn(
+    h,
+    words,
+    factors,
+    here,
+    sums,
+    token,
+    first,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    ALL: tl.constexpr = padded_steps(K, FORMAT)
+    PER: tl.constexpr = elements_of_word(FORMAT)
+    s = first + tl.arange(0, STEPS)
+    k = s % ALL * PER
+    its = h + (token * TOP_K + s // ALL) * K
+    parts = tl.zeros((STEPS, words.shape[1]), tl.float32)
+    for o in tl.static_range(PER):
+        column = tl.load(its + k + o, mask=here & (k + o < K), other=0.0)
+        parts += element(words, o, FORMAT) * column[:, None]
+    return sums + parts * factors
+
+
+@triton.jit
 def experts_down_gemv(
     h,
     ids,
@@ -90,37 +160,38 @@ def experts_down_gemv(
     STEPS: tl.constexpr,
 ):
     """h f32[T, TOP_K, INTERMEDIATE], ids i32 and weights f32[T, TOP_K], w matrices of MATRIX words, bias f32[experts,
-    HIDDEN] or None -> y f32[T, HIDDEN], added up in the order of the choice; then added and added_1, None or f32 of y's
-    shape. Grid: (panels, T)."""
+    HIDDEN] or None -> y f32[T, HIDDEN]; then added and added_1, None or f32 of y's shape. Grid: (panels, T).
+
+    A token's experts are one long product: a few panels fill no GPU unless all of a panel's experts are read at once.
+    STEPS: as in gemv.panel_products, of all experts.
+    """
     panel, token = tl.program_id(0), tl.program_id(1)
     r = tl.arange(0, 16)
     n = panel * 16 + r
-    sums = tl.zeros((16,), tl.float32)
-    for choice in tl.range(0, TOP_K):
-        entry = token * TOP_K + choice
-        expert = expert_of(ids, resident, entry)
-        if expert >= 0:
-            totals = panel_products(
-                h + entry * INTERMEDIATE,
-                None,
-                w + expert.to(tl.int64) * MATRIX,
-                panel + r * 0,
-                r,
-                INTERMEDIATE,
-                INTERMEDIATE,
-                0.0,
-                0.0,
-                FORMAT,
-                1,
-                STEPS,
-            )
-            total = totals[0]
-            if bias is not None:
-                total += tl.load(bias + expert * HIDDEN + n, mask=n < HIDDEN, other=0.0)
-            sums += tl.load(weights + entry) * total
+    panels = panel + r * 0
+    TOTAL: tl.constexpr = TOP_K * padded_steps(INTERMEDIATE, FORMAT)
+    LAST: tl.constexpr = (TOTAL - 1) // STEPS * STEPS
+    sums = tl.zeros((STEPS, 16), tl.float32)
+    words, factors, here = _load_turn(
+        w, ids, weights, resident, token, panels, r, 0, INTERMEDIATE, TOP_K, MATRIX, FORMAT, STEPS
+    )
+    for first in tl.range(0, LAST, STEPS, num_stages=1):
+        next_words, next_factors, next_here = _load_turn(
+            w, ids, weights, resident, token, panels, r, first + STEPS, INTERMEDIATE, TOP_K, MATRIX, FORMAT, STEPS
+        )
+        sums = _multiply_turn(h, words, factors, here, sums, token, first, INTERMEDIATE, TOP_K, FORMAT, STEPS)
+        words, factors, here = next_words, next_factors, next_here
+    sums = _multiply_turn(h, words, factors, here, sums, token, LAST, INTERMEDIATE, TOP_K, FORMAT, STEPS)
+    total = tl.sum(sums, axis=0)
     at = token * HIDDEN + n
+    if bias is not None:
+        for choice in tl.static_range(TOP_K):
+            expert = expert_of(ids, resident, token * TOP_K + choice)
+            if expert >= 0:
+                row = tl.load(bias + expert * HIDDEN + n, mask=n < HIDDEN, other=0.0)
+                total += tl.load(weights + token * TOP_K + choice) * row
     if added is not None:
-        sums += tl.load(added + at, mask=n < HIDDEN, other=0.0)
+        total += tl.load(added + at, mask=n < HIDDEN, other=0.0)
     if added_1 is not None:
-        sums += tl.load(added_1 + at, mask=n < HIDDEN, other=0.0)
-    tl.store(y + at, sums, mask=n < HIDDEN)
+        total += tl.load(added_1 + at, mask=n < HIDDEN, other=0.0)
+    tl.store(y + at, total, mask=n < HIDDEN)

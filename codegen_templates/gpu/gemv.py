@@ -165,6 +165,8 @@ def linear_gemv(
     N_1: tl.constexpr,
     N_2: tl.constexpr,
     HEADS: tl.constexpr,
+    X_GAP: tl.constexpr,
+    Y_GAP: tl.constexpr,
     MATRIX: tl.constexpr,
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
@@ -174,7 +176,8 @@ def linear_gemv(
     STEPS: tl.constexpr,
 ):
     """linear and head_linear for exactly ROWS rows: x f32[ROWS, HEADS, K], w HEADS matrices [N, K] of MATRIX words,
-    bias f32[N] or None -> y f32[ROWS, HEADS, N]. Grid: (panels of all matrices, HEADS).
+    bias f32[N] or None -> y f32[ROWS, HEADS, N]. Behind each head x has X_GAP elements that are not read, y Y_GAP that
+    are not written. Grid: (panels of all matrices, HEADS).
 
     norm: None or the weight of x's rms_norm (panel_products). w_1, w_2: None, or further matrices [N_1, K], [N_2, K] to
     multiply the same x with, with a bias if the first has one; HEADS is 1 then. added, added_1: None, or f32 of y's
@@ -194,12 +197,12 @@ def linear_gemv(
     r = tl.arange(0, 16)
     n = panel * 16 + r
     totals = panel_products(
-        x + head * K, norm, matrix + head.to(tl.int64) * MATRIX, panel + r * 0, r,
-        HEADS * K, K, EPS, WEIGHT_OFFSET, FORMAT, ROWS, STEPS,
+        x + head * (K + X_GAP), norm, matrix + head.to(tl.int64) * MATRIX, panel + r * 0, r,
+        HEADS * (K + X_GAP), K, EPS, WEIGHT_OFFSET, FORMAT, ROWS, STEPS,
     )  # fmt: skip
     for m in tl.static_range(ROWS):
         total = totals[m]
-        at = m * (HEADS * width) + head * width + n
+        at = (m * HEADS + head) * (width + Y_GAP) + n
         if bias is not None:
             total += tl.load(its_bias + n, mask=n < width, other=0.0)
         if added is not None:
@@ -239,9 +242,9 @@ def glu_gemv(
     """Two linears of the same x and their glu for exactly ROWS rows: x f32[ROWS, K], norm as in panel_products, gate
     and up [N, K], biases f32[N] or None -> y f32[ROWS, N]. Grid: (panels)."""
     c = tl.arange(0, 32)
-    # Every weight begins at a multiple of 64 bytes; only with that said are its words loaded in whole vectors.
+    # Pointers are multiples of 16 bytes; only with that said are words loaded in whole vectors.
     WORD: tl.constexpr = gate.dtype.element_ty.primitive_bitwidth // 8
-    apart = tl.multiple_of((up.to(tl.int64) - gate.to(tl.int64)) // WORD, 16)
+    apart = tl.multiple_of((up.to(tl.int64) - gate.to(tl.int64)) // WORD, 16 // WORD)
     matrices = (gate + (c // 16) * apart)[None, :]
     totals = panel_products(
         x, norm, matrices, tl.program_id(0) + c * 0, c % 16, K, K, EPS, WEIGHT_OFFSET, FORMAT, ROWS, STEPS

@@ -108,3 +108,54 @@ def heads_to_cache(
             numbers = tl.load(v + (wide * KV_HEADS + of_v) * V_DIM + d, mask=d < V_DIM)
             at = (slot * KV_HEADS + of_v).to(tl.int64) * context + position
             tl.store(v_cache + at * V_DIM + d, numbers.to(v_cache.dtype.element_ty), mask=d < V_DIM)
+
+
+@triton.jit
+def latents_to_cache(
+    q,
+    kv,
+    norm,
+    cos,
+    sin,
+    positions,
+    slots,
+    y,
+    cache,
+    context,
+    HEADS: tl.constexpr,
+    NOPE: tl.constexpr,
+    RANK: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STYLE: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK_PADDED: tl.constexpr,
+):
+    """MLA: the last DIM elements of q f32[rows, HEADS, NOPE + DIM], rotated, to the last of y f32[rows, HEADS, RANK +
+    DIM]. kv f32[rows, RANK + DIM] to the cache at slots and positions i32[rows]: the rms_norm of its first RANK
+    elements, the others rotated. cos, sin f32[rows, HALF]. Grid: (rows, HEADS + 1)."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    d = tl.arange(0, PADDED)
+    its_cos, its_sin = cos + row * HALF, sin + row * HALF
+    if head < HEADS:
+        numbers = _turned_head(
+            q + (row * HEADS + head) * (NOPE + DIM) + NOPE, None, its_cos, its_sin, 0, d,
+            1, DIM, HALF, OFFSET, STYLE, False, 0.0, 0.0,
+        )  # fmt: skip
+        tl.store(y + (row * HEADS + head) * (RANK + DIM) + RANK + d, numbers, mask=d < DIM)
+    else:
+        at = tl.load(slots + row).to(tl.int64) * context + tl.load(positions + row)
+        target = cache + at * (RANK + DIM)
+        c = tl.arange(0, RANK_PADDED)
+        latent = tl.load(kv + row * (RANK + DIM) + c, mask=c < RANK, other=0.0)
+        factor = 1.0 / tl.sqrt_rn(tl.sum(latent * latent, axis=0) / RANK + EPS)
+        normed = latent * factor * (tl.load(norm + c, mask=c < RANK, other=0.0) + WEIGHT_OFFSET)
+        tl.store(target + c, normed.to(cache.dtype.element_ty), mask=c < RANK)
+        numbers = _turned_head(
+            kv + row * (RANK + DIM) + RANK, None, its_cos, its_sin, 0, d,
+            1, DIM, HALF, OFFSET, STYLE, False, 0.0, 0.0,
+        )  # fmt: skip
+        tl.store(target + RANK + d, numbers.to(cache.dtype.element_ty), mask=d < DIM)

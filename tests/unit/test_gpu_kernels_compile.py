@@ -143,6 +143,36 @@ def _grouped_heads(a: ops.Attention, q: ops.Rope, norms: int | None, rows: int |
     return [first]
 
 
+def _grouped_latents(rows: int) -> list[GpuGroup]:
+    """DeepSeek-V3's heads."""
+    heads, nope, rank, turned = 128, 128, 512, 64
+    shapes: dict[str, tuple[int, ...]] = {"q": (heads, nope + turned), "kv": (rank + turned,), "qr": (heads, turned)}
+    shapes |= {"kr": (turned,), "c": (rank,), "a": (heads, rank), "row": (heads, rank + turned), "kvrow": shapes["kv"]}
+    shapes |= {"q0": (heads, nope), "q1": (heads, turned), "c0": (rank,), "c1": (turned,), "y": (heads, rank)}
+    shapes |= {name: (turned // 2,) for name in ("cos", "sin")}
+    values = {name: activation(name, "T", *shape) for name, shape in shapes.items()} | {"w": activation("w", rank)}
+    values["m"] = weight("m", (heads, rank, nope), "q8", packing.PANELS)
+    values["cache"] = cache("cache", DType.BF16, 1, rank + turned)
+    rope = ops.Rope(heads, turned, turned, style="interleaved_to_half")
+    graph = [
+        Op("q0", ops.Slice(0, nope), ("q",), ("q0",)),
+        Op("q1", ops.Slice(nope, nope + turned), ("q",), ("q1",)),
+        Op("c0", ops.Slice(0, rank), ("kv",), ("c0",)),
+        Op("c1", ops.Slice(rank, rank + turned), ("kv",), ("c1",)),
+        Op("c", ops.RmsNorm(rank, 1e-6), ("c0", "w"), ("c",)),
+        Op("qr", rope, ("q1", "cos", "sin"), ("qr",)),
+        Op("kr", dataclasses.replace(rope, heads=1), ("c1", "cos", "sin"), ("kr",)),
+        Op("kvrow", ops.Concat(), ("c", "kr"), ("kvrow",)),
+        Op("append", ops.KvAppend(1, rank + turned), ("kvrow", "cache"), ()),
+        Op("a", ops.HeadLinear(heads, nope, rank), ("q0", "m"), ("a",)),
+        Op("row", ops.Concat(), ("a", "qr"), ("row",)),
+        Op("y", MLA, ("row", "cache"), ("y",)),
+    ]
+    first, *_ = group_ops(graph, values, ("y",), DIMS, rows)
+    assert len(first.ops) == len(graph) - 1 and len(first.code.launches) == 2
+    return [first]
+
+
 def _grouped_sum() -> list[GpuGroup]:
     """An addition and a norm."""
     values = {name: activation(name, "T", 2880) for name in "abcd"} | {"w": activation("w", 2880)}
@@ -166,6 +196,7 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup]] = {
         *_grouped_heads(GQA, ops.Rope(32, 128, 128), 1, 1),
         *_grouped_heads(GQA, ops.Rope(32, 128, 64, style="interleaved"), 32, None),
         *_grouped_heads(GPT_OSS, ops.Rope(64, 64, 64), None, 8),
+        *_grouped_latents(8),
         *_grouped_sum(),
     ],
 }

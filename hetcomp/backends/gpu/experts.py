@@ -106,7 +106,9 @@ class _Experts:
         )
         matrices, constants = self._down()
         panels = -(-a.hidden // packing.PANEL)
-        turn = gemv_turn(a.intermediate, self.weight_format, panels * rows)
+        # A token's experts are one product, one after the other.
+        columns = a.top_k * packing.padded_columns(a.intermediate, self.weight_format)
+        turn = gemv_turn(columns, self.weight_format, panels * rows)
         arguments = {"h": h, "ids": self.ids, "weights": self.weights, "resident": self.resident, **matrices}
         down = launch(
             "experts_decode",

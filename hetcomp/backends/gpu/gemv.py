@@ -90,13 +90,15 @@ def linear_gemv(
     rows: int,
     *,
     heads: int = 1,
+    head_gaps: tuple[int, int] = (0, 0),
     norm: Norm | None = None,
     added: Sequence[Operand] = (),
     normed: Operand | None = None,
 ) -> Launch:
     """Products of x with one matrix (of ``heads`` heads) or up to three; all of them have a bias or none has.
 
-    added: what is added to the result of the only matrix. normed: where the norm's own result is to be written.
+    head_gaps: elements of x and of the result behind each head that are others' business. added: what is added to the
+    result of the only matrix. normed: where the norm's own result is to be written.
     """
     word = word_type(weight_format)
     first, *others = matrices
@@ -128,6 +130,8 @@ def linear_gemv(
         {
             **sizes,
             "HEADS": heads,
+            "X_GAP": head_gaps[0],
+            "Y_GAP": head_gaps[1],
             "MATRIX": matrix_words(first.rows, columns, weight_format, packing.PANELS),
             **norm_constants(norm),
             "NORMED": power_of_two(-(-columns // sum(panels))),

@@ -9,10 +9,11 @@ from hetcomp.backends.gpu.experts import fused_experts
 from hetcomp.backends.gpu.gemv import MAX_MATRICES, Matrix, Norm, glu_gemv, linear_gemv
 from hetcomp.backends.gpu.heads import HeadOperands, heads_to_cache
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Operand
+from hetcomp.backends.gpu.mla import LatentOperands, LatentOps, latents_to_cache
 from hetcomp.backends.gpu.patterns import GluPair, HeadOps, Run
 from hetcomp.backends.gpu.rowwise import add_rms_norm
 from hetcomp.backends.gpu.triton_backend import TritonBackend
-from hetcomp.ir.ops import Glu, Linear, RmsNorm
+from hetcomp.ir.ops import Glu, HeadLinear, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value
 
 _BACKEND = TritonBackend()
@@ -120,6 +121,8 @@ class _Grouping:
         run, kind = self.run, self.run.ops[i].kind
         if i in run.heads:
             return self._heads(run.heads[i])
+        if i in run.latents:
+            return self._latents(run.latents[i])
         if i in run.glus:
             return self._glu(run.glus[i])
         if i in run.normed_adds:
@@ -148,7 +151,7 @@ class _Grouping:
         if not chain:
             others = run.readers[run.ops[first].inputs[0]]
             others = [j for j in others if j != first and j not in self.done and run.plain_linear(j)]
-            members += [j for j in others if run.alike(first, j)][: MAX_MATRICES - 1]
+            members += [j for j in others if run.alike(first, j) and self._ready(j)][: MAX_MATRICES - 1]
         for j in members:
             _BACKEND.require(self._request(j))
         operands = _Operands()
@@ -214,6 +217,26 @@ class _Grouping:
         named = HeadOperands(q, k, v, q_norm, k_norm, cos, sin, operands.write(q_rope.outputs[0]), k_cache, v_cache)
         k_type, v_type = (run.values[op.inputs[1]].type.dtype for op in (k_append, v_append))
         return self._made(of.members(), operands, heads_to_cache(named, of.attrs, k_type, v_type, self.rows))
+
+    def _latents(self, of: LatentOps) -> GpuGroup:
+        run, operands = self.run, _Operands()
+        for j in of.members():
+            _BACKEND.require(self._request(j))
+        rope, norm, absorb, append = (run.ops[j] for j in (of.q_rope, of.norm, of.absorb, of.append))
+        q, kv, weight, cos, sin, matrix = (
+            operands.read(v)
+            for v in (
+                *(run.ops[j].inputs[0] for j in (of.q_slice, of.kv_slice)),
+                *(norm.inputs[1], *rope.inputs[1:], absorb.inputs[1]),
+            )
+        )
+        y, cache = operands.write(run.ops[of.q_concat].outputs[0]), operands.read(append.inputs[1])
+        named = LatentOperands(q, kv, weight, cos, sin, matrix, y, cache)
+        assert isinstance(norm.attrs, RmsNorm) and isinstance(rope.attrs, Rope) and isinstance(absorb.attrs, HeadLinear)
+        cached = run.values[append.inputs[1]].type.dtype
+        weight_format = run.weight_format(of.absorb)
+        code = latents_to_cache(named, norm.attrs, rope.attrs, absorb.attrs, weight_format, cached, self._rows())
+        return self._made(of.members(), operands, code)
 
     def _normed_add(self, add: int, norm: int) -> GpuGroup:
         run, operands = self.run, _Operands()

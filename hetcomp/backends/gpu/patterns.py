@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.gemv import GEMV_ROWS, MAX_ADDED
 from hetcomp.backends.gpu.heads import HeadAttrs
+from hetcomp.backends.gpu.mla import LatentOps, find_latent_ops
 from hetcomp.ir.ops import Attention, KvAppend, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value, ValueKind
 
@@ -61,6 +62,7 @@ class Run:
         self.glus: dict[int, GluPair] = {}
         self.adds: dict[int, list[int]] = {}  # by the linear or moe_experts whose launch does them
         self.heads: dict[int, HeadOps] = {}
+        self.latents: dict[int, LatentOps] = {}
         self.normed_adds: dict[int, int] = {}  # norms by the add whose result they read
         self._find_heads()
         if self.decode:
@@ -72,6 +74,8 @@ class Run:
         """The ops of the pattern that op ``i`` begins; itself if it begins none."""
         if i in self.heads:
             return self.heads[i].members()
+        if i in self.latents:
+            return self.latents[i].members()
         if i in self.glus:
             pair = self.glus[i]
             return [pair.gate, pair.up, pair.glu]
@@ -170,9 +174,13 @@ class Run:
 
     def _find_heads(self) -> None:
         for i, op in enumerate(self.ops):
-            if not isinstance(op.attrs, Attention) or op.attrs.shared_kv:
+            if not isinstance(op.attrs, Attention):
                 continue
-            k_append, v_append = (self._append_to(state, i) for state in op.inputs[1:3])
+            if op.attrs.shared_kv:
+                latent = find_latent_ops(self, i) if self.decode else None
+                self.latents.update(dict.fromkeys(latent.members(), latent) if latent else {})
+                continue
+            k_append, v_append = (self.append_to(state, i) for state in op.inputs[1:3])
             if k_append is None or v_append is None:
                 continue
             q_rope, q_norm = self._rotation(op.inputs[0], None)
@@ -184,7 +192,7 @@ class Run:
                 found = HeadOps(q_norm, k_norm, q_rope, k_rope, k_append, v_append, attrs)
                 self.heads.update(dict.fromkeys(found.members(), found))
 
-    def _append_to(self, state: str, reader: int) -> int | None:
+    def append_to(self, state: str, reader: int) -> int | None:
         """The only op before ``reader`` that touches a state, an append."""
         before = [j for j in self.readers[state] if j < reader]
         return before[0] if len(before) == 1 and self.ops[before[0]].kind == "kv_append" else None
@@ -234,13 +242,15 @@ class Run:
                 continue
             for j in self.readers.get(op.outputs[0], []):
                 attrs = self.ops[j].attrs
-                if isinstance(attrs, RmsNorm) and attrs.groups == 1 and not self.foldable(j):
+                free = j not in self.heads and j not in self.latents and not self.foldable(j)
+                if isinstance(attrs, RmsNorm) and attrs.groups == 1 and free:
                     self.normed_adds[i] = j
                     break
 
     def dissolve(self, i: int) -> None:
         """Takes apart the pattern that op ``i`` begins: its parts are ops of their own."""
         self.adds.pop(i, None)
-        if i in self.heads:
-            for j in self.heads[i].members():
-                del self.heads[j]
+        for found in (self.heads.get(i), self.latents.get(i)):
+            for j in found.members() if found else ():
+                self.heads.pop(j, None)
+                self.latents.pop(j, None)
