@@ -12,7 +12,9 @@ Generation::Generation(Session& session, std::span<const std::int32_t> prompt, c
       pending_(prompt.begin(), prompt.end()),
       sampler_(params.sampling, params.seed),
       stops_(params.stop),
-      logits_(static_cast<std::size_t>(session.model().facts().vocab) * sizeof(float), "the logits") {
+      greedy_(sampler_.greedy() && session.model().offers_best()),
+      logits_(greedy_ ? 0 : static_cast<std::size_t>(session.model().facts().vocab) * sizeof(float),
+              "the logits") {
   if (params.max_new_tokens < 0)
     throw Error(HETCOMP_INVALID_ARGUMENT, "The number of new tokens must be 0 or larger.");
   session.check(prompt);
@@ -25,11 +27,18 @@ bool Generation::advance() {
   const std::size_t n = std::min(limit, pending_.size() - fed_);
   const bool last = fed_ + n == pending_.size();
   const bool wanted = last && params_.max_new_tokens > 0;
-  float* const logits = wanted ? reinterpret_cast<float*>(logits_.data()) : nullptr;
+  float* const logits = wanted && !greedy_ ? reinterpret_cast<float*>(logits_.data()) : nullptr;
   session_.prefill(std::span(pending_).subspan(fed_, n), logits,
-                   generated_ > 0 ? Phase::kDecode : Phase::kPrefill);
+                   generated_ > 0 ? Phase::kDecode : Phase::kPrefill, wanted && greedy_ ? &best_ : nullptr);
   fed_ += n;
   return last;
+}
+
+std::int32_t Generation::next_id() {
+  if (greedy_) return Sampler::checked(best_);
+  const std::span logits(reinterpret_cast<float*>(logits_.data()),
+                         static_cast<std::size_t>(session_.model().facts().vocab));
+  return sampler_.sample(logits, session_.tokens());
 }
 
 hetcomp_finish Generation::finish_of(std::int32_t id) const {
@@ -58,9 +67,7 @@ const GeneratedToken& Generation::next() {
     token_.finish = HETCOMP_FINISH_LENGTH;
     return token_;
   }
-  const std::span logits(reinterpret_cast<float*>(logits_.data()),
-                         static_cast<std::size_t>(session_.model().facts().vocab));
-  token_.id = sampler_.sample(logits, session_.tokens());
+  token_.id = next_id();
   ++generated_;
   token_.finish = finish_of(token_.id);
   add_text();

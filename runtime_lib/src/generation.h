@@ -38,7 +38,8 @@ class Generation {
   const GeneratedToken& next();
 
  private:
-  bool advance();  // feeds the next piece; true: the logits of the last token are there
+  bool advance();  // feeds the next piece; true: what follows the last token is there
+  std::int32_t next_id();
   hetcomp_finish finish_of(std::int32_t id) const;
   void add_text();
 
@@ -50,6 +51,8 @@ class Generation {
   Sampler sampler_;
   StopStrings stops_;
   std::optional<StreamDecoder> decoder_;
+  const bool greedy_;  // the model finds the next token itself: best_; else logits_ has the logits
+  std::int32_t best_ = -1;
   Memory logits_;
   GeneratedToken token_;
 };

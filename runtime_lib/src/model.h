@@ -39,7 +39,8 @@ struct StepRequest {
   std::span<const std::int32_t> positions;
   std::span<const std::int32_t> slots;
   std::span<const std::int32_t> logit_rows;
-  float* logits;
+  float* logits;                // null: not wanted
+  std::int32_t* best = nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
 };
 
 // Thread safe.
@@ -67,6 +68,9 @@ class Model {
 
   // Sizes must be within the program's limits and every value in range. Throws Error.
   void run(const StepRequest& request);
+
+  // Whether a step may ask for `best`.
+  bool offers_best() const { return gpu_ && gpu_->offers_best(); }
 
   std::string statistics_json() const;
   // For every weight the node it should lie on and the pages that do.

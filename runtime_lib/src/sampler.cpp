@@ -12,6 +12,10 @@ void require(bool good, const char* sentence) {
   if (!good) throw Error(HETCOMP_INVALID_ARGUMENT, sentence);
 }
 
+[[noreturn]] void refuse_not_finite() {
+  throw Error(HETCOMP_COMPUTE, "The logits are not finite: the weights are damaged or the format overflows.");
+}
+
 // The largest logit and the first id that has it.
 std::size_t arg_max(std::span<const float> logits) {
   std::size_t best = 0;
@@ -20,9 +24,7 @@ std::size_t arg_max(std::span<const float> logits) {
     nan |= std::isnan(logits[i]);
     if (logits[i] > logits[best]) best = i;
   }
-  if (nan || !std::isfinite(logits[best]))
-    throw Error(HETCOMP_COMPUTE,
-                "The logits are not finite: the weights are damaged or the format overflows.");
+  if (nan || !std::isfinite(logits[best])) refuse_not_finite();
   return best;
 }
 
@@ -39,6 +41,15 @@ void SamplingParams::check() const {
 
 Sampler::Sampler(const SamplingParams& params, std::uint64_t seed) : params_(params), random_(seed) {
   params_.check();
+}
+
+bool Sampler::greedy() const {
+  return params_.repetition_penalty == 1 && (params_.temperature == 0 || params_.top_k == 1);
+}
+
+std::int32_t Sampler::checked(std::int32_t best) {
+  if (best < 0) refuse_not_finite();
+  return best;
 }
 
 std::int32_t Sampler::sample(std::span<float> logits, std::span<const std::int32_t> seen) {

@@ -29,6 +29,12 @@ class Sampler {
  public:
   Sampler(const SamplingParams& params, std::uint64_t seed);  // throws Error
 
+  // Whether the token is the most likely one, whatever else the parameters say.
+  bool greedy() const;
+  // That token: the one that a device found, -1 where the logits are not finite. Throws Error as sample()
+  // does.
+  static std::int32_t checked(std::int32_t best);
+
   // logits: [vocab], overwritten by the repetition penalty; seen: the tokens so far, for that penalty. Throws
   // Error if no logit is a finite maximum (NaN anywhere, all minus infinity, or plus infinity).
   std::int32_t sample(std::span<float> logits, std::span<const std::int32_t> seen);

@@ -30,8 +30,9 @@ class Session {
 
   // Appends ids. logits: [n, vocab].
   void forward(std::span<const std::int32_t> ids, float* logits);
-  // Appends ids. logits: [vocab] of the last token, or null. phase: what the statistics count it as.
-  void prefill(std::span<const std::int32_t> ids, float* logits, Phase phase);
+  // Appends ids. logits: [vocab] of the last token, or null. phase: what the statistics count it as. best:
+  // null, or where the most likely next token goes, -1 where the logits are not finite (Model::offers_best).
+  void prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best = nullptr);
   void prefill(std::span<const std::int32_t> ids, float* logits) { prefill(ids, logits, phase_of(ids)); }
   // Throws Error unless 1 <= n <= room() and every id is in the vocabulary.
   void check(std::span<const std::int32_t> ids) const;
@@ -46,7 +47,7 @@ class Session {
     return ids.size() == 1 && length() > 0 ? Phase::kDecode : Phase::kPrefill;
   }
   void step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
-            float* logits);
+            float* logits, std::int32_t* best = nullptr);
 
   std::shared_ptr<Model> model_;
   std::int32_t slot_;

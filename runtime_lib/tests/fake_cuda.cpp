@@ -314,6 +314,11 @@ ENTRY cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t bytes, 
   stream->enqueue([=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), CUDA_SUCCESS; });
   return CUDA_SUCCESS;
 }
+ENTRY cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t bytes, CUstream stream) {
+  COUNTED;
+  stream->enqueue([=] { return std::memcpy(to, reinterpret_cast<const void*>(from), bytes), CUDA_SUCCESS; });
+  return CUDA_SUCCESS;
+}
 ENTRY cuMemHostAlloc(void** at, std::size_t bytes, unsigned) {
   COUNTED;
   ++fake.host_memories;

@@ -2,7 +2,9 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -73,13 +75,24 @@ void logits(const Arguments& a) {  // z, logit_rows, head, logits, rows
   }
 }
 
+void best(const Arguments& a) {  // logits, best, rows
+  for (std::int64_t r = 0; r < a.rows(2); ++r) {
+    const float* row = a.pointer<const float>(0) + r * kVocab;
+    const float* most = std::max_element(row, row + kVocab);
+    a.pointer<std::int32_t>(1)[r] = std::isfinite(*most) ? static_cast<std::int32_t>(most - row) : -1;
+  }
+}
+
 struct Kernel {
   std::string name;
   std::size_t pointers;  // arguments before the number of rows
   void (*run)(const Arguments&);
 };
-const std::array<Kernel, 4> kKernels{
-    {{"embed", 3, embed}, {"append", 4, append}, {"attend", 4, attend}, {"logits", 4, logits}}};
+const std::array<Kernel, 5> kKernels{{{"embed", 3, embed},
+                                      {"append", 4, append},
+                                      {"attend", 4, attend},
+                                      {"logits", 4, logits},
+                                      {"best", 2, best}}};
 
 int load(const void* image, std::size_t) {
   const std::string text = static_cast<const char*>(image) + 64;
@@ -124,6 +137,7 @@ Json graph(int batch, bool exact, bool with_cpu) {
   behind(kernel("attend", {"s", "positions", "slots", "kv"}, rows, "rows"));
   if (with_cpu) through_cpu(1);
   behind(kernel("logits", {with_cpu ? "z" : "s", "logit_rows", "head", "logits"}, rows, "logit_row_count"));
+  behind(kernel("best", {"logits", "best"}, rows, "logit_row_count"));
   return {{"batch", batch}, {"exact", exact}, {"nodes", nodes}};
 }
 
@@ -209,7 +223,8 @@ void FakeHybrid::write_gpu() const {
   for (const char* name : {"rows", "logit_row_count"}) add(name, 4, "step");
   for (const char* name : {"x", "s"}) add(name, kMaxTokens * kRowBytes, "pinned_out");
   for (const char* name : {"y", "z"}) add(name, kMaxTokens * kRowBytes, "pinned_in");
-  add("logits", kMaxLogitRows * kVocab * 4, "pinned_out");
+  add("logits", kMaxLogitRows * kVocab * 4, "result");
+  add("best", kMaxLogitRows * 4, "pinned_out");
   add("kv", FakeArtifact::kMaxBatch * kContext * kRowBytes, "state");
   // The weights of the fake artifact, which are the CPU's there.
   Json weights = artifact_.manifest()["weights"];

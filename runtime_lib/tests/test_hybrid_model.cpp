@@ -94,6 +94,40 @@ class GpuModels : public HybridModels, public testing::WithParamInterface<FakeHy
 INSTANTIATE_TEST_SUITE_P(Parts, GpuModels,
                          testing::Values(FakeHybrid::Parts::kGpuAndCpu, FakeHybrid::Parts::kGpu));
 
+std::vector<std::int32_t> generate(Sequence& sequence, const Ids& prompt, double temperature) {
+  hetcomp_generate_params params;
+  hetcomp_generate_params_init(&params);
+  params.max_new_tokens = 4;
+  params.temperature = temperature;
+  params.ignore_eos = 1;
+  std::vector<std::int32_t> ids;
+  const auto keep = [](const hetcomp_token* token, void* to) {
+    static_cast<std::vector<std::int32_t>*>(to)->push_back(token->id);
+    return 0;
+  };
+  check(hetcomp_generate(sequence.session.get(), prompt.data(), static_cast<std::int64_t>(prompt.size()),
+                         &params, keep, &ids, nullptr));
+  return ids;
+}
+
+TEST_P(GpuModels, GreedyTokensAreTheGpusAndThoseOfTheLogits) {
+  const FakeHybrid artifact(GetParam());
+  const ModelPtr model = load(artifact);
+  Ids ids = range(6);
+  Sequence greedy(model.get());
+  const std::vector<std::int32_t> found = generate(greedy, ids, 0);
+  ASSERT_EQ(found.size(), 4U);
+  for (const std::int32_t id : found) {
+    const Logits logits = artifact.expected(ids);
+    EXPECT_EQ(id, std::ranges::max_element(logits) - logits.begin());
+    ids.push_back(id);
+  }
+  // At next to no temperature the same tokens are drawn, from the logits on the host.
+  greedy.session.reset();
+  Sequence drawn(model.get());
+  EXPECT_EQ(generate(drawn, range(6), 1e-6), found);
+}
+
 TEST_P(GpuModels, ForwardGivesEveryRowAcrossSteps) {
   const FakeHybrid artifact(GetParam());
   const ModelPtr model = load(artifact);

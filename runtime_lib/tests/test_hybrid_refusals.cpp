@@ -121,7 +121,9 @@ TEST_F(HybridRefusals, StepBuffers) {
 TEST_F(HybridRefusals, PinnedBuffers) {
   expect_bad_program("bytes for the buffer logits, not 1940",
                      [](Json& p) { buffer(p, "logits")["bytes"] = 97 * 4; });
-  expect_bad_program("no pinned buffer logits", [](Json& p) { buffer(p, "logits")["kind"] = "arena"; });
+  expect_bad_program("bytes for the buffer best, not 20", [](Json& p) { buffer(p, "best")["bytes"] = 4; });
+  expect_bad_program("a buffer logits that is not a result",
+                     [](Json& p) { buffer(p, "logits")["kind"] = "arena"; });
   expect_bad_program("no pinned buffer x", [](Json& p) { buffer(p, "x")["kind"] = "arena"; });
   expect_bad_manifest("no pinned buffer ids", [](Json& m) { m["gpu"]["pinned"][2] = "ids"; });
   expect_bad_manifest("no pinned buffer none", [](Json& m) { m["gpu"]["pinned"][2] = "none"; });

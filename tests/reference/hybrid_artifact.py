@@ -99,7 +99,7 @@ def _buffers(folder: Path, model: HybridModel) -> list[dict[str, Any]]:
     """The buffers of program.json; writes the file of their weights."""
     rows, kinds = MAX_TOKENS * WIDTH * _FLOATS, {"x": "pinned_out", "y": "pinned_in"}
     buffers = [{"name": n, "bytes": rows, "kind": kinds.get(n, "arena")} for n in ("x", "y", "sum", "normed", "last")]
-    buffers.append({"name": "logits", "bytes": LOGIT_ROWS * VOCAB * _FLOATS, "kind": "pinned_out"})
+    buffers.append({"name": "logits", "bytes": LOGIT_ROWS * VOCAB * _FLOATS, "kind": "result"})
     counts = {"ids": MAX_TOKENS, "logit_rows": LOGIT_ROWS, "rows": 1, "logit_row_count": 1}
     buffers += [{"name": name, "bytes": 4 * count, "kind": "step"} for name, count in counts.items()]
     file, data = "gpu-weights-00001.safetensors", b""

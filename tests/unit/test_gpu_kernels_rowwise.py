@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetcomp.backends.gpu.argmax import argmax
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Value, ValueKind
@@ -185,3 +186,25 @@ def test_what_has_no_kernel_is_refused_by_name():
     asked = request(ops.Transfer("cpu", "gpu"), [_row("x", 3)], [_row("y", 3)], DIMS)
     with pytest.raises(HetcompError, match=r"compile model\.layers\.0\.test: there is no GPU kernel for 'transfer'"):
         emit(asked)
+
+
+@pytest.mark.parametrize("vocab", [1, 700, 1024, 2500])
+@FEW
+@given(count=COUNTS, seed=st.integers(0, 99))
+def test_argmax_is_the_first_of_the_largest(vocab, count, seed):
+    rng = np.random.default_rng(seed)
+    rows, exact = count
+    logits = rng.integers(-40, 40, (rows, vocab)).astype(np.float32)  # with ties
+    (best,) = run(argmax(vocab, max(rows, 1), exact), [logits], [((rows,), np.int32)], rows=rows)
+    np.testing.assert_array_equal(best, logits.argmax(axis=-1) if rows else [])
+
+
+@pytest.mark.parametrize(("value", "finds"), [(np.nan, -1), (np.inf, -1), (-np.inf, 3)])
+def test_argmax_tells_of_logits_that_are_not_finite(value, finds):
+    logits = np.zeros((2, 2000), np.float32)
+    logits[:, 3] = 1
+    logits[0, 1500] = value
+    (best,) = run(argmax(2000, 2, True), [logits], [((2,), np.int32)], rows=2)
+    assert best.tolist() == [finds, 3]
+    (best,) = run(argmax(2000, 1, True), [np.full((1, 2000), -np.inf, np.float32)], [((1,), np.int32)], rows=1)
+    assert best.tolist() == [-1]

@@ -11,7 +11,7 @@ from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.flat_ops import flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
-from hetcomp.backends.gpu.lower_step import ARENA, LOGITS, Place, Rows, StepGraph, StepLowering
+from hetcomp.backends.gpu.lower_step import ARENA, BEST, LOGITS, Place, Rows, StepGraph, StepLowering
 from hetcomp.backends.gpu.step_events import step_events
 from hetcomp.errors import HetcompError
 from hetcomp.ir.homes import on_gpu, read_in
@@ -75,7 +75,8 @@ class GpuProgram:
             GpuBuffer(CONSTANTS, len(self.constants), "constant"),
             GpuBuffer(ARENA, max(g.arena_bytes for g in self.graphs), "arena"),
             *(GpuBuffer(name, 4 * dims.get(dim, 1), "step") for name, dim in _STEP.items() if name in named),
-            GpuBuffer(LOGITS, 4 * dims["R"] * self.plan.model.vocab, "pinned_out"),
+            *([GpuBuffer(LOGITS, 4 * dims["R"] * self.plan.model.vocab, "result")] if LOGITS in named else []),
+            *([GpuBuffer(BEST, 4 * dims["R"], "pinned_out")] if BEST in named else []),
             *(GpuBuffer(b.name, b.bytes, "pinned_out" if b.to_cpu else "pinned_in") for b in self.exchange.buffers),
         ]
         return tuple(buffer for buffer in found if buffer.bytes)

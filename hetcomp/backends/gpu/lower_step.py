@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
+from hetcomp.backends.gpu.argmax import argmax
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
 from hetcomp.backends.gpu.hand_out import add_sums, hand_out
 from hetcomp.backends.gpu.kernels import GpuKernel, GpuRequest, Launch, Operand
@@ -27,11 +28,11 @@ from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.cpu_side import HandOver
 from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
 from hetcomp.ir.node_parts import cut_value
-from hetcomp.ir.plan import Value, ValueKind
+from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
 ARENA = "arena"
-LOGITS = "logits"
+LOGITS, BEST = "logits", "best"
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,17 @@ class StepLowering:
                 self.values[source] = replace(self.values[op.outputs[0]], id=source)
                 self.steps += [Ask(hand_over.flag), Await(hand_over.flag)]
                 self.steps.append(hand_out(op, (self.values[source],), op.outputs, self.rows.exact))
-            case Result():
-                pass
+            case Result(op):
+                self._find_best(op)
+
+    def _find_best(self, op: Op) -> None:
+        """The most likely token of each row, so that greedy decoding need not fetch the logits."""
+        vocab = self.values[op.inputs[0]].type.shape[-1]
+        assert isinstance(vocab, int)
+        self.values[BEST] = Value(BEST, TensorType(DType.I32, ("R",)), ValueKind.OUTPUT)
+        self.places[BEST] = Place(BEST)
+        code = argmax(vocab, self.rows.logit_rows, self.rows.exact)
+        self.steps.append(GpuGroup((op,), op.inputs, (BEST,), code))
 
     def _pinned(self, hand_over: HandOver, part: str) -> str:
         """A name for a pinned buffer among the values."""

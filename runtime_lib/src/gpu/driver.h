@@ -90,6 +90,7 @@ class CudaDriver {
   DriverCall<CUdeviceptr, unsigned char, std::size_t, CUstream> memory_set{library_, "cuMemsetD8Async"};
   DriverCall<CUdeviceptr, const void*, std::size_t, CUstream> copy_to_device{library_,
                                                                              "cuMemcpyHtoDAsync_v2"};
+  DriverCall<void*, CUdeviceptr, std::size_t, CUstream> copy_to_host{library_, "cuMemcpyDtoHAsync_v2"};
   DriverCall<void**, std::size_t, unsigned> host_allocate{library_, "cuMemHostAlloc"};
   DriverCall<void*> host_free{library_, "cuMemFreeHost"};
   DriverCall<CUdeviceptr*, void*, unsigned> host_device_pointer{library_, "cuMemHostGetDevicePointer_v2"};

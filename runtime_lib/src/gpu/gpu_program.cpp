@@ -189,6 +189,19 @@ std::span<std::byte> GpuProgram::host(const std::string& buffer) const {
   throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU program has no step or pinned buffer " + buffer + ".");
 }
 
+void GpuProgram::fetch(const std::string& buffer, std::span<std::byte> to) const {
+  for (std::size_t i = 0; i < record_.buffers.size(); ++i) {
+    if (record_.buffers[i].name != buffer || record_.buffers[i].kind != BufferKind::kResult) continue;
+    if (to.size() > record_.buffers[i].bytes)
+      throw Error(HETCOMP_INVALID_ARGUMENT, "The buffer " + buffer + " has fewer bytes than are wanted.");
+    const CurrentContext current(driver_, *context_);
+    driver_.copy_to_host(to.data(), resources_->buffers.address({i, 0}), to.size(), resources_->stream.get());
+    driver_.stream_synchronize(resources_->stream.get());
+    return;
+  }
+  throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU program has no result buffer " + buffer + ".");
+}
+
 std::uint64_t GpuProgram::device_bytes() const { return resources_->budget.taken(); }
 
 }  // namespace hetcomp::gpu

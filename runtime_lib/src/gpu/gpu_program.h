@@ -49,6 +49,9 @@ class GpuProgram {
   std::span<std::byte> host(const std::string& buffer) const;
 
   const GpuProgramRecord& record() const { return record_; }
+  // Copies the beginning of a result buffer, between steps. Throws Error for any other name.
+  void fetch(const std::string& buffer, std::span<std::byte> to) const;
+
   const Device& device() const { return device_; }
   std::uint64_t device_bytes() const;  // taken of the plan's figure
 

@@ -52,11 +52,26 @@ GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest
   check_graphs(manifest.model);
   for (const std::string& name : manifest.gpu->pinned)
     pinned_.push_back(reinterpret_cast<std::uint8_t*>(pinned_buffer(name).data()));
-  logits_ = pinned_buffer("logits");
-  const std::size_t bytes = static_cast<std::size_t>(manifest.model.max_logit_rows) * vocab_ * sizeof(float);
-  if (logits_.size() != bytes)
-    refuse("has " + std::to_string(logits_.size()) + " bytes for the buffer logits, not " +
-           std::to_string(bytes));
+  find_results(manifest.model);
+}
+
+// The logits, and the most likely tokens where a program finds them.
+void GpuStep::find_results(const ModelFacts& model) {
+  const auto rows = static_cast<std::size_t>(model.max_logit_rows);
+  for (const BufferRecord& buffer : program_.record().buffers) {
+    const bool logits = buffer.name == "logits";
+    const bool best = buffer.name == "best";
+    if (!logits && !best) continue;
+    if (buffer.kind != (logits ? BufferKind::kResult : BufferKind::kPinnedOut))
+      refuse("has a buffer " + buffer.name + " that is not " + (logits ? "a result" : "pinned"));
+    const std::size_t bytes = rows * (logits ? vocab_ * sizeof(float) : sizeof(std::int32_t));
+    if (buffer.bytes != bytes)
+      refuse("has " + std::to_string(buffer.bytes) + " bytes for the buffer " + buffer.name + ", not " +
+             std::to_string(bytes));
+    if (best) best_ = {reinterpret_cast<std::int32_t*>(program_.host("best").data()), rows};
+    gives_logits_ |= logits;
+  }
+  if (!gives_logits_ && !has_hand_overs_) refuse("has no result buffer logits");
 }
 
 void GpuStep::find_inputs(const ModelFacts& model) {
@@ -156,17 +171,18 @@ void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
   const std::int64_t wanted = step.n_logit_rows;
   copy_padded(inputs_.logit_rows, step.logit_rows, wanted, graph.exact ? graph.batch : wanted,
               wanted > 0 ? step.logit_rows[wanted - 1] : 0);
-  // Of an exact graph all rows are written: those kernels that do not ask how many there are read all of them.
+  // Of an exact graph all rows are written: those kernels that do not ask how many there are read all of
+  // them.
   if (!inputs_.rows.empty()) inputs_.rows[0] = static_cast<std::int32_t>(rows);
   if (!inputs_.logit_row_count.empty())
     inputs_.logit_row_count[0] = static_cast<std::int32_t>(graph.exact ? rows : wanted);
 }
 
-std::int32_t GpuStep::run(hetcomp_step step, const Lanes& lanes) {
+std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Lanes& lanes) {
   const std::optional<Place> padding = padding_place(step);
   const GraphRecord& graph = choose_graph(step, padding.has_value());
   fill_inputs(step, graph, padding);
-  float* const logits = std::exchange(step.logits, nullptr);
+  float* const logits = gives_logits_ ? std::exchange(step.logits, nullptr) : nullptr;
   step.pinned = pinned_.data();
   program_.run(graph.batch, [&](HandShake& hand_shake) {
     if (!has_hand_overs_) return;
@@ -174,8 +190,10 @@ std::int32_t GpuStep::run(hetcomp_step step, const Lanes& lanes) {
     step.hand_over = &hand_over;
     lanes(step);
   });
-  const std::size_t bytes = static_cast<std::size_t>(step.n_logit_rows) * vocab_ * sizeof(float);
-  if (bytes > 0) std::memcpy(logits, logits_.data(), bytes);
+  const auto rows = static_cast<std::size_t>(step.n_logit_rows);
+  if (logits != nullptr && rows > 0)
+    program_.fetch("logits", std::as_writable_bytes(std::span(logits, rows * vocab_)));
+  if (best != nullptr) std::ranges::copy(best_.first(rows), best);
   return graph.batch;
 }
 

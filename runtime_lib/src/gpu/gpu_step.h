@@ -25,9 +25,15 @@ class GpuStep {
 
   // The step with what a program needs beside a GPU, for the lanes to run.
   using Lanes = std::function<void(const hetcomp_step&)>;
-  // Runs one step, which has the tokens and the caller's logits. Returns the batch size of the graph that it
-  // ran. One thread at a time. Throws Error as GpuProgram::run does; what `lanes` throws is passed on.
-  std::int32_t run(hetcomp_step step, const Lanes& lanes);
+  // Runs one step, which has the tokens and the caller's logits (null: not wanted). best: null, or where to
+  // put the most likely token of each row of logits, -1 where they are not finite. Returns the batch size of
+  // the graph that it ran. One thread at a time. Throws Error as GpuProgram::run does; what `lanes` throws is
+  // passed on.
+  std::int32_t run(hetcomp_step step, std::int32_t* best, const Lanes& lanes);
+
+  bool offers_best() const { return !best_.empty(); }
+  // Whether the GPU computes the logits; else the CPU's program does, into the step's.
+  bool gives_logits() const { return gives_logits_; }
 
   const std::string& name() const { return program_.device().name; }
   std::uint64_t bytes() const { return program_.device_bytes(); }  // of its memory
@@ -43,6 +49,7 @@ class GpuStep {
 
   void find_inputs(const ModelFacts& model);
   void check_graphs(const ModelFacts& model) const;
+  void find_results(const ModelFacts& model);
   std::span<std::byte> pinned_buffer(const std::string& name) const;
   std::optional<Place> padding_place(const hetcomp_step& step) const;
   const GraphRecord& choose_graph(const hetcomp_step& step, bool may_pad) const;
@@ -56,7 +63,8 @@ class GpuStep {
   bool has_hand_overs_;
   Inputs inputs_;
   std::vector<std::uint8_t*> pinned_;  // in the order of hetcomp_step::pinned
-  std::span<std::byte> logits_;
+  std::span<std::int32_t> best_;
+  bool gives_logits_ = false;
 };
 
 }  // namespace hetcomp::gpu

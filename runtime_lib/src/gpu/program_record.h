@@ -19,6 +19,7 @@ enum class BufferKind {
   kWeight,     // read from files, never written
   kConstant,   // the same, but not of the model
   kState,      // lives from step to step
+  kResult,     // of a step, which the host may fetch when it is over
   kStep,       // the host writes it before a step, kernels read it in device memory
   kPinnedIn,   // in host memory: what the CPU hands to kernels
   kPinnedOut,  // in host memory: what kernels hand to the CPU
