@@ -3,15 +3,17 @@ part, the graphs and all hand-overs are real."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 import hetcomp
+from hetcomp.backends import packing
 from hetcomp.compiler import PlanWishes
 from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
@@ -27,10 +29,24 @@ MAX_BATCH = 3  # sequences; the graphs of exact rows are then for 1, 2 and 4
 SLOW = BandwidthPoint(threads=4, gb_per_s=0.01)
 
 
+PINS: Mapping[str, tuple[str, ...]] = {
+    "gpu": ("*=gpu:0",),  # all of it
+    "experts": ("*=gpu:0", "moe.experts=cpu"),
+    "layer": ("*@0=gpu:0", "*@1=cpu", "*@2=gpu:0"),
+    "split": (),  # about half of the experts, as much as there is room for
+}
+# Every format in the decode kernels of two roles.
+MIXTURES = (
+    {"experts": "q4", "attention": "q8", "dense": "mxfp4", "router": "fp8", "embedding": "bf16", "kv": "f32"},
+    {"experts": "mxfp4", "attention": "fp8", "dense": "bf16", "router": "q8", "embedding": "q4", "kv": "f32"},
+)
+# GEMMs round activations to bf16, 8 bits: a product is off by 2^-9 at most, a logit by a few times that.
+BF16_TOLERANCE = 2e-2
+
+
 @dataclass(frozen=True)
 class Case:
-    """A tiny model and where it is: all on the ``gpu``, its ``experts`` on the CPU, one ``layer`` on the CPU, or
-    ``split``: about half of the experts in ``vram`` bytes."""
+    """A tiny model, where it is (``PINS``), and bytes of the GPU's memory, 0: enough."""
 
     family: str
     odd: bool
@@ -40,27 +56,24 @@ class Case:
     def __str__(self) -> str:
         return f"{self.family}{'-odd' if self.odd else ''}-{self.placement}"
 
-    def compile(self, model: Path, out: Path) -> Executable:
-        """The artifact for one node with AVX2 and one GPU."""
-        pins = {
-            "gpu": ("*=gpu:0",),
-            "experts": ("*=gpu:0", "moe.experts=cpu"),
-            "layer": ("*@0=gpu:0", "*@1=cpu", "*@2=gpu:0"),
-            "split": (),
-        }
-        wishes = PlanWishes(pins=pins[self.placement], vram=GPU_RESERVE + self.vram if self.vram else None)
-        node = avx2_machine(1).nodes[0].model_copy(update={"read_bandwidth": (SLOW,)})
-        machine = avx2_machine(1).model_copy(update={"gpus": (gpu(),), "nodes": (node,)})
-        return hetcomp.compile(
-            model,
-            machine,
-            formats="f32",
-            context_length=CONTEXT,
-            max_batch=MAX_BATCH,
-            out=out,
-            isa=("avx2",),
-            wishes=wishes,
-        )
+
+def compile_tiny(
+    folder: Path, placement: str, vram: int = 0, formats: str | Mapping[str, str] = "f32", max_batch: int = MAX_BATCH
+) -> Executable:
+    """The model in ``folder``/hf for one node with AVX2 and one GPU."""
+    node = avx2_machine(1).nodes[0].model_copy(update={"read_bandwidth": (SLOW,)})
+    machine = avx2_machine(1).model_copy(update={"gpus": (gpu(),), "nodes": (node,)})
+    wishes = PlanWishes(pins=PINS[placement], vram=GPU_RESERVE + vram if vram else None)
+    return hetcomp.compile(
+        folder / "hf",
+        machine,
+        formats=formats,
+        context_length=CONTEXT,
+        max_batch=max_batch,
+        out=folder / "tiny.hetc",
+        isa=("avx2",),
+        wishes=wishes,
+    )
 
 
 CASES = [
@@ -86,7 +99,7 @@ def pair(
     folder = tmp_path_factory.mktemp(str(case))
     model = save_tiny(case.family, folder / "hf", odd=case.odd)
     with emulated_gpu(compute_capability=89):
-        exe = case.compile(folder / "hf", folder / "tiny.hetc")
+        exe = compile_tiny(folder, case.placement, case.vram)
         if case.placement == "split":
             assert any(_is_split(exe, call) for call in range(len(exe.plan.calls)))
         yield model, exe
@@ -129,3 +142,33 @@ def test_sessions_of_different_lengths_in_one_batch(pair):
         assert relative_error(rows, want) < TOLERANCE
     for session in sessions:
         session.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("formats", MIXTURES, ids=lambda formats: formats["experts"])
+def test_formats_are_the_numbers_that_their_codes_stand_for(formats, tmp_path):
+    model = save_tiny("qwen2_moe", tmp_path / "hf")
+    ids = token_ids(model, 9)
+    with emulated_gpu(compute_capability=89):
+        exe = compile_tiny(tmp_path, "gpu", formats=formats, max_batch=1)
+        prompt = exe(ids[0].tolist())
+        with exe.runtime.session() as session:
+            decoded = np.concatenate([exe.runtime.decode([session], [int(i)]) for i in ids[0]])
+        exe.runtime.close()
+    decode_weights(model, exe)
+    want = reference_logits(model, ids)
+    assert relative_error(decoded, want) < TOLERANCE
+    assert relative_error(prompt, want) < BF16_TOLERANCE
+
+
+@torch.no_grad()
+def decode_weights(model: PreTrainedModel, exe: Executable) -> None:
+    """Makes the model's weights what is left of them in the executable's formats."""
+    parameters = dict(model.named_parameters())
+    packed = [v for v in exe.plan.values if v.fqn in parameters and v.format is not None]
+    assert {v.format for v in packed} >= {"q4", "q8", "mxfp4", "fp8", "bf16"}
+    for value in packed:
+        parameter = parameters[value.fqn]
+        if parameter.dim() > 1:
+            data, _ = packing.pack(parameter.numpy(), value)
+            parameter.copy_(torch.from_numpy(packing.unpack(data, value)).reshape(parameter.shape))

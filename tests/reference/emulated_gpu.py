@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 import hetcomp.backends.gpu.compile_kernels as real
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.kernels import GpuKernel
@@ -109,15 +111,17 @@ _CALLBACKS = (_LOADER(_GPU.load), _LAUNCHER(_GPU.launch))
 
 
 @functools.cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="hetcomp-emulated-gpu-"))
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Lives as long as the process."""
+    return tempfile.TemporaryDirectory(prefix="hetcomp-emulated-gpu-")
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     """The fake driver. Loaded once for the process: whoever opens libcuda.so.1 from now on gets this one, by its
-    SONAME, though the machine may have another; outside of :func:`emulated_gpu` it shows no device."""
-    library = _folder() / "libcuda.so.1"
+    SONAME, though the machine may have another; outside of :func:`emulated_gpu` it shows no device. The test is skipped
+    where the machine's own was opened before."""
+    library = Path(_folder().name) / "libcuda.so.1"
     source = ROOT / "runtime_lib" / "tests" / "fake_cuda.cpp"
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1"]
     command += ["-iquote", str(ROOT / "codegen_templates" / "probe"), str(source), "-o", str(library)]
@@ -125,7 +129,7 @@ def _library() -> ctypes.CDLL:
     ctypes.CDLL(str(library))
     found = ctypes.CDLL("libcuda.so.1")
     if not hasattr(found, "fake_cuda"):
-        raise RuntimeError("This process has loaded the real libcuda.so.1 already; run the tests in one of their own.")
+        pytest.skip("This process has loaded the machine's own libcuda.so.1 already; run the test in one of its own.")
     found.fake_cuda.restype = ctypes.POINTER(_FakeCuda)
     found.fake_cuda_memory.restype = ctypes.c_size_t
     found.fake_cuda_set_module_loader(_CALLBACKS[0])
@@ -144,7 +148,7 @@ def _compile_stand_ins(
     """As hetcomp.backends.gpu.compile_kernels.compile_kernels."""
     made = []
     for kernel in {k.name: k for k in kernels}.values():
-        image = _folder() / f"{kernel.name}.cubin"
+        image = Path(_folder().name) / f"{kernel.name}.cubin"
         image.write_bytes(_GPU.stand_in(kernel))
         made += [CompiledKernel(kernel, cc, kernel.function, image, kernel.warps, 0, 0) for cc in ccs]
     return made
