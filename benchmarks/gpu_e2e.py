@@ -27,7 +27,8 @@ def run(record: Record, o: argparse.Namespace) -> None:
     ids = random.Random(0).choices(range(models.plan(o.artifacts[0]).model.vocab), k=max(o.prompts))
     for artifact in o.artifacts:
         # One artifact is loaded at a time: their weights together may be more than the memory.
-        with Worker(sys.executable, "hetcomp_worker", artifact, "--threads", str(o.threads)) as worker:
+        options = ("--threads", str(o.threads), "--weights", o.weights)
+        with Worker(sys.executable, "hetcomp_worker", artifact, *options) as worker:
             _measure(record, o, artifact.stem, worker, ids)
             _compare(record, artifact)
 
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=lambda text: [int(n) for n in text.split(",")], default=[512])
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1])
+    parser.add_argument("--weights", default="auto", help="ram, mmap or auto, as hetcomp.load takes it")
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
     record = Record("gpu_e2e", {"artifacts": [a.stem for a in o.artifacts], "prompts": o.prompts, "batches": o.batches})

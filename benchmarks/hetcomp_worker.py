@@ -1,4 +1,4 @@
-"""Worker that runs a compiled artifact through hetcomp's Python API: ARTIFACT --threads N."""
+"""Worker that runs a compiled artifact through hetcomp's Python API: ARTIFACT --threads N [--weights mmap]."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--weights", default="auto")
     options = parser.parse_args()
-    exe = hetcomp.load(options.artifact, threads=options.threads)
+    exe = hetcomp.load(options.artifact, threads=options.threads, weights=options.weights)
 
     def decode(prompt: list[int], tokens: int) -> float:
         """Tokens per second after the prompt and the first token."""

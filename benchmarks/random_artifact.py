@@ -4,8 +4,8 @@ python -m benchmarks.random_artifact NAME OUT.hetc --formats q4 --isa amx_bf16 [
 python -m benchmarks.random_artifact --weights-of OUT.hetc
 
 The first compiles the zoo's config NAME (--hollow: files of weights have their size, but nothing is written to them);
-the second only writes the weights of an artifact that was copied here without them (the same bytes: they follow from the
-plan).
+the second only writes the weights of an artifact that was copied here without them (the same bytes: they follow from
+the plan).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def preset(spec: str) -> HardwareProfile:
         have = f"names {' and '.join(machines)}" if machines else "names no machine"
         raise HetcompError(f"preset:{spec} {have}; give exactly one of {', '.join(machine_names())}.")
     base = _machine(machines[0])
-    parts = [_gpu(name) for name in gpus]
+    parts = [gpu_preset(name) for name in gpus]
     references = dict(base.references)
     for index, found in enumerate(parts):
         references |= {f"gpus.{index}.{path}": text for path, text in found.references.items()}
@@ -65,7 +65,8 @@ def _machine(name: str) -> HardwareProfile:
     return HardwareProfile.model_validate_json(text)
 
 
-def _gpu(name: str) -> GpuPreset:
+def gpu_preset(name: str) -> GpuPreset:
+    """The GPU ``name`` of :func:`gpu_names`."""
     document = json.loads((_folder("gpus") / f"{name}.json").read_text(encoding="utf-8"))
     try:
         return GpuPreset.model_validate(document)

@@ -9,8 +9,11 @@ import pytest
 from hetcomp.errors import HetcompError
 from hetcomp.hardware import compilers
 from hetcomp.hardware.detect import cpu_list, detect_machine
+from hetcomp.hardware.figures import Gpu, Source
+from hetcomp.hardware.gpu_estimates import completed
 from hetcomp.hardware.gpus import detect_gpus
 from hetcomp.hardware.limits import cpu_quota, memory_left
+from hetcomp.passes.device_time import gpu_tflops, link_gb_per_s
 
 V3 = "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
 V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
@@ -236,3 +239,33 @@ def test_asking_for_gpus_never_fails():
     driver = detect_gpus()
     assert driver.state
     assert all(gpu.memory_bytes > 0 for gpu in driver.gpus)
+
+
+def _unmeasured(name: str, cc: tuple[int, int], **more: float) -> Gpu:
+    return Gpu(name=name, memory_bytes=1 << 34, compute_capability=cc, source=Source.DATA_SHEET, **more)
+
+
+def test_a_gpu_that_ships_has_its_data_sheet():
+    gpu = completed(_unmeasured("NVIDIA GeForce RTX 4090", (8, 9)), 128, 0, None)
+    assert (gpu.gb_per_s, gpu.link_gb_per_s) == (1008, 31.5)
+    assert {rate.weight_format for rate in gpu.rates} >= {"bf16", "fp8"}
+
+
+def test_another_gpu_has_estimates(tmp_path):
+    plain = _unmeasured("NVIDIA RTX A6000", (8, 6), gb_per_s=768.0)
+    gpu = completed(plain, 84, 1_800_000, "0000:65:00.0", tmp_path)
+    assert gpu.link_gb_per_s == 15.8  # nothing is known of its link
+    (rate,) = gpu.rates
+    assert rate.source is Source.ESTIMATE and rate.tflops == pytest.approx(84 * 1.8e9 * 512 / 1e12)
+    device = tmp_path / "0000:65:00.0"
+    device.mkdir()
+    (device / "max_link_speed").write_text("16.0 GT/s PCIe\n")
+    (device / "max_link_width").write_text("8\n")
+    assert completed(plain, 84, 0, "0000:65:00.0", tmp_path).link_gb_per_s == pytest.approx(8 * 1.969)
+    (device / "max_link_width").write_text("Unknown\n")
+    assert completed(plain, 84, 0, "0000:65:00.0", tmp_path).link_gb_per_s == 15.8
+
+
+def test_a_detected_gpu_can_be_planned_for():
+    gpu = completed(_unmeasured("NVIDIA RTX A6000", (8, 6), gb_per_s=768.0), 84, 1_800_000, None)
+    assert gpu_tflops(gpu, "q4") > 0 and link_gb_per_s(gpu) > 0
