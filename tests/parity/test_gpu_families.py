@@ -46,23 +46,31 @@ BF16_TOLERANCE = 2e-2
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model, where it is (``PINS``), and bytes of the GPU's memory, 0: enough."""
+    """A tiny model, where it is (``PINS``), bytes of the GPU's memory, 0: enough, and the CPU's NUMA nodes."""
 
     family: str
     odd: bool
     placement: str
     vram: int = 0
+    nodes: int = 1
 
     def __str__(self) -> str:
-        return f"{self.family}{'-odd' if self.odd else ''}-{self.placement}"
+        nodes = f"-{self.nodes}nodes" if self.nodes > 1 else ""
+        return f"{self.family}{'-odd' if self.odd else ''}-{self.placement}{nodes}"
 
 
 def compile_tiny(
-    folder: Path, placement: str, vram: int = 0, formats: str | Mapping[str, str] = "f32", max_batch: int = MAX_BATCH
+    folder: Path,
+    placement: str,
+    vram: int = 0,
+    formats: str | Mapping[str, str] = "f32",
+    max_batch: int = MAX_BATCH,
+    nodes: int = 1,
 ) -> Executable:
-    """The model in ``folder``/hf for one node with AVX2 and one GPU."""
-    node = avx2_machine(1).nodes[0].model_copy(update={"read_bandwidth": (SLOW,)})
-    machine = avx2_machine(1).model_copy(update={"gpus": (gpu(),), "nodes": (node,)})
+    """The model in ``folder``/hf for CPUs with AVX2 and one GPU."""
+    plain = avx2_machine(nodes)
+    slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
+    machine = plain.model_copy(update={"gpus": (gpu(),), "nodes": slow})
     wishes = PlanWishes(pins=PINS[placement], vram=GPU_RESERVE + vram if vram else None)
     return hetcomp.compile(
         folder / "hf",
@@ -88,6 +96,7 @@ CASES = [
     Case("qwen3", False, "layer"),
     Case("qwen2_moe", False, "split", 900_000),
     Case("gpt_oss", False, "split", 900_000),
+    Case("gpt_oss", False, "split", 900_000, nodes=2),  # of some experts each node has a slice, biases too
 ]
 
 
@@ -99,7 +108,7 @@ def pair(
     folder = tmp_path_factory.mktemp(str(case))
     model = save_tiny(case.family, folder / "hf", odd=case.odd)
     with emulated_gpu(compute_capability=89):
-        exe = compile_tiny(folder, case.placement, case.vram)
+        exe = compile_tiny(folder, case.placement, case.vram, nodes=case.nodes)
         if case.placement == "split":
             assert any(_is_split(exe, call) for call in range(len(exe.plan.calls)))
         yield model, exe
