@@ -63,11 +63,13 @@ def experts_gate_up_gemv(
         w + expert.to(tl.int64) * MATRIX,
         pair * 2 + c // 16,
         c % 16,
+        0,
         HIDDEN,
         HIDDEN,
         EPS,
         WEIGHT_OFFSET,
         FORMAT,
+        1,
         1,
         STEPS,
     )

@@ -105,11 +105,13 @@ def panel_products(
     w,
     panels,
     rows,
+    part,
     X_ROW: tl.constexpr,
     K: tl.constexpr,
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
     FORMAT: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -119,20 +121,21 @@ def panel_products(
     sum of squares is that of the row and its factor that of the whole product. w, panels, rows i32[columns]: see
     weights.load_words. STEPS: steps of a turn, fewer than a block's threads: then Triton loads a turn's activations
     where they are used, without shared memory. The weights of a turn are loaded while those of the turn before are
-    multiplied.
+    multiplied. part: which of PARTS equal parts of k is summed; more than one have whole turns.
     """
-    ALL: tl.constexpr = padded_steps(K, FORMAT)
-    LAST: tl.constexpr = (ALL - 1) // STEPS * STEPS
+    COUNT: tl.constexpr = padded_steps(K, FORMAT) // PARTS
+    LAST: tl.constexpr = (COUNT - 1) // STEPS * STEPS
+    begin = part * COUNT
     sums = (tl.zeros((STEPS, rows.shape[0]), tl.float32),) * ROWS
-    words, scales = _load_turn(w, panels, rows, 0, K, FORMAT, STEPS)
+    words, scales = _load_turn(w, panels, rows, begin, K, FORMAT, STEPS)
     # Before the loop, the weights are on their way meanwhile; but many rows' factors have no registers during it.
     if norm is not None and ROWS <= 4:
         factors = norm_factors(x, X_ROW, K, EPS, ROWS)
     for first in tl.range(0, LAST, STEPS, num_stages=1):
-        next_words, next_scales = _load_turn(w, panels, rows, first + STEPS, K, FORMAT, STEPS)
-        sums = _multiply_turn(x, norm, words, scales, sums, first, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS)
+        next_words, next_scales = _load_turn(w, panels, rows, begin + first + STEPS, K, FORMAT, STEPS)
+        sums = _multiply_turn(x, norm, words, scales, sums, begin + first, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS)
         words, scales = next_words, next_scales
-    sums = _multiply_turn(x, norm, words, scales, sums, LAST, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS)
+    sums = _multiply_turn(x, norm, words, scales, sums, begin + LAST, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS)
     if norm is not None and ROWS > 4:
         factors = norm_factors(x, X_ROW, K, EPS, ROWS)
     totals = ()
@@ -172,18 +175,22 @@ def linear_gemv(
     WEIGHT_OFFSET: tl.constexpr,
     NORMED: tl.constexpr,
     FORMAT: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """linear and head_linear for exactly ROWS rows: x f32[ROWS, HEADS, K], w HEADS matrices [N, K] of MATRIX words,
     bias f32[N] or None -> y f32[ROWS, HEADS, N]. Behind each head x has X_GAP elements that are not read, y Y_GAP that
-    are not written. Grid: (panels of all matrices, HEADS).
+    are not written. With more than one of PARTS, y is f32[PARTS, ROWS, N], the sums of parts of k, to be added up by
+    who reads it; HEADS is 1 then. Grid: (panels of all matrices, HEADS, PARTS).
 
     norm: None or the weight of x's rms_norm (panel_products). w_1, w_2: None, or further matrices [N_1, K], [N_2, K] to
     multiply the same x with, with a bias if the first has one; HEADS is 1 then. added, added_1: None, or f32 of y's
     shape to be added to it. normed: None, or where the norm's result f32[ROWS, K] is wanted, NORMED columns a program.
     """
-    panel, head = tl.program_id(0), tl.program_id(1)
+    panel, head, part = tl.program_id(0), tl.program_id(1), 0
+    if PARTS > 1:
+        part = tl.program_id(2)
     matrix, its_bias, its_y, width = w, bias, y, panel * 0 + N
     if w_1 is not None:
         BEFORE_1: tl.constexpr = (N + 15) // 16
@@ -197,14 +204,15 @@ def linear_gemv(
     r = tl.arange(0, 16)
     n = panel * 16 + r
     totals = panel_products(
-        x + head * (K + X_GAP), norm, matrix + head.to(tl.int64) * MATRIX, panel + r * 0, r,
-        HEADS * (K + X_GAP), K, EPS, WEIGHT_OFFSET, FORMAT, ROWS, STEPS,
+        x + head * (K + X_GAP), norm, matrix + head.to(tl.int64) * MATRIX, panel + r * 0, r, part,
+        HEADS * (K + X_GAP), K, EPS, WEIGHT_OFFSET, FORMAT, PARTS, ROWS, STEPS,
     )  # fmt: skip
     for m in tl.static_range(ROWS):
         total = totals[m]
-        at = (m * HEADS + head) * (width + Y_GAP) + n
+        at = ((part * ROWS + m) * HEADS + head) * (width + Y_GAP) + n
         if bias is not None:
-            total += tl.load(its_bias + n, mask=n < width, other=0.0)
+            of_bias = width if PARTS == 1 else tl.where(part == 0, width, 0)
+            total += tl.load(its_bias + n, mask=n < of_bias, other=0.0)
         if added is not None:
             total += tl.load(added + at, mask=n < width, other=0.0)
         if added_1 is not None:
@@ -247,7 +255,7 @@ def glu_gemv(
     apart = tl.multiple_of((up.to(tl.int64) - gate.to(tl.int64)) // WORD, 16 // WORD)
     matrices = (gate + (c // 16) * apart)[None, :]
     totals = panel_products(
-        x, norm, matrices, tl.program_id(0) + c * 0, c % 16, K, K, EPS, WEIGHT_OFFSET, FORMAT, ROWS, STEPS
+        x, norm, matrices, tl.program_id(0) + c * 0, c % 16, 0, K, K, EPS, WEIGHT_OFFSET, FORMAT, 1, ROWS, STEPS
     )
     n = tl.program_id(0) * 16 + tl.arange(0, 16)
     for m in tl.static_range(ROWS):

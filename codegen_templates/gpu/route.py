@@ -47,8 +47,11 @@ def route(
     GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """logits f32[rows, EXPERTS], bias f32[EXPERTS] or None -> ids i32, weights f32[rows, TOP_K]. Grid: (rows)."""
+    """logits f32[rows, EXPERTS], or f32[PARTS, ROWS, EXPERTS] to be added up, bias f32[EXPERTS] or None -> ids i32,
+    weights f32[rows, TOP_K]. Grid: (rows)."""
     row = tl.program_id(0)
     if beyond(row, n_rows):
         return
@@ -57,6 +60,8 @@ def route(
     inside = (g < GROUPS)[:, None] & (s < SIZE)[None, :]
     expert = g[:, None] * SIZE + s[None, :]
     raw = tl.load(logits + row.to(tl.int64) * EXPERTS + expert, mask=inside, other=-float("inf"))
+    for part in tl.static_range(1, PARTS):
+        raw += tl.load(logits + (part * ROWS + row) * EXPERTS + expert, mask=inside, other=0.0)
     scores = _choice_scores(raw, SCORING, inside)
     choice = scores
     if bias is not None:

@@ -347,5 +347,31 @@ def test_an_addition_and_its_norm_are_one_launch(rows):
     np.testing.assert_allclose(made["norm"], g.normed("sum", "norm.w"), rtol=EPS * (4 + np.sqrt(width)))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("weight_format", "k", "bias"), [("f32", 192, True), ("bf16", 640, False), ("q8", 1024, True)])
+def test_a_router_in_parts_and_its_route(weight_format, k, bias, rows):
+    experts, top_k = 19, 3
+    g = Graph(rows)
+    n = g.norm("norm", g.given("x", k), k)
+    g.linear("logits", n, experts, k, weight_format, bias)
+    g.values |= {"ids": _ids("ids", top_k), "weights": activation("weights", "T", top_k)}
+    operands = ["logits", *([g.plain("selection", experts)] if bias else [])]
+    attrs = ops.Route(experts, top_k, "sigmoid", True, bias=bias)
+    g.ops.append(Op("route", attrs, tuple(operands), ("ids", "weights")))
+    groups = g.groups("ids", "weights")
+    assert covered(groups) == [("norm", "logits", "route")] and launches(groups) == 2
+    product = groups[0].code.launches[0]
+    assert product.grid[2].programs(rows) > 1
+    alone = g.groups("ids", "weights", "logits")
+    assert covered(alone) == [("norm", "logits"), ("route",)]
+    got, want = g.run("ids", "weights"), g.run("ids", "weights", "logits")
+    normed, w = g.normed("x", "norm.w"), g.numbers["logits.w"]
+    magnitude = np.abs(normed) @ np.abs(w.T)
+    exact = normed @ w.T + (g.numbers["logits.b"] if bias else 0)
+    assert (np.abs(want["logits"] - exact) <= norm_error(k, magnitude + 1)).all()
+    np.testing.assert_array_equal(got["ids"], want["ids"])
+    np.testing.assert_allclose(got["weights"], want["weights"], rtol=1e-4)
+
+
 def _ids(name: str, top_k: int) -> Value:
     return replace(activation(name, "T", top_k), type=TensorType(DType.I32, ("T", top_k)))

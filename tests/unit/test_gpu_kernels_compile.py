@@ -86,13 +86,15 @@ def _small(rows: int | None) -> list[GpuRequest]:
 
 
 def _grouped(weight_format: str, rows: int) -> list[GpuGroup]:
-    """Norm, three linears, and what is added; norm, gate, up and glu; experts between a norm and two additions."""
+    """Norm, three linears, and what is added; norm, gate, up and glu; a router; experts between a norm and two
+    additions."""
     a = ops.MoeExperts(experts=128, top_k=8, hidden=2048, intermediate=768)
     acts = {"x": (2048,), "n": (2048,), "q": (4096,), "k": (512,), "v": (512,), "o": (2048,), "m": (2048,)}
     acts |= {"gate": (768,), "up": (768,), "act": (768,), "i": (8,), "r": (8,), "e": (2048,), "f": (2048,)}
     values = {name: activation(name, "T", *shape) for name, shape in acts.items()}
     values |= {name: activation(name, 2048) for name in ("w", "w2")}
     values |= {v.id: v for v in expert_weights(a, weight_format)}
+    values |= {"l": activation("l", "T", 128), "l.w": weight("l.w", (128, 2048), "bf16", packing.PANELS)}
     graph = []
     for name, x, out, k in (
         *(("q", "n", 4096, 2048), ("k", "n", 512, 2048), ("v", "n", 512, 2048), ("o", "q", 2048, 4096)),
@@ -106,6 +108,8 @@ def _grouped(weight_format: str, rows: int) -> list[GpuGroup]:
         *graph,
         Op("m", ops.Add(), ("x", "o"), ("m",)),
         Op("act", ops.Glu(768), ("gate", "up"), ("act",)),
+        Op("l", ops.Linear(2048, 128), ("n", "l.w"), ("l",)),
+        Op("route", ops.Route(128, 8, "softmax", True), ("l",), ("i", "r")),
         Op("e", a, ("n", "i", "r", "gate_up", "down"), ("e",)),
         Op("f", ops.Add(), ("e", "m"), ("f",)),
         Op("x2", ops.Add(), ("f", "o2"), ("x2",)),

@@ -15,6 +15,8 @@ GEMV_ROWS = 8
 MAX_MATRICES = 3  # of one launch
 MAX_ADDED = 2
 _GEMV_STEPS = (256, 128, 64, 32, 16)
+_MAX_PARTS = 16  # of a split GEMV: its reader loads them one after the other
+_SPLIT_PROGRAMS = 256  # two for each multiprocessor of a large GPU
 _FEW_PANELS = 512  # programs that fill no GPU: each then has more threads
 
 Arguments = Mapping[str, tuple[str, Operand] | None]
@@ -39,6 +41,31 @@ def gemv_turn(columns: int, weight_format: str, programs: int, rows: int = 1, pa
     steps = min((s for s in sizes if s <= most), key=lambda size: (-(-needed // size) * size, -size))
     # Two panels of many rows: one vector of each a thread.
     return GemvTurn(steps, max(1, steps * (2 if rows * panels > 8 else 1) // 16))
+
+
+@dataclass(frozen=True)
+class Split:
+    """A GEMV whose columns are summed in so many parts, each by programs of its own, and the turn of these."""
+
+    parts: int
+    turn: GemvTurn
+
+
+def split_of(matrix_rows: int, columns: int, weight_format: str) -> Split | None:
+    """How a GEMV of few panels fills more of a GPU: in equal parts of whole turns, as few turns as possible, then as
+    many parts as possible. None if it has panels enough or cannot be split."""
+    steps_needed = packing.padded_columns(columns, weight_format) // PER_WORD[weight_format]
+    panels = -(-matrix_rows // packing.PANEL)
+    able = [
+        (steps_needed // (parts * steps), -parts, steps)
+        for parts in range(2, _MAX_PARTS + 1)
+        for steps in _GEMV_STEPS[1:-1]
+        if steps_needed % (parts * steps) == 0 and panels * parts <= _SPLIT_PROGRAMS
+    ]
+    if not able:
+        return None
+    _, parts, steps = min(able)
+    return Split(-parts, GemvTurn(steps, steps // 16))
 
 
 @dataclass(frozen=True)
@@ -94,16 +121,19 @@ def linear_gemv(
     norm: Norm | None = None,
     added: Sequence[Operand] = (),
     normed: Operand | None = None,
+    split: Split | None = None,
 ) -> Launch:
     """Products of x with one matrix (of ``heads`` heads) or up to three; all of them have a bias or none has.
 
     head_gaps: elements of x and of the result behind each head that are others' business. added: what is added to the
-    result of the only matrix. normed: where the norm's own result is to be written.
+    result of the only matrix. normed: where the norm's own result is to be written. split: the result of the only
+    matrix is sums of parts, f32[parts, rows, n].
     """
     word = word_type(weight_format)
     first, *others = matrices
     panels = [-(-m.rows // packing.PANEL) for m in matrices]
-    turn = gemv_turn(columns, weight_format, sum(panels) * heads, rows)
+    turn = split.turn if split else gemv_turn(columns, weight_format, sum(panels) * heads, rows)
+    parts = split.parts if split else 1
     arguments: dict[str, tuple[str, Operand] | None] = {
         "x": floats(x),
         **norm_argument(norm),
@@ -125,7 +155,7 @@ def linear_gemv(
         "gemv",
         "linear_gemv",
         f"{stem}_rows{rows}",
-        (GridAxis(sum(panels)), GridAxis(heads), ONE),
+        (GridAxis(sum(panels)), GridAxis(heads), GridAxis(parts)),
         {**arguments, "normed": floats(normed)},
         {
             **sizes,
@@ -136,6 +166,7 @@ def linear_gemv(
             **norm_constants(norm),
             "NORMED": power_of_two(-(-columns // sum(panels))),
             "FORMAT": weight_format,
+            "PARTS": parts,
             "ROWS": rows,
             "STEPS": turn.steps,
         },

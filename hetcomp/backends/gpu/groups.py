@@ -6,12 +6,13 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from hetcomp.backends.gpu.experts import fused_experts
-from hetcomp.backends.gpu.gemv import MAX_MATRICES, Matrix, Norm, glu_gemv, linear_gemv
+from hetcomp.backends.gpu.gemv import MAX_MATRICES, Matrix, Norm, glu_gemv, linear_gemv, split_of
 from hetcomp.backends.gpu.heads import HeadOperands, heads_to_cache
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Operand
 from hetcomp.backends.gpu.mla import LatentOperands, LatentOps, latents_to_cache
 from hetcomp.backends.gpu.patterns import GluPair, HeadOps, Run
-from hetcomp.backends.gpu.rowwise import add_rms_norm
+from hetcomp.backends.gpu.rowwise import add_rms_norm, route_parts
+from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Glu, HeadLinear, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value
@@ -125,6 +126,8 @@ class _Grouping:
             return self._latents(run.latents[i])
         if i in run.glus:
             return self._glu(run.glus[i])
+        if i in run.routes:
+            return self._router(i, run.routes[i])
         if i in run.normed_adds:
             return self._normed_add(i, run.normed_adds[i])
         if run.decode and kind == "linear":
@@ -170,6 +173,29 @@ class _Grouping:
             stem, x, matrices, attrs.in_features, weight_format, rows, norm=norm, added=added, normed=normed
         )
         return self._made([*members, *chain], operands, GpuCode((made,)))
+
+    def _router(self, router: int, route: int) -> GpuGroup:
+        """A router whose logits are sums of parts that only its route adds up."""
+        run, operands = self.run, _Operands()
+        for j in (router, route):
+            _BACKEND.require(self._request(j))
+        x, norm = self._source(router, operands)
+        linear, choice = run.ops[router], run.ops[route]
+        attrs, weight_format, rows = linear.attrs, run.weight_format(router), self._rows()
+        assert isinstance(attrs, Linear)
+        split = split_of(attrs.out_features, attrs.in_features, weight_format)
+        assert split is not None
+        bias = operands.read(linear.inputs[2]) if attrs.bias else None
+        logits = Operand("workspace")
+        matrix = Matrix(operands.read(linear.inputs[1]), bias, logits, attrs.out_features)
+        stem = f"router_{weight_format}_n{attrs.out_features}_k{attrs.in_features}_parts{split.parts}"
+        product = linear_gemv(stem, x, (matrix,), attrs.in_features, weight_format, rows, norm=norm, split=split)
+        selection_bias = operands.read(choice.inputs[1]) if len(choice.inputs) > 1 else None
+        for v in choice.outputs:
+            operands.write(v)
+        chosen = route_parts(self._request(route), logits, selection_bias, split.parts)
+        workspace = aligned(4 * split.parts * rows * attrs.out_features)
+        return self._made([router, route], operands, GpuCode((product, chosen), workspace))
 
     def _glu(self, pair: GluPair) -> GpuGroup:
         run = self.run

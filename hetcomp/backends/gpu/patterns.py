@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetcomp.backends import packing
-from hetcomp.backends.gpu.gemv import GEMV_ROWS, MAX_ADDED
+from hetcomp.backends.gpu.gemv import GEMV_ROWS, MAX_ADDED, split_of
 from hetcomp.backends.gpu.heads import HeadAttrs
 from hetcomp.backends.gpu.mla import LatentOps, find_latent_ops
 from hetcomp.ir.ops import Attention, KvAppend, Linear, RmsNorm, Rope
@@ -63,11 +63,13 @@ class Run:
         self.adds: dict[int, list[int]] = {}  # by the linear or moe_experts whose launch does them
         self.heads: dict[int, HeadOps] = {}
         self.latents: dict[int, LatentOps] = {}
+        self.routes: dict[int, int] = {}  # by the linear whose result only they read
         self.normed_adds: dict[int, int] = {}  # norms by the add whose result they read
         self._find_heads()
         if self.decode:
             self._find_glus()
             self._find_adds()
+            self._find_routes()
         self._find_normed_adds()
 
     def parts(self, i: int) -> list[int]:
@@ -79,6 +81,8 @@ class Run:
         if i in self.glus:
             pair = self.glus[i]
             return [pair.gate, pair.up, pair.glu]
+        if i in self.routes:
+            return [i, self.routes[i]]
         if i in self.normed_adds:
             return [i, self.normed_adds[i]]
         return [i, *self.adds.get(i, [])]
@@ -94,7 +98,7 @@ class Run:
 
     def plain_linear(self, i: int) -> bool:
         """Whether the op is a linear that may share a launch with others of its input."""
-        return self.ops[i].kind == "linear" and i not in self.glus and i not in self.adds
+        return self.ops[i].kind == "linear" and i not in {**self.glus, **self.adds, **self.routes}
 
     def alike(self, i: int, j: int) -> bool:
         """Whether two linears can be one launch."""
@@ -171,6 +175,24 @@ class Run:
                 host = max(able, key=lambda h: (self.ops[h].kind == "moe_experts", h))
                 self.adds.setdefault(host, []).append(i)
                 hosts[op.outputs[0]] = host
+
+    def _find_routes(self) -> None:
+        """Routers that are split (gemv.split_of): each by itself, where nobody wants the logits or needs it to write
+        its norm's result."""
+        for i, op in enumerate(self.ops):
+            if op.kind != "route":
+                continue
+            router = self.writer.get(op.inputs[0])
+            if router is None or not self.plain_linear(router) or self.sole_reader(op.inputs[0]) != i:
+                continue
+            x, attrs = self.ops[router].inputs[0], self.ops[router].attrs
+            norm = self.writer.get(x)
+            others = [j for j in self.readers[x] if j != router and self.plain_linear(j)]
+            alone = not any(self.alike(router, j) for j in others)
+            owed = norm is not None and not others and self.foldable(norm) and self.must_be_written(norm)
+            assert isinstance(attrs, Linear)
+            if alone and not owed and split_of(attrs.out_features, attrs.in_features, self.weight_format(router)):
+                self.routes[router] = i
 
     def _find_heads(self) -> None:
         for i, op in enumerate(self.ops):
@@ -250,6 +272,7 @@ class Run:
     def dissolve(self, i: int) -> None:
         """Takes apart the pattern that op ``i`` begins: its parts are ops of their own."""
         self.adds.pop(i, None)
+        self.routes.pop(i, None)
         for found in (self.heads.get(i), self.latents.get(i)):
             for j in found.members() if found else ():
                 self.heads.pop(j, None)

@@ -141,16 +141,21 @@ def rope(request: GpuRequest) -> GpuCode:
 
 def route(request: GpuRequest) -> GpuCode:
     """``route``."""
+    return GpuCode((route_parts(request, Operand("input", 0), Operand("input", 1), 1),))
+
+
+def route_parts(request: GpuRequest, logits: Operand, bias: Operand | None, parts: int) -> Launch:
+    """``route`` of logits that are the sum of ``parts`` arrays. bias: where it lies if the op has one."""
     a = request.op.attrs
     assert isinstance(a, ops.Route)
-    made = launch(
+    return launch(
         "route",
         "route",
         f"route_{a.scoring}_{a.top_k}of{a.experts}",
         (ROWS, ONE, ONE),
         {
-            "logits": _X,
-            "bias": _second() if a.bias else None,
+            "logits": ("*fp32", logits),
+            "bias": ("*fp32", bias) if a.bias and bias else None,
             "n_rows": _n_rows(request),
             "ids": ("*i32", Operand("output", 0)),
             "weights": ("*fp32", Operand("output", 1)),
@@ -169,10 +174,11 @@ def route(request: GpuRequest) -> GpuCode:
             "GROUPS_PADDED": power_of_two(a.groups),
             "SIZE_PADDED": power_of_two(a.experts // a.groups),
             "TOP_K_PADDED": power_of_two(a.top_k),
+            "PARTS": parts,
+            "ROWS": 1 if parts == 1 else request.max_rows(),
         },
         warps=1,
     )
-    return GpuCode((made,))
 
 
 def embed(request: GpuRequest) -> GpuCode:
