@@ -25,7 +25,7 @@ def _product(a, b, sums):
 
 @triton.jit
 def _load_queries(q, offsets, valid, DIM: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
-    """Query rows [rows, FIRST](, [rows, SECOND]) as a tuple."""
+    """Query rows [rows, FIRST](, [rows, SECOND]) as a tuple, f32 or bf16 as they are stored."""
     d = tl.arange(0, FIRST)
     parts = (tl.load(q + offsets[:, None] + d[None, :], mask=valid[:, None] & (d < DIM)[None, :], other=0.0),)
     if SECOND > 0:
@@ -34,6 +34,29 @@ def _load_queries(q, offsets, valid, DIM: tl.constexpr, FIRST: tl.constexpr, SEC
             tl.load(q + offsets[:, None] + e[None, :], mask=valid[:, None] & (e < DIM)[None, :], other=0.0),
         )
     return parts
+
+
+@triton.jit
+def _rows_of_cache(
+    x,
+    j,
+    end,
+    ROW: tl.constexpr,
+    BEGIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Elements BEGIN .. BEGIN + WIDTH of the rows ``j``, ROW elements apart; 0 from DIM on and, unless WHOLE, from row
+    ``end`` on."""
+    d = BEGIN + tl.arange(0, WIDTH)
+    at = x + j[:, None] * ROW + d[None, :]
+    if not WHOLE:
+        return tl.load(at, mask=(j < end)[:, None] & (d < DIM)[None, :], other=0.0)
+    elif BEGIN + WIDTH > DIM:
+        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -56,35 +79,34 @@ def _attend(
     V_DIM: tl.constexpr,
     V_FIRST: tl.constexpr,
     V_SECOND: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """One block of keys: the new running maximum, total and sums (a tuple of f32 [rows, part of the values]).
 
     k, v: rows of the slot's head, DIM and V_ROW elements apart. j i32[keys]; keys from ``end`` on are not read. visible
-    [rows, keys].
+    [rows, keys]. WHOLE: all keys are below ``end`` and visible to all rows; neither is looked at.
     """
-    inside = j < end
-    d = tl.arange(0, FIRST)
-    keys = tl.load(k + j[None, :] * DIM + d[:, None], mask=inside[None, :] & (d < DIM)[:, None], other=0.0)
-    scores = _product(queries[0], keys, tl.zeros((visible.shape[0], visible.shape[1]), tl.float32))
+    scores = _product(
+        queries[0],
+        tl.trans(_rows_of_cache(k, j, end, DIM, 0, FIRST, DIM, WHOLE)),
+        tl.zeros((queries[0].shape[0], j.shape[0]), tl.float32),
+    )
     if SECOND > 0:
-        e = FIRST + tl.arange(0, SECOND)
-        more = tl.load(k + j[None, :] * DIM + e[:, None], mask=inside[None, :] & (e < DIM)[:, None], other=0.0)
-        scores = _product(queries[1], more, scores)
+        scores = _product(queries[1], tl.trans(_rows_of_cache(k, j, end, DIM, FIRST, SECOND, DIM, WHOLE)), scores)
     if SOFTCAP > 0:
         scores = tanh(scores * (SCALE / SOFTCAP)) * (SOFTCAP * _LOG2_E)
-    else:
-        scores *= SCALE * _LOG2_E
-    scores = tl.where(visible, scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    p = tl.exp2(scores - new_top[:, None])
+    # Multiplied in the exponent, where it costs nothing; it is positive.
+    FACTOR: tl.constexpr = 1.0 if SOFTCAP > 0 else SCALE * _LOG2_E
+    if not WHOLE:
+        scores = tl.where(visible, scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * FACTOR)
+    p = tl.exp2(scores * FACTOR - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(p, axis=1)
-    c = tl.arange(0, V_FIRST)
-    values = tl.load(v + j[:, None] * V_ROW + c[None, :], mask=inside[:, None] & (c < V_DIM)[None, :], other=0.0)
+    values = _rows_of_cache(v, j, end, V_ROW, 0, V_FIRST, V_DIM, WHOLE)
     new_sums = (_product(p, values, sums[0] * shrink[:, None]),)
     if V_SECOND > 0:
-        f = V_FIRST + tl.arange(0, V_SECOND)
-        rest = tl.load(v + j[:, None] * V_ROW + f[None, :], mask=inside[:, None] & (f < V_DIM)[None, :], other=0.0)
+        rest = _rows_of_cache(v, j, end, V_ROW, V_FIRST, V_SECOND, V_DIM, WHOLE)
         new_sums = new_sums + (_product(p, rest, sums[1] * shrink[:, None]),)
     return new_top, total, new_sums
 
@@ -166,7 +188,7 @@ def attention_decode(
         visible = valid[:, None] & (j < end)[None, :]
         top, total, sums = _attend(
             queries, k + head * DIM, v + head * V_ROW, j, end, visible, top, total, sums,
-            SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND,
+            SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, False,
         )  # fmt: skip
     at = row * PARTS + part
     tl.store(stats + at * 2, top, mask=valid)
@@ -246,16 +268,18 @@ def attention_prefill(
 ):
     """TOKENS tokens x HEAD_TILE query heads of one kv head walk over the keys together; operands as those of
     attention_decode and attention_combine. Tokens of a tile may be of several slots: the tile then walks over the keys
-    of one slot after the other. Grid: (token tiles, KV_HEADS * head tiles)."""
+    of one slot after the other. q and y f32 or bf16. Grid: (token tiles, KV_HEADS * head tiles)."""
     rows = tl.load(n_rows)
-    if tl.program_id(0) * TOKENS >= rows:
+    # The last tokens first: they have the most keys.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    if tile * TOKENS >= rows:
         return
     ROWS: tl.constexpr = TOKENS * HEAD_TILE
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILES: tl.constexpr = (GROUP + HEAD_TILE - 1) // HEAD_TILE
     kv_head = tl.program_id(1) // TILES
     m = tl.arange(0, ROWS)
-    token = tl.program_id(0) * TOKENS + m // HEAD_TILE
+    token = tile * TOKENS + m // HEAD_TILE
     g = tl.program_id(1) % TILES * HEAD_TILE + m % HEAD_TILE
     valid = (token < rows) & (g < GROUP)
     position = tl.load(positions + token, mask=token < rows, other=-1)
@@ -263,23 +287,38 @@ def attention_prefill(
     head = kv_head * GROUP + g
     row = token.to(tl.int64) * HEADS + head
     queries = _load_queries(q, row * DIM, valid, DIM, FIRST, SECOND)
+    if k.dtype.element_ty == tl.bfloat16 and FIRST <= 128:  # wider ones take too many registers as bf16
+        if SECOND > 0:
+            queries = (queries[0].to(tl.bfloat16), queries[1].to(tl.bfloat16))
+        else:
+            queries = (queries[0].to(tl.bfloat16),)
     top = tl.full((ROWS,), _LOWEST, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = _no_sums(ROWS, V_FIRST, V_SECOND)
     first_slot = tl.min(tl.where(token < rows, slot, 0x7FFFFFFF), axis=0)
-    for s in tl.range(first_slot, tl.max(slot, axis=0) + 1):
+    last_slot = tl.max(slot, axis=0)
+    seen_by_all = tl.min(tl.where(token < rows, position, 0x7FFFFFFE), axis=0) + 1
+    for s in tl.range(first_slot, last_slot + 1):
         mine = slot == s
         end = tl.max(tl.where(mine, position, -1), axis=0) + 1
         begin = tl.min(tl.where(mine, _first_key(position, WINDOW), 0x7FFFFFFF), axis=0)
         cached = (s * KV_HEADS + kv_head).to(tl.int64) * context
-        for first in tl.range(begin, end, KEYS, num_stages=STAGES):
+        if WINDOW == 0 and SOFTCAP == 0:  # with a softcap, two loops take too many registers
+            begin = tl.where(first_slot == last_slot, seen_by_all // KEYS * KEYS, 0)
+            for first in tl.range(0, begin, KEYS, num_stages=STAGES):
+                j = first + tl.arange(0, KEYS)
+                top, total, sums = _attend(
+                    queries, k + cached * DIM, v + cached * V_ROW, j, end, mine, top, total, sums,
+                    SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, True,
+                )  # fmt: skip
+        for first in tl.range(begin, end, KEYS, num_stages=1 if WINDOW == 0 and SOFTCAP == 0 else STAGES):
             j = first + tl.arange(0, KEYS)
             visible = mine[:, None] & (j[None, :] <= position[:, None])
             if WINDOW > 0:
                 visible = visible & (j[None, :] > position[:, None] - WINDOW)
             top, total, sums = _attend(
                 queries, k + cached * DIM, v + cached * V_ROW, j, end, visible, top, total, sums,
-                SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND,
+                SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, False,
             )  # fmt: skip
     shrink = tl.full((ROWS,), 1.0, tl.float32)
     if sinks is not None:

@@ -96,3 +96,14 @@ def copy_columns(
     source = (wide * X_RUNS + run % X_RUNS) * X_WIDTH + X_FIRST + c
     target = (wide * RUNS + run) * Y_WIDTH + Y_FIRST + c
     tl.store(y + target, tl.load(x + source, mask=n < RUNS * WIDTH), mask=n < RUNS * WIDTH)
+
+
+@triton.jit
+def round_rows(x, n_rows, y, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """y bf16[rows, WIDTH]."""
+    row = tl.program_id(0)
+    if beyond(row, n_rows):
+        return
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = row.to(tl.int64) * WIDTH + n
+    tl.store(y + at, tl.load(x + at, mask=n < WIDTH).to(tl.bfloat16), mask=n < WIDTH)

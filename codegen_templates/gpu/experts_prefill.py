@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from hetcomp.codegen_templates.gpu.functions import glu
-from hetcomp.codegen_templates.gpu.gemm import multiply_add, row_tile, weight_tile
+from hetcomp.codegen_templates.gpu.gemm import in_order, multiply_add, row_tile, weight_tile
 from hetcomp.codegen_templates.gpu.weights import elements_of_word, padded_steps
 
 
@@ -83,32 +83,32 @@ def experts_gate_up_gemm(
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x f32[rows, HIDDEN], the order of experts_sort, w in layout panels16_glu, bias f32[EXPERTS, 2 * INTERMEDIATE] or
-    None -> h[entries in order, INTERMEDIATE], bf16 (what the down product rounds it to; f32 beside f32 weights).
-    Grid: (row tiles, column tiles)."""
+    """x bf16 or f32[rows, HIDDEN], the order of experts_sort, w in layout panels16_glu, bias f32[EXPERTS, 2 *
+    INTERMEDIATE] or None -> h[entries in order, INTERMEDIATE], bf16 (what the down product rounds it to; f32 beside f32
+    weights). Panels of gate and up take turns: a tile of 2 * N_TILE columns has both. Grid: (row tiles, column
+    tiles)."""
     expert, begin, end = _run_of_tile(starts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, M_TILE)
     if begin >= end:
         return
     place = begin + tl.arange(0, M_TILE)
     valid = place < end
     token = tl.load(order + place, mask=valid, other=0) // TOP_K
-    n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
-    gate, up, r = n // 16 * 2, n // 16 * 2 + 1, n % 16
     PER: tl.constexpr = elements_of_word(FORMAT)
     ALL: tl.constexpr = padded_steps(HIDDEN, FORMAT)
-    MASKED: tl.constexpr = ALL % STEPS != 0 or INTERMEDIATE % N_TILE != 0
-    MASKED_X: tl.constexpr = ALL % STEPS != 0 or ALL * PER != HIDDEN
+    PANELS: tl.constexpr = (INTERMEDIATE + 15) // 16 * 2
+    MASKED: tl.constexpr = ALL % STEPS != 0 or ALL * PER != HIDDEN
     matrix = w + expert.to(tl.int64) * MATRIX
     offsets = token.to(tl.int64) * HIDDEN
-    gates = tl.zeros((M_TILE, N_TILE), tl.float32)
-    ups = tl.zeros((M_TILE, N_TILE), tl.float32)
+    panel = tl.program_id(1) * (N_TILE // 8)
+    sums = tl.zeros((M_TILE, 2 * N_TILE), tl.float32)
     for first in tl.range(0, ALL, STEPS, num_stages=STAGES):
-        steps = first + tl.arange(0, STEPS)
         k = first * PER + tl.arange(0, STEPS * PER)
-        mask = (steps < ALL)[:, None] & (n < (INTERMEDIATE + 15) // 16 * 16)[None, :]
-        a = row_tile(x, offsets, valid, k, HIDDEN, MASKED_X)
-        gates = multiply_add(a, weight_tile(matrix, gate, r, steps, mask, HIDDEN, FORMAT, MASKED), gates, FORMAT)
-        ups = multiply_add(a, weight_tile(matrix, up, r, steps, mask, HIDDEN, FORMAT, MASKED), ups, FORMAT)
+        a = row_tile(x, offsets, valid, k, HIDDEN, MASKED)
+        b = weight_tile(matrix, panel, first, 2 * N_TILE, STEPS, PANELS, HIDDEN, FORMAT)
+        sums = multiply_add(a, b, sums, FORMAT)
+    both = tl.permute(tl.reshape(in_order(sums), (M_TILE, N_TILE // 16, 2, 16)), (0, 1, 3, 2))
+    gates, ups = tl.split(tl.reshape(both, (M_TILE, N_TILE, 2)))
+    n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
     inside = n < INTERMEDIATE
     if bias is not None:
         row = bias + expert * (2 * INTERMEDIATE) + n
@@ -139,8 +139,8 @@ def experts_down_gemm(
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h of experts_gate_up_gemm, weights f32[entries], bias f32[EXPERTS, HIDDEN] or None -> out f32[entries, HIDDEN],
-    each entry's result times its weight. Grid: (row tiles, column tiles)."""
+    """h of experts_gate_up_gemm, weights f32[entries], bias f32[EXPERTS, HIDDEN] or None -> out[entries, HIDDEN], each
+    entry's result times its weight, bf16 (f32 beside f32 weights). Grid: (row tiles, column tiles)."""
     expert, begin, end = _run_of_tile(starts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, M_TILE)
     if begin >= end:
         return
@@ -150,23 +150,22 @@ def experts_down_gemm(
     n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
     PER: tl.constexpr = elements_of_word(FORMAT)
     ALL: tl.constexpr = padded_steps(INTERMEDIATE, FORMAT)
-    MASKED: tl.constexpr = ALL % STEPS != 0 or HIDDEN % N_TILE != 0
-    MASKED_H: tl.constexpr = ALL % STEPS != 0 or ALL * PER != INTERMEDIATE
+    MASKED: tl.constexpr = ALL % STEPS != 0 or ALL * PER != INTERMEDIATE
+    PANELS: tl.constexpr = (HIDDEN + 15) // 16
     matrix = w + expert.to(tl.int64) * MATRIX
     offsets = place.to(tl.int64) * INTERMEDIATE
     sums = tl.zeros((M_TILE, N_TILE), tl.float32)
     for first in tl.range(0, ALL, STEPS, num_stages=STAGES):
-        steps = first + tl.arange(0, STEPS)
         k = first * PER + tl.arange(0, STEPS * PER)
-        mask = (steps < ALL)[:, None] & (n < (HIDDEN + 15) // 16 * 16)[None, :]
-        a = row_tile(h, offsets, valid, k, INTERMEDIATE, MASKED_H)
-        b = weight_tile(matrix, n // 16, n % 16, steps, mask, INTERMEDIATE, FORMAT, MASKED)
+        a = row_tile(h, offsets, valid, k, INTERMEDIATE, MASKED)
+        b = weight_tile(matrix, tl.program_id(1) * (N_TILE // 16), first, N_TILE, STEPS, PANELS, INTERMEDIATE, FORMAT)
         sums = multiply_add(a, b, sums, FORMAT)
+    sums = in_order(sums)
     if bias is not None:
         sums += tl.load(bias + expert * HIDDEN + n, mask=n < HIDDEN, other=0.0)[None, :]
     sums *= tl.load(weights + entry, mask=valid, other=0.0)[:, None]
     at = entry.to(tl.int64)[:, None] * HIDDEN + n[None, :]
-    tl.store(out + at, sums, mask=valid[:, None] & (n < HIDDEN)[None, :])
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=valid[:, None] & (n < HIDDEN)[None, :])
 
 
 @triton.jit
@@ -182,5 +181,5 @@ def experts_combine(out, ids, resident, n_rows, y, HIDDEN: tl.constexpr, TOP_K: 
         width = HIDDEN
         if resident is not None:
             width = tl.where(tl.load(resident + tl.load(ids + entry)) >= 0, HIDDEN, 0)
-        sums += tl.load(out + entry.to(tl.int64) * HIDDEN + n, mask=n < width, other=0.0)
+        sums += tl.load(out + entry.to(tl.int64) * HIDDEN + n, mask=n < width, other=0.0).to(tl.float32)
     tl.store(y + token.to(tl.int64) * HIDDEN + n, sums, mask=n < HIDDEN)

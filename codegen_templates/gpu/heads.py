@@ -24,28 +24,32 @@ def _turned_head(
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
 ):
-    """Elements ``d`` of a head of the row x f32[HEADS, DIM], normed, and rotated by cos, sin f32[HALF]. norm: None,
-    or the weight of an rms_norm of each head, f32[DIM], or of the WHOLE row, f32[HEADS * DIM]."""
+    """Elements ``d`` [PADDED] of the heads ``head`` [heads] of the row x f32[HEADS, DIM], normed, and rotated by cos,
+    sin f32[HALF]: [heads, PADDED]. norm: None, or the weight of an rms_norm of each head, f32[DIM], or of the WHOLE
+    row, f32[HEADS * DIM]."""
     turned, pair, second, a, b = rotary_pairs(d, HALF, OFFSET, STYLE)
-    inside = ~turned & (d < DIM)
-    its = x + head * DIM
-    first = tl.load(its + a, mask=turned, other=0.0)
-    mate = tl.load(its + b, mask=turned, other=0.0)
-    kept = tl.load(its + d, mask=inside, other=0.0)
+    there = (head < HEADS)[:, None]
+    mask = there & turned[None, :]
+    inside = there & (~turned & (d < DIM))[None, :]
+    start = head[:, None] * DIM
+    its = x + start
+    first = tl.load(its + a[None, :], mask=mask, other=0.0)
+    mate = tl.load(its + b[None, :], mask=mask, other=0.0)
+    kept = tl.load(its + d[None, :], mask=inside, other=0.0)
     if norm is not None:
         if WHOLE:
             factor = norm_factors(x, HEADS * DIM, HEADS * DIM, EPS, 1)[0]
-            weight = norm + head * DIM
+            weight = norm + start
         else:
-            numbers = tl.load(its + d, mask=d < DIM, other=0.0)
-            factor = 1.0 / tl.sqrt_rn(tl.sum(numbers * numbers, axis=0) / DIM + EPS)
-            weight = norm
-        first = first * factor * (tl.load(weight + a, mask=turned, other=0.0) + WEIGHT_OFFSET)
-        mate = mate * factor * (tl.load(weight + b, mask=turned, other=0.0) + WEIGHT_OFFSET)
-        kept = kept * factor * (tl.load(weight + d, mask=inside, other=0.0) + WEIGHT_OFFSET)
-    c = tl.load(cos + pair, mask=turned, other=0.0)
-    s = tl.load(sin + pair, mask=turned, other=0.0)
-    return tl.where(turned, tl.where(second, mate * c + first * s, first * c - mate * s), kept)
+            numbers = tl.load(its + d[None, :], mask=there & (d < DIM)[None, :], other=0.0)
+            factor = (1.0 / tl.sqrt_rn(tl.sum(numbers * numbers, axis=1) / DIM + EPS))[:, None]
+            weight = norm + start * 0
+        first = first * factor * (tl.load(weight + a[None, :], mask=mask, other=0.0) + WEIGHT_OFFSET)
+        mate = mate * factor * (tl.load(weight + b[None, :], mask=mask, other=0.0) + WEIGHT_OFFSET)
+        kept = kept * factor * (tl.load(weight + d[None, :], mask=inside, other=0.0) + WEIGHT_OFFSET)
+    c = tl.load(cos + pair, mask=turned, other=0.0)[None, :]
+    s = tl.load(sin + pair, mask=turned, other=0.0)[None, :]
+    return tl.where(turned[None, :], tl.where(second[None, :], mate * c + first * s, first * c - mate * s), kept)
 
 
 @triton.jit
@@ -77,37 +81,47 @@ def heads_to_cache(
     K_EPS: tl.constexpr,
     K_WEIGHT_OFFSET: tl.constexpr,
     PADDED: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
 ):
-    """q f32[rows, HEADS, DIM] normed and rotated -> y of its shape; k f32[rows, KV_HEADS, DIM] normed and rotated, and
-    v f32[rows, KV_HEADS, V_DIM], to their caches at slots and positions i32[rows]. Norms: see _turned_head; cos, sin
-    f32[rows, HALF]. Grid: (rows, HEADS + 2 * KV_HEADS)."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    """q f32[rows, HEADS, DIM] normed and rotated -> y of its shape, f32 or bf16; k f32[rows, KV_HEADS, DIM] normed and
+    rotated, and v f32[rows, KV_HEADS, V_DIM], to their caches at slots and positions i32[rows]. Norms: see
+    _turned_head; cos, sin f32[rows, HALF]. Grid: (rows, blocks of HEAD_TILE heads of q, then of k, then of v)."""
+    row, block = tl.program_id(0), tl.program_id(1)
     if beyond(row, n_rows):
         return
+    Q_BLOCKS: tl.constexpr = (HEADS + HEAD_TILE - 1) // HEAD_TILE
+    KV_BLOCKS: tl.constexpr = (KV_HEADS + HEAD_TILE - 1) // HEAD_TILE
     d = tl.arange(0, PADDED)
+    h = tl.arange(0, HEAD_TILE)
     wide = row.to(tl.int64)
     its_cos, its_sin = cos + row * HALF, sin + row * HALF
-    if head < HEADS:
+    if block < Q_BLOCKS:
+        head = block * HEAD_TILE + h
         numbers = _turned_head(
             q + wide * (HEADS * DIM), q_norm, its_cos, its_sin, head, d,
             HEADS, DIM, HALF, OFFSET, STYLE, WHOLE, Q_EPS, Q_WEIGHT_OFFSET,
         )  # fmt: skip
-        tl.store(y + (wide * HEADS + head) * DIM + d, numbers, mask=d < DIM)
+        mask = (head < HEADS)[:, None] & (d < DIM)[None, :]
+        at = (wide * HEADS + head)[:, None] * DIM + d[None, :]
+        tl.store(y + at, numbers.to(y.dtype.element_ty), mask=mask)
     else:
         position = tl.load(positions + row)
         slot = tl.load(slots + row)
-        if head < HEADS + KV_HEADS:
+        if block < Q_BLOCKS + KV_BLOCKS:
+            head = (block - Q_BLOCKS) * HEAD_TILE + h
             numbers = _turned_head(
-                k + wide * (KV_HEADS * DIM), k_norm, its_cos, its_sin, head - HEADS, d,
+                k + wide * (KV_HEADS * DIM), k_norm, its_cos, its_sin, head, d,
                 KV_HEADS, DIM, HALF, OFFSET, STYLE, WHOLE, K_EPS, K_WEIGHT_OFFSET,
             )  # fmt: skip
-            at = (slot * KV_HEADS + head - HEADS).to(tl.int64) * context + position
-            tl.store(k_cache + at * DIM + d, numbers.to(k_cache.dtype.element_ty), mask=d < DIM)
+            at = ((slot * KV_HEADS + head).to(tl.int64) * context + position)[:, None] * DIM + d[None, :]
+            mask = (head < KV_HEADS)[:, None] & (d < DIM)[None, :]
+            tl.store(k_cache + at, numbers.to(k_cache.dtype.element_ty), mask=mask)
         else:
-            of_v = head - (HEADS + KV_HEADS)
-            numbers = tl.load(v + (wide * KV_HEADS + of_v) * V_DIM + d, mask=d < V_DIM)
-            at = (slot * KV_HEADS + of_v).to(tl.int64) * context + position
-            tl.store(v_cache + at * V_DIM + d, numbers.to(v_cache.dtype.element_ty), mask=d < V_DIM)
+            head = (block - (Q_BLOCKS + KV_BLOCKS)) * HEAD_TILE + h
+            mask = (head < KV_HEADS)[:, None] & (d < V_DIM)[None, :]
+            numbers = tl.load(v + (wide * KV_HEADS + head)[:, None] * V_DIM + d[None, :], mask=mask)
+            at = ((slot * KV_HEADS + head).to(tl.int64) * context + position)[:, None] * V_DIM + d[None, :]
+            tl.store(v_cache + at, numbers.to(v_cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -138,14 +152,15 @@ def latents_to_cache(
     DIM]. kv f32[rows, RANK + DIM] to the cache at slots and positions i32[rows]: the rms_norm of its first RANK
     elements, the others rotated. cos, sin f32[rows, HALF]. Grid: (rows, HEADS + 1)."""
     row, head = tl.program_id(0), tl.program_id(1)
-    d = tl.arange(0, PADDED)
+    d, one = tl.arange(0, PADDED), tl.arange(0, 1)
     its_cos, its_sin = cos + row * HALF, sin + row * HALF
     if head < HEADS:
         numbers = _turned_head(
-            q + (row * HEADS + head) * (NOPE + DIM) + NOPE, None, its_cos, its_sin, 0, d,
+            q + (row * HEADS + head) * (NOPE + DIM) + NOPE, None, its_cos, its_sin, one, d,
             1, DIM, HALF, OFFSET, STYLE, False, 0.0, 0.0,
         )  # fmt: skip
-        tl.store(y + (row * HEADS + head) * (RANK + DIM) + RANK + d, numbers, mask=d < DIM)
+        its_y = y + (row * HEADS + head) * (RANK + DIM) + RANK
+        tl.store(its_y + d[None, :], numbers, mask=(d < DIM)[None, :])
     else:
         at = tl.load(slots + row).to(tl.int64) * context + tl.load(positions + row)
         target = cache + at * (RANK + DIM)
@@ -155,7 +170,7 @@ def latents_to_cache(
         normed = latent * factor * (tl.load(norm + c, mask=c < RANK, other=0.0) + WEIGHT_OFFSET)
         tl.store(target + c, normed.to(cache.dtype.element_ty), mask=c < RANK)
         numbers = _turned_head(
-            kv + row * (RANK + DIM) + RANK, None, its_cos, its_sin, 0, d,
+            kv + row * (RANK + DIM) + RANK, None, its_cos, its_sin, one, d,
             1, DIM, HALF, OFFSET, STYLE, False, 0.0, 0.0,
         )  # fmt: skip
-        tl.store(target + RANK + d, numbers.to(cache.dtype.element_ty), mask=d < DIM)
+        tl.store(target + (RANK + d)[None, :], numbers.to(cache.dtype.element_ty), mask=(d < DIM)[None, :])

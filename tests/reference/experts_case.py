@@ -41,11 +41,20 @@ class ExpertsCase:
     """Weights, activations and routing of one call, its reference and the error it may have.
 
     by: how the kernel multiplies (tests.reference.kernel_numbers.seen). hot: everybody's first choice is one expert.
-    away: part of the choices that are of another NUMA node (-1, with a weight that must not be read).
+    away: part of the choices that are of another NUMA node (-1, with a weight that must not be read). rounded: what an
+    expert adds to a token is rounded as well, as activations are.
     """
 
     def __init__(
-        self, a: MoeExperts, weight_format: str, rows: int, hot: bool, seed: int, by: Gemm, away: float = 0
+        self,
+        a: MoeExperts,
+        weight_format: str,
+        rows: int,
+        hot: bool,
+        seed: int,
+        by: Gemm,
+        away: float = 0,
+        rounded: bool = False,
     ) -> None:
         rng = np.random.default_rng(seed)
         shapes = ((a.experts, 2 * a.intermediate, a.hidden), (a.experts, a.hidden, a.intermediate))
@@ -76,7 +85,9 @@ class ExpertsCase:
                 self.want[t] += r * (w2[e] @ h + b2[e])
                 sums = np.abs(w2[e]) @ np.abs(h) + np.abs(b2[e])
                 rounding = (EPS * (6 + np.sqrt(a.intermediate) + a.top_k) + of_weight) * sums
-                self.bound[t] += r * (np.abs(w2[e]) @ h_bound + rounding)
+                bound = np.abs(w2[e]) @ h_bound + rounding
+                added = np.abs(w2[e] @ h + b2[e]) + bound
+                self.bound[t] += r * (bound + (rounding_of(added, by) if rounded else 0))
 
     @staticmethod
     def _hidden(a: MoeExperts, w: Doubles, x: Doubles, b: Doubles, of_weight: float) -> tuple[Doubles, Doubles]:

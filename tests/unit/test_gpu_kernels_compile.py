@@ -237,7 +237,7 @@ def test_compiles_ahead_of_time(family):
         assert m.global_scratch_bytes == 0
         resources = _resources(m.cubin)
         # A few registers that do not fit cost little; arrays in local memory would.
-        assert resources["STACK"] + resources["LOCAL"] <= 128, (m.kernel.name, m.cc, resources)
+        assert resources["STACK"] + resources["LOCAL"] <= 192, (m.kernel.name, m.cc, resources)
 
 
 def test_the_folder_holds_what_its_table_says(tmp_path: Path):

@@ -44,7 +44,7 @@ def _of(value, experts: int):
 def _case(a: MoeExperts, weight_format: str, rows: int, hot: bool, exact: bool) -> ExpertsCase:
     """A GEMM rounds activations and weights to bf16, as AMX does; but beside f32 weights."""
     by = "float" if exact or weight_format == "f32" else "amx_bf16"
-    return ExpertsCase(a, weight_format, rows, hot, rows, by)
+    return ExpertsCase(a, weight_format, rows, hot, rows, by, rounded=True)
 
 
 def _check(a: MoeExperts, weight_format: str, rows: int, exact: bool, hot: bool = False) -> None:

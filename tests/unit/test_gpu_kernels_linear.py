@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from hetcomp.backends import packing
 from hetcomp.ir.ops import Embed, HeadLinear, Linear
+from hetcomp.ir.types import DType, TensorType
 from tests.reference.kernel_harness import activation, weight
 from tests.reference.kernel_numbers import Doubles, Floats, dot_error, draw, packed
 from tests.reference.triton_harness import request, run
@@ -23,14 +26,20 @@ def multiplied(numbers: Floats, weight_format: str, rows: int, exact: bool) -> D
     return packing.to_f32(packing.to_bf16_bits(numbers)).astype(np.float64)
 
 
-def _check_linear(weight_format: str, out: int, k: int, bias: bool, rows: int, exact: bool) -> None:
+def _check_linear(
+    weight_format: str, out: int, k: int, bias: bool, rows: int, exact: bool, tokens: int = 150, narrow: bool = False
+) -> None:
+    """tokens: most rows that a step may have. narrow: activations are bf16 already."""
     rng = np.random.default_rng(rows)
     x, b = draw(rng, (rows, k)), draw(rng, (out,))
+    bits = packing.to_bf16_bits(x)
     value = weight("w", (out, k), weight_format, packing.PANELS)
     data, w = packed(draw(rng, (out, k)), value)
-    operands = [activation("x", "T", k), value, *([activation("b", out)] if bias else [])]
-    asked = request(Linear(k, out, bias), operands, [activation("y", "T", out)], DIMS, rows if exact else None)
-    arrays = [x, data, *([b] if bias else [])]
+    its_type = TensorType(DType.BF16 if narrow else DType.F32, ("T", k))
+    operands = [replace(activation("x", "T", k), type=its_type), value, *([activation("b", out)] if bias else [])]
+    dims = {**DIMS, "T": tokens}
+    asked = request(Linear(k, out, bias), operands, [activation("y", "T", out)], dims, rows if exact else None)
+    arrays = [bits if narrow else x, data, *([b] if bias else [])]
     grid_rows = rows if exact else max(rows, 70)  # programs beyond the step's rows do nothing
     (y,) = run(asked, arrays, [((rows, out), np.float32)], rows=rows, grid_rows=grid_rows)
     x64, w64 = (multiplied(n, weight_format, rows, exact) for n in (x, w))
@@ -54,6 +63,23 @@ def test_linear_of_odd_and_even_sizes(weight_format, out, k, rows, exact):
 def test_linear_of_many_rows():
     """Tiles of 128 rows."""
     _check_linear("q4", 48, 96, False, 150, False)
+
+
+@pytest.mark.parametrize(("weight_format", "k"), [("q4", 1100), ("f32", 700)])
+@pytest.mark.parametrize(("rows", "bias"), [(40, True), (130, False)])
+def test_linear_in_parts_of_k(weight_format, k, rows, bias):
+    _check_linear(weight_format, 40, k, bias, rows, False)
+
+
+@pytest.mark.parametrize("weight_format", [f for f in packing.FORMATS if f != "f32"])
+@pytest.mark.parametrize(("out", "k", "rows", "bias"), [(70, 130, 140, True), (128, 192, 3, False), (40, 64, 0, False)])
+def test_linear_whose_weights_are_unpacked_once(weight_format, out, k, rows, bias):
+    _check_linear(weight_format, out, k, bias, rows, False, tokens=1024)
+
+
+@pytest.mark.parametrize("tokens", [150, 1024])
+def test_linear_of_rounded_activations(tokens):
+    _check_linear("q4", 48, 96, False, 20, False, tokens, narrow=True)
 
 
 @pytest.mark.parametrize(("rows", "exact"), [(2, True), (11, False)])

@@ -14,12 +14,12 @@ from hetcomp.backends.gpu.gemv import (
     norm_constants,
 )
 from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
-from hetcomp.backends.gpu.linear import gemm_tile
+from hetcomp.backends.gpu.linear import GemmTile, rounded
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
-from hetcomp.backends.gpu.words import matrix_words, word_type
+from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
 from hetcomp.ir.ops import MoeExperts
 
-_SORT_ENTRIES = 1024  # entries that a program of the sort looks at in a turn
+_SORT_ENTRIES = 4096  # entries, at most, that a program of the sort looks at in a turn
 _COMBINE_COLUMNS = 1024
 _Argument = tuple[str, Operand] | None
 
@@ -28,7 +28,7 @@ def moe_experts(request: GpuRequest) -> GpuCode:
     """``moe_experts``."""
     if request.rows is not None and request.rows <= GEMV_ROWS:
         return _Experts(request).decode(request.rows)
-    return _Experts(request).grouped(request.max_rows())
+    return _Experts(request).grouped(request)
 
 
 def fused_experts(request: GpuRequest, rows: int, norm: Norm | None, added: Sequence[Operand]) -> GpuCode:
@@ -121,26 +121,34 @@ class _Experts:
         )
         return GpuCode((up, down), aligned(4 * rows * a.top_k * a.intermediate))
 
-    def grouped(self, rows: int) -> GpuCode:
-        a = self.attrs
+    def grouped(self, request: GpuRequest) -> GpuCode:
+        a, rows = self.attrs, request.max_rows()
         entries = rows * a.top_k
         narrow = self.weight_format != "f32"
-        offsets, size = _regions(
-            4 * (self.here + 1), 4 * entries, (2 if narrow else 4) * entries * a.intermediate, 4 * entries * a.hidden
+        size = 2 if narrow else 4
+        offsets, end = _regions(
+            4 * (self.here + 1), 4 * entries, size * entries * a.intermediate, size * entries * a.hidden
         )
-        kinds = ("*i32", "*i32", "*bf16" if narrow else "*fp32", "*fp32")
+        number = "*bf16" if narrow else "*fp32"
+        kinds = ("*i32", "*i32", number, number)
         regions = [(kind, Operand("workspace", offset=at)) for kind, at in zip(kinds, offsets, strict=True)]
         starts, order, h, out = regions
+        before: tuple[Launch, ...] = ()
+        x: tuple[str, Operand] = ("*fp32", Operand("input", 0))
+        if narrow:
+            before, x, end = rounded(request, a.hidden, end)
         return GpuCode(
             (
-                self._sort(starts, order),
-                *self._products(rows, starts, order, h, out),
+                *before,
+                self._sort(starts, order, entries),
+                *self._products(rows, x, starts, order, h, out),
                 self._combine(out),
             ),
-            size,
+            end,
         )
 
-    def _sort(self, starts: _Argument, order: _Argument) -> Launch:
+    def _sort(self, starts: _Argument, order: _Argument, entries: int) -> Launch:
+        turn = min(max(power_of_two(entries), 256), _SORT_ENTRIES)
         return launch(
             "experts_prefill",
             "experts_sort",
@@ -153,15 +161,29 @@ class _Experts:
                 "starts": starts,
                 "order": order,
             },
-            {"EXPERTS": self.here, "TOP_K": self.attrs.top_k, "ENTRIES": _SORT_ENTRIES},
+            {"EXPERTS": self.here, "TOP_K": self.attrs.top_k, "ENTRIES": turn},
+            warps=max(1, turn // 512),
         )
 
+    def _tiles(self, rows: int) -> tuple[GemmTile, GemmTile]:
+        """Of gate and up (columns of both together are twice as many) and of down, as linear.py's: measured at 4, 32
+        and 256 rows an expert. Tensor cores of an H100 multiply 64 rows at a time: fewer are worth it only where a tile
+        has no more."""
+        share = -(-rows * self.attrs.top_k // self.attrs.experts)
+        if self.weight_format == "f32":
+            tile = GemmTile(16 if share <= 16 else 64, 32, 32, 4, (3, 2))
+            return tile, tile
+        steps = 64 // PER_WORD[self.weight_format]
+        if share > 64:
+            return GemmTile(128, 64, steps, 8, (3, 2)), GemmTile(128, 128, steps, 4, (3, 2))
+        height = 16 if share <= 16 else 64
+        return GemmTile(height, 64, steps, 4, (4, 2)), GemmTile(height, 128, steps, 4, (4 if height == 16 else 3, 2))
+
     def _products(
-        self, rows: int, starts: _Argument, order: _Argument, h: _Argument, out: _Argument
+        self, rows: int, x: _Argument, starts: _Argument, order: _Argument, h: _Argument, out: _Argument
     ) -> tuple[Launch, Launch]:
         a = self.attrs
-        share = -(-rows * a.top_k // a.experts)
-        wide, tile = (gemm_tile(self.weight_format, share, matrices) for matrices in (1, 2))
+        tile, wide = self._tiles(rows)
         # Each expert's last tile may be part of one.
         tiles = GridAxis(tile=tile.rows, scale=a.top_k, extra=self.here)
         runs: dict[str, Constant] = {"EXPERTS": self.here, "EXPERTS_PADDED": power_of_two(self.here)}
@@ -171,7 +193,7 @@ class _Experts:
             "experts_gate_up_gemm",
             f"{self.stem}_gate_up_tile{tile.rows}",
             (tiles, GridAxis(-(-a.intermediate // tile.columns)), ONE),
-            {"x": ("*fp32", Operand("input", 0)), "starts": starts, "order": order, **matrices, "h": h},
+            {"x": x, "starts": starts, "order": order, **matrices, "h": h},
             {**constants, **runs, "TOP_K": a.top_k, **self._glu(), **tile.constants()},
             warps=tile.warps,
             stages=tile.stages,

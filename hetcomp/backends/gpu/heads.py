@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetcomp.backends.gpu.attention import CACHE_TYPES
+from hetcomp.backends.gpu.gemv import GEMV_ROWS
 from hetcomp.backends.gpu.kernels import ONE, ROWS, GpuCode, GridAxis, Operand, launch
 from hetcomp.backends.gpu.tiles import power_of_two
 from hetcomp.ir.ops import KvAppend, RmsNorm, Rope
 from hetcomp.ir.types import DType
+
+_ELEMENTS = 1024  # of heads, that a program of many rows takes
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ def heads_to_cache(of: HeadOperands, a: HeadAttrs, k_cache: DType, v_cache: DTyp
             "K_EPS": a.k_norm.eps,
             "K_WEIGHT_OFFSET": a.k_norm.weight_offset,
         }
+    padded = power_of_two(max(a.q.head_dim, a.v.head_dim))
+    # A few rows need every program they can get; of many rows, each has a block of heads.
+    tile = 1 if rows is not None and rows <= GEMV_ROWS else min(max(1, _ELEMENTS // padded), power_of_two(a.q.heads))
+    blocks = -(-a.q.heads // tile) + 2 * -(-a.k.heads // tile)
     made = launch(
         "heads",
         "heads_to_cache",
         f"heads_{a.q.style}_{a.q.heads}x{a.k.heads}x{a.q.head_dim}_{k_cache}",
-        (ROWS, GridAxis(a.q.heads + 2 * a.k.heads), ONE),
+        (ROWS, GridAxis(blocks), ONE),
         {
             "q": ("*fp32", of.q),
             "k": ("*fp32", of.k),
@@ -81,8 +88,9 @@ def heads_to_cache(of: HeadOperands, a: HeadAttrs, k_cache: DType, v_cache: DTyp
             "STYLE": a.q.style,
             "WHOLE": whole,
             **norms,
-            "PADDED": power_of_two(max(a.q.head_dim, a.v.head_dim)),
+            "PADDED": padded,
+            "HEAD_TILE": tile,
         },
-        warps=4 if whole else 1,
+        warps=4 if whole or tile * padded >= _ELEMENTS else 1,
     )
     return GpuCode((made,))

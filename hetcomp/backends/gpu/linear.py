@@ -6,9 +6,19 @@ from dataclasses import dataclass
 
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.gemv import GEMV_ROWS, Matrix, linear_gemv
-from hetcomp.backends.gpu.kernels import Constant, GpuCode, GpuRequest, GridAxis, Operand, launch
+from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
+from hetcomp.backends.gpu.tiles import aligned, power_of_two
 from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
 from hetcomp.ir.ops import HeadLinear, Linear
+from hetcomp.ir.types import DType
+
+_Argument = tuple[str, Operand] | None
+_FULL_GPU = 256  # programs: two for each multiprocessor of a large GPU
+_MIN_TURNS = 4  # turns of k below which a part of it is not worth a program
+_UNPACKED_ROWS = 1024  # from here on many row tiles would unpack the same weights
+_UNPACKED_BYTES = 64 << 20
+_COLUMNS = 1024  # of a row, a program of a launch that is memory alone
+_UNPACK_COLUMNS, _UNPACK_STEPS = 64, 16
 
 
 @dataclass(frozen=True)
@@ -26,53 +36,167 @@ class GemmTile:
         return {"M_TILE": self.rows, "N_TILE": self.columns, "STEPS": self.steps}
 
 
-def gemm_tile(weight_format: str, rows: int, matrices: int = 1) -> GemmTile:
-    """The tile where ``rows`` rows share a weight and a program multiplies with so many matrices at a time. f32 numbers
-    take twice the memory and three products each."""
+def _tile(weight_format: str, rows: int) -> GemmTile:
+    """A linear's tile: the fastest of those measured on an H100 at 64, 512 and 4,096 rows (benchmarks/gpu_launches.py).
+    f32 numbers take twice the memory and three products each."""
     height = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if weight_format == "f32":
-        return GemmTile(min(height, 64), 64, 32, 4, (3, 2))
-    # Two sums, or numbers of e2m1 being taken apart, leave no registers for a wide tile.
-    width = 128 if height == 128 and matrices == 1 and weight_format != "mxfp4" else 64
-    return GemmTile(height, width, 64 // PER_WORD[weight_format], 8 if height == 128 else 4, (3, 2))
+        return GemmTile(min(height, 64), 64 if height == 128 else 32, 32, 4, (3, 2))
+    return GemmTile(height, 64, 64 // PER_WORD[weight_format], 4, (3, 2) if height == 128 else (4, 2))
+
+
+def _parts(tile: GemmTile, programs: int, k: int, weight_format: str) -> int:
+    """Parts of k, each a program's, so that there are enough programs."""
+    turns = k // (tile.steps * PER_WORD[weight_format])
+    parts = 1
+    while programs * parts < _FULL_GPU and turns // (2 * parts) >= _MIN_TURNS:
+        parts *= 2
+    return parts
+
+
+def n_rows(request: GpuRequest) -> tuple[str, Operand]:
+    """The step's number of rows."""
+    first = (request.outputs or request.inputs)[0].type.shape[0]
+    return ("*i32", Operand("step", name="logit_row_count" if first == "R" else "rows"))
+
+
+def rounded(request: GpuRequest, width: int, offset: int) -> tuple[tuple[Launch, ...], tuple[str, Operand], int]:
+    """The op's first input as bf16, ``width`` elements a row: a launch that rounds it into the workspace from
+    ``offset`` on if it is f32, its argument, and the end of the workspace."""
+    if request.inputs[0].type.dtype is DType.BF16:
+        return (), ("*bf16", Operand("input", 0)), offset
+    y = ("*bf16", Operand("workspace", offset=offset))
+    columns = min(power_of_two(width), _COLUMNS)
+    made = launch(
+        "elementwise",
+        "round_rows",
+        f"round_rows_{width}",
+        (ROWS, GridAxis(-(-width // columns)), ONE),
+        {"x": ("*fp32", Operand("input", 0)), "n_rows": n_rows(request), "y": y},
+        {"WIDTH": width, "COLUMNS": columns},
+    )
+    return (made,), y, offset + aligned(2 * request.max_rows() * width)
 
 
 def linear(request: GpuRequest) -> GpuCode:
-    """``linear`` and ``head_linear``."""
+    """``linear`` and ``head_linear``; the first input f32 or, unless there are at most GEMV_ROWS exact rows, bf16."""
+    attrs = request.op.attrs
+    assert isinstance(attrs, (Linear, HeadLinear))
+    if request.rows is not None and request.rows <= GEMV_ROWS:
+        return _gemv(request, request.rows)
+    heads = attrs.heads if isinstance(attrs, HeadLinear) else 1
+    size = 2 * attrs.in_features * attrs.out_features
+    wide = request.inputs[1].format != "f32"
+    if wide and heads == 1 and request.max_rows() >= _UNPACKED_ROWS and size <= _UNPACKED_BYTES:
+        return _unpacked(request)
+    return _packed(request, heads)
+
+
+def _stem(request: GpuRequest) -> str:
+    attrs = request.op.attrs
+    assert isinstance(attrs, (Linear, HeadLinear))
+    return f"{request.op.kind}_{request.inputs[1].format}_n{attrs.out_features}_k{attrs.in_features}"
+
+
+def _bias(request: GpuRequest) -> Operand | None:
+    attrs = request.op.attrs
+    return Operand("input", 2) if isinstance(attrs, Linear) and attrs.bias else None
+
+
+def _gemv(request: GpuRequest, rows: int) -> GpuCode:
     attrs = request.op.attrs
     assert isinstance(attrs, (Linear, HeadLinear))
     heads = attrs.heads if isinstance(attrs, HeadLinear) else 1
+    matrix = Matrix(Operand("input", 1), _bias(request), Operand("output", 0), attrs.out_features)
+    k, weight_format = attrs.in_features, str(request.inputs[1].format)
+    made = linear_gemv(_stem(request), Operand("input", 0), (matrix,), k, weight_format, rows, heads=heads)
+    return GpuCode((made,))
+
+
+def _packed(request: GpuRequest, heads: int) -> GpuCode:
+    """Weights unpacked by every program that multiplies with them."""
+    attrs = request.op.attrs
+    assert isinstance(attrs, (Linear, HeadLinear))
     n, k, weight_format = attrs.out_features, attrs.in_features, str(request.inputs[1].format)
-    bias = isinstance(attrs, Linear) and attrs.bias
-    stem = f"{request.op.kind}_{weight_format}_n{n}_k{k}"
-    x, w, y = Operand("input", 0), Operand("input", 1), Operand("output", 0)
-    its_bias = Operand("input", 2) if bias else None
-    if request.rows is not None and request.rows <= GEMV_ROWS:
-        matrix = Matrix(w, its_bias, y, n)
-        return GpuCode((linear_gemv(stem, x, (matrix,), k, weight_format, request.rows, heads=heads),))
-    arguments: dict[str, tuple[str, Operand] | None] = {
-        "x": ("*fp32", x),
-        "w": (word_type(weight_format), w),
-        "bias": ("*fp32", its_bias) if its_bias else None,
-        "y": ("*fp32", y),
-    }
-    constants: dict[str, Constant] = {
-        "K": k,
-        "N": n,
-        "HEADS": heads,
-        "MATRIX": matrix_words(n, k, weight_format, packing.PANELS),
-        "FORMAT": weight_format,
-    }
-    tile = gemm_tile(weight_format, request.max_rows())
-    rows = "logit_row_count" if request.outputs[0].type.shape[0] == "R" else "rows"
+    tile = _tile(weight_format, request.max_rows())
+    row_tiles, column_tiles = -(-request.max_rows() // tile.rows), -(-n // tile.columns)
+    parts = _parts(tile, row_tiles * column_tiles * heads, k, weight_format)
+    before: tuple[Launch, ...] = ()
+    x: tuple[str, Operand] = ("*fp32", Operand("input", 0))
+    size = 0
+    if weight_format != "f32":
+        before, x, size = rounded(request, heads * k, 0)
+    bias, y = _bias(request), ("*fp32", Operand("output", 0))
+    its_bias = ("*fp32", bias) if bias else None
+    sums = ("*fp32", Operand("workspace", offset=size)) if parts > 1 else y
+    shape: dict[str, Constant] = {"N": n, "HEADS": heads, "PARTS": parts, "M_TILE": tile.rows}
     made = launch(
         "gemm",
         "linear_gemm",
-        f"{stem}_tile{tile.rows}",
-        (GridAxis(tile=tile.rows), GridAxis(-(-n // tile.columns)), GridAxis(heads)),
-        {**arguments, "n_rows": ("*i32", Operand("step", name=rows))},
-        {**constants, **tile.constants()},
+        f"{_stem(request)}_tile{tile.rows}",
+        (GridAxis(tile=tile.rows), GridAxis(column_tiles), GridAxis(heads * parts)),
+        {
+            "x": x,
+            "w": (word_type(weight_format), Operand("input", 1)),
+            "bias": its_bias if parts == 1 else None,
+            "y": sums,
+            "n_rows": n_rows(request),
+        },
+        {
+            **shape,
+            "K": k,
+            "MATRIX": matrix_words(n, k, weight_format, packing.PANELS),
+            "FORMAT": weight_format,
+            **tile.constants(),
+        },
         warps=tile.warps,
         stages=tile.stages,
     )
-    return GpuCode((made,))
+    if parts == 1:
+        return GpuCode((*before, made), size)
+    columns = min(power_of_two(n), _COLUMNS)
+    join = launch(
+        "gemm",
+        "add_parts",
+        f"{_stem(request)}_parts{parts}",
+        (ROWS, GridAxis(-(-n // columns)), GridAxis(heads)),
+        {"parts": sums, "bias": its_bias, "y": y, "n_rows": n_rows(request)},
+        {**shape, "COLUMNS": columns},
+    )
+    return GpuCode((*before, made, join), size + aligned(4 * parts * heads * row_tiles * tile.rows * n))
+
+
+def _unpacked(request: GpuRequest) -> GpuCode:
+    """Weights unpacked once, as bf16, into the workspace."""
+    attrs = request.op.attrs
+    assert isinstance(attrs, Linear)
+    n, k, weight_format = attrs.out_features, attrs.in_features, str(request.inputs[1].format)
+    before, x, size = rounded(request, k, 0)
+    w, bias = ("*bf16", Operand("workspace", offset=size)), _bias(request)
+    per_program = _UNPACK_STEPS * PER_WORD[weight_format]
+    unpack = launch(
+        "gemm",
+        "unpack",
+        f"unpack_{weight_format}_n{n}_k{k}",
+        (GridAxis(-(-k // per_program)), GridAxis(-(-n // _UNPACK_COLUMNS)), ONE),
+        {"w": (word_type(weight_format), Operand("input", 1)), "out": w},
+        {"K": k, "N": n, "FORMAT": weight_format, "COLUMNS": _UNPACK_COLUMNS, "STEPS": _UNPACK_STEPS},
+    )
+    columns = 256 if n >= 1024 else 128
+    made = launch(
+        "gemm",
+        "unpacked_gemm",
+        f"{_stem(request)}_unpacked",
+        (GridAxis(tile=128), GridAxis(-(-n // columns)), ONE),
+        {
+            "x": x,
+            "w": w,
+            "bias": ("*fp32", bias) if bias else None,
+            "y": ("*fp32", Operand("output", 0)),
+            "n_rows": n_rows(request),
+        },
+        {"K": k, "N": n, "M_TILE": 128, "N_TILE": columns, "K_TILE": 64},
+        warps=8,
+        stages=(3, 2),
+    )
+    return GpuCode((*before, unpack, made), size + aligned(2 * n * k))
