@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hetcomp
-from hetcomp import compiler
+from hetcomp import build_artifact
 from hetcomp.errors import HetcompError
 from tests.e2e.command_line import listing, refusal, run
 
@@ -141,7 +141,7 @@ def test_larger_than_memory_is_refused_before_a_weight_is_read(checkpoint, tmp_p
     def no_reading(*_: object) -> None:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(compiler, "write_weights", no_reading)
+    monkeypatch.setattr(build_artifact, "write_weights", no_reading)
     before = listing(tmp_path)
     outcome = run("compile", checkpoint, "-o", tmp_path / "out.hetc", "--formats", "f32", *options)
     assert outcome.code == 1 and "Traceback" not in outcome.err
