@@ -113,7 +113,8 @@ def plan_model(
         max_logit_rows=MAX_LOGIT_ROWS,
     )
     context = replace(context, checkpoint=imported.checkpoint)
-    imported = replace(imported, plan=replace(imported.plan, mix=mix or default_mix(imported.plan.dim("context").max)))
+    usual = replace(default_mix(imported.plan.dim("context").max), batch=max_batch)
+    imported = replace(imported, plan=replace(imported.plan, mix=mix or usual))
     _check_mix(imported.plan)
     if imported.unused:
         progress.warn(

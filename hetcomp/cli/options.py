@@ -60,7 +60,7 @@ def wishes_of(
     from hetcomp.passes.phases import DEFAULT_ANSWER, DEFAULT_PROMPT
     from hetcomp.what_if import parse_size
 
-    mix = Mix(prompt or DEFAULT_PROMPT, answer or DEFAULT_ANSWER, batch) if prompt or answer or batch > 1 else None
+    mix = Mix(prompt or DEFAULT_PROMPT, answer or DEFAULT_ANSWER, batch) if prompt or answer else None
     return PlanWishes(
         mix=mix,
         vram=parse_size(vram, "--vram") if vram is not None else None,
