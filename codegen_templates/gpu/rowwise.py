@@ -32,7 +32,8 @@ def rms_norm(
     RUNS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """x f32[rows, GROUPS, WIDTH], weight f32[WIDTH] -> y of x's shape, f32 or bf16, and rounded, None or bf16. Grid: (rows, blocks of RUNS groups)."""
+    """x f32[rows, GROUPS, WIDTH], weight f32[WIDTH] -> y of x's shape, f32 or bf16, and rounded, None or bf16.
+    Grid: (rows, blocks of RUNS groups)."""
     row = tl.program_id(0)
     if beyond(row, n_rows):
         return
