@@ -328,10 +328,12 @@ def attention_prefill(
         total = total * shrink + tl.exp2(sink - new_top)
     c = tl.arange(0, V_FIRST)
     factor = (shrink / total)[:, None]
-    tl.store(y + row[:, None] * V_DIM + c[None, :], sums[0] * factor, mask=valid[:, None] & (c < V_DIM)[None, :])
+    first = (sums[0] * factor).to(y.dtype.element_ty)
+    tl.store(y + row[:, None] * V_DIM + c[None, :], first, mask=valid[:, None] & (c < V_DIM)[None, :])
     if V_SECOND > 0:
         f = V_FIRST + tl.arange(0, V_SECOND)
-        tl.store(y + row[:, None] * V_DIM + f[None, :], sums[1] * factor, mask=valid[:, None] & (f < V_DIM)[None, :])
+        second = (sums[1] * factor).to(y.dtype.element_ty)
+        tl.store(y + row[:, None] * V_DIM + f[None, :], second, mask=valid[:, None] & (f < V_DIM)[None, :])
 
 
 @triton.jit

@@ -19,13 +19,14 @@ def glu(
     LIMIT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """y f32 or bf16."""
     row = tl.program_id(0)
     if beyond(row, n_rows):
         return
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = row.to(tl.int64) * WIDTH + n
     a, b = tl.load(gate + at, mask=n < WIDTH, other=0.0), tl.load(up + at, mask=n < WIDTH, other=0.0)
-    tl.store(y + at, functions.glu(a, b, FUNCTION, ALPHA, LIMIT), mask=n < WIDTH)
+    tl.store(y + at, functions.glu(a, b, FUNCTION, ALPHA, LIMIT).to(y.dtype.element_ty), mask=n < WIDTH)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ def rms_norm(
     weight,
     n_rows,
     y,
+    rounded,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
     EPS: tl.constexpr,
@@ -31,7 +32,8 @@ def rms_norm(
     RUNS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """x f32[rows, GROUPS, WIDTH], weight f32[WIDTH] -> y of x's shape. Grid: (rows, blocks of RUNS groups)."""
+    """x f32[rows, GROUPS, WIDTH], weight f32[WIDTH] -> y of x's shape, f32 or bf16, and rounded, None or bf16.
+    Grid: (rows, blocks of RUNS groups)."""
     row = tl.program_id(0)
     if beyond(row, n_rows):
         return
@@ -43,7 +45,10 @@ def rms_norm(
     mean = tl.sum(numbers * numbers, axis=1) / WIDTH
     factor = 1.0 / tl.sqrt_rn(mean + EPS)
     scale = tl.load(weight + d, mask=d < WIDTH, other=0.0) + WEIGHT_OFFSET
-    tl.store(y + at, numbers * factor[:, None] * scale[None, :], mask=mask)
+    normed = numbers * factor[:, None] * scale[None, :]
+    tl.store(y + at, normed.to(y.dtype.element_ty), mask=mask)
+    if rounded is not None:
+        tl.store(rounded + at, normed.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
@@ -54,12 +59,14 @@ def add_rms_norm(
     n_rows,
     total,
     y,
+    rounded,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """a, b f32[rows, WIDTH], weight f32[WIDTH] -> total = a + b, and y, its rms_norm. Grid: (rows)."""
+    """a, b f32[rows, WIDTH], weight f32[WIDTH] -> total = a + b, and its rms_norm y f32 and rounded bf16, one of which
+    may be None. Grid: (rows)."""
     row = tl.program_id(0)
     if beyond(row, n_rows):
         return
@@ -69,7 +76,11 @@ def add_rms_norm(
     tl.store(total + at, numbers, mask=d < WIDTH)
     factor = 1.0 / tl.sqrt_rn(tl.sum(numbers * numbers, axis=0) / WIDTH + EPS)
     scale = tl.load(weight + d, mask=d < WIDTH, other=0.0) + WEIGHT_OFFSET
-    tl.store(y + at, numbers * factor * scale, mask=d < WIDTH)
+    normed = numbers * factor * scale
+    if y is not None:
+        tl.store(y + at, normed, mask=d < WIDTH)
+    if rounded is not None:
+        tl.store(rounded + at, normed.to(tl.bfloat16), mask=d < WIDTH)
 
 
 @triton.jit
@@ -116,8 +127,8 @@ def rope(
     HEAD_TILE: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """x f32[rows, HEADS, DIM], cos, sin f32[rows, HALF] -> y of x's shape. Every element reads its mate, so that x and
-    y must not overlap. Grid: (rows, blocks of HEAD_TILE heads)."""
+    """x f32[rows, HEADS, DIM], cos, sin f32[rows, HALF] -> y of x's shape, f32 or bf16. Every element reads its mate,
+    so that x and y must not overlap. Grid: (rows, blocks of HEAD_TILE heads)."""
     row = tl.program_id(0)
     if beyond(row, n_rows):
         return
@@ -133,7 +144,8 @@ def rope(
     s = tl.load(sin + row * HALF + pair, mask=turned, other=0.0)[None, :]
     rotated = tl.where(second[None, :], mate * c + first * s, first * c - mate * s)
     kept = tl.load(x + heads + d[None, :], mask=inside & (~turned & (d < DIM))[None, :], other=0.0)
-    tl.store(y + heads + d[None, :], tl.where(turned[None, :], rotated, kept), mask=inside & (d < DIM)[None, :])
+    numbers = tl.where(turned[None, :], rotated, kept).to(y.dtype.element_ty)
+    tl.store(y + heads + d[None, :], numbers, mask=inside & (d < DIM)[None, :])
 
 
 @triton.jit

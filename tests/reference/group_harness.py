@@ -23,6 +23,7 @@ def run_groups(
     """All values after the groups, by id. given: weights as stored, states, and activations that no group writes.
     States are written in place. A group that reads what nobody has written fails."""
     have = dict(given)
+    values = {**values, **{v.id: v for group in groups for v in group.own}}
     for group in groups:
         appended = {op.inputs[1] for op in group.ops if op.kind == "kv_append"}
         assert appended <= set(group.inputs)
@@ -38,7 +39,7 @@ def run_groups(
     return have
 
 
-_NUMPY = {DType.F32: np.float32, DType.I32: np.int32}
+_NUMPY = {DType.F32: np.float32, DType.I32: np.int32, DType.BF16: np.uint16}
 
 
 def _shape(value: Value, rows: int) -> tuple[int, ...]:

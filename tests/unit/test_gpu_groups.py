@@ -305,7 +305,9 @@ def test_norms_rotations_and_caches_are_one_launch(name, rows, exact):
         heads = [group for group in groups if group.ops[0].kind != "attention"]
         return heads, run_groups(heads, g.values, g.arrays, rows, step)
 
-    (_, fused), (_, alone) = made(), made("k_rope")
+    (_, fused), (_, alone) = made("q_rope"), made("q_rope", "k_rope")
+    if not exact and "q_rope bf16" in (only := made()[1]):  # attention rounds it anyway
+        np.testing.assert_array_equal(only["q_rope bf16"], packing.to_bf16_bits(fused["q_rope"]))
     # A sum of squares in another order, by a half; two roundings more.
     tolerance = {"rtol": EPS * 8, "atol": EPS * 8 * 4}
     np.testing.assert_allclose(fused["q_rope"], alone["q_rope"], **tolerance)
@@ -375,3 +377,34 @@ def test_a_router_in_parts_and_its_route(weight_format, k, bias, rows):
 
 def _ids(name: str, top_k: int) -> Value:
     return replace(activation(name, "T", top_k), type=TensorType(DType.I32, ("T", top_k)))
+
+
+@pytest.mark.parametrize(("summed", "rows"), [(True, 20), (False, 20), (False, 9)])
+def test_what_is_multiplied_as_bf16_is_written_so(summed, rows):
+    """A norm that a router reads too, a glu that only a linear reads: the same numbers as where all is kept as f32."""
+    width, out = 64, 48
+
+    def made(*wanted: str) -> tuple[tuple[GpuGroup, ...], Arrays]:
+        g = Graph(rows)
+        x = g.given("x", width)
+        n = g.norm("norm", g.op("sum", ops.Add(), [x, g.given("z", width)], width) if summed else x, width)
+        g.linear("router", n, 16, width, "f32")
+        for name in ("gate", "up"):
+            g.linear(name, n, out, width, "q8")
+        g.op("glu", ops.Glu(out), ["gate", "up"], out)
+        g.linear("down", "glu", width, out, "q4")
+        last = g.norm("last", "down", width)
+        g.linear("y", last, 16, width, "bf16")
+        groups = group_ops(g.ops, g.values, ("router", "y", *wanted), DIMS, rows if rows < 20 else None)
+        return groups, run_groups(groups, g.values, g.arrays, rows)
+
+    (groups, narrow), (_, wide) = made(), made("norm", "glu", "last")
+    own = {v.id: v for group in groups for v in group.own}
+    assert set(own) == {"norm bf16", "glu bf16", "last bf16"}
+    assert all(v.type.dtype is DType.BF16 for v in own.values())
+    assert {"norm", "glu", "last"} & set(narrow) == {"norm"}
+    assert not any(launch.kernel.function == "round_rows" for group in groups for launch in group.code.launches)
+    for value in ("norm", "glu", "last"):
+        np.testing.assert_array_equal(narrow[f"{value} bf16"], packing.to_bf16_bits(wide[value]))
+    for value in ("router", "y"):
+        np.testing.assert_array_equal(narrow[value], wide[value])

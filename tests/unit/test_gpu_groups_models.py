@@ -63,6 +63,26 @@ def test_decode_steps_agree_with_the_plan(name, odd):
         assert np.abs(got - want).max() <= BOUND * np.abs(want).max(), f"step {number}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+def test_prefill_agrees_with_the_plan(name):
+    """A prompt of one sequence, in a graph for more rows. All weights f32, so that nothing is rounded but what beside a
+    cache of f32 stays f32 too."""
+    imported = _imported(name, True, 2)
+    dims = imported.plan.max_dims()
+    flat = flatten(imported.plan, lambda op: "f32", DType.F32)
+    stored = StoredWeights(flat, imported.checkpoint, dims)
+    groups = _groups(flat, dims, None)
+    (logits,) = (v.id for v in imported.plan.values if v.kind is ValueKind.OUTPUT)
+    rows = 11
+    ids = np.random.default_rng(0).integers(3, imported.plan.model.vocab, rows).astype(np.int32)
+    positions, slots = np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
+    want = PlanInterpreter(imported.plan, stored).step(ids.tolist(), positions.tolist(), slots.tolist()).numpy()
+    step = Step(positions, slots, positions, CONTEXT)
+    got = run_groups(groups, flat.values, {**stored.arrays, "ids": ids, "positions": positions}, rows, step)[logits]
+    assert np.abs(got - want).max() <= BOUND * np.abs(want).max()
+
+
 @pytest.mark.parametrize(("name", "launches"), LAUNCHES.items())
 def test_launches_of_a_layer_in_decode(name, launches):
     imported = _imported(name, False, 2)

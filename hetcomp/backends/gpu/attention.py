@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Operand, launch
+from hetcomp.backends.gpu.kernels import (
+    NUMBER_TYPES,
+    ONE,
+    ROWS,
+    Constant,
+    GpuCode,
+    GpuRequest,
+    GridAxis,
+    Operand,
+    launch,
+)
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
 from hetcomp.ir.ops import Attention, KvAppend
 from hetcomp.ir.types import DType
@@ -65,7 +75,7 @@ def attention(request: GpuRequest) -> GpuCode:
 def _operands(request: GpuRequest, a: Attention) -> tuple[dict[str, tuple[str, Operand]], tuple[str, Operand] | None]:
     cache = CACHE_TYPES[request.inputs[1].type.dtype]
     arguments = {
-        "q": ("*fp32", Operand("input", 0)),
+        "q": (NUMBER_TYPES[request.inputs[0].type.dtype], Operand("input", 0)),
         "k": (cache, Operand("input", 1)),
         "v": (cache, Operand("input", 1 if a.shared_kv else 2)),
     }
@@ -151,7 +161,7 @@ def _prefill(request: GpuRequest) -> GpuCode:
             "positions": ("*i32", Operand("step", name="positions")),
             "slots": ("*i32", Operand("step", name="slots")),
             "n_rows": ("*i32", Operand("step", name="rows")),
-            "y": ("*fp32", Operand("output", 0)),
+            "y": (NUMBER_TYPES[request.outputs[0].type.dtype], Operand("output", 0)),
             "context": ("i32", Operand("context")),
         },
         {**_shape(a), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": keys},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hetcomp.backends.gpu.experts import fused_experts
@@ -11,7 +11,8 @@ from hetcomp.backends.gpu.heads import HeadOperands, heads_to_cache
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Operand
 from hetcomp.backends.gpu.mla import LatentOperands, LatentOps, latents_to_cache
 from hetcomp.backends.gpu.patterns import GluPair, HeadOps, Run
-from hetcomp.backends.gpu.rowwise import add_rms_norm, route_parts
+from hetcomp.backends.gpu.rounded_values import reads_bf16
+from hetcomp.backends.gpu.rowwise import add_rms_norm, rms_norm, route_parts
 from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Glu, HeadLinear, Linear, RmsNorm, Rope
@@ -24,12 +25,14 @@ _BACKEND = TritonBackend()
 class GpuGroup:
     """Ops with common launches. ``ops``: what is covered, in order; a norm that several groups do on the way is of the
     first. ``inputs``: ids of the values that ``Operand("input", i)`` stands for; a state that is appended to is one.
-    ``outputs``: ids of the values that the launches write, ``Operand("output", i)``."""
+    ``outputs``: ids of the values that the launches write, ``Operand("output", i)``. ``own``: those of them that are
+    values of the groups alone."""
 
     ops: tuple[Op, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     code: GpuCode
+    own: tuple[Value, ...] = ()
 
 
 def group_ops(
@@ -73,6 +76,7 @@ class _Grouping:
         self.rows = rows
         self.pending = list(range(len(run.ops)))
         self.done: set[int] = set()
+        self.copies = {r.copy.id: r.copy for r in run.rounded.values()}
         self.written = {v for op in run.ops for v in op.inputs if v not in run.writer}
         # Norms done by their readers, by result; those among them that no group has among its ops so far.
         self.folded: dict[str, int] = {}
@@ -137,14 +141,30 @@ class _Grouping:
         return self._single(i)
 
     def _single(self, i: int) -> GpuGroup:
-        op = self.run.ops[i]
+        op, request = self.run.ops[i], self._request(i)
+        inputs, outputs = (tuple(v.id for v in values) for values in (request.inputs, request.outputs))
+        rounded = self.run.rounded.get(op.outputs[0]) if op.outputs else None
         self._finish([i], op.outputs)
-        return GpuGroup((op,), op.inputs, op.outputs, _BACKEND.emit(self._request(i)))
+        if rounded is None or rounded.alone:
+            return GpuGroup((op,), inputs, outputs, _BACKEND.emit(request), self._own(outputs))
+        _BACKEND.require(request)
+        outputs = *outputs, rounded.copy.id
+        code = rms_norm(request, Operand("output", 1))
+        return GpuGroup((op,), inputs, outputs, code, self._own(outputs))
+
+    def _own(self, outputs: Iterable[str]) -> tuple[Value, ...]:
+        return tuple(self.copies[v] for v in outputs if v in self.copies)
 
     def _request(self, i: int) -> GpuRequest:
-        op, values = self.run.ops[i], self.run.values
-        inputs, outputs = (tuple(values[v] for v in ids) for ids in (op.inputs, op.outputs))
-        return GpuRequest(op, inputs, outputs, self.dims, self.rows)
+        """Of one op alone: where it reads or writes nothing but the bf16 copy of a value, the copy is its operand."""
+        run, op = self.run, self.run.ops[i]
+        inputs = [
+            run.rounded[v].copy if v in run.rounded and reads_bf16(run, i, v) else run.values[v] for v in op.inputs
+        ]
+        outputs = [
+            run.rounded[v].copy if v in run.rounded and run.rounded[v].alone else run.values[v] for v in op.outputs
+        ]
+        return GpuRequest(op, tuple(inputs), tuple(outputs), self.dims, self.rows)
 
     def _linears(self, first: int) -> GpuGroup:
         """A linear with what is added to it, or those that read the same and can be multiplied by the same launch."""
@@ -240,7 +260,9 @@ class _Grouping:
         k, k_norm = head(of.k_rope, of.k_norm)
         v, cos, sin = (operands.read(v) for v in (v_append.inputs[0], *q_rope.inputs[1:]))
         k_cache, v_cache = (operands.read(op.inputs[1]) for op in (k_append, v_append))
-        named = HeadOperands(q, k, v, q_norm, k_norm, cos, sin, operands.write(q_rope.outputs[0]), k_cache, v_cache)
+        turned = self._request(of.q_rope).outputs[0]
+        y = operands.write(turned.id)
+        named = HeadOperands(q, k, v, q_norm, k_norm, cos, sin, y, turned.type.dtype, k_cache, v_cache)
         k_type, v_type = (run.values[op.inputs[1]].type.dtype for op in (k_append, v_append))
         return self._made(of.members(), operands, heads_to_cache(named, of.attrs, k_type, v_type, self.rows))
 
@@ -267,9 +289,12 @@ class _Grouping:
     def _normed_add(self, add: int, norm: int) -> GpuGroup:
         run, operands = self.run, _Operands()
         a, b = (operands.read(v) for v in run.ops[add].inputs)
-        weight = operands.read(run.ops[norm].inputs[1])
-        total, y = (operands.write(run.ops[j].outputs[0]) for j in (add, norm))
-        code = add_rms_norm(self._request(norm), a, b, weight, total, y)
+        weight, total = operands.read(run.ops[norm].inputs[1]), operands.write(run.ops[add].outputs[0])
+        (result,) = run.ops[norm].outputs
+        rounded = run.rounded.get(result)
+        y = None if rounded and rounded.alone else operands.write(result)
+        copy = operands.write(rounded.copy.id) if rounded else None
+        code = add_rms_norm(self._request(norm), a, b, weight, total, y, copy)
         return self._made([add, norm], operands, code)
 
     def _matrix(self, i: int, result: str, operands: _Operands) -> Matrix:
@@ -313,8 +338,10 @@ class _Grouping:
         covered = sorted({*members, *(norms & self.uncovered)})
         self.uncovered -= norms
         self._finish(members, operands.outputs)
-        return GpuGroup(tuple(self.run.ops[j] for j in covered), tuple(operands.inputs), tuple(operands.outputs), code)
+        ops, inputs, outputs = (self.run.ops[j] for j in covered), operands.inputs, operands.outputs
+        return GpuGroup(tuple(ops), tuple(inputs), tuple(outputs), code, self._own(outputs))
 
     def _finish(self, members: Sequence[int], written: Sequence[str] | Mapping[str, int]) -> None:
         self.done.update(members)
         self.written.update(written)
+        self.written.update(v for v, r in self.run.rounded.items() if r.copy.id in written)

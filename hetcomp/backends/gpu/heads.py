@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hetcomp.backends.gpu.attention import CACHE_TYPES
 from hetcomp.backends.gpu.gemv import GEMV_ROWS
-from hetcomp.backends.gpu.kernels import ONE, ROWS, GpuCode, GridAxis, Operand, launch
+from hetcomp.backends.gpu.kernels import NUMBER_TYPES, ONE, ROWS, GpuCode, GridAxis, Operand, launch
 from hetcomp.backends.gpu.tiles import power_of_two
 from hetcomp.ir.ops import KvAppend, RmsNorm, Rope
 from hetcomp.ir.types import DType
@@ -26,6 +26,7 @@ class HeadOperands:
     cos: Operand
     sin: Operand
     y: Operand
+    y_type: DType
     k_cache: Operand
     v_cache: Operand
 
@@ -60,7 +61,7 @@ def heads_to_cache(of: HeadOperands, a: HeadAttrs, k_cache: DType, v_cache: DTyp
     made = launch(
         "heads",
         "heads_to_cache",
-        f"heads_{a.q.style}_{a.q.heads}x{a.k.heads}x{a.q.head_dim}_{k_cache}",
+        f"heads_{a.q.style}_{a.q.heads}x{a.k.heads}x{a.q.head_dim}_{k_cache}_{of.y_type}",
         (ROWS, GridAxis(blocks), ONE),
         {
             "q": ("*fp32", of.q),
@@ -73,7 +74,7 @@ def heads_to_cache(of: HeadOperands, a: HeadAttrs, k_cache: DType, v_cache: DTyp
             "positions": ("*i32", Operand("step", name="positions")),
             "slots": ("*i32", Operand("step", name="slots")),
             "n_rows": ("*i32", Operand("step", name="rows")) if rows is None else None,
-            "y": ("*fp32", of.y),
+            "y": (NUMBER_TYPES[of.y_type], of.y),
             "k_cache": (CACHE_TYPES[k_cache], of.k_cache),
             "v_cache": (CACHE_TYPES[v_cache], of.v_cache),
             "context": ("i32", Operand("context")),

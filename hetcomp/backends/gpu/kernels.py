@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hetcomp.ir.plan import Op, Value
+from hetcomp.ir.types import DType
 
+# Triton pointers to what activations are kept as.
+NUMBER_TYPES = {DType.F32: "*fp32", DType.BF16: "*bf16"}
 Constant = int | float | bool | str | None
 
 

@@ -126,7 +126,9 @@ class StepLowering:
             case Run(ops):
                 elsewhere = {n for i, e in enumerate(self.events) if i != index for n in reads_of(e)}
                 dims = self.rows.dims(self.dims)
-                self.steps += group_ops(ops, self.values, elsewhere, dims, self._exact)
+                groups = group_ops(ops, self.values, elsewhere, dims, self._exact)
+                self.values |= {v.id: v for group in groups for v in group.own}
+                self.steps += groups
             case SomeExperts(op, _):
                 self._some_experts(event)
             case AskExperts(op, hand_over):

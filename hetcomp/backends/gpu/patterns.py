@@ -9,6 +9,7 @@ from hetcomp.backends import packing
 from hetcomp.backends.gpu.gemv import GEMV_ROWS, MAX_ADDED, split_of
 from hetcomp.backends.gpu.heads import HeadAttrs
 from hetcomp.backends.gpu.mla import LatentOps, find_latent_ops
+from hetcomp.backends.gpu.rounded_values import find_rounded
 from hetcomp.ir.ops import Attention, KvAppend, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value, ValueKind
 
@@ -52,6 +53,7 @@ class Run:
         self.ops = ops
         self.values = values
         self.wanted = wanted
+        self.rows = rows
         self.decode = rows is not None and rows <= GEMV_ROWS
         self.writer: dict[str, int] = {v: i for i, op in enumerate(ops) for v in op.outputs}
         self.readers: dict[str, list[int]] = {}
@@ -71,6 +73,7 @@ class Run:
             self._find_adds()
             self._find_routes()
         self._find_normed_adds()
+        self.rounded = find_rounded(self)
 
     def parts(self, i: int) -> list[int]:
         """The ops of the pattern that op ``i`` begins; itself if it begins none."""

@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
+from hetcomp.backends.gpu.kernels import (
+    NUMBER_TYPES,
+    ONE,
+    ROWS,
+    Constant,
+    GpuCode,
+    GpuRequest,
+    GridAxis,
+    Launch,
+    Operand,
+    launch,
+)
 from hetcomp.backends.gpu.tiles import power_of_two
 from hetcomp.backends.gpu.words import word_type
 from hetcomp.ir import ops
@@ -36,8 +47,13 @@ def _width(type_: TensorType) -> int:
     return math.prod(d for d in type_.shape[1:] if isinstance(d, int))
 
 
-def rms_norm(request: GpuRequest) -> GpuCode:
-    """``rms_norm``."""
+def _number(request: GpuRequest) -> _Argument:
+    """The result, f32 or bf16."""
+    return (NUMBER_TYPES[request.outputs[0].type.dtype], Operand("output", 0))
+
+
+def rms_norm(request: GpuRequest, rounded: Operand | None = None) -> GpuCode:
+    """``rms_norm``, of f32 or bf16; ``rounded``: the same in bf16 beside it."""
     a = request.op.attrs
     assert isinstance(a, ops.RmsNorm)
     padded = power_of_two(a.width)
@@ -47,7 +63,13 @@ def rms_norm(request: GpuRequest) -> GpuCode:
         "rms_norm",
         f"rms_norm_{a.groups}x{a.width}",
         (ROWS, GridAxis(-(-a.groups // runs)), ONE),
-        {"x": _X, "weight": _second(), "n_rows": _n_rows(request), "y": _Y},
+        {
+            "x": _X,
+            "weight": _second(),
+            "n_rows": _n_rows(request),
+            "y": _number(request),
+            "rounded": ("*bf16", rounded) if rounded else None,
+        },
         {
             "WIDTH": a.width,
             "GROUPS": a.groups,
@@ -61,8 +83,17 @@ def rms_norm(request: GpuRequest) -> GpuCode:
     return GpuCode((made,))
 
 
-def add_rms_norm(norm: GpuRequest, a: Operand, b: Operand, weight: Operand, total: Operand, y: Operand) -> GpuCode:
-    """``rms_norm`` of whole rows, of the sum of a and b, which is written too."""
+def add_rms_norm(
+    norm: GpuRequest,
+    a: Operand,
+    b: Operand,
+    weight: Operand,
+    total: Operand,
+    y: Operand | None,
+    rounded: Operand | None,
+) -> GpuCode:
+    """``rms_norm`` of whole rows, f32 and rounded to bf16 (one may be None), of the sum of a and b, which is written
+    too."""
     attrs = norm.op.attrs
     assert isinstance(attrs, ops.RmsNorm)
     padded = power_of_two(attrs.width)
@@ -77,7 +108,8 @@ def add_rms_norm(norm: GpuRequest, a: Operand, b: Operand, weight: Operand, tota
             "weight": ("*fp32", weight),
             "n_rows": _n_rows(norm),
             "total": ("*fp32", total),
-            "y": ("*fp32", y),
+            "y": ("*fp32", y) if y else None,
+            "rounded": ("*bf16", rounded) if rounded else None,
         },
         {"WIDTH": attrs.width, "EPS": attrs.eps, "WEIGHT_OFFSET": attrs.weight_offset, "PADDED": padded},
         warps=8 if padded > 2048 else 4,
@@ -124,7 +156,7 @@ def rope(request: GpuRequest) -> GpuCode:
             "cos": _second(),
             "sin": ("*fp32", Operand("input", 2)),
             "n_rows": _n_rows(request),
-            "y": _Y,
+            "y": _number(request),
         },
         {
             "HEADS": a.heads,
@@ -218,7 +250,7 @@ def glu(request: GpuRequest) -> GpuCode:
     """``glu``."""
     a = request.op.attrs
     assert isinstance(a, ops.Glu)
-    arguments = {"gate": _X, "up": _second(), "n_rows": _n_rows(request), "y": _Y}
+    arguments = {"gate": _X, "up": _second(), "n_rows": _n_rows(request), "y": _number(request)}
     constants: dict[str, Constant] = {"FUNCTION": a.function, "ALPHA": a.alpha, "LIMIT": a.limit}
     return GpuCode((_columns(request, "elementwise", "glu", arguments, constants),))
 
