@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 
@@ -144,9 +144,10 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     builder.build()
     main = max(range(len(nodes)), key=lambda i: (share[i], -i))
     caps = [gpu_limit(gpu, context) for gpu in gpus]
+    room = sum(caps) - GPU_RESERVE - workspace_estimate(plan)
     return Problem(
         phases=builder.steps,
-        groups=tuple(builder.groups),
+        groups=_caches_first(builder.groups, room) if gpus and not context.planning else tuple(builder.groups),
         edges=tuple(builder.edges),
         experts=tuple(builder.experts),
         gpu_bytes=tuple(max(0, cap - GPU_RESERVE) for cap in caps),
@@ -160,6 +161,17 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         launch_us=tuple(launch_us(g) for g in gpus),
         streaming=context.planning,
     )
+
+
+def _caches_first(groups: Sequence[Group], room: int) -> tuple[Group, ...]:
+    """The groups, those with KV caches pinned to the GPU if all that are not pinned elsewhere fit into ``room`` there.
+
+    The mix that a plan is made for has one length of prompts; attention's time grows with their square, and an expert
+    more on the GPU is not worth prompts of 16,000 tokens whose attention the CPU computes."""
+    mine = [g for g in groups if g.state_bytes and g.pin is None]
+    if sum(g.bytes for g in mine) > room:
+        return tuple(groups)
+    return tuple(replace(g, pin="gpu:0") if g.state_bytes and g.pin is None else g for g in groups)
 
 
 def staging_bytes(largest_expert: int) -> int:
