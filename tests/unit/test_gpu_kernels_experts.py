@@ -24,15 +24,14 @@ OTHERS = [
     MoeExperts(experts=3, top_k=3, hidden=18, intermediate=5, function="gelu_tanh"),
     MoeExperts(experts=9, top_k=2, hidden=18, intermediate=20, function="relu"),
 ]
-DIMS = {"T": 100}
 
 
-def _request(a: MoeExperts, weight_format: str, rows: int | None, here: int | None = None):
+def _request(a: MoeExperts, weight_format: str, rows: int | None, here: int | None = None, tokens: int = 100):
     operands = [activation("x", "T", a.hidden), activation("i", "T", a.top_k), activation("r", "T", a.top_k)]
     operands += [_of(v, here or a.experts) for v in expert_weights(a, weight_format)]
     operands += [activation("gb", a.experts, 2 * a.intermediate), activation("db", a.experts, a.hidden)] * a.bias
     operands += [] if here is None else [activation("resident", a.experts)]
-    return request(a, operands, [activation("y", "T", a.hidden)], DIMS, rows, here is not None)
+    return request(a, operands, [activation("y", "T", a.hidden)], {"T": tokens}, rows, here is not None)
 
 
 def _of(value, experts: int):
@@ -47,9 +46,9 @@ def _case(a: MoeExperts, weight_format: str, rows: int, hot: bool, exact: bool) 
     return ExpertsCase(a, weight_format, rows, hot, rows, by, rounded=True)
 
 
-def _check(a: MoeExperts, weight_format: str, rows: int, exact: bool, hot: bool = False) -> None:
+def _check(a: MoeExperts, weight_format: str, rows: int, exact: bool, hot: bool = False, tokens: int = 100) -> None:
     case = _case(a, weight_format, rows, hot, exact)
-    asked = _request(a, weight_format, rows if exact else None)
+    asked = _request(a, weight_format, rows if exact else None, tokens=tokens)
     grid_rows = rows if exact else rows + 9
     (y,) = run(asked, case.inputs, [((rows, a.hidden), np.float32)], rows=rows, grid_rows=grid_rows)
     assert (np.abs(y - case.want) <= case.bound).all()
@@ -72,6 +71,12 @@ def test_sizes_and_functions(attrs, weight_format, rows, exact):
 
 def test_a_hot_expert_of_many_tiles():
     _check(SILU, "q4", 100, False, hot=True)
+
+
+@pytest.mark.parametrize("weight_format", ["q4", "bf16"])
+def test_tiles_of_many_rows(weight_format):
+    """Tiles of 128 rows, full ones and some with few rows."""
+    _check(SILU, weight_format, 140, False, hot=True, tokens=200)
 
 
 def test_a_token_may_name_one_expert_twice():

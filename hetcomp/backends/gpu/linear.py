@@ -41,7 +41,7 @@ def _tile(weight_format: str, rows: int) -> GemmTile:
     f32 numbers take twice the memory and three products each."""
     height = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if weight_format == "f32":
-        return GemmTile(min(height, 64), 64 if height == 128 else 32, 32, 4, (3, 2))
+        return GemmTile(128, 64, 32, 8, (3, 2)) if height == 128 else GemmTile(height, 32, 32, 4, (3, 2))
     return GemmTile(height, 64, 64 // PER_WORD[weight_format], 4, (3, 2) if height == 128 else (4, 2))
 
 
