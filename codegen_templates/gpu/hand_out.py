@@ -20,8 +20,8 @@ def hand_out(
     TOP_K_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x f32[rows, WIDTH] and, where given, ids i32[rows, TOP_K] and weights f32[rows, TOP_K] to their places. Grid: (rows,
-    column blocks of x)."""
+    """x f32[rows, WIDTH] and, where given, ids i32[rows, TOP_K] and weights f32[rows, TOP_K] to their places. Grid:
+    (rows, column blocks of x)."""
     row = tl.program_id(0)
     if beyond(row, n_rows):
         return
