@@ -20,12 +20,13 @@ using BufferIndex = std::map<std::string, std::size_t>;
 
 BufferKind buffer_kind(const CheckedJson& node) {
   static const std::map<std::string, BufferKind> kKinds{
-      {"arena", BufferKind::kArena},         {"weight", BufferKind::kWeight},
-      {"constant", BufferKind::kConstant},   {"state", BufferKind::kState},
-      {"result", BufferKind::kResult},       {"step", BufferKind::kStep},
-      {"pinned_in", BufferKind::kPinnedIn},  {"pinned_out", BufferKind::kPinnedOut}};
+      {"arena", BufferKind::kArena},        {"weight", BufferKind::kWeight},
+      {"constant", BufferKind::kConstant},  {"state", BufferKind::kState},
+      {"result", BufferKind::kResult},      {"step", BufferKind::kStep},
+      {"pinned_in", BufferKind::kPinnedIn}, {"pinned_out", BufferKind::kPinnedOut}};
   const auto found = kKinds.find(node.text());
-  if (found == kKinds.end()) node.refuse("arena, weight, constant, state, result, step, pinned_in or pinned_out");
+  if (found == kKinds.end())
+    node.refuse("arena, weight, constant, state, result, step, pinned_in or pinned_out");
   return found->second;
 }
 
