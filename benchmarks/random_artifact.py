@@ -143,6 +143,7 @@ def main() -> None:
         write_weights_of(o.weights_of)
     elif o.name and o.out:
         if o.hollow:
+            # All weights of this process go through it; a file's class serves as the function that opens one.
             weight_files.create = Hollow  # type: ignore[assignment]
         isa = [] if o.isa == "auto" else o.isa.split(",")
         build(

@@ -283,9 +283,12 @@ def _parts(
             output = scratch(space.partials[i - 1])
         call = {"node": layout.nodes.index(part.node), "kernel": kernel.name, "output": output, "inputs": inputs}
         call["local"] = ()
-        if isinstance(part.attrs, MoeExperts) and isinstance(op.attrs, MoeExperts) and _some(part, op.attrs):
-            here = [e for start, stop in part.experts for e in range(start, stop)]
-            call["local"] = [here.index(e) if e in here else -1 for e in range(op.attrs.experts)]
+        if (
+            isinstance(part.attrs, MoeExperts)
+            and isinstance(op.attrs, MoeExperts)
+            and part.attrs.experts < op.attrs.experts
+        ):
+            call["local"] = part.places(op.attrs.experts)
             call["top_k"] = part.attrs.top_k
             call["choices"] = inputs[1]
             inputs[1] = scratch(space.ids[i])
@@ -297,11 +300,6 @@ def _parts(
 def _cut_names(names: Iterable[str], cut: Mapping[str, Sequence[int]]) -> list[str]:
     """The names with those of cut weights replaced by one for every node."""
     return [part for name in names for part in ([part_id(name, n) for n in cut[name]] if name in cut else [name])]
-
-
-def _some(part: NodePart, whole: MoeExperts) -> bool:
-    """Whether the part has some of the experts and not all."""
-    return bool(part.experts) and sum(stop - start for start, stop in part.experts) < whole.experts
 
 
 def _rows(template: Template, op: Op) -> str:

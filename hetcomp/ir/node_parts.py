@@ -46,6 +46,11 @@ class NodePart:
     first_column: int = 0
     experts: Runs = ()
 
+    def places(self, experts: int) -> tuple[int, ...]:
+        """Where each of the whole op's ``experts`` lies among the part's; -1: elsewhere."""
+        here = {e: i for i, e in enumerate(e for start, stop in self.experts for e in range(start, stop))}
+        return tuple(here.get(e, -1) for e in range(experts))
+
     def of(self, op: Op, template: Template) -> tuple[Op, Template]:
         """The part as an op of its own, and the template with the part's weights in place of the whole ones."""
         values = template.value_map()

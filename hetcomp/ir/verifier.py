@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from hetcomp.errors import HetcompError
 from hetcomp.ir import op_types
 from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
+from hetcomp.ir.homes import memory_of
 from hetcomp.ir.node_parts import node_parts, plan_parts, shared_weights
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 
@@ -189,7 +190,7 @@ def _transfers_inserted(plan: Plan) -> None:
         home = {v.id: "cpu" for v in template.values}
         home.update({formal: handed[actual] for formal, actual in zip(template.params, call.args, strict=True)})
         for op in template.ops:
-            memory = "cpu" if devices[op.id].device.startswith("cpu:") else devices[op.id].device
+            memory = memory_of(devices[op.id].device)
             for name in op.inputs:
                 if op.kind != "transfer" and template.value(name).kind is ValueKind.ACT and home[name] != memory:
                     raise HetcompError(f"{_where(template, op)} reads {name} from {home[name]} without a transfer.")

@@ -20,14 +20,13 @@ from hetcomp.backends.gpu.step_events import (
     Run,
     SomeExperts,
     TakeValue,
-    attrs_of,
     reads_of,
-    resident_rows,
 )
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.cpu_side import HandOver
 from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
 from hetcomp.ir.node_parts import cut_value
+from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
@@ -167,10 +166,10 @@ class StepLowering:
 
     def _some_experts(self, event: SomeExperts) -> None:
         op, part = event.op, event.part
-        attrs = attrs_of(op)
-        rows = resident_rows(part, attrs.experts)
+        assert isinstance(op.attrs, MoeExperts)
+        rows = part.places(op.attrs.experts)
         offset = self.constants.setdefault(rows, 64 * sum(-(-4 * len(r) // 64) for r in self.constants))
-        table = Value(f"residents {offset}", TensorType(DType.I32, (attrs.experts,)), ValueKind.CONST)
+        table = Value(f"residents {offset}", TensorType(DType.I32, (op.attrs.experts,)), ValueKind.CONST)
         self.places[table.id] = Place("constants", offset)
         cuts = dict(part.cuts)
         weights = [
@@ -179,7 +178,7 @@ class StepLowering:
         ]
         total = replace(self.values[op.outputs[0]], id=f"{op.outputs[0]} here")
         self.values |= {v.id: v for v in (*weights, table, total)}
-        part_op = replace(op, attrs=attrs, outputs=(total.id,))
+        part_op = replace(op, outputs=(total.id,))
         dims = self.rows.dims(self.dims)
         request = GpuRequest(part_op, (*weights, table), (total,), dims, self._exact, resident=True)
         names = tuple(v.id for v in request.inputs)
@@ -201,10 +200,9 @@ class StepLowering:
 
     def _read_before_next_sum(self, name: str, index: int) -> bool:
         """Whether the pinned sum may stand for the value: the CPU writes the next when it has that layer's input."""
-        events = list(self.events)
-        following = (i for i, e in enumerate(events) if i > index and isinstance(e, AskExperts))
-        end = next(following, len(events))
-        return all(name not in reads_of(e) for e in events[end:])
+        later = self.events[index + 1 :]
+        end = next((i for i, e in enumerate(later) if isinstance(e, AskExperts)), len(later))
+        return all(name not in reads_of(e) for e in later[end:])
 
     def _graph(self) -> StepGraph:
         slots, arena = self._arena()

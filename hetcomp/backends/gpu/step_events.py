@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hetcomp.backends.exchange import Exchange
@@ -10,7 +9,7 @@ from hetcomp.backends.gpu.flat_ops import FlatOp
 from hetcomp.ir.cpu_side import CpuRole, HandOver
 from hetcomp.ir.homes import memory_of
 from hetcomp.ir.node_parts import NodePart, gpu_part
-from hetcomp.ir.ops import MoeExperts, Transfer
+from hetcomp.ir.ops import Transfer
 from hetcomp.ir.plan import Op
 
 
@@ -123,16 +122,3 @@ def reads_of(event: Event) -> tuple[str, ...]:
     if isinstance(event, AwaitExperts):
         return ()
     return event.op.inputs
-
-
-def resident_rows(part: NodePart, experts: int) -> tuple[int, ...]:
-    """Where each of the op's experts lies among the part's; -1: elsewhere."""
-    here = [e for start, stop in part.experts for e in range(start, stop)]
-    index: Mapping[int, int] = {expert: i for i, expert in enumerate(here)}
-    return tuple(index.get(e, -1) for e in range(experts))
-
-
-def attrs_of(op: Op) -> MoeExperts:
-    """The attributes of an op of experts."""
-    assert isinstance(op.attrs, MoeExperts)
-    return op.attrs
