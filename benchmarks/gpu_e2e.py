@@ -27,7 +27,7 @@ def run(record: Record, o: argparse.Namespace) -> None:
     ids = random.Random(0).choices(range(models.plan(o.artifacts[0]).model.vocab), k=max(o.prompts))
     for artifact in o.artifacts:
         # One artifact is loaded at a time: their weights together may be more than the memory.
-        options = ("--threads", str(o.threads), "--weights", o.weights)
+        options = ("--threads", str(o.threads), "--weights", o.weights, *(("--gpus", o.gpus) if o.gpus else ()))
         with Worker(sys.executable, "hetcomp_worker", artifact, *options) as worker:
             _measure(record, o, artifact.stem, worker, ids)
             _compare(record, artifact)
@@ -46,7 +46,8 @@ def _measure(record: Record, o: argparse.Namespace, name: str, worker: Worker, i
         for length in o.prompts:
             record.add(f"{name} prefill {length}", "tok/s", worker.call("prefill", prompt=ids[:length]))
     stats = worker.call("stats")
-    record.derived[f"{name} device bytes"] = float((stats.get("gpu") or {}).get("bytes", 0))
+    for i, device in enumerate(stats["gpu"]["devices"] if "gpu" in stats else ()):
+        record.derived[f"{name} device bytes of GPU {i}"] = float(device["bytes"])
     record.conditions.setdefault("stats", {})[name] = stats
 
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=lambda text: [int(n) for n in text.split(",")], default=[512])
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1])
     parser.add_argument("--weights", default="auto", help="ram, mmap or auto, as hetcomp.load takes it")
+    parser.add_argument("--gpus", help="numbers of the artifacts' GPUs: 0,1; 0,0 runs two programs on one")
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
     record = Record("gpu_e2e", {"artifacts": [a.stem for a in o.artifacts], "prompts": o.prompts, "batches": o.batches})

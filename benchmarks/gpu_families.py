@@ -1,7 +1,7 @@
-"""Tiny models of every family, everything on the GPU in f32, against transformers.
+"""Tiny models of every family, everything on the GPU (or their layers on two) in f32, against transformers.
 
-python -m benchmarks.gpu_families make FOLDER --hw PROFILE    # needs transformers and Triton, no GPU
-python -m benchmarks.gpu_families run FOLDER                  # needs a GPU, numpy and the artifacts
+python -m benchmarks.gpu_families make FOLDER --hw PROFILE [--two]    # needs transformers and Triton, no GPU
+python -m benchmarks.gpu_families run FOLDER [--gpus 0,1]             # needs a GPU or two, numpy and the artifacts
 
 A family's figure is the largest difference of logits relative to the largest logit: of a prompt of 40 tokens at once,
 of its last 20 decoded one by one, and of three sequences of different lengths decoded together.
@@ -24,15 +24,17 @@ _PROMPT = 20
 _STARTS = (5, 12, 19)  # of sequences that are decoded together
 _STEPS = 8
 _VRAM = 8 << 30
+_ON_ONE = ("*=gpu:0",)
+_ON_TWO = ("embed=gpu:0", "*@0=gpu:0", "*@1-99=gpu:1", "final_norm=gpu:1", "lm_head=gpu:1")
 
 
-def make(folder: Path, hw: str) -> None:
+def make(folder: Path, hw: str, two: bool) -> None:
     """Writes an artifact of each family and what transformers computes."""
     from hetcomp.compiler import PlanWishes
     from tests.parity.test_families import reference_logits
     from tests.reference.tiny_models import FAMILIES, save_tiny, token_ids
 
-    wishes = PlanWishes(pins=("*=gpu:0",), vram=_VRAM)
+    wishes = PlanWishes(pins=_ON_TWO if two else _ON_ONE, vram=_VRAM)
     for family in FAMILIES:
         checkpoint = folder / "checkpoints" / family
         model = save_tiny(family, checkpoint, odd=True)
@@ -55,14 +57,14 @@ def off(rows: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     return float(np.abs(rows.astype(np.float64) - wanted).max() / np.abs(wanted).max())
 
 
-def run(folder: Path, out: Path | None) -> None:
+def run(folder: Path, out: Path | None, gpus: list[int]) -> None:
     """Compares every artifact and writes the record."""
-    record = Record("gpu_families", {"formats": "f32", "placement": "*=gpu:0"})
+    record = Record("gpu_families", {"formats": "f32"})
     for stored in sorted(folder.glob("*.npz")):
         with np.load(stored) as arrays:
             ids, wanted = [int(i) for i in arrays["ids"]], arrays["logits"]
-        exe = hetcomp.load(folder / f"{stored.stem}.hetc")
-        record.conditions["gpu"] = exe.runtime.info.gpu
+        exe = hetcomp.load(folder / f"{stored.stem}.hetc", gpus=gpus)
+        record.conditions["gpus"] = [f"{gpu.number}: {gpu.name}" for gpu in exe.runtime.info.gpus]
         record.derived[f"{stored.stem} prompt"] = off(exe(ids), wanted)
         with exe.runtime.session() as session:
             rows = [session.prefill(ids[:_PROMPT])]
@@ -87,12 +89,14 @@ def main() -> None:
     parser.add_argument("what", choices=("make", "run"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hw", default="auto")
+    parser.add_argument("--two", action="store_true", help="the first layer on gpu:0, the others on gpu:1")
+    parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=[])
     parser.add_argument("--out", type=Path)
     o = parser.parse_args()
     if o.what == "make":
-        make(o.folder, o.hw)
+        make(o.folder, o.hw, o.two)
     else:
-        run(o.folder, o.out)
+        run(o.folder, o.out, o.gpus)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Worker that runs a compiled artifact through hetcomp's Python API: ARTIFACT --threads N [--weights mmap]."""
+"""Worker that runs an artifact through hetcomp's Python API: ARTIFACT --threads N [--weights mmap] [--gpus 0,1]"""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--weights", default="auto")
+    parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=())
     options = parser.parse_args()
-    exe = hetcomp.load(options.artifact, threads=options.threads, weights=options.weights)
+    exe = hetcomp.load(options.artifact, threads=options.threads, weights=options.weights, gpus=options.gpus)
 
     def decode(prompt: list[int], tokens: int) -> float:
         """Tokens per second after the prompt and the first token."""

@@ -27,7 +27,7 @@ from hetcomp.artifact import weight_files
 from hetcomp.artifact.staging import staged_folder
 from hetcomp.artifact.weight_files import write_weights
 from hetcomp.backends import packing
-from hetcomp.backends.gpu.gpu_program import lower_program
+from hetcomp.backends.gpu.gpu_program import lower_programs
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.build_artifact import write_artifact
 from hetcomp.cli.options import formats_of, wishes_of
@@ -116,8 +116,8 @@ class Hollow(io.BufferedIOBase):
 def write_weights_of(artifact: Path) -> None:
     """Writes the weights of an artifact of :func:`build` into it."""
     plan = models.plan(artifact)
-    gpu = lower_program(plan)
-    for stem, values in (("weights", ProgramLayout.of(plan).weights), ("gpu-weights", gpu.weights if gpu else ())):
+    of_gpus = [(f"gpu{program.number}-weights", program.weights) for program in lower_programs(plan)]
+    for stem, values in (("weights", ProgramLayout.of(plan).weights), *of_gpus):
         sizes = [packing.packed_bytes(value) for value in values]
         write_weights(values, sizes, RandomPacker().chunks(values), artifact, lambda done, name: None, stem)
 

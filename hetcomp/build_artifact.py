@@ -17,8 +17,9 @@ from hetcomp.artifact.tokenizer import compile_tokenizer
 from hetcomp.artifact.tokenizer_parity import prove_parity
 from hetcomp.artifact.weight_files import WeightRecord, write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
+from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_kernels
-from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_program
+from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_programs
 from hetcomp.backends.gpu.write_kernels import write_kernels
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
 from hetcomp.backends.pack_weights import Packer
@@ -27,6 +28,7 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import select_kernels
 from hetcomp.backends.tvm import support_source
 from hetcomp.errors import HetcompError
+from hetcomp.ir.homes import CPU
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value
 from hetcomp.ir.printer import print_plan
@@ -51,20 +53,20 @@ def write_artifact(
     documents = _documents(planned, progress)
     digest = hashlib.sha256(documents.plan_json.encode()).hexdigest()
     # Code first: it fails early and cheaply, weights are the long part.
-    gpu = lower_program(plan)
-    compiled = _compile_gpu(planned, gpu, ccs, staging, progress) if gpu else []
+    programs = lower_programs(plan)
+    compiled = _compile_gpus(planned, programs, ccs, staging, progress) if programs else []
     for isa in planned.target.isas:
         _build_program(planned, isa, digest, staging, progress)
-    of_gpu = gpu.weights if gpu else ()
-    sizes = [planned.target.packed_bytes(v) for v in (*layout.weights, *of_gpu)]
+    of_gpus = (value for program in programs for value in program.weights)
+    sizes = [planned.target.packed_bytes(v) for v in (*layout.weights, *of_gpus)]
     progress.stage("pack weights", total=sum(sizes))
     records = _write_weights(layout.weights, planned, packer, staging, "weights", progress)
     records = [replace(record, node=node) for record, node in zip(records, layout.weight_nodes, strict=True)]
-    shared: tuple[str, ...] = ()
-    if gpu:
-        gpu_records = _write_weights(of_gpu, planned, packer, staging, "gpu-weights", progress)
-        write_gpu_program(gpu, gpu_records, compiled, staging)
-        shared = tuple(buffer.name for buffer in gpu.exchange.buffers)
+    gpus = []
+    for program in programs:
+        stem = f"gpu{program.number}-weights"
+        gpu_records = _write_weights(program.weights, planned, packer, staging, stem, progress)
+        gpus.append(write_gpu_program(program, gpu_records, compiled, staging))
     for name in packer.not_finite:
         progress.warn(
             f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "
@@ -80,7 +82,8 @@ def write_artifact(
         version("hetcomp"),
         {"name": planned.profile.name, "sha256": planned.profile.sha256()},
         staging,
-        shared if gpu else None,
+        gpus,
+        list(Exchange.of(plan).of_side(CPU)) if programs else (),
     )
 
 
@@ -91,26 +94,29 @@ def _write_weights(
     return write_weights(values, sizes, packer.chunks(values), staging, progress.advance, stem)
 
 
-def _compile_gpu(
-    planned: Planned, program: GpuProgram, ccs: Sequence[int], staging: Path, progress: ProgressSink
+def _compile_gpus(
+    planned: Planned, programs: Sequence[GpuProgram], ccs: Sequence[int], staging: Path, progress: ProgressSink
 ) -> list[CompiledKernel]:
-    """Compiles and writes the GPU's kernels. Raises HetcompError if the program needs more memory than it may."""
-    major, minor = planned.profile.gpus[0].compute_capability
-    wanted = sorted(set(ccs)) or [10 * major + minor]
+    """Compiles and writes all GPUs' kernels. Raises HetcompError if a program needs more memory than it may."""
+    gpus = planned.profile.gpus
+    here = {10 * major + minor for major, minor in (gpus[p.number].compute_capability for p in programs)}
+    wanted = sorted(set(ccs) or here)
+    kernels = {kernel.name: kernel for program in programs for kernel in program.kernels}
     names = ", ".join(f"sm_{cc}" for cc in wanted)
-    progress.stage(f"compile kernels ({names})", total=len(program.kernels) * len(wanted))
+    progress.stage(f"compile kernels ({names})", total=len(kernels) * len(wanted))
     compiled = compile_kernels(
-        program.kernels,
+        kernels.values(),
         wanted,
         threads=planned.profile.compile_threads(),
         progress=lambda stem: progress.advance(1, stem),
     )
-    needed, limit = program.device_bytes(compiled), gpu_limit(planned.profile.gpus[0], planned.context)
-    if needed > limit:
-        raise HetcompError(
-            f"The GPU's part of the plan needs {needed:,} bytes, {limit:,} may be used; give a larger --vram, or a "
-            "shorter --context or --prompt."
-        )
+    for program in programs:
+        needed, limit = program.device_bytes(compiled), gpu_limit(planned.context, program.number)
+        if needed > limit:
+            raise HetcompError(
+                f"The part of the plan on {program.device} needs {needed:,} bytes, {limit:,} may be used; give a "
+                "larger --vram, or a shorter --context or --prompt."
+            )
     write_kernels(compiled, staging / "gpu")
     return compiled
 

@@ -52,11 +52,11 @@ MAX_GPU_STEP_TOKENS = 4096
 @dataclass(frozen=True)
 class PlanWishes:
     """What a user may ask of placement. mix: prompt, answer and batch to optimise for. vram: bytes of each GPU that may
-    be used, pinned_bytes: of pinned host memory. pins: ``ROLE[@LAYERS]=DEVICE`` each. statistics: path of a file of
-    expert statistics, or ``PATH#DOMAIN``."""
+    be used, or one figure a GPU of the profile; pinned_bytes: of pinned host memory. pins: ``ROLE[@LAYERS]=DEVICE``
+    each. statistics: path of a file of expert statistics, or ``PATH#DOMAIN``."""
 
     mix: Mix | None = None
-    vram: int | None = None
+    vram: int | tuple[int, ...] | None = None
     pinned_bytes: int | None = None
     pins: Sequence[str] = ()
     statistics: str | None = None
@@ -78,16 +78,13 @@ def plan_model(
 ) -> Planned:
     """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
 
-    planning: nothing will be generated from the plan, which may then use several GPUs and stream weights to them.
+    planning: nothing will be generated from the plan, which may then stream weights to GPUs.
     """
     progress = progress or QuietProgress()
     wishes = wishes or PlanWishes()
     request = FormatRequest.parse(formats)
     progress.stage("measure hardware" if hw_profile == "auto" else "read hardware profile")
     profile = hw_profile if isinstance(hw_profile, HardwareProfile) else load_profile(str(hw_profile))
-    if not planning and len(profile.gpus) > 1:
-        progress.warn(f"code is generated for one GPU: {profile.gpus[0].name}, the first of {len(profile.gpus)}")
-        profile = profile.model_copy(update={"gpus": profile.gpus[:1]})
     target = CpuTarget(_choose_isas(isa, profile), default_backends(), profile.tunings)
     context = Context(
         profile,
@@ -96,7 +93,7 @@ def plan_model(
         request,
         isa=target.isas[0].value,
         planning=planning,
-        use_gpus=bool(profile.gpus) and wishes.vram != 0,
+        use_gpus=_use_gpus(profile, wishes.vram),
         vram=wishes.vram,
         pinned_bytes=wishes.pinned_bytes,
         pins=tuple(parse_pin(pin) for pin in wishes.pins),
@@ -126,7 +123,7 @@ def plan_model(
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:
     """The same model, wishes and formats on another machine; nothing is traced again."""
-    context = replace(planned.context, profile=profile, use_gpus=bool(profile.gpus) and planned.context.vram != 0)
+    context = replace(planned.context, profile=profile, use_gpus=_use_gpus(profile, planned.context.vram))
     seconds: dict[str, float] = {}
     plan = run_pipeline(planned.imported.plan, context, seconds=seconds)
     return Planned(plan, planned.imported, planned.target, profile, context, seconds)
@@ -149,6 +146,16 @@ def _run_passes(
         found = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir, seconds=seconds)
         found = found if notes is None else replace(found, notes=notes)
     return Planned(found, imported, target, context.profile, context, seconds)
+
+
+def _use_gpus(profile: HardwareProfile, vram: int | tuple[int, ...] | None) -> bool:
+    """Whether any GPU takes part. Raises HetcompError if ``vram`` has not one figure a GPU."""
+    if isinstance(vram, tuple) and len(vram) != len(profile.gpus):
+        raise HetcompError(
+            f"--vram has {len(vram)} sizes, profile {profile.name} {len(profile.gpus)} GPUs; give one for each, in the "
+            "profile's order, or one for all."
+        )
+    return bool(profile.gpus) and (any(vram) if isinstance(vram, tuple) else vram != 0)
 
 
 def _context_length(wanted: int | None, mix: Mix | None) -> int | None:
@@ -212,8 +219,8 @@ def compile(
     f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router, embedding; kv: f32, bf16,
     q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
     lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
-    wishes: what placement shall keep to; a GPU of the profile takes part unless ``wishes.vram`` is 0. ccs: compute
-    capabilities (80, 90, ..) that GPU code is generated for; by default the profile's GPU's.
+    wishes: what placement shall keep to; the profile's GPUs take part unless ``wishes.vram`` is 0. ccs: compute
+    capabilities (80, 90, ..) that GPU code is generated for; by default those of the GPUs that the plan uses.
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit

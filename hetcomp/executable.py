@@ -31,18 +31,18 @@ class Executable:
         owner: TemporaryDirectory[str] | None = None,
         threads: int = 0,
         weights: str = "auto",
-        gpu: int = 0,
+        gpus: Sequence[int] = (),
     ) -> None:
         self.path = path
         self._owner = owner  # keeps an artifact without a name alive
         self._threads = threads
         self._weights = weights
-        self._gpu = gpu
+        self._gpus = gpus
 
     @cached_property
     def runtime(self) -> Runtime:
         """The loaded runtime; weights are read on first use."""
-        return Runtime.load(self.path, threads=self._threads, weights=self._weights, gpu=self._gpu)
+        return Runtime.load(self.path, threads=self._threads, weights=self._weights, gpus=self._gpus)
 
     @cached_property
     def plan(self) -> Plan:
@@ -106,16 +106,17 @@ class Executable:
         return target
 
 
-def load(path: str | Path, *, threads: int = 0, weights: str = "auto", gpu: int = 0) -> Executable:
+def load(path: str | Path, *, threads: int = 0, weights: str = "auto", gpus: Sequence[int] = ()) -> Executable:
     """Loads an artifact.
 
     threads: CPU threads, 0 for as many as this process may use. weights: ``ram`` (huge pages), ``mmap`` or
-    ``auto``. gpu: number of the GPU, for an artifact compiled for one. Raises HetcompError if the artifact is missing,
-    damaged, of a newer schema, or needs an instruction set or a GPU that this machine lacks.
+    ``auto``. gpus: for an artifact compiled for GPUs, a number for each of them as the driver counts; by default its
+    ``gpu:0`` is number 0. Raises HetcompError if the artifact is missing, damaged, of a newer schema, or needs an
+    instruction set or a GPU that this machine lacks.
     """
     folder = Path(path)
     if not (folder / "manifest.json").is_file():
         raise HetcompError(f"{folder} is not a hetcomp artifact: it has no manifest.json. Compile a model first.")
-    exe = Executable(folder, threads=threads, weights=weights, gpu=gpu)
+    exe = Executable(folder, threads=threads, weights=weights, gpus=gpus)
     _ = exe.runtime
     return exe

@@ -56,7 +56,9 @@ def _same_model(path: Path, plan: Plan, imported: Plan) -> None:
             f"{path} is a plan of {plan.model.name} ({plan.model.architecture}), not of {imported.model.name} "
             f"({imported.model.architecture}) with this config; plan the model again."
         )
-    mine, theirs = imported.value_map(), plan.value_map()
+    mine = imported.value_map()
+    # Other activations than the model's are copies of them on GPUs (insert_transfers).
+    theirs = {v.id: v for v in plan.values if v.id in mine or v.kind is not ValueKind.ACT}
     if missing := sorted(set(mine) ^ set(theirs)):
         raise HetcompError(f"{path}: values.{missing[0]} is not in both the plan and the model.")
     for name, value in theirs.items():

@@ -59,10 +59,19 @@ class Token:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuUse:
+    """A GPU that computes a part: its name, its number as the driver counts, and bytes of its memory."""
+
+    name: str
+    number: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """Facts of a loaded artifact. ``context`` is in positions, ``max_batch`` in sequences, ``max_tokens`` and
-    ``max_logit_rows`` in rows of one step; ``weights`` is ``ram`` or ``mmap``. ``gpu``: name of the GPU that computes
-    a part, None if the CPU computes all; ``gpu_bytes`` of its memory are the model's."""
+    ``max_logit_rows`` in rows of one step; ``weights`` is ``ram`` or ``mmap``. ``gpu``: names of the GPUs that
+    compute a part, None if the CPU computes all; ``gpu_bytes`` of their memory are the model's, ``gpus``: of each."""
 
     name: str
     architecture: str
@@ -80,6 +89,7 @@ class ModelInfo:
     has_chat_template: bool
     gpu: str | None
     gpu_bytes: int
+    gpus: tuple[GpuUse, ...]
 
 
 def version() -> str:
@@ -242,27 +252,29 @@ class Runtime:
         weights: str = "auto",
         verify_weights: bool = True,
         isa: str | None = None,
-        gpu: int = 0,
+        gpus: Sequence[int] = (),
     ) -> Runtime:
         """Loads an artifact.
 
         threads: 0 for the physical cores this process may use. weights: ``ram`` (2 MB pages), ``mmap``, or
         ``auto`` (ram if it fits into 80 % of the available memory). verify_weights: compare every tensor with
-        its hash. isa: force one of the artifact's instruction sets. gpu: number of the GPU as the driver counts, for
-        an artifact compiled for one. Raises HetcompError: no artifact, damaged, newer schema, missing instruction
-        set, no GPU that runs it, not enough memory.
+        its hash. isa: force one of the artifact's instruction sets. gpus: for an artifact compiled for GPUs, a
+        number for each of them as the driver counts; by default its ``gpu:0`` is number 0. Raises HetcompError: no
+        artifact, damaged, newer schema, missing instruction set, no GPU that runs it, not enough memory.
         """
         if weights not in _WEIGHTS:
             refuse(f"weights must be auto, mmap or ram, not {weights!r}.")
         _check_range("threads", threads, 0, 2**31 - 1)
-        _check_range("gpu", gpu, 0, 2**31 - 1)
+        for gpu in gpus:
+            _check_range("gpus", gpu, 0, 2**31 - 1)
         options = LoadOptionsStruct(
             struct_size=ctypes.sizeof(LoadOptionsStruct),
             threads=threads,
             weights=_WEIGHTS[weights],
             verify_weights=int(verify_weights),
             isa=None if isa is None else isa.encode(),
-            gpu=gpu,
+            n_gpus=len(gpus),
+            gpus=(ctypes.c_int32 * len(gpus))(*gpus),
         )
         out = ctypes.c_void_p()
         call("hetcomp_load", str(path).encode(), ctypes.byref(options), ctypes.byref(out))
@@ -416,4 +428,5 @@ def _model_info(handle: Handle) -> ModelInfo:
         has_chat_template=bool(raw.has_chat_template),
         gpu=None if raw.gpu is None else raw.gpu.decode(),
         gpu_bytes=raw.gpu_bytes,
+        gpus=tuple(GpuUse(g.name.decode(), g.number, g.bytes) for g in (raw.gpus[: raw.n_gpus] if raw.n_gpus else ())),
     )

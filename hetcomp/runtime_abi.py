@@ -48,8 +48,15 @@ class LoadOptionsStruct(ctypes.Structure):
         ("weights", ctypes.c_int32),
         ("verify_weights", ctypes.c_int32),
         ("isa", ctypes.c_char_p),
-        ("gpu", ctypes.c_int32),
+        ("n_gpus", ctypes.c_int32),
+        ("gpus", ctypes.POINTER(ctypes.c_int32)),
     )
+
+
+class GpuUseStruct(ctypes.Structure):
+    """hetcomp_gpu_use."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("number", ctypes.c_int32), ("bytes", ctypes.c_int64))
 
 
 class ModelInfoStruct(ctypes.Structure):
@@ -74,6 +81,8 @@ class ModelInfoStruct(ctypes.Structure):
         ("weights", ctypes.c_char_p),
         ("gpu", ctypes.c_char_p),
         ("gpu_bytes", ctypes.c_int64),
+        ("gpus", ctypes.POINTER(GpuUseStruct)),
+        ("n_gpus", ctypes.c_int32),
     )
 
 

@@ -77,9 +77,9 @@ class Context:
     user's wishes. ``isa`` is the instruction set that costs are predicted for (None: the profile's fastest).
 
     ``planning``: nothing will be generated from the plan.
-    ``use_gpus``: the profile's GPUs take part in placement. ``vram``: bytes that may be used of each GPU (None: what
-    is free), ``pinned_bytes`` likewise of pinned host memory. ``pins``: placements that the user decided.
-    ``statistics``: how often experts are chosen (None: uniformly)."""
+    ``use_gpus``: the profile's GPUs take part in placement. ``vram``: bytes that may be used of each GPU, or one
+    figure a GPU of the profile (None: what is free), ``pinned_bytes`` likewise of pinned host memory. ``pins``:
+    placements that the user decided. ``statistics``: how often experts are chosen (None: uniformly)."""
 
     profile: HardwareProfile
     checkpoint: Checkpoint | None
@@ -88,7 +88,7 @@ class Context:
     isa: str | None = None
     planning: bool = False
     use_gpus: bool = False
-    vram: int | None = None
+    vram: int | tuple[int, ...] | None = None
     pinned_bytes: int | None = None
     pins: tuple[Pin, ...] = ()
     statistics: ExpertStatistics | None = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import Placement
-from hetcomp.ir.homes import memory_of
+from hetcomp.ir.homes import CPU, memory_of
 from hetcomp.ir.node_parts import NodePart, node_parts
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
@@ -15,6 +16,7 @@ from hetcomp.passes.registry import plan_pass
 
 Devices = tuple[str, ...]
 Parts = tuple[tuple[NodePart, ...], ...]
+Kept = tuple[tuple[str, str], ...]  # values and the memories in which later calls read the copies made of them
 
 
 @plan_pass(requires=("sliced",), establishes=("transfers_inserted",))
@@ -22,39 +24,86 @@ def insert_transfers(plan: Plan, context: Context) -> Plan:
     """Gives every placement pattern of a template a template of its own and inserts transfers into it.
 
     A value handed between calls stays in the memory of the op that wrote it; the next call's template moves it where
-    its readers need it elsewhere. Inputs (ids, positions) lie in mapped host memory that every device reads. The
-    experts of one op that live on other devices get their input and return their sum within the op. Where all ops
-    share one memory, and every call of a template is cut over NUMA nodes alike, nothing changes.
+    its readers need it elsewhere. A copy on a GPU serves the later calls that read the value there (rope tables), one
+    on the CPU only its call, for it lies in a buffer of its hand-over. Inputs (ids, positions) lie in host memory that
+    every device reads. The experts of one op that live on other devices get their input and return their sum within
+    the op. Where all ops share one memory, and every call of a template is cut over NUMA nodes alike, nothing changes.
     """
-    patterns: dict[str, dict[tuple[Devices, Devices, Parts], str]] = defaultdict(dict)
+    patterns: dict[str, dict[tuple[Devices, Devices, Parts, Kept], str]] = defaultdict(dict)
     home = {v.id: "cpu" for v in plan.values}
+    readers = [_reading_memories(plan, call) for call in plan.calls]
+    last_read = {key: i for i, found in enumerate(readers) for key in found.items()}
+    copies: dict[tuple[str, str], str] = {}
+    made: list[Value] = []
     calls = []
-    for call in plan.calls:
+    for i, original in enumerate(plan.calls):
+        call = _with_copies(original, readers[i], copies)
         template = plan.template(call.template)
         devices = tuple(memory_of(p.device) for _, p in call.placements)
         inputs = tuple(home[a] for a in call.args)
         placements = dict(call.placements)
         parts = tuple(node_parts(op, placements[op.id]) for op in template.ops)
+        kept = _kept(template, call, {a: m for a, m in readers[i].items() if last_read[a, m] > i}, home)
         names = patterns[call.template]
         name = names.setdefault(
-            (devices, inputs, parts), call.template if not names else f"{call.template}_{len(names)}"
+            (devices, inputs, parts, kept), call.template if not names else f"{call.template}_{len(names)}"
         )
         written = {out: memory for op, memory in zip(template.ops, devices, strict=True) for out in op.outputs}
         for formal, actual in zip(template.results, call.results, strict=True):
             kind = template.value(formal).kind
             home[actual] = "cpu" if kind is ValueKind.OUTPUT else written.get(formal, home.get(actual, "cpu"))
-        calls.append(replace(call, template=name))
+        actuals = dict(zip(template.params, call.args, strict=True))
+        for formal, memory in kept:
+            copy = replace(plan.value_map()[actuals[formal]], id=_copy_id(actuals[formal], memory))
+            copies[actuals[formal], memory], home[copy.id] = copy.id, memory
+            made.append(copy)
+        results = tuple(copies[actuals[formal], memory] for formal, memory in kept)
+        calls.append(replace(call, template=name, results=(*call.results, *results)))
     templates: list[Template] = []
     placed: dict[str, dict[str, str]] = {}
     for template in plan.templates:
-        for (devices, inputs, _), name in patterns[template.name].items():
+        for (devices, inputs, _, kept), name in patterns[template.name].items():
             where = dict(zip((op.id for op in template.ops), devices, strict=True))
             homes = dict(zip(template.params, inputs, strict=True))
             done, placed[name] = _insert(replace(template, name=name), where, homes)
-            templates.append(done)
+            results = tuple(_copy_id(formal, memory) for formal, memory in kept)
+            templates.append(replace(done, results=(*done.results, *results)))
     return replace(
-        plan, templates=tuple(templates), calls=tuple(_place_transfers(c, placed[c.template]) for c in calls)
+        plan,
+        values=(*plan.values, *made),
+        templates=tuple(templates),
+        calls=tuple(_place_transfers(c, placed[c.template]) for c in calls),
     )
+
+
+def _copy_id(name: str, memory: str) -> str:
+    return f"{name}.{memory.replace(':', '')}"
+
+
+def _reading_memories(plan: Plan, call: Call) -> dict[str, str]:
+    """By value of the plan that ops of the call read, all of them in one memory: which."""
+    template, placements = plan.template(call.template), dict(call.placements)
+    found: dict[str, set[str]] = defaultdict(set)
+    for op in template.ops:
+        for name in op.inputs:
+            found[name].add(memory_of(placements[op.id].device))
+    actuals = zip(template.params, call.args, strict=True)
+    return {actual: min(found[formal]) for formal, actual in actuals if len(found[formal]) == 1}
+
+
+def _kept(template: Template, call: Call, readers: Mapping[str, str], home: Mapping[str, str]) -> Kept:
+    """Values whose copies on GPUs later calls read. ``readers``: memories in which they read the call's arguments."""
+    values = template.value_map()
+    return tuple(
+        (formal, readers[actual])
+        for formal, actual in zip(template.params, call.args, strict=True)
+        if readers.get(actual, CPU) not in (CPU, home[actual]) and values[formal].kind is ValueKind.ACT
+    )
+
+
+def _with_copies(call: Call, readers: Mapping[str, str], copies: Mapping[tuple[str, str], str]) -> Call:
+    """The call with copies that earlier calls have made in the memory where it reads a value."""
+    return replace(call, args=tuple(copies.get((a, readers.get(a, "")), a) for a in call.args))
 
 
 def _insert(template: Template, where: dict[str, str], params: dict[str, str]) -> tuple[Template, dict[str, str]]:
@@ -68,7 +117,7 @@ def _insert(template: Template, where: dict[str, str], params: dict[str, str]) -
 
     def move(name: str, target: str, reader: Op) -> str:
         if (name, target) not in copies:
-            copy = replace(values[name], id=f"{name}.{target.replace(':', '')}", kind=ValueKind.ACT)
+            copy = replace(values[name], id=_copy_id(name, target), kind=ValueKind.ACT)
             op = Op(
                 id=f"{copy.id}.transfer",
                 attrs=ops.Transfer(home[name], target),

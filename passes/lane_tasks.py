@@ -146,13 +146,15 @@ class StepTasks:
         return done
 
     def _transfer(self, template: Template, op: Op, layer: int | None, after: tuple[int, ...]) -> tuple[int, ...]:
+        """Out of the GPU that has it, into the one that reads it: from one to another it is both, through the host."""
         assert isinstance(op.attrs, ops.Transfer)
         moved = activation_bytes(template.value(op.inputs[0]), self.step)
-        into = op.attrs.target.startswith("gpu:")
-        device = op.attrs.target if into else op.attrs.source
-        gpu = self._gpu(device)
-        lane = f"{device} copy {'in' if into else 'out'}"
-        return self._add(op, layer, lane, handshake_us(gpu) / 2 + copy_us(gpu, moved), after)
+        for device, direction in ((op.attrs.source, "out"), (op.attrs.target, "in")):
+            if device.startswith("gpu:"):
+                gpu = self._gpu(device)
+                us = handshake_us(gpu) / 2 + copy_us(gpu, moved)
+                after = self._add(op, layer, f"{device} copy {direction}", us, after)
+        return after
 
     def _experts(
         self,

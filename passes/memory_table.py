@@ -76,13 +76,20 @@ def refuse_placement(plan: Plan, context: Context, limits: tuple[MemoryRow, ...]
 def _limits(context: Context) -> tuple[MemoryRow, ...]:
     gpus = context.profile.gpus if context.use_gpus else ()
     cpu = MemoryRow(f"free on {context.profile.name}", context.profile.available_bytes())
-    return (cpu, *(MemoryRow(f"free on gpu:{i}, {g.name}", gpu_limit(g, context)) for i, g in enumerate(gpus)))
+    return (cpu, *(MemoryRow(f"free on gpu:{i}, {g.name}", gpu_limit(context, i)) for i, g in enumerate(gpus)))
 
 
-def gpu_limit(gpu: Gpu, context: Context) -> int:
-    """Bytes of the GPU that a plan may use: what is free, at most the user's limit."""
+def gpu_limit(context: Context, number: int) -> int:
+    """Bytes of GPU ``number`` of the profile that a plan may use: what is free, at most the user's limit."""
+    return usable_bytes(context.profile.gpus[number], number, context.vram)
+
+
+def usable_bytes(gpu: Gpu, number: int, vram: int | tuple[int, ...] | None) -> int:
+    """The same by the user's limits alone: one figure for each GPU, or one a GPU."""
     free = gpu.memory_bytes if gpu.free_bytes is None else gpu.free_bytes
-    return min(free, context.vram) if context.vram is not None else free
+    if vram is None:
+        return free
+    return min(free, vram if isinstance(vram, int) else vram[number])
 
 
 def _lines(rows: list[MemoryRow]) -> str:

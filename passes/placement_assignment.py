@@ -88,7 +88,7 @@ def fits(problem: Problem, assignment: Assignment) -> bool:
             nodes[node] += share * size
 
     for index, (g, device) in enumerate(zip(problem.groups, assignment.groups, strict=True)):
-        if g.pin not in (None, device):
+        if not g.may_be_on(device):
             return False
         streams = index in assignment.streamed
         pinned += g.weight_bytes if streams else 0

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hetcomp.passes.placement_assignment import Assignment, assignment_us
+from hetcomp.passes.placement_assignment import Assignment, assignment_us, number
 from hetcomp.passes.placement_problem import Edge, ExpertClass, ExpertSet, Group, Problem, Times
 
 # Devices of groups to choose (groups x GPUs) above which layers are joined. Qwen3-30B-A3B has 292 groups, DeepSeek-V3
@@ -92,11 +92,30 @@ def in_order(problem: Problem, assignment: Assignment) -> Assignment:
             for group, (device, streams) in zip(groups[call], of_groups, strict=True):
                 devices[group] = device
                 (streamed.add if streams else streamed.discard)(group)
-            for number, classes in zip(experts[call], of_experts, strict=True):
-                counts[number] = tuple(dict(options) for options in classes)
+            for index, classes in zip(experts[call], of_experts, strict=True):
+                counts[index] = tuple(dict(options) for options in classes)
     ordered = Assignment(tuple(devices), frozenset(streamed), tuple(counts))
     costs_more = assignment_us(problem, ordered) > assignment_us(problem, assignment) * (1 + 1e-9)
     return assignment if costs_more else ordered
+
+
+def gpus_in_order(problem: Problem, assignment: Assignment) -> Assignment:
+    """The assignment with GPUs that are all alike renamed in the order of their use: of mirror images the one that
+    begins on the first. Unchanged where they differ, or a pin names one."""
+    count = len(problem.gpu_bytes)
+    pins = {*(g.pin for g in problem.groups), *(e.pin for e in problem.experts)}
+    alike = len(set(problem.gpu_bytes)) == 1 and all(len(set(g.gpu_us)) == 1 for g in problem.groups)
+    if count < 2 or not alike or not pins <= {None, "cpu", "gpu"}:
+        return assignment
+    used = [number(device) for device in assignment.groups if device != "cpu"]
+    new = {f"{i}": f"{place}" for place, i in enumerate(dict.fromkeys([*used, *range(count)]))}
+
+    def renamed(option: str) -> str:
+        kind, _, index = option.partition(":")
+        return f"{kind}:{new[index]}" if kind in ("gpu", "stream") else option
+
+    experts = tuple(tuple({renamed(o): n for o, n in c.items()} for c in classes) for classes in assignment.experts)
+    return Assignment(tuple(map(renamed, assignment.groups)), assignment.streamed, experts)
 
 
 def _signature(problem: Problem, groups: Sequence[int], experts: Sequence[int]) -> object:

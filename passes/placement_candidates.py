@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetcomp.passes.placement_assignment import Assignment, assignment_us, fits, small_ones_at_neighbours
-from hetcomp.passes.placement_blocks import in_order, join_layers
+from hetcomp.passes.placement_blocks import gpus_in_order, in_order, join_layers
 from hetcomp.passes.placement_greedy import cpu_only, greedy, topped_up
 from hetcomp.passes.placement_milp import PlacementModel
 from hetcomp.passes.placement_problem import Problem
+from hetcomp.passes.placement_spread import spread
 
-MILP, GREEDY, GPU_FIRST, CPU_ONLY = "MILP", "greedy", "GPU first", "CPU only"
+MILP, GREEDY, GPU_FIRST, CPU_ONLY, SPREAD = "MILP", "greedy", "GPU first", "CPU only", "layers over GPUs"
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Proposals:
 
 
 def propose(problem: Problem) -> Proposals:
-    """The MILP's placement; greedy's; everything that fits on the GPUs, by what it gains there; all on the CPU.
+    """The MILP's placement; greedy's; everything that fits on the GPUs, by what it gains there, or by layers where
+    there are several; all on the CPU.
 
     The MILP is optimal in a linear model that adds layers up and knows routings by their means. The simulation, which
     does neither, is what they are compared by: hence the simpler ones beside it.
@@ -44,8 +46,9 @@ def propose(problem: Problem) -> Proposals:
     solved_for = in_order(problem, topped_up(problem, blocks.expand(found))) if found is not None else None
     by_gain = greedy(problem)
     others = [(MILP, solved_for), (GREEDY, by_gain), (GPU_FIRST, greedy(problem, whatever=True))]
+    others += [(SPREAD, found) for found in spread(problem)]
     others.append((CPU_ONLY, cpu_only(problem)))
-    others = [(name, None if a is None else small_ones_at_neighbours(problem, a)) for name, a in others]
+    others = [(name, None if a is None else _tidied(problem, a)) for name, a in others]
     fitting = [(name, a) for name, a in others if a is not None and fits(problem, a)]
     bound = solved.bound if blocks.problem is problem else model.model.relaxed_bound()
     if not fitting and len(problem.node_share) > 1:
@@ -62,3 +65,7 @@ def propose(problem: Problem) -> Proposals:
         greedy_us=assignment_us(problem, by_gain),
         message=solved.message,
     )
+
+
+def _tidied(problem: Problem, assignment: Assignment) -> Assignment:
+    return gpus_in_order(problem, small_ones_at_neighbours(problem, assignment))

@@ -15,8 +15,8 @@ def greedy(problem: Problem, *, whatever: bool = False) -> Assignment:
     time is moved as well, last.
 
     Where experts are of one size and the rest fits, filling by popularity is the optimum of the knapsack."""
-    devices = ["cpu" if g.pin is None else g.pin for g in problem.groups]
-    experts = tuple(tuple({_home(e): len(c.members)} for c in e.classes) for e in problem.experts)
+    devices = ["cpu" if g.pin in (None, "gpu") else g.pin for g in problem.groups]
+    experts = tuple(tuple({expert_home(e): len(c.members)} for c in e.classes) for e in problem.experts)
     lowest = float("-inf") if whatever else 0.0
     for gpu, capacity in enumerate(problem.gpu_bytes):
         left = capacity - problem.workspace_bytes
@@ -25,14 +25,16 @@ def greedy(problem: Problem, *, whatever: bool = False) -> Assignment:
             if problem.groups[index].bytes <= left and saved > lowest:
                 devices[index] = f"gpu:{gpu}"
                 left -= problem.groups[index].bytes
-        experts = _fill(problem, devices, experts, gpu, left, lowest)
+        experts = fill_experts(problem, devices, experts, gpu, left, lowest)
     return Assignment(tuple(devices), frozenset(), experts)
 
 
 def cpu_only(problem: Problem) -> Assignment:
-    """Everything on the CPU that is not pinned elsewhere."""
-    experts = tuple(tuple({_home(e): len(c.members)} for c in e.classes) for e in problem.experts)
-    return Assignment(tuple("cpu" if g.pin is None else g.pin for g in problem.groups), frozenset(), experts)
+    """Everything on the CPU that is not pinned elsewhere; what is pinned to any GPU on the largest."""
+    largest = max(range(len(problem.gpu_bytes)), key=lambda i: (problem.gpu_bytes[i], -i), default=0)
+    homes = {None: "cpu", "gpu": f"gpu:{largest}"}
+    experts = tuple(tuple({expert_home(e): len(c.members)} for c in e.classes) for e in problem.experts)
+    return Assignment(tuple(homes.get(g.pin, g.pin or "cpu") for g in problem.groups), frozenset(), experts)
 
 
 def topped_up(problem: Problem, assignment: Assignment) -> Assignment:
@@ -41,13 +43,13 @@ def topped_up(problem: Problem, assignment: Assignment) -> Assignment:
     experts = assignment.experts
     for gpu, used in enumerate(gpu_used(problem, assignment)):
         if used:
-            experts = _fill(problem, assignment.groups, experts, gpu, problem.gpu_bytes[gpu] - used, 0.0)
+            experts = fill_experts(problem, assignment.groups, experts, gpu, problem.gpu_bytes[gpu] - used, 0.0)
     more = replace(assignment, experts=experts)
     better = fits(problem, more) and assignment_us(problem, more) < assignment_us(problem, assignment)
     return more if better else assignment
 
 
-def _fill(
+def fill_experts(
     problem: Problem,
     devices: Sequence[str],
     experts: tuple[tuple[dict[str, int], ...], ...],
@@ -69,7 +71,8 @@ def _fill(
     return tuple(tuple({o: n for o, n in c.items() if n} for c in classes) for classes in counts)
 
 
-def _home(e: ExpertSet) -> str:
+def expert_home(e: ExpertSet) -> str:
+    """Where its experts are that are not moved."""
     return e.pin or "cpu"
 
 
@@ -77,8 +80,8 @@ def _group_gains(problem: Problem, devices: list[str], gpu: int) -> list[tuple[f
     gains = []
     for index, g in enumerate(problem.groups):
         saved = sum(s.steps * (g.cpu_us[p] - g.gpu_us[gpu][p]) for p, s in enumerate(problem.phases))
-        if devices[index] == "cpu" and g.pin is None:
-            gains.append((saved / max(1, g.bytes), index))
+        if devices[index] == "cpu" and g.may_be_on(f"gpu:{gpu}"):
+            gains.append((float("inf") if g.pin else saved / max(1, g.bytes), index))
     return gains
 
 

@@ -74,7 +74,7 @@ class PlacementModel:
         self._vram[gpu][column] += g.bytes
         self._cpu_bytes(column, -g.sliced_bytes, -g.whole_bytes)
         self.model.row({column: 1, self._used[gpu]: -1}, high=0)
-        if g.pin is not None:
+        if g.pin not in (None, "gpu"):
             fixed = float(g.pin == f"gpu:{gpu}")
             self.model.lower[column], self.model.upper[column] = fixed, fixed
         return column
@@ -85,7 +85,7 @@ class PlacementModel:
         weights = g.weight_bytes
         if not self.problem.streaming or weights < (1 << 22) * g.layers or g.beside:
             return None
-        if g.pin is not None and g.pin != f"gpu:{gpu}":
+        if not g.may_be_on(f"gpu:{gpu}"):
             return None
         us = [max(g.gpu_us[gpu][p], g.stream_us[gpu]) - g.cpu_us[p] for p in range(len(self.weights))]
         column = self.model.column(sum(w * t for w, t in zip(self.weights, us, strict=True)), 1, integer=True)
@@ -105,7 +105,7 @@ class PlacementModel:
             options = [*self.on_gpu[index], *(c for c in self.streams[index] if c is not None)]
             if options:
                 pinned = g.pin is not None and g.pin.startswith("gpu")
-                if pinned:
+                if pinned and g.pin != "gpu":
                     gpu = int(g.pin.partition(":")[2]) if g.pin else 0
                     stream = self.streams[index][gpu]
                     column = self.on_gpu[index][gpu]

@@ -35,7 +35,8 @@ Times = tuple[float, ...]  # microseconds by phase
 class Group:
     """Ops of one call that go together. ``cpu_us``, ``gpu_us[i]``: time by phase; ``stream_us[i]``: the time to copy
     the weights to that GPU. ``sliced_bytes`` can be cut over nodes, ``whole_bytes`` (states, small weights) lie on
-    the main node. ``beside``: runs while the call's experts do. ``pin``: device, where the user decided. ``layers``:
+    the main node. ``beside``: runs while the call's experts do. ``pin``: device, where that is decided; ``gpu``: any
+    of the GPUs. ``layers``:
     how many equal layers the figures are the sum of (see placement_blocks)."""
 
     call: int
@@ -49,6 +50,10 @@ class Group:
     beside: bool
     pin: str | None
     layers: int = 1
+
+    def may_be_on(self, device: str) -> bool:
+        """Whether the pin allows it."""
+        return self.pin in (None, device) or (self.pin == "gpu" and device.startswith("gpu:"))
 
     @property
     def bytes(self) -> int:
@@ -143,11 +148,11 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     builder = _Builder(plan, context, max(share))
     builder.build()
     main = max(range(len(nodes)), key=lambda i: (share[i], -i))
-    caps = [gpu_limit(gpu, context) for gpu in gpus]
-    room = sum(caps) - GPU_RESERVE - workspace_estimate(plan)
+    caps = [gpu_limit(context, i) for i in range(len(gpus))]
+    rooms = [cap - GPU_RESERVE - workspace_estimate(plan) for cap in caps]
     return Problem(
         phases=builder.steps,
-        groups=_caches_first(builder.groups, room) if gpus and not context.planning else tuple(builder.groups),
+        groups=_caches_first(builder.groups, rooms) if gpus and not context.planning else tuple(builder.groups),
         edges=tuple(builder.edges),
         experts=tuple(builder.experts),
         gpu_bytes=tuple(max(0, cap - GPU_RESERVE) for cap in caps),
@@ -163,15 +168,18 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     )
 
 
-def _caches_first(groups: Sequence[Group], room: int) -> tuple[Group, ...]:
-    """The groups, those with KV caches pinned to the GPU if all that are not pinned elsewhere fit into ``room`` there.
+def _caches_first(groups: Sequence[Group], rooms: Sequence[int]) -> tuple[Group, ...]:
+    """The groups, those with KV caches pinned to the GPUs if all that are not pinned elsewhere fit there, into
+    ``rooms`` bytes of each.
 
     The mix that a plan is made for has one length of prompts; attention's time grows with their square, and an expert
     more on the GPU is not worth prompts of 16,000 tokens whose attention the CPU computes."""
     mine = [g for g in groups if g.state_bytes and g.pin is None]
-    if sum(g.bytes for g in mine) > room:
+    usable = [i for i, room in enumerate(rooms) if room > 0]
+    if sum(g.bytes for g in mine) > sum(rooms[i] for i in usable):
         return tuple(groups)
-    return tuple(replace(g, pin="gpu:0") if g.state_bytes and g.pin is None else g for g in groups)
+    pin = "gpu" if len(usable) > 1 else f"gpu:{usable[0] if usable else 0}"
+    return tuple(replace(g, pin=pin) if g.state_bytes and g.pin is None else g for g in groups)
 
 
 def staging_bytes(largest_expert: int) -> int:

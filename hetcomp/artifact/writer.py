@@ -16,7 +16,7 @@ from hetcomp.backends.program import ProgramLayout
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.plan import Plan
 
-MANIFEST_SCHEMA = (1, 1)
+MANIFEST_SCHEMA = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,11 @@ def write_manifest(
     version: str,
     profile: Mapping[str, str],
     folder: Path,
-    pinned: Sequence[str] | None = None,
+    gpus: Sequence[Mapping[str, Any]] = (),
+    pinned: Sequence[str] = (),
 ) -> None:
-    """Writes manifest.json over everything that is already in ``folder``. ``isas``: best first. ``pinned``: names of
-    the buffers that CPU and GPU share, in the order of the CPU's program; None: there is no GPU program."""
+    """Writes manifest.json over everything that is already in ``folder``. ``isas``: best first. ``gpus``: an entry for
+    each GPU's program. ``pinned``: names of the buffers that CPU and GPUs share, in the order of the CPU's program."""
     dims = plan.max_dims()
     manifest: dict[str, Any] = {
         "schema": list(MANIFEST_SCHEMA),
@@ -92,9 +93,8 @@ def write_manifest(
         "tokenizer": _present(folder, "tokenizer.hetc.json"),
         "chat_template": _present(folder, "chat_template.hetc.json"),
     }
-    if pinned is not None:
-        files = sorted(path.name for path in folder.glob("gpu-weights-*.safetensors"))
-        manifest["gpu"] = {"program": "gpu/program.json", "pinned": list(pinned), "weight_files": files}
+    if gpus:
+        manifest |= {"gpus": list(gpus), "pinned": list(pinned)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 

@@ -1,11 +1,13 @@
-"""What CPU and GPU hand to each other in a step: the hand-overs, and the pinned buffers that both read."""
+"""What the CPU and GPUs hand to each other in a step: the hand-overs, and the pinned buffers that carry them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hetcomp.ir.cpu_side import CpuRole, CpuTemplate, HandOver, cpu_templates, hand_overs
+from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
+from hetcomp.ir.hand_overs import HandOver, hand_overs
+from hetcomp.ir.homes import CPU
 from hetcomp.ir.plan import Op, Plan, Template
 
 # What the CPU's experts get and give, by the op's operand; and the one value of a transfer.
@@ -16,53 +18,66 @@ VALUE = "value"
 
 @dataclass(frozen=True)
 class PinnedBuffer:
-    """A buffer in memory that both read. ``to_cpu``: GPU kernels write it, else the CPU does."""
+    """A buffer in memory that the CPU and all GPUs reach."""
 
     name: str
     bytes: int
-    to_cpu: bool
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """``buffers`` in the order of hetcomp_step.pinned; ``indices``: by hand-over and part, which of them carries it."""
+    """``buffers`` by name; ``carriers``: by hand-over and part, the name of the buffer that carries it."""
 
     sides: Mapping[str, CpuTemplate]
     hand_overs: tuple[HandOver, ...]
-    buffers: tuple[PinnedBuffer, ...]
-    indices: Mapping[tuple[int, str], int]
+    buffers: Mapping[str, PinnedBuffer]
+    carriers: Mapping[tuple[int, str], str]
 
     def buffer(self, hand_over: HandOver, part: str) -> PinnedBuffer:
         """The buffer of one part of a hand-over."""
-        return self.buffers[self.indices[hand_over.flag, part]]
+        return self.buffers[self.carriers[hand_over.flag, part]]
+
+    def of_side(self, memory: str) -> dict[str, bool]:
+        """Names of the buffers that the side (``cpu``, ``gpu:0``) writes (True) or reads, in the order of the step.
+        The CPU's are in the order of hetcomp_step.pinned."""
+        by_flag = {h.flag: h for h in self.hand_overs}
+        found: dict[str, bool] = {}
+        for (flag, part), name in self.carriers.items():
+            writer, reader = by_flag[flag].giver, by_flag[flag].taker
+            if part == EXPERT_SUM:
+                writer, reader = reader, writer
+            if memory in (writer, reader):
+                found[name] = memory == writer
+        return found
+
+    def with_cpu(self) -> bool:
+        """Whether the CPU takes part in any hand-over."""
+        return any(CPU in (h.giver, h.taker) for h in self.hand_overs)
 
     @staticmethod
     def of(plan: Plan) -> Exchange:
         """The exchange that a plan with transfers fixes."""
-        sides = cpu_templates(plan)
-        found = hand_overs(plan, sides)
+        found = hand_overs(plan)
         buffers: dict[str, PinnedBuffer] = {}
-        carried: dict[tuple[int, str], str] = {}
+        carriers: dict[tuple[int, str], str] = {}
         for hand_over in found:
             template = plan.template(plan.calls[hand_over.call].template)
             op = next(op for op in template.ops if op.id == hand_over.op)
             for part, buffer in _parts(hand_over, op, template, plan.max_dims()).items():
                 buffers.setdefault(buffer.name, buffer)
-                carried[hand_over.flag, part] = buffer.name
-        order = {name: i for i, name in enumerate(buffers)}
-        indices = {key: order[name] for key, name in carried.items()}
-        return Exchange(sides, found, tuple(buffers.values()), indices)
+                carriers[hand_over.flag, part] = buffer.name
+        return Exchange(cpu_templates(plan), found, buffers, carriers)
 
 
 def _parts(hand_over: HandOver, op: Op, template: Template, dims: Mapping[str, int]) -> dict[str, PinnedBuffer]:
     def size(name: str) -> int:
         return template.value(name).type.bytes(dict(dims))
 
-    if hand_over.role is CpuRole.EXPERTS:
-        # All layers share them: a layer's input is handed out after the sum of the one before was read.
+    if hand_over.answered:
+        # All layers share them, on whatever GPU: a layer's input is handed out after the sum of the one before was
+        # read, of which it is made.
         sizes = {part: size(name) for part, name in zip(EXPERT_INPUTS, op.inputs, strict=False)}
-        made = {part: PinnedBuffer(f"experts_{part}_{n}", n, True) for part, n in sizes.items()}
+        made = {part: PinnedBuffer(f"experts_{part}_{n}", n) for part, n in sizes.items()}
         n = size(op.outputs[0])
-        return {**made, EXPERT_SUM: PinnedBuffer(f"experts_{EXPERT_SUM}_{n}", n, False)}
-    name = f"transfer_{hand_over.flag}"
-    return {VALUE: PinnedBuffer(name, size(op.outputs[0]), hand_over.role is CpuRole.AWAIT)}
+        return {**made, EXPERT_SUM: PinnedBuffer(f"experts_{EXPERT_SUM}_{n}", n)}
+    return {VALUE: PinnedBuffer(f"transfer_{hand_over.flag}", size(op.outputs[0]))}

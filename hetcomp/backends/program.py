@@ -73,7 +73,7 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
     calls = []
     for number, call in enumerate(plan.calls):
         if call.template in index:
-            flag = next((h.flag for h in exchange.hand_overs if h.call == number), 0)
+            flag = _first_flag(exchange, number)
             calls.append({"template": call.template, "index": index[call.template], "flag": flag})
             index[call.template] += 1
     return render(
@@ -91,10 +91,10 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         max_logit_rows=plan.dim("R").max,
         vocab=plan.model.vocab,
         timers=layout.timers,
-        waiting=layout.timers.index(_WAITING) if exchange.hand_overs else 0,
+        waiting=layout.timers.index(_WAITING) if exchange.with_cpu() else 0,
         n_nodes=len(layout.nodes),
-        n_pinned=len(exchange.buffers),
-        n_flags=len(exchange.hand_overs),
+        n_pinned=len(exchange.of_side(CPU)),
+        n_flags=len(exchange.hand_overs) if exchange.with_cpu() else 0,
     )
 
 
@@ -147,7 +147,7 @@ def _template(
             )
         return address[id]
 
-    flags = [op.id for op in template.ops if side.roles[op.id] is not CpuRole.COMPUTE]
+    flags = _flags(plan, template, exchange)
     ops = []
     for op in template.ops:
         role = side.roles[op.id]
@@ -162,7 +162,7 @@ def _template(
             "rows": _rows(template, op),
             "workspace": address.get(f"workspace:{op.id}", "nullptr"),
             "hands": role.value,
-            "flag": flags.index(op.id) if op.id in flags else 0,
+            "flag": flags.get(op.id, 0),
             "parts": (),
         }
         if role is CpuRole.SEND:
@@ -193,6 +193,17 @@ def _template(
             for i, number in enumerate(calls)
         ],
     }
+
+
+def _first_flag(exchange: Exchange, call: int) -> int:
+    return min((h.flag for h in exchange.hand_overs if h.call == call), default=0)
+
+
+def _flags(plan: Plan, template: Template, exchange: Exchange) -> dict[str, int]:
+    """By op: its hand-over, counted from the first of a call; all calls of a template have the same."""
+    call = next(i for i, c in enumerate(plan.calls) if c.template == template.name)
+    first = _first_flag(exchange, call)
+    return {h.op: h.flag - first for h in exchange.hand_overs if h.call == call}
 
 
 def _find_moved(moved: Mapping[str, str], find: Callable[[str], str], id: str) -> str:
@@ -245,11 +256,12 @@ def _refs(
         for node in cut.get(formal, ()):
             bound[part_id(formal, node)] = part_id(actual, node)
         bound.setdefault(formal, actual)
+    order = {name: i for i, name in enumerate(exchange.of_side(CPU))}
     pinned = {
-        f"{h.op}.{part}": ("kPinned", index)
+        f"{h.op}.{part}": ("kPinned", order[name])
         for h in exchange.hand_overs
-        if h.call == number
-        for (flag, part), index in exchange.indices.items()
+        if h.call == number and CPU in (h.giver, h.taker)
+        for (flag, part), name in exchange.carriers.items()
         if flag == h.flag
     }
     return [pinned[formal] if formal in pinned else homes[bound[formal]] for formal in formals]

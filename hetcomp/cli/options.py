@@ -24,7 +24,8 @@ IsaList = Annotated[str, typer.Option("--isa", help="auto (the profile's), or a 
 Prompt = Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens of a prompt to plan for.")]
 Answer = Annotated[int | None, typer.Option("--answer", min=1, help="Tokens of an answer to plan for.")]
 Vram = Annotated[
-    str | None, typer.Option("--vram", help="Of each GPU, e.g. 16G (powers of 1024); 0: none. Default: what is free.")
+    str | None,
+    typer.Option("--vram", help="Of each GPU: 16G, or 12G,24G (powers of 1024; 0: none). Default: what is free."),
 ]
 Pinned = Annotated[str | None, typer.Option("--pinned", help="Limit of pinned host memory.")]
 PinList = Annotated[list[str] | None, typer.Option("--pin", help="ROLE[@LAYERS]=DEVICE, e.g. attn@0-3=gpu:0.")]
@@ -63,11 +64,19 @@ def wishes_of(
     mix = Mix(prompt or DEFAULT_PROMPT, answer or DEFAULT_ANSWER, batch) if prompt or answer else None
     return PlanWishes(
         mix=mix,
-        vram=parse_size(vram, "--vram") if vram is not None else None,
+        vram=vram_of(vram) if vram is not None else None,
         pinned_bytes=parse_size(pinned, "--pinned") if pinned is not None else None,
         pins=tuple(pins or ()),
         statistics=stats,
     )
+
+
+def vram_of(text: str) -> int | tuple[int, ...]:
+    """Bytes of each GPU (``16G``), or one figure a GPU (``12G,24G``). Raises HetcompError."""
+    from hetcomp.what_if import parse_size
+
+    sizes = tuple(parse_size(part, "--vram") for part in text.split(","))
+    return sizes[0] if len(sizes) == 1 else sizes
 
 
 def ccs_of(text: str) -> list[int]:

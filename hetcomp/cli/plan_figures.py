@@ -16,6 +16,7 @@ from hetcomp.ir.events import Event
 from hetcomp.ir.plan import Op, Plan, ValueKind
 from hetcomp.passes.choose_formats import weight_role
 from hetcomp.passes.device_time import GPU_READS, gpu_tflops
+from hetcomp.passes.memory_table import usable_bytes
 from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.placement_problem import GPU_RESERVE, STAGED_EXPERTS
 from hetcomp.prediction import trace
@@ -104,13 +105,13 @@ def figures_of(
     *,
     isa: str | None = None,
     shares: Sequence[Sequence[float]] | None = None,
-    vram: int | None = None,
+    vram: int | tuple[int, ...] | None = None,
     place_seconds: float | None = None,
 ) -> Figures:
     """The figures of a finished plan.
 
     isa: instruction set of the program (None: the profile's best). shares[layer][expert]: how often experts are chosen,
-    MoE layers in order (None: equally often). vram: bytes that may be used of each GPU (None: what is free).
+    MoE layers in order (None: equally often). vram: as in :func:`device_memory`.
     """
     steps = simulated_steps(plan, profile, isa)
     return Figures(
@@ -242,10 +243,12 @@ def _kind(device: str) -> str:
     return "cpu" if device.startswith("cpu") else device
 
 
-def device_memory(plan: Plan, profile: HardwareProfile | None, vram: int | None = None) -> tuple[DeviceMemory, ...]:
+def device_memory(
+    plan: Plan, profile: HardwareProfile | None, vram: int | tuple[int, ...] | None = None
+) -> tuple[DeviceMemory, ...]:
     """Weights by role and format, KV cache and workspace of every device that holds something.
 
-    ``vram``: bytes that may be used of each GPU (None: what is free).
+    ``vram``: bytes that may be used of each GPU, or one figure a GPU (None: what is free).
     """
     parts: dict[str, Counter[str]] = defaultdict(Counter)
     largest_expert, streams = 0, set()
@@ -292,15 +295,16 @@ def _spread(parts: dict[str, Counter[str]], what: str, size: int, shares: Mappin
         left -= part
 
 
-def _device_memory(device: str, parts: Counter[str], profile: HardwareProfile | None, vram: int | None) -> DeviceMemory:
+def _device_memory(
+    device: str, parts: Counter[str], profile: HardwareProfile | None, vram: int | tuple[int, ...] | None
+) -> DeviceMemory:
     name, limit = device, None
     kind, _, number = device.partition(":")
     if profile is not None and kind == "cpu":
         name, limit = profile.cpu, profile.node(int(number)).available_bytes
     elif profile is not None and int(number) < len(profile.gpus):
         gpu = profile.gpus[int(number)]
-        free = gpu.memory_bytes if gpu.free_bytes is None else gpu.free_bytes
-        name, limit = gpu.name, free if vram is None else min(free, vram)
+        name, limit = gpu.name, usable_bytes(gpu, int(number), vram)
     ordered = sorted(parts.items(), key=lambda item: (_ORDER.get(item[0], 0), -item[1]))
     return DeviceMemory(device, name, tuple((what, size) for what, size in ordered if size), limit)
 

@@ -1,4 +1,4 @@
-"""What the CPU does of a placed plan: its ops, and the hand-overs to and from a GPU."""
+"""What the CPU does of a placed plan: its ops, and its part in the hand-overs to and from GPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hetcomp.ir.annotations import Placement
+from hetcomp.ir.hand_overs import returns_result
 from hetcomp.ir.homes import CPU, memory_of
 from hetcomp.ir.node_parts import node_parts
 from hetcomp.ir.ops import MoeExperts, Transfer
@@ -27,7 +28,7 @@ def cpu_role(op: Op, placement: Placement | None, template: Template) -> CpuRole
     if placement is None:  # not placed: everything is on the CPU
         return CpuRole.COMPUTE
     if isinstance(op.attrs, Transfer):
-        if template.value(op.outputs[0]).kind is ValueKind.OUTPUT:
+        if returns_result(op, template):
             return None
         return CpuRole.AWAIT if op.attrs.target == CPU else CpuRole.SEND if op.attrs.source == CPU else None
     if memory_of(placement.device) == CPU:
@@ -45,16 +46,6 @@ class CpuTemplate:
     arena: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
-class HandOver:
-    """A place where CPU and GPU wait for each other. ``flag`` counts them in the order of the step."""
-
-    flag: int
-    call: int
-    op: str
-    role: CpuRole
-
-
 def cpu_templates(plan: Plan) -> dict[str, CpuTemplate]:
     """The CPU's side of every template that is called."""
     sides: dict[str, CpuTemplate] = {}
@@ -67,17 +58,6 @@ def cpu_templates(plan: Plan) -> dict[str, CpuTemplate]:
 def cpu_plan(plan: Plan, sides: Mapping[str, CpuTemplate]) -> Plan:
     """The plan with templates that have the CPU's ops alone."""
     return plan.map_templates({name: side.template for name, side in sides.items()})
-
-
-def hand_overs(plan: Plan, sides: Mapping[str, CpuTemplate]) -> tuple[HandOver, ...]:
-    """All hand-overs of a step in its order."""
-    found: list[HandOver] = []
-    for index, call in enumerate(plan.calls):
-        side = sides[call.template]
-        for op in side.template.ops:
-            if side.roles[op.id] is not CpuRole.COMPUTE:
-                found.append(HandOver(len(found), index, op.id, side.roles[op.id]))
-    return tuple(found)
 
 
 def _cpu_template(template: Template, placements: Mapping[str, Placement]) -> CpuTemplate:

@@ -184,8 +184,9 @@ def cut_weights(plan: Plan) -> dict[str, tuple[tuple[Value, Cut, int], ...]]:
     return found
 
 
-def gpu_cut_weights(plan: Plan) -> dict[str, tuple[Value, Cut]]:
-    """By id of the plan's whole weight, of which a GPU has some experts: the weight that holds them, and its cut."""
+def gpu_cut_weights(plan: Plan, gpu: str | None = None) -> dict[str, tuple[Value, Cut]]:
+    """By id of the plan's whole weight, of which ``gpu`` (None: any) has some experts: the weight that holds them, and
+    its cut."""
     values = plan.value_map()
     found: dict[str, tuple[Value, Cut]] = {}
     for call in plan.calls:
@@ -193,7 +194,10 @@ def gpu_cut_weights(plan: Plan) -> dict[str, tuple[Value, Cut]]:
         actual = dict(zip(template.params, call.args, strict=True))
         placements = dict(call.placements)
         for op in template.ops:
-            part = gpu_part(op, placements[op.id]) if isinstance(op.attrs, ops.MoeExperts) else None
+            placement = placements[op.id]
+            part = gpu_part(op, placement) if isinstance(op.attrs, ops.MoeExperts) else None
+            if gpu not in (None, placement.device):
+                continue
             for operand, cut in part.cuts if part else ():
                 whole = values[actual[op.inputs[operand]]]
                 found[whole.id] = cut_value(whole, cut, part.node if part else ""), cut

@@ -15,8 +15,20 @@
 #include "status.h"
 
 struct hetcomp_model {
-  explicit hetcomp_model(std::shared_ptr<hetcomp::Model> loaded) : model(std::move(loaded)) {}
+  explicit hetcomp_model(std::shared_ptr<hetcomp::Model> loaded)
+      : model(std::move(loaded)), uses(model->gpus()) {
+    for (const hetcomp::GpuUse& use : uses) {
+      gpus.push_back({use.name.c_str(), use.ordinal, static_cast<std::int64_t>(use.bytes)});
+      gpu_names += (gpu_names.empty() ? "" : ", ") + use.name;
+      gpu_bytes += gpus.back().bytes;
+    }
+  }
   std::shared_ptr<hetcomp::Model> model;
+  // What hetcomp_model_get_info() hands out.
+  std::vector<hetcomp::GpuUse> uses;
+  std::vector<hetcomp_gpu_use> gpus;
+  std::string gpu_names;
+  std::int64_t gpu_bytes = 0;
 };
 
 struct hetcomp_session {
@@ -133,7 +145,8 @@ void hetcomp_free(void* memory) { std::free(memory); }
 // ---- model
 
 void hetcomp_load_options_init(hetcomp_load_options* options) {
-  if (options != nullptr) *options = {sizeof(hetcomp_load_options), 0, HETCOMP_WEIGHTS_AUTO, 1, nullptr, 0};
+  if (options != nullptr)
+    *options = {sizeof(hetcomp_load_options), 0, HETCOMP_WEIGHTS_AUTO, 1, nullptr, 0, nullptr};
 }
 
 hetcomp_status hetcomp_load(const char* path, const hetcomp_load_options* options, hetcomp_model** out) {
@@ -150,7 +163,11 @@ hetcomp_status hetcomp_load(const char* path, const hetcomp_load_options* option
                               o.verify_weights != 0,
                               o.isa == nullptr ? "" : o.isa,
                               {}};
-    load.gpu.device = o.gpu;
+    if (o.n_gpus < 0) throw Error(HETCOMP_INVALID_ARGUMENT, "The number of GPUs is negative.");
+    if (o.n_gpus > 0) {
+      require(o.gpus, "gpus");
+      load.gpu.devices.assign(o.gpus, o.gpus + o.n_gpus);
+    }
     *out = std::make_unique<hetcomp_model>(std::make_shared<hetcomp::Model>(path, load)).release();
   });
 }
@@ -188,8 +205,10 @@ hetcomp_status hetcomp_model_get_info(const hetcomp_model* model, hetcomp_model_
         .architecture = facts.architecture.c_str(),
         .isa = m.isa().c_str(),
         .weights = m.residency() == hetcomp::Residency::kRam ? "ram" : "mmap",
-        .gpu = m.gpu() != nullptr ? m.gpu()->name().c_str() : nullptr,
-        .gpu_bytes = m.gpu() != nullptr ? static_cast<std::int64_t>(m.gpu()->bytes()) : 0,
+        .gpu = model->gpus.empty() ? nullptr : model->gpu_names.c_str(),
+        .gpu_bytes = model->gpu_bytes,
+        .gpus = model->gpus.data(),
+        .n_gpus = static_cast<std::int32_t>(model->gpus.size()),
     };
     std::memcpy(static_cast<void*>(info), &full, size);
   });

@@ -82,30 +82,39 @@ void read_weights(const CheckedJson& node, Manifest& manifest) {
   }
 }
 
-void read_gpu(const CheckedJson& node, Manifest& manifest) {
-  GpuRecord gpu;
-  if (listed_file(node["program"], manifest, true) != "gpu/program.json")
-    node["program"].refuse("gpu/program.json");
+void read_gpus(const CheckedJson& root, Manifest& manifest, const std::string& where) {
+  if (root.has("gpu"))
+    throw Error(HETCOMP_BAD_ARTIFACT, where +
+                                          " has a GPU as schema 1.1 knew it, which is no longer read: "
+                                          "compile the model again.");
+  if (!root.has("gpus")) return;
+  for (const CheckedJson& node : root["gpus"].elements()) {
+    GpuRecord gpu{node["device"].text(), listed_file(node["program"], manifest, true), {}};
+    for (const CheckedJson& file : node["weight_files"].elements())
+      gpu.weight_files.push_back(listed_file(file, manifest, false));
+    for (const GpuRecord& other : manifest.gpus)
+      if (other.device == gpu.device) node["device"].refuse("named once");
+    manifest.gpus.push_back(std::move(gpu));
+  }
+  if (manifest.gpus.empty()) root["gpus"].refuse("a list of at least one GPU");
   constexpr const char* kKernels = "gpu/kernels.json";
   const auto kernels = manifest.files.find(kKernels);
   if (kernels == manifest.files.end() || kernels->second.sha256.empty())
-    node.refuse(std::string("absent, or \"files\" have ") + kKernels + " with a sha256");
+    root["gpus"].refuse(std::string("absent, or \"files\" have ") + kKernels + " with a sha256");
   std::set<std::string> seen;
-  for (const CheckedJson& name : node["pinned"].elements()) {
-    gpu.pinned.push_back(name.text());
-    if (!seen.insert(gpu.pinned.back()).second) name.refuse("named once");
+  for (const CheckedJson& name : root["pinned"].elements()) {
+    manifest.pinned.push_back(name.text());
+    if (!seen.insert(manifest.pinned.back()).second) name.refuse("named once");
   }
-  for (const CheckedJson& file : node["weight_files"].elements())
-    gpu.weight_files.push_back(listed_file(file, manifest, false));
-  manifest.gpu = std::move(gpu);
 }
 
-// A file of weights may go without a SHA-256, for its tensors have a hash each, those for a GPU in
-// gpu/program.json; no other may.
+// A file of weights may go without a SHA-256, for its tensors have a hash each, those for a GPU in its
+// program; no other may.
 void check_hashes(const CheckedJson& node, const Manifest& manifest) {
   std::set<std::string> of_weights;
   for (const WeightRecord& weight : manifest.weights) of_weights.insert(weight.file);
-  if (manifest.gpu) of_weights.insert(manifest.gpu->weight_files.begin(), manifest.gpu->weight_files.end());
+  for (const GpuRecord& gpu : manifest.gpus)
+    of_weights.insert(gpu.weight_files.begin(), gpu.weight_files.end());
   for (const auto& [file, record] : manifest.files)
     if (record.sha256.empty() && !of_weights.contains(file)) node[file].refuse("given with a sha256");
 }
@@ -132,7 +141,7 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
   if (manifest.programs.empty()) root["programs"].refuse("a list of at least one program");
   read_nodes(root, manifest);
   read_weights(root["weights"], manifest);
-  if (root.has("gpu")) read_gpu(root["gpu"], manifest);
+  read_gpus(root, manifest, where);
   check_hashes(root["files"], manifest);
   read_states(root["states"], manifest);
   if (root.has("timers"))

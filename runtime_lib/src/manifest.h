@@ -48,9 +48,10 @@ struct StateRecord {
   std::uint64_t bytes_per_slot;
 };
 
-// What is computed on a GPU: gpu/program.json and gpu/kernels.json.
+// What is computed on a GPU: a program, with kernels of gpu/kernels.json.
 struct GpuRecord {
-  std::vector<std::string> pinned;  // buffers of program.json, in the order of hetcomp_step::pinned
+  std::string device;   // the plan's name: "gpu:0"
+  std::string program;  // its file
   std::vector<std::string> weight_files;
 };
 
@@ -63,7 +64,8 @@ struct Manifest {
   std::vector<ProgramRecord> programs;  // best first
   std::vector<WeightRecord> weights;    // the CPU's, in the order of the program's weight indices
   std::vector<StateRecord> states;      // the CPU's, in the order of the program's state indices
-  std::optional<GpuRecord> gpu;
+  std::vector<GpuRecord> gpus;
+  std::vector<std::string> pinned;  // the GPU programs' buffers in the order of hetcomp_step::pinned
   std::vector<int> nodes{0};        // ids of the NUMA nodes that the weights are cut for, at least one
   std::size_t main_node = 0;        // index of the one that holds what is not cut
   std::vector<std::string> timers;  // names of the program's timers; may be shorter

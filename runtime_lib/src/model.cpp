@@ -42,7 +42,7 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
   isa_ = program.isa;
   verify_files(artifact, manifest_);
   library_ = std::make_unique<ProgramLibrary>(locate(artifact, manifest_, program.file), program, manifest_);
-  if (manifest_.gpu) load_gpu(options);
+  if (!manifest_.gpus.empty()) load_gpus(options);
   tokenizer_ = load_text<Tokenizer>(artifact, manifest_, manifest_.tokenizer);
   chat_template_ = load_text<ChatTemplate>(artifact, manifest_, manifest_.chat_template);
   allocate(options);
@@ -51,11 +51,15 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
   statistics_.load_seconds = seconds_since(start);
 }
 
-void Model::load_gpu(const LoadOptions& options) {
+void Model::load_gpus(const LoadOptions& options) {
   gpu::GpuOptions gpu = options.gpu;
   gpu.verify = options.verify_weights;
   gpu_ = std::make_unique<gpu::GpuStep>(artifact_, manifest_, library_->program(), gpu);
-  statistics_.gpu = {gpu_->name(), gpu_->bytes(), {}};
+  const gpu::ProgramSet& programs = gpu_->programs();
+  statistics_.gpu.emplace();
+  for (std::size_t i = 0; i < programs.size(); ++i)
+    statistics_.gpu->devices.push_back({programs[i].device().name, programs[i].device().ordinal,
+                                        programs[i].device_bytes()});
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its

@@ -54,7 +54,6 @@ class Model {
   const std::string& isa() const { return isa_; }
   int threads() const { return lanes_->size(); }
   Residency residency() const { return weights_->residency(); }
-  const gpu::GpuStep* gpu() const { return gpu_.get(); }  // null: it runs on the CPU alone
   bool is_eos(std::int32_t id) const;
   const Tokenizer* tokenizer() const { return tokenizer_.get(); }
   const ChatTemplate* chat_template() const { return chat_template_.get(); }
@@ -69,6 +68,9 @@ class Model {
   // Sizes must be within the program's limits and every value in range. Throws Error.
   void run(const StepRequest& request);
 
+  // The GPUs that compute a part, one for each program; empty: the CPU computes all.
+  std::vector<GpuUse> gpus() const { return statistics_.gpu ? statistics_.gpu->devices : std::vector<GpuUse>{}; }
+
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }
 
@@ -78,7 +80,7 @@ class Model {
   void reset_statistics();
 
  private:
-  void load_gpu(const LoadOptions& options);
+  void load_gpus(const LoadOptions& options);
   void allocate(const LoadOptions& options);
   Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;
   void describe_nodes();
@@ -87,7 +89,7 @@ class Model {
   std::filesystem::path artifact_;
   std::string isa_;
   std::unique_ptr<ProgramLibrary> library_;
-  std::unique_ptr<gpu::GpuStep> gpu_;
+  std::unique_ptr<gpu::GpuStep> gpu_;  // null: it runs on the CPU alone
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<ChatTemplate> chat_template_;
   std::vector<NodePlace> nodes_;  // in the order of the manifest's

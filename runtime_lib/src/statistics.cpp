@@ -33,7 +33,10 @@ nlohmann::ordered_json gpu_json(const GpuStatistics& gpu) {
     by_batch[std::to_string(batch)] = count;
     steps += count;
   }
-  return {{"name", gpu.name}, {"bytes", gpu.bytes}, {"steps", steps}, {"steps_by_batch", by_batch}};
+  nlohmann::ordered_json devices = nlohmann::ordered_json::array();
+  for (const GpuUse& device : gpu.devices)
+    devices.push_back({{"name", device.name}, {"number", device.ordinal}, {"bytes", device.bytes}});
+  return {{"devices", devices}, {"steps", steps}, {"steps_by_batch", by_batch}};
 }
 
 }  // namespace

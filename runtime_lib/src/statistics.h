@@ -30,9 +30,15 @@ struct NodeStatistics {
   std::uint64_t weight_bytes;
 };
 
-struct GpuStatistics {
+// A GPU that runs a program of the artifact.
+struct GpuUse {
   std::string name;
-  std::uint64_t bytes;                         // of its memory
+  int ordinal;          // as the driver counts
+  std::uint64_t bytes;  // of its memory
+};
+
+struct GpuStatistics {
+  std::vector<GpuUse> devices;
   std::map<std::int32_t, std::int64_t> steps;  // by the batch size of the graph that was run
 };
 

@@ -1,6 +1,8 @@
 // A libcuda.so.1 without a GPU, for the tests of the runtime: device memory is host memory, a stream is a
-// thread, a graph runs its nodes in the order of their dependencies, memory operations included. Kernels are
-// known by the names that a fake cubin lists behind its header, or foreign: see fake_cuda.h.
+// thread, a graph runs its nodes in the order of their dependencies, memory operations included. Everything
+// belongs to the device whose context was current when it was made, and is refused to others but for portable
+// host memory. Kernels are known by the names that a fake cubin lists behind its header, or foreign: see
+// fake_cuda.h.
 #include "fake_cuda.h"
 
 #include <array>
@@ -89,14 +91,42 @@ CUresult run_graph(const Nodes& nodes) {
 
 }  // namespace
 
-std::mutex memories_mutex;
-std::map<std::uintptr_t, std::size_t> memories;  // of the device and the host that live: address, bytes
+// Contexts of the calling thread. A context is 8 more than 8 times its device.
+thread_local std::vector<CUcontext> current_contexts;
+constexpr int kEveryDevice = -1;
+constexpr auto kInvalidContext = static_cast<CUresult>(201);
 
-void* allocated(std::size_t alignment, std::size_t bytes) {
+int device_of(CUcontext context) {
+  return static_cast<int>(reinterpret_cast<std::uintptr_t>(context) / 8) - 1;
+}
+int current_device() { return device_of(current_contexts.back()); }
+
+struct Memory {
+  std::size_t bytes;
+  int device;  // kEveryDevice: portable memory of the host
+};
+std::mutex memories_mutex;
+std::map<std::uintptr_t, Memory> memories;  // of devices and the host that live, by address
+
+void* allocated(std::size_t alignment, std::size_t bytes, int device) {
   void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
   const std::lock_guard lock(memories_mutex);
-  memories[reinterpret_cast<std::uintptr_t>(memory)] = bytes;
+  memories[reinterpret_cast<std::uintptr_t>(memory)] = {bytes, device};
   return memory;
+}
+// The memory that an address lies in; null: none.
+const std::pair<const std::uintptr_t, Memory>* memory_at(std::uintptr_t address) {
+  const auto above = memories.upper_bound(address);
+  if (above == memories.begin()) return nullptr;
+  const auto& found = *std::prev(above);
+  return address - found.first < found.second.bytes ? &found : nullptr;
+}
+// Whether the device may use the address: not that of another one's memory. With `must` it must be memory.
+bool reaches(int device, std::uintptr_t address, bool must) {
+  const std::lock_guard lock(memories_mutex);
+  const auto* memory = memory_at(address);
+  if (memory == nullptr) return !must;
+  return memory->second.device == device || memory->second.device == kEveryDevice;
 }
 void release(void* memory) {
   const std::lock_guard lock(memories_mutex);
@@ -108,7 +138,7 @@ std::mutex streams_mutex;
 std::set<struct CUstream_st*> streams;
 
 struct CUstream_st {
-  CUstream_st() : thread([this] { work(); }) {
+  explicit CUstream_st(int owner) : device(owner), thread([this] { work(); }) {
     const std::lock_guard lock(streams_mutex);
     streams.insert(this);
     ++fake.streams;
@@ -163,6 +193,7 @@ struct CUstream_st {
   std::deque<std::function<CUresult()>> tasks;
   CUresult error = CUDA_SUCCESS;
   bool ends = false;
+  const int device;
   std::thread thread;
 };
 // As the driver does before it frees memory.
@@ -173,6 +204,7 @@ void synchronize_all() {
 
 using Grid = std::array<unsigned, 3>;
 struct CUfunc_st {
+  int device = 0;
   std::vector<std::size_t> sizes;  // of the arguments
   std::function<CUresult(const Grid&, const Values&)> run;
 };
@@ -184,6 +216,7 @@ struct CUgraph_st {
 };
 struct CUgraphExec_st {
   Nodes nodes;
+  int device;
 };
 
 namespace {
@@ -216,7 +249,7 @@ void load_known(CUmod_st& module, const std::string& names) {
   for (std::string name; words >> name;)
     if (const auto found = kernels().find(name); found != kernels().end())
       module.functions[name] = {
-          found->second.sizes,
+          0, found->second.sizes,
           [run = found->second.run](const Grid&, const Values& values) { return run(values); }};
 }
 
@@ -257,8 +290,9 @@ ENTRY cuDriverGetVersion(int* version) { return *version = fake.version, CUDA_SU
 ENTRY cuInit(unsigned) { return fake.devices == 0 ? CUDA_ERROR_NO_DEVICE : CUDA_SUCCESS; }
 ENTRY cuDeviceGetCount(int* count) { return *count = fake.devices, CUDA_SUCCESS; }
 ENTRY cuDeviceGet(CUdevice* device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
-ENTRY cuDeviceGetName(char* name, int length, CUdevice) {
-  std::strncpy(name, "Fake GPU", static_cast<std::size_t>(length));
+ENTRY cuDeviceGetName(char* name, int length, CUdevice device) {
+  const std::string text = "Fake GPU" + (device == 0 ? "" : " " + std::to_string(device + 1));
+  std::strncpy(name, text.c_str(), static_cast<std::size_t>(length));
   return CUDA_SUCCESS;
 }
 ENTRY cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
@@ -267,66 +301,74 @@ ENTRY cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
                                                                    : 100 << 10;
   return CUDA_SUCCESS;
 }
-ENTRY cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
+ENTRY cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   COUNTED;
-  return ++fake.contexts, *context = reinterpret_cast<CUcontext>(8), CUDA_SUCCESS;
+  return ++fake.contexts, *context = reinterpret_cast<CUcontext>(8 * std::uintptr_t(device + 1)),
+                          CUDA_SUCCESS;
 }
 ENTRY cuDevicePrimaryCtxRelease_v2(CUdevice) { return --fake.contexts, CUDA_SUCCESS; }
-thread_local int current_contexts = 0;
-ENTRY cuCtxPushCurrent_v2(CUcontext) { return ++current_contexts, CUDA_SUCCESS; }
-ENTRY cuCtxPopCurrent_v2(CUcontext*) { return --current_contexts, CUDA_SUCCESS; }
+ENTRY cuCtxPushCurrent_v2(CUcontext context) { return current_contexts.push_back(context), CUDA_SUCCESS; }
+ENTRY cuCtxPopCurrent_v2(CUcontext*) { return current_contexts.pop_back(), CUDA_SUCCESS; }
 ENTRY cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   COUNTED;
-  *free = fake.free_bytes;
+  *free = fake.free_bytes - (current_device() == 0 ? 0 : fake.taken_of_others.load());
   *total = std::size_t{2} << 30;
   return CUDA_SUCCESS;
 }
 extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t* address) {
   const std::lock_guard lock(memories_mutex);
-  const auto above = memories.upper_bound(*address);
-  if (above == memories.begin()) return 0;
-  const auto [start, bytes] = *std::prev(above);
-  if (*address - start >= bytes) return 0;
-  return *address = start, bytes;
+  const auto* memory = memory_at(*address);
+  if (memory == nullptr) return 0;
+  return *address = memory->first, memory->second.bytes;
 }
 ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
   COUNTED;
-  if (current_contexts == 0) return static_cast<CUresult>(201);
+  if (current_contexts.empty()) return kInvalidContext;
   if (fake.out_of_memory) return CUDA_ERROR_OUT_OF_MEMORY;
-  void* memory = allocated(256, bytes);
+  void* memory = allocated(256, bytes, current_device());
   std::memset(memory, 0xa5, bytes);  // as memory that others had before
   ++fake.memories;
   fake.device_bytes += bytes;
   return *at = reinterpret_cast<CUdeviceptr>(memory), CUDA_SUCCESS;
 }
 ENTRY cuMemFree_v2(CUdeviceptr at) {
-  if (current_contexts == 0) return static_cast<CUresult>(201);
+  if (current_contexts.empty() || !reaches(current_device(), at, true)) return kInvalidContext;
   synchronize_all();
   return --fake.memories, release(reinterpret_cast<void*>(at)), CUDA_SUCCESS;
 }
 ENTRY cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t bytes, CUstream stream) {
   COUNTED;
+  if (!reaches(stream->device, at, true)) return CUDA_ERROR_INVALID_VALUE;
   stream->enqueue([=] { return std::memset(reinterpret_cast<void*>(at), value, bytes), CUDA_SUCCESS; });
   return CUDA_SUCCESS;
 }
 ENTRY cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t bytes, CUstream stream) {
   COUNTED;
+  if (!reaches(stream->device, to, true)) return CUDA_ERROR_INVALID_VALUE;
   stream->enqueue([=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), CUDA_SUCCESS; });
   return CUDA_SUCCESS;
 }
 ENTRY cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t bytes, CUstream stream) {
   COUNTED;
+  if (!reaches(stream->device, from, true)) return CUDA_ERROR_INVALID_VALUE;
   stream->enqueue([=] { return std::memcpy(to, reinterpret_cast<const void*>(from), bytes), CUDA_SUCCESS; });
   return CUDA_SUCCESS;
 }
-ENTRY cuMemHostAlloc(void** at, std::size_t bytes, unsigned) {
+ENTRY cuMemHostAlloc(void** at, std::size_t bytes, unsigned flags) {
   COUNTED;
+  if (current_contexts.empty()) return kInvalidContext;
   ++fake.host_memories;
-  return *at = allocated(4096, bytes), CUDA_SUCCESS;
+  const bool portable = (flags & CU_MEMHOSTALLOC_PORTABLE) != 0;
+  return *at = allocated(4096, bytes, portable ? kEveryDevice : current_device()), CUDA_SUCCESS;
 }
-ENTRY cuMemFreeHost(void* at) { return synchronize_all(), --fake.host_memories, release(at), CUDA_SUCCESS; }
+ENTRY cuMemFreeHost(void* at) {
+  if (current_contexts.empty()) return kInvalidContext;
+  return synchronize_all(), --fake.host_memories, release(at), CUDA_SUCCESS;
+}
 ENTRY cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned) {
   COUNTED;
+  if (current_contexts.empty() || !reaches(current_device(), reinterpret_cast<std::uintptr_t>(host), true))
+    return CUDA_ERROR_INVALID_VALUE;
   return *device = reinterpret_cast<CUdeviceptr>(host), CUDA_SUCCESS;
 }
 ENTRY cuModuleLoadData(CUmodule* module, const void* image) {
@@ -339,6 +381,7 @@ ENTRY cuModuleLoadData(CUmodule* module, const void* image) {
   } else {
     load_known(*loaded, text);
   }
+  for (auto& [name, function] : loaded->functions) function.device = current_device();
   return ++fake.modules, *module = loaded.release(), CUDA_SUCCESS;
 }
 ENTRY cuModuleUnload(CUmodule module) { return --fake.modules, delete module, CUDA_SUCCESS; }
@@ -354,12 +397,10 @@ ENTRY cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) {
 }
 ENTRY cuStreamCreate(CUstream* stream, unsigned) {
   COUNTED;
-  return *stream = new CUstream_st, CUDA_SUCCESS;
+  return *stream = new CUstream_st(current_device()), CUDA_SUCCESS;
 }
 ENTRY cuStreamDestroy_v2(CUstream stream) { return delete stream, CUDA_SUCCESS; }
-ENTRY cuStreamQuery(CUstream stream) {
-  return current_contexts == 0 ? static_cast<CUresult>(201) : stream->query();
-}
+ENTRY cuStreamQuery(CUstream stream) { return current_contexts.empty() ? kInvalidContext : stream->query(); }
 ENTRY cuStreamSynchronize(CUstream stream) {
   const CUresult result = stream->synchronize();
   COUNTED;
@@ -376,8 +417,11 @@ ENTRY cuGraphAddKernelNode_v2(CUgraphNode* result, CUgraph graph, const CUgraphN
   std::vector<std::size_t> sizes = parameters->func->sizes;
   sizes.insert(sizes.end(), {8, 8});
   Values values(sizes.size());
-  for (std::size_t i = 0; i < sizes.size(); ++i)
+  if (parameters->func->device != current_device()) return kInvalidContext;
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
     std::memcpy(&values[i], parameters->kernelParams[i], sizes[i]);
+    if (sizes[i] == 8 && !reaches(current_device(), values[i], false)) return CUDA_ERROR_INVALID_VALUE;
+  }
   const Grid grid{parameters->gridDimX, parameters->gridDimY, parameters->gridDimZ};
   Node node;
   node.kernel = [run = parameters->func->run, grid, values] { return run(grid, values); };
@@ -389,15 +433,19 @@ ENTRY cuGraphAddBatchMemOpNode(CUgraphNode* result, CUgraph graph, const CUgraph
   if (!fake.memory_operations) return CUDA_ERROR_NOT_SUPPORTED;
   Node node;
   node.operations.assign(parameters->paramArray, parameters->paramArray + parameters->count);
+  for (const CUstreamBatchMemOpParams& operation : node.operations)
+    if (!reaches(device_of(parameters->ctx), operation.writeValue.address, true))
+      return CUDA_ERROR_INVALID_VALUE;
   return add_node(result, graph, after, count, std::move(node));
 }
 ENTRY cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long) {
   COUNTED;
   fake.nodes = static_cast<int>(graph->nodes.size());
-  return ++fake.execs, *exec = new CUgraphExec_st{graph->nodes}, CUDA_SUCCESS;
+  return ++fake.execs, *exec = new CUgraphExec_st{graph->nodes, current_device()}, CUDA_SUCCESS;
 }
 ENTRY cuGraphLaunch(CUgraphExec exec, CUstream stream) {
   COUNTED;
+  if (exec->device != stream->device) return kInvalidContext;
   stream->enqueue([exec] { return run_graph(exec->nodes); });
   return CUDA_SUCCESS;
 }

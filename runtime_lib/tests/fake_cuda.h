@@ -15,7 +15,8 @@ struct FakeCuda {
   std::atomic<int> devices{1};
   std::atomic<int> compute_capability{90};
   std::atomic<std::size_t> free_bytes{std::size_t{1} << 30};
-  std::atomic<bool> out_of_memory{false};  // in spite of free_bytes
+  std::atomic<std::size_t> taken_of_others{0};  // of free_bytes, of all devices but the first
+  std::atomic<bool> out_of_memory{false};       // in spite of free_bytes
   std::atomic<bool> memory_operations{true};
 
   // The call with this number, counted from 1, returns fail_result instead of doing anything; calls that only

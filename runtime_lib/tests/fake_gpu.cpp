@@ -28,10 +28,10 @@ void write_text(const fs::path& path, const std::string& text) {
 
 Json buffer(const std::string& name) { return {{"buffer", name}, {"offset", 0}}; }
 Json ask(int layer, const Json& after) {
-  return {{"hand_over", {{"flag", layer}, {"to", "cpu"}}}, {"after", after}};
+  return {{"hand_over", {{"flag", layer}, {"from", "gpu:0"}, {"to", "cpu"}}}, {"after", after}};
 }
 Json await(int layer, const Json& after) {
-  return {{"hand_over", {{"flag", layer}, {"to", "gpu"}}}, {"after", after}};
+  return {{"hand_over", {{"flag", layer}, {"from", "cpu"}, {"to", "gpu:0"}}}, {"after", after}};
 }
 Json kernel(const std::string& name, const Json& arguments, const Json& after) {
   return {{"kernel", name}, {"grid", {1, 1, 1}}, {"arguments", arguments}, {"after", after}};
@@ -103,6 +103,7 @@ FakeCuda& healthy_fake_cuda() {
   fake.devices = 1;
   fake.compute_capability = 90;
   fake.free_bytes = std::size_t{1} << 30;
+  fake.taken_of_others = 0;
   fake.out_of_memory = false;
   fake.memory_operations = true;
   fake.fail_call = 0;
@@ -160,7 +161,8 @@ FakeGpuArtifact::FakeGpuArtifact(int layers) : layers_(layers) {
   Json graphs = Json::array();
   for (const int batch : {1, 2})
     graphs.push_back({{"batch", batch}, {"exact", true}, {"nodes", nodes(batch == 1 ? layers : 0)}});
-  write("program.json", {{"schema", {1, 0}},
+  write("program.json", {{"schema", {2, 0}},
+                         {"device", "gpu:0"},
                          {"device_bytes", 1 << 20},
                          {"flags", layers},
                          {"buffers", buffers},
@@ -181,20 +183,20 @@ void FakeGpuArtifact::write(const std::string& name, const Json& json) const {
 
 namespace {
 
-std::span<float> floats(const gpu::GpuProgram& program, const std::string& name) {
+std::span<float> floats(const gpu::ProgramSet& program, const std::string& name) {
   const std::span<std::byte> bytes = program.host(name);
   return {reinterpret_cast<float*>(bytes.data()), bytes.size() / sizeof(float)};
 }
 
 }  // namespace
 
-void FakeGpuArtifact::compute(const gpu::GpuProgram& program, int) {
+void FakeGpuArtifact::compute(const gpu::ProgramSet& program, int) {
   const std::span<float> out = floats(program, "out");
   const std::span<float> in = floats(program, "in");
   for (std::size_t i = 0; i < kWidth; ++i) in[i] = 3 * out[i];
 }
 
-void FakeGpuArtifact::answer_all(const gpu::GpuProgram& program, gpu::HandShake& hand_shake) const {
+void FakeGpuArtifact::answer_all(const gpu::ProgramSet& program, gpu::HandShake& hand_shake) const {
   for (int layer = 0; layer < layers_; ++layer) {
     if (!hand_shake.wait_for_gpu(static_cast<std::uint32_t>(layer))) return;
     compute(program, layer);
@@ -202,7 +204,7 @@ void FakeGpuArtifact::answer_all(const gpu::GpuProgram& program, gpu::HandShake&
   }
 }
 
-bool FakeGpuArtifact::step_is_right(gpu::GpuProgram& program, float first, std::int32_t batch) const {
+bool FakeGpuArtifact::step_is_right(gpu::ProgramSet& program, float first, std::int32_t batch) const {
   const std::span<float> input = floats(program, "input");
   for (std::size_t i = 0; i < kWidth; ++i) input[i] = first + static_cast<float>(i);
   // Batch size 2 has no layers: it adds the weight to what x still holds.

@@ -8,7 +8,7 @@
 
 #include "fake_cuda.h"
 #include "gpu/driver.h"
-#include "gpu/gpu_program.h"
+#include "gpu/program_set.h"
 
 namespace hetcomp::fake {
 
@@ -30,15 +30,16 @@ class FakeGpuArtifact {
   FakeGpuArtifact& operator=(const FakeGpuArtifact&) = delete;
 
   const std::filesystem::path& path() const { return path_; }
+  static std::vector<gpu::ProgramFile> programs() { return {{"gpu:0", "gpu/program.json"}}; }
   nlohmann::json read(const std::string& name) const;  // of gpu/
   void write(const std::string& name, const nlohmann::json& json) const;
 
   // What the CPU computes for a layer: in = 3 * out.
-  static void compute(const gpu::GpuProgram& program, int layer);
+  static void compute(const gpu::ProgramSet& program, int layer);
   // The whole CPU's part of a step.
-  void answer_all(const gpu::GpuProgram& program, gpu::HandShake& hand_shake) const;
+  void answer_all(const gpu::ProgramSet& program, gpu::HandShake& hand_shake) const;
   // Runs a step on inputs first, first + 1, ... and tells whether y is right, exactly.
-  bool step_is_right(gpu::GpuProgram& program, float first, std::int32_t batch = 1) const;
+  bool step_is_right(gpu::ProgramSet& program, float first, std::int32_t batch = 1) const;
 
  private:
   int layers_;

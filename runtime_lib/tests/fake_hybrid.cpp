@@ -118,7 +118,9 @@ Json kernel(const std::string& name, const std::vector<std::string>& pointers, i
   return {{"kernel", name}, {"grid", {1, 1, 1}}, {"arguments", arguments}};
 }
 
-Json hand_over(int flag, const std::string& to) { return {{"hand_over", {{"flag", flag}, {"to", to}}}}; }
+Json hand_over(int flag, const std::string& from, const std::string& to) {
+  return {{"hand_over", {{"flag", flag}, {"from", from}, {"to", to}}}};
+}
 
 Json graph(int batch, bool exact, bool with_cpu) {
   const int rows = exact ? batch : 0;
@@ -129,8 +131,8 @@ Json graph(int batch, bool exact, bool with_cpu) {
     nodes.push_back(node);
   };
   const auto through_cpu = [&](int flag) {
-    behind(hand_over(flag, "cpu"));
-    behind(hand_over(flag, "gpu"));
+    behind(hand_over(flag, "gpu:0", "cpu"));
+    behind(hand_over(flag, "cpu", "gpu:0"));
   };
   if (with_cpu) through_cpu(0);
   behind(kernel("append", {with_cpu ? "y" : "x", "positions", "slots", "kv"}, rows, "rows"));
@@ -158,9 +160,10 @@ FakeHybrid::FakeHybrid(Parts parts) : parts_(parts) {
   set_foreign_kernels(load, launch);
   write_gpu();
   Json manifest = artifact_.manifest();
-  manifest["gpu"] = {{"program", "gpu/program.json"},
-                     {"pinned", Json::array()},
-                     {"weight_files", {"weights-00001.safetensors"}}};
+  manifest["gpus"] = Json::array({{{"device", "gpu:0"},
+                                   {"program", "gpu/program.json"},
+                                   {"weight_files", {"weights-00001.safetensors"}}}});
+  manifest["pinned"] = Json::array();
   if (parts == Parts::kGpuAndCpu) manifest = cpu_part(manifest);
   for (const char* file : {"gpu/program.json", "gpu/kernels.json"})
     manifest["files"][file] = facts_of(artifact_.file(file));
@@ -186,7 +189,7 @@ Json FakeHybrid::cpu_part(Json manifest) const {
   manifest["states"] = Json::array();
   manifest["files"]["cpu-weights.safetensors"] = {{"bytes", kRowBytes}};
   manifest["files"]["kernels/lib.so"] = facts_of(artifact_.file("kernels/lib.so"));
-  manifest["gpu"]["pinned"] = {"x", "y", "s", "z"};
+  manifest["pinned"] = {"x", "y", "s", "z"};
   return manifest;
 }
 
@@ -238,7 +241,8 @@ void FakeHybrid::write_gpu() const {
   }
   const bool with_cpu = parts_ == Parts::kGpuAndCpu;
   const Json program{
-      {"schema", {1, 0}},
+      {"schema", {2, 0}},
+      {"device", "gpu:0"},
       {"device_bytes", 1 << 20},
       {"flags", with_cpu ? 2 : 0},
       {"buffers", buffers},

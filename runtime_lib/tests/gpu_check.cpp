@@ -14,12 +14,12 @@
 #include <vector>
 
 #include "file.h"
-#include "gpu/gpu_program.h"
+#include "gpu/program_set.h"
 
 namespace {
 
-using hetcomp::gpu::GpuProgram;
 using hetcomp::gpu::HandShake;
+using hetcomp::gpu::ProgramSet;
 using Clock = std::chrono::steady_clock;
 
 double microseconds(Clock::duration time) { return std::chrono::duration<double, std::micro>(time).count(); }
@@ -36,7 +36,7 @@ std::string quantiles(std::vector<double> values) {
 }
 
 struct Check {
-  GpuProgram& program;
+  ProgramSet& program;
   float* input;
   float* output;
   std::size_t width;
@@ -62,14 +62,14 @@ int run(const std::string& folder, int steps) {
   const auto facts = nlohmann::json::parse(hetcomp::File(folder + "/check.json").text());
   const hetcomp::gpu::CudaDriver driver;
   const auto load = Clock::now();
-  GpuProgram program(driver, folder, {});
+  ProgramSet program(driver, folder, {{"gpu:0", "gpu/program.json"}}, {});
   const double load_ms = microseconds(Clock::now() - load) / 1e3;
   const auto input = program.host("input");
   Check check{program, reinterpret_cast<float*>(input.data()),
               reinterpret_cast<float*>(program.host("output").data()), input.size() / sizeof(float),
               facts["layers"].get<int>()};
   std::printf("{\"device\": \"%s\", \"cuda\": %d, \"layers\": %d, \"steps\": %d, \"load_ms\": %.1f,\n",
-              program.device().name.c_str(), driver.version(), check.layers, steps, load_ms);
+              program[0].device().name.c_str(), driver.version(), check.layers, steps, load_ms);
   int wrong = 0;
   for (const auto& [name, variant] : facts["variants"].items()) {
     std::vector<double> times;

@@ -61,7 +61,8 @@ def nodes(hand_overs: bool, work: str | None) -> list[dict[str, Any]]:
         return len(steps) - 1
 
     def hand_over(flag: int, to: str, after: list[int]) -> int:
-        steps.append({"hand_over": {"flag": flag, "to": to}, "after": after})
+        ends = {"from": "gpu:0", "to": to} if to == "cpu" else {"from": "cpu", "to": to}
+        steps.append({"hand_over": {"flag": flag, **ends}, "after": after})
         return len(steps) - 1
 
     last: list[int] = []
@@ -71,7 +72,7 @@ def nodes(hand_overs: bool, work: str | None) -> list[dict[str, Any]]:
         if hand_overs:
             asked = hand_over(layer, "cpu", last)
             meanwhile = [kernel("x", "meanwhile", [asked])] if work else []
-            last = [hand_over(layer, "gpu", meanwhile if work == "between" else [asked])]
+            last = [hand_over(layer, "gpu:0", meanwhile if work == "between" else [asked])]
             last += meanwhile if work == "beside" else []
         last = [kernel("crossing", "output" if layer == LAYERS - 1 else "x", last)]
     return steps
@@ -91,7 +92,8 @@ def main() -> None:
     }
     kinds = {"input": "step", "output": "pinned_out", "crossing": "pinned_out", "x": "arena", "meanwhile": "arena"}
     program = {
-        "schema": [1, 0],
+        "schema": [2, 0],
+        "device": "gpu:0",
         "device_bytes": 1 << 20,
         "flags": LAYERS,
         "buffers": [{"name": name, "bytes": 4 * WIDTH, "kind": kind} for name, kind in kinds.items()],

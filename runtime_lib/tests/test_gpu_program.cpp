@@ -21,7 +21,7 @@ class GpuPrograms : public testing::Test {
   ~GpuPrograms() override { EXPECT_EQ(fake_.live(), 0); }
 
   // Expects run() to fail with a sentence that has `word`.
-  static void expect_failure(GpuProgram& program, const std::string& word,
+  static void expect_failure(ProgramSet& program, const std::string& word,
                              const std::function<void(HandShake&)>& cpu_work) {
     try {
       program.run(1, cpu_work);
@@ -31,7 +31,7 @@ class GpuPrograms : public testing::Test {
       EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << error.what();
     }
   }
-  std::function<void(HandShake&)> answering(const GpuProgram& program) const {
+  std::function<void(HandShake&)> answering(const ProgramSet& program) const {
     return [&](HandShake& hand_shake) { artifact_.answer_all(program, hand_shake); };
   }
 
@@ -42,7 +42,7 @@ class GpuPrograms : public testing::Test {
 };
 
 TEST_F(GpuPrograms, RightResults) {
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   for (int step = 0; step < 50; ++step) {
     fake_.reverse = step % 2 == 1;
     ASSERT_TRUE(artifact_.step_is_right(program, static_cast<float>(step))) << step;
@@ -56,7 +56,7 @@ constexpr int kManySteps = 10000;
 #endif
 
 TEST_F(GpuPrograms, ManyStepsOfTwoGraphsWithoutALeak) {
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   const int live = fake_.live();
   const std::size_t bytes = fake_.device_bytes;
   for (int step = 0; step < kManySteps; ++step) {
@@ -70,7 +70,7 @@ TEST_F(GpuPrograms, ManyStepsOfTwoGraphsWithoutALeak) {
 
 TEST_F(GpuPrograms, TakesNoMoreThanItsFigure) {
   fake_.device_bytes = 0;
-  const GpuProgram program(driver_, artifact_.path(), {});
+  const ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   EXPECT_EQ(program.device_bytes(), fake_.device_bytes);
   // x, shared, cache, weight, the step's input, scratch of three layers.
   EXPECT_EQ(program.device_bytes(), 8 * FakeGpuArtifact::kWidth * sizeof(float));
@@ -83,25 +83,25 @@ TEST_F(GpuPrograms, AskingAndAwaitingInOneNodeWhereNothingIsBetween) {
   json["graphs"].erase(1);
   artifact_.write("program.json", json);
   {
-    GpuProgram program(driver_, artifact_.path(), {});
+    ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
     EXPECT_EQ(fake_.nodes, static_cast<int>(count) - 3);
     EXPECT_TRUE(artifact_.step_is_right(program, 1));
   }
   nodes[4]["after"].push_back(1);  // another node comes after asking: now the two are apart
   artifact_.write("program.json", json);
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   EXPECT_EQ(fake_.nodes, static_cast<int>(count) - 2);
   EXPECT_TRUE(artifact_.step_is_right(program, 1));
 }
 
 TEST_F(GpuPrograms, CpuThatNeverAnswers) {
-  GpuProgram program(driver_, artifact_.path(), quick_);
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), quick_);
   expect_failure(program, "was not answered", [](HandShake&) {});
   EXPECT_TRUE(artifact_.step_is_right(program, 4));
 }
 
 TEST_F(GpuPrograms, AbortWhileTheCpuWaits) {
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   fake_.hang = true;
   std::jthread other([&] {
     std::this_thread::sleep_for(milliseconds(20));
@@ -116,7 +116,7 @@ TEST_F(GpuPrograms, AbortWhileTheCpuWaits) {
 }
 
 TEST_F(GpuPrograms, AbortWhileTheCpuComputesForEver) {
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   std::jthread other([&] {
     std::this_thread::sleep_for(milliseconds(20));
     program.abort("The user has had enough.");
@@ -130,7 +130,7 @@ TEST_F(GpuPrograms, AbortWhileTheCpuComputesForEver) {
 }
 
 TEST_F(GpuPrograms, CpuWorkThatThrows) {
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   const auto begin = HandShake::Clock::now();
   EXPECT_THROW(program.run(1, [](HandShake&) { throw std::domain_error("lane"); }), std::domain_error);
   EXPECT_LT(HandShake::Clock::now() - begin, std::chrono::seconds(10));  // patience is 30 s
@@ -138,7 +138,7 @@ TEST_F(GpuPrograms, CpuWorkThatThrows) {
 }
 
 TEST_F(GpuPrograms, GpuThatIsLate) {
-  GpuProgram program(driver_, artifact_.path(), quick_);
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), quick_);
   fake_.hang = true;
   std::jthread other([&] {
     std::this_thread::sleep_for(milliseconds(300));
@@ -152,14 +152,14 @@ TEST_F(GpuPrograms, GpuThatIsLate) {
 TEST_F(GpuPrograms, GpuThatHangs) {
   quick_.drain = milliseconds(50);
   {
-    GpuProgram program(driver_, artifact_.path(), quick_);
+    ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), quick_);
     fake_.hang = true;
     expect_failure(program, "hand-over 0", answering(program));
     expect_failure(program, "did not come to rest", answering(program));
     fake_.hang = false;
   }
   EXPECT_EQ(fake_.live(), 0);
-  GpuProgram again(driver_, artifact_.path(), {});
+  ProgramSet again(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   EXPECT_TRUE(artifact_.step_is_right(again, 4));
 }
 
@@ -170,22 +170,22 @@ TEST_F(GpuPrograms, FaultInTheMiddle) {
   node["arguments"].erase(node["arguments"].begin() + 1, node["arguments"].end());
   artifact_.write("program.json", json);
   {
-    GpuProgram program(driver_, artifact_.path(), {});
+    ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
     expect_failure(program, "illegal memory access", answering(program));
     expect_failure(program, "load the model anew", answering(program));
   }
   const FakeGpuArtifact good;
-  GpuProgram program(driver_, good.path(), {});
+  ProgramSet program(driver_, good.path(), FakeGpuArtifact::programs(), {});
   EXPECT_TRUE(good.step_is_right(program, 4));
 }
 
 TEST_F(GpuPrograms, HandOverThatTheGraphLacks) {
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   try {
     program.run(2, answering(program));
     FAIL() << "no error";
   } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find("come to its end without it"), std::string::npos)
+    EXPECT_NE(std::string(error.what()).find("come to their end without it"), std::string::npos)
         << error.what();
   }
   EXPECT_TRUE(artifact_.step_is_right(program, 4));
@@ -220,22 +220,23 @@ TEST_F(GpuPrograms, ForeignKernel) {
                        {{"buffer", "y"}, {"offset", 0}},
                        {{"i32", FakeGpuArtifact::kWidth}}};
   artifact_.write("program.json", json);
-  EXPECT_THROW(GpuProgram(driver_, artifact_.path(), {}), Error);  // nobody loads it
+  EXPECT_THROW(ProgramSet(driver_, artifact_.path(), FakeGpuArtifact::programs(), {}),
+               Error);  // nobody loads it
   fake::set_foreign_kernels(loader, launcher);
   {
-    GpuProgram program(driver_, artifact_.path(), {});
+    ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
     EXPECT_EQ(text, std::string("foreign twice 8 8 4\nmore\0", 25));
     reinterpret_cast<float*>(program.host("input").data())[9] = 21;
     program.run(2, [](HandShake&) {});
     EXPECT_EQ(reinterpret_cast<const float*>(program.host("y").data())[9], 42);
   }
   fake::set_foreign_kernels([](const void*, std::size_t) { return -1; }, launcher);
-  EXPECT_THROW(GpuProgram(driver_, artifact_.path(), {}), Error);
+  EXPECT_THROW(ProgramSet(driver_, artifact_.path(), FakeGpuArtifact::programs(), {}), Error);
   fake::set_foreign_kernels(nullptr, nullptr);
 }
 
 TEST_F(GpuPrograms, NamesThatAreNotThere) {
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   EXPECT_THROW(program.run(3, answering(program)), Error);
   EXPECT_THROW(program.host("weight"), Error);
   EXPECT_THROW(program.host("other"), Error);
@@ -248,7 +249,7 @@ TEST_F(GpuPrograms, EveryCallMayFail) {
     fake_.calls = 0;
     fake_.fail_call = call;
     try {
-      GpuProgram program(driver_, artifact_.path(), {});
+      ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
       EXPECT_TRUE(artifact_.step_is_right(program, 4));
       if (fake_.calls < call) break;
       ADD_FAILURE() << "call " << call << " failed without an error";
@@ -262,7 +263,7 @@ TEST_F(GpuPrograms, EveryCallMayFail) {
 }
 
 TEST_F(GpuPrograms, LaunchThatFailsOnce) {
-  GpuProgram program(driver_, artifact_.path(), {});
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
   fake_.calls = 0;
   fake_.fail_call = 2;  // the copy of the step, then the launch
   expect_failure(program, "cuGraphLaunch", answering(program));

@@ -41,7 +41,7 @@ class GpuRefusals : public testing::Test {
   void expect_load_error(hetcomp_status status, const std::vector<std::string>& words) const {
     expect_error(status, words, [&] {
       const CudaDriver driver(FAKE_CUDA);
-      const GpuProgram program(driver, artifact_.path(), {});
+      const ProgramSet program(driver, artifact_.path(), FakeGpuArtifact::programs(), {});
     });
   }
   // Expects gpu/`name` to be refused after a change, with its path and `word`.
@@ -91,7 +91,9 @@ TEST_F(GpuRefusals, NoDevice) {
   fake_.devices = 1;
   expect_error(HETCOMP_MISSING_ISA, {"no GPU 1", "shows 1", "--gpu"}, [&] {
     const CudaDriver driver(FAKE_CUDA);
-    const GpuProgram program(driver, artifact_.path(), {.device = 1});
+    GpuOptions second;
+    second.devices = {1};
+    const ProgramSet program(driver, artifact_.path(), FakeGpuArtifact::programs(), second);
   });
 }
 
@@ -109,7 +111,7 @@ TEST_F(GpuRefusals, OtherArchitecture) {
 TEST_F(GpuRefusals, CodeOfASmallerMinorVersionRuns) {
   fake_.compute_capability = 93;
   const CudaDriver driver(FAKE_CUDA);
-  GpuProgram program(driver, artifact_.path(), {});
+  ProgramSet program(driver, artifact_.path(), FakeGpuArtifact::programs(), {});
   EXPECT_TRUE(artifact_.step_is_right(program, 1));
 }
 
@@ -263,7 +265,7 @@ TEST_F(GpuRefusals, MemoryBeyondThePlan) {
   json["device_bytes"] = 1000;
   artifact_.write("program.json", json);
   expect_load_error(HETCOMP_BAD_ARTIFACT,
-                    {"256 bytes of GPU memory", "its 1.0 KB", "compile the model again"});
+                    {"256 bytes of the memory of Fake GPU (GPU 0)", "its 1.0 KB", "compile the model again"});
   Json kernels = artifact_.read("kernels.json");
   kernels["kernels"][2]["global_scratch_bytes"] = 1ULL << 32;
   artifact_.write("kernels.json", kernels);
@@ -300,7 +302,12 @@ TEST_F(GpuRefusals, Graphs) {
 
 TEST_F(GpuRefusals, HandOvers) {
   expect_bad_node(1, "flag", [](Json& n) { n["hand_over"]["flag"] = 3; });
-  expect_bad_node(1, "to must be cpu or gpu", [](Json& n) { n["hand_over"]["to"] = "tpu"; });
+  expect_bad_node(1, "to must be cpu, or gpu:N", [](Json& n) { n["hand_over"]["to"] = "tpu"; });
+  expect_bad_node(1, "to must be cpu, or gpu:N", [](Json& n) { n["hand_over"]["to"] = "gpu:1x"; });
+  expect_bad_node(1, "from or to gpu:0", [](Json& n) { n["hand_over"]["from"] = "gpu:1"; });
+  expect_bad_node(1, "from or to gpu:0", [](Json& n) { n["hand_over"]["to"] = "gpu:0"; });
+  expect_bad_program("device must be gpu:N", [](Json& p) { p["device"] = "cpu"; });
+  expect_bad_program("which is no longer read", [](Json& p) { p["schema"] = {1, 0}; });
   expect_bad_node(6, "the only one of its flag", [](Json& n) { n["hand_over"]["flag"] = 0; });
   expect_bad_node(3, "after the hand-over of the same flag", [](Json& n) { n["after"] = {0}; });
   expect_bad_program("nodes[3].hand_over must be after the hand-over of the same flag", [](Json& p) {

@@ -199,10 +199,13 @@ TEST_P(GpuModels, InfoAndStatistics) {
   EXPECT_GT(info.gpu_bytes, FakeArtifact::kMaxBatch * FakeArtifact::kContext * fake::kWidth * 4);
   Sequence(model.get()).prefill(range(10));
   const Json stats = statistics(model.get());
-  EXPECT_EQ(stats["gpu"], (Json{{"name", "Fake GPU"},
-                                {"bytes", info.gpu_bytes},
-                                {"steps", 2},
-                                {"steps_by_batch", {{"4", 1}, {"7", 1}}}}));
+  ASSERT_EQ(info.n_gpus, 1);
+  EXPECT_STREQ(info.gpus[0].name, "Fake GPU");
+  EXPECT_EQ(info.gpus[0].bytes, info.gpu_bytes);
+  EXPECT_EQ(stats["gpu"],
+            (Json{{"devices", {{{"name", "Fake GPU"}, {"number", 0}, {"bytes", info.gpu_bytes}}}},
+                  {"steps", 2},
+                  {"steps_by_batch", {{"4", 1}, {"7", 1}}}}));
   EXPECT_EQ(stats["prefill"]["tokens"], 10);
   if (GetParam() == FakeHybrid::Parts::kGpu) return;
   EXPECT_EQ(stats["weight_bytes"], fake::kWidth * 4);  // the CPU's

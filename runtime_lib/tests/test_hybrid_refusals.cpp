@@ -72,7 +72,9 @@ class HybridRefusals : public testing::Test {
 
 TEST_F(HybridRefusals, Machines) {
   hetcomp_load_options second = options();
-  second.gpu = 1;
+  constexpr std::int32_t kSecond = 1;
+  second.n_gpus = 1;
+  second.gpus = &kSecond;
   expect_refused(artifact_, HETCOMP_MISSING_ISA, {"no GPU 1", "shows 1", "--gpu"}, second);
   fake_.devices = 2;
   hetcomp_model* model = nullptr;
@@ -125,8 +127,8 @@ TEST_F(HybridRefusals, PinnedBuffers) {
   expect_bad_program("a buffer logits that is not a result",
                      [](Json& p) { buffer(p, "logits")["kind"] = "arena"; });
   expect_bad_program("no pinned buffer x", [](Json& p) { buffer(p, "x")["kind"] = "arena"; });
-  expect_bad_manifest("no pinned buffer ids", [](Json& m) { m["gpu"]["pinned"][2] = "ids"; });
-  expect_bad_manifest("no pinned buffer none", [](Json& m) { m["gpu"]["pinned"][2] = "none"; });
+  expect_bad_manifest("no pinned buffer ids", [](Json& m) { m["pinned"][2] = "ids"; });
+  expect_bad_manifest("no pinned buffer none", [](Json& m) { m["pinned"][2] = "none"; });
 }
 
 TEST_F(HybridRefusals, GraphsThatDoNotFitTheProgramOrTheSteps) {
@@ -145,38 +147,47 @@ TEST_F(HybridRefusals, GraphsThatDoNotFitTheProgramOrTheSteps) {
 
 TEST_F(HybridRefusals, ManifestSection) {
   expect_bad_manifest("weights-00001.safetensors must be given with a sha256",
-                      [](Json& m) { m.erase("gpu"); });
-  expect_bad_manifest("buffers to share with a GPU", [](Json& m) {
-    m.erase("gpu");
+                      [](Json& m) { m.erase("gpus"); });
+  expect_bad_manifest("buffers to share with GPUs", [](Json& m) {
+    m.erase("gpus");
     m["files"].erase("weights-00001.safetensors");
   });
-  expect_bad_manifest("buffers to share with a GPU", [](Json& m) { m["gpu"]["pinned"].erase(3); });
-  expect_bad_manifest("gpu must be an object", [](Json& m) { m["gpu"] = 1; });
-  expect_bad_manifest("gpu.program must be present", [](Json& m) { m["gpu"].erase("program"); });
-  expect_bad_manifest("gpu.program must be gpu/program.json",
-                      [](Json& m) { m["gpu"]["program"] = "gpu/kernels.json"; });
-  expect_bad_manifest("gpu.program must be one of the names in \"files\"",
+  expect_bad_manifest("buffers to share with GPUs", [](Json& m) { m["pinned"].erase(3); });
+  expect_bad_manifest("gpus must be a list", [](Json& m) { m["gpus"] = 1; });
+  expect_bad_manifest("gpus[0].program must be present", [](Json& m) { m["gpus"][0].erase("program"); });
+  expect_bad_manifest("at least one GPU", [](Json& m) { m["gpus"] = Json::array(); });
+  expect_bad_manifest("gpus[1].device must be named once",
+                      [](Json& m) { m["gpus"].push_back(Json(m["gpus"][0])); });
+  expect_bad_manifest("which is no longer read", [](Json& m) { m["gpu"] = m["gpus"][0]; });
+  expect_bad_manifest("gpus[0].program must be one of the names in \"files\"",
                       [](Json& m) { m["files"].erase("gpu/program.json"); });
-  expect_bad_manifest("gpu.program must be a file with a sha256",
+  expect_bad_manifest("gpus[0].program must be a file with a sha256",
                       [](Json& m) { m["files"]["gpu/program.json"].erase("sha256"); });
   expect_bad_manifest("gpu/kernels.json with a sha256",
                       [](Json& m) { m["files"].erase("gpu/kernels.json"); });
   expect_bad_manifest("gpu/kernels.json with a sha256",
                       [](Json& m) { m["files"]["gpu/kernels.json"].erase("sha256"); });
-  expect_bad_manifest("gpu.pinned must be present", [](Json& m) { m["gpu"].erase("pinned"); });
-  expect_bad_manifest("gpu.pinned", [](Json& m) { m["gpu"]["pinned"] = "x"; });
-  expect_bad_manifest("gpu.pinned[1] must be named once", [](Json& m) { m["gpu"]["pinned"][1] = "x"; });
-  expect_bad_manifest("gpu.pinned[1] must be a string", [](Json& m) { m["gpu"]["pinned"][1] = 1; });
-  expect_bad_manifest("gpu.weight_files must be present", [](Json& m) { m["gpu"].erase("weight_files"); });
-  expect_bad_manifest("gpu.weight_files[0] must be one of the names",
-                      [](Json& m) { m["gpu"]["weight_files"][0] = "none"; });
+  expect_bad_manifest("pinned must be present", [](Json& m) { m.erase("pinned"); });
+  expect_bad_manifest("pinned", [](Json& m) { m["pinned"] = "x"; });
+  expect_bad_manifest("pinned[1] must be named once", [](Json& m) { m["pinned"][1] = "x"; });
+  expect_bad_manifest("pinned[1] must be a string", [](Json& m) { m["pinned"][1] = 1; });
+  expect_bad_manifest("gpus[0].weight_files must be present",
+                      [](Json& m) { m["gpus"][0].erase("weight_files"); });
+  expect_bad_manifest("gpus[0].weight_files[0] must be one of the names",
+                      [](Json& m) { m["gpus"][0]["weight_files"][0] = "none"; });
   // Nothing but weights may go without a hash.
   expect_bad_manifest("weights-00001.safetensors must be given with a sha256",
-                      [](Json& m) { m["gpu"]["weight_files"] = Json::array(); });
+                      [](Json& m) { m["gpus"][0]["weight_files"] = Json::array(); });
   expect_bad_manifest("embed.cubin must be given with a sha256",
                       [](Json& m) { m["files"]["gpu/embed.cubin"].erase("sha256"); });
   expect_bad_manifest("does not have the SHA-256",
                       [](Json& m) { m["files"]["gpu/program.json"]["sha256"] = std::string(64, '0'); });
+}
+
+TEST_F(HybridRefusals, ProgramOfAnotherGpu) {
+  fake_.devices = 2;
+  expect_bad_manifest("gpu/program.json is for gpu:0, not gpu:1",
+                      [](Json& m) { m["gpus"][0]["device"] = "gpu:1"; });
 }
 
 TEST_F(HybridRefusals, DamagedWeightOfTheGpu) {

@@ -1,7 +1,8 @@
 """A GPU without a GPU: the runtime's fake driver, whose kernels Triton's interpreter runs on host memory.
 
 Within :func:`emulated_gpu`, ``hetcomp.compile`` writes stand-ins for cubins, and the runtime of this process finds one
-GPU. Everything else is real: the artifact, its CPU program on its lanes, graphs and hand-overs.
+GPU or several, each with memory and streams of its own. Everything else is real: the artifact, its CPU program on its
+lanes, graphs and hand-overs.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class _FakeCuda(ctypes.Structure):
         ("devices", ctypes.c_int),
         ("compute_capability", ctypes.c_int),
         ("free_bytes", ctypes.c_size_t),
+        ("taken_of_others", ctypes.c_size_t),
     )
 
 
@@ -155,10 +157,14 @@ def _compile_stand_ins(
 
 
 @contextmanager
-def emulated_gpu(compute_capability: int = 90, free_bytes: int = 1 << 30) -> Iterator[EmulatedGpu]:
-    """This machine has a GPU meanwhile. Raises what a kernel raised."""
+def emulated_gpu(
+    compute_capability: int = 90, free_bytes: int = 1 << 30, devices: int = 1, taken_of_others: int = 0
+) -> Iterator[EmulatedGpu]:
+    """This machine has ``devices`` GPUs meanwhile; of ``free_bytes``, other processes have ``taken_of_others`` on all
+    but the first. Raises what a kernel raised."""
     fake: _FakeCuda = _library().fake_cuda().contents
-    fake.devices, fake.compute_capability, fake.free_bytes = 1, compute_capability, free_bytes
+    fake.devices, fake.compute_capability, fake.free_bytes = devices, compute_capability, free_bytes
+    fake.taken_of_others = taken_of_others
     _GPU.launches.clear()
     _GPU.failures.clear()
     importers = [m for m in list(sys.modules.values()) if getattr(m, "compile_kernels", None) is real.compile_kernels]
@@ -170,6 +176,6 @@ def emulated_gpu(compute_capability: int = 90, free_bytes: int = 1 << 30) -> Ite
     finally:
         for patch in patches:
             patch.stop()
-        fake.devices = 0
+        fake.devices, fake.taken_of_others = 0, 0
         if _GPU.failures:  # what the runtime reported has its reason here
             raise _GPU.failures[0]

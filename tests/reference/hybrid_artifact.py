@@ -86,8 +86,8 @@ def _nodes(rows: int | None, kernels: list[GpuKernel]) -> list[dict[str, Any]]:
             append({"kernel": launch.kernel.name, "grid": grid, "arguments": arguments})
 
     add(ops.Embed(VOCAB, WIDTH), ["ids", "embed"], "x")
-    append({"hand_over": {"flag": 0, "to": "cpu"}})
-    append({"hand_over": {"flag": 0, "to": "gpu"}})
+    append({"hand_over": {"flag": 0, "from": "gpu:0", "to": "cpu"}})
+    append({"hand_over": {"flag": 0, "from": "cpu", "to": "gpu:0"}})
     add(ops.Add(), ["x", "y"], "sum")
     add(ops.RmsNorm(WIDTH, _EPS), ["sum", "norm"], "normed")
     add(ops.SelectRows(), ["normed"], "last")
@@ -132,7 +132,8 @@ def write_hybrid_artifact(folder: Path, model: HybridModel, batches: Sequence[in
     graphs = [{"batch": rows, "exact": True, "nodes": _nodes(rows, kernels)} for rows in batches]
     graphs.append({"batch": MAX_TOKENS, "exact": False, "nodes": _nodes(None, kernels)})
     buffers = _buffers(folder, model)
-    program = {"schema": [1, 0], "device_bytes": 1 << 20, "flags": 1, "buffers": buffers, "graphs": graphs}
+    head = {"schema": [2, 0], "device": "gpu:0", "device_bytes": 1 << 20, "flags": 1}
+    program = {**head, "buffers": buffers, "graphs": graphs}
     (folder / "gpu" / "program.json").write_text(json.dumps(program))
     write_kernels(compiler.compile_kernels(kernels, (90,), threads=1), folder / "gpu")
     (folder / "plan.json").write_text(_PLAN)
@@ -167,10 +168,7 @@ def _write_manifest(folder: Path) -> None:
         "timers": [],
         "tokenizer": None,
         "chat_template": None,
-        "gpu": {
-            "program": "gpu/program.json",
-            "pinned": ["x", "y"],
-            "weight_files": ["gpu-weights-00001.safetensors"],
-        },
+        "gpus": [{"device": "gpu:0", "program": "gpu/program.json", "weight_files": ["gpu-weights-00001.safetensors"]}],
+        "pinned": ["x", "y"],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -9,14 +9,13 @@ import pytest
 
 from hetcomp.backends.exchange import EXPERT_SUM, Exchange
 from hetcomp.backends.gpu.flat_ops import flat_ops
-from hetcomp.backends.gpu.gpu_program import lower_program
+from hetcomp.backends.gpu.gpu_program import lower_programs
 from hetcomp.backends.gpu.step_events import AskExperts, AwaitExperts, Run, SomeExperts, step_events
 from hetcomp.backends.program import ProgramLayout, render_program
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import select_kernels
 from hetcomp.compiler import PlanWishes, plan_model
 from hetcomp.errors import HetcompError
-from hetcomp.ir.cpu_side import CpuRole
 from hetcomp.ir.node_parts import cut_weights, gpu_cut_weights
 from hetcomp.ir.serialise import to_json
 from hetcomp.ir.verifier import verify
@@ -29,10 +28,15 @@ EXPERTS_ON_CPU = (*ALL, "moe.experts=cpu")
 SOME_LAYERS_ON_CPU = (*ALL, "attn@2-3=cpu", "moe@2-3=cpu")
 
 
-def planned(pins: tuple[str, ...] = (), vram: int = 8 << 30, max_batch: int = 1) -> Planned:
+def planned(
+    pins: tuple[str, ...] = (),
+    vram: int | tuple[int, ...] = 8 << 30,
+    max_batch: int = 1,
+    hw: str = "preset:9950x-64gb+rtx4090",
+) -> Planned:
     return plan_model(
         DEMO,
-        hw_profile="preset:9950x-64gb+rtx4090",
+        hw_profile=hw,
         max_batch=max_batch,
         formats="q4",
         isa=["avx2"],
@@ -70,20 +74,19 @@ def flags_of(graph, direction: str) -> list[int]:
 
 @pytest.mark.parametrize("pins", [EXPERTS_ON_CPU, SOME_LAYERS_ON_CPU])
 def test_every_graph_asks_and_awaits_every_hand_over_once_in_the_cpus_order(pins):
-    program = lower_program(planned(pins).plan)
-    assert program is not None
+    (program,) = lower_programs(planned(pins).plan)
     everything = [h.flag for h in program.exchange.hand_overs]
     assert everything == list(range(len(everything))) and everything
-    answered = [h.flag for h in program.exchange.hand_overs if h.role is not CpuRole.AWAIT]
+    answered = [h.flag for h in program.exchange.hand_overs if h.answered or h.giver == "cpu"]
     for graph in program.graphs:
         assert flags_of(graph, "cpu") == everything
-        assert flags_of(graph, "gpu") == answered
+        assert flags_of(graph, "gpu:0") == answered
         # In line, so that the arena's reuse is right.
         assert [node["after"] for node in graph.nodes] == [[], *([i] for i in range(len(graph.nodes) - 1))]
 
 
 def test_without_a_gpu_in_the_plan_there_is_no_program():
-    assert lower_program(planned(vram=0).plan) is None
+    assert lower_programs(planned(vram=0).plan) == ()
 
 
 def test_everything_on_the_gpu_leaves_the_cpu_nothing():
@@ -97,8 +100,8 @@ def test_experts_on_the_cpu_are_its_only_weights(experts_on_cpu):
     layout = ProgramLayout.of(experts_on_cpu.plan)
     assert layout.states == ()
     assert {w.type.shape[0] for w in layout.weights} == {32} and len(layout.weights) == 2 * 6
-    program = lower_program(experts_on_cpu.plan)
-    assert program is not None and len(program.states) == 2 * 6
+    (program,) = lower_programs(experts_on_cpu.plan)
+    assert len(program.states) == 2 * 6
     whole = {w.id.partition("@")[0] for w in layout.weights}
     assert not whole & {w.id for w in program.weights}
 
@@ -112,8 +115,7 @@ def test_split_experts_are_on_one_side_each(experts_on_cpu):
         mine = [e for start, stop in gpu[name][1].runs for e in range(start, stop)]
         theirs = [e for _, cut, _ in parts for start, stop in cut.runs for e in range(start, stop)]
         assert sorted([*mine, *theirs]) == list(range(32))
-    program = lower_program(plan)
-    assert program is not None
+    (program,) = lower_programs(plan)
     # One table for all layers: which of the experts are here, at which place.
     assert len(program.constants) == 128
     assert program.constants == b"".join((i if i <= 10 else -1).to_bytes(4, "little", signed=True) for i in range(32))
@@ -142,16 +144,14 @@ def test_layers_share_the_buffers_of_their_experts(experts_on_cpu):
 
 
 def test_decode_graphs_are_powers_of_two_up_to_the_batch_and_prompts_have_bounds():
-    program = lower_program(planned(ALL, max_batch=3).plan)
-    assert program is not None
+    (program,) = lower_programs(planned(ALL, max_batch=3).plan)
     rows = [(g.rows.count, g.rows.exact) for g in program.graphs]
     assert rows == [(1, True), (2, True), (4, True), (64, False), (512, False)]
 
 
 def test_values_that_live_together_do_not_share_memory(experts_on_cpu):
     """Every kernel's operands are apart: an output overlaps an input only in place, which no launch here does."""
-    program = lower_program(experts_on_cpu.plan)
-    assert program is not None
+    (program,) = lower_programs(experts_on_cpu.plan)
     size = {buffer.name: buffer.bytes for buffer in program.buffers()}
     for graph in program.graphs:
         for node in graph.nodes:
@@ -199,5 +199,89 @@ def test_an_edited_plan_is_compiled_as_it_stands(experts_on_cpu, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(to_json(split_experts(experts_on_cpu).plan))
     again = replay(path, experts_on_cpu.imported.plan, experts_on_cpu.context)
-    program = lower_program(again)
-    assert program is not None and len(program.constants) == 128
+    (program,) = lower_programs(again)
+    assert len(program.constants) == 128
+
+
+LAYERS_ON_TWO = ("embed=gpu:0", "*@0-2=gpu:0", "*@3-5=gpu:1", "final_norm=gpu:1", "lm_head=gpu:1")
+
+
+@pytest.fixture(scope="module")
+def on_two_gpus() -> Planned:
+    """Layers on both GPUs, experts of the first and the last on the CPU."""
+    return planned((*LAYERS_ON_TWO, "moe.experts@0=cpu", "moe.experts@5=cpu"), hw="preset:9950x-64gb+2xrtx4090")
+
+
+def ends_of(graph) -> list[tuple[int, str, str]]:
+    handed = (node["hand_over"] for node in graph.nodes if "hand_over" in node)
+    return [(h["flag"], h["from"], h["to"]) for h in handed]
+
+
+def test_what_one_gpu_gives_the_other_awaits_at_the_same_place_of_the_order(on_two_gpus):
+    first, second = lower_programs(on_two_gpus.plan)
+    assert (first.device, second.device) == ("gpu:0", "gpu:1")
+    everything = first.exchange.hand_overs
+    assert [h.flag for h in everything] == list(range(len(everything)))
+    between = [(h.flag, h.giver, h.taker) for h in everything if "cpu" not in (h.giver, h.taker)]
+    assert between and {h[1:] for h in between} == {("gpu:0", "gpu:1")}
+    for a, b in zip(first.graphs, second.graphs, strict=True):
+        assert a.rows == b.rows
+        ours, theirs = ends_of(a), ends_of(b)
+        assert [h for h in ours if h[2] == "gpu:1"] == [h for h in theirs if h[1] == "gpu:0"] == between
+        assert {flag for flag, _, _ in (*ours, *theirs)} == {h.flag for h in everything}
+        for flags in ([f for f, _, _ in ours], [f for f, _, _ in theirs]):
+            assert flags == sorted(flags)
+
+
+def test_each_gpu_has_its_own_layers_and_the_results_are_where_the_logits_are(on_two_gpus):
+    first, second = lower_programs(on_two_gpus.plan)
+    mine, theirs = ({w.fqn for w in p.weights if w.fqn} for p in (first, second))
+    assert mine & theirs == {"model.embed_tokens.weight"}  # tied: the embedding's and the output's
+    assert len(first.states) == len(second.states) == 2 * 3
+    names = [{b.name: b.kind for b in p.buffers()} for p in (first, second)]
+    assert "logits" not in names[0] and names[1]["logits"] == "result" and names[1]["best"] == "pinned_out"
+    assert names[0]["ids"] == "step" and "ids" not in names[1]  # the embedding's alone
+    assert names[0]["positions"] == names[1]["positions"] == names[1]["logit_rows"] == "step"
+    crossing = {name for name in names[0].keys() & names[1].keys() if name.startswith("transfer")}
+    assert crossing and all(names[0][n] == "pinned_out" and names[1][n] == "pinned_in" for n in crossing)
+
+
+def test_rope_tables_cross_to_the_other_gpu_once(on_two_gpus):
+    crossing = [h for h in lower_programs(on_two_gpus.plan)[0].exchange.hand_overs if h.taker == "gpu:1"]
+    assert len(crossing) == 3  # the residual stream, cosines and sines
+
+
+def test_the_cpu_has_no_part_in_what_gpus_hand_to_each_other(on_two_gpus):
+    exchange = Exchange.of(on_two_gpus.plan)
+    assert all(name.startswith("experts") for name in exchange.of_side("cpu"))
+    kernels = select_kernels(on_two_gpus.plan, on_two_gpus.target, Isa.AVX2)
+    source = render_program(on_two_gpus.plan, kernels, Isa.AVX2, "0" * 64)
+    flags = [h.flag for h in exchange.hand_overs if h.taker == "cpu"]
+    assert len(flags) == 2 and all(f"std::uint32_t{{{flag}}}" in source for flag in flags)
+    assert f"4, {len(exchange.hand_overs)}, run," in source  # buffers, hand-overs
+
+
+def test_without_the_cpu_its_program_has_no_hand_overs():
+    plan = planned(LAYERS_ON_TWO, hw="preset:9950x-64gb+2xrtx4090")
+    exchange = Exchange.of(plan.plan)
+    assert exchange.hand_overs and not exchange.with_cpu() and exchange.of_side("cpu") == {}
+    source = render_program(plan.plan, select_kernels(plan.plan, plan.target, Isa.AVX2), Isa.AVX2, "0" * 64)
+    assert "0, 0, run," in source and "await_gpu" not in source
+
+
+def test_vram_needs_one_figure_or_one_a_gpu():
+    with pytest.raises(HetcompError, match=r"--vram has 3 sizes, profile .*2xrtx4090 2 GPUs"):
+        planned(vram=(1 << 30, 2 << 30, 0), hw="preset:9950x-64gb+2xrtx4090")
+
+
+def test_a_gpu_without_memory_to_use_takes_no_part():
+    plan = planned(vram=(0, 8 << 30), hw="preset:9950x-64gb+2xrtx4090").plan
+    (program,) = lower_programs(plan)
+    assert (program.device, program.number) == ("gpu:1", 1)
+
+
+def test_a_plan_with_copies_on_a_second_gpu_is_compiled_as_it_stands(on_two_gpus, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text(to_json(on_two_gpus.plan))
+    again = replay(path, on_two_gpus.imported.plan, on_two_gpus.context)
+    assert [p.device for p in lower_programs(again)] == ["gpu:0", "gpu:1"]

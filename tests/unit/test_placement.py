@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetcomp.errors import HetcompError
+from hetcomp.ir.homes import on_gpu
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.ir.verifier import verify
@@ -318,3 +319,57 @@ def test_cpu_experts_of_a_gpu_layer_are_simulated_on_the_cpu():
     lanes = {e.lane for e in events if e.role == "moe.experts" and "copy" not in e.lane}
     assert lanes == {"cpu:0"}
     assert any(e.lane == "gpu:0" for e in events)
+
+
+def for_code(*vram: int) -> Context:
+    """Two or more GPUs of which code is generated for, beside a CPU so slow that GPUs take what fits."""
+    ctx = hybrid(gpus=len(vram), dram=0.05)
+    return replace(ctx, planning=False, vram=tuple(GPU_RESERVE + size for size in vram))
+
+
+def homes(plan: Plan) -> list[set[str]]:
+    """The devices of every call, transfers and experts on the CPU left out."""
+    return [{p.device for op, p in call.placements if "transfer" not in op} for call in plan.calls]
+
+
+@pytest.mark.parametrize("vram", [(SCRATCH, SCRATCH), (SCRATCH, SCRATCH, SCRATCH), (0, SCRATCH), (1 << 17, SCRATCH)])
+def test_what_one_gpu_has_room_for_stays_on_one(vram):
+    plan = run_pipeline(tiny_plan(LAYERS), for_code(*vram))
+    wanted = f"gpu:{next(i for i, size in enumerate(vram) if size == SCRATCH)}"
+    assert on_gpu(plan) == (wanted,)
+    assert {run.device for call in plan.calls for _, p in call.placements for run in p.experts} == {wanted}
+
+
+def test_what_needs_two_gpus_is_cut_once_between_layers():
+    ctx = for_code(SCRATCH, SCRATCH)
+    whole = placement_problem(costed(ctx), ctx)
+    needed = sum(g.bytes for g in whole.groups) + sum(e.expert_bytes * EXPERTS for e in whole.experts)
+    half = whole.workspace_bytes + needed * 4 // 5
+    plan = run_pipeline(tiny_plan(LAYERS), for_code(half, half))
+    assert on_gpu(plan) == ("gpu:0", "gpu:1")
+    calls = homes(plan)
+    assert all(len(devices) == 1 for devices in calls)
+    order = [min(devices) for devices in calls]
+    assert order == sorted(order)
+    assert {run.device for call in plan.calls for _, p in call.placements for run in p.experts} == {"gpu:0", "gpu:1"}
+
+
+def test_a_value_that_crosses_between_gpus_leaves_the_one_and_enters_the_other():
+    ctx = for_code(SCRATCH, SCRATCH)
+    plan = run_pipeline(tiny_plan(LAYERS), replace(ctx, pins=(parse_pin("*@0=gpu:0"), parse_pin("*@1-2=gpu:1"))))
+    decode = phases(plan)[0]
+    lanes = {e.lane for e in trace(plan, 0, decode, ctx) if e.role == "transfer"}
+    assert {"gpu:0 copy out", "gpu:1 copy in"} <= lanes
+
+
+@settings(max_examples=15, deadline=None)
+@given(first=st.integers(0, SCRATCH), second=st.integers(0, SCRATCH))
+def test_plans_for_code_keep_each_gpus_limit_and_experts_with_their_layer(first, second):
+    ctx = for_code(first, second)
+    plan = run_pipeline(tiny_plan(LAYERS), ctx)
+    verify(plan)
+    used = bytes_by_device(plan, ctx)
+    assert used["gpu:0"] <= first and used["gpu:1"] <= second
+    for call in plan.calls:
+        for _, p in call.placements:
+            assert {run.device for run in p.experts} <= {p.device, "cpu:0"}

@@ -60,7 +60,12 @@ def test_wishes_reach_the_planner(asked):
     assert wishes.pins == ("attn=gpu:0", "moe.experts@1-2=cpu") and wishes.statistics == "use.json#code"
 
 
-@pytest.mark.parametrize("size", ["lots", "16X", "-3G", ""])
+def test_vram_of_each_gpu(asked):
+    plan("--vram", "12G,24G,0", "--no-improvements")
+    assert asked["wishes"].vram == (12 * GIB, 24 * GIB, 0)
+
+
+@pytest.mark.parametrize("size", ["lots", "16X", "-3G", "", "12G,", "12G,lots"])
 def test_a_bad_size_is_refused_in_one_sentence(asked, size):
     done = plan("--vram", size, code=1)
     assert done.stderr.strip().count("\n") == 0 and "--vram" in done.stderr and "16G" in done.stderr

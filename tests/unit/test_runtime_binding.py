@@ -51,7 +51,7 @@ def test_info_and_version(runtime):
     assert runtime.info.isa == "avx2" and runtime.info.threads >= 1
     assert runtime.info.eos_token_ids == (2,) and runtime.info.bos_token_id is None
     assert runtime.info.has_tokenizer and runtime.info.has_chat_template
-    assert runtime.info.gpu is None and runtime.info.gpu_bytes == 0
+    assert runtime.info.gpu is None and runtime.info.gpu_bytes == 0 and runtime.info.gpus == ()
     assert "gpu" not in runtime.stats()
     assert version().count(".") == 2
 
@@ -193,7 +193,7 @@ def test_load_refusals(artifact, tmp_path):
         ({"weights": "disk"}, "auto, mmap or ram"),
         ({"threads": -1}, "threads"),
         ({"threads": 9999}, "may use"),
-        ({"gpu": -1}, "gpu"),
+        ({"gpus": (0, -1)}, "gpus"),
         ({"isa": "avx512"}, "no program for avx512"),
     ):
         with pytest.raises(HetcompError, match=words):
@@ -300,7 +300,8 @@ def test_executable_refuses_gpu_code_without_a_driver(program, tmp_path):
     for name in ("gpu/program.json", "gpu/kernels.json"):
         (folder / name).write_text("{}")
         manifest["files"][name] = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
-    manifest["gpu"] = {"program": "gpu/program.json", "pinned": [], "weight_files": []}
+    manifest["gpus"] = [{"device": "gpu:0", "program": "gpu/program.json", "weight_files": []}]
+    manifest["pinned"] = []
     (folder / "manifest.json").write_text(json.dumps(manifest))
     done = run(folder, "--ids", IDS, "--gpu", 1)
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""The GPU's part of an artifact: buffers, and a graph for every number of rows that steps may have."""
+"""A GPU's part of an artifact: buffers, and a graph for every number of rows that steps may have."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
-from hetcomp.backends.gpu.flat_ops import flat_ops
+from hetcomp.backends.gpu.flat_ops import FlatOp, flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
 from hetcomp.backends.gpu.lower_step import ARENA, BEST, LOGITS, Place, Rows, StepGraph, StepLowering
 from hetcomp.backends.gpu.step_events import step_events
-from hetcomp.errors import HetcompError
 from hetcomp.ir.homes import on_gpu, read_in
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value, ValueKind
@@ -29,7 +28,7 @@ _PROMPT_ROWS = (64, 512)
 
 @dataclass(frozen=True)
 class GpuBuffer:
-    """Memory of the program; ``kind`` as in gpu/program.json (runtime_lib/src/gpu/program_record.h)."""
+    """Memory of the program; ``kind`` as in gpu/program-N.json (runtime_lib/src/gpu/program_record.h)."""
 
     name: str
     bytes: int
@@ -38,10 +37,12 @@ class GpuBuffer:
 
 @dataclass(frozen=True)
 class GpuProgram:
-    """``weights`` in the order of their places in the buffer of weights; ``cuts``: of those that are a GPU's part of
-    one, by id: the whole weight and the cut. ``constants``: bytes of the buffer of constants."""
+    """``device``: the plan's name of the GPU. ``weights`` in the order of their places in the buffer of weights;
+    ``cuts``: of those that are a GPU's part of one, by id: the whole weight and the cut. ``constants``: bytes of the
+    buffer of constants."""
 
     plan: Plan
+    device: str
     weights: tuple[Value, ...]
     cuts: Mapping[str, tuple[Value, Cut]]
     states: tuple[Value, ...]
@@ -49,6 +50,11 @@ class GpuProgram:
     constants: bytes
     graphs: tuple[StepGraph, ...]
     exchange: Exchange
+
+    @property
+    def number(self) -> int:
+        """1 of ``gpu:1``."""
+        return int(self.device.partition(":")[2])
 
     @property
     def kernels(self) -> tuple[GpuKernel, ...]:
@@ -77,7 +83,10 @@ class GpuProgram:
             *(GpuBuffer(name, 4 * dims.get(dim, 1), "step") for name, dim in _STEP.items() if name in named),
             *([GpuBuffer(LOGITS, 4 * dims["R"] * self.plan.model.vocab, "result")] if LOGITS in named else []),
             *([GpuBuffer(BEST, 4 * dims["R"], "pinned_out")] if BEST in named else []),
-            *(GpuBuffer(b.name, b.bytes, "pinned_out" if b.to_cpu else "pinned_in") for b in self.exchange.buffers),
+            *(
+                GpuBuffer(name, self.exchange.buffers[name].bytes, "pinned_out" if writes else "pinned_in")
+                for name, writes in self.exchange.of_side(self.device).items()
+            ),
         ]
         return tuple(buffer for buffer in found if buffer.bytes)
 
@@ -85,21 +94,19 @@ class GpuProgram:
         return max((self.places[v.id].offset + _size(v, self.plan) for v in values), default=0)
 
 
-def lower_program(plan: Plan) -> GpuProgram | None:
-    """The GPU's part of a plan whose memory is planned; None where the plan uses none.
+def lower_programs(plan: Plan) -> tuple[GpuProgram, ...]:
+    """The GPUs' parts of a plan whose memory is planned, one a GPU that it uses, in their order.
 
-    Raises HetcompError if there is no kernel for an op that is placed on the GPU, or if it is placed on several.
+    Raises HetcompError if there is no kernel for an op that is placed on a GPU.
     """
-    gpus = on_gpu(plan)
-    if not gpus:
-        return None
-    if len(gpus) > 1:
-        raise HetcompError(
-            f"The plan uses {', '.join(gpus)}; code is generated for one GPU: give --vram or pins for it."
-        )
-    gpu, exchange = gpus[0], Exchange.of(plan)
-    ops, values = flat_ops(plan)
-    cuts = gpu_cut_weights(plan)
+    exchange, flat = Exchange.of(plan), flat_ops(plan)
+    return tuple(_lower(plan, gpu, exchange, *flat) for gpu in on_gpu(plan))
+
+
+def _lower(
+    plan: Plan, gpu: str, exchange: Exchange, ops: tuple[FlatOp, ...], values: Mapping[str, Value]
+) -> GpuProgram:
+    cuts = gpu_cut_weights(plan, gpu)
     readers = read_in(plan)
     stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
     weights = [cuts[v.id][0] if v.id in cuts else v for v in stored if v.id in cuts or gpu in readers[v.id]]
@@ -109,12 +116,12 @@ def lower_program(plan: Plan) -> GpuProgram | None:
     events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
     graphs = [
-        StepLowering(events, dict(values), dict(places), exchange, plan.max_dims(), rows, constants).lower()
+        StepLowering(gpu, events, dict(values), dict(places), exchange, plan.max_dims(), rows, constants).lower()
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
-    return GpuProgram(plan, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange)
+    return GpuProgram(plan, gpu, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange)
 
 
 def _all_rows(plan: Plan) -> list[Rows]:

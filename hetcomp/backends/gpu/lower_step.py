@@ -23,7 +23,8 @@ from hetcomp.backends.gpu.step_events import (
     reads_of,
 )
 from hetcomp.backends.gpu.triton_backend import TritonBackend
-from hetcomp.ir.cpu_side import HandOver
+from hetcomp.ir.hand_overs import HandOver
+from hetcomp.ir.homes import CPU
 from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
 from hetcomp.ir.node_parts import cut_value
 from hetcomp.ir.ops import MoeExperts
@@ -57,17 +58,19 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """Raises a flag of the CPU's."""
+class Raise:
+    """Raises the flag for the side that waits for it."""
 
     flag: int
+    to: str
 
 
 @dataclass(frozen=True)
 class Await:
-    """Waits for the CPU's answer."""
+    """Waits for the flag that the other side raises."""
 
     flag: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,13 @@ class StepGraph:
 
 @dataclass
 class StepLowering:
-    """Lowers the events of one number of rows.
+    """Lowers the events of ``gpu`` for one number of rows.
 
     ``values`` by id, those of the step and of the plan; ``places``: of values outside of the arena (weights, states, a
     step's inputs). ``residents``: places of tables of resident experts, filled as they are needed (``constants``: their
     numbers)."""
 
+    gpu: str
     events: Sequence[Event]
     values: dict[str, Value]
     places: dict[str, Place]
@@ -95,7 +99,7 @@ class StepLowering:
     dims: Mapping[str, int]
     rows: Rows
     constants: dict[tuple[int, ...], int]
-    steps: list[GpuGroup | Ask | Await] = field(default_factory=list)
+    steps: list[GpuGroup | Raise | Await] = field(default_factory=list)
 
     def lower(self) -> StepGraph:
         """The graph. Raises HetcompError naming an op that there is no kernel for."""
@@ -109,7 +113,7 @@ class StepLowering:
         return self.rows.count if self.rows.exact else None
 
     def _place_results(self) -> None:
-        """Results, and values whose one reader is a transfer, are written where the CPU reads them."""
+        """Results, and values whose one reader is a transfer, are written where the other side reads them."""
         for event in self.events:
             if isinstance(event, Result):
                 self.places[event.op.inputs[0]] = Place(LOGITS)
@@ -133,18 +137,20 @@ class StepLowering:
             case AskExperts(op, hand_over):
                 outputs = tuple(self._pinned(hand_over, part) for part in EXPERT_INPUTS)
                 inputs = tuple(self.values[name] for name in op.inputs[: len(EXPERT_INPUTS)])
-                self.steps += [hand_out(op, inputs, outputs, self.rows.exact), Ask(hand_over.flag)]
+                self.steps += [hand_out(op, inputs, outputs, self.rows.exact), Raise(hand_over.flag, CPU)]
             case AwaitExperts():
                 self._await_experts(index, event)
             case GiveValue(op, hand_over):
                 target = self._pinned(hand_over, VALUE)
                 if self.places.get(op.inputs[0]) != self.places[target]:
                     self.steps.append(hand_out(op, (self.values[op.inputs[0]],), (target,), self.rows.exact))
-                self.steps.append(Ask(hand_over.flag))
+                self.steps.append(Raise(hand_over.flag, hand_over.taker))
             case TakeValue(op, hand_over):
                 source = self._pinned(hand_over, VALUE)
                 self.values[source] = replace(self.values[op.outputs[0]], id=source)
-                self.steps += [Ask(hand_over.flag), Await(hand_over.flag)]
+                if hand_over.giver == CPU:  # which answers when it is asked
+                    self.steps.append(Raise(hand_over.flag, CPU))
+                self.steps.append(Await(hand_over.flag, hand_over.giver))
                 self.steps.append(hand_out(op, (self.values[source],), op.outputs, self.rows.exact))
             case Result(op):
                 self._find_best(op)
@@ -186,7 +192,7 @@ class StepLowering:
 
     def _await_experts(self, index: int, event: AwaitExperts) -> None:
         op = event.op
-        self.steps.append(Await(event.hand_over.flag))
+        self.steps.append(Await(event.hand_over.flag, CPU))
         total = self.values[op.outputs[0]]
         there = self._pinned(event.hand_over, EXPERT_SUM)
         self.values[there] = replace(total, id=there)
@@ -199,9 +205,10 @@ class StepLowering:
             self.steps.append(hand_out(op, (self.values[there],), (total.id,), self.rows.exact))
 
     def _read_before_next_sum(self, name: str, index: int) -> bool:
-        """Whether the pinned sum may stand for the value: the CPU writes the next when it has that layer's input."""
+        """Whether the pinned sum may stand for the value: the CPU writes the next when it has that layer's input, which
+        may be another GPU's if this one gives values away."""
         later = self.events[index + 1 :]
-        end = next((i for i, e in enumerate(later) if isinstance(e, AskExperts)), len(later))
+        end = next((i for i, e in enumerate(later) if isinstance(e, AskExperts | GiveValue)), len(later))
         return all(name not in reads_of(e) for e in later[end:])
 
     def _graph(self) -> StepGraph:
@@ -213,9 +220,10 @@ class StepLowering:
                 for launch in step.code.launches:
                     kernels[launch.kernel.name] = launch.kernel
                     nodes.append(self._node(step, launch, slots, i))
+            elif isinstance(step, Raise):
+                nodes.append({"hand_over": {"flag": step.flag, "from": self.gpu, "to": step.to}})
             else:
-                to = "cpu" if isinstance(step, Ask) else "gpu"
-                nodes.append({"hand_over": {"flag": step.flag, "to": to}})
+                nodes.append({"hand_over": {"flag": step.flag, "from": step.source, "to": self.gpu}})
         for i, node in enumerate(nodes):
             node["after"] = [i - 1] if i else []
         return StepGraph(self.rows, tuple(nodes), kernels, arena)

@@ -1,4 +1,4 @@
-"""What happens on a GPU in a step, in order: runs of ops, and the hand-overs between them."""
+"""What happens on one GPU in a step, in order: runs of ops, and the hand-overs between them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.flat_ops import FlatOp
-from hetcomp.ir.cpu_side import CpuRole, HandOver
+from hetcomp.ir.hand_overs import HandOver
 from hetcomp.ir.homes import memory_of
 from hetcomp.ir.node_parts import NodePart, gpu_part
 from hetcomp.ir.ops import Transfer
@@ -47,7 +47,7 @@ class AwaitExperts:
 
 @dataclass(frozen=True)
 class GiveValue:
-    """A transfer to the CPU."""
+    """A transfer to another memory."""
 
     op: Op
     hand_over: HandOver
@@ -55,7 +55,7 @@ class GiveValue:
 
 @dataclass(frozen=True)
 class TakeValue:
-    """A transfer from the CPU."""
+    """A transfer from another memory."""
 
     op: Op
     hand_over: HandOver
@@ -97,11 +97,13 @@ def step_events(ops: tuple[FlatOp, ...], exchange: Exchange, gpu: str) -> tuple[
     for flat in ops:
         op, hand_over = flat.op, by_op.get((flat.call, flat.id))
         if isinstance(op.attrs, Transfer):
+            if gpu not in (op.attrs.source, op.attrs.target):
+                continue
             close(None if hand_over is not None else op)
-            if hand_over is not None:
-                events.append((GiveValue if hand_over.role is CpuRole.AWAIT else TakeValue)(op, hand_over))
-            elif op.attrs.source == gpu:
+            if hand_over is None:
                 events.append(Result(op))
+            else:
+                events.append((GiveValue if hand_over.giver == gpu else TakeValue)(op, hand_over))
         elif memory_of(flat.placement.device) == gpu:
             close(None if hand_over is not None else op)
             if hand_over is not None:

@@ -62,7 +62,10 @@ typedef struct hetcomp_load_options {
   int32_t weights;        /* hetcomp_weights */
   int32_t verify_weights; /* 1: compare every tensor with its hash while it is read; 0: trust the files */
   const char* isa;        /* NULL: the best that this CPU has; or "avx2", "avx512" */
-  int32_t gpu;            /* the GPU's number as the driver counts, from 0; for models compiled for one */
+  /* For models compiled for GPUs: a number for each of them, as the driver counts, from 0, in the order of
+   * the artifact. 0: as the artifact says, its gpu:0 is number 0. */
+  int32_t n_gpus;
+  const int32_t* gpus;
 } hetcomp_load_options;
 
 HETCOMP_EXPORT void hetcomp_load_options_init(hetcomp_load_options* options);
@@ -71,6 +74,13 @@ HETCOMP_EXPORT hetcomp_status hetcomp_load(const char* path, const hetcomp_load_
                                            hetcomp_model** out);
 /* Sessions that are still open keep the model's memory until they are freed. */
 HETCOMP_EXPORT void hetcomp_model_free(hetcomp_model* model);
+
+/* A GPU that computes a part of a model. */
+typedef struct hetcomp_gpu_use {
+  const char* name;
+  int32_t number; /* as the driver counts */
+  int64_t bytes;  /* of its memory that the model takes */
+} hetcomp_gpu_use;
 
 typedef struct hetcomp_model_info {
   uint32_t struct_size; /* set by hetcomp_model_info_init */
@@ -90,8 +100,10 @@ typedef struct hetcomp_model_info {
   const char* architecture;
   const char* isa;
   const char* weights; /* "ram" or "mmap" */
-  const char* gpu;     /* the name of the GPU that computes a part; NULL: none does */
-  int64_t gpu_bytes;   /* of its memory that the model takes */
+  const char* gpu;     /* the names of the GPUs that compute a part; NULL: none does */
+  int64_t gpu_bytes;   /* of their memory that the model takes */
+  const hetcomp_gpu_use* gpus;
+  int32_t n_gpus;
 } hetcomp_model_info;
 
 HETCOMP_EXPORT void hetcomp_model_info_init(hetcomp_model_info* info);
@@ -99,9 +111,10 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_get_info(const hetcomp_model* model,
 
 /* A JSON object: load seconds, bytes, threads, isa, nodes (the NUMA nodes that the weights are cut for: node,
  * machine_node, threads, weight_bytes), notes (sentences about what slows it down), and for prefill and
- * decode tokens, steps, seconds, tokens per second and the milliseconds of every timer of the plan. With a
- * GPU also gpu: its name, bytes of its memory, steps, and steps_by_batch (by the batch size of the graph that
- * was run); all other bytes are the CPU's. Freed with hetcomp_free. */
+ * decode tokens, steps, seconds, tokens per second and the milliseconds of every timer of the plan. With
+ * GPUs also gpu: devices (of each the name, its number as the driver counts, and bytes of its memory), steps,
+ * and steps_by_batch (by the batch size of the graph that was run); all other bytes are the CPU's. Freed with
+ * hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_stats(const hetcomp_model* model, char** json);
 /* A JSON array, one object a weight: weight (its name), bytes, node (the artifact's), machine_node (null:
  * any), and of its pages the number (pages), on_node, elsewhere, absent (not in memory). Freed with

@@ -18,11 +18,11 @@ extern "C" {
 typedef struct hetcomp_lane hetcomp_lane;
 #endif
 
-// Hand-overs between a program and the GPU that works on the same step, numbered in the order of the step.
-// The program calls them through await_gpu() and answer_gpu() of lane.h.
+// Hand-overs between a program and the GPUs that work on the same step, numbered in the order of the step,
+// with those among GPUs. The program calls them through await_gpu() and answer_gpu() of lane.h.
 typedef struct hetcomp_hand_over {
   void* host;
-  // Waits until the GPU has come to hand-over `flag`; 0: the step was given up, and nothing that is computed
+  // Waits until a GPU has come to hand-over `flag`; 0: the step was given up, and nothing that is computed
   // for it matters.
   int (*wait)(void* host, uint32_t flag);
   // What the CPU computes for hand-over `flag` is in its pinned buffers.
@@ -64,8 +64,8 @@ typedef struct hetcomp_program {
   int64_t vocab;
   int64_t n_timers;  // one per op group and phase; names in plan.json
   int64_t n_nodes;   // NUMA nodes that its weights are cut for; lanes carry `own` where it is more than 1
-  int64_t n_pinned;  // buffers that it shares with a GPU
-  int64_t n_flags;   // hand-overs of a step; 0 beside a GPU: the GPU does it all, and nobody calls run
+  int64_t n_pinned;  // buffers that it shares with GPUs
+  int64_t n_flags;   // hand-overs of a step; 0 beside GPUs: it has no part in any, and nobody calls run
   // Runs one step. Called by every thread of the lane set with its own lane and the same step.
   void (*run)(hetcomp_lane* lane, const hetcomp_step* step);
 } hetcomp_program;

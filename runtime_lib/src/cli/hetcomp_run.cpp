@@ -39,7 +39,8 @@ ModelPtr load(const RunOptions& options) {
   load.weights = options.weights;
   load.verify_weights = options.verify_weights ? 1 : 0;
   load.isa = options.isa.empty() ? nullptr : options.isa.c_str();
-  load.gpu = options.gpu;
+  load.n_gpus = static_cast<std::int32_t>(options.gpus.size());
+  load.gpus = options.gpus.data();
   hetcomp_model* model = nullptr;
   check(hetcomp_load(options.artifact.c_str(), &load, &model));
   return ModelPtr(model);

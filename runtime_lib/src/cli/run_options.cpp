@@ -70,8 +70,9 @@ void add_options(CLI::App& app, RunOptions* options, std::string* ids) {
          "auto, mmap, or ram (2 MB pages)")
       ->check(CLI::IsMember({"auto", "mmap", "ram"}))
       ->type_name("WHERE");
-  app.add_option("--gpu", options->gpu, "Number of the GPU, for models compiled for one")
-      ->capture_default_str()
+  app.add_option("--gpu", options->gpus,
+                 "Numbers of the GPUs, for models compiled for some: 2,3 (default: 0,1)")
+      ->delimiter(',')
       ->type_name("N");
   app.add_flag("--no-verify{false}", options->verify_weights, "Do not compare the weights with their hashes");
   app.add_flag("--print-ids", options->print_ids, "Print token ids instead of text");

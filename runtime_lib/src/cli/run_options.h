@@ -28,7 +28,7 @@ struct RunOptions {
   std::string isa;
   std::int32_t weights = 0;  // hetcomp_weights
   bool verify_weights = true;
-  std::int32_t gpu = 0;
+  std::vector<std::int32_t> gpus;  // empty: as the artifact says
   bool print_ids = false;
   bool stats = false;
   bool numa_report = false;

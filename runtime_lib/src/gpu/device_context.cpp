@@ -6,7 +6,7 @@
 
 namespace hetcomp::gpu {
 
-Device::Device(const CudaDriver& driver, int ordinal) {
+Device::Device(const CudaDriver& driver, int ordinal) : ordinal(ordinal) {
   int devices = 0;
   driver.device_count(&devices);
   if (ordinal < 0 || ordinal >= devices) {

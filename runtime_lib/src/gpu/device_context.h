@@ -12,6 +12,9 @@ struct Device {
   // Throws Error if the driver shows no such device.
   Device(const CudaDriver& driver, int ordinal);
 
+  std::string in_words() const { return name + " (GPU " + std::to_string(ordinal) + ")"; }
+
+  int ordinal;  // as the driver counts
   CUdevice id = 0;
   std::string name;
   int compute_capability = 0;  // 90 is 9.0

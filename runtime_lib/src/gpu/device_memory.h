@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 
 #include "device_context.h"
 #include "driver.h"
@@ -15,20 +16,23 @@ namespace hetcomp::gpu {
 // lives as long as the program.
 class DeviceBudget {
  public:
-  explicit DeviceBudget(std::uint64_t bytes) : limit_(bytes) {}
+  // device: in words.
+  DeviceBudget(std::uint64_t bytes, std::string device) : limit_(bytes), device_(std::move(device)) {}
   // Throws Error(HETCOMP_BAD_ARTIFACT): a program that needs more than its plan says was not written by us.
   void take(std::uint64_t bytes, const std::string& purpose);
   std::uint64_t taken() const { return taken_; }
   std::uint64_t limit() const { return limit_; }
+  const std::string& device() const { return device_; }
 
  private:
   std::uint64_t limit_;
+  std::string device_;
   std::uint64_t taken_ = 0;
 };
 
 // Throws Error(HETCOMP_OUT_OF_MEMORY) if the device has less than the budget left, with what others use. The
 // context must be current.
-void require_free_memory(const CudaDriver& driver, const Device& device, const DeviceBudget& budget);
+void require_free_memory(const CudaDriver& driver, const DeviceBudget& budget);
 
 // Zeroed (when the stream gets there), aligned to at least 256 bytes. The context must be current when it is
 // made and when it ends; so it is with all of this file.
@@ -44,19 +48,20 @@ class DeviceMemory {
   MemoryHandle handle_;
 };
 
-// Zeroed memory of the host, pinned and mapped into the device.
+// Zeroed memory of the host, pinned, which all GPUs of this process reach.
 class PinnedMemory {
  public:
   PinnedMemory() = default;
   PinnedMemory(const CudaDriver& driver, std::size_t bytes, const std::string& purpose);
 
   std::span<std::byte> bytes() const { return {static_cast<std::byte*>(handle_.get()), size_}; }
-  CUdeviceptr address() const { return address_; }
+  // As the GPU sees it whose context is current.
+  CUdeviceptr address() const;
 
  private:
+  const CudaDriver* driver_ = nullptr;
   HostMemoryHandle handle_;
   std::size_t size_ = 0;
-  CUdeviceptr address_ = 0;
 };
 
 }  // namespace hetcomp::gpu

@@ -1,11 +1,7 @@
 #include "gpu_program.h"
 
-#include <immintrin.h>
-
 #include <map>
 #include <set>
-#include <thread>
-#include <tuple>
 
 #include "../file.h"
 #include "../status.h"
@@ -14,28 +10,26 @@
 namespace hetcomp::gpu {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr std::uint64_t kLargestDescription = 64U << 20;
-// A step of decoding takes milliseconds; only what takes much longer gives its core to others.
-constexpr auto kSpin = std::chrono::milliseconds(20);
 
 File description(const std::filesystem::path& artifact, const std::string& name) {
-  File file(inside(artifact, "gpu/" + name));
+  File file(inside(artifact, name));
   if (file.size() > kLargestDescription)
     throw Error(HETCOMP_BAD_ARTIFACT,
                 file.path().string() + " is " + in_words(file.size()) + ": not a description.");
   return file;
 }
 
-GpuProgramRecord read_program(const std::filesystem::path& artifact, const KernelsByName& kernels) {
-  const File file = description(artifact, "program.json");
+GpuProgramRecord read_program(const std::filesystem::path& artifact, const std::string& name,
+                              const KernelsByName& kernels) {
+  const File file = description(artifact, name);
   return GpuProgramRecord::parse(file.text(), file.path().string(), kernels);
 }
 
 KernelsByName read_kernels(const std::filesystem::path& artifact, const Device& device) {
-  const File file = description(artifact, "kernels.json");
-  return KernelTable::parse(file.text(), file.path().string()).choose(device.compute_capability, device.name);
+  const File file = description(artifact, "gpu/kernels.json");
+  return KernelTable::parse(file.text(), file.path().string())
+      .choose(device.compute_capability, device.in_words());
 }
 
 std::set<std::string> called(const GpuProgramRecord& program) {
@@ -48,18 +42,22 @@ std::set<std::string> called(const GpuProgramRecord& program) {
 
 }  // namespace
 
+ProgramFiles::ProgramFiles(const CudaDriver& driver, const std::filesystem::path& artifact,
+                           const std::string& file, int ordinal)
+    : device(driver, ordinal),
+      kernels(read_kernels(artifact, device)),
+      record(read_program(artifact, file, kernels)) {}
+
 // What needs the context current when it is made and when it ends.
 struct GpuProgram::Resources {
-  Resources(const CudaDriver& driver, const std::filesystem::path& artifact, const GpuOptions& options,
-            const Device& device, const DeviceContext& context, const KernelsByName& kernel_records,
-            const GpuProgramRecord& program, const HandShake::Health& health)
-      : budget(program.device_bytes),
-        stream((require_free_memory(driver, device, budget), create_stream(driver))),
-        kernels(driver, device, artifact, kernel_records, called(program)),
-        buffers(driver, artifact, program, budget, stream.get(), options.verify),
-        hand_shake(driver, program.flags, options.patience, health) {
-    const GraphParts parts{driver, context, stream.get(), kernels, buffers, hand_shake};
-    for (const GraphRecord& graph : program.graphs)
+  Resources(const CudaDriver& driver, const std::filesystem::path& artifact, const ProgramFiles& files,
+            const DeviceContext& context, const SharedMemory& shared, bool verify)
+      : budget(files.record.device_bytes, files.device.in_words()),
+        stream((require_free_memory(driver, budget), create_stream(driver))),
+        kernels(driver, files.device, artifact, files.kernels, called(files.record)),
+        buffers(driver, artifact, files.record, shared, budget, stream.get(), verify) {
+    const GraphParts parts{driver, context, stream.get(), kernels, buffers, shared.hand_shake()};
+    for (const GraphRecord& graph : files.record.graphs)
       graphs.emplace(graph.batch, ProgramGraph(parts, graph, budget));
     driver.stream_synchronize(stream.get());
   }
@@ -68,125 +66,56 @@ struct GpuProgram::Resources {
   StreamHandle stream;
   LoadedKernels kernels;
   ProgramBuffers buffers;
-  HandShake hand_shake;
   std::map<std::int32_t, ProgramGraph> graphs;  // by batch size
 };
 
 GpuProgram::GpuProgram(const CudaDriver& driver, const std::filesystem::path& artifact,
-                       const GpuOptions& options)
-    : driver_(driver), options_(options), device_(driver, options.device) {
-  const KernelsByName kernels = read_kernels(artifact, device_);
-  record_ = read_program(artifact, kernels);
-  context_ = std::make_unique<DeviceContext>(driver, device_.id);
-  const CurrentContext current(driver, *context_);
-  resources_ = std::make_unique<Resources>(driver, artifact, options, device_, *context_, kernels, record_,
-                                           [this] { return health(); });
+                       const ProgramFiles& files, const DeviceContext& context, const SharedMemory& shared,
+                       bool verify)
+    : driver_(driver), context_(context), device_(files.device), record_(files.record) {
+  const CurrentContext current(driver, context);
+  resources_ = std::make_unique<Resources>(driver, artifact, files, context, shared, verify);
 }
 
 GpuProgram::~GpuProgram() {
-  bool at_rest = true;
   try {
-    const CurrentContext current(driver_, *context_);
-    drain();
-    at_rest = driver_.stream_query.raw(resources_->stream.get()) != CUDA_ERROR_NOT_READY;
-    if (at_rest) resources_.reset();
-  } catch (const Error& error) {
-    broken_ =
-        error.what();  // the context can no longer be entered: the driver has dropped all that was in it
-  }
-  if (at_rest) return;
-  std::ignore = resources_.release();
-  std::ignore = context_.release();
-}
-
-void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work) {
-  if (!broken_.empty()) {
-    throw Error(HETCOMP_COMPUTE,
-                device_.name + " runs no more steps since " + broken_ + ": load the model anew.");
-  }
-  const auto graph = resources_->graphs.find(batch);
-  if (graph == resources_->graphs.end()) {
-    std::string sizes;
-    for (const auto& [size, unused] : resources_->graphs)
-      sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
-    throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU program has no graph for batch size " +
-                                              std::to_string(batch) + ", only for " + sizes + ".");
-  }
-  const CurrentContext current(driver_, *context_);
-  HandShake& hand_shake = resources_->hand_shake;
-  hand_shake.begin_step();
-  try {
-    resources_->buffers.send_step(resources_->stream.get());
-    driver_.graph_launch(graph->second.get(), resources_->stream.get());
-    cpu_work(hand_shake);
-    wait_for_end();
-  } catch (...) {
-    hand_shake.abort("The CPU's part of the step failed.");
-    drain();
-    hand_shake.end_step();
-    throw;
-  }
-  const bool aborted = hand_shake.aborted();
-  hand_shake.end_step();
-  if (aborted) throw Error(HETCOMP_COMPUTE, hand_shake.abort_reason());
-}
-
-void GpuProgram::abort(const std::string& reason) { resources_->hand_shake.abort(reason); }
-
-std::string GpuProgram::health() const {
-  const CurrentContext current(driver_, *context_);
-  const CUresult result = driver_.stream_query.raw(resources_->stream.get());
-  if (result == CUDA_ERROR_NOT_READY) return {};
-  if (result == CUDA_SUCCESS)
-    return "the GPU's graph has come to its end without it: compile the model again.";
-  return "the GPU failed: " + driver_.in_words(result) + ".";
-}
-
-void GpuProgram::wait_for_end() {
-  const Clock::time_point start = Clock::now();
-  HandShake& hand_shake = resources_->hand_shake;
-  while (true) {
-    const CUresult result = driver_.stream_query.raw(resources_->stream.get());
-    if (result == CUDA_SUCCESS) return;
-    if (result != CUDA_ERROR_NOT_READY) {
-      note_failure(result);
-      throw Error(HETCOMP_COMPUTE,
-                  device_.name + " failed in a step: " + driver_.in_words(result) + "; load the model anew.");
-    }
-    const auto waited = Clock::now() - start;
-    if (waited > options_.patience) {
-      hand_shake.abort("The GPU did not come to the end of the step within " +
-                       std::to_string(options_.patience.count()) +
-                       " ms: a hand-over was not answered, or a kernel hangs; the step was given up.");
-    }
-    if (hand_shake.aborted()) return drain();
-    if (waited > kSpin) std::this_thread::yield();
-    _mm_pause();
+    const CurrentContext current(driver_, context_);
+    resources_.reset();
+  } catch (const Error&) {
+    // The context can no longer be entered: the driver has dropped all that was in it.
   }
 }
 
-void GpuProgram::drain() {
-  const Clock::time_point start = Clock::now();
-  while (true) {
-    const CUresult result = driver_.stream_query.raw(resources_->stream.get());
-    if (result == CUDA_SUCCESS) return;
-    if (result != CUDA_ERROR_NOT_READY) return note_failure(result);
-    if (Clock::now() - start > options_.drain) {
-      broken_ = "it did not come to rest " + std::to_string(options_.drain.count()) +
-                " ms after a step was given up";
-      return;
-    }
-    std::this_thread::yield();
-  }
+void GpuProgram::require_graph(std::int32_t batch) const {
+  if (resources_->graphs.contains(batch)) return;
+  std::string sizes;
+  for (const auto& [size, unused] : resources_->graphs)
+    sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+  throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU program has no graph for batch size " +
+                                            std::to_string(batch) + ", only for " + sizes + ".");
 }
 
-void GpuProgram::note_failure(CUresult result) { broken_ = "it failed: " + driver_.in_words(result); }
+void GpuProgram::launch(std::int32_t batch) {
+  const CurrentContext current(driver_, context_);
+  resources_->buffers.send_step(resources_->stream.get());
+  driver_.graph_launch(resources_->graphs.at(batch).get(), resources_->stream.get());
+}
+
+CUresult GpuProgram::query() const {
+  const CurrentContext current(driver_, context_);
+  return driver_.stream_query.raw(resources_->stream.get());
+}
+
+GpuProgram::State GpuProgram::state_of(CUresult result) {
+  if (result == CUDA_ERROR_NOT_READY) return State::kRunning;
+  return result == CUDA_SUCCESS ? State::kAtRest : State::kFailed;
+}
 
 std::span<std::byte> GpuProgram::host(const std::string& buffer) const {
   for (std::size_t i = 0; i < record_.buffers.size(); ++i)
     if (record_.buffers[i].name == buffer && !resources_->buffers.host(i).empty())
       return resources_->buffers.host(i);
-  throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU program has no step or pinned buffer " + buffer + ".");
+  throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU program has no step buffer " + buffer + ".");
 }
 
 void GpuProgram::fetch(const std::string& buffer, std::span<std::byte> to) const {
@@ -194,7 +123,7 @@ void GpuProgram::fetch(const std::string& buffer, std::span<std::byte> to) const
     if (record_.buffers[i].name != buffer || record_.buffers[i].kind != BufferKind::kResult) continue;
     if (to.size() > record_.buffers[i].bytes)
       throw Error(HETCOMP_INVALID_ARGUMENT, "The buffer " + buffer + " has fewer bytes than are wanted.");
-    const CurrentContext current(driver_, *context_);
+    const CurrentContext current(driver_, context_);
     driver_.copy_to_host(to.data(), resources_->buffers.address({i, 0}), to.size(), resources_->stream.get());
     driver_.stream_synchronize(resources_->stream.get());
     return;

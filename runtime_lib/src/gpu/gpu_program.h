@@ -1,74 +1,76 @@
-// The GPU's part of a model: gpu/ of an artifact, loaded, with one graph a batch size.
+// One GPU's part of a model, loaded: its program of gpu/, with one graph a batch size.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <memory>
 #include <span>
 #include <string>
 
 #include "device_context.h"
-#include "hand_shake.h"
-#include "program_buffers.h"
 #include "program_record.h"
+#include "shared_memory.h"
 
 namespace hetcomp::gpu {
 
-struct GpuOptions {
-  int device = 0;
-  bool verify = true;  // the hashes of weights; code is always checked
-  // How long GPU and CPU wait for each other before a step is given up, and then for the GPU to come to rest.
-  std::chrono::milliseconds patience{30'000};
-  std::chrono::milliseconds drain{5'000};
+// What an artifact has for a GPU, checked against it; nothing is loaded yet.
+struct ProgramFiles {
+  // file: the program's, in the artifact. ordinal: the GPU's number as the driver counts. Throws Error with
+  // what is wrong and what to do: the device's, the artifact's fault.
+  ProgramFiles(const CudaDriver& driver, const std::filesystem::path& artifact, const std::string& file,
+               int ordinal);
+
+  Device device;
+  KernelsByName kernels;
+  GpuProgramRecord record;
 };
 
 class GpuProgram {
  public:
-  // Throws Error with what is wrong and what to do: the driver's, the device's, the artifact's fault.
-  GpuProgram(const CudaDriver& driver, const std::filesystem::path& artifact, const GpuOptions& options);
-  // Raises all flags of a graph that still runs. Memory is left behind if the GPU does not come to rest then,
-  // for the driver would wait for ever.
+  enum class State { kRunning, kAtRest, kFailed };
+
+  // context: of files.device; it and `shared` must outlive the program. verify: the hashes of weights; code
+  // is always checked. Throws Error.
+  GpuProgram(const CudaDriver& driver, const std::filesystem::path& artifact, const ProgramFiles& files,
+             const DeviceContext& context, const SharedMemory& shared, bool verify);
+  // The GPU must be at rest, for the driver would wait for ever.
   ~GpuProgram();
   GpuProgram(const GpuProgram&) = delete;
   GpuProgram& operator=(const GpuProgram&) = delete;
 
-  // One step: sends the step buffers, launches the graph, calls cpu_work on this thread (it waits for the GPU
-  // and answers), and returns when the GPU is at rest. One thread at a time. Throws Error: no graph of that
-  // batch size, the GPU or the CPU does not answer in time, a fault of the GPU; what cpu_work throws is
-  // passed on. The GPU is at rest then and the next step may run, but state buffers hold what the step has
-  // written; only after a fault of the GPU itself every further call says so, until the model is loaded anew.
-  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work);
+  // Throws Error(HETCOMP_INVALID_ARGUMENT) if there is no graph of that batch size.
+  void require_graph(std::int32_t batch) const;
+  // Sends the step buffers and launches the graph. Throws Error.
+  void launch(std::int32_t batch);
+  // Of what was launched. Any thread may ask.
+  State state() const { return state_of(query()); }
+  // Why the GPU failed, in the driver's words.
+  std::string failure() const { return driver_.in_words(query()); }
 
-  // From any thread: gives the running step up.
-  void abort(const std::string& reason);
+  // Why no step can run any more; empty while one can.
+  const std::string& broken() const { return broken_; }
+  void set_broken(const std::string& reason) { broken_ = reason; }
 
-  // The host's side of a step, pinned_in or pinned_out buffer, to be read and written between steps or, as
-  // hand-overs allow, during one. Throws Error for any other name.
+  // The host's side of a step buffer, to be written between steps. Throws Error for any other name.
   std::span<std::byte> host(const std::string& buffer) const;
-
-  const GpuProgramRecord& record() const { return record_; }
   // Copies the beginning of a result buffer, between steps. Throws Error for any other name.
   void fetch(const std::string& buffer, std::span<std::byte> to) const;
 
+  const GpuProgramRecord& record() const { return record_; }
   const Device& device() const { return device_; }
   std::uint64_t device_bytes() const;  // taken of the plan's figure
 
  private:
   struct Resources;
 
-  std::string health() const;
-  void wait_for_end();
-  void drain();
-  void note_failure(CUresult result);
+  CUresult query() const;
+  static State state_of(CUresult result);
 
   const CudaDriver& driver_;
-  GpuOptions options_;
+  const DeviceContext& context_;
   Device device_;
   GpuProgramRecord record_;
-  std::string broken_;  // why no step can run any more
-  std::unique_ptr<DeviceContext> context_;
+  std::string broken_;
   std::unique_ptr<Resources> resources_;
 };
 

@@ -7,12 +7,20 @@
 #include <utility>
 
 #include "../status.h"
+#include "program_match.h"
 
 namespace hetcomp::gpu {
 namespace {
 
-[[noreturn]] void refuse(const std::string& what) {
-  throw Error(HETCOMP_BAD_ARTIFACT, "gpu/program.json " + what + ": compile the model again.");
+[[noreturn]] void refuse(const GpuProgramRecord& program, const std::string& what) {
+  throw Error(HETCOMP_BAD_ARTIFACT,
+              "The program for " + program.device + " " + what + ": compile the model again.");
+}
+
+std::vector<ProgramFile> program_files(const Manifest& manifest) {
+  std::vector<ProgramFile> files;
+  for (const GpuRecord& gpu : manifest.gpus) files.push_back({gpu.device, gpu.program});
+  return files;
 }
 
 int wait_for_gpu(void* hand_shake, std::uint32_t flag) noexcept {
@@ -41,96 +49,104 @@ void copy_padded(std::span<std::int32_t> to, const std::int32_t* values, std::in
 
 GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest, const hetcomp_program& cpu,
                  const GpuOptions& options)
-    : program_(driver_, artifact, options),
+    : programs_(driver_, artifact, program_files(manifest), options),
       max_batch_(manifest.model.max_batch),
       vocab_(static_cast<std::size_t>(manifest.model.vocab)),
-      has_hand_overs_(cpu.n_flags > 0) {
-  if (program_.record().flags != cpu.n_flags)
-    refuse("has " + std::to_string(program_.record().flags) + " hand-overs, the CPU's program " +
-           std::to_string(cpu.n_flags));
-  find_inputs(manifest.model);
+      with_cpu_(cpu.n_flags > 0) {
+  const GpuProgramRecord& first = programs_[0].record();
+  // Where the CPU has no part in any, its program has none.
+  if (with_cpu_ && first.flags != cpu.n_flags)
+    refuse(first, "has " + std::to_string(first.flags) + " hand-overs, the CPU's program " +
+                      std::to_string(cpu.n_flags));
+  for (std::size_t i = 0; i < programs_.size(); ++i)
+    inputs_.push_back(find_inputs(programs_[i], manifest.model));
   check_graphs(manifest.model);
-  for (const std::string& name : manifest.gpu->pinned)
+  for (const std::string& name : manifest.pinned)
     pinned_.push_back(reinterpret_cast<std::uint8_t*>(pinned_buffer(name).data()));
-  find_results(manifest.model);
+  for (std::size_t i = 0; i < programs_.size(); ++i) find_results(programs_[i], manifest.model);
+  if (logits_ == nullptr && !with_cpu_) refuse(first, "has no result buffer logits");
 }
 
 // The logits, and the most likely tokens where a program finds them.
-void GpuStep::find_results(const ModelFacts& model) {
+void GpuStep::find_results(const GpuProgram& program, const ModelFacts& model) {
   const auto rows = static_cast<std::size_t>(model.max_logit_rows);
-  for (const BufferRecord& buffer : program_.record().buffers) {
+  for (const BufferRecord& buffer : program.record().buffers) {
     const bool logits = buffer.name == "logits";
     const bool best = buffer.name == "best";
     if (!logits && !best) continue;
     if (buffer.kind != (logits ? BufferKind::kResult : BufferKind::kPinnedOut))
-      refuse("has a buffer " + buffer.name + " that is not " + (logits ? "a result" : "pinned"));
+      refuse(program.record(),
+             "has a buffer " + buffer.name + " that is not " + (logits ? "a result" : "pinned"));
     const std::size_t bytes = rows * (logits ? vocab_ * sizeof(float) : sizeof(std::int32_t));
     if (buffer.bytes != bytes)
-      refuse("has " + std::to_string(buffer.bytes) + " bytes for the buffer " + buffer.name + ", not " +
-             std::to_string(bytes));
-    if (best) best_ = {reinterpret_cast<std::int32_t*>(program_.host("best").data()), rows};
-    gives_logits_ |= logits;
+      refuse(program.record(), "has " + std::to_string(buffer.bytes) + " bytes for the buffer " +
+                                   buffer.name + ", not " + std::to_string(bytes));
+    if (logits ? logits_ != nullptr : !best_.empty())
+      refuse(program.record(), "has a buffer " + buffer.name + " as another has");
+    if (best) best_ = {reinterpret_cast<std::int32_t*>(programs_.host("best").data()), rows};
+    if (logits) logits_ = &program;
   }
-  if (!gives_logits_ && !has_hand_overs_) refuse("has no result buffer logits");
 }
 
-void GpuStep::find_inputs(const ModelFacts& model) {
+GpuStep::Inputs GpuStep::find_inputs(const GpuProgram& program, const ModelFacts& model) const {
   struct Input {
     std::span<std::int32_t>& place;
     std::int32_t numbers;
   };
+  Inputs found;
   const std::map<std::string, Input> inputs{
-      {"ids", {inputs_.ids, model.max_tokens}},
-      {"positions", {inputs_.positions, model.max_tokens}},
-      {"slots", {inputs_.slots, model.max_tokens}},
-      {"logit_rows", {inputs_.logit_rows, model.max_logit_rows}},
-      {"rows", {inputs_.rows, 1}},
-      {"logit_row_count", {inputs_.logit_row_count, 1}},
+      {"ids", {found.ids, model.max_tokens}},
+      {"positions", {found.positions, model.max_tokens}},
+      {"slots", {found.slots, model.max_tokens}},
+      {"logit_rows", {found.logit_rows, model.max_logit_rows}},
+      {"rows", {found.rows, 1}},
+      {"logit_row_count", {found.logit_row_count, 1}},
   };
-  for (const BufferRecord& buffer : program_.record().buffers) {
+  for (const BufferRecord& buffer : program.record().buffers) {
     if (buffer.kind != BufferKind::kStep) continue;
     const auto input = inputs.find(buffer.name);
-    if (input == inputs.end()) refuse("has the step buffer " + buffer.name + ", which nobody fills");
+    if (input == inputs.end())
+      refuse(program.record(), "has the step buffer " + buffer.name + ", which nobody fills");
     const auto numbers = static_cast<std::size_t>(input->second.numbers);
     if (buffer.bytes != numbers * sizeof(std::int32_t))
-      refuse("has " + std::to_string(buffer.bytes) + " bytes for the step buffer " + buffer.name + ", not " +
-             std::to_string(numbers * sizeof(std::int32_t)));
-    input->second.place = {reinterpret_cast<std::int32_t*>(program_.host(buffer.name).data()), numbers};
+      refuse(program.record(), "has " + std::to_string(buffer.bytes) + " bytes for the step buffer " +
+                                   buffer.name + ", not " + std::to_string(numbers * sizeof(std::int32_t)));
+    input->second.place = {reinterpret_cast<std::int32_t*>(program.host(buffer.name).data()), numbers};
   }
+  return found;
 }
 
 void GpuStep::check_graphs(const ModelFacts& model) const {
-  for (const GraphRecord& graph : program_.record().graphs) {
+  std::vector<const GpuProgramRecord*> records;
+  for (std::size_t i = 0; i < programs_.size(); ++i) records.push_back(&programs_[i].record());
+  const GpuProgramRecord& first = *records.front();
+  for (const GraphRecord& graph : first.graphs) {
     const std::string name = "has a graph for batch size " + std::to_string(graph.batch);
     const std::int32_t most =
         graph.exact ? std::min(model.max_tokens, model.max_logit_rows) : model.max_tokens;
-    if (graph.batch > most) refuse(name + ", a step has at most " + std::to_string(most) + " rows");
-    std::uint32_t to_cpu = 0;
-    for (const NodeRecord& node : graph.nodes)
-      if (const auto* hand_over = std::get_if<HandOver>(&node.work))
-        to_cpu += hand_over->to == HandOver::To::kCpu ? 1 : 0;
-    if (to_cpu != program_.record().flags)
-      refuse(name + " that makes " + std::to_string(to_cpu) + " of the " +
-             std::to_string(program_.record().flags) + " hand-overs to the CPU");
+    if (graph.batch > most) refuse(first, name + ", a step has at most " + std::to_string(most) + " rows");
+    const std::size_t made = count_hand_overs(records, graph.batch);
+    if (made != first.flags)
+      refuse(first, name + " that makes " + std::to_string(made) + " of the " + std::to_string(first.flags) +
+                        " hand-overs with those of other GPUs");
   }
 }
 
 std::span<std::byte> GpuStep::pinned_buffer(const std::string& name) const {
-  for (const BufferRecord& buffer : program_.record().buffers)
-    if (buffer.name == name &&
-        (buffer.kind == BufferKind::kPinnedIn || buffer.kind == BufferKind::kPinnedOut))
-      return program_.host(name);
-  refuse("has no pinned buffer " + name);
+  for (std::size_t i = 0; i < programs_.size(); ++i)
+    for (const BufferRecord& buffer : programs_[i].record().buffers)
+      if (buffer.name == name && is_pinned(buffer.kind)) return programs_.host(name);
+  refuse(programs_[0].record(), "has no pinned buffer " + name);
 }
 
-// Where rows of a graph that are nobody's tokens may write their KV. With hand-overs they must not repeat the
+// Where rows of a graph that are nobody's tokens may write their KV. Beside the CPU they must not repeat the
 // last token: the CPU computes nothing for them, so that from the next layer on they would write other
 // numbers to its place. Any place will do that no token of this step reads, and that is written before a
 // later step reads it: the one behind the last token; or the last position of a slot, which only a token of
 // that position reads.
 std::optional<GpuStep::Place> GpuStep::padding_place(const hetcomp_step& step) const {
   const std::int64_t last = step.n_tokens - 1;
-  if (!has_hand_overs_) return Place{step.slots[last], step.positions[last]};
+  if (!with_cpu_) return Place{step.slots[last], step.positions[last]};
   if (step.positions[last] + 1 < step.context) return Place{step.slots[last], step.positions[last] + 1};
   const auto end = static_cast<std::int32_t>(step.context - 1);
   for (std::int32_t slot = 0; slot < max_batch_; ++slot) {
@@ -145,7 +161,7 @@ std::optional<GpuStep::Place> GpuStep::padding_place(const hetcomp_step& step) c
 const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool may_pad) const {
   const GraphRecord* best = nullptr;
   std::string sizes;
-  for (const GraphRecord& graph : program_.record().graphs) {
+  for (const GraphRecord& graph : programs_[0].record().graphs) {
     sizes += (sizes.empty() ? "" : ", ") + std::string(graph.exact ? "exactly " : "up to ") +
              std::to_string(graph.batch);
     if (graph.batch < step.n_tokens || (graph.exact && graph.batch < step.n_logit_rows)) continue;
@@ -160,39 +176,39 @@ const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool may_pad)
                   " tokens: give fewer at once, or compile the model again.");
 }
 
-void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
-                          const std::optional<Place>& padding) const {
+void GpuStep::fill_inputs(const Inputs& inputs, const hetcomp_step& step, const GraphRecord& graph,
+                          const std::optional<Place>& padding) {
   const std::int64_t n = step.n_tokens;
   const std::int64_t rows = graph.exact ? graph.batch : n;
   const Place place = padding.value_or(Place{});  // without one there are no rows to pad
-  copy_padded(inputs_.ids, step.ids, n, rows, step.ids[n - 1]);
-  copy_padded(inputs_.positions, step.positions, n, rows, place.position);
-  copy_padded(inputs_.slots, step.slots, n, rows, place.slot);
+  copy_padded(inputs.ids, step.ids, n, rows, step.ids[n - 1]);
+  copy_padded(inputs.positions, step.positions, n, rows, place.position);
+  copy_padded(inputs.slots, step.slots, n, rows, place.slot);
   const std::int64_t wanted = step.n_logit_rows;
-  copy_padded(inputs_.logit_rows, step.logit_rows, wanted, graph.exact ? graph.batch : wanted,
+  copy_padded(inputs.logit_rows, step.logit_rows, wanted, graph.exact ? graph.batch : wanted,
               wanted > 0 ? step.logit_rows[wanted - 1] : 0);
   // Of an exact graph all rows are written: those kernels that do not ask how many there are read all of
   // them.
-  if (!inputs_.rows.empty()) inputs_.rows[0] = static_cast<std::int32_t>(rows);
-  if (!inputs_.logit_row_count.empty())
-    inputs_.logit_row_count[0] = static_cast<std::int32_t>(graph.exact ? rows : wanted);
+  if (!inputs.rows.empty()) inputs.rows[0] = static_cast<std::int32_t>(rows);
+  if (!inputs.logit_row_count.empty())
+    inputs.logit_row_count[0] = static_cast<std::int32_t>(graph.exact ? rows : wanted);
 }
 
 std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Lanes& lanes) {
   const std::optional<Place> padding = padding_place(step);
   const GraphRecord& graph = choose_graph(step, padding.has_value());
-  fill_inputs(step, graph, padding);
-  float* const logits = gives_logits_ ? std::exchange(step.logits, nullptr) : nullptr;
+  for (const Inputs& inputs : inputs_) fill_inputs(inputs, step, graph, padding);
+  float* const logits = gives_logits() ? std::exchange(step.logits, nullptr) : nullptr;
   step.pinned = pinned_.data();
-  program_.run(graph.batch, [&](HandShake& hand_shake) {
-    if (!has_hand_overs_) return;
+  programs_.run(graph.batch, [&](HandShake& hand_shake) {
+    if (!with_cpu_) return;
     hetcomp_hand_over hand_over{&hand_shake, wait_for_gpu, answer, std::numeric_limits<std::uint32_t>::max()};
     step.hand_over = &hand_over;
     lanes(step);
   });
   const auto rows = static_cast<std::size_t>(step.n_logit_rows);
   if (logits != nullptr && rows > 0)
-    program_.fetch("logits", std::as_writable_bytes(std::span(logits, rows * vocab_)));
+    logits_->fetch("logits", std::as_writable_bytes(std::span(logits, rows * vocab_)));
   if (best != nullptr) std::ranges::copy(best_.first(rows), best);
   return graph.batch;
 }

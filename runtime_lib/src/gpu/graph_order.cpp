@@ -41,18 +41,19 @@ std::vector<std::size_t> topological_order(const std::vector<NodeRecord>& nodes)
 }
 
 std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph) {
-  std::map<std::uint32_t, std::size_t> to_cpu;
-  std::map<std::uint32_t, std::size_t> to_gpu;
+  std::map<std::uint32_t, std::size_t> asked;
+  std::map<std::uint32_t, std::size_t> awaited;
   for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
     const auto* hand_over = std::get_if<HandOver>(&graph.nodes[i].work);
     if (hand_over == nullptr) continue;
-    auto& seen = hand_over->to == HandOver::To::kCpu ? to_cpu : to_gpu;
+    // Between GPUs a flag has one direction.
+    auto& seen = hand_over->raises || !hand_over->with_cpu() ? asked : awaited;
     if (!seen.emplace(hand_over->flag, i).second)
       return WrongHandOver{i, "the only one of its flag and direction"};
   }
-  for (const auto& [flag, node] : to_gpu) {
-    const auto asked = to_cpu.find(flag);
-    if (asked == to_cpu.end() || !comes_after(graph.nodes, node, asked->second))
+  for (const auto& [flag, node] : awaited) {
+    const auto before = asked.find(flag);
+    if (before == asked.end() || !comes_after(graph.nodes, node, before->second))
       return WrongHandOver{node, "after the hand-over of the same flag to the CPU"};
   }
   return std::nullopt;

@@ -26,7 +26,7 @@ HandShake::HandShake(const CudaDriver& driver, std::uint32_t flags, std::chrono:
       patience_(patience),
       health_(std::move(health)),
       memory_(driver, std::max<std::size_t>(std::size_t{2} * flags, 1) * kStride,
-              "the flags between GPU and CPU") {}
+              "the flags between CPU and GPUs") {}
 
 std::atomic_ref<std::uint32_t> HandShake::line(std::size_t index) const {
   return std::atomic_ref(*reinterpret_cast<std::uint32_t*>(memory_.bytes().data() + offset(index)));
@@ -55,7 +55,7 @@ bool HandShake::wait_patiently(std::atomic_ref<std::uint32_t> raised, std::uint3
     // The flag may have come between the look at it and the graph's end.
     if (raised.load(std::memory_order_acquire) == kRaised) return !aborted();
     if (!wrong.empty()) {
-      abort("The CPU waits for hand-over " + std::to_string(index) + " of the GPU, but " + wrong);
+      abort("The CPU waits for hand-over " + std::to_string(index) + " of a GPU, but " + wrong);
     } else if (now - start > patience_) {
       abort("The GPU did not come to hand-over " + std::to_string(index) + " within " + in_words(patience_) +
             ": the step was given up.");

@@ -1,5 +1,5 @@
-// Hand-overs between a graph on the GPU and the CPU: flags in pinned memory that the GPU reads and writes by
-// memory operations of the graph. See docs/decisions/gpu-hand-shake.md.
+// Hand-overs between the graphs on the GPUs and the CPU: flags in pinned memory that GPUs read and write by
+// memory operations of their graphs. See docs/decisions/gpu-hand-shake.md.
 #pragma once
 
 #include <atomic>
@@ -17,8 +17,8 @@ class HandShake {
  public:
   static constexpr std::uint32_t kRaised = 1;
   using Clock = std::chrono::steady_clock;
-  // Of the graph that is running: what is wrong with it, or empty. Called by a thread that waits, about every
-  // millisecond.
+  // Of the graphs that are running: what is wrong with them, or empty. Called by a thread that waits, about
+  // every millisecond.
   using Health = std::function<std::string()>;
 
   // patience: how long a wait may take before the step is given up. The context must be current.
@@ -30,16 +30,17 @@ class HandShake {
   void answer(std::uint32_t flag);
   bool aborted() const { return aborted_.load(std::memory_order_acquire); }
 
-  // Gives the running step up: raises all flags that the GPU waits for, so that its graph comes to an end.
+  // Gives the running step up: raises all flags that GPUs wait for, so that their graphs come to an end.
   // The first reason counts; without a running step nothing happens. Any thread may call it.
   void abort(const std::string& reason);
 
-  // For whoever launches the graph: before the launch, and when the GPU has come to rest.
+  // For whoever launches the graphs: before the launch, and when all GPUs have come to rest.
   void begin_step();
   void end_step();
   std::string abort_reason() const;
 
-  // Addresses for the memory operations of a graph.
+  // Addresses for the memory operations of a graph on the GPU whose context is current. A flag to a GPU is
+  // raised by the CPU, or by another GPU.
   CUdeviceptr to_cpu_address(std::uint32_t flag) const { return memory_.address() + offset(flag); }
   CUdeviceptr to_gpu_address(std::uint32_t flag) const { return memory_.address() + offset(flags_ + flag); }
 
@@ -54,7 +55,7 @@ class HandShake {
   std::uint32_t flags_;
   std::chrono::milliseconds patience_;
   Health health_;
-  PinnedMemory memory_;  // flags to the CPU, then flags to the GPU
+  PinnedMemory memory_;  // flags to the CPU, then flags to GPUs
   std::atomic<bool> aborted_{false};
   mutable std::mutex mutex_;  // of what follows, and of raising flags
   bool running_ = false;

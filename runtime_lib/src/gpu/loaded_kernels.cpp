@@ -15,8 +15,8 @@ ModuleHandle load_module(const CudaDriver& driver, const Device& device,
   CUmodule module = nullptr;
   const CUresult result = driver.module_load.raw(&module, code.data());
   if (result == CUDA_ERROR_NO_BINARY_FOR_GPU || result == CUDA_ERROR_INVALID_IMAGE) {
-    throw Error(HETCOMP_MISSING_ISA, "The GPU code " + kernel.file + " does not load on " + device.name +
-                                         ": " + driver.in_words(result) +
+    throw Error(HETCOMP_MISSING_ISA, "The GPU code " + kernel.file + " does not load on " +
+                                         device.in_words() + ": " + driver.in_words(result) +
                                          "; update the driver, or compile the model with --cc " +
                                          std::to_string(device.compute_capability) + ".");
   }
@@ -34,7 +34,7 @@ LoadedKernels::LoadedKernels(const CudaDriver& driver, const Device& device,
     if (kernel.shared_bytes > device.shared_bytes_per_block) {
       throw Error(HETCOMP_MISSING_ISA,
                   "The GPU kernel " + name + " needs " + std::to_string(kernel.shared_bytes) +
-                      " bytes of shared memory, " + device.name + " gives a block " +
+                      " bytes of shared memory, " + device.in_words() + " gives a block " +
                       std::to_string(device.shared_bytes_per_block) + ": compile the model with --cc " +
                       std::to_string(device.compute_capability) + ".");
     }

@@ -12,19 +12,7 @@ namespace {
 constexpr std::uint64_t kAlignment = 256;  // as cuMemAlloc gives
 
 bool is_step(BufferKind kind) { return kind == BufferKind::kStep; }
-bool is_pinned(BufferKind kind) { return kind == BufferKind::kPinnedIn || kind == BufferKind::kPinnedOut; }
 std::uint64_t aligned(std::uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-std::uint64_t bytes_together(const GpuProgramRecord& program, bool step) {
-  std::uint64_t bytes = 0;
-  for (const BufferRecord& buffer : program.buffers) {
-    if (step ? is_step(buffer.kind) : is_pinned(buffer.kind)) bytes += aligned(buffer.bytes);
-    if (bytes > std::numeric_limits<std::uint64_t>::max() / 4)
-      throw Error(HETCOMP_OUT_OF_MEMORY,
-                  "The buffers between CPU and GPU are larger than the address space.");
-  }
-  return bytes;
-}
 
 // A file that buffers are filled from, mapped.
 class SourceFile {
@@ -58,36 +46,39 @@ class SourceFile {
 }  // namespace
 
 ProgramBuffers::ProgramBuffers(const CudaDriver& driver, const std::filesystem::path& artifact,
-                               const GpuProgramRecord& program, DeviceBudget& budget, CUstream stream,
-                               bool verify)
+                               const GpuProgramRecord& program, const SharedMemory& shared,
+                               DeviceBudget& budget, CUstream stream, bool verify)
     : driver_(driver), addresses_(program.buffers.size()), host_(program.buffers.size()) {
   for (std::size_t i = 0; i < program.buffers.size(); ++i) {
     const BufferRecord& buffer = program.buffers[i];
-    if (is_step(buffer.kind) || is_pinned(buffer.kind)) continue;
+    if (is_step(buffer.kind)) continue;
+    if (is_pinned(buffer.kind)) {
+      addresses_[i] = shared.address(buffer.name);
+      continue;
+    }
     memories_.emplace_back(driver, budget, stream, buffer.bytes, "the buffer " + buffer.name);
     addresses_[i] = memories_.back().address();
   }
-  if (const std::uint64_t bytes = bytes_together(program, true); bytes > 0) {
-    step_ = DeviceMemory(driver, budget, stream, bytes, "a step's inputs");
-    step_host_ = PinnedMemory(driver, bytes, "a step's inputs");
-    place_together(program, true, step_.address(), step_host_.bytes());
-  }
-  if (const std::uint64_t bytes = bytes_together(program, false); bytes > 0) {
-    pinned_ = PinnedMemory(driver, bytes, "what CPU and GPU hand to each other");
-    place_together(program, false, pinned_.address(), pinned_.bytes());
-  }
+  place_step(program, budget, stream);
   load(artifact, program, stream, verify);
 }
 
-void ProgramBuffers::place_together(const GpuProgramRecord& program, bool step, CUdeviceptr base,
-                                    std::span<std::byte> host) {
-  std::uint64_t at = 0;
+void ProgramBuffers::place_step(const GpuProgramRecord& program, DeviceBudget& budget, CUstream stream) {
+  std::uint64_t end = 0;
   for (std::size_t i = 0; i < program.buffers.size(); ++i) {
-    const BufferRecord& buffer = program.buffers[i];
-    if (!(step ? is_step(buffer.kind) : is_pinned(buffer.kind))) continue;
-    addresses_[i] = base + at;
-    host_[i] = host.subspan(at, buffer.bytes);
-    at += aligned(buffer.bytes);
+    if (!is_step(program.buffers[i].kind)) continue;
+    addresses_[i] = end;
+    end += aligned(program.buffers[i].bytes);
+    if (end > std::numeric_limits<std::uint64_t>::max() / 4)
+      throw Error(HETCOMP_OUT_OF_MEMORY, "A step's inputs are larger than the address space.");
+  }
+  if (end == 0) return;
+  step_ = DeviceMemory(driver_, budget, stream, end, "a step's inputs");
+  step_host_ = PinnedMemory(driver_, end, "a step's inputs");
+  for (std::size_t i = 0; i < program.buffers.size(); ++i) {
+    if (!is_step(program.buffers[i].kind)) continue;
+    host_[i] = step_host_.bytes().subspan(addresses_[i], program.buffers[i].bytes);
+    addresses_[i] += step_.address();
   }
 }
 

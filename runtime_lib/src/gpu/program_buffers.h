@@ -10,28 +10,29 @@
 
 #include "device_memory.h"
 #include "program_record.h"
+#include "shared_memory.h"
 
 namespace hetcomp::gpu {
 
 // The context must be current when it is made and when it ends.
 class ProgramBuffers {
  public:
-  // verify: every piece of a file must have its XXH3. Throws Error. Memory is zeroed and filled by the
-  // stream, which is at rest afterwards.
+  // shared: has the pinned buffers. verify: every piece of a file must have its XXH3. Throws Error. Memory is
+  // zeroed and filled by the stream, which is at rest afterwards.
   ProgramBuffers(const CudaDriver& driver, const std::filesystem::path& artifact,
-                 const GpuProgramRecord& program, DeviceBudget& budget, CUstream stream, bool verify);
+                 const GpuProgramRecord& program, const SharedMemory& shared, DeviceBudget& budget,
+                 CUstream stream, bool verify);
 
   CUdeviceptr address(const BufferAddress& place) const { return addresses_[place.buffer] + place.offset; }
 
-  // The host's side of a step, pinned_in or pinned_out buffer; empty for others. 256-byte aligned.
+  // The host's side of a step buffer; empty for others. 256-byte aligned.
   std::span<std::byte> host(std::size_t buffer) const { return host_[buffer]; }
 
   // Copies all step buffers to the device: one copy, for they lie together.
   void send_step(CUstream stream) const;
 
  private:
-  void place_together(const GpuProgramRecord& program, bool step, CUdeviceptr base,
-                      std::span<std::byte> host);
+  void place_step(const GpuProgramRecord& program, DeviceBudget& budget, CUstream stream);
   void load(const std::filesystem::path& artifact, const GpuProgramRecord& program, CUstream stream,
             bool verify);
 
@@ -39,7 +40,6 @@ class ProgramBuffers {
   std::vector<DeviceMemory> memories_;
   DeviceMemory step_;
   PinnedMemory step_host_;
-  PinnedMemory pinned_;
   std::vector<CUdeviceptr> addresses_;
   std::vector<std::span<std::byte>> host_;
 };

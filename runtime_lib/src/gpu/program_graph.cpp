@@ -9,8 +9,8 @@ namespace {
 // Beyond any device, and far from overflow.
 constexpr std::uint64_t kMostScratch = 1ULL << 46;
 
-// Where nothing stands between asking the CPU and awaiting its answer, one node does both: a node of a graph
-// costs more than an operation in it. Key: the node that asks; value: the one that awaits.
+// Where nothing stands between raising a flag and awaiting one, one node does both: a node of a graph costs
+// more than an operation in it. Key: the node that raises; value: the one that awaits.
 std::map<std::size_t, std::size_t> pairs(const GraphRecord& graph) {
   std::vector<int> followers(graph.nodes.size());
   for (const NodeRecord& node : graph.nodes)
@@ -18,17 +18,18 @@ std::map<std::size_t, std::size_t> pairs(const GraphRecord& graph) {
   std::map<std::size_t, std::size_t> result;
   for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
     const auto* await = std::get_if<HandOver>(&graph.nodes[i].work);
-    if (await == nullptr || await->to != HandOver::To::kGpu || graph.nodes[i].after.size() != 1) continue;
+    if (await == nullptr || await->raises || graph.nodes[i].after.size() != 1) continue;
     const std::size_t before = graph.nodes[i].after.front();
     const auto* ask = std::get_if<HandOver>(&graph.nodes[before].work);
-    if (ask != nullptr && ask->to == HandOver::To::kCpu && followers[before] == 1) result[before] = i;
+    if (ask != nullptr && ask->raises && followers[before] == 1) result[before] = i;
   }
   return result;
 }
 
 CUstreamBatchMemOpParams operation(const HandShake& hand_shake, const HandOver& hand_over) {
-  return hand_over.to == HandOver::To::kCpu ? raise_flag(hand_shake.to_cpu_address(hand_over.flag))
-                                            : await_flag(hand_shake.to_gpu_address(hand_over.flag));
+  if (!hand_over.raises) return await_flag(hand_shake.to_gpu_address(hand_over.flag));
+  return raise_flag(hand_over.with_cpu() ? hand_shake.to_cpu_address(hand_over.flag)
+                                         : hand_shake.to_gpu_address(hand_over.flag));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "program_record.h"
 
+#include <charconv>
 #include <map>
 
 #include "../checked_json.h"
@@ -110,9 +111,14 @@ KernelNode kernel_node(const CheckedJson& node, const KernelsByName& kernels, co
 HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
   if (program.flags == 0) node.refuse("absent: the program has no flags");
   const auto flag = static_cast<std::uint32_t>(node["flag"].number(0, program.flags - 1));
+  const std::string from = node["from"].text();
   const std::string to = node["to"].text();
-  if (to != "cpu" && to != "gpu") node["to"].refuse("cpu or gpu");
-  return {flag, to == "cpu" ? HandOver::To::kCpu : HandOver::To::kGpu};
+  if ((from == program.device) == (to == program.device))
+    node.refuse("from or to " + program.device + ", the program's device");
+  const bool raises = from == program.device;
+  const std::string& other = raises ? to : from;
+  if (other != "cpu" && !device_number(other)) node[raises ? "to" : "from"].refuse("cpu, or gpu:N");
+  return {flag, raises, other};
 }
 
 GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
@@ -139,12 +145,24 @@ GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
 
 }  // namespace
 
+std::optional<int> device_number(const std::string& device) {
+  constexpr std::string_view kKind = "gpu:";
+  if (!device.starts_with(kKind)) return std::nullopt;
+  int number = 0;
+  const char* const end = device.data() + device.size();
+  const auto [stop, error] = std::from_chars(device.data() + kKind.size(), end, number);
+  if (error != std::errc() || stop != end || number < 0) return std::nullopt;
+  return number;
+}
+
 GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::string& where,
                                          const KernelsByName& kernels) {
   const nlohmann::json json = parse_json(text, where);
   const CheckedJson root(json, "", where);
   check_schema(root, kSchemaMajor, where);
   GpuProgramRecord program;
+  program.device = root["device"].text();
+  if (!device_number(program.device)) root["device"].refuse("gpu:N");
   program.device_bytes = root["device_bytes"].number(0, kMostBytes);
   program.flags = static_cast<std::uint32_t>(root["flags"].number(0, kMostFlags));
   BufferIndex index;

@@ -1,10 +1,11 @@
-// gpu/program.json of an artifact: buffers, and for every batch size the nodes of one step's graph, checked.
-// After parsing every index, offset and size is in range, every argument fits its kernel, and no graph has a
-// cycle.
+// gpu/program-N.json of an artifact, the part of one GPU: buffers, and for every batch size the nodes of one
+// step's graph, checked. After parsing every index, offset and size is in range, every argument fits its
+// kernel, and no graph has a cycle.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -21,9 +22,12 @@ enum class BufferKind {
   kState,      // lives from step to step
   kResult,     // of a step, which the host may fetch when it is over
   kStep,       // the host writes it before a step, kernels read it in device memory
-  kPinnedIn,   // in host memory: what the CPU hands to kernels
-  kPinnedOut,  // in host memory: what kernels hand to the CPU
+  kPinnedIn,   // in host memory: what the CPU or another GPU hands to kernels
+  kPinnedOut,  // in host memory: what kernels hand to the CPU or another GPU
 };
+inline bool is_pinned(BufferKind kind) {
+  return kind == BufferKind::kPinnedIn || kind == BufferKind::kPinnedOut;
+}
 
 // A piece of a file that fills a piece of a buffer.
 struct BufferSource {
@@ -53,11 +57,12 @@ struct KernelNode {
   std::vector<ArgumentValue> arguments;
 };
 
-// To the CPU: the GPU raises the flag. To the GPU: the GPU waits until the CPU has answered it.
+// This GPU raises the flag for the other side, or waits until the other side has raised it.
 struct HandOver {
-  enum class To { kCpu, kGpu };
   std::uint32_t flag;
-  To to;
+  bool raises;
+  std::string other;  // "cpu", or the device of another program
+  bool with_cpu() const { return other == "cpu"; }
 };
 
 struct NodeRecord {
@@ -74,16 +79,20 @@ struct GraphRecord {
   std::vector<std::size_t> order;  // all nodes, each behind those it comes after
 };
 
+// 1 of "gpu:1"; nothing for other names.
+std::optional<int> device_number(const std::string& device);
+
 struct GpuProgramRecord {
-  static constexpr int kSchemaMajor = 1;
+  static constexpr int kSchemaMajor = 2;
   static constexpr std::uint64_t kAlignment = 16;  // of addresses: kernels are compiled for it
 
   // kernels: those chosen for the device. where: the file's name, for messages. Throws Error.
   static GpuProgramRecord parse(std::string_view json, const std::string& where,
                                 const KernelsByName& kernels);
 
+  std::string device;          // the plan's name of the GPU: "gpu:0"
   std::uint64_t device_bytes;  // the plan's figure: device memory of all buffers and scratch
-  std::uint32_t flags;         // hand-overs that a graph may have
+  std::uint32_t flags;         // hand-overs of a step, those of other GPUs included
   std::vector<BufferRecord> buffers;
   std::vector<GraphRecord> graphs;
 };

@@ -1,0 +1,176 @@
+#include "program_set.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <map>
+#include <thread>
+#include <tuple>
+
+#include "../status.h"
+#include "program_match.h"
+
+namespace hetcomp::gpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using State = GpuProgram::State;
+
+// A step of decoding takes milliseconds; only what takes much longer gives its core to others.
+constexpr auto kSpin = std::chrono::milliseconds(20);
+
+// The number of each program's GPU: the user's, or those that the plan's names have.
+std::vector<int> ordinals(const std::vector<std::string>& devices, const std::vector<int>& wanted) {
+  if (!wanted.empty() && wanted.size() != devices.size())
+    throw Error(HETCOMP_INVALID_ARGUMENT, "The model is compiled for " + std::to_string(devices.size()) +
+                                              " GPUs, " + std::to_string(wanted.size()) +
+                                              " are given: give a number for each (--gpu 0,1).");
+  std::vector<int> found = wanted;
+  if (found.empty())
+    for (const std::string& device : devices) found.push_back(device_number(device).value_or(0));
+  return found;
+}
+
+}  // namespace
+
+ProgramSet::ProgramSet(const CudaDriver& driver, const std::filesystem::path& artifact,
+                       const std::vector<ProgramFile>& files, const GpuOptions& options)
+    : options_(options) {
+  std::vector<std::string> devices;
+  for (const ProgramFile& file : files) devices.push_back(file.device);
+  const std::vector<int> numbers = ordinals(devices, options.devices);
+  std::vector<ProgramFiles> read;
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    read.emplace_back(driver, artifact, files[i].program, numbers[i]);
+    if (read.back().record.device != files[i].device)
+      throw Error(HETCOMP_BAD_ARTIFACT, files[i].program + " is for " + read.back().record.device + ", not " +
+                                            files[i].device + ": compile the model again.");
+  }
+  std::vector<const GpuProgramRecord*> records;
+  for (const ProgramFiles& program : read) records.push_back(&program.record);
+  require_match(records);
+  for (const ProgramFiles& program : read)
+    contexts_.push_back(std::make_unique<DeviceContext>(driver, program.device.id));
+  shared_ = std::make_unique<SharedMemory>(driver, *contexts_.front(), records, options.patience,
+                                           [this] { return health(); });
+  for (std::size_t i = 0; i < read.size(); ++i)
+    programs_.push_back(
+        std::make_unique<GpuProgram>(driver, artifact, read[i], *contexts_[i], *shared_, options.verify));
+}
+
+ProgramSet::~ProgramSet() {
+  try {
+    drain();
+    if (at_rest()) return;
+  } catch (const Error&) {
+    return;  // a context can no longer be entered: the driver has dropped all that was in it
+  }
+  for (auto& program : programs_) std::ignore = program.release();
+  std::ignore = shared_.release();
+  for (auto& context : contexts_) std::ignore = context.release();
+}
+
+void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work) {
+  for (const auto& program : programs_) {
+    if (!program->broken().empty())
+      throw Error(HETCOMP_COMPUTE, program->device().in_words() + " runs no more steps since " +
+                                       program->broken() + ": load the model anew.");
+    program->require_graph(batch);
+  }
+  HandShake& hand_shake = shared_->hand_shake();
+  hand_shake.begin_step();
+  try {
+    for (const auto& program : programs_) program->launch(batch);
+    cpu_work(hand_shake);
+    wait_for_end();
+  } catch (...) {
+    hand_shake.abort("The CPU's part of the step failed.");
+    drain();
+    hand_shake.end_step();
+    throw;
+  }
+  const bool aborted = hand_shake.aborted();
+  hand_shake.end_step();
+  if (aborted) throw Error(HETCOMP_COMPUTE, hand_shake.abort_reason());
+}
+
+void ProgramSet::abort(const std::string& reason) { shared_->hand_shake().abort(reason); }
+
+std::string ProgramSet::health() const {
+  bool over = true;
+  for (const auto& program : programs_) {
+    const State state = program->state();
+    if (state == State::kFailed) return program->device().in_words() + " failed: " + program->failure() + ".";
+    over = over && state == State::kAtRest;
+  }
+  return over ? "all graphs have come to their end without it: compile the model again." : "";
+}
+
+bool ProgramSet::at_rest() {
+  bool at_rest = true;
+  for (const auto& program : programs_) {
+    const State state = program->state();
+    if (state == State::kFailed) program->set_broken("it failed: " + program->failure());
+    at_rest = at_rest && state != State::kRunning;
+  }
+  return at_rest;
+}
+
+std::string ProgramSet::running() const {
+  std::string names;
+  for (const auto& program : programs_)
+    if (program->state() == State::kRunning)
+      names += (names.empty() ? "" : " and ") + program->device().in_words();
+  return names;
+}
+
+void ProgramSet::wait_for_end() {
+  const Clock::time_point start = Clock::now();
+  HandShake& hand_shake = shared_->hand_shake();
+  while (true) {
+    const bool over = at_rest();
+    for (const auto& program : programs_)
+      if (!program->broken().empty())
+        throw Error(HETCOMP_COMPUTE, program->device().in_words() + " failed in a step: " +
+                                         program->failure() + "; load the model anew.");
+    if (over) return;
+    const auto waited = Clock::now() - start;
+    if (waited > options_.patience) {
+      hand_shake.abort(running() + " did not come to the end of the step within " +
+                       std::to_string(options_.patience.count()) +
+                       " ms: a hand-over was not answered, or a kernel hangs; the step was given up.");
+    }
+    if (hand_shake.aborted()) return drain();
+    if (waited > kSpin) std::this_thread::yield();
+    _mm_pause();
+  }
+}
+
+void ProgramSet::drain() {
+  const Clock::time_point start = Clock::now();
+  while (!at_rest()) {
+    if (Clock::now() - start > options_.drain) {
+      for (const auto& program : programs_)
+        if (program->state() == State::kRunning)
+          program->set_broken("it did not come to rest " + std::to_string(options_.drain.count()) +
+                              " ms after a step was given up");
+      return;
+    }
+    std::this_thread::yield();
+  }
+}
+
+std::span<std::byte> ProgramSet::host(const std::string& buffer) const {
+  for (const auto& program : programs_)
+    for (const BufferRecord& record : program->record().buffers)
+      if (record.name == buffer && record.kind == BufferKind::kStep) return program->host(buffer);
+  return shared_->host(buffer);
+}
+
+std::uint64_t ProgramSet::device_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const auto& program : programs_) bytes += program->device_bytes();
+  return bytes;
+}
+
+}  // namespace hetcomp::gpu

@@ -1,0 +1,79 @@
+// The programs of all GPUs that work on a model, run together: one step is one graph on each of them.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "gpu_program.h"
+#include "shared_memory.h"
+
+namespace hetcomp::gpu {
+
+struct GpuOptions {
+  // The GPUs' numbers as the driver counts, one a program; empty: those in the plan's names (gpu:1 is 1). One
+  // GPU may run several programs.
+  std::vector<int> devices{};
+  bool verify = true;  // the hashes of weights; code is always checked
+  // How long GPUs and CPU wait for each other before a step is given up, and then for the GPUs to come to
+  // rest.
+  std::chrono::milliseconds patience{30'000};
+  std::chrono::milliseconds drain{5'000};
+};
+
+// A program in an artifact: the plan's name of its GPU, and its file.
+struct ProgramFile {
+  std::string device;
+  std::string program;
+};
+
+class ProgramSet {
+ public:
+  // files: at least one. Throws Error with what is wrong and what to do: the
+  // driver's, a device's, the artifact's fault.
+  ProgramSet(const CudaDriver& driver, const std::filesystem::path& artifact,
+             const std::vector<ProgramFile>& files, const GpuOptions& options);
+  // Memory is left behind if a GPU does not come to rest, for the driver would wait for ever.
+  ~ProgramSet();
+  ProgramSet(const ProgramSet&) = delete;
+  ProgramSet& operator=(const ProgramSet&) = delete;
+
+  // One step: sends the step buffers, launches every program's graph, calls cpu_work on this thread (it waits
+  // for GPUs and answers), and returns when all GPUs are at rest. One thread at a time. Throws Error: no
+  // graph of that batch size, a GPU or the CPU does not answer in time, a fault of a GPU, which is named;
+  // what cpu_work throws is passed on. The GPUs are at rest then and the next step may run, but state buffers
+  // hold what the step has written; only after a fault of a GPU itself every further call says so, until the
+  // model is loaded anew.
+  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work);
+
+  // From any thread: gives the running step up.
+  void abort(const std::string& reason);
+
+  // The host's side of a pinned buffer, or of a step buffer of the first program that has one of that name,
+  // to be read and written between steps or, if it is pinned and as hand-overs allow, during one. Throws
+  // Error for any other name.
+  std::span<std::byte> host(const std::string& buffer) const;
+
+  std::size_t size() const { return programs_.size(); }
+  const GpuProgram& operator[](std::size_t i) const { return *programs_[i]; }
+  std::uint64_t device_bytes() const;  // of all GPUs
+
+ private:
+  std::string health() const;
+  void wait_for_end();
+  bool at_rest();  // of all; notes those that have failed
+  void drain();
+  std::string running() const;
+
+  GpuOptions options_;
+  std::vector<std::unique_ptr<DeviceContext>> contexts_;
+  std::unique_ptr<SharedMemory> shared_;
+  std::vector<std::unique_ptr<GpuProgram>> programs_;
+};
+
+}  // namespace hetcomp::gpu

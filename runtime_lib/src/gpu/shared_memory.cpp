@@ -1,0 +1,62 @@
+#include "shared_memory.h"
+
+#include "../status.h"
+
+namespace hetcomp::gpu {
+namespace {
+
+constexpr std::uint64_t kAlignment = 256;  // as cuMemAlloc gives
+constexpr std::uint64_t kMostBytes = 1ULL << 46;
+
+}  // namespace
+
+SharedMemory::SharedMemory(const CudaDriver& driver, const DeviceContext& context,
+                           std::span<const GpuProgramRecord* const> programs,
+                           std::chrono::milliseconds patience, HandShake::Health health)
+    : driver_(driver), context_(context) {
+  std::uint64_t end = 0;
+  for (const GpuProgramRecord* program : programs) {
+    for (const BufferRecord& buffer : program->buffers) {
+      if (!is_pinned(buffer.kind)) continue;
+      const auto [place, is_new] = pieces_.emplace(buffer.name, Piece{end, buffer.bytes});
+      if (!is_new && place->second.bytes != buffer.bytes)
+        throw Error(HETCOMP_BAD_ARTIFACT, "The GPU programs do not agree on the size of the buffer " +
+                                              buffer.name + ": compile the model again.");
+      if (is_new) end += (buffer.bytes + kAlignment - 1) / kAlignment * kAlignment;
+      if (end > kMostBytes)
+        throw Error(HETCOMP_OUT_OF_MEMORY,
+                    "The buffers between CPU and GPUs are larger than the address space.");
+    }
+  }
+  const CurrentContext current(driver, context);
+  pinned_ = std::unique_ptr<Pinned>(new Pinned{
+      end == 0 ? PinnedMemory() : PinnedMemory(driver, end, "what CPU and GPUs hand to each other"),
+      HandShake(driver, programs.front()->flags, patience, std::move(health))});
+}
+
+SharedMemory::~SharedMemory() {
+  try {
+    const CurrentContext current(driver_, context_);
+    pinned_.reset();
+  } catch (const Error&) {
+    // The context can no longer be entered: the driver has dropped all that was in it.
+  }
+}
+
+const SharedMemory::Piece& SharedMemory::piece(const std::string& buffer) const {
+  const auto found = pieces_.find(buffer);
+  if (found == pieces_.end())
+    throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU programs have no pinned buffer " + buffer + ".");
+  return found->second;
+}
+
+std::span<std::byte> SharedMemory::host(const std::string& buffer) const {
+  const Piece& found = piece(buffer);
+  return pinned_->buffers.bytes().subspan(found.offset, found.bytes);
+}
+
+CUdeviceptr SharedMemory::address(const std::string& buffer) const {
+  return pinned_->buffers.address() + piece(buffer).offset;
+}
+
+}  // namespace hetcomp::gpu
