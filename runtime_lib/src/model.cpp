@@ -58,8 +58,8 @@ void Model::load_gpus(const LoadOptions& options) {
   const gpu::ProgramSet& programs = gpu_->programs();
   statistics_.gpu.emplace();
   for (std::size_t i = 0; i < programs.size(); ++i)
-    statistics_.gpu->devices.push_back({programs[i].device().name, programs[i].device().ordinal,
-                                        programs[i].device_bytes()});
+    statistics_.gpu->devices.push_back(
+        {programs[i].device().name, programs[i].device().ordinal, programs[i].device_bytes()});
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
@@ -204,7 +204,8 @@ void Model::run(const StepRequest& request) {
   const std::size_t logit_bytes =
       request.logit_rows.size() * static_cast<std::size_t>(facts().vocab) * sizeof(float);
   float* logits = request.logits;
-  if (!(gpu_ && gpu_->gives_logits()) && logits != nullptr && reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
+  if (!(gpu_ && gpu_->gives_logits()) && logits != nullptr &&
+      reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
     if (logits_.size() < logit_bytes) logits_ = Memory(logit_bytes, "the logits");
     logits = reinterpret_cast<float*>(logits_.data());
   }

@@ -39,8 +39,9 @@ struct StepRequest {
   std::span<const std::int32_t> positions;
   std::span<const std::int32_t> slots;
   std::span<const std::int32_t> logit_rows;
-  float* logits;                // null: not wanted
-  std::int32_t* best = nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
+  float* logits;  // null: not wanted
+  std::int32_t* best =
+      nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
 };
 
 // Thread safe.
@@ -69,7 +70,9 @@ class Model {
   void run(const StepRequest& request);
 
   // The GPUs that compute a part, one for each program; empty: the CPU computes all.
-  std::vector<GpuUse> gpus() const { return statistics_.gpu ? statistics_.gpu->devices : std::vector<GpuUse>{}; }
+  std::vector<GpuUse> gpus() const {
+    return statistics_.gpu ? statistics_.gpu->devices : std::vector<GpuUse>{};
+  }
 
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }

@@ -1,6 +1,7 @@
 // Kernels that the fake driver knows itself.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +18,14 @@ using Values = std::vector<std::uint64_t>;
 template <class T>
 T* pointer(const Values& values, std::size_t i) {
   return reinterpret_cast<T*>(values[i]);
+}
+// Of memory that another device may be using at the same time: a step that is given up runs on with whatever
+// its buffers hold.
+inline float load(const Values& values, std::size_t i, std::size_t at) {
+  return std::atomic_ref(pointer<float>(values, i)[at]).load(std::memory_order_relaxed);
+}
+inline void store(const Values& values, std::size_t i, std::size_t at, float value) {
+  std::atomic_ref(pointer<float>(values, i)[at]).store(value, std::memory_order_relaxed);
 }
 inline float real(std::uint64_t value) {
   const auto bits = static_cast<std::uint32_t>(value);
@@ -35,14 +44,13 @@ inline const std::map<std::string, FakeKernel>& kernels() {
       {"add_one",  // y = x + 1
        {{8, 8, 4},
         [](const Values& v) {
-          for (std::size_t i = 0; i < v[2]; ++i) pointer<float>(v, 1)[i] = pointer<float>(v, 0)[i] + 1;
+          for (std::size_t i = 0; i < v[2]; ++i) store(v, 1, i, load(v, 0, i) + 1);
           return CUDA_SUCCESS;
         }}},
       {"add",  // y = a + b
        {{8, 8, 8, 4},
         [](const Values& v) {
-          for (std::size_t i = 0; i < v[3]; ++i)
-            pointer<float>(v, 2)[i] = pointer<float>(v, 0)[i] + pointer<float>(v, 1)[i];
+          for (std::size_t i = 0; i < v[3]; ++i) store(v, 2, i, load(v, 0, i) + load(v, 1, i));
           return CUDA_SUCCESS;
         }}},
       {"scale",  // y = factor * x + shift, through the scratch memory

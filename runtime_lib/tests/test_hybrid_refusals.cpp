@@ -184,6 +184,19 @@ TEST_F(HybridRefusals, ManifestSection) {
                       [](Json& m) { m["files"]["gpu/program.json"]["sha256"] = std::string(64, '0'); });
 }
 
+TEST_F(HybridRefusals, HandOversThatTheCpusProgramDoesNotKnow) {
+  const FakeHybrid alone(FakeHybrid::Parts::kGpu);
+  Json program = alone.program();
+  program["flags"] = 1;
+  for (Json& graph : program["graphs"]) {
+    Json& nodes = graph["nodes"];
+    nodes.push_back(
+        {{"hand_over", {{"flag", 0}, {"from", "gpu:0"}, {"to", "cpu"}}}, {"after", {nodes.size() - 1}}});
+  }
+  alone.write_program(program);
+  expect_refused(alone, HETCOMP_BAD_ARTIFACT, {"1 hand-overs, the CPU's program 0"}, options());
+}
+
 TEST_F(HybridRefusals, ProgramOfAnotherGpu) {
   fake_.devices = 2;
   expect_bad_manifest("gpu/program.json is for gpu:0, not gpu:1",

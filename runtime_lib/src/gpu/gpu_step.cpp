@@ -54,12 +54,14 @@ GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest
       vocab_(static_cast<std::size_t>(manifest.model.vocab)),
       with_cpu_(cpu.n_flags > 0) {
   const GpuProgramRecord& first = programs_[0].record();
-  // Where the CPU has no part in any, its program has none.
-  if (with_cpu_ && first.flags != cpu.n_flags)
-    refuse(first, "has " + std::to_string(first.flags) + " hand-overs, the CPU's program " +
-                      std::to_string(cpu.n_flags));
-  for (std::size_t i = 0; i < programs_.size(); ++i)
+  for (std::size_t i = 0; i < programs_.size(); ++i) {
+    const GpuProgramRecord& record = programs_[i].record();
+    // Where the CPU has no part in any, its program has none.
+    if ((with_cpu_ || needs_cpu(record)) && record.flags != cpu.n_flags)
+      refuse(record, "has " + std::to_string(record.flags) + " hand-overs, the CPU's program " +
+                         std::to_string(cpu.n_flags));
     inputs_.push_back(find_inputs(programs_[i], manifest.model));
+  }
   check_graphs(manifest.model);
   for (const std::string& name : manifest.pinned)
     pinned_.push_back(reinterpret_cast<std::uint8_t*>(pinned_buffer(name).data()));

@@ -60,6 +60,15 @@ void require_match(std::span<const GpuProgramRecord* const> programs) {
   for (const GraphRecord& graph : first.graphs) check_batch(graph, programs);
 }
 
+bool needs_cpu(const GpuProgramRecord& program) {
+  for (const GraphRecord& graph : program.graphs)
+    for (const NodeRecord& node : graph.nodes)
+      if (const auto* hand_over = std::get_if<HandOver>(&node.work);
+          hand_over != nullptr && hand_over->with_cpu())
+        return true;
+  return false;
+}
+
 std::size_t count_hand_overs(std::span<const GpuProgramRecord* const> programs, std::int32_t batch) {
   std::set<std::uint32_t> made;
   for (const GpuProgramRecord* program : programs)

@@ -13,6 +13,9 @@ namespace hetcomp::gpu {
 // sizes, no hand-over is made twice, and between two GPUs the one raises each flag that the other awaits.
 void require_match(std::span<const GpuProgramRecord* const> programs);
 
+// Whether any of the program's graphs hands over to the CPU.
+bool needs_cpu(const GpuProgramRecord& program);
+
 // Hand-overs that all programs together make in the graphs of a batch size.
 std::size_t count_hand_overs(std::span<const GpuProgramRecord* const> programs, std::int32_t batch);
 
