@@ -17,6 +17,8 @@ from hetcomp.passes.registry import plan_pass
 Devices = tuple[str, ...]
 Parts = tuple[tuple[NodePart, ...], ...]
 Kept = tuple[tuple[str, str], ...]  # values and the memories in which later calls read the copies made of them
+Pattern = tuple[Devices, Devices, Parts, Kept]
+Inserted = dict[str, dict[str, str]]
 
 
 @plan_pass(requires=("sliced",), establishes=("transfers_inserted",))
@@ -29,7 +31,7 @@ def insert_transfers(plan: Plan, context: Context) -> Plan:
     every device reads. The experts of one op that live on other devices get their input and return their sum within
     the op. Where all ops share one memory, and every call of a template is cut over NUMA nodes alike, nothing changes.
     """
-    patterns: dict[str, dict[tuple[Devices, Devices, Parts, Kept], str]] = defaultdict(dict)
+    patterns: dict[str, dict[Pattern, str]] = defaultdict(dict)
     home = {v.id: "cpu" for v in plan.values}
     readers = [_reading_memories(plan, call) for call in plan.calls]
     last_read = {key: i for i, found in enumerate(readers) for key in found.items()}
@@ -59,21 +61,27 @@ def insert_transfers(plan: Plan, context: Context) -> Plan:
             made.append(copy)
         results = tuple(copies[actuals[formal], memory] for formal, memory in kept)
         calls.append(replace(call, template=name, results=(*call.results, *results)))
+    templates, inserted = _by_pattern(plan, patterns)
+    return replace(
+        plan,
+        values=(*plan.values, *made),
+        templates=templates,
+        calls=tuple(_place_transfers(c, inserted[c.template]) for c in calls),
+    )
+
+
+def _by_pattern(plan: Plan, patterns: Mapping[str, Mapping[Pattern, str]]) -> tuple[tuple[Template, ...], Inserted]:
+    """The templates of all patterns, with their transfers, and by template the memory that each of these writes to."""
     templates: list[Template] = []
-    placed: dict[str, dict[str, str]] = {}
+    inserted: Inserted = {}
     for template in plan.templates:
         for (devices, inputs, _, kept), name in patterns[template.name].items():
             where = dict(zip((op.id for op in template.ops), devices, strict=True))
             homes = dict(zip(template.params, inputs, strict=True))
-            done, placed[name] = _insert(replace(template, name=name), where, homes)
+            done, inserted[name] = _insert(replace(template, name=name), where, homes)
             results = tuple(_copy_id(formal, memory) for formal, memory in kept)
             templates.append(replace(done, results=(*done.results, *results)))
-    return replace(
-        plan,
-        values=(*plan.values, *made),
-        templates=tuple(templates),
-        calls=tuple(_place_transfers(c, placed[c.template]) for c in calls),
-    )
+    return tuple(templates), inserted
 
 
 def _copy_id(name: str, memory: str) -> str:

@@ -15,17 +15,14 @@
 #include "status.h"
 
 struct hetcomp_model {
-  explicit hetcomp_model(std::shared_ptr<hetcomp::Model> loaded)
-      : model(std::move(loaded)), uses(model->gpus()) {
-    for (const hetcomp::GpuUse& use : uses) {
+  explicit hetcomp_model(std::shared_ptr<hetcomp::Model> loaded) : model(std::move(loaded)) {
+    for (const hetcomp::GpuUse& use : model->gpus()) {
       gpus.push_back({use.name.c_str(), use.ordinal, static_cast<std::int64_t>(use.bytes)});
       gpu_names += (gpu_names.empty() ? "" : ", ") + use.name;
       gpu_bytes += gpus.back().bytes;
     }
   }
   std::shared_ptr<hetcomp::Model> model;
-  // What hetcomp_model_get_info() hands out.
-  std::vector<hetcomp::GpuUse> uses;
   std::vector<hetcomp_gpu_use> gpus;
   std::string gpu_names;
   std::int64_t gpu_bytes = 0;
@@ -163,11 +160,9 @@ hetcomp_status hetcomp_load(const char* path, const hetcomp_load_options* option
                               o.verify_weights != 0,
                               o.isa == nullptr ? "" : o.isa,
                               {}};
-    if (o.n_gpus < 0) throw Error(HETCOMP_INVALID_ARGUMENT, "The number of GPUs is negative.");
-    if (o.n_gpus > 0) {
-      require(o.gpus, "gpus");
-      load.gpu.devices.assign(o.gpus, o.gpus + o.n_gpus);
-    }
+    if (o.n_gpus < 0 || (o.n_gpus > 0 && o.gpus == nullptr))
+      throw Error(HETCOMP_INVALID_ARGUMENT, "The option gpus must have n_gpus numbers.");
+    load.gpu.devices.assign(o.gpus, o.gpus + o.n_gpus);
     *out = std::make_unique<hetcomp_model>(std::make_shared<hetcomp::Model>(path, load)).release();
   });
 }

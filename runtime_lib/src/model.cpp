@@ -56,10 +56,10 @@ void Model::load_gpus(const LoadOptions& options) {
   gpu.verify = options.verify_weights;
   gpu_ = std::make_unique<gpu::GpuStep>(artifact_, manifest_, library_->program(), gpu);
   const gpu::ProgramSet& programs = gpu_->programs();
-  statistics_.gpu.emplace();
   for (std::size_t i = 0; i < programs.size(); ++i)
-    statistics_.gpu->devices.push_back(
+    gpu_uses_.push_back(
         {programs[i].device().name, programs[i].device().ordinal, programs[i].device_bytes()});
+  statistics_.gpu = {gpu_uses_, {}};
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its

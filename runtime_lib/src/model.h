@@ -69,10 +69,8 @@ class Model {
   // Sizes must be within the program's limits and every value in range. Throws Error.
   void run(const StepRequest& request);
 
-  // The GPUs that compute a part, one for each program; empty: the CPU computes all.
-  std::vector<GpuUse> gpus() const {
-    return statistics_.gpu ? statistics_.gpu->devices : std::vector<GpuUse>{};
-  }
+  // The GPUs that compute a part, one for each program; empty: the CPU computes all. They never change.
+  const std::vector<GpuUse>& gpus() const { return gpu_uses_; }
 
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }
@@ -93,6 +91,7 @@ class Model {
   std::string isa_;
   std::unique_ptr<ProgramLibrary> library_;
   std::unique_ptr<gpu::GpuStep> gpu_;  // null: it runs on the CPU alone
+  std::vector<GpuUse> gpu_uses_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<ChatTemplate> chat_template_;
   std::vector<NodePlace> nodes_;  // in the order of the manifest's
