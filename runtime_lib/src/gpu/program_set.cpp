@@ -135,8 +135,9 @@ void ProgramSet::wait_for_end() {
                                          program->failure() + "; load the model anew.");
     if (over) return;
     const auto waited = Clock::now() - start;
-    if (waited > options_.patience) {
-      hand_shake.abort(running() + " did not come to the end of the step within " +
+    // Empty: they have come to rest since.
+    if (const std::string late = waited > options_.patience ? running() : ""; !late.empty()) {
+      hand_shake.abort(late + " did not come to the end of the step within " +
                        std::to_string(options_.patience.count()) +
                        " ms: a hand-over was not answered, or a kernel hangs; the step was given up.");
     }
