@@ -63,7 +63,7 @@ def write_artifact(
     shared: tuple[str, ...] = ()
     if gpu:
         gpu_records = _write_weights(of_gpu, planned, packer, staging, "gpu-weights", progress)
-        write_gpu_program(gpu, gpu_records, compiled, staging)
+        write_gpu_program(gpu, gpu_records, [v.id for v in layout.weights], compiled, staging)
         shared = tuple(buffer.name for buffer in gpu.exchange.buffers)
     for name in packer.not_finite:
         progress.warn(

@@ -20,6 +20,7 @@ from hetcomp.passes.registry import PlanPass
 from hetcomp.passes.schedule import schedule
 from hetcomp.passes.simulate import simulate
 from hetcomp.passes.slice_numa import slice_numa
+from hetcomp.passes.stream_experts import stream_experts
 
 PIPELINE: tuple[PlanPass, ...] = (
     bind_weights,  # first: a damaged checkpoint is refused before anything is decided
@@ -27,6 +28,7 @@ PIPELINE: tuple[PlanPass, ...] = (
     annotate_cost,  # needs formats; placement minimises these times
     place,  # needs costs; refuses what does not fit before a weight is read
     slice_numa,  # needs to know which ops a CPU node got
+    stream_experts,  # needs to know where experts are and whether they are cut
     insert_transfers,  # needs final devices; adds ops, so order and memory come after
     schedule,  # needs all ops there; its barriers decide which values are alive together
     plan_memory,  # needs epochs

@@ -19,6 +19,7 @@ from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.memory_table import gpu_limit
 from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.pins import pinned_device
+from hetcomp.passes.stream_experts import stream_bytes
 from hetcomp.passes.work import activation_bytes, work_of
 
 # Weights below this are not worth a decision of their own (norms, biases): such ops go where their input is made.
@@ -144,6 +145,8 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     builder.build()
     main = max(range(len(nodes)), key=lambda i: (share[i], -i))
     caps = [gpu_limit(gpu, context) for gpu in gpus]
+    if not context.planning:
+        caps = [cap - _stream_reserve(plan, context, cap) for cap in caps]
     room = sum(caps) - GPU_RESERVE - workspace_estimate(plan)
     return Problem(
         phases=builder.steps,
@@ -161,6 +164,14 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         launch_us=tuple(launch_us(g) for g in gpus),
         streaming=context.planning,
     )
+
+
+def _stream_reserve(plan: Plan, context: Context, room: int) -> int:
+    """What experts on their way take of a GPU: nothing where it has room for everything."""
+    stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
+    states = sum(v.type.bytes(plan.max_dims()) for v in plan.values if v.kind is ValueKind.STATE)
+    everything = sum(context.target.packed_bytes(v) for v in stored) + states + workspace_estimate(plan) + GPU_RESERVE
+    return 0 if everything <= room else stream_bytes(plan, context, room)
 
 
 def _caches_first(groups: Sequence[Group], room: int) -> tuple[Group, ...]:

@@ -27,6 +27,7 @@ enum CUdevice_attribute : int {
 enum CUfunction_attribute : int { CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
 enum CUstreamBatchMemOpType : int { CU_STREAM_MEM_OP_WAIT_VALUE_32 = 1, CU_STREAM_MEM_OP_WRITE_VALUE_32 = 2 };
 constexpr unsigned CU_STREAM_NON_BLOCKING = 1, CU_STREAM_WAIT_VALUE_GEQ = 0, CU_MEMHOSTALLOC_DEVICEMAP = 2;
+constexpr unsigned CU_MEMHOSTREGISTER_READ_ONLY = 8;
 constexpr unsigned CU_EVENT_DEFAULT = 0, CU_STREAM_WRITE_VALUE_DEFAULT = 0;
 
 using CUdevice = int;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import xxhash
 
 from hetcomp.artifact.weight_files import WeightRecord
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
+from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.gpu_program import CONSTANTS, WEIGHTS, GpuBuffer, GpuProgram
 
 _SCHEMA = [1, 0]
@@ -18,9 +20,14 @@ _CONSTANTS = "gpu/constants.bin"
 
 
 def write_gpu_program(
-    program: GpuProgram, records: Sequence[WeightRecord], compiled: Sequence[CompiledKernel], folder: Path
+    program: GpuProgram,
+    records: Sequence[WeightRecord],
+    cpu_weights: Sequence[str],
+    compiled: Sequence[CompiledKernel],
+    folder: Path,
 ) -> None:
-    """Writes into the artifact ``folder``. ``records``: where the program's weights are, in their order."""
+    """Writes into the artifact ``folder``. ``records``: where the program's weights are, in their order;
+    ``cpu_weights``: ids of the CPU program's weights in theirs."""
     (folder / "gpu").mkdir(exist_ok=True)
     if program.constants:
         (folder / _CONSTANTS).write_bytes(program.constants)
@@ -31,6 +38,8 @@ def write_gpu_program(
         "buffers": [_buffer(buffer, program, records) for buffer in program.buffers()],
         "graphs": [{"batch": g.rows.count, "exact": g.rows.exact, "nodes": g.nodes} for g in program.graphs],
     }
+    if program.stream is not None:
+        document["stream"] = _stream(program.stream, program, cpu_weights)
     (folder / "gpu" / "program.json").write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
 
 
@@ -43,6 +52,47 @@ def _buffer(buffer: GpuBuffer, program: GpuProgram, records: Sequence[WeightReco
         digest = xxhash.xxh3_64(program.constants).hexdigest()
         entry["sources"] = [_source(WeightRecord(CONSTANTS, _CONSTANTS, 0, buffer.bytes, digest), 0)]
     return entry
+
+
+def _stream(stream: StreamLayout, program: GpuProgram, cpu_weights: Sequence[str]) -> dict[str, Any]:
+    planned = program.plan.stream
+    assert planned is not None
+    number = {name: i for i, name in enumerate(cpu_weights)}
+    routing = {
+        h.flag: program.exchange.buffer(h, "ids").name
+        for h in program.exchange.hand_overs
+        if (h.flag, "ids") in program.exchange.indices
+    }
+    layers = [
+        {
+            "hand_over": layer.hand_over,
+            "experts": layer.experts,
+            "top_k": layer.top_k,
+            "hidden": layer.hidden,
+            "ids": routing[layer.hand_over],
+            "operands": [
+                {
+                    "buffer": operand.buffer,
+                    "offset": operand.offset,
+                    "expert_bytes": operand.bytes,
+                    "sources": [{"weight": number[s.weight], "experts": s.experts} for s in operand.sources],
+                }
+                for operand in layer.operands
+            ],
+        }
+        for layer in stream.layers
+    ]
+    return {
+        "slots": stream.slots,
+        "tables": {
+            "buffer": TABLES,
+            "row_bytes": stream.row_bytes,
+            "part_offset": stream.part_offset,
+            "ask_offset": stream.ask_offset,
+        },
+        "rates": asdict(planned.rates),
+        "layers": layers,
+    }
 
 
 def _source(record: WeightRecord, to: int) -> dict[str, Any]:

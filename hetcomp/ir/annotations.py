@@ -82,6 +82,30 @@ class Placement:
     streamed: bool = False
 
 
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRates:
+    """What the split of a layer's experts is computed from in each step. ``cpu_expert_us``, ``gpu_expert_us``: (tokens
+    of an expert, microseconds), ascending; ``spine_us``: (tokens of a step, microseconds) of what the GPU does in a
+    layer besides the experts. ``link_gb_per_s``: from CPU memory to the GPU."""
+
+    link_gb_per_s: float
+    cpu_expert_us: Curve
+    gpu_expert_us: Curve
+    spine_us: Curve
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStream:
+    """Experts in CPU memory may be copied to the GPU in a step of a prompt: up to ``slots`` of a layer, while up to as
+    many of the next one are on their way."""
+
+    slots: int
+    rates: StreamRates
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A placement that was considered: the method that found it, and the simulated time of the whole mix."""

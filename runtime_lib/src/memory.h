@@ -50,6 +50,7 @@ class MappedFile {
   MappedFile& operator=(MappedFile&&) = delete;
 
   const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(base_); }
+  std::size_t size() const { return size_; }
 
  private:
   void* base_;

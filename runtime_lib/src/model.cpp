@@ -46,6 +46,7 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
   tokenizer_ = load_text<Tokenizer>(artifact, manifest_, manifest_.tokenizer);
   chat_template_ = load_text<ChatTemplate>(artifact, manifest_, manifest_.chat_template);
   allocate(options);
+  if (gpu_ && gpu_->streams()) stream_from_weights();
   for (std::int32_t slot = facts().max_batch; slot-- > 0;) free_slots_.push_back(slot);
   reset_statistics();
   statistics_.load_seconds = seconds_since(start);
@@ -55,7 +56,26 @@ void Model::load_gpu(const LoadOptions& options) {
   gpu::GpuOptions gpu = options.gpu;
   gpu.verify = options.verify_weights;
   gpu_ = std::make_unique<gpu::GpuStep>(artifact_, manifest_, library_->program(), gpu);
-  statistics_.gpu = {gpu_->name(), gpu_->bytes(), {}};
+  statistics_.gpu = {gpu_->name(), gpu_->bytes(), {}, {}};
+}
+
+// Experts are copied to the GPU from where the CPU reads them. Mapped files would have to stay in memory for
+// it.
+void Model::stream_from_weights() {
+  gpu::HostWeights weights;
+  for (std::size_t i = 0; i < manifest_.weights.size(); ++i)
+    weights.weights.emplace_back(weights_->addresses()[i], manifest_.weights[i].bytes);
+  weights.regions = weights_->regions();
+  std::string refused;
+  if (residency() == Residency::kMapped && weights_->bytes() > available_memory() / 5 * 4)
+    refused = "they are mapped from files that are larger than the memory";
+  else
+    refused = gpu_->attach(weights);
+  if (!refused.empty())
+    statistics_.notes.push_back(
+        "Experts are not streamed to the GPU in prompts, because the CPU's weights cannot be "
+        "pinned (" +
+        refused + ").");
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
@@ -200,7 +220,8 @@ void Model::run(const StepRequest& request) {
   const std::size_t logit_bytes =
       request.logit_rows.size() * static_cast<std::size_t>(facts().vocab) * sizeof(float);
   float* logits = request.logits;
-  if (!(gpu_ && gpu_->gives_logits()) && logits != nullptr && reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
+  if (!(gpu_ && gpu_->gives_logits()) && logits != nullptr &&
+      reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
     if (logits_.size() < logit_bytes) logits_ = Memory(logit_bytes, "the logits");
     logits = reinterpret_cast<float*>(logits_.data());
   }
@@ -224,10 +245,12 @@ void Model::run(const StepRequest& request) {
   const auto start = std::chrono::steady_clock::now();
   std::int32_t error = 0;
   const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
-  if (gpu_)
+  if (gpu_) {
     statistics_.gpu->steps[gpu_->run(step, request.best, run_lanes)] += 1;
-  else
+    statistics_.gpu->stream = gpu_->stream_statistics();
+  } else {
     run_lanes(step);
+  }
   phase.seconds += seconds_since(start);
   phase.steps += 1;
   phase.tokens += step.n_tokens;
@@ -250,7 +273,10 @@ void Model::reset_statistics() {
     phase = PhaseStatistics{};
     phase.timer_ns.assign(timers, 0);
   }
-  if (statistics_.gpu) statistics_.gpu->steps.clear();
+  if (!gpu_) return;
+  statistics_.gpu->steps.clear();
+  gpu_->reset_stream_statistics();
+  statistics_.gpu->stream = gpu_->stream_statistics();
 }
 
 }  // namespace hetcomp

@@ -39,8 +39,9 @@ struct StepRequest {
   std::span<const std::int32_t> positions;
   std::span<const std::int32_t> slots;
   std::span<const std::int32_t> logit_rows;
-  float* logits;                // null: not wanted
-  std::int32_t* best = nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
+  float* logits;  // null: not wanted
+  std::int32_t* best =
+      nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
 };
 
 // Thread safe.
@@ -79,6 +80,7 @@ class Model {
 
  private:
   void load_gpu(const LoadOptions& options);
+  void stream_from_weights();
   void allocate(const LoadOptions& options);
   Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;
   void describe_nodes();
@@ -87,11 +89,11 @@ class Model {
   std::filesystem::path artifact_;
   std::string isa_;
   std::unique_ptr<ProgramLibrary> library_;
-  std::unique_ptr<gpu::GpuStep> gpu_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<ChatTemplate> chat_template_;
   std::vector<NodePlace> nodes_;  // in the order of the manifest's
   std::unique_ptr<Weights> weights_;
+  std::unique_ptr<gpu::GpuStep> gpu_;  // may read the weights as long as it lives
   Memory arena_;
   std::vector<Memory> states_;
   std::vector<std::uint8_t*> state_addresses_;

@@ -33,7 +33,15 @@ nlohmann::ordered_json gpu_json(const GpuStatistics& gpu) {
     by_batch[std::to_string(batch)] = count;
     steps += count;
   }
-  return {{"name", gpu.name}, {"bytes", gpu.bytes}, {"steps", steps}, {"steps_by_batch", by_batch}};
+  nlohmann::ordered_json json{
+      {"name", gpu.name}, {"bytes", gpu.bytes}, {"steps", steps}, {"steps_by_batch", by_batch}};
+  if (gpu.stream) {
+    json["streamed"] = {{"layers", gpu.stream->layers},
+                        {"experts_wanted", gpu.stream->experts_wanted},
+                        {"experts_copied", gpu.stream->experts_copied},
+                        {"bytes", gpu.stream->bytes}};
+  }
+  return json;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu/expert_stream.h"
 #include "numa.h"
 
 namespace hetcomp {
@@ -32,8 +33,9 @@ struct NodeStatistics {
 
 struct GpuStatistics {
   std::string name;
-  std::uint64_t bytes;                         // of its memory
-  std::map<std::int32_t, std::int64_t> steps;  // by the batch size of the graph that was run
+  std::uint64_t bytes;                          // of its memory
+  std::map<std::int32_t, std::int64_t> steps;   // by the batch size of the graph that was run
+  std::optional<gpu::StreamStatistics> stream;  // of experts that were copied to it
 };
 
 struct Statistics {

@@ -325,6 +325,19 @@ ENTRY cuMemHostAlloc(void** at, std::size_t bytes, unsigned) {
   return *at = allocated(4096, bytes), CUDA_SUCCESS;
 }
 ENTRY cuMemFreeHost(void* at) { return synchronize_all(), --fake.host_memories, release(at), CUDA_SUCCESS; }
+ENTRY cuMemHostRegister_v2(void* at, std::size_t bytes, unsigned) {
+  COUNTED;
+  if (fake.refuse_pinning) return CUDA_ERROR_NOT_SUPPORTED;
+  ++fake.host_memories;
+  const std::lock_guard lock(memories_mutex);
+  return memories[reinterpret_cast<std::uintptr_t>(at)] = bytes, CUDA_SUCCESS;
+}
+ENTRY cuMemHostUnregister(void* at) {
+  synchronize_all();
+  --fake.host_memories;
+  const std::lock_guard lock(memories_mutex);
+  return memories.erase(reinterpret_cast<std::uintptr_t>(at)), CUDA_SUCCESS;
+}
 ENTRY cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned) {
   COUNTED;
   return *device = reinterpret_cast<CUdeviceptr>(host), CUDA_SUCCESS;
@@ -364,6 +377,14 @@ ENTRY cuStreamSynchronize(CUstream stream) {
   const CUresult result = stream->synchronize();
   COUNTED;
   return result;
+}
+ENTRY cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr at, std::uint32_t value, unsigned) {
+  COUNTED;
+  stream->enqueue([=] {
+    std::atomic_ref(*reinterpret_cast<std::uint32_t*>(at)).store(value, std::memory_order_release);
+    return CUDA_SUCCESS;
+  });
+  return CUDA_SUCCESS;
 }
 ENTRY cuGraphCreate(CUgraph* graph, unsigned) {
   COUNTED;

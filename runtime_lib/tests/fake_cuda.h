@@ -17,6 +17,7 @@ struct FakeCuda {
   std::atomic<std::size_t> free_bytes{std::size_t{1} << 30};
   std::atomic<bool> out_of_memory{false};  // in spite of free_bytes
   std::atomic<bool> memory_operations{true};
+  std::atomic<bool> refuse_pinning{false};  // of memory that others have allocated
 
   // The call with this number, counted from 1, returns fail_result instead of doing anything; calls that only
   // ask or destroy are not counted. 0: none.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
+from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.flat_ops import flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
 from hetcomp.backends.gpu.lower_step import ARENA, BEST, LOGITS, Place, Rows, StepGraph, StepLowering
@@ -49,6 +50,7 @@ class GpuProgram:
     constants: bytes
     graphs: tuple[StepGraph, ...]
     exchange: Exchange
+    stream: StreamLayout | None
 
     @property
     def kernels(self) -> tuple[GpuKernel, ...]:
@@ -78,8 +80,15 @@ class GpuProgram:
             *([GpuBuffer(LOGITS, 4 * dims["R"] * self.plan.model.vocab, "result")] if LOGITS in named else []),
             *([GpuBuffer(BEST, 4 * dims["R"], "pinned_out")] if BEST in named else []),
             *(GpuBuffer(b.name, b.bytes, "pinned_out" if b.to_cpu else "pinned_in") for b in self.exchange.buffers),
+            *self._stream_buffers(),
         ]
         return tuple(buffer for buffer in found if buffer.bytes)
+
+    def _stream_buffers(self) -> list[GpuBuffer]:
+        if self.stream is None:
+            return []
+        slots = [GpuBuffer(name, size, "stream") for name, size in self.stream.buffers]
+        return [*slots, GpuBuffer(TABLES, self.stream.tables_bytes, "stream")]
 
     def _end(self, values: Sequence[Value]) -> int:
         return max((self.places[v.id].offset + _size(v, self.plan) for v in values), default=0)
@@ -98,6 +107,7 @@ def lower_program(plan: Plan) -> GpuProgram | None:
             f"The plan uses {', '.join(gpus)}; code is generated for one GPU: give --vram or pins for it."
         )
     gpu, exchange = gpus[0], Exchange.of(plan)
+    stream = StreamLayout.of(plan, exchange)
     ops, values = flat_ops(plan)
     cuts = gpu_cut_weights(plan)
     readers = read_in(plan)
@@ -109,12 +119,12 @@ def lower_program(plan: Plan) -> GpuProgram | None:
     events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
     graphs = [
-        StepLowering(events, dict(values), dict(places), exchange, plan.max_dims(), rows, constants).lower()
+        StepLowering(events, dict(values), dict(places), exchange, stream, plan.max_dims(), rows, constants).lower()
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
-    return GpuProgram(plan, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange)
+    return GpuProgram(plan, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange, stream)
 
 
 def _all_rows(plan: Plan) -> list[Rows]:

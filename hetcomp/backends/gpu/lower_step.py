@@ -8,8 +8,9 @@ from typing import Any
 
 from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
 from hetcomp.backends.gpu.argmax import argmax
+from hetcomp.backends.gpu.expert_stream import TABLES, StreamedLayer, StreamLayout
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
-from hetcomp.backends.gpu.hand_out import add_sums, hand_out
+from hetcomp.backends.gpu.hand_out import add_parts, add_sums, hand_out
 from hetcomp.backends.gpu.kernels import GpuKernel, GpuRequest, Launch, Operand
 from hetcomp.backends.gpu.step_events import (
     AskExperts,
@@ -92,6 +93,7 @@ class StepLowering:
     values: dict[str, Value]
     places: dict[str, Place]
     exchange: Exchange
+    stream: StreamLayout | None
     dims: Mapping[str, int]
     rows: Rows
     constants: dict[tuple[int, ...], int]
@@ -133,7 +135,9 @@ class StepLowering:
             case AskExperts(op, hand_over):
                 outputs = tuple(self._pinned(hand_over, part) for part in EXPERT_INPUTS)
                 inputs = tuple(self.values[name] for name in op.inputs[: len(EXPERT_INPUTS)])
-                self.steps += [hand_out(op, inputs, outputs, self.rows.exact), Ask(hand_over.flag)]
+                layer = self._streamed(hand_over)
+                wanted = self._table_value("ask", self.stream.ask(layer)) if self.stream and layer else None
+                self.steps += [hand_out(op, inputs, outputs, self.rows.exact, wanted), Ask(hand_over.flag)]
             case AwaitExperts():
                 self._await_experts(index, event)
             case GiveValue(op, hand_over):
@@ -164,6 +168,19 @@ class StepLowering:
         self.places[f"pinned {buffer}"] = Place(buffer)
         return f"pinned {buffer}"
 
+    def _streamed(self, hand_over: HandOver) -> StreamedLayer | None:
+        """What is streamed of the layer in this graph: in steps of a prompt alone."""
+        if self.stream is None or self.rows.exact:
+            return None
+        return next((layer for layer in self.stream.layers if layer.hand_over == hand_over.flag), None)
+
+    def _table_value(self, name: str, offset: int, numbers: int = 1) -> Value:
+        """i32 numbers of the stream's tables as a value."""
+        value = Value(f"{name} {offset}", TensorType(DType.I32, (numbers,)), ValueKind.CONST)
+        self.places[value.id] = Place(TABLES, offset)
+        self.values[value.id] = value
+        return value
+
     def _some_experts(self, event: SomeExperts) -> None:
         op, part = event.op, event.part
         assert isinstance(op.attrs, MoeExperts)
@@ -176,7 +193,22 @@ class StepLowering:
             cut_value(self.values[name], cuts[i], part.node) if i in cuts else self.values[name]
             for i, name in enumerate(op.inputs)
         ]
-        total = replace(self.values[op.outputs[0]], id=f"{op.outputs[0]} here")
+        self._experts_of(op, weights, table, f"{op.outputs[0]} here")
+
+    def _streamed_experts(self, op: Op, layer: StreamedLayer) -> None:
+        """Those that have come to the layer's half of the slots."""
+        assert self.stream is not None
+        slots = {operand.operand: operand for operand in layer.operands}
+        weights = [slots[i].slots if i in slots else self.values[name] for i, name in enumerate(op.inputs)]
+        for operand in layer.operands:
+            self.places[operand.slots.id] = Place(operand.buffer, operand.offset)
+        table = self._table_value("slots", self.stream.table(layer), layer.experts)
+        self.steps.append(Await(layer.flag))
+        self._experts_of(op, weights, table, f"{op.outputs[0]} streamed")
+
+    def _experts_of(self, op: Op, weights: Sequence[Value], table: Value, name: str) -> None:
+        """The sum ``name`` over those experts that ``table`` has a place of among ``weights``."""
+        total = replace(self.values[op.outputs[0]], id=name)
         self.values |= {v.id: v for v in (*weights, table, total)}
         part_op = replace(op, outputs=(total.id,))
         dims = self.rows.dims(self.dims)
@@ -186,13 +218,20 @@ class StepLowering:
 
     def _await_experts(self, index: int, event: AwaitExperts) -> None:
         op = event.op
-        self.steps.append(Await(event.hand_over.flag))
         total = self.values[op.outputs[0]]
+        layer = self._streamed(event.hand_over)
+        if layer is not None:
+            self._streamed_experts(op, layer)
+        self.steps.append(Await(event.hand_over.flag))
         there = self._pinned(event.hand_over, EXPERT_SUM)
         self.values[there] = replace(total, id=there)
-        if event.some:
-            here = self.values[f"{total.id} here"]
-            self.steps.append(add_sums(op, here, self.values[there], total, self._exact))
+        here = [self.values[f"{total.id} here"]] if event.some else []
+        if layer is not None and self.stream is not None:
+            here.append(self.values[f"{total.id} streamed"])
+            part = self._table_value("part", self.stream.part(layer))
+            self.steps.append(add_parts(op, here, self.values[there], part, total))
+        elif event.some:
+            self.steps.append(add_sums(op, here[0], self.values[there], total, self._exact))
         elif self._read_before_next_sum(total.id, index):
             self.places[total.id] = self.places[there]
         else:

@@ -186,6 +186,11 @@ inline bool await_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag) 
   return given_up.load(std::memory_order_relaxed) > flag;
 }
 
+// Whether there is nothing to compute for hand-over `flag`, which was awaited.
+inline bool nothing_to_do(const hetcomp_step& step, std::uint32_t flag) {
+  return step.hand_over->skip != nullptr && step.hand_over->skip[flag] != 0;
+}
+
 // Hands to the GPU what all threads have computed for hand-over `flag`, after a barrier.
 inline void answer_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag) {
   barrier(lane);

@@ -94,6 +94,8 @@ class CudaDriver {
   DriverCall<void**, std::size_t, unsigned> host_allocate{library_, "cuMemHostAlloc"};
   DriverCall<void*> host_free{library_, "cuMemFreeHost"};
   DriverCall<CUdeviceptr*, void*, unsigned> host_device_pointer{library_, "cuMemHostGetDevicePointer_v2"};
+  DriverCall<void*, std::size_t, unsigned> host_register{library_, "cuMemHostRegister_v2"};
+  DriverCall<void*> host_unregister{library_, "cuMemHostUnregister"};
   DriverCall<CUmodule*, const void*> module_load{library_, "cuModuleLoadData"};
   DriverCall<CUmodule> module_unload{library_, "cuModuleUnload"};
   DriverCall<CUfunction*, CUmodule, const char*> module_function{library_, "cuModuleGetFunction"};
@@ -102,6 +104,8 @@ class CudaDriver {
   DriverCall<CUstream> stream_destroy{library_, "cuStreamDestroy_v2"};
   DriverCall<CUstream> stream_query{library_, "cuStreamQuery"};
   DriverCall<CUstream> stream_synchronize{library_, "cuStreamSynchronize"};
+  DriverCall<CUstream, CUdeviceptr, std::uint32_t, unsigned> stream_write{library_,
+                                                                          "cuStreamWriteValue32_v2"};
   DriverCall<CUgraph*, unsigned> graph_create{library_, "cuGraphCreate"};
   DriverCall<CUgraph> graph_destroy{library_, "cuGraphDestroy"};
   DriverCall<CUgraphNode*, CUgraph, const CUgraphNode*, std::size_t, const CUDA_KERNEL_NODE_PARAMS*>
@@ -145,5 +149,6 @@ using GraphHandle = Handle<CUgraph, &CudaDriver::graph_destroy>;
 using GraphExecHandle = Handle<CUgraphExec, &CudaDriver::graph_exec_destroy>;
 using MemoryHandle = Handle<CUdeviceptr, &CudaDriver::memory_free>;
 using HostMemoryHandle = Handle<void*, &CudaDriver::host_free>;
+using HostPinHandle = Handle<void*, &CudaDriver::host_unregister>;
 
 }  // namespace hetcomp::gpu

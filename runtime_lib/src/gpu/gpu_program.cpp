@@ -2,6 +2,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 #include <thread>
@@ -57,7 +58,9 @@ struct GpuProgram::Resources {
         stream((require_free_memory(driver, device, budget), create_stream(driver))),
         kernels(driver, device, artifact, kernel_records, called(program)),
         buffers(driver, artifact, program, budget, stream.get(), options.verify),
-        hand_shake(driver, program.flags, options.patience, health) {
+        hand_shake(driver, program.all_flags(), options.patience, health) {
+    if (program.stream)
+      experts = std::make_unique<ExpertStream>(driver, context, program, buffers, hand_shake, stream.get());
     const GraphParts parts{driver, context, stream.get(), kernels, buffers, hand_shake};
     for (const GraphRecord& graph : program.graphs)
       graphs.emplace(graph.batch, ProgramGraph(parts, graph, budget));
@@ -69,6 +72,7 @@ struct GpuProgram::Resources {
   LoadedKernels kernels;
   ProgramBuffers buffers;
   HandShake hand_shake;
+  std::unique_ptr<ExpertStream> experts;
   std::map<std::int32_t, ProgramGraph> graphs;  // by batch size
 };
 
@@ -99,7 +103,16 @@ GpuProgram::~GpuProgram() {
   std::ignore = context_.release();
 }
 
-void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work) {
+std::string GpuProgram::attach(const HostWeights& weights) {
+  if (!resources_->experts) return {};
+  const CurrentContext current(driver_, *context_);
+  return resources_->experts->attach(weights);
+}
+
+ExpertStream* GpuProgram::expert_stream() const { return resources_->experts.get(); }
+
+void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work,
+                     std::int64_t tokens) {
   if (!broken_.empty()) {
     throw Error(HETCOMP_COMPUTE,
                 device_.name + " runs no more steps since " + broken_ + ": load the model anew.");
@@ -114,18 +127,22 @@ void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& 
   }
   const CurrentContext current(driver_, *context_);
   HandShake& hand_shake = resources_->hand_shake;
+  const bool streams = std::ranges::find(record_.graphs, batch, &GraphRecord::batch)->streams;
   hand_shake.begin_step();
   try {
     resources_->buffers.send_step(resources_->stream.get());
+    if (streams) resources_->experts->begin(tokens);
     driver_.graph_launch(graph->second.get(), resources_->stream.get());
     cpu_work(hand_shake);
     wait_for_end();
   } catch (...) {
     hand_shake.abort("The CPU's part of the step failed.");
     drain();
+    if (streams) resources_->experts->end();
     hand_shake.end_step();
     throw;
   }
+  if (streams) resources_->experts->end();
   const bool aborted = hand_shake.aborted();
   hand_shake.end_step();
   if (aborted) throw Error(HETCOMP_COMPUTE, hand_shake.abort_reason());

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "device_context.h"
+#include "expert_stream.h"
 #include "hand_shake.h"
 #include "program_buffers.h"
 #include "program_record.h"
@@ -34,12 +35,20 @@ class GpuProgram {
   GpuProgram(const GpuProgram&) = delete;
   GpuProgram& operator=(const GpuProgram&) = delete;
 
-  // One step: sends the step buffers, launches the graph, calls cpu_work on this thread (it waits for the GPU
-  // and answers), and returns when the GPU is at rest. One thread at a time. Throws Error: no graph of that
-  // batch size, the GPU or the CPU does not answer in time, a fault of the GPU; what cpu_work throws is
-  // passed on. The GPU is at rest then and the next step may run, but state buffers hold what the step has
-  // written; only after a fault of the GPU itself every further call says so, until the model is loaded anew.
-  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work);
+  // Lets experts be copied from the CPU's weights, where the program streams some; what ExpertStream::attach
+  // returns.
+  std::string attach(const HostWeights& weights);
+  bool streams() const { return record_.stream.has_value(); }
+  // Null where nothing is streamed.
+  ExpertStream* expert_stream() const;
+
+  // One step of so many tokens (that only matters where experts are streamed): sends the step buffers,
+  // launches the graph, calls cpu_work on this thread (it waits for the GPU and answers), and returns when
+  // the GPU is at rest. One thread at a time. Throws Error: no graph of that batch size, the GPU or the CPU
+  // does not answer in time, a fault of the GPU; what cpu_work throws is passed on. The GPU is at rest then
+  // and the next step may run, but state buffers hold what the step has written; only after a fault of the
+  // GPU itself every further call says so, until the model is loaded anew.
+  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1);
 
   // From any thread: gives the running step up.
   void abort(const std::string& reason);

@@ -15,19 +15,25 @@ namespace {
   throw Error(HETCOMP_BAD_ARTIFACT, "gpu/program.json " + what + ": compile the model again.");
 }
 
-int wait_for_gpu(void* hand_shake, std::uint32_t flag) noexcept {
-  auto& shared = *static_cast<HandShake*>(hand_shake);
+// What the CPU's program hands over with.
+struct Host {
+  HandShake& hand_shake;
+  ExpertStream* experts;  // null: nothing is streamed
+};
+
+int wait_for_gpu(void* host, std::uint32_t flag) noexcept {
+  auto& [hand_shake, experts] = *static_cast<Host*>(host);
   try {
-    return shared.wait_for_gpu(flag) ? 1 : 0;
+    if (!hand_shake.wait_for_gpu(flag)) return 0;
+    if (experts != nullptr) experts->route(flag);
+    return 1;
   } catch (const std::exception& error) {
-    shared.abort(error.what());
+    hand_shake.abort(error.what());
     return 0;
   }
 }
 
-void answer(void* hand_shake, std::uint32_t flag) noexcept {
-  static_cast<HandShake*>(hand_shake)->answer(flag);
-}
+void answer(void* host, std::uint32_t flag) noexcept { static_cast<Host*>(host)->hand_shake.answer(flag); }
 
 // The n values and, up to `size` of them, `fill`.
 void copy_padded(std::span<std::int32_t> to, const std::int32_t* values, std::int64_t n, std::int64_t size,
@@ -184,12 +190,16 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Lanes& la
   fill_inputs(step, graph, padding);
   float* const logits = gives_logits_ ? std::exchange(step.logits, nullptr) : nullptr;
   step.pinned = pinned_.data();
-  program_.run(graph.batch, [&](HandShake& hand_shake) {
+  const auto cpu_work = [&](HandShake& hand_shake) {
     if (!has_hand_overs_) return;
-    hetcomp_hand_over hand_over{&hand_shake, wait_for_gpu, answer, std::numeric_limits<std::uint32_t>::max()};
+    ExpertStream* const experts = graph.streams ? program_.expert_stream() : nullptr;
+    Host host{hand_shake, experts};
+    hetcomp_hand_over hand_over{&host, wait_for_gpu, answer, experts != nullptr ? experts->skip() : nullptr,
+                                std::numeric_limits<std::uint32_t>::max()};
     step.hand_over = &hand_over;
     lanes(step);
-  });
+  };
+  program_.run(graph.batch, cpu_work, step.n_tokens);
   const auto rows = static_cast<std::size_t>(step.n_logit_rows);
   if (logits != nullptr && rows > 0)
     program_.fetch("logits", std::as_writable_bytes(std::span(logits, rows * vocab_)));

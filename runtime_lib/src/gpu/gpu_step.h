@@ -31,6 +31,18 @@ class GpuStep {
   // passed on.
   std::int32_t run(hetcomp_step step, std::int32_t* best, const Lanes& lanes);
 
+  // Lets experts be copied from the CPU's weights; what ExpertStream::attach returns.
+  std::string attach(const HostWeights& weights) { return program_.attach(weights); }
+  bool streams() const { return program_.streams(); }
+  // Since the last reset; empty: nothing is streamed.
+  std::optional<StreamStatistics> stream_statistics() const {
+    if (!program_.streams()) return std::nullopt;
+    return program_.expert_stream()->statistics();
+  }
+  void reset_stream_statistics() {
+    if (program_.streams()) program_.expert_stream()->reset_statistics();
+  }
+
   bool offers_best() const { return !best_.empty(); }
   // Whether the GPU computes the logits; else the CPU's program does, into the step's.
   bool gives_logits() const { return gives_logits_; }

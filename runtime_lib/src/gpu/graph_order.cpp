@@ -40,7 +40,7 @@ std::vector<std::size_t> topological_order(const std::vector<NodeRecord>& nodes)
   return order;
 }
 
-std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph) {
+std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph, std::uint32_t flags) {
   std::map<std::uint32_t, std::size_t> to_cpu;
   std::map<std::uint32_t, std::size_t> to_gpu;
   for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
@@ -51,6 +51,7 @@ std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph) {
       return WrongHandOver{i, "the only one of its flag and direction"};
   }
   for (const auto& [flag, node] : to_gpu) {
+    if (flag >= flags) continue;
     const auto asked = to_cpu.find(flag);
     if (asked == to_cpu.end() || !comes_after(graph.nodes, node, asked->second))
       return WrongHandOver{node, "after the hand-over of the same flag to the CPU"};

@@ -23,10 +23,11 @@ BufferKind buffer_kind(const CheckedJson& node) {
       {"arena", BufferKind::kArena},        {"weight", BufferKind::kWeight},
       {"constant", BufferKind::kConstant},  {"state", BufferKind::kState},
       {"result", BufferKind::kResult},      {"step", BufferKind::kStep},
-      {"pinned_in", BufferKind::kPinnedIn}, {"pinned_out", BufferKind::kPinnedOut}};
+      {"pinned_in", BufferKind::kPinnedIn}, {"pinned_out", BufferKind::kPinnedOut},
+      {"stream", BufferKind::kStream}};
   const auto found = kKinds.find(node.text());
   if (found == kKinds.end())
-    node.refuse("arena, weight, constant, state, result, step, pinned_in or pinned_out");
+    node.refuse("arena, weight, constant, state, result, step, pinned_in, pinned_out or stream");
   return found->second;
 }
 
@@ -109,15 +110,28 @@ KernelNode kernel_node(const CheckedJson& node, const KernelsByName& kernels, co
 
 HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
   if (program.flags == 0) node.refuse("absent: the program has no flags");
-  const auto flag = static_cast<std::uint32_t>(node["flag"].number(0, program.flags - 1));
+  const auto flag = static_cast<std::uint32_t>(node["flag"].number(0, program.all_flags() - 1));
   const std::string to = node["to"].text();
   if (to != "cpu" && to != "gpu") node["to"].refuse("cpu or gpu");
+  if (to == "cpu" && flag >= program.flags) node["to"].refuse("gpu: nobody waits for the flag of a stream");
   return {flag, to == "cpu" ? HandOver::To::kCpu : HandOver::To::kGpu};
+}
+
+// A graph waits for all that is streamed or for none.
+void check_stream(const CheckedJson& node, GraphRecord& graph, const GpuProgramRecord& program) {
+  std::uint32_t waits = 0;
+  for (const NodeRecord& record : graph.nodes) {
+    const auto* await = std::get_if<HandOver>(&record.work);
+    waits += await != nullptr && await->flag >= program.flags ? 1 : 0;
+  }
+  if (waits != 0 && waits != program.all_flags() - program.flags)
+    node.refuse("with a wait for each of the stream's layers, or none");
+  graph.streams = waits != 0;
 }
 
 GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
                          const GpuProgramRecord& program, const BufferIndex& index) {
-  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), {}, {}};
+  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), false, {}, {}};
   const auto nodes = node["nodes"].elements();
   if (nodes.empty() || nodes.size() > kMostNodes)
     node["nodes"].refuse("a list of 1 to " + std::to_string(kMostNodes) + " nodes");
@@ -133,7 +147,9 @@ GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
   }
   graph.order = topological_order(graph.nodes);
   if (graph.order.size() != graph.nodes.size()) node["nodes"].refuse("without a cycle in \"after\"");
-  if (const auto wrong = wrong_hand_over(graph)) nodes[wrong->node]["hand_over"].refuse(wrong->expected);
+  if (const auto wrong = wrong_hand_over(graph, program.flags))
+    nodes[wrong->node]["hand_over"].refuse(wrong->expected);
+  check_stream(node["nodes"], graph, program);
   return graph;
 }
 
@@ -153,6 +169,8 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
     if (!index.emplace(program.buffers.back().name, program.buffers.size() - 1).second)
       node["name"].refuse("named once");
   }
+  if (root.has("stream"))
+    program.stream = StreamRecord::parse(root["stream"], program.buffers, program.flags);
   for (const CheckedJson& node : root["graphs"].elements()) {
     GraphRecord graph = graph_record(node, kernels, program, index);
     for (const GraphRecord& other : program.graphs)

@@ -5,12 +5,14 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
 #include <vector>
 
 #include "kernel_table.h"
+#include "stream_record.h"
 
 namespace hetcomp::gpu {
 
@@ -23,6 +25,7 @@ enum class BufferKind {
   kStep,       // the host writes it before a step, kernels read it in device memory
   kPinnedIn,   // in host memory: what the CPU hands to kernels
   kPinnedOut,  // in host memory: what kernels hand to the CPU
+  kStream,     // experts that come from the host's memory during a step, and where they are
 };
 
 // A piece of a file that fills a piece of a buffer.
@@ -53,7 +56,8 @@ struct KernelNode {
   std::vector<ArgumentValue> arguments;
 };
 
-// To the CPU: the GPU raises the flag. To the GPU: the GPU waits until the CPU has answered it.
+// To the CPU: the GPU raises the flag. To the GPU: the GPU waits until the CPU has answered it, or, of flags
+// behind the hand-overs', until what is streamed has come.
 struct HandOver {
   enum class To { kCpu, kGpu };
   std::uint32_t flag;
@@ -66,10 +70,11 @@ struct NodeRecord {
 };
 
 // exact: the kernels work on `batch` rows, whatever the step has. Else they read how many it has, at most
-// `batch`.
+// `batch`. streams: it waits for what is streamed, layer after layer.
 struct GraphRecord {
   std::int32_t batch;
   bool exact;
+  bool streams;
   std::vector<NodeRecord> nodes;
   std::vector<std::size_t> order;  // all nodes, each behind those it comes after
 };
@@ -85,7 +90,13 @@ struct GpuProgramRecord {
   std::uint64_t device_bytes;  // the plan's figure: device memory of all buffers and scratch
   std::uint32_t flags;         // hand-overs that a graph may have
   std::vector<BufferRecord> buffers;
+  std::optional<StreamRecord> stream;
   std::vector<GraphRecord> graphs;
+
+  // Flags of hand-overs and of what is streamed.
+  std::uint32_t all_flags() const {
+    return flags + (stream ? static_cast<std::uint32_t>(stream->layers.size()) : 0);
+  }
 };
 
 }  // namespace hetcomp::gpu

@@ -1,0 +1,104 @@
+// Copies experts from the host's memory to the GPU while it computes, in steps of a prompt.
+//
+// A layer's copies begin when the routing of the layer before is known, with those experts that are likely to
+// be needed, and end when its own is known; the rest is the CPU's. Two halves of slots take turns: when the
+// CPU gets a layer's routing, the GPU is done with the layer before it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "device_context.h"
+#include "device_memory.h"
+#include "hand_shake.h"
+#include "program_buffers.h"
+#include "program_record.h"
+
+namespace hetcomp::gpu {
+
+// The CPU's weights in memory: `regions` is what they lie in.
+struct HostWeights {
+  std::vector<std::span<const std::uint8_t>> weights;  // in the manifest's order
+  std::vector<std::span<const std::uint8_t>> regions;
+};
+
+struct StreamStatistics {
+  std::int64_t layers = 0;          // that streamed anything
+  std::int64_t experts_copied = 0;  // to the GPU
+  std::int64_t experts_wanted = 0;  // that some token chose, of those that the GPU has not got
+  std::int64_t bytes = 0;           // copied
+};
+
+class ExpertStream {
+ public:
+  // program: with a stream; all must outlive this. The context must be current, as it must be whenever this
+  // is used.
+  ExpertStream(const CudaDriver& driver, const DeviceContext& context, const GpuProgramRecord& program,
+               const ProgramBuffers& buffers, HandShake& hand_shake, CUstream step_stream);
+
+  // Pins the CPU's weights, which must stay where they are. Until then, and if the system refuses (the reason
+  // is returned, else ""), nothing is copied: the CPU computes all that the GPU has not got. Throws Error: a
+  // source lies beyond its weight.
+  std::string attach(const HostWeights& weights);
+
+  // Before the graph of a step of so many tokens is launched; its stream flags are this object's.
+  void begin(std::int64_t tokens);
+  // When the CPU has the routing of hand-over `flag`: decides, and leaves to the CPU what the GPU does not
+  // compute: the other choices become -1. Hand-overs that are no streamed layer's are left alone.
+  void route(std::uint32_t flag);
+  // When the GPU is at rest.
+  void end() noexcept;
+
+  // By hand-over: 1 where the CPU has nothing to compute in this step.
+  const std::uint8_t* skip() const { return skip_.data(); }
+  const StreamStatistics& statistics() const { return statistics_; }
+  void reset_statistics() { statistics_ = {}; }
+
+ private:
+  struct Operand {
+    CUdeviceptr slots;
+    std::uint64_t expert_bytes;
+    std::vector<const std::uint8_t*> sources;  // by expert; null: not the CPU's
+  };
+  struct Layer {
+    std::vector<Operand> operands;
+    std::vector<std::int32_t> streamable;  // experts that the CPU has, ascending
+    std::vector<std::int32_t> order;       // in this step: the one in slot 0, in slot 1, ..
+    std::size_t copied = 0;                // of them, so far
+    bool asked = true;                     // whether the CPU gets the layer's input
+    std::uint64_t expert_bytes = 0;        // of all operands
+  };
+
+  std::size_t expect(std::size_t index);
+  std::span<std::int32_t> choices(const StreamLayer& record) const;
+  std::size_t decide(std::size_t index, const std::vector<std::int32_t>& count);
+  std::size_t split(const Layer& layer, std::span<const std::int32_t> tokens, const StreamLayer& record,
+                    double resident_us) const;
+  void copy(Layer& layer, std::size_t to);
+  void leave_to_cpu(std::size_t index, std::span<std::int32_t> ids, std::size_t streamed);
+  void send_row(std::size_t row, CUstream stream);
+  std::span<std::int32_t> row(std::size_t index) const;
+  std::int32_t& word(std::size_t row, std::uint64_t offset) const;
+
+  const CudaDriver& driver_;
+  const DeviceContext& context_;
+  const GpuProgramRecord& program_;
+  const StreamRecord& record_;
+  const ProgramBuffers& buffers_;
+  HandShake& hand_shake_;
+  CUstream step_stream_;
+  StreamHandle stream_;
+  PinnedMemory rows_;
+  std::vector<Layer> layers_;
+  std::vector<std::uint8_t> skip_;
+  std::vector<PinnedRegion> regions_;
+  StreamStatistics statistics_;
+  bool attached_ = false;
+  std::int64_t tokens_ = 0;  // of the step; 0: none runs, or it streams nothing
+};
+
+}  // namespace hetcomp::gpu
