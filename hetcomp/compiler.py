@@ -27,6 +27,7 @@ from hetcomp.passes.format_search import search_formats
 from hetcomp.passes.phases import default_mix
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
+from hetcomp.passes.stream_experts import step_tokens
 from hetcomp.planned import Planned
 from hetcomp.progress import ProgressSink, QuietProgress
 from hetcomp.replay import replay
@@ -44,9 +45,8 @@ MAX_STEP_TOKENS = 512
 MAX_LOGIT_ROWS = 64
 
 
-# Largest step where a GPU takes part: weights that are streamed to it pay only when many tokens share them
-# (FreeToken streams whole layers for chunks of 4,096 and more).
-MAX_GPU_STEP_TOKENS = 4096
+# Largest step where a GPU takes part. FreeToken streams whole layers for chunks of 4,096 tokens and more.
+MAX_GPU_STEP_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def plan_model(
         max_logit_rows=MAX_LOGIT_ROWS,
     )
     context = replace(context, checkpoint=imported.checkpoint)
+    if context.use_gpus and not planning and mix is None:
+        imported = replace(imported, plan=_largest_step(imported.plan, context))
     usual = replace(default_mix(imported.plan.dim("context").max), batch=max_batch)
     imported = replace(imported, plan=replace(imported.plan, mix=mix or usual))
     _check_mix(imported.plan)
@@ -165,6 +167,12 @@ def _step_tokens(context: Context, mix: Mix | None) -> int:
         return MAX_STEP_TOKENS
     wanted = mix.prompt if mix else MAX_STEP_TOKENS if context.planning else MAX_GPU_STEP_TOKENS
     return min(MAX_GPU_STEP_TOKENS, max(MAX_STEP_TOKENS, wanted))
+
+
+def _largest_step(plan: Plan, context: Context) -> Plan:
+    """The plan with so many tokens a step as streamed experts and the GPU's memory suggest."""
+    tokens = step_tokens(run_pipeline(plan, context, stop_after="choose_formats"), context)
+    return replace(plan, dims=tuple(replace(d, max=tokens) if d.name == "T" else d for d in plan.dims))
 
 
 def _check_mix(plan: Plan) -> None:

@@ -20,6 +20,7 @@ from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.passes.routing import sample_tokens
+from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
 
@@ -168,6 +169,7 @@ class StepTasks:
         shares = self.context.expert_shares(self._moe_layer - 1, a.experts)
         tokens = sample_tokens(shares, a.top_k, self._work(template, op).rows, generator)
         size = self._expert_bytes(template, op)
+        placement = self._with_streams(template, op, placement, tokens, size)
         done: list[int] = []
         on_cpu: dict[str, float] = defaultdict(float)
         read: dict[str, float] = defaultdict(float)
@@ -180,6 +182,35 @@ class StepTasks:
             done += self._gpu_experts(template, op, device, runs, tokens, size, layer, after, placement)
         done += self._cpu_experts(op, placement, layer, on_cpu, read, after)
         return tuple(done)
+
+    def _with_streams(
+        self, template: Template, op: Op, placement: Placement, tokens: NDArray[np.int64], size: float
+    ) -> Placement:
+        """The placement with those of the CPU's experts streamed that the runtime would stream in this step."""
+        a, stream = op.attrs, self.plan.stream
+        assert isinstance(a, ops.MoeExperts)
+        gpu = placement.device
+        if stream is None or not gpu.startswith("gpu:") or self.step.tokens == self.step.sequences:
+            return placement
+        mine = [e for run in placement.experts for e in range(run.first, run.last + 1) if run.device == gpu]
+        others = [e for run in placement.experts for e in range(run.first, run.last + 1) if run.device != gpu]
+        order = sorted((e for e in others if tokens[e]), key=lambda e: (-int(tokens[e]), e))
+        given = SplitInput(
+            tokens=[int(tokens[e]) for e in order],
+            copied=0,
+            slots=stream.slots,
+            step_tokens=self.step.tokens,
+            resident_us=sum(time_at(stream.rates.gpu_expert_us, int(tokens[e])) for e in mine if tokens[e]),
+            expert_bytes=size,
+            activation_bytes=4.0 * a.hidden,
+        )
+        chosen = set(order[: split_experts(given, stream.rates)])
+        runs = [
+            replace(run, first=e, last=e, streamed_to=gpu if e in chosen else None)
+            for run in placement.experts
+            for e in range(run.first, run.last + 1)
+        ]
+        return replace(placement, experts=tuple(runs))
 
     def _gpu_experts(
         self,

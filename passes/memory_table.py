@@ -10,6 +10,9 @@ from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
 from hetcomp.passes.context import FORMATS, Context
 
+# CUDA context, module code and the graph's own nodes on every GPU in use (300 to 500 MB seen with R570 drivers).
+GPU_RESERVE = 600 << 20
+
 
 @dataclass(frozen=True)
 class MemoryRow:
@@ -116,3 +119,11 @@ def _bytes_in(plan: Plan, context: Context, form: str) -> int:
         if value.kind is ValueKind.WEIGHT and value.type.layout != ROW_MAJOR and value.format != form:
             size += context.target.packed_bytes(replace(value, format=form)) - context.target.packed_bytes(value)
     return size
+
+
+def workspace_estimate(plan: Plan) -> int:
+    """Upper bound of a step's activations: those of the largest template without sharing memory."""
+    dims = plan.max_dims()
+    sizes = [sum(v.type.bytes(dims) for v in t.values if v.kind is ValueKind.ACT) for t in plan.templates]
+    handed = {v.type.bytes(dims) for v in plan.values if v.kind is ValueKind.ACT}
+    return max(sizes, default=0) + 2 * max(handed, default=0)

@@ -45,8 +45,7 @@ def propose(problem: Problem) -> Proposals:
     by_gain = greedy(problem)
     others = [(MILP, solved_for), (GREEDY, by_gain), (GPU_FIRST, greedy(problem, whatever=True))]
     others.append((CPU_ONLY, cpu_only(problem)))
-    others = [(name, None if a is None else small_ones_at_neighbours(problem, a)) for name, a in others]
-    fitting = [(name, a) for name, a in others if a is not None and fits(problem, a)]
+    fitting = [(name, _tidied(problem, a)) for name, a in others if a is not None and fits(problem, a)]
     bound = solved.bound if blocks.problem is problem else model.model.relaxed_bound()
     if not fitting and len(problem.node_share) > 1:
         # The cut over the nodes does not fit; whole experts on single nodes may.
@@ -62,3 +61,10 @@ def propose(problem: Problem) -> Proposals:
         greedy_us=assignment_us(problem, by_gain),
         message=solved.message,
     )
+
+
+def _tidied(problem: Problem, assignment: Assignment) -> Assignment:
+    """Without needless transfers, and spread where that is wanted; as it is where that would not fit."""
+    moved = small_ones_at_neighbours(problem, assignment)
+    moved = in_order(problem, moved) if problem.spread else moved
+    return moved if fits(problem, moved) else assignment

@@ -16,16 +16,14 @@ from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, launch_us, link_gb_per_s
 from hetcomp.passes.expert_statistics import inclusion
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
-from hetcomp.passes.memory_table import gpu_limit
+from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
 from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.pins import pinned_device
-from hetcomp.passes.stream_experts import stream_bytes
+from hetcomp.passes.stream_experts import stream_reserve
 from hetcomp.passes.work import activation_bytes, work_of
 
 # Weights below this are not worth a decision of their own (norms, biases): such ops go where their input is made.
 SMALL_BYTES = 1 << 18
-# CUDA context, module code and the graph's own nodes on every GPU in use (300 to 500 MB seen with R570 drivers).
-GPU_RESERVE = 600 << 20
 # Experts in flight to the GPU: two halves of a ring of this many.
 STAGED_EXPERTS = 16
 
@@ -111,7 +109,7 @@ class Problem:
     ``joint_share``: part of the memory's joint bandwidth that the fastest link takes while it copies. ``barrier_us``
     and ``launch_us[i]``: what it costs to start a layer's experts on the CPU and on GPU i. ``streaming``: weights may
     be copied to a GPU in every step, and experts live on another GPU than the one that makes their input; no code is
-    generated for either."""
+    generated for either. ``spread``: equal layers that are placed differently should stand apart."""
 
     phases: tuple[Phase, ...]
     groups: tuple[Group, ...]
@@ -127,6 +125,7 @@ class Problem:
     barrier_us: float = 0.0
     launch_us: tuple[float, ...] = ()
     streaming: bool = True
+    spread: bool = False
 
     @property
     def staging_bytes(self) -> int:
@@ -145,8 +144,8 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     builder.build()
     main = max(range(len(nodes)), key=lambda i: (share[i], -i))
     caps = [gpu_limit(gpu, context) for gpu in gpus]
-    if not context.planning:
-        caps = [cap - _stream_reserve(plan, context, cap) for cap in caps]
+    reserve = 0 if context.planning else max((stream_reserve(plan, context, cap) for cap in caps), default=0)
+    caps = [cap - reserve for cap in caps]
     room = sum(caps) - GPU_RESERVE - workspace_estimate(plan)
     return Problem(
         phases=builder.steps,
@@ -163,15 +162,8 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         barrier_us=profile.barrier_us,
         launch_us=tuple(launch_us(g) for g in gpus),
         streaming=context.planning,
+        spread=reserve > 0,
     )
-
-
-def _stream_reserve(plan: Plan, context: Context, room: int) -> int:
-    """What experts on their way take of a GPU: nothing where it has room for everything."""
-    stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
-    states = sum(v.type.bytes(plan.max_dims()) for v in plan.values if v.kind is ValueKind.STATE)
-    everything = sum(context.target.packed_bytes(v) for v in stored) + states + workspace_estimate(plan) + GPU_RESERVE
-    return 0 if everything <= room else stream_bytes(plan, context, room)
 
 
 def _caches_first(groups: Sequence[Group], room: int) -> tuple[Group, ...]:
@@ -188,14 +180,6 @@ def _caches_first(groups: Sequence[Group], room: int) -> tuple[Group, ...]:
 def staging_bytes(largest_expert: int) -> int:
     """Memory of a GPU for experts in flight: both halves of the ring."""
     return 2 * STAGED_EXPERTS * largest_expert
-
-
-def workspace_estimate(plan: Plan) -> int:
-    """Upper bound of a step's activations: those of the largest template without sharing memory."""
-    dims = plan.max_dims()
-    sizes = [sum(v.type.bytes(dims) for v in t.values if v.kind is ValueKind.ACT) for t in plan.templates]
-    handed = {v.type.bytes(dims) for v in plan.values if v.kind is ValueKind.ACT}
-    return max(sizes, default=0) + 2 * max(handed, default=0)
 
 
 class _Builder:

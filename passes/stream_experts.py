@@ -18,7 +18,7 @@ from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import gpu_time, link_gb_per_s
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
-from hetcomp.passes.memory_table import gpu_limit
+from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.registry import plan_pass
 from hetcomp.passes.work import Work, work_of
@@ -28,6 +28,8 @@ from hetcomp.passes.work import Work, work_of
 _STREAM_PART = 8
 # Fewer at once would be too small a part of a layer to matter (or of a layer that has fewer: all).
 _LEAST_SLOTS = 8
+# Of the largest step, where something is streamed; from the second on, where nothing is.
+STREAMED_STEP_TOKENS = (8192, 4096, 2048, 1024, 512)
 _EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _STEP_TOKENS = (32, 128, 512, 2048, 8192)
 
@@ -68,19 +70,40 @@ def room_of_gpu(context: Context) -> int:
     return gpu_limit(context.profile.gpus[0], context) if context.use_gpus and context.profile.gpus else 0
 
 
+def step_tokens(plan: Plan, context: Context) -> int:
+    """Tokens of the largest step of a plan that code is generated for, where the user has no wish: many, because they
+    share what is streamed, if something is; but the activations take no larger part of the GPU than streams may."""
+    room = room_of_gpu(context)
+    streamed = stream_reserve(plan, context, room) > 0
+    for tokens in STREAMED_STEP_TOKENS if streamed else STREAMED_STEP_TOKENS[1:]:
+        bounds = tuple(replace(d, max=tokens) if d.name == "T" else d for d in plan.dims)
+        if workspace_estimate(replace(plan, dims=bounds)) <= room // _STREAM_PART:
+            return min(tokens, plan.dim("T").max)
+    return min(STREAMED_STEP_TOKENS[-1], plan.dim("T").max)
+
+
 def stream_slots(plan: Plan, context: Context, room: int) -> int:
     """Experts of a layer that may be on their way at once within a GPU's ``room`` bytes; 0: none."""
     ops = [(op, t) for t in plan.templates for op in t.ops if isinstance(op.attrs, MoeExperts)]
     if not ops:
         return 0
     most = max(op.attrs.experts for op, _ in ops if isinstance(op.attrs, MoeExperts))
-    slots = min(most, room // _STREAM_PART // (2 * max(1, largest_expert(plan, context))))
+    part = max(0, room - GPU_RESERVE) // _STREAM_PART
+    slots = min(most, part // (2 * max(1, largest_expert(plan, context))))
     return slots if slots >= min(_LEAST_SLOTS, most) else 0
 
 
 def stream_bytes(plan: Plan, context: Context, room: int) -> int:
     """What the slots take of the GPU."""
     return 2 * stream_slots(plan, context, room) * largest_expert(plan, context)
+
+
+def stream_reserve(plan: Plan, context: Context, room: int) -> int:
+    """What experts on their way take of a GPU: nothing where it has room for everything."""
+    stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
+    states = sum(v.type.bytes(plan.max_dims()) for v in plan.values if v.kind is ValueKind.STATE)
+    everything = sum(context.target.packed_bytes(v) for v in stored) + states + workspace_estimate(plan) + GPU_RESERVE
+    return 0 if everything <= room else stream_bytes(plan, context, room)
 
 
 def largest_expert(plan: Plan, context: Context) -> int:

@@ -16,8 +16,9 @@ from hetcomp.ir.events import Event
 from hetcomp.ir.plan import Op, Plan, ValueKind
 from hetcomp.passes.choose_formats import weight_role
 from hetcomp.passes.device_time import GPU_READS, gpu_tflops
+from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.passes.phases import Phase, phases
-from hetcomp.passes.placement_problem import GPU_RESERVE, STAGED_EXPERTS
+from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.prediction import trace
 
 KV_CACHE, WORKSPACE = "KV cache", "activations"

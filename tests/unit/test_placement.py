@@ -20,6 +20,7 @@ from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
+from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.passes.mix_time import mix_us
 from hetcomp.passes.phases import phases
 from hetcomp.passes.pins import parse_pin
@@ -28,7 +29,7 @@ from hetcomp.passes.placement_assignment import assignment_us, fits
 from hetcomp.passes.placement_blocks import in_order, join_layers
 from hetcomp.passes.placement_greedy import greedy
 from hetcomp.passes.placement_milp import PlacementModel
-from hetcomp.passes.placement_problem import GPU_RESERVE, Problem, placement_problem
+from hetcomp.passes.placement_problem import Problem, placement_problem
 from hetcomp.passes.simulate import trace
 from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, WIDTH, context, gpu, tiny_plan
 
