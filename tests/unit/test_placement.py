@@ -144,7 +144,9 @@ def test_the_solvers_objective_is_what_its_placement_takes(vram, gpus, dram):
     whole = placement_problem(costed(hybrid(vram, gpus=gpus, dram=dram)), hybrid(vram, gpus=gpus, dram=dram))
     found, solved = PlacementModel(whole).solve()
     assert found is not None and fits(whole, found)
-    assert assignment_us(whole, found) == pytest.approx(solved.objective, rel=1e-6)
+    # The solver stops a thousandth from its best, and then its variables for maxima may still be above them.
+    taken = assignment_us(whole, found)
+    assert solved.objective * (1 - 1e-3) <= taken <= solved.objective * (1 + 1e-6)
     assert solved.gap == pytest.approx((solved.objective - solved.bound) / solved.objective)
 
 
