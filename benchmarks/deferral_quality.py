@@ -3,8 +3,8 @@
 python -m benchmarks.deferral_quality [--choices 1,2,3] [--tokens 2048]
 
 The model runs in float32 in transformers with the definition of docs/decisions/expert-deferral.md; all experts count as
-the CPU's, every token as a generated one, the last MoE layer defers nothing. Windows of 512 tokens are read of each text
-of models_zoo/eval. KL divergences are of the model's own distribution from the changed one, in nats a token.
+the CPU's, every token as a generated one, the last MoE layer defers nothing. Windows of 512 tokens are read of each
+text of models_zoo/eval. KL divergences are of the model's own distribution from the changed one, in nats a token.
 """
 
 from __future__ import annotations

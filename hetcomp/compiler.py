@@ -20,6 +20,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.ir.annotations import Mix
+from hetcomp.ir.deferral import moe_layers
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.context import Context, DeferralRequest, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
@@ -133,8 +134,13 @@ def plan_model(
 
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:
-    """The same model, wishes and formats on another machine; nothing is traced again."""
-    context = replace(planned.context, profile=profile, use_gpus=bool(profile.gpus) and planned.context.vram != 0)
+    """The same model, wishes and formats on another machine; nothing is traced again. Deferral that was measured is
+    taken as it was found: plans of one accuracy are compared."""
+    deferral = planned.context.deferral
+    if deferral is not None and deferral.measure is not None:
+        deferral = DeferralRequest(max((layer.placement.deferred for layer in moe_layers(planned.plan)), default=0))
+    use_gpus = bool(profile.gpus) and planned.context.vram != 0
+    context = replace(planned.context, profile=profile, use_gpus=use_gpus, deferral=deferral)
     seconds: dict[str, float] = {}
     plan = run_pipeline(planned.imported.plan, context, seconds=seconds)
     return Planned(plan, planned.imported, planned.target, profile, context, seconds)

@@ -27,8 +27,7 @@ _ROWS = 64  # of logits that are compared at a time: a vocabulary of 150k is 77 
 
 
 class DeferralOnText:
-    """A :class:`hetcomp.ir.target.DeferralMeasure` that loads the model when it is first asked, and answers the same
-    question once.
+    """A :class:`hetcomp.ir.target.DeferralMeasure` that loads the model when it is asked what it does not know yet.
 
     model: a Hugging Face folder with weights, or a zoo name; it is loaded whole, in float32. text: a UTF-8 file (None:
     the zoo's evaluation texts), of which ``tokens`` tokens are taken in windows of at most 512. Every token is treated
@@ -40,16 +39,17 @@ class DeferralOnText:
     ) -> None:
         self._model, self._text, self._tokens = model, text, tokens
         self._progress = progress or QuietProgress()
-        self._answers: dict[tuple[tuple[LayerChoices, ...], ...], tuple[DeferralQuality, ...]] = {}
+        self._known: dict[tuple[LayerChoices, ...], DeferralQuality] = {}
 
     def __call__(self, candidates: Sequence[Sequence[LayerChoices]]) -> Sequence[DeferralQuality]:
         """The quality with each candidate."""
-        question = tuple(tuple(layers) for layers in candidates)
-        if question not in self._answers:
-            self._answers[question] = self._measure(question)
-        return self._answers[question]
+        wanted = [tuple(layers) for layers in candidates]
+        new = [layers for layers in dict.fromkeys(wanted) if layers not in self._known]
+        if new:
+            self._known |= zip(new, self._measure(new), strict=True)
+        return [self._known[layers] for layers in wanted]
 
-    def _measure(self, candidates: tuple[tuple[LayerChoices, ...], ...]) -> tuple[DeferralQuality, ...]:
+    def _measure(self, candidates: Sequence[tuple[LayerChoices, ...]]) -> tuple[DeferralQuality, ...]:
         source = resolve(self._model)
         files = [Path(self._text)] if self._text is not None else evaluation_texts()
         windows = spread_windows([token_ids(source, file) for file in files], self._tokens)

@@ -12,8 +12,9 @@ from hetcomp.passes.context import Context, DeferralRequest
 from hetcomp.passes.idle_time import choices_to_fill, decode_us
 from hetcomp.passes.registry import plan_pass
 
-# A gain below this is within what the simulation's samples differ by, and not worth another result.
-_WORTH = 0.002
+# A gain of less than this, of deferring at all or one choice more, is not worth its inaccuracy; nor are the simulation's
+# samples more exact.
+_WORTH = 0.01
 
 
 @plan_pass(requires=("scheduled",), establishes=("deferral_chosen",))
@@ -22,8 +23,9 @@ def defer_experts(plan: Plan, context: Context) -> Plan:
 
     A layer can defer where the next MoE layer has such a hand-over too, so the last one never does. A number that the
     user gave is taken everywhere (up to top-k). Else a layer defers as many choices as fill the time in which the CPU
-    would wait for the next layer; of the caps of that number, from none down, the first is taken whose KL divergence on
-    text is within the budget. Where nothing can be deferred, or nothing is gained, a note says so.
+    would wait for the next layer, up to a cap for all layers: the lowest that is about as fast as none, or the highest
+    below it whose KL divergence on text is within the budget. Where nothing can be deferred, or nothing is gained, a
+    note says so.
     """
     request = context.deferral
     if request is None or request.choices == 0:
@@ -36,11 +38,22 @@ def defer_experts(plan: Plan, context: Context) -> Plan:
         most = request.choices
         counts = [min(most, layer.attrs.top_k) if can else 0 for layer, can in zip(layers, possible, strict=True)]
         return _noted(_with(plan, layers, counts), _summary(counts))
-    wanted = choices_to_fill(plan, layers, possible, context)
-    before, after = decode_us(plan, context), decode_us(_with(plan, layers, wanted), context)
-    if after > before * (1 - _WORTH):
+    wanted = _fast_enough(plan, layers, choices_to_fill(plan, layers, possible, context), context)
+    if not any(wanted):
         return _noted(plan, "deferral: none: a decode step would not be faster")
     return _within_budget(plan, layers, wanted, request)
+
+
+def _fast_enough(plan: Plan, layers: tuple[MoeLayer, ...], wanted: Sequence[int], context: Context) -> list[int]:
+    """``wanted`` with the lowest cap from which on one choice more gains too little."""
+    counts = list(wanted)
+    while any(counts):
+        fewer = [min(count, max(counts) - 1) for count in counts]
+        slower, faster = (decode_us(_with(plan, layers, some), context) for some in (fewer, counts))
+        if faster < slower * (1 - _WORTH):
+            break
+        counts = fewer
+    return counts
 
 
 def _within_budget(plan: Plan, layers: tuple[MoeLayer, ...], wanted: Sequence[int], request: DeferralRequest) -> Plan:

@@ -251,13 +251,12 @@ class StepTasks:
         after: tuple[int, ...],
     ) -> tuple[int, ...]:
         """What is deferred is computed after the answer; the lane's next task waits for it."""
-        adds = bool(left) or self._left
-        if not at_once and not adds:
+        if not at_once and not left and not self._left:
             return after if not at_once.us else ()
         away = placement.device.startswith("gpu:")
         if away:
             after = self._cross(op, layer, placement.device, "out", after)
-        done = self._on_nodes(op, placement, layer, at_once, after, always=adds)
+        done = self._on_nodes(op, placement, layer, at_once, after, adds=self._left) or after
         if away:
             done = self._cross(op, layer, placement.device, "in", done)
         if left:
@@ -272,17 +271,18 @@ class StepTasks:
         work: _CpuExperts,
         after: tuple[int, ...],
         *,
-        always: bool = False,
+        adds: bool = False,
         deferred: bool = False,
     ) -> tuple[int, ...]:
-        """On the lanes of the nodes that have anything to do, or of all, ``always``."""
+        """On the lanes of the nodes that have anything to do; or of all where what the layer before deferred is added,
+        behind one more barrier (``adds``)."""
         slices = lane_shares(replace(placement, experts=())) if len(placement.slices) > 1 else None
         done: list[int] = []
         for device, took in work.us.items():
-            if took <= 0 and not always:
+            if took <= 0 and not adds:
                 continue
             lanes = slices if slices and len(work.us) == 1 else {device: 1.0}
-            whole = took * max(lanes.values()) + self.profile.barrier_us
+            whole = took * max(lanes.values()) + self.profile.barrier_us * (1 + adds)
             for lane, share in lanes.items():
                 rate = min(work.read[device] * share / whole / 1e3, self.profile.bandwidth(int(lane[4:])))
                 done += self._add(op, layer, lane, whole, after, rate, deferred=deferred)
