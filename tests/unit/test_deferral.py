@@ -33,8 +33,9 @@ BESIDE_A_GPU = ("*=gpu:0", "moe.experts=cpu")
 
 
 def deferring(request: DeferralRequest | None, pins: Sequence[str] = BESIDE_A_GPU, layers: int = 4) -> Plan:
-    """The tiny plan with its experts on the CPU of a machine with one GPU."""
-    made = context(gpus=(gpu(),))
+    """The tiny plan with its experts on the CPU of a machine with one GPU. An expert of 12 kB takes the CPU 41 us, what
+    lies between two layers' experts the GPU some 30 us."""
+    made = context(gpus=(gpu(),), bandwidths=(0.3, 0.3))
     made = replace(made, use_gpus=True, pins=tuple(parse_pin(pin) for pin in pins), deferral=request)
     return run_pipeline(tiny_plan(layers), made)
 
