@@ -12,8 +12,8 @@ from hetcomp.passes.context import Context, DeferralRequest
 from hetcomp.passes.idle_time import choices_to_fill, decode_us
 from hetcomp.passes.registry import plan_pass
 
-# A gain of less than this, of deferring at all or one choice more, is not worth its inaccuracy; nor are the simulation's
-# samples more exact.
+# A gain of less than this, of deferring at all or one choice more, is not worth its inaccuracy; nor are the samples of
+# the simulation more exact.
 _WORTH = 0.01
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import ExpertPlacement, Placement
-from hetcomp.ir.deferral import deferred_role
+from hetcomp.ir.deferral import deferred_role, experts_on_cpu
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, launch_us
@@ -192,7 +192,8 @@ class StepTasks:
         # Only generated tokens are deferred: a decode step has one of every sequence.
         deferred = placement.deferred if self.step.tokens == self.step.sequences else 0
         rows = self._work(template, op).rows
-        tokens, later = sample_deferral(shares, a.top_k, rows, _on_cpu(placement, a.experts), deferred, generator)
+        on_cpu = np.array(experts_on_cpu(placement))
+        tokens, later = sample_deferral(shares, a.top_k, rows, on_cpu, deferred, generator)
         size = self._expert_bytes(template, op)
         done: list[int] = []
         at_once, left = _CpuExperts(), _CpuExperts()
@@ -343,14 +344,6 @@ def lane_shares(placement: Placement) -> dict[str, float]:
         sums[lane] += extent
     total = sum(sums.values())
     return {lane: extent / total for lane, extent in sums.items()} if total else {placement.device: 1.0}
-
-
-def _on_cpu(placement: Placement, experts: int) -> NDArray[np.bool_]:
-    """Whether each expert lives on the CPU."""
-    found = np.zeros(experts, dtype=bool)
-    for run in placement.experts:
-        found[run.first : run.last + 1] = run.device.startswith("cpu:")
-    return found
 
 
 def _devices(placement: Placement) -> set[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import Placement
 from hetcomp.ir.cpu_side import CpuRole, cpu_role
+from hetcomp.ir.homes import CPU, memory_of
 from hetcomp.ir.lifetimes import Lifetime
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template
@@ -33,8 +34,7 @@ class MoeLayer:
     @property
     def on_cpu(self) -> tuple[bool, ...]:
         """By expert, whether the plan's static tier has it on the CPU."""
-        runs = self.placement.experts
-        return tuple(run.device.startswith("cpu:") for run in runs for _ in range(run.first, run.last + 1))
+        return experts_on_cpu(self.placement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,12 @@ class LayerChoices:
 
     deferred: int
     on_cpu: tuple[bool, ...]
+
+
+def experts_on_cpu(placement: Placement) -> tuple[bool, ...]:
+    """By expert, whether it lives on the CPU."""
+    runs = placement.experts
+    return tuple(memory_of(run.device) == CPU for run in runs for _ in range(run.first, run.last + 1))
 
 
 def moe_layers(plan: Plan) -> tuple[MoeLayer, ...]:
