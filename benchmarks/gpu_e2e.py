@@ -3,7 +3,8 @@
 python -m benchmarks.gpu_e2e OUT.hetc [MORE.hetc ..] [--rounds 3] [--tokens 128] [--prompts 512,4096] [--batches 1,8]
 
 Decode is that of sequences with 16 tokens each; a batch's speed counts the
-tokens of all of them. Device memory is what the program has taken of the plan's figure.
+tokens of all of them. Device memory is what the program has taken of the plan's figure. Where the plan defers experts,
+decode is measured without that too, in turns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks import models, read_bandwidth
 from benchmarks.cpu_e2e import show
 from benchmarks.record import Record
 from benchmarks.worker import Worker
+from hetcomp.ir.deferral import deferrals
 
 _WARM_UP = 16
 
@@ -29,17 +31,25 @@ def run(record: Record, o: argparse.Namespace) -> None:
         # One artifact is loaded at a time: their weights together may be more than the memory.
         options = ("--threads", str(o.threads), "--weights", o.weights)
         with Worker(sys.executable, "hetcomp_worker", artifact, *options) as worker:
-            _measure(record, o, artifact.stem, worker, ids)
+            deferring = bool(deferrals(models.plan(artifact)))
+            _measure(record, o, artifact.stem, worker, ids, deferring=deferring)
             _compare(record, artifact)
 
 
-def _measure(record: Record, o: argparse.Namespace, name: str, worker: Worker, ids: list[int]) -> None:
+def _measure(
+    record: Record, o: argparse.Namespace, name: str, worker: Worker, ids: list[int], *, deferring: bool
+) -> None:
     record.versions.update(worker.call("version"))
     worker.call("decode", prompt=ids[:16], tokens=_WARM_UP)
     for length in o.prompts:
         worker.call("prefill", prompt=ids[:length])
     for _ in range(o.rounds):
         record.add(f"{name} decode", "tok/s", worker.call("decode", prompt=ids[:16], tokens=o.tokens))
+        if deferring:
+            worker.call("set_deferral", which="none")
+            plain = worker.call("decode", prompt=ids[:16], tokens=o.tokens)
+            record.add(f"{name} decode, nothing deferred", "tok/s", plain)
+            worker.call("set_deferral", which="generated")
         for batch in (b for b in o.batches if b > 1):
             speed = worker.call("decode_batch", prompt=ids[:16], sequences=batch, tokens=o.tokens // 2)
             record.add(f"{name} decode of {batch}", "tok/s", speed)

@@ -1,6 +1,7 @@
 """Artifacts of real shapes with random weights: speed needs no checkpoint of 60 GB.
 
 python -m benchmarks.random_artifact NAME OUT.hetc --formats q4 --isa amx_bf16 [--context 4096] [--vram 12G --pin ..]
+       [--defer 2]
 python -m benchmarks.random_artifact --weights-of OUT.hetc
 
 The first compiles the zoo's config NAME (--hollow: files of weights have their size, but nothing is written to them);
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--pin", action="append")
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--answer", type=int)
+    parser.add_argument("--defer", default="0")
     parser.add_argument("--hollow", action="store_true")
     parser.add_argument("--weights-of", type=Path)
     o = parser.parse_args()
@@ -154,7 +156,7 @@ def main() -> None:
             context=o.context,
             batch=o.batch,
             hw_profile=o.hw,
-            wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None),
+            wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None, o.defer),
         )
     else:
         parser.error("give NAME and OUT, or --weights-of")

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hetcomp import frontend
 from hetcomp.artifact.staging import staged_folder
@@ -20,8 +20,9 @@ from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.ir.annotations import Mix
+from hetcomp.ir.deferral import moe_layers
 from hetcomp.ir.plan import Plan
-from hetcomp.passes.context import Context, FormatRequest
+from hetcomp.passes.context import Context, DeferralRequest, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
 from hetcomp.passes.format_search import search_formats
 from hetcomp.passes.phases import default_mix
@@ -53,13 +54,20 @@ MAX_GPU_STEP_TOKENS = 16384
 class PlanWishes:
     """What a user may ask of placement. mix: prompt, answer and batch to optimise for. vram: bytes of each GPU that may
     be used, pinned_bytes: of pinned host memory. pins: ``ROLE[@LAYERS]=DEVICE`` each. statistics: path of a file of
-    expert statistics, or ``PATH#DOMAIN``."""
+    expert statistics, or ``PATH#DOMAIN``.
+
+    deferral: of each generated token at most so many choices of experts on the CPU are added one MoE layer later, where
+    a GPU computes attention; ``auto``: as many as make it faster, within a mean KL divergence of ``max_kl`` (nats a
+    token) that is measured on ``deferral_text`` (a UTF-8 file; None: the zoo's evaluation texts)."""
 
     mix: Mix | None = None
     vram: int | None = None
     pinned_bytes: int | None = None
     pins: Sequence[str] = ()
     statistics: str | None = None
+    deferral: int | Literal["auto"] = 0
+    max_kl: float = 0.01
+    deferral_text: str | Path | None = None
 
 
 def plan_model(
@@ -112,7 +120,8 @@ def plan_model(
         max_tokens=_step_tokens(context, mix),
         max_logit_rows=MAX_LOGIT_ROWS,
     )
-    context = replace(context, checkpoint=imported.checkpoint)
+    deferral = _deferral(model, wishes, imported.checkpoint is not None, progress)
+    context = replace(context, checkpoint=imported.checkpoint, deferral=deferral)
     if context.use_gpus and not planning and mix is None:
         imported = replace(imported, plan=_largest_step(imported.plan, context))
     usual = replace(default_mix(imported.plan.dim("context").max), batch=max_batch)
@@ -127,8 +136,13 @@ def plan_model(
 
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:
-    """The same model, wishes and formats on another machine; nothing is traced again."""
-    context = replace(planned.context, profile=profile, use_gpus=bool(profile.gpus) and planned.context.vram != 0)
+    """The same model, wishes and formats on another machine; nothing is traced again. Deferral that was measured is
+    taken as it was found: plans of one accuracy are compared."""
+    deferral = planned.context.deferral
+    if deferral is not None and deferral.measure is not None:
+        deferral = DeferralRequest(max((layer.placement.deferred for layer in moe_layers(planned.plan)), default=0))
+    use_gpus = bool(profile.gpus) and planned.context.vram != 0
+    context = replace(planned.context, profile=profile, use_gpus=use_gpus, deferral=deferral)
     seconds: dict[str, float] = {}
     plan = run_pipeline(planned.imported.plan, context, seconds=seconds)
     return Planned(plan, planned.imported, planned.target, profile, context, seconds)
@@ -182,6 +196,25 @@ def _check_mix(plan: Plan) -> None:
             f"A prompt of {mix.prompt} and an answer of {mix.answer} tokens do not fit into a context of {context}; "
             "give a longer --context or shorter texts."
         )
+
+
+def _deferral(
+    model: str | Path | torch.nn.Module, wishes: PlanWishes, has_weights: bool, progress: ProgressSink
+) -> DeferralRequest | None:
+    """A config without weights cannot be measured; its plan says so."""
+    if wishes.deferral != "auto":
+        if wishes.deferral < 0:
+            raise HetcompError(f"Deferral of {wishes.deferral} choices of a token is not possible; give 0 or more.")
+        return DeferralRequest(wishes.deferral) if wishes.deferral else None
+    if not wishes.max_kl > 0:
+        raise HetcompError(f"A KL divergence of at most {wishes.max_kl:g} allows no deferral; give --max-kl above 0.")
+    if not has_weights:
+        return DeferralRequest(None)
+    if not isinstance(model, str | Path):
+        raise HetcompError("Deferral is measured on text with a model in a folder; give a folder, or a number.")
+    from hetcomp.deferral_on_text import DeferralOnText
+
+    return DeferralRequest(None, wishes.max_kl, DeferralOnText(model, wishes.deferral_text, progress))
 
 
 def _statistics(spec: str | None) -> ExpertStatistics | None:

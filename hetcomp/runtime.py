@@ -32,6 +32,7 @@ from hetcomp.runtime_abi import (
 )
 
 _WEIGHTS = {"auto": 0, "mmap": 1, "ram": 2}
+_DEFERRAL = {"generated": 0, "all": 1, "none": 2}
 _NOTHING_GENERATED = -1
 
 IdsLike = Sequence[int] | NDArray[np.integer[Any]]
@@ -324,6 +325,13 @@ class Runtime:
     def reset_stats(self) -> None:
         """Sets the prefill and decode figures to zero."""
         call("hetcomp_model_reset_stats", self._handle.pointer)
+
+    def set_deferral(self, which: str) -> None:
+        """Of which tokens the model defers experts from the next step on, if its plan defers any: ``generated`` (decode
+        steps; so it is when loaded), ``all`` (prompts too: to measure on text what it costs), or ``none``."""
+        if which not in _DEFERRAL:
+            refuse(f"Deferral is of generated tokens, of all, or of none, not {which!r}.")
+        call("hetcomp_model_set_deferral", self._handle.pointer, _DEFERRAL[which])
 
     def tokenize(self, text: str, *, parse_special: bool = True, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. parse_special: special tokens in the text count as such. add_special:

@@ -118,6 +118,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "hetcomp_model_get_info": (_POINTER, ctypes.POINTER(ModelInfoStruct)),
     "hetcomp_model_stats": (_POINTER, _OUT),
     "hetcomp_model_reset_stats": (_POINTER,),
+    "hetcomp_model_set_deferral": (_POINTER, ctypes.c_int),
     "hetcomp_session_create": (_POINTER, _OUT),
     "hetcomp_session_truncate": (_POINTER, ctypes.c_int64),
     "hetcomp_session_length": (_POINTER, _INT64_OUT),

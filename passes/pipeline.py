@@ -13,6 +13,7 @@ from hetcomp.passes.annotate_cost import annotate_cost
 from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context
+from hetcomp.passes.defer_experts import defer_experts
 from hetcomp.passes.insert_transfers import insert_transfers
 from hetcomp.passes.place import place
 from hetcomp.passes.plan_memory import plan_memory
@@ -31,6 +32,7 @@ PIPELINE: tuple[PlanPass, ...] = (
     stream_experts,  # needs to know where experts are and whether they are cut
     insert_transfers,  # needs final devices; adds ops, so order and memory come after
     schedule,  # needs all ops there; its barriers decide which values are alive together
+    defer_experts,  # needs hand-overs and barriers: it simulates; what is deferred needs memory
     plan_memory,  # needs epochs
     simulate,  # last: predicts what all the decisions give
 )

@@ -14,14 +14,18 @@ from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.importance_command import importance_command
 from hetcomp.cli.options import (
+    DEFAULT_MAX_KL,
     Answer,
     Batch,
     Context,
     Debug,
+    Defer,
+    DeferText,
     DumpDir,
     Formats,
     Hw,
     IsaList,
+    MaxKl,
     Model,
     PinList,
     Pinned,
@@ -63,6 +67,9 @@ def compile_command(
     pinned: Pinned = None,
     pin: PinList = None,
     stats: Stats = None,
+    defer: Defer = "0",
+    max_kl: MaxKl = DEFAULT_MAX_KL,
+    defer_text: DeferText = None,
     cc: Annotated[
         str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
     ] = "auto",
@@ -87,7 +94,7 @@ def compile_command(
             max_batch=batch,
             formats=formats_of(formats),
             isa=isas_of(isa),
-            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats),
+            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text),
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:

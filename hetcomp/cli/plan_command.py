@@ -11,14 +11,18 @@ from rich.table import Table
 
 from hetcomp.cli.guard import guard
 from hetcomp.cli.options import (
+    DEFAULT_MAX_KL,
     Answer,
     Batch,
     Context,
     Debug,
+    Defer,
+    DeferText,
     DumpDir,
     Formats,
     Hw,
     IsaList,
+    MaxKl,
     Model,
     PinList,
     Pinned,
@@ -50,6 +54,9 @@ def plan_command(
     pinned: Pinned = None,
     pin: PinList = None,
     stats: Stats = None,
+    defer: Defer = "0",
+    max_kl: MaxKl = DEFAULT_MAX_KL,
+    defer_text: DeferText = None,
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
@@ -88,7 +95,7 @@ def plan_command(
                     max_batch=batch,
                     formats=formats_of(formats),
                     isa=isas_of(isa),
-                    wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats),
+                    wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text),
                     stop_after=stop_after,
                     dump_dir=dump_dir,
                     progress=progress,

@@ -12,6 +12,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu, Source
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.annotations import Placement
+from hetcomp.ir.deferral import whole_role
 from hetcomp.ir.events import Event
 from hetcomp.ir.plan import Op, Plan, ValueKind
 from hetcomp.passes.choose_formats import weight_role
@@ -231,7 +232,7 @@ def _busy(events: Sequence[Event]) -> dict[tuple[str, str], float]:
     lanes: dict[tuple[str, str], float] = defaultdict(float)
     for event in events:
         if " copy " not in event.lane:
-            lanes[event.lane, event.role] += event.us
+            lanes[event.lane, whole_role(event.role)] += event.us
     found: dict[tuple[str, str], float] = {}
     for (lane, role), us in lanes.items():
         key = (_kind(lane), role)

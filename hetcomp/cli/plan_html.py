@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from hetcomp.cli.plan_figures import ClassPoint, DeviceMemory, Figures, Roof, Step
 from hetcomp.cli.plan_placement import layer_runs, solution_line
+from hetcomp.ir.deferral import whole_role
 from hetcomp.ir.plan import Plan
 
 # What colours stand for, in memory bars and timelines alike; the template has a colour for each.
@@ -55,7 +56,7 @@ def embedded_json(data: object) -> str:
 
 def family(role: str) -> str:
     """The member of FAMILIES that an op role belongs to."""
-    if role == "moe.experts":
+    if whole_role(role) == "moe.experts":
         return "experts"
     if role == "transfer":
         return "transfer"

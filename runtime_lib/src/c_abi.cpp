@@ -218,6 +218,16 @@ hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model) {
   });
 }
 
+hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral which) {
+  return guard([&] {
+    require(model, "model");
+    if (which != HETCOMP_DEFER_GENERATED && which != HETCOMP_DEFER_ALL && which != HETCOMP_DEFER_NONE)
+      throw Error(HETCOMP_INVALID_ARGUMENT,
+                  "There is no hetcomp_deferral " + std::to_string(static_cast<int>(which)) + ".");
+    model->model->set_deferral(which);
+  });
+}
+
 // ---- sessions
 
 hetcomp_status hetcomp_session_create(hetcomp_model* model, hetcomp_session** out) {

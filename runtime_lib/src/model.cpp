@@ -241,6 +241,8 @@ void Model::run(const StepRequest& request) {
       .lane_ns = phase.timer_ns.empty() ? nullptr : phase.timer_ns.data(),
       .pinned = nullptr,
       .hand_over = nullptr,
+      .defer_experts = deferral_ == HETCOMP_DEFER_ALL ||
+                       (deferral_ == HETCOMP_DEFER_GENERATED && request.phase == Phase::kDecode),
   };
   const auto start = std::chrono::steady_clock::now();
   std::int32_t error = 0;
@@ -258,6 +260,11 @@ void Model::run(const StepRequest& request) {
     throw Error(HETCOMP_COMPUTE,
                 "A kernel of the program reported error " + std::to_string(error) + "; report this bug.");
   if (logits != request.logits && logit_bytes != 0) std::memcpy(request.logits, logits, logit_bytes);
+}
+
+void Model::set_deferral(hetcomp_deferral which) {
+  const std::lock_guard lock(step_mutex_);
+  deferral_ = which;
 }
 
 std::string Model::statistics_json() const {

@@ -70,6 +70,9 @@ class Model {
   // Sizes must be within the program's limits and every value in range. Throws Error.
   void run(const StepRequest& request);
 
+  // Of which tokens the plan's deferral of experts takes place from the next step on.
+  void set_deferral(hetcomp_deferral which);
+
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }
 
@@ -106,6 +109,7 @@ class Model {
   std::vector<std::int32_t> free_slots_;
 
   mutable std::mutex step_mutex_;
+  hetcomp_deferral deferral_ = HETCOMP_DEFER_GENERATED;
   Statistics statistics_;
 };
 

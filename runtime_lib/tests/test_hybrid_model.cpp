@@ -227,6 +227,31 @@ TEST_P(GpuModels, StepThatCannotBeLaunched) {
   expect_decode(model.get(), artifact, {&sequence}, {41});
 }
 
+TEST_F(HybridModels, StepsSayWhetherExpertsAreDeferred) {
+  const FakeHybrid artifact(FakeHybrid::Parts::kGpuAndCpu);
+  const ModelPtr model = load(artifact);
+  // Whether the steps of a prompt did, and that of a token behind it.
+  const auto deferring = [&] {
+    check(hetcomp_model_reset_stats(model.get()));
+    Sequence sequence(model.get());
+    sequence.prefill(range(3));
+    expect_decode(model.get(), artifact, {&sequence}, {25});
+    const Json stats = statistics(model.get());
+    return std::pair(stats["prefill"]["timers_ms"]["timer 1"] > 0,
+                     stats["decode"]["timers_ms"]["timer 1"] > 0);
+  };
+  EXPECT_EQ(deferring(), std::pair(false, true));
+  check(hetcomp_model_set_deferral(model.get(), HETCOMP_DEFER_ALL));
+  EXPECT_EQ(deferring(), std::pair(true, true));
+  check(hetcomp_model_set_deferral(model.get(), HETCOMP_DEFER_NONE));
+  EXPECT_EQ(deferring(), std::pair(false, false));
+  check(hetcomp_model_set_deferral(model.get(), HETCOMP_DEFER_GENERATED));
+  EXPECT_EQ(deferring(), std::pair(false, true));
+  EXPECT_EQ(hetcomp_model_set_deferral(nullptr, HETCOMP_DEFER_ALL), HETCOMP_INVALID_ARGUMENT);
+  EXPECT_EQ(hetcomp_model_set_deferral(model.get(), static_cast<hetcomp_deferral>(3)),
+            HETCOMP_INVALID_ARGUMENT);
+}
+
 TEST_F(HybridModels, ErrorOfAKernelOfTheCpu) {
   const FakeHybrid artifact;
   const ModelPtr model = load(artifact);

@@ -110,6 +110,18 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_numa_report(const hetcomp_model* mod
 /* Sets the figures of steps to zero. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model);
 
+/* Of a model compiled to defer experts (its plan leaves some of a token's experts to the next MoE layer):
+ * which tokens. */
+typedef enum hetcomp_deferral {
+  HETCOMP_DEFER_GENERATED = 0, /* those of decode steps: one token after others */
+  HETCOMP_DEFER_ALL = 1,       /* prompts too: to measure on text (hetcomp_forward) what it costs */
+  HETCOMP_DEFER_NONE = 2
+} hetcomp_deferral;
+
+/* From the model's next step on, of all its sessions; HETCOMP_DEFER_GENERATED when it is loaded. Without
+ * effect on models that defer nothing. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral which);
+
 /* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------
  */
 

@@ -51,6 +51,9 @@ typedef struct hetcomp_step {
   // program.n_pinned base addresses, 64-byte aligned: buffers that CPU and GPU both reach.
   uint8_t* const* pinned;
   hetcomp_hand_over* hand_over;  // null where program.n_flags is 0
+  // 1: a program whose plan defers experts does so in this step, of all its tokens. Nothing of it outlasts
+  // the step: what a layer defers is added in the same step.
+  int32_t defer_experts;
 } hetcomp_step;
 
 typedef struct hetcomp_program {

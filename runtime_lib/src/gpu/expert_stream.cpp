@@ -86,7 +86,7 @@ void ExpertStream::send_row(std::size_t row, CUstream stream) {
 
 void ExpertStream::begin(std::int64_t tokens) {
   std::ranges::fill(skip_, std::uint8_t{0});
-  if (!attached_) {
+  if (!attached_ || tokens == 0) {
     for (std::size_t i = 0; i <= layers_.size(); ++i) {
       std::ranges::fill(row(i), -1);
       word(i, record_.part_offset) = word(i, record_.ask_offset) = 1;

@@ -45,7 +45,8 @@ class ExpertStream {
   // source lies beyond its weight.
   std::string attach(const HostWeights& weights);
 
-  // Before the graph of a step of so many tokens is launched; its stream flags are this object's.
+  // Before the graph of a step of so many tokens is launched; its stream flags are this object's. 0: nothing
+  // is copied.
   void begin(std::int64_t tokens);
   // When the CPU has the routing of hand-over `flag`: decides, and leaves to the CPU what the GPU does not
   // compute: the other choices become -1. Hand-overs that are no streamed layer's are left alone.

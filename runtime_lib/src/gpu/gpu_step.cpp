@@ -192,14 +192,16 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Lanes& la
   step.pinned = pinned_.data();
   const auto cpu_work = [&](HandShake& hand_shake) {
     if (!has_hand_overs_) return;
-    ExpertStream* const experts = graph.streams ? program_.expert_stream() : nullptr;
+    ExpertStream* const experts =
+        graph.streams && step.defer_experts == 0 ? program_.expert_stream() : nullptr;
     Host host{hand_shake, experts};
     hetcomp_hand_over hand_over{&host, wait_for_gpu, answer, experts != nullptr ? experts->skip() : nullptr,
                                 std::numeric_limits<std::uint32_t>::max()};
     step.hand_over = &hand_over;
     lanes(step);
   };
-  program_.run(graph.batch, cpu_work, step.n_tokens);
+  // What is deferred is the CPU's; a step of a prompt defers only where somebody asks for it.
+  program_.run(graph.batch, cpu_work, step.defer_experts != 0 ? 0 : step.n_tokens);
   const auto rows = static_cast<std::size_t>(step.n_logit_rows);
   if (logits != nullptr && rows > 0)
     program_.fetch("logits", std::as_writable_bytes(std::span(logits, rows * vocab_)));
