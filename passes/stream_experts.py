@@ -28,7 +28,7 @@ from hetcomp.passes.work import Work, work_of
 _STREAM_PART = 8
 # Fewer at once would be too small a part of a layer to matter (or of a layer that has fewer: all).
 _LEAST_SLOTS = 8
-# The arena takes about so many times less than all activations together (Qwen3-30B-A3B: 0.68 of 1.2 GB at 8,192 tokens).
+# The arena takes about so many times less than all activations (Qwen3-30B-A3B: 0.68 of 1.2 GB at 8,192 tokens).
 _SHARED = 2
 # Of the largest step, where something is streamed; from the second on, where nothing is.
 STREAMED_STEP_TOKENS = (8192, 4096, 2048, 1024, 512)
