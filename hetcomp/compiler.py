@@ -71,14 +71,15 @@ def plan_model(
     formats: str | Mapping[str, str] = "auto",
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
-    planning: bool = True,
+    planning: bool = False,
     stop_after: str | None = None,
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Planned:
     """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
 
-    planning: nothing will be generated from the plan, which may then use several GPUs and stream weights to them.
+    planning: nothing will be generated from the plan, which may then use several GPUs and stream weights to them; else
+    it is the one that :func:`compile` generates.
     """
     progress = progress or QuietProgress()
     wishes = wishes or PlanWishes()
@@ -228,7 +229,6 @@ def compile(
         formats=formats,
         isa=isa,
         wishes=wishes,
-        planning=False,
         stop_after="lower" if plan is not None else None,
         dump_dir=dump_dir,
         progress=progress,

@@ -91,9 +91,7 @@ def compile_command(
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:
-                planned = plan_model(
-                    model, planning=False, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options
-                )
+                planned = plan_model(model, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options)
                 text = print_plan(planned.plan)
             else:
                 exe = compile(

@@ -38,7 +38,6 @@ def test_prefill_on_an_h200_is_predicted_within_15_percent(length):
         formats="q4",
         isa=["avx512"],
         wishes=PlanWishes(mix=Mix(length, 256, 1), vram=24 << 30, pins=("*=gpu:0",)),
-        planning=False,
     )
     predicted = next(t for t in planned.plan.timelines if t.phase == "prefill").tokens_per_s
     assert predicted == pytest.approx(measured(length), rel=0.15)
