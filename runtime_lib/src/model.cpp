@@ -200,7 +200,8 @@ void Model::run(const StepRequest& request) {
   const std::size_t logit_bytes =
       request.logit_rows.size() * static_cast<std::size_t>(facts().vocab) * sizeof(float);
   float* logits = request.logits;
-  if (!(gpu_ && gpu_->gives_logits()) && logits != nullptr && reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
+  if (!(gpu_ && gpu_->gives_logits()) && logits != nullptr &&
+      reinterpret_cast<std::uintptr_t>(logits) % Manifest::kAlignment != 0) {
     if (logits_.size() < logit_bytes) logits_ = Memory(logit_bytes, "the logits");
     logits = reinterpret_cast<float*>(logits_.data());
   }
@@ -225,7 +226,7 @@ void Model::run(const StepRequest& request) {
   std::int32_t error = 0;
   const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
   if (gpu_)
-    statistics_.gpu->steps[gpu_->run(step, request.best, run_lanes)] += 1;
+    statistics_.gpu->steps[gpu_->run(step, request.best, request.candidates, run_lanes)] += 1;
   else
     run_lanes(step);
   phase.seconds += seconds_since(start);
