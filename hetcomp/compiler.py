@@ -199,6 +199,7 @@ def compile(
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
     ccs: Sequence[int] = (),
+    tune: bool | None = None,
     plan: str | Path | None = None,
     importance: str | Path | None = None,
     dump_dir: Path | None = None,
@@ -214,7 +215,9 @@ def compile(
     q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
     lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
     wishes: what placement shall keep to; a GPU of the profile takes part unless ``wishes.vram`` is 0. ccs: compute
-    capabilities (80, 90, ..) that GPU code is generated for; by default the profile's GPU's.
+    capabilities (80, 90, ..) that GPU code is generated for; by default the profile's GPU's. tune: whether tiles of GPU
+    kernels are measured on this machine's GPU, at most a minute and remembered (None: where it has one that code is
+    generated for), or taken from tables.
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
@@ -250,7 +253,7 @@ def compile(
     with staged_folder(target) as staging:
         cuts = all_cuts(planned.plan)
         packer = WeightPacker(CutReader(checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
-        write_artifact(planned, packer, staging, progress, ccs)
+        write_artifact(planned, packer, staging, progress, ccs, tune)
     return Executable(target, owner=owner)
 
 
