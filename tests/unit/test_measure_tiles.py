@@ -163,6 +163,27 @@ def test_a_gpu_that_fails_leaves_the_tables_and_nothing_is_remembered(planned, c
     assert not list(tmp_path.rglob("tile-*.json"))
 
 
+def test_a_candidate_that_fails_takes_no_other_with_it(planned, compiled):
+    class Faulty(FakeTimer):
+        bad = ""
+
+        def time(self, job: TimingJob) -> list[VariantTime]:
+            names = [{launch.made.kernel.name for launch in variant} for variant in job.variants]
+            if any(self.bad in of_variant for of_variant in names):
+                return []
+            return super().time(job)
+
+    timer = Faulty()
+    program = lower_program(planned.plan, TileChoices(others=1))
+    assert program is not None
+    launches = [la for g in program.graphs for s in g.groups for la in s.code.launches]
+    timer.bad = next(la.kernel.name for la in launches if la.kernel.function == "attention_prefill")
+    measured = measure_tiles(planned.plan, timer, threads=1, progress=Progress())
+    attention = [m for m in measured if m.key.startswith("attention")]
+    assert attention and all(m.us[0] is not None and m.us[1] is None for m in attention)
+    assert all(None not in m.us[2:] for m in measured)
+
+
 def test_time_that_is_up_leaves_the_tables(planned, compiled):
     timer = FakeTimer()
     assert measure_tiles(planned.plan, timer, threads=1, progress=Progress(), budget_s=-1.0) == []
