@@ -41,8 +41,8 @@ struct StepRequest {
   std::span<const std::int32_t> slots;
   std::span<const std::int32_t> logit_rows;
   float* logits;  // null: not wanted
-  std::int32_t* best =
-      nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
+  // Not null: the most likely token of each row, -1 where logits are not finite.
+  std::int32_t* best = nullptr;
   // Not null: asked first; where it chooses a token, logits are left as they are.
   const CandidateRequest* candidates = nullptr;
 };

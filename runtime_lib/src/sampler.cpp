@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <unordered_set>
 
 #include "status.h"
 
@@ -109,9 +108,13 @@ void Sampler::penalise(std::span<float> logits, std::span<const std::int32_t> se
 
 // Candidates that fall below `least` are dropped: others may come before them now.
 void Sampler::penalise_candidates(std::span<const std::int32_t> seen, float least) {
-  const std::unordered_set<std::int32_t> ids(seen.begin(), seen.end());
+  std::int32_t end = 0;
+  for (const Candidate& candidate : candidates_) end = std::max(end, candidate.id + 1);
+  penalised_.assign(static_cast<std::size_t>(end), false);
+  for (const std::int32_t id : seen)
+    if (id < end) penalised_[static_cast<std::size_t>(id)] = true;
   for (Candidate& candidate : candidates_)
-    if (ids.contains(candidate.id)) candidate.logit = penalised(candidate.logit);
+    if (penalised_[static_cast<std::size_t>(candidate.id)]) candidate.logit = penalised(candidate.logit);
   std::erase_if(candidates_, [&](const Candidate& candidate) { return !(candidate.logit >= least); });
 }
 

@@ -1,4 +1,5 @@
-// The buffer in which a program gives the most likely tokens of its rows (hetcomp/backends/gpu/candidates.py).
+// The buffer in which a program gives the most likely tokens of its rows
+// (hetcomp/backends/gpu/candidates.py).
 #pragma once
 
 #include <cstddef>

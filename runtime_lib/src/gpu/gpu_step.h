@@ -29,8 +29,8 @@ class GpuStep {
   using Lanes = std::function<void(const hetcomp_step&)>;
   // Runs one step, which has the tokens and the caller's logits (null: not wanted). best: null, or where to
   // put the most likely token of each row of logits, -1 where they are not finite. candidates: null, or
-  // asked first, where the graph finds them: the logits may then not be fetched. Returns the batch size of the
-  // graph that it ran. One thread at a time. Throws Error as GpuProgram::run does; what `lanes` and the
+  // asked first, where the graph finds them: the logits may then not be fetched. Returns the batch size of
+  // the graph that it ran. One thread at a time. Throws Error as GpuProgram::run does; what `lanes` and the
   // request throw is passed on.
   std::int32_t run(hetcomp_step step, std::int32_t* best, const CandidateRequest* candidates,
                    const Lanes& lanes);
@@ -49,8 +49,7 @@ class GpuStep {
     std::int32_t position;
   };
   struct Inputs {  // on the host; empty where no kernel reads it
-    std::span<std::int32_t> ids, positions, slots, logit_rows, rows, logit_row_count,
-        inverse_temperatures;
+    std::span<std::int32_t> ids, positions, slots, logit_rows, rows, logit_row_count, inverse_temperatures;
   };
 
   void find_inputs(const ModelFacts& model);
