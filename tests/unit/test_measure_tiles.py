@@ -7,9 +7,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+import hetcomp.compiler
 from hetcomp.backends import packing
 from hetcomp.backends.gpu import measure_tiles as module
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
@@ -20,6 +23,7 @@ from hetcomp.backends.gpu.tile_choices import MeasuredTile, TileChoices, choices
 from hetcomp.backends.gpu.tile_timer import GpuTimer, TimingJob, VariantTime
 from hetcomp.backends.gpu.write_kernels import write_kernels
 from hetcomp.build_artifact import _measured_tiles
+from hetcomp.cli.main import app
 from hetcomp.compiler import PlanWishes, plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
@@ -210,6 +214,19 @@ def test_another_architecture_is_not_measured(planned, monkeypatch):
     assert _measured_tiles(planned, [90], None, Progress()) == []
     with pytest.raises(HetcompError, match="this machine's a GPU, but code is generated for compute capability 90"):
         _measured_tiles(planned, [90], True, Progress())
+
+
+@pytest.mark.parametrize(("option", "tune"), [([], None), (["--tune"], True), (["--no-tune"], False)])
+def test_the_command_line_decides(monkeypatch, option, tune):
+    seen: dict[str, object] = {}
+
+    def compile(model: str, **options: object) -> SimpleNamespace:
+        seen.update(options)
+        return SimpleNamespace(path="x.hetc")
+
+    monkeypatch.setattr(hetcomp.compiler, "compile", compile)
+    done = CliRunner().invoke(app, ["compile", "m", "-o", "x.hetc", *option])
+    assert done.exit_code == 0 and seen["tune"] is tune
 
 
 def test_the_artifact_tells_what_was_measured(tmp_path):
