@@ -20,6 +20,7 @@ from benchmarks.cpu_e2e import show
 from benchmarks.record import Record
 from benchmarks.worker import Worker
 from hetcomp.ir.deferral import deferrals
+from hetcomp.passes.phases import mix_of
 
 _WARM_UP = 16
 
@@ -61,14 +62,14 @@ def _measure(
 
 
 def _compare(record: Record, artifact: Path) -> None:
-    """The plan's prediction of a decode step beside the measured one."""
+    """The plan's predictions, of a decode step and of the prompt that it is made for, beside what was measured."""
     name, plan = artifact.stem, models.plan(artifact)
     record.conditions[f"{name} plan_sha256"] = models.plan_sha256(artifact)
     for timeline in plan.timelines:
-        if timeline.phase == "decode" and timeline.tokens == 1:
-            predicted = timeline.tokens_per_s
-            record.derived[f"{name} decode, predicted tok/s"] = predicted
-            record.derived[f"{name} decode, predicted / measured"] = predicted / record[f"{name} decode"].median
+        what = f"{name} decode" if timeline.phase == "decode" else f"{name} prefill {mix_of(plan).prompt}"
+        if timeline.phase in ("decode", "prefill") and any(s.name == what for s in record.series):
+            record.derived[f"{what}, predicted tok/s"] = timeline.tokens_per_s
+            record.derived[f"{what}, predicted / measured"] = timeline.tokens_per_s / record[what].median
 
 
 def main() -> None:

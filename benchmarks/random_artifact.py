@@ -88,7 +88,6 @@ def build(
         formats=formats,
         isa=isa,
         wishes=wishes,
-        planning=False,
     )
     with staged_folder(out) as staging:
         write_artifact(planned, RandomPacker(), staging, QuietProgress())

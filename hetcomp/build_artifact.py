@@ -19,6 +19,9 @@ from hetcomp.artifact.weight_files import WeightRecord, write_weights
 from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, write_manifest
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_kernels
 from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_program
+from hetcomp.backends.gpu.measure_tiles import measure_tiles
+from hetcomp.backends.gpu.tile_choices import MeasuredTile, choices_of
+from hetcomp.backends.gpu.tile_timer import GpuTimer
 from hetcomp.backends.gpu.write_kernels import write_kernels
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
 from hetcomp.backends.pack_weights import Packer
@@ -27,6 +30,7 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import select_kernels
 from hetcomp.backends.tvm import support_source
 from hetcomp.errors import HetcompError
+from hetcomp.ir.homes import on_gpu
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value
 from hetcomp.ir.printer import print_plan
@@ -43,16 +47,24 @@ def all_cuts(plan: Plan) -> dict[str, tuple[Value, Cut]]:
 
 
 def write_artifact(
-    planned: Planned, packer: Packer, staging: Path, progress: ProgressSink, ccs: Sequence[int] = ()
+    planned: Planned,
+    packer: Packer,
+    staging: Path,
+    progress: ProgressSink,
+    ccs: Sequence[int] = (),
+    tune: bool | None = False,
 ) -> None:
-    """Fills ``staging`` with the code, weights and documents of a planned model."""
+    """Fills ``staging`` with the code, weights and documents of a planned model. ``tune``: whether the GPU's tiles are
+    measured; None: where this machine has a GPU that code is generated for."""
     plan = planned.plan
     layout = ProgramLayout.of(plan)
     documents = _documents(planned, progress)
     digest = hashlib.sha256(documents.plan_json.encode()).hexdigest()
     # Code first: it fails early and cheaply, weights are the long part.
-    gpu = lower_program(plan)
-    compiled = _compile_gpu(planned, gpu, ccs, staging, progress) if gpu else []
+    wanted = sorted(set(ccs)) or [10 * major + minor for major, minor in _capabilities(planned)]
+    tiles = _measured_tiles(planned, wanted, tune, progress)
+    gpu = lower_program(plan, choices_of(tiles))
+    compiled = _compile_gpu(planned, gpu, wanted, tiles, staging, progress) if gpu else []
     for isa in planned.target.isas:
         _build_program(planned, isa, digest, staging, progress)
     of_gpu = gpu.weights if gpu else ()
@@ -91,12 +103,45 @@ def _write_weights(
     return write_weights(values, sizes, packer.chunks(values), staging, progress.advance, stem)
 
 
+def _capabilities(planned: Planned) -> list[tuple[int, int]]:
+    return [gpu.compute_capability for gpu in planned.profile.gpus[:1]]
+
+
+def _measured_tiles(
+    planned: Planned, wanted: Sequence[int], tune: bool | None, progress: ProgressSink
+) -> list[MeasuredTile]:
+    """What this machine's GPU is fastest with, if it is one that code is generated for. Raises HetcompError if it is
+    not and the user wants it measured."""
+    if tune is False or not on_gpu(planned.plan):
+        return []
+    timer = GpuTimer.open()
+    if timer is None:
+        if tune:
+            raise HetcompError(
+                "--tune times kernels on this machine's GPU, but there is none, or no driver that loads; leave --tune "
+                "out to take the tables' tiles."
+            )
+        return []
+    with timer:
+        if timer.cc in wanted:
+            return measure_tiles(planned.plan, timer, threads=planned.profile.compile_threads(), progress=progress)
+    if tune:
+        raise HetcompError(
+            f"--tune times kernels on this machine's {timer.name}, but code is generated for compute capability "
+            f"{', '.join(map(str, wanted))}; add {timer.cc} to --cc, or leave --tune out."
+        )
+    return []
+
+
 def _compile_gpu(
-    planned: Planned, program: GpuProgram, ccs: Sequence[int], staging: Path, progress: ProgressSink
+    planned: Planned,
+    program: GpuProgram,
+    wanted: Sequence[int],
+    tiles: Sequence[MeasuredTile],
+    staging: Path,
+    progress: ProgressSink,
 ) -> list[CompiledKernel]:
     """Compiles and writes the GPU's kernels. Raises HetcompError if the program needs more memory than it may."""
-    major, minor = planned.profile.gpus[0].compute_capability
-    wanted = sorted(set(ccs)) or [10 * major + minor]
     names = ", ".join(f"sm_{cc}" for cc in wanted)
     progress.stage(f"compile kernels ({names})", total=len(program.kernels) * len(wanted))
     compiled = compile_kernels(
@@ -111,7 +156,7 @@ def _compile_gpu(
             f"The GPU's part of the plan needs {needed:,} bytes, {limit:,} may be used; give a larger --vram, or a "
             "shorter --context or --prompt."
         )
-    write_kernels(compiled, staging / "gpu")
+    write_kernels(compiled, staging / "gpu", tiles)
     return compiled
 
 

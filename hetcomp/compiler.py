@@ -79,14 +79,15 @@ def plan_model(
     formats: str | Mapping[str, str] = "auto",
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
-    planning: bool = True,
+    planning: bool = False,
     stop_after: str | None = None,
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Planned:
     """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
 
-    planning: nothing will be generated from the plan, which may then use several GPUs and stream weights to them.
+    planning: nothing will be generated from the plan, which may then use several GPUs and stream weights to them; else
+    it is the one that :func:`compile` generates.
     """
     progress = progress or QuietProgress()
     wishes = wishes or PlanWishes()
@@ -239,6 +240,7 @@ def compile(
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
     ccs: Sequence[int] = (),
+    tune: bool | None = None,
     plan: str | Path | None = None,
     importance: str | Path | None = None,
     dump_dir: Path | None = None,
@@ -254,7 +256,9 @@ def compile(
     q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
     lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
     wishes: what placement shall keep to; a GPU of the profile takes part unless ``wishes.vram`` is 0. ccs: compute
-    capabilities (80, 90, ..) that GPU code is generated for; by default the profile's GPU's.
+    capabilities (80, 90, ..) that GPU code is generated for; by default the profile's GPU's. tune: whether tiles of GPU
+    kernels are measured on this machine's GPU, at most a minute and remembered (None: where it has one that code is
+    generated for), or taken from tables.
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
@@ -269,7 +273,6 @@ def compile(
         formats=formats,
         isa=isa,
         wishes=wishes,
-        planning=False,
         stop_after="lower" if plan is not None else None,
         dump_dir=dump_dir,
         progress=progress,
@@ -291,7 +294,7 @@ def compile(
     with staged_folder(target) as staging:
         cuts = all_cuts(planned.plan)
         packer = WeightPacker(CutReader(checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
-        write_artifact(planned, packer, staging, progress, ccs)
+        write_artifact(planned, packer, staging, progress, ccs, tune)
     return Executable(target, owner=owner)
 
 

@@ -73,6 +73,10 @@ def compile_command(
     cc: Annotated[
         str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
     ] = "auto",
+    tune: Annotated[
+        bool | None,
+        typer.Option("--tune/--no-tune", help="Time GPU kernels' tiles here (a minute, once); default: with a GPU."),
+    ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="Take the decisions of this plan.json.")] = None,
     importance: Annotated[
         Path | None, typer.Option("--importance", help="safetensors with each weight's column importances (q4, mxfp4).")
@@ -98,15 +102,14 @@ def compile_command(
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:
-                planned = plan_model(
-                    model, planning=False, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options
-                )
+                planned = plan_model(model, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options)
                 text = print_plan(planned.plan)
             else:
                 exe = compile(
                     model,
                     out=out,
                     ccs=ccs_of(cc),
+                    tune=tune,
                     plan=plan,
                     importance=importance,
                     dump_dir=dump_dir,

@@ -60,6 +60,10 @@ def plan_command(
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
+    explore: Annotated[
+        bool,
+        typer.Option("--explore", help="Also what hetcomp compile generates no code for: streaming, several GPUs."),
+    ] = False,
     help_most: Annotated[
         bool, typer.Option("--improvements/--no-improvements", help="Plan anew to find what would help most.")
     ] = True,
@@ -96,6 +100,7 @@ def plan_command(
                     formats=formats_of(formats),
                     isa=isas_of(isa),
                     wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text),
+                    planning=explore,
                     stop_after=stop_after,
                     dump_dir=dump_dir,
                     progress=progress,
@@ -114,14 +119,14 @@ def plan_command(
             write_text(html, plan_html(plan, _needed(figures)))
         if as_json:
             others = [(name, other.plan) for name, other in compared]
-            typer.echo(plan_report_json(plan, free, figures, compared=others, gains=gains))
+            typer.echo(plan_report_json(plan, free, figures, explored=explore, compared=others, gains=gains))
         elif text or stop_after:
             typer.echo(print_plan(plan))
         else:
             # The widest table takes less than this; rich would leave out the figures to the right.
             console = Console()
             console = Console(width=max(console.width, 100))
-            console.print(plan_report(plan, free, figures))
+            console.print(plan_report(plan, free, figures, explored=explore))
             if compared and planned is not None:
                 console.print(_comparison(planned, compared))
             for label, gain in gains:

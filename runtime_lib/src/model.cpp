@@ -248,7 +248,7 @@ void Model::run(const StepRequest& request) {
   std::int32_t error = 0;
   const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
   if (gpu_) {
-    statistics_.gpu->steps[gpu_->run(step, request.best, run_lanes)] += 1;
+    statistics_.gpu->steps[gpu_->run(step, request.best, request.candidates, run_lanes)] += 1;
     statistics_.gpu->stream = gpu_->stream_statistics();
   } else {
     run_lanes(step);

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "candidates.h"
 #include "chat_template.h"
 #include "gpu/gpu_step.h"
 #include "hetcomp/hetcomp.h"
@@ -40,8 +41,10 @@ struct StepRequest {
   std::span<const std::int32_t> slots;
   std::span<const std::int32_t> logit_rows;
   float* logits;  // null: not wanted
-  std::int32_t* best =
-      nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
+  // Not null: the most likely token of each row, -1 where logits are not finite.
+  std::int32_t* best = nullptr;
+  // Not null: asked first; where it chooses a token, logits are left as they are.
+  const CandidateRequest* candidates = nullptr;
 };
 
 // Thread safe.
@@ -75,6 +78,8 @@ class Model {
 
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }
+  // Whether some steps find candidates.
+  bool offers_candidates() const { return gpu_ && gpu_->offers_candidates(); }
 
   std::string statistics_json() const;
   // For every weight the node it should lie on and the pages that do.

@@ -55,12 +55,12 @@ void Session::check(std::span<const std::int32_t> ids) const {
 }
 
 void Session::step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
-                   float* logits, std::int32_t* best) {
+                   float* logits, std::int32_t* best, const CandidateRequest* candidates) {
   std::vector<std::int32_t> positions(ids.size());
   std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(length()));
   const std::vector<std::int32_t> slots(ids.size(), slot_);
   tokens_.reserve(tokens_.size() + ids.size());
-  model_->run({phase, ids, positions, slots, logit_rows, logits, best});
+  model_->run({phase, ids, positions, slots, logit_rows, logits, best, candidates});
   tokens_.insert(tokens_.end(), ids.begin(), ids.end());
 }
 
@@ -79,14 +79,16 @@ void Session::forward(std::span<const std::int32_t> ids, float* logits) {
   }
 }
 
-void Session::prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best) {
+void Session::prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best,
+                      const CandidateRequest* candidates) {
   check(ids);
   const auto largest = static_cast<std::size_t>(model_->facts().max_tokens);
   while (!ids.empty()) {
     const std::size_t n = std::min(largest, ids.size());
     const std::int32_t last = static_cast<std::int32_t>(n) - 1;
     const bool wanted = n == ids.size() && (logits != nullptr || best != nullptr);
-    step(phase, ids.first(n), {&last, wanted ? 1U : 0U}, wanted ? logits : nullptr, wanted ? best : nullptr);
+    step(phase, ids.first(n), {&last, wanted ? 1U : 0U}, wanted ? logits : nullptr, wanted ? best : nullptr,
+         wanted ? candidates : nullptr);
     ids = ids.subspan(n);
   }
 }

@@ -32,7 +32,9 @@ class Session {
   void forward(std::span<const std::int32_t> ids, float* logits);
   // Appends ids. logits: [vocab] of the last token, or null. phase: what the statistics count it as. best:
   // null, or where the most likely next token goes, -1 where the logits are not finite (Model::offers_best).
-  void prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best = nullptr);
+  // candidates: null, or asked first, before the tokens are the session's (StepRequest).
+  void prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best = nullptr,
+               const CandidateRequest* candidates = nullptr);
   void prefill(std::span<const std::int32_t> ids, float* logits) { prefill(ids, logits, phase_of(ids)); }
   // Throws Error unless 1 <= n <= room() and every id is in the vocabulary.
   void check(std::span<const std::int32_t> ids) const;
@@ -47,7 +49,7 @@ class Session {
     return ids.size() == 1 && length() > 0 ? Phase::kDecode : Phase::kPrefill;
   }
   void step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
-            float* logits, std::int32_t* best = nullptr);
+            float* logits, std::int32_t* best = nullptr, const CandidateRequest* candidates = nullptr);
 
   std::shared_ptr<Model> model_;
   std::int32_t slot_;

@@ -21,7 +21,7 @@ namespace hetcomp::fake {
 class FakeHybrid {
  public:
   enum class Parts { kGpuAndCpu, kGpu };
-  // Graphs: exactly 1 and 4 rows, and up to 7.
+  // Graphs: exactly 1 and 4 rows, these with candidates, and up to 7.
   explicit FakeHybrid(Parts parts = Parts::kGpuAndCpu);
   ~FakeHybrid();
   FakeHybrid(const FakeHybrid&) = delete;
@@ -31,6 +31,8 @@ class FakeHybrid {
   const FakeArtifact& artifact() const { return artifact_; }
   nlohmann::json program() const;
   void write_program(const nlohmann::json& program) const;  // and its hash
+  // From now on rows of logits whose candidates were found hold no numbers any more: nobody needs them.
+  void spoil_sampled_logits() const;
   // Logits after the last of `ids`.
   std::vector<float> expected(const std::vector<std::int32_t>& ids) const;
 

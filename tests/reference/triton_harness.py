@@ -93,6 +93,7 @@ def run(
         "positions": step.positions,
         "slots": step.slots,
         "logit_rows": step.logit_rows,
+        "inverse_temperatures": step.inverse_temperatures,
         "rows": np.array([rows], np.int32),
         "logit_row_count": np.array([rows], np.int32),
     }

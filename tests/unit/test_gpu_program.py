@@ -38,7 +38,6 @@ def planned(pins: tuple[str, ...] = (), vram: int = 8 << 30, max_batch: int = 1)
         isa=["avx2"],
         context_length=512,
         wishes=PlanWishes(vram=vram, pins=pins),
-        planning=False,
     )
 
 
@@ -180,7 +179,6 @@ def test_q8_caches_keep_attention_on_the_cpu_and_the_plan_says_so():
         isa=["avx2"],
         context_length=512,
         wishes=PlanWishes(vram=8 << 30),
-        planning=False,
     )
     homes = {p.device for call in found.plan.calls for op, p in call.placements if "attention" in op or "append" in op}
     assert homes == {"cpu:0"}
@@ -193,7 +191,6 @@ def test_q8_caches_keep_attention_on_the_cpu_and_the_plan_says_so():
             isa=["avx2"],
             context_length=512,
             wishes=PlanWishes(vram=8 << 30, pins=("attn=gpu:0",)),
-            planning=False,
         )
 
 

@@ -69,7 +69,9 @@ def write_cases() -> None:
         tokens = sorted((draw.randrange(0, 200) for _ in range(draw.randrange(0, 130))), reverse=True)
         slots = draw.randrange(0, 140)
         copied = draw.randrange(0, min(slots, len(tokens)) + 1) if draw.random() < 0.5 else 0
-        given_input = SplitInput(tokens, copied, slots, draw.randrange(17, 8193), draw.uniform(0, 500), 2654208.0, 8192.0)
+        given_input = SplitInput(
+            tokens, copied, slots, draw.randrange(17, 8193), draw.uniform(0, 500), 2654208.0, 8192.0
+        )
         found = split_experts(given_input, rates)
         cases.append({"input": asdict(given_input), "rates": asdict(rates), "copied": found})
     CASES.write_text(json.dumps(cases, separators=(",", ":")) + "\n")

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
+from hetcomp.backends.gpu.candidates import CANDIDATE_WORDS
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.flat_ops import flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
-from hetcomp.backends.gpu.lower_step import ARENA, BEST, LOGITS, Place, Rows, StepGraph, StepLowering
+from hetcomp.backends.gpu.lower_step import ARENA, BEST, CANDIDATES, LOGITS, Place, Rows, StepGraph, StepLowering
 from hetcomp.backends.gpu.step_events import step_events
+from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.errors import HetcompError
 from hetcomp.ir.homes import on_gpu, read_in
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
@@ -21,8 +23,16 @@ from hetcomp.ir.plan import Plan, Value, ValueKind
 
 WEIGHTS, STATES, CONSTANTS = "weights", "states", "constants"
 _ALIGNMENT = 256  # of everything in a buffer: what cuMemAlloc gives
-# Buffers that the host fills for each step, and the dimension of their i32 (empty: one number).
-_STEP = {"ids": "T", "positions": "T", "slots": "T", "logit_rows": "R", "rows": "", "logit_row_count": ""}
+# Buffers that the host fills for each step, and the dimension of their i32, or f32 (empty: one number).
+_STEP = {
+    "ids": "T",
+    "positions": "T",
+    "slots": "T",
+    "logit_rows": "R",
+    "rows": "",
+    "logit_row_count": "",
+    "inverse_temperatures": "R",
+}
 # Rows of decode graphs, and the bounds of those for prompts below the largest.
 _DECODE_ROWS = (1, 2, 4, 8, 16)
 _PROMPT_ROWS = (64, 512)
@@ -70,6 +80,7 @@ class GpuProgram:
     def buffers(self) -> tuple[GpuBuffer, ...]:
         """All buffers but empty ones."""
         dims = self.plan.max_dims()
+        exact = max((g.rows.count for g in self.graphs if g.rows.exact), default=0)
         named = {a["buffer"] for g in self.graphs for n in g.nodes for a in n.get("arguments", ()) if "buffer" in a}
         found = [
             GpuBuffer(WEIGHTS, self._end(self.weights), "weight"),
@@ -79,6 +90,7 @@ class GpuProgram:
             *(GpuBuffer(name, 4 * dims.get(dim, 1), "step") for name, dim in _STEP.items() if name in named),
             *([GpuBuffer(LOGITS, 4 * dims["R"] * self.plan.model.vocab, "result")] if LOGITS in named else []),
             *([GpuBuffer(BEST, 4 * dims["R"], "pinned_out")] if BEST in named else []),
+            *([GpuBuffer(CANDIDATES, 4 * CANDIDATE_WORDS * exact, "pinned_out")] if CANDIDATES in named else []),
             *(GpuBuffer(b.name, b.bytes, "pinned_out" if b.to_cpu else "pinned_in") for b in self.exchange.buffers),
             *self._stream_buffers(),
         ]
@@ -94,8 +106,8 @@ class GpuProgram:
         return max((self.places[v.id].offset + _size(v, self.plan) for v in values), default=0)
 
 
-def lower_program(plan: Plan) -> GpuProgram | None:
-    """The GPU's part of a plan whose memory is planned; None where the plan uses none.
+def lower_program(plan: Plan, tiles: TileChoices = BY_TABLE) -> GpuProgram | None:
+    """The GPU's part of a plan whose memory is planned; None where the plan uses none. ``tiles``: of the launches.
 
     Raises HetcompError if there is no kernel for an op that is placed on the GPU, or if it is placed on several.
     """
@@ -119,7 +131,9 @@ def lower_program(plan: Plan) -> GpuProgram | None:
     events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
     graphs = [
-        StepLowering(events, dict(values), dict(places), exchange, stream, plan.max_dims(), rows, constants).lower()
+        StepLowering(
+            events, dict(values), dict(places), exchange, stream, plan.max_dims(), rows, constants, tiles
+        ).lower()
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hetcomp.backends.gpu.tile_choices import BY_TABLE, Tile, TileChoices
 from hetcomp.ir.plan import Op, Value
 from hetcomp.ir.types import DType
 
@@ -23,7 +24,7 @@ class GpuRequest:
     ``rows``: the op always has exactly so many rows (a decode step of fixed batch); None: up to its bound, and kernels
     read the number from memory (prefill). ``resident``: of ``moe_experts``, only some experts' weights are here;
     inputs[3] and what follows then have these experts alone, and a further last input i32[experts] says where each
-    expert lies among them, -1 for those elsewhere, which add nothing to the result.
+    expert lies among them, -1 for those elsewhere, which add nothing to the result. ``tiles``: of the launches.
     """
 
     op: Op
@@ -32,6 +33,7 @@ class GpuRequest:
     dims: Mapping[str, int] = field(default_factory=dict)
     rows: int | None = None
     resident: bool = False
+    tiles: TileChoices = BY_TABLE
 
     def max_rows(self) -> int:
         """``rows``, or the upper bound of the op's rows (kv_append has no output; its input's)."""
@@ -103,11 +105,13 @@ class GpuKernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid as a function of the step's rows, and its arguments in order."""
+    """A kernel, its grid as a function of the step's rows, and its arguments in order. ``tile``: what decided its tile,
+    where there was a choice."""
 
     kernel: GpuKernel
     grid: Grid
     operands: tuple[Operand, ...]
+    tile: Tile | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ def launch(
     *,
     warps: int = 4,
     stages: tuple[int, int] | None = None,
+    tile: Tile | None = None,
 ) -> Launch:
     """A launch whose ``arguments`` name their Triton type and operand. An argument that is None is absent: the kernel
     is compiled without it."""
@@ -142,4 +147,4 @@ def launch(
         warps,
         stages,
     )
-    return Launch(kernel, grid, tuple(operand for _, operand in given.values()))
+    return Launch(kernel, grid, tuple(operand for _, operand in given.values()), tile)

@@ -8,6 +8,7 @@ from typing import Any
 
 from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
 from hetcomp.backends.gpu.argmax import argmax
+from hetcomp.backends.gpu.candidates import CANDIDATES_FROM, candidates
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamedLayer, StreamLayout
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
 from hetcomp.backends.gpu.hand_out import add_parts, add_sums, hand_out
@@ -23,6 +24,7 @@ from hetcomp.backends.gpu.step_events import (
     TakeValue,
     reads_of,
 )
+from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.cpu_side import HandOver
 from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
@@ -32,7 +34,7 @@ from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
 ARENA = "arena"
-LOGITS, BEST = "logits", "best"
+LOGITS, BEST, CANDIDATES = "logits", "best", "candidates"
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,15 @@ class Await:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """The nodes of a step, one after the other; ``kernels`` by name, ``arena_bytes`` of device memory."""
+    """The nodes of a step, one after the other; ``kernels`` by name, ``arena_bytes`` of device memory. ``groups``: what
+    the launches come from, ``values``: what these read and write, by id."""
 
     rows: Rows
     nodes: tuple[dict[str, Any], ...]
     kernels: Mapping[str, GpuKernel]
     arena_bytes: int
+    groups: tuple[GpuGroup, ...] = ()
+    values: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,6 +102,7 @@ class StepLowering:
     dims: Mapping[str, int]
     rows: Rows
     constants: dict[tuple[int, ...], int]
+    tiles: TileChoices = BY_TABLE
     steps: list[GpuGroup | Ask | Await] = field(default_factory=list)
 
     def lower(self) -> StepGraph:
@@ -127,7 +133,7 @@ class StepLowering:
             case Run(ops):
                 elsewhere = {n for i, e in enumerate(self.events) if i != index for n in reads_of(e)}
                 dims = self.rows.dims(self.dims)
-                groups = group_ops(ops, self.values, elsewhere, dims, self._exact)
+                groups = group_ops(ops, self.values, elsewhere, dims, self._exact, self.tiles)
                 self.values |= {v.id: v for group in groups for v in group.own}
                 self.steps += groups
             case SomeExperts(op, _):
@@ -154,13 +160,19 @@ class StepLowering:
                 self._find_best(op)
 
     def _find_best(self, op: Op) -> None:
-        """The most likely token of each row, so that greedy decoding need not fetch the logits."""
+        """The most likely token of each row, and of a decode step's rows the most likely ones, so that neither greedy
+        decoding nor, mostly, sampling need fetch the logits."""
         vocab = self.values[op.inputs[0]].type.shape[-1]
         assert isinstance(vocab, int)
-        self.values[BEST] = Value(BEST, TensorType(DType.I32, ("R",)), ValueKind.OUTPUT)
-        self.places[BEST] = Place(BEST)
-        code = argmax(vocab, self.rows.logit_rows, self.rows.exact)
-        self.steps.append(GpuGroup((op,), op.inputs, (BEST,), code))
+        for name in (BEST, CANDIDATES):
+            self.values[name] = Value(name, TensorType(DType.I32, ("R",)), ValueKind.OUTPUT)
+            self.places[name] = Place(name)
+        if self.rows.exact and vocab >= CANDIDATES_FROM:
+            code = candidates(vocab, self.rows.count)
+            self.steps.append(GpuGroup((op,), op.inputs, (BEST, CANDIDATES), code))
+        else:
+            code = argmax(vocab, self.rows.logit_rows, self.rows.exact)
+            self.steps.append(GpuGroup((op,), op.inputs, (BEST,), code))
 
     def _pinned(self, hand_over: HandOver, part: str) -> str:
         """A name for a pinned buffer among the values."""
@@ -212,7 +224,8 @@ class StepLowering:
         self.values |= {v.id: v for v in (*weights, table, total)}
         part_op = replace(op, outputs=(total.id,))
         dims = self.rows.dims(self.dims)
-        request = GpuRequest(part_op, (*weights, table), (total,), dims, self._exact, resident=True)
+        operands = (*weights, table)
+        request = GpuRequest(part_op, operands, (total,), dims, self._exact, resident=True, tiles=self.tiles)
         names = tuple(v.id for v in request.inputs)
         self.steps.append(GpuGroup((part_op,), names, (total.id,), TritonBackend().emit(request)))
 
@@ -257,7 +270,8 @@ class StepLowering:
                 nodes.append({"hand_over": {"flag": step.flag, "to": to}})
         for i, node in enumerate(nodes):
             node["after"] = [i - 1] if i else []
-        return StepGraph(self.rows, tuple(nodes), kernels, arena)
+        groups = tuple(step for step in self.steps if isinstance(step, GpuGroup))
+        return StepGraph(self.rows, tuple(nodes), kernels, arena, groups, self.values)
 
     def _arena(self) -> tuple[dict[str, int], int]:
         """Offsets of the values and workspaces, and the size: the steps run one after the other."""

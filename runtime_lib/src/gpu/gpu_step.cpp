@@ -1,6 +1,7 @@
 #include "gpu_step.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -61,12 +62,29 @@ GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest
   find_results(manifest.model);
 }
 
+// The candidates of exact graphs' rows.
+void GpuStep::find_candidates(const BufferRecord& buffer) {
+  constexpr std::size_t kRowBytes = CandidateRows::kWords * sizeof(std::int32_t);
+  std::size_t rows = 0;
+  for (const GraphRecord& graph : program_.record().graphs)
+    if (graph.exact) rows = std::max(rows, static_cast<std::size_t>(graph.batch));
+  if (buffer.kind != BufferKind::kPinnedOut) refuse("has a buffer candidates that is not pinned");
+  if (buffer.bytes != rows * kRowBytes)
+    refuse("has " + std::to_string(buffer.bytes) + " bytes for the buffer candidates, not " +
+           std::to_string(rows * kRowBytes));
+  if (inputs_.inverse_temperatures.empty()) refuse("finds candidates at no temperature");
+  const std::span<std::byte> host = program_.host(buffer.name);
+  candidates_ =
+      CandidateRows({reinterpret_cast<const std::int32_t*>(host.data()), rows * CandidateRows::kWords});
+}
+
 // The logits, and the most likely tokens where a program finds them.
 void GpuStep::find_results(const ModelFacts& model) {
   const auto rows = static_cast<std::size_t>(model.max_logit_rows);
   for (const BufferRecord& buffer : program_.record().buffers) {
     const bool logits = buffer.name == "logits";
     const bool best = buffer.name == "best";
+    if (buffer.name == "candidates") find_candidates(buffer);
     if (!logits && !best) continue;
     if (buffer.kind != (logits ? BufferKind::kResult : BufferKind::kPinnedOut))
       refuse("has a buffer " + buffer.name + " that is not " + (logits ? "a result" : "pinned"));
@@ -92,6 +110,7 @@ void GpuStep::find_inputs(const ModelFacts& model) {
       {"logit_rows", {inputs_.logit_rows, model.max_logit_rows}},
       {"rows", {inputs_.rows, 1}},
       {"logit_row_count", {inputs_.logit_row_count, 1}},
+      {"inverse_temperatures", {inputs_.inverse_temperatures, model.max_logit_rows}},
   };
   for (const BufferRecord& buffer : program_.record().buffers) {
     if (buffer.kind != BufferKind::kStep) continue;
@@ -167,7 +186,7 @@ const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool may_pad)
 }
 
 void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
-                          const std::optional<Place>& padding) const {
+                          const std::optional<Place>& padding, float inverse_temperature) const {
   const std::int64_t n = step.n_tokens;
   const std::int64_t rows = graph.exact ? graph.batch : n;
   const Place place = padding.value_or(Place{});  // without one there are no rows to pad
@@ -177,6 +196,10 @@ void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
   const std::int64_t wanted = step.n_logit_rows;
   copy_padded(inputs_.logit_rows, step.logit_rows, wanted, graph.exact ? graph.batch : wanted,
               wanted > 0 ? step.logit_rows[wanted - 1] : 0);
+  // 0: no candidates of this row.
+  std::ranges::fill(inputs_.inverse_temperatures, 0);
+  if (!inputs_.inverse_temperatures.empty())
+    inputs_.inverse_temperatures[0] = std::bit_cast<std::int32_t>(inverse_temperature);
   // Of an exact graph all rows are written: those kernels that do not ask how many there are read all of
   // them.
   if (!inputs_.rows.empty()) inputs_.rows[0] = static_cast<std::int32_t>(rows);
@@ -184,10 +207,12 @@ void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
     inputs_.logit_row_count[0] = static_cast<std::int32_t>(graph.exact ? rows : wanted);
 }
 
-std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Lanes& lanes) {
+std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const CandidateRequest* candidates,
+                          const Lanes& lanes) {
   const std::optional<Place> padding = padding_place(step);
   const GraphRecord& graph = choose_graph(step, padding.has_value());
-  fill_inputs(step, graph, padding);
+  const bool finds = candidates != nullptr && graph.exact && offers_candidates() && step.n_logit_rows > 0;
+  fill_inputs(step, graph, padding, finds ? candidates->inverse_temperature : 0);
   float* const logits = gives_logits_ ? std::exchange(step.logits, nullptr) : nullptr;
   step.pinned = pinned_.data();
   const auto cpu_work = [&](HandShake& hand_shake) {
@@ -203,6 +228,10 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Lanes& la
   // What is deferred is the CPU's; a step of a prompt defers only where somebody asks for it.
   program_.run(graph.batch, cpu_work, step.defer_experts != 0 ? 0 : step.n_tokens);
   const auto rows = static_cast<std::size_t>(step.n_logit_rows);
+  if (finds) {
+    const std::optional<Candidates> found = candidates_.read(0);
+    if (found && candidates->choose(*found)) return graph.batch;
+  }
   if (logits != nullptr && rows > 0)
     program_.fetch("logits", std::as_writable_bytes(std::span(logits, rows * vocab_)));
   if (best != nullptr) std::ranges::copy(best_.first(rows), best);

@@ -9,7 +9,9 @@
 #include <string>
 #include <vector>
 
+#include "../candidates.h"
 #include "../manifest.h"
+#include "candidate_rows.h"
 #include "driver.h"
 #include "gpu_program.h"
 #include "hetcomp/program.h"
@@ -26,10 +28,12 @@ class GpuStep {
   // The step with what a program needs beside a GPU, for the lanes to run.
   using Lanes = std::function<void(const hetcomp_step&)>;
   // Runs one step, which has the tokens and the caller's logits (null: not wanted). best: null, or where to
-  // put the most likely token of each row of logits, -1 where they are not finite. Returns the batch size of
-  // the graph that it ran. One thread at a time. Throws Error as GpuProgram::run does; what `lanes` throws is
-  // passed on.
-  std::int32_t run(hetcomp_step step, std::int32_t* best, const Lanes& lanes);
+  // put the most likely token of each row of logits, -1 where they are not finite. candidates: null, or
+  // asked first, where the graph finds them: the logits may then not be fetched. Returns the batch size of
+  // the graph that it ran. One thread at a time. Throws Error as GpuProgram::run does; what `lanes` and the
+  // request throw is passed on.
+  std::int32_t run(hetcomp_step step, std::int32_t* best, const CandidateRequest* candidates,
+                   const Lanes& lanes);
 
   // Lets experts be copied from the CPU's weights; what ExpertStream::attach returns.
   std::string attach(const HostWeights& weights) { return program_.attach(weights); }
@@ -44,6 +48,7 @@ class GpuStep {
   }
 
   bool offers_best() const { return !best_.empty(); }
+  bool offers_candidates() const { return !candidates_.empty(); }
   // Whether the GPU computes the logits; else the CPU's program does, into the step's.
   bool gives_logits() const { return gives_logits_; }
 
@@ -56,7 +61,7 @@ class GpuStep {
     std::int32_t position;
   };
   struct Inputs {  // on the host; empty where no kernel reads it
-    std::span<std::int32_t> ids, positions, slots, logit_rows, rows, logit_row_count;
+    std::span<std::int32_t> ids, positions, slots, logit_rows, rows, logit_row_count, inverse_temperatures;
   };
 
   void find_inputs(const ModelFacts& model);
@@ -65,8 +70,9 @@ class GpuStep {
   std::span<std::byte> pinned_buffer(const std::string& name) const;
   std::optional<Place> padding_place(const hetcomp_step& step) const;
   const GraphRecord& choose_graph(const hetcomp_step& step, bool may_pad) const;
-  void fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
-                   const std::optional<Place>& padding) const;
+  void fill_inputs(const hetcomp_step& step, const GraphRecord& graph, const std::optional<Place>& padding,
+                   float inverse_temperature) const;
+  void find_candidates(const BufferRecord& buffer);
 
   CudaDriver driver_;
   GpuProgram program_;
@@ -76,6 +82,7 @@ class GpuStep {
   Inputs inputs_;
   std::vector<std::uint8_t*> pinned_;  // in the order of hetcomp_step::pinned
   std::span<std::int32_t> best_;
+  CandidateRows candidates_;
   bool gives_logits_ = false;
 };
 
