@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "candidate_order.h"
 #include "status.h"
 
 namespace hetcomp {
@@ -15,10 +16,6 @@ void require(bool good, const char* sentence) {
 
 [[noreturn]] void refuse_not_finite() {
   throw Error(HETCOMP_COMPUTE, "The logits are not finite: the weights are damaged or the format overflows.");
-}
-
-bool before(const Candidate& a, const Candidate& b) {
-  return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
 // The largest logit and the first id that has it.
@@ -75,7 +72,7 @@ std::optional<std::int32_t> Sampler::sample(const Candidates& most, std::span<co
   candidates_.assign(most.tokens.begin(), most.tokens.end());
   if (params_.repetition_penalty != 1) penalise_candidates(seen, most.least);
   if (candidates_.empty()) return std::nullopt;
-  std::ranges::sort(candidates_, before);
+  std::ranges::sort(candidates_, more_likely);
   if (!std::isfinite(candidates_.front().logit)) return std::nullopt;
   if (params_.temperature == 0 || params_.top_k == 1) return candidates_.front().id;
   const double end = lowest(candidates_.front().logit);
@@ -135,10 +132,12 @@ void Sampler::collect(std::span<const float> logits, float largest) {
       candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
   const auto k = static_cast<std::size_t>(params_.top_k);
   if (k > 0 && k < candidates_.size()) {
-    std::ranges::nth_element(candidates_, candidates_.begin() + params_.top_k, before);
+    std::ranges::nth_element(candidates_, candidates_.begin() + params_.top_k, more_likely);
     candidates_.resize(k);
+    std::ranges::sort(candidates_, more_likely);
+  } else {
+    sort_by_likelihood(candidates_);
   }
-  std::ranges::sort(candidates_, before);
 }
 
 // The size of the smallest set whose probability reaches top_p; none where that depends on which total within

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <functional>
 
+#include "candidate_order.h"
 #include "sampler.h"
 
 namespace hetcomp {
@@ -93,6 +94,22 @@ INSTANTIATE_TEST_SUITE_P(
 TEST_P(SampledFromCandidates, TheSameTokensAsFromWholeRows) {
   for (std::uint32_t seed = 1; seed <= 2; ++seed)
     EXPECT_GE(share_chosen(GetParam().params, 64, seed), GetParam().least_share);
+}
+
+TEST(CandidateOrder, IsThatOfAComparison) {
+  std::mt19937 random(5);
+  for (int round = 0; round < 20; ++round) {
+    std::vector<float> row = random_row(random);
+    row[7] = 0;
+    row[3] = -0.0F;
+    row[5] = HUGE_VALF;
+    std::vector<Candidate> candidates;
+    for (const float logit : row) candidates.push_back({logit, static_cast<std::int32_t>(candidates.size())});
+    std::vector<Candidate> compared = candidates;
+    std::ranges::sort(compared, more_likely);
+    sort_by_likelihood(candidates);
+    EXPECT_TRUE(std::ranges::equal(candidates, compared, {}, &Candidate::id, &Candidate::id));
+  }
 }
 
 TEST(SamplerCandidates, APenaltyThatLeavesNoneIsLeftToTheRow) {

@@ -122,7 +122,10 @@ def _measure(
     case: _Case, plan: Plan, made: Mapping[str, CompiledKernel], timer: TileTimer, folder: Path
 ) -> list[MeasuredTile]:
     """Of all classes of a case."""
-    able = [i for i, group in enumerate(case.variants) if all(la.kernel.name in made for la in group.code.launches)]
+    codes = [group.code for group in case.variants]
+    # Where a class has fewer candidates than others, the programs of the rest repeat its last.
+    different = [i for i, code in enumerate(codes) if code not in codes[:i]]
+    able = [i for i in different if all(la.kernel.name in made for la in codes[i].launches)]
     times: dict[int, VariantTime] = {}
     if 0 in able:
         for together in (able, *([0, i] for i in able[1:])):
