@@ -20,7 +20,9 @@ from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.ir.annotations import Mix
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
+from hetcomp.ir.types import Dim
 from hetcomp.passes.context import Context, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
 from hetcomp.passes.format_search import search_formats
@@ -68,6 +70,7 @@ def plan_model(
     hw_profile: str | Path | HardwareProfile = "auto",
     context_length: int | None = None,
     max_batch: int = 1,
+    kv_tokens: int | None = None,
     formats: str | Mapping[str, str] = "auto",
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
@@ -113,8 +116,9 @@ def plan_model(
         max_logit_rows=MAX_LOGIT_ROWS,
     )
     context = replace(context, checkpoint=imported.checkpoint)
-    usual = replace(default_mix(imported.plan.dim("context").max), batch=max_batch)
-    imported = replace(imported, plan=replace(imported.plan, mix=mix or usual))
+    shared = _share_cache(imported.plan, kv_tokens)
+    usual = replace(default_mix(KvPool.of(shared.max_dims()).longest), batch=max_batch)
+    imported = replace(imported, plan=replace(shared, mix=mix or usual))
     _check_mix(imported.plan)
     if imported.unused:
         progress.warn(
@@ -167,12 +171,27 @@ def _step_tokens(context: Context, mix: Mix | None) -> int:
     return min(MAX_GPU_STEP_TOKENS, max(MAX_STEP_TOKENS, wanted))
 
 
-def _check_mix(plan: Plan) -> None:
-    mix, context = plan.mix, plan.dim("context").max
-    if mix is not None and mix.prompt + mix.answer > context:
+def _share_cache(plan: Plan, tokens: int | None) -> Plan:
+    """The plan with a bound of the positions that all sequences hold together."""
+    if tokens is None:
+        return plan
+    dims = plan.max_dims()
+    whole = dims["slots"] * dims["context"]
+    if not 1 <= tokens <= whole:
         raise HetcompError(
-            f"A prompt of {mix.prompt} and an answer of {mix.answer} tokens do not fit into a context of {context}; "
-            "give a longer --context or shorter texts."
+            f"A KV cache of {tokens} positions was asked for; {dims['slots']} sequences of {dims['context']} positions "
+            f"hold {whole}: give 1 to {whole}, a longer --context or a larger --batch."
+        )
+    return replace(plan, dims=(*plan.dims, Dim("kv_tokens", tokens, tokens)))
+
+
+def _check_mix(plan: Plan) -> None:
+    mix, pool = plan.mix, KvPool.of(plan.max_dims())
+    if mix is not None and mix.prompt + mix.answer > pool.longest:
+        what, option = ("context", "--context") if pool.longest == pool.context else ("KV cache", "--kv-tokens")
+        raise HetcompError(
+            f"A prompt of {mix.prompt} and an answer of {mix.answer} tokens do not fit into a {what} of "
+            f"{pool.longest}; give a larger {option} or shorter texts."
         )
 
 
@@ -193,6 +212,7 @@ def compile(
     *,
     context_length: int | None = None,
     max_batch: int = 1,
+    kv_tokens: int | None = None,
     formats: str | Mapping[str, str] = "auto",
     out: str | Path | None = None,
     isa: Sequence[str] | None = None,
@@ -208,10 +228,12 @@ def compile(
     model: a Hugging Face folder (config.json and safetensors), a transformers module, or a zoo name.
     hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
-    max_batch: sequences kept at once. formats: ``auto`` (the checkpoint's, coarser where memory requires it), one of
-    f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router, embedding; kv: f32, bf16,
-    q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
-    lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
+    max_batch: sequences kept at once. kv_tokens: positions that they hold together, which is what the KV cache takes
+    memory for; by default max_batch x context_length. formats: ``auto`` (the checkpoint's, coarser where memory
+    requires it), one of f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router,
+    embedding; kv: f32, bf16, q8, fp8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by
+    default a temporary one that lives as long as the Executable. isa: instruction sets to build for, best first; by
+    default the profile's best.
     wishes: what placement shall keep to; a GPU of the profile takes part unless ``wishes.vram`` is 0. ccs: compute
     capabilities (80, 90, ..) that GPU code is generated for; by default the profile's GPU's.
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
@@ -225,6 +247,7 @@ def compile(
         hw_profile=hw_profile,
         context_length=context_length,
         max_batch=max_batch,
+        kv_tokens=kv_tokens,
         formats=formats,
         isa=isa,
         wishes=wishes,

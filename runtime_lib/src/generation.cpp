@@ -29,7 +29,8 @@ bool Generation::advance() {
   const bool wanted = last && params_.max_new_tokens > 0;
   float* const logits = wanted && !greedy_ ? reinterpret_cast<float*>(logits_.data()) : nullptr;
   session_.prefill(std::span(pending_).subspan(fed_, n), logits,
-                   generated_ > 0 ? Phase::kDecode : Phase::kPrefill, wanted && greedy_ ? &best_ : nullptr);
+                   generated_ > 0 ? Phase::kDecode : Phase::kPrefill, wanted && greedy_ ? &best_ : nullptr,
+                   static_cast<std::int64_t>(pending_.size() - fed_ - n));
   fed_ += n;
   return last;
 }

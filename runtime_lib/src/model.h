@@ -13,6 +13,8 @@
 #include "chat_template.h"
 #include "gpu/gpu_step.h"
 #include "hetcomp/hetcomp.h"
+#include "kv_memory.h"
+#include "kv_pool.h"
 #include "lane_threads.h"
 #include "manifest.h"
 #include "memory.h"
@@ -39,8 +41,9 @@ struct StepRequest {
   std::span<const std::int32_t> positions;
   std::span<const std::int32_t> slots;
   std::span<const std::int32_t> logit_rows;
-  float* logits;                // null: not wanted
-  std::int32_t* best = nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
+  float* logits;  // null: not wanted
+  std::int32_t* best =
+      nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
 };
 
 // Thread safe.
@@ -65,6 +68,11 @@ class Model {
   // A free place in the KV cache; throws Error if there is none.
   std::int32_t take_slot();
   void give_back_slot(std::int32_t slot);
+
+  // What sequences hold of the KV cache; who grows one claims its positions first.
+  KvPool& kv_pool() { return *kv_pool_; }
+  // A sequence that no step is running for keeps its first `length` positions; the others are free.
+  void keep_positions(std::int32_t slot, std::int64_t length);
 
   // Sizes must be within the program's limits and every value in range. Throws Error.
   void run(const StepRequest& request);
@@ -93,8 +101,8 @@ class Model {
   std::vector<NodePlace> nodes_;  // in the order of the manifest's
   std::unique_ptr<Weights> weights_;
   Memory arena_;
-  std::vector<Memory> states_;
-  std::vector<std::uint8_t*> state_addresses_;
+  std::unique_ptr<KvPool> kv_pool_;
+  std::unique_ptr<KvMemory> kv_memory_;
   std::uint64_t state_bytes_ = 0;
   Memory logits_;  // for callers whose buffer is not aligned as the kernels want it
   std::unique_ptr<LaneThreads> lanes_;

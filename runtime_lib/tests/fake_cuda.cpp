@@ -3,6 +3,7 @@
 // known by the names that a fake cubin lists behind its header, or foreign: see fake_cuda.h.
 #include "fake_cuda.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <condition_variable>
@@ -21,6 +22,7 @@
 
 #include "cuda_api.h"
 #include "fake_kernels.h"
+#include "fake_mapped_memory.h"
 
 namespace {
 
@@ -89,6 +91,8 @@ CUresult run_graph(const Nodes& nodes) {
 
 }  // namespace
 
+fake_mapped_memory::Reservations reservations;
+std::atomic<int> graphs_running{0};  // what is mapped must not change then
 std::mutex memories_mutex;
 std::map<std::uintptr_t, std::size_t> memories;  // of the device and the host that live: address, bytes
 
@@ -264,7 +268,9 @@ ENTRY cuDeviceGetName(char* name, int length, CUdevice) {
 ENTRY cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
   *value = which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? fake.compute_capability / 10
            : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? fake.compute_capability % 10
-                                                                   : 100 << 10;
+           : which == CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+               ? static_cast<int>(fake.memory_mapping)
+               : 100 << 10;
   return CUDA_SUCCESS;
 }
 ENTRY cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
@@ -281,13 +287,22 @@ ENTRY cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   *total = std::size_t{2} << 30;
   return CUDA_SUCCESS;
 }
-extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t* address) {
-  const std::lock_guard lock(memories_mutex);
-  const auto above = memories.upper_bound(*address);
-  if (above == memories.begin()) return 0;
-  const auto [start, bytes] = *std::prev(above);
-  if (*address - start >= bytes) return 0;
-  return *address = start, bytes;
+extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t address,
+                                                                               std::uint64_t* pairs,
+                                                                               std::size_t most) {
+  std::vector<fake_mapped_memory::Area> found;
+  if (!reservations.areas(address, found)) {
+    const std::lock_guard lock(memories_mutex);
+    const auto above = memories.upper_bound(address);
+    if (above == memories.begin()) return 0;
+    const auto [start, bytes] = *std::prev(above);
+    if (address - start < bytes) found.push_back({start, start + bytes});
+  }
+  for (std::size_t i = 0; i < std::min(most, found.size()); ++i) {
+    pairs[2 * i] = found[i].begin;
+    pairs[2 * i + 1] = found[i].end;
+  }
+  return found.size();
 }
 ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
   COUNTED;
@@ -303,6 +318,53 @@ ENTRY cuMemFree_v2(CUdeviceptr at) {
   if (current_contexts == 0) return static_cast<CUresult>(201);
   synchronize_all();
   return --fake.memories, release(reinterpret_cast<void*>(at)), CUDA_SUCCESS;
+}
+ENTRY cuMemGetAllocationGranularity(std::size_t* bytes, const CUmemAllocationProp*,
+                                    CUmemAllocationGranularity_flags) {
+  return *bytes = fake_mapped_memory::kGranule, CUDA_SUCCESS;
+}
+ENTRY cuMemAddressReserve(CUdeviceptr* at, std::size_t bytes, std::size_t, CUdeviceptr, unsigned long long) {
+  COUNTED;
+  *at = reservations.reserve(bytes);
+  return *at == 0 ? CUDA_ERROR_INVALID_VALUE : (++fake.reservations, CUDA_SUCCESS);
+}
+ENTRY cuMemAddressFree(CUdeviceptr at, std::size_t bytes) {
+  return reservations.free(at, bytes) ? (--fake.reservations, CUDA_SUCCESS) : CUDA_ERROR_INVALID_VALUE;
+}
+ENTRY cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t bytes, const CUmemAllocationProp* of,
+                  unsigned long long) {
+  COUNTED;
+  if (fake.out_of_memory) return CUDA_ERROR_OUT_OF_MEMORY;
+  if (of->type != CU_MEM_ALLOCATION_TYPE_PINNED || of->location.type != CU_MEM_LOCATION_TYPE_DEVICE)
+    return CUDA_ERROR_INVALID_VALUE;
+  *handle = reservations.create(bytes);
+  if (*handle == 0) return CUDA_ERROR_INVALID_VALUE;
+  fake.device_bytes += bytes;
+  return ++fake.granules, CUDA_SUCCESS;
+}
+ENTRY cuMemRelease(CUmemGenericAllocationHandle handle) {
+  const std::size_t bytes = reservations.release(handle);
+  if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
+  return --fake.granules, CUDA_SUCCESS;
+}
+ENTRY cuMemMap(CUdeviceptr at, std::size_t bytes, std::size_t offset, CUmemGenericAllocationHandle handle,
+               unsigned long long) {
+  COUNTED;
+  ++fake.mappings;
+  if (graphs_running > 0 || offset != 0 || !reservations.map(at, bytes, handle))
+    return CUDA_ERROR_INVALID_VALUE;
+  return ++fake.mapped, CUDA_SUCCESS;
+}
+ENTRY cuMemUnmap(CUdeviceptr at, std::size_t bytes) {
+  ++fake.mappings;
+  if (graphs_running > 0 || !reservations.unmap(at, bytes)) return CUDA_ERROR_INVALID_VALUE;
+  fake.mapped -= static_cast<int>(bytes / fake_mapped_memory::kGranule);
+  return CUDA_SUCCESS;
+}
+ENTRY cuMemSetAccess(CUdeviceptr at, std::size_t bytes, const CUmemAccessDesc* access, std::size_t count) {
+  COUNTED;
+  if (count != 1 || access->flags != CU_MEM_ACCESS_FLAGS_PROT_READWRITE) return CUDA_ERROR_INVALID_VALUE;
+  return reservations.allow(at, bytes) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 ENTRY cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t bytes, CUstream stream) {
   COUNTED;
@@ -398,7 +460,9 @@ ENTRY cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned lon
 }
 ENTRY cuGraphLaunch(CUgraphExec exec, CUstream stream) {
   COUNTED;
-  stream->enqueue([exec] { return run_graph(exec->nodes); });
+  ++graphs_running;
+  const std::shared_ptr<void> end(nullptr, [](void*) { --graphs_running; });
+  stream->enqueue([exec, end] { return run_graph(exec->nodes); });
   return CUDA_SUCCESS;
 }
 ENTRY cuGraphExecDestroy(CUgraphExec exec) { return --fake.execs, delete exec, CUDA_SUCCESS; }

@@ -10,6 +10,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.ir.ops import Attention, KvAppend
 from hetcomp.ir.types import DType
 from tests.reference.attention_reference import attention_reference, poison_the_future
+from tests.reference.cache_blocks import cache_block, to_blocks
 from tests.reference.kernel_harness import Step, activation, cache
 from tests.reference.kernel_numbers import draw
 from tests.reference.triton_harness import emit, request, run
@@ -44,13 +45,14 @@ def _check(name: str, step: Step, exact: bool, seed: int = 0) -> None:
         v = k[..., : a.v_head_dim]
     poison_the_future(k, v, step)
     caches = [k] if a.shared_kv else [k, v]
-    arrays = [packing.to_bf16_bits(c) if dtype is DType.BF16 else c for c in caches]
+    stored = [packing.to_bf16_bits(c) if dtype is DType.BF16 else c for c in caches]
     operands = [activation("q", "T", a.heads, a.head_dim), cache("k", dtype, a.kv_heads, a.head_dim)]
     operands += [] if a.shared_kv else [cache("v", dtype, a.kv_heads, a.v_head_dim)]
     operands += [activation("s", a.heads)] * a.sinks
     dims = {"T": rows + 5, "slots": SLOTS, "context": CONTEXT}
     outputs = [activation("y", "T", a.heads, a.v_head_dim)]
     asked = request(a, operands, outputs, dims, rows if exact else None)
+    arrays = [to_blocks(c, cache_block(operands)) for c in stored]
     shape = rows, a.heads, a.v_head_dim
     (y,) = run(
         asked,
@@ -109,7 +111,8 @@ def test_scores_far_apart_do_not_overflow():
         operands = [activation("q", "T", a.heads, a.head_dim)]
         operands += [cache(n, DType.F32, a.kv_heads, a.head_dim) for n in "kv"]
         asked = request(a, operands, [activation("y", "T", a.heads, a.v_head_dim)], {"context": CONTEXT}, tokens)
-        (y,) = run(asked, [q, k, v], [((tokens, a.heads, a.v_head_dim), np.float32)], rows=tokens, step=step)
+        caches = [to_blocks(c, cache_block(operands)) for c in (k, v)]
+        (y,) = run(asked, [q, *caches], [((tokens, a.heads, a.v_head_dim), np.float32)], rows=tokens, step=step)
         for t in range(tokens):
             for h in range(a.heads):
                 best = np.argmax(k[0, h // 3, : 601 + t].astype(np.float64) @ q[t, h])
@@ -129,9 +132,9 @@ def test_kv_append(dtype, exact):
     want[step.slots, :, step.positions] = packing.to_bf16_bits(x) if dtype is DType.BF16 else x.view(np.uint32)
     operands = [activation("x", "T", 2, 13), cache("k", dtype, 2, 13)]
     asked = request(KvAppend(2, 13), operands, [], {"T": 9}, 4 if exact else None)
-    after = state.copy()
-    run(asked, [x, state], [], rows=4, step=step, grid_rows=4 if exact else 9, changed={1: after})
-    np.testing.assert_array_equal(after, want)
+    after, wanted = (to_blocks(c, cache_block(operands)) for c in (state, want))
+    run(asked, [x, after], [], rows=4, step=step, grid_rows=4 if exact else 9, changed={1: after})
+    np.testing.assert_array_equal(after, wanted)  # and between the states nothing is written
 
 
 def test_a_q8_cache_is_refused_by_name():
