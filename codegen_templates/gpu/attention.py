@@ -1,6 +1,7 @@
-"""Attention over the KV cache (see cache.py), bf16 or f32, by online softmax; sums are f32.
+"""Attention over the KV cache (see cache.py), bf16, f32 or e4m3, by online softmax; sums are f32.
 
-Beside a bf16 cache queries and probabilities are rounded to bf16; beside an f32 one products are TF32 in three parts.
+Beside a cache of bf16 or e4m3 queries and probabilities are rounded to bf16; beside an f32 one products are TF32 in
+three parts.
 Heads and values whose width is no power of two are cut in two parts that are (MLA: 512 + 64). Scores are kept in units
 of log 2, which is what exp2 takes.
 """
@@ -8,7 +9,7 @@ of log 2, which is what exp2 takes.
 import triton
 import triton.language as tl
 
-from hetcomp.codegen_templates.gpu.cache import cache_block, cache_row
+from hetcomp.codegen_templates.gpu.cache import cache_block, cache_row, from_cache, to_cache
 from hetcomp.codegen_templates.gpu.functions import tanh
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -53,11 +54,11 @@ def _rows_of_cache(
     d = BEGIN + tl.arange(0, WIDTH)
     at = x + j[:, None] * ROW + d[None, :]
     if not WHOLE:
-        return tl.load(at, mask=(j < end)[:, None] & (d < DIM)[None, :], other=0.0)
+        return from_cache(tl.load(at, mask=(j < end)[:, None] & (d < DIM)[None, :], other=0))
     elif BEGIN + WIDTH > DIM:
-        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
+        return from_cache(tl.load(at, mask=(d < DIM)[None, :], other=0))
     else:
-        return tl.load(at)
+        return from_cache(tl.load(at))
 
 
 @triton.jit
@@ -301,7 +302,7 @@ def attention_prefill(
     head = kv_head * GROUP + g
     row = token.to(tl.int64) * HEADS + head
     queries = _load_queries(q, row * DIM, valid, DIM, FIRST, SECOND)
-    if k.dtype.element_ty == tl.bfloat16 and FIRST <= 128:  # wider ones take too many registers as bf16
+    if k.dtype.element_ty != tl.float32 and FIRST <= 128:  # wider ones take too many registers as bf16
         if SECOND > 0:
             queries = (queries[0].to(tl.bfloat16), queries[1].to(tl.bfloat16))
         else:
@@ -375,4 +376,4 @@ def kv_append(
     d = tl.arange(0, PADDED)
     at = cache_row(tl.load(slots + token), head, tl.load(positions + token), slot_blocks, BLOCK, DIM)
     numbers = tl.load(x + (token * HEADS + head) * DIM + d, mask=d < DIM)
-    tl.store(cache + at + d, numbers.to(cache.dtype.element_ty), mask=d < DIM)
+    tl.store(cache + at + d, to_cache(numbers, cache.dtype.element_ty), mask=d < DIM)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hetcomp.codegen_templates.gpu.cache import cache_row
+from hetcomp.codegen_templates.gpu.cache import cache_row, to_cache
 from hetcomp.codegen_templates.gpu.gemv import norm_factors
 from hetcomp.codegen_templates.gpu.rowwise import beyond, rotary_pairs
 
@@ -117,13 +117,13 @@ def heads_to_cache(
             )  # fmt: skip
             at = cache_row(slot, head, position, slot_blocks, BLOCK, DIM)[:, None] + d[None, :]
             mask = (head < KV_HEADS)[:, None] & (d < DIM)[None, :]
-            tl.store(k_cache + at, numbers.to(k_cache.dtype.element_ty), mask=mask)
+            tl.store(k_cache + at, to_cache(numbers, k_cache.dtype.element_ty), mask=mask)
         else:
             head = (block - (Q_BLOCKS + KV_BLOCKS)) * HEAD_TILE + h
             mask = (head < KV_HEADS)[:, None] & (d < V_DIM)[None, :]
             numbers = tl.load(v + (wide * KV_HEADS + head)[:, None] * V_DIM + d[None, :], mask=mask)
             at = cache_row(slot, head, position, slot_blocks, BLOCK, V_DIM)[:, None] + d[None, :]
-            tl.store(v_cache + at, numbers.to(v_cache.dtype.element_ty), mask=mask)
+            tl.store(v_cache + at, to_cache(numbers, v_cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -171,9 +171,9 @@ def latents_to_cache(
         latent = tl.load(kv + row * (RANK + DIM) + c, mask=c < RANK, other=0.0)
         factor = 1.0 / tl.sqrt_rn(tl.sum(latent * latent, axis=0) / RANK + EPS)
         normed = latent * factor * (tl.load(norm + c, mask=c < RANK, other=0.0) + WEIGHT_OFFSET)
-        tl.store(target + c, normed.to(cache.dtype.element_ty), mask=c < RANK)
+        tl.store(target + c, to_cache(normed, cache.dtype.element_ty), mask=c < RANK)
         numbers = _turned_head(
             kv + row * (RANK + DIM) + RANK, None, its_cos, its_sin, one, d,
             1, DIM, HALF, OFFSET, STYLE, False, 0.0, 0.0,
         )  # fmt: skip
-        tl.store(target + (RANK + d)[None, :], numbers.to(cache.dtype.element_ty), mask=(d < DIM)[None, :])
+        tl.store(target + (RANK + d)[None, :], to_cache(numbers, cache.dtype.element_ty), mask=(d < DIM)[None, :])

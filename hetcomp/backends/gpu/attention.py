@@ -19,7 +19,7 @@ from hetcomp.ir.types import DType
 
 DECODE_ROWS = 16
 # Cache types that the kernels read, and their Triton pointers.
-CACHE_TYPES = {DType.BF16: "*bf16", DType.F32: "*fp32"}
+CACHE_TYPES = {DType.BF16: "*bf16", DType.F32: "*fp32", DType.FP8: "*u8"}
 MAX_F32_DIM = 256  # of a head in an f32 cache: wider ones do not fit in 99 KB of shared memory
 
 _PARTS_WANTED = 256  # programs over all heads and tokens: two for each multiprocessor of a large GPU
