@@ -32,11 +32,6 @@ using fake_kernels::Values;
 
 FakeCuda fake;
 
-CUresult counted() {
-  const int call = ++fake.calls;
-  return call == fake.fail_call ? static_cast<CUresult>(fake.fail_result.load()) : CUDA_SUCCESS;
-}
-
 struct Node {
   std::function<CUresult()> kernel;
   std::vector<CUstreamBatchMemOpParams> operations;
@@ -91,8 +86,6 @@ CUresult run_graph(const Nodes& nodes) {
 
 }  // namespace
 
-fake_mapped_memory::Reservations reservations;
-std::atomic<int> graphs_running{0};  // what is mapped must not change then
 std::mutex memories_mutex;
 std::map<std::uintptr_t, std::size_t> memories;  // of the device and the host that live: address, bytes
 
@@ -239,9 +232,14 @@ CUresult add_node(CUgraphNode* result, CUgraph graph, const CUgraphNode* after, 
 
 }  // namespace
 
+CUresult fake_counted() {
+  const int call = ++fake.calls;
+  return call == fake.fail_call ? static_cast<CUresult>(fake.fail_result.load()) : CUDA_SUCCESS;
+}
+
 #define ENTRY extern "C" __attribute__((visibility("default"))) CUresult
 #define COUNTED \
-  if (const CUresult failed = counted(); failed != CUDA_SUCCESS) return failed
+  if (const CUresult failed = fake_counted(); failed != CUDA_SUCCESS) return failed
 
 extern "C" __attribute__((visibility("default"))) FakeCuda* fake_cuda() { return &fake; }
 
@@ -291,7 +289,7 @@ extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(s
                                                                                std::uint64_t* pairs,
                                                                                std::size_t most) {
   std::vector<fake_mapped_memory::Area> found;
-  if (!reservations.areas(address, found)) {
+  if (!fake_mapped_memory::reservations.areas(address, found)) {
     const std::lock_guard lock(memories_mutex);
     const auto above = memories.upper_bound(address);
     if (above == memories.begin()) return 0;
@@ -318,53 +316,6 @@ ENTRY cuMemFree_v2(CUdeviceptr at) {
   if (current_contexts == 0) return static_cast<CUresult>(201);
   synchronize_all();
   return --fake.memories, release(reinterpret_cast<void*>(at)), CUDA_SUCCESS;
-}
-ENTRY cuMemGetAllocationGranularity(std::size_t* bytes, const CUmemAllocationProp*,
-                                    CUmemAllocationGranularity_flags) {
-  return *bytes = fake_mapped_memory::kGranule, CUDA_SUCCESS;
-}
-ENTRY cuMemAddressReserve(CUdeviceptr* at, std::size_t bytes, std::size_t, CUdeviceptr, unsigned long long) {
-  COUNTED;
-  *at = reservations.reserve(bytes);
-  return *at == 0 ? CUDA_ERROR_INVALID_VALUE : (++fake.reservations, CUDA_SUCCESS);
-}
-ENTRY cuMemAddressFree(CUdeviceptr at, std::size_t bytes) {
-  return reservations.free(at, bytes) ? (--fake.reservations, CUDA_SUCCESS) : CUDA_ERROR_INVALID_VALUE;
-}
-ENTRY cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t bytes, const CUmemAllocationProp* of,
-                  unsigned long long) {
-  COUNTED;
-  if (fake.out_of_memory) return CUDA_ERROR_OUT_OF_MEMORY;
-  if (of->type != CU_MEM_ALLOCATION_TYPE_PINNED || of->location.type != CU_MEM_LOCATION_TYPE_DEVICE)
-    return CUDA_ERROR_INVALID_VALUE;
-  *handle = reservations.create(bytes);
-  if (*handle == 0) return CUDA_ERROR_INVALID_VALUE;
-  fake.device_bytes += bytes;
-  return ++fake.granules, CUDA_SUCCESS;
-}
-ENTRY cuMemRelease(CUmemGenericAllocationHandle handle) {
-  const std::size_t bytes = reservations.release(handle);
-  if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
-  return --fake.granules, CUDA_SUCCESS;
-}
-ENTRY cuMemMap(CUdeviceptr at, std::size_t bytes, std::size_t offset, CUmemGenericAllocationHandle handle,
-               unsigned long long) {
-  COUNTED;
-  ++fake.mappings;
-  if (graphs_running > 0 || offset != 0 || !reservations.map(at, bytes, handle))
-    return CUDA_ERROR_INVALID_VALUE;
-  return ++fake.mapped, CUDA_SUCCESS;
-}
-ENTRY cuMemUnmap(CUdeviceptr at, std::size_t bytes) {
-  ++fake.mappings;
-  if (graphs_running > 0 || !reservations.unmap(at, bytes)) return CUDA_ERROR_INVALID_VALUE;
-  fake.mapped -= static_cast<int>(bytes / fake_mapped_memory::kGranule);
-  return CUDA_SUCCESS;
-}
-ENTRY cuMemSetAccess(CUdeviceptr at, std::size_t bytes, const CUmemAccessDesc* access, std::size_t count) {
-  COUNTED;
-  if (count != 1 || access->flags != CU_MEM_ACCESS_FLAGS_PROT_READWRITE) return CUDA_ERROR_INVALID_VALUE;
-  return reservations.allow(at, bytes) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 ENTRY cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t bytes, CUstream stream) {
   COUNTED;
@@ -460,8 +411,8 @@ ENTRY cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned lon
 }
 ENTRY cuGraphLaunch(CUgraphExec exec, CUstream stream) {
   COUNTED;
-  ++graphs_running;
-  const std::shared_ptr<void> end(nullptr, [](void*) { --graphs_running; });
+  ++fake_mapped_memory::graphs_running;
+  const std::shared_ptr<void> end(nullptr, [](void*) { --fake_mapped_memory::graphs_running; });
   stream->enqueue([exec, end] { return run_graph(exec->nodes); });
   return CUDA_SUCCESS;
 }

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -11,7 +12,14 @@
 #include <set>
 #include <vector>
 
+#include "cuda_api.h"
+
+// Counts a call, which may have to fail (FakeCuda::fail_call).
+CUresult fake_counted();
+
 namespace fake_mapped_memory {
+
+inline std::atomic<int> graphs_running{0};  // what is mapped must not change then
 
 constexpr std::size_t kGranule = std::size_t{2} << 20;
 
@@ -134,5 +142,7 @@ class Reservations {
   std::set<std::uint64_t> in_use_;                 // handles: at one place at most
   std::map<std::uint64_t, Mapped> mapped_;         // by address, a granule each
 };
+
+inline Reservations reservations;
 
 }  // namespace fake_mapped_memory

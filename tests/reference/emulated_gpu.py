@@ -128,9 +128,9 @@ def _library() -> ctypes.CDLL:
     SONAME, though the machine may have another; outside of :func:`emulated_gpu` it shows no device. The test is skipped
     where the machine's own was opened before."""
     library = Path(_folder().name) / "libcuda.so.1"
-    source = ROOT / "runtime_lib" / "tests" / "fake_cuda.cpp"
+    sources = [str(ROOT / "runtime_lib" / "tests" / f"fake_{part}.cpp") for part in ("cuda", "mapped_memory")]
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1"]
-    command += ["-iquote", str(ROOT / "codegen_templates" / "probe"), str(source), "-o", str(library)]
+    command += ["-iquote", str(ROOT / "codegen_templates" / "probe"), *sources, "-o", str(library)]
     subprocess.run(command, check=True)
     ctypes.CDLL(str(library))
     found = ctypes.CDLL("libcuda.so.1")

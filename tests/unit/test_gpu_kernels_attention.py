@@ -175,9 +175,7 @@ def test_every_number_that_an_fp8_cache_can_meet():
 def test_a_q8_cache_is_refused_by_name():
     a, _ = VARIANTS["gqa"]
     operands = [activation("q", "T", 6, 36), *(cache(n, DType.Q8, 2, 36) for n in "kv")]
-    with pytest.raises(
-        HetcompError, match=r"model\.layers\.0\.test: state k has dtype q8; expected bf16 or f32 or"
-    ):
+    with pytest.raises(HetcompError, match=r"model\.layers\.0\.test: state k has dtype q8; expected bf16 or f32 or"):
         emit(request(a, operands, [activation("y", "T", 6, 36)], {"T": 1}, 1))
 
 
