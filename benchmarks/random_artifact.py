@@ -76,6 +76,7 @@ def build(
     isa: Sequence[str],
     context: int,
     batch: int,
+    kv_tokens: int | None = None,
     hw_profile: str,
     wishes: compiler.PlanWishes,
 ) -> Path:
@@ -85,6 +86,7 @@ def build(
         hw_profile=hw_profile,
         context_length=context,
         max_batch=batch,
+        kv_tokens=kv_tokens,
         formats=formats,
         isa=isa,
         wishes=wishes,
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--hw", default="auto")
     parser.add_argument("--vram")
     parser.add_argument("--pin", action="append")
@@ -154,6 +157,7 @@ def main() -> None:
             isa=isa,
             context=o.context,
             batch=o.batch,
+            kv_tokens=o.kv_tokens,
             hw_profile=o.hw,
             wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None, o.defer),
         )

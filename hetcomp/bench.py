@@ -21,6 +21,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.deferral import whole_role
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.serialise import plan_hash
 from hetcomp.passes.device_time import term_of
@@ -238,7 +239,7 @@ def bench(
     lets the lanes recover from it. Raises HetcompError if no case fits or the text is too short.
     """
     plan, stats = exe.plan, exe.stats
-    cases, notes = _fitting(plan.dim("context").max, prompts, contexts, tokens)
+    cases, notes = _fitting(KvPool.of(plan.max_dims()).longest, prompts, contexts, tokens)
     longest = max(c.length + (tokens if c.phase == "decode" else 0) for c in cases)
     if text is not None and len(text) < longest:
         raise HetcompError(

@@ -21,7 +21,9 @@ from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.ir.annotations import Mix
 from hetcomp.ir.deferral import moe_layers
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
+from hetcomp.ir.types import Dim
 from hetcomp.passes.context import Context, DeferralRequest, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
 from hetcomp.passes.format_search import search_formats
@@ -76,6 +78,7 @@ def plan_model(
     hw_profile: str | Path | HardwareProfile = "auto",
     context_length: int | None = None,
     max_batch: int = 1,
+    kv_tokens: int | None = None,
     formats: str | Mapping[str, str] = "auto",
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
@@ -123,9 +126,10 @@ def plan_model(
     )
     deferral = _deferral(model, wishes, imported.checkpoint is not None, progress)
     context = replace(context, checkpoint=imported.checkpoint, deferral=deferral)
+    imported = replace(imported, plan=_share_cache(imported.plan, kv_tokens))
     if context.use_gpus and not planning and mix is None:
         imported = replace(imported, plan=_largest_step(imported.plan, context))
-    usual = replace(default_mix(imported.plan.dim("context").max), batch=max_batch)
+    usual = replace(default_mix(KvPool.of(imported.plan.max_dims()).longest), batch=max_batch)
     imported = replace(imported, plan=replace(imported.plan, mix=mix or usual))
     _check_mix(imported.plan)
     if imported.unused:
@@ -190,12 +194,27 @@ def _largest_step(plan: Plan, context: Context) -> Plan:
     return replace(plan, dims=tuple(replace(d, max=tokens) if d.name == "T" else d for d in plan.dims))
 
 
-def _check_mix(plan: Plan) -> None:
-    mix, context = plan.mix, plan.dim("context").max
-    if mix is not None and mix.prompt + mix.answer > context:
+def _share_cache(plan: Plan, tokens: int | None) -> Plan:
+    """The plan with a bound of the positions that all sequences hold together."""
+    if tokens is None:
+        return plan
+    dims = plan.max_dims()
+    whole = dims["slots"] * dims["context"]
+    if not 1 <= tokens <= whole:
         raise HetcompError(
-            f"A prompt of {mix.prompt} and an answer of {mix.answer} tokens do not fit into a context of {context}; "
-            "give a longer --context or shorter texts."
+            f"A KV cache of {tokens} positions was asked for; {dims['slots']} sequences of {dims['context']} positions "
+            f"hold {whole}: give 1 to {whole}, a longer --context or a larger --batch."
+        )
+    return replace(plan, dims=(*plan.dims, Dim("kv_tokens", tokens, tokens)))
+
+
+def _check_mix(plan: Plan) -> None:
+    mix, pool = plan.mix, KvPool.of(plan.max_dims())
+    if mix is not None and mix.prompt + mix.answer > pool.longest:
+        what, option = ("context", "--context") if pool.longest == pool.context else ("KV cache", "--kv-tokens")
+        raise HetcompError(
+            f"A prompt of {mix.prompt} and an answer of {mix.answer} tokens do not fit into a {what} of "
+            f"{pool.longest}; give a larger {option} or shorter texts."
         )
 
 
@@ -235,6 +254,7 @@ def compile(
     *,
     context_length: int | None = None,
     max_batch: int = 1,
+    kv_tokens: int | None = None,
     formats: str | Mapping[str, str] = "auto",
     out: str | Path | None = None,
     isa: Sequence[str] | None = None,
@@ -251,10 +271,12 @@ def compile(
     model: a Hugging Face folder (config.json and safetensors), a transformers module, or a zoo name.
     hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
-    max_batch: sequences kept at once. formats: ``auto`` (the checkpoint's, coarser where memory requires it), one of
-    f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router, embedding; kv: f32, bf16,
-    q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
-    lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
+    max_batch: sequences kept at once. kv_tokens: positions that they hold together, which is what the KV cache takes
+    memory for; by default max_batch x context_length. formats: ``auto`` (the checkpoint's, coarser where memory
+    requires it), one of f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router,
+    embedding; kv: f32, bf16, q8, fp8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by
+    default a temporary one that lives as long as the Executable. isa: instruction sets to build for, best first; by
+    default the profile's best.
     wishes: what placement shall keep to; a GPU of the profile takes part unless ``wishes.vram`` is 0. ccs: compute
     capabilities (80, 90, ..) that GPU code is generated for; by default the profile's GPU's. tune: whether tiles of GPU
     kernels are measured on this machine's GPU, at most a minute and remembered (None: where it has one that code is
@@ -270,6 +292,7 @@ def compile(
         hw_profile=hw_profile,
         context_length=context_length,
         max_batch=max_batch,
+        kv_tokens=kv_tokens,
         formats=formats,
         isa=isa,
         wishes=wishes,

@@ -63,7 +63,8 @@ class Token:
 class ModelInfo:
     """Facts of a loaded artifact. ``context`` is in positions, ``max_batch`` in sequences, ``max_tokens`` and
     ``max_logit_rows`` in rows of one step; ``weights`` is ``ram`` or ``mmap``. ``gpu``: name of the GPU that computes
-    a part, None if the CPU computes all; ``gpu_bytes`` of its memory are the model's."""
+    a part, None if the CPU computes all; ``gpu_bytes`` of its memory are the model's. ``kv_tokens``: positions that all
+    sequences hold together, at most."""
 
     name: str
     architecture: str
@@ -81,6 +82,7 @@ class ModelInfo:
     has_chat_template: bool
     gpu: str | None
     gpu_bytes: int
+    kv_tokens: int
 
 
 def version() -> str:
@@ -424,4 +426,5 @@ def _model_info(handle: Handle) -> ModelInfo:
         has_chat_template=bool(raw.has_chat_template),
         gpu=None if raw.gpu is None else raw.gpu.decode(),
         gpu_bytes=raw.gpu_bytes,
+        kv_tokens=raw.kv_tokens,
     )

@@ -29,6 +29,7 @@ class Status(IntEnum):
     COMPUTE = 10
     IO = 11
     INTERNAL = 12
+    POOL_FULL = 13
 
 
 class RuntimeRefusal(HetcompError):
@@ -74,6 +75,7 @@ class ModelInfoStruct(ctypes.Structure):
         ("weights", ctypes.c_char_p),
         ("gpu", ctypes.c_char_p),
         ("gpu_bytes", ctypes.c_int64),
+        ("kv_tokens", ctypes.c_int64),
     )
 
 

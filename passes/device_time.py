@@ -93,8 +93,11 @@ def gpu_curve(gpu: Gpu, op: Op, work: Work, step: Phase) -> KernelCurve | None:
     """The GPU's measured curve for the op's kernel and format, None where there is none."""
     kernel = term_of(op, step)
     form = work.state_format if kernel.startswith("attention") else work.weight_format
-    found = (c for c in gpu.curves if (c.kernel, c.variant, c.weight_format) == (kernel, "dram", form))
-    return next(found, None) if kernel != "elementwise" else None
+    curves = {c.weight_format: c for c in gpu.curves if (c.kernel, c.variant) == (kernel, "dram")}
+    if kernel == "elementwise":
+        return None
+    # GPUs' curves of attention are of bf16 caches: half the bytes, but unpacked, are not taken to be faster.
+    return curves.get(form) or (curves.get("bf16") if form == "fp8" and kernel.startswith("attention") else None)
 
 
 def gpu_tflops(gpu: Gpu, weight_format: str) -> float:
@@ -162,12 +165,15 @@ def _from_curve(
             return None
         rows = work.written / curve.shape.get("width", 1024)
         return work.written / (curve.rate(max(rows, 1e-9)) * 1e3) if work.written else None
-    curve = profile.curve(kernel, "dram", work.state_format, isa)
+    form = work.state_format
+    if form == "fp8" and profile.curve(kernel, "dram", form, isa) is None:
+        form = "q8"  # of an older profile: as many bytes, unpacked as cheaply
+    curve = profile.curve(kernel, "dram", form, isa)
     if curve is None:
         return None
     assert isinstance(op.attrs, ops.Attention)
     us = _attention_us(curve, op.attrs, work, step)
-    small = profile.curve(kernel, "small", work.state_format, isa)
+    small = profile.curve(kernel, "small", form, isa)
     if small is None:
         return us
     # What is done once a position and head (softmax, loops) weighs the more the narrower a head is; two widths give
@@ -176,7 +182,7 @@ def _from_curve(
     place = max(0.0, (here - at_large) / (at_small - at_large))
     narrow = _attention_us(small, op.attrs, work, step)
     us += max(0.0, narrow - us) * place
-    warm = profile.curve(kernel, "cache", work.state_format, isa)
+    warm = profile.curve(kernel, "cache", form, isa)
     # What caches save the small operands, they save the same part of all.
     saved = max(0.0, 1 - _attention_us(warm, op.attrs, work, step) / narrow) if warm is not None else 0.0
     return us * (1 - cached * saved)

@@ -11,6 +11,7 @@ import networkx as nx
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, launch_us, link_gb_per_s
@@ -144,15 +145,16 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     builder.build()
     main = max(range(len(nodes)), key=lambda i: (share[i], -i))
     caps = [gpu_limit(gpu, context) for gpu in gpus]
-    reserve = 0 if context.planning else max((stream_reserve(plan, context, cap) for cap in caps), default=0)
-    caps = [cap - reserve for cap in caps]
-    room = sum(caps) - GPU_RESERVE - workspace_estimate(plan)
+    streams = 0 if context.planning else max((stream_reserve(plan, context, cap) for cap in caps), default=0)
+    caps = [cap - streams for cap in caps]
+    reserve = GPU_RESERVE + KvPool.of(plan.max_dims()).granule_waste
+    room = sum(caps) - reserve - workspace_estimate(plan)
     return Problem(
         phases=builder.steps,
         groups=_caches_first(builder.groups, room) if gpus and not context.planning else tuple(builder.groups),
         edges=tuple(builder.edges),
         experts=tuple(builder.experts),
-        gpu_bytes=tuple(max(0, cap - GPU_RESERVE) for cap in caps),
+        gpu_bytes=tuple(max(0, cap - reserve) for cap in caps),
         node_share=share,
         node_bytes=tuple(n.available_bytes for n in nodes),
         main=main,
@@ -297,7 +299,7 @@ class _Builder:
     def _new_bytes(self, op: Op, actual: dict[str, str]) -> tuple[int, int]:
         """Bytes of weights and of states that no op before has brought in (tied embeddings count once)."""
         weights = states = 0
-        dims = self.plan.max_dims()
+        pool = KvPool.of(self.plan.max_dims())
         for name in op.inputs:
             value = self._values.get(actual.get(name, ""))
             if value is None or value.id in self._resident:
@@ -305,7 +307,7 @@ class _Builder:
             if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
                 weights += self.context.target.packed_bytes(value)
             elif value.kind is ValueKind.STATE:
-                states += value.type.bytes(dims)
+                states += pool.gpu_bytes(value.type) if self.gpus else pool.cpu_bytes(value.type)
             else:
                 continue
             self._resident.add(value.id)

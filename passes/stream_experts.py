@@ -13,6 +13,7 @@ from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.annotations import Curve, ExpertStream, Placement, StreamRates
 from hetcomp.ir.cpu_side import CpuRole, cpu_role
 from hetcomp.ir.homes import memory_of
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.context import Context
@@ -103,7 +104,8 @@ def stream_bytes(plan: Plan, context: Context, room: int) -> int:
 def stream_reserve(plan: Plan, context: Context, room: int) -> int:
     """What experts on their way take of a GPU: nothing where it has room for everything."""
     stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
-    states = sum(v.type.bytes(plan.max_dims()) for v in plan.values if v.kind is ValueKind.STATE)
+    pool = KvPool.of(plan.max_dims())
+    states = pool.granule_waste + sum(pool.gpu_bytes(v.type) for v in plan.values if v.kind is ValueKind.STATE)
     everything = sum(context.target.packed_bytes(v) for v in stored) + states + workspace_estimate(plan) + GPU_RESERVE
     return 0 if everything <= room else stream_bytes(plan, context, room)
 

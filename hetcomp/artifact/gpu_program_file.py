@@ -13,7 +13,8 @@ import xxhash
 from hetcomp.artifact.weight_files import WeightRecord
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
-from hetcomp.backends.gpu.gpu_program import CONSTANTS, WEIGHTS, GpuBuffer, GpuProgram
+from hetcomp.backends.gpu.gpu_program import CONSTANTS, STATES, WEIGHTS, GpuBuffer, GpuProgram
+from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES
 
 _SCHEMA = [1, 0]
 _CONSTANTS = "gpu/constants.bin"
@@ -51,6 +52,8 @@ def _buffer(buffer: GpuBuffer, program: GpuProgram, records: Sequence[WeightReco
     elif buffer.name == CONSTANTS:
         digest = xxhash.xxh3_64(program.constants).hexdigest()
         entry["sources"] = [_source(WeightRecord(CONSTANTS, _CONSTANTS, 0, buffer.bytes, digest), 0)]
+    elif buffer.name == STATES:
+        entry["cache"] = _cache(program)
     return entry
 
 
@@ -92,6 +95,18 @@ def _stream(stream: StreamLayout, program: GpuProgram, cpu_weights: Sequence[str
         },
         "rates": asdict(planned.rates),
         "layers": layers,
+    }
+
+
+def _cache(program: GpuProgram) -> dict[str, int]:
+    memory = program.cache
+    return {
+        "slots": program.plan.dim("slots").max,
+        "slot_bytes": memory.slot_blocks * memory.block,
+        "block_bytes": memory.block,
+        "block_positions": BLOCK_POSITIONS,
+        "granule_bytes": GRANULE_BYTES,
+        "granules": memory.granules or 0,
     }
 
 

@@ -21,6 +21,9 @@ Formats = Annotated[
     typer.Option("--formats", help="auto, bf16, q8, q4, .., or role=format|format,... (experts, attention, kv, ...)."),
 ]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions of the KV cache.")]
+KvTokens = Annotated[
+    int | None, typer.Option("--kv-tokens", min=1, help="Positions that all sequences hold together; default: all.")
+]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences kept at once.")]
 IsaList = Annotated[str, typer.Option("--isa", help="auto (the profile's), or a list: avx512,avx2.")]
 Prompt = Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens of a prompt to plan for.")]

@@ -14,6 +14,7 @@ from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.annotations import Placement
 from hetcomp.ir.deferral import whole_role
 from hetcomp.ir.events import Event
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Op, Plan, ValueKind
 from hetcomp.passes.choose_formats import weight_role
 from hetcomp.passes.device_time import GPU_READS, gpu_tflops
@@ -251,7 +252,7 @@ def device_memory(plan: Plan, profile: HardwareProfile | None, vram: int | None 
     """
     parts: dict[str, Counter[str]] = defaultdict(Counter)
     largest_expert, streams = 0, set()
-    values, seen, dims = plan.value_map(), set(), plan.max_dims()
+    values, seen, pool = plan.value_map(), set(), KvPool.of(plan.max_dims())
     for call, op, placement in placed_ops(plan):
         actual = dict(zip(plan.template(call.template).params, call.args, strict=True))
         streams |= {run.streamed_to for run in placement.experts if run.streamed_to}
@@ -268,10 +269,12 @@ def device_memory(plan: Plan, profile: HardwareProfile | None, vram: int | None 
             if value.kind in (ValueKind.WEIGHT, ValueKind.CONST) and value.format is not None:
                 _spread(parts, _label(op, value.format), packed_bytes(value), homes(op, placement))
             elif value.kind is ValueKind.STATE:
-                parts[placement.device][KV_CACHE] += value.type.bytes(dims)
+                parts[placement.device][KV_CACHE] += pool.bytes(value.type, placement.device)
         if placement.experts:
             largest_expert = max(largest_expert, experts // (placement.experts[-1].last + 1))
     for gpu in _used_gpus(plan):
+        if parts[gpu][KV_CACHE]:
+            parts[gpu][KV_CACHE] += pool.granule_waste
         parts[gpu][GPU_RUNTIME] += GPU_RESERVE
         if gpu in streams:
             parts[gpu][RING] += 2 * STAGED_EXPERTS * largest_expert

@@ -12,6 +12,7 @@ from hetcomp.cli.plan_placement import critical_lines, solution_line
 from hetcomp.cli.plan_summary import OpGroup, PlanSummary, summarise
 from hetcomp.cli.plan_tables import device_memory_table, intensity_table, layer_table
 from hetcomp.ir.annotations import Timeline
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
 
 GENERATED = "the plan that hetcomp compile generates code from (--explore: others, too)"
@@ -30,7 +31,7 @@ def plan_report(
     model, dims = plan.model, plan.max_dims()
     title = (
         f"{model.name}: {model.architecture}, {model.layers} layers, vocabulary {model.vocab:,}; "
-        f"{dims['slots']} x {dims['context']:,} positions, steps of up to {dims['T']} tokens"
+        f"{KvPool.of(dims)}, steps of up to {dims['T']} tokens"
     )
     parts: list[RenderableType] = [Text(title), Text(EXPLORED if explored else GENERATED), _group_table(summary)]
     if figures is not None and (intensities := intensity_table(plan, summary, figures.roofs)) is not None:

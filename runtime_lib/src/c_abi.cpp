@@ -190,6 +190,7 @@ hetcomp_status hetcomp_model_get_info(const hetcomp_model* model, hetcomp_model_
         .weights = m.residency() == hetcomp::Residency::kRam ? "ram" : "mmap",
         .gpu = m.gpu() != nullptr ? m.gpu()->name().c_str() : nullptr,
         .gpu_bytes = m.gpu() != nullptr ? static_cast<std::int64_t>(m.gpu()->bytes()) : 0,
+        .kv_tokens = facts.kv_tokens,
     };
     std::memcpy(static_cast<void*>(info), &full, size);
   });

@@ -34,7 +34,8 @@ bool Generation::advance() {
                                  [&](const Candidates& found) { return choose(found, ids); }};
   const bool sampled = logits != nullptr && session_.model().offers_candidates();
   session_.prefill(ids, logits, generated_ > 0 ? Phase::kDecode : Phase::kPrefill,
-                   wanted && greedy_ ? &best_ : nullptr, sampled ? &request : nullptr);
+                   wanted && greedy_ ? &best_ : nullptr, sampled ? &request : nullptr,
+                   static_cast<std::int64_t>(pending_.size() - fed_ - n));
   fed_ += n;
   return last;
 }

@@ -14,6 +14,8 @@
 #include "chat_template.h"
 #include "gpu/gpu_step.h"
 #include "hetcomp/hetcomp.h"
+#include "kv_memory.h"
+#include "kv_pool.h"
 #include "lane_threads.h"
 #include "manifest.h"
 #include "memory.h"
@@ -70,6 +72,11 @@ class Model {
   std::int32_t take_slot();
   void give_back_slot(std::int32_t slot);
 
+  // What sequences hold of the KV cache; who grows one claims its positions first.
+  KvPool& kv_pool() { return *kv_pool_; }
+  // A sequence that no step is running for keeps its first `length` positions; the others are free.
+  void keep_positions(std::int32_t slot, std::int64_t length);
+
   // Sizes must be within the program's limits and every value in range. Throws Error.
   void run(const StepRequest& request);
 
@@ -100,11 +107,11 @@ class Model {
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<ChatTemplate> chat_template_;
   std::vector<NodePlace> nodes_;  // in the order of the manifest's
+  std::unique_ptr<KvPool> kv_pool_;
   std::unique_ptr<Weights> weights_;
-  std::unique_ptr<gpu::GpuStep> gpu_;  // may read the weights as long as it lives
+  std::unique_ptr<gpu::GpuStep> gpu_;  // may read weights and pool as long as it lives
   Memory arena_;
-  std::vector<Memory> states_;
-  std::vector<std::uint8_t*> state_addresses_;
+  std::unique_ptr<KvMemory> kv_memory_;
   std::uint64_t state_bytes_ = 0;
   Memory logits_;  // for callers whose buffer is not aligned as the kernels want it
   std::unique_ptr<LaneThreads> lanes_;

@@ -3,6 +3,7 @@
 // known by the names that a fake cubin lists behind its header, or foreign: see fake_cuda.h.
 #include "fake_cuda.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <condition_variable>
@@ -21,6 +22,7 @@
 
 #include "cuda_api.h"
 #include "fake_kernels.h"
+#include "fake_mapped_memory.h"
 
 namespace {
 
@@ -29,11 +31,6 @@ using fake_kernels::kernels;
 using fake_kernels::Values;
 
 FakeCuda fake;
-
-CUresult counted() {
-  const int call = ++fake.calls;
-  return call == fake.fail_call ? static_cast<CUresult>(fake.fail_result.load()) : CUDA_SUCCESS;
-}
 
 struct Node {
   std::function<CUresult()> kernel;
@@ -235,9 +232,14 @@ CUresult add_node(CUgraphNode* result, CUgraph graph, const CUgraphNode* after, 
 
 }  // namespace
 
+CUresult fake_counted() {
+  const int call = ++fake.calls;
+  return call == fake.fail_call ? static_cast<CUresult>(fake.fail_result.load()) : CUDA_SUCCESS;
+}
+
 #define ENTRY extern "C" __attribute__((visibility("default"))) CUresult
 #define COUNTED \
-  if (const CUresult failed = counted(); failed != CUDA_SUCCESS) return failed
+  if (const CUresult failed = fake_counted(); failed != CUDA_SUCCESS) return failed
 
 extern "C" __attribute__((visibility("default"))) FakeCuda* fake_cuda() { return &fake; }
 
@@ -264,7 +266,9 @@ ENTRY cuDeviceGetName(char* name, int length, CUdevice) {
 ENTRY cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
   *value = which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? fake.compute_capability / 10
            : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? fake.compute_capability % 10
-                                                                   : 100 << 10;
+           : which == CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+               ? static_cast<int>(fake.memory_mapping)
+               : 100 << 10;
   return CUDA_SUCCESS;
 }
 ENTRY cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
@@ -281,13 +285,22 @@ ENTRY cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   *total = std::size_t{2} << 30;
   return CUDA_SUCCESS;
 }
-extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t* address) {
-  const std::lock_guard lock(memories_mutex);
-  const auto above = memories.upper_bound(*address);
-  if (above == memories.begin()) return 0;
-  const auto [start, bytes] = *std::prev(above);
-  if (*address - start >= bytes) return 0;
-  return *address = start, bytes;
+extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t address,
+                                                                               std::uint64_t* pairs,
+                                                                               std::size_t most) {
+  std::vector<fake_mapped_memory::Area> found;
+  if (!fake_mapped_memory::reservations.areas(address, found)) {
+    const std::lock_guard lock(memories_mutex);
+    const auto above = memories.upper_bound(address);
+    if (above == memories.begin()) return 0;
+    const auto [start, bytes] = *std::prev(above);
+    if (address - start < bytes) found.push_back({start, start + bytes});
+  }
+  for (std::size_t i = 0; i < std::min(most, found.size()); ++i) {
+    pairs[2 * i] = found[i].begin;
+    pairs[2 * i + 1] = found[i].end;
+  }
+  return found.size();
 }
 ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
   COUNTED;
@@ -419,7 +432,9 @@ ENTRY cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned lon
 }
 ENTRY cuGraphLaunch(CUgraphExec exec, CUstream stream) {
   COUNTED;
-  stream->enqueue([exec] { return run_graph(exec->nodes); });
+  ++fake_mapped_memory::graphs_running;
+  const std::shared_ptr<void> end(nullptr, [](void*) { --fake_mapped_memory::graphs_running; });
+  stream->enqueue([exec, end] { return run_graph(exec->nodes); });
   return CUDA_SUCCESS;
 }
 ENTRY cuGraphExecDestroy(CUgraphExec exec) { return --fake.execs, delete exec, CUDA_SUCCESS; }

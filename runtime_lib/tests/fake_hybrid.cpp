@@ -50,8 +50,10 @@ void embed(const Arguments& a) {  // ids, table, x, rows
         a.pointer<const float>(1)[a.pointer<const std::int32_t>(0)[i / kWidth] * kWidth + i % kWidth];
 }
 
+std::int64_t cache_row = kWidth;  // numbers between the rows of two positions
+
 float* place(const Arguments& a, std::int64_t row, std::int64_t position) {  // a: slots at 2, state at 3
-  return a.pointer<float>(3) + (a.pointer<const std::int32_t>(2)[row] * kContext + position) * kWidth;
+  return a.pointer<float>(3) + (a.pointer<const std::int32_t>(2)[row] * kContext + position) * cache_row;
 }
 
 void append(const Arguments& a) {  // y, positions, slots, state, rows
@@ -195,7 +197,8 @@ std::string hash_of(const std::string& bytes) {
 
 }  // namespace
 
-FakeHybrid::FakeHybrid(Parts parts) : parts_(parts) {
+FakeHybrid::FakeHybrid(Parts parts, Cache cache) : parts_(parts), cache_(cache) {
+  cache_row = cache == Cache::kShared ? 1 << 16 : kWidth;
   set_foreign_kernels(load, launch);
   write_gpu();
   Json manifest = artifact_.manifest();
@@ -203,6 +206,7 @@ FakeHybrid::FakeHybrid(Parts parts) : parts_(parts) {
                      {"pinned", Json::array()},
                      {"weight_files", {"weights-00001.safetensors"}}};
   if (parts == Parts::kGpuAndCpu) manifest = cpu_part(manifest);
+  if (cache == Cache::kShared) manifest["model"]["kv_tokens"] = kSharedTokens;
   for (const char* file : {"gpu/program.json", "gpu/kernels.json"})
     manifest["files"][file] = facts_of(artifact_.file(file));
   for (const Kernel& each : kKernels)
@@ -234,6 +238,25 @@ Json FakeHybrid::cpu_part(Json manifest) const {
   manifest["files"]["kernels/lib.so"] = facts_of(artifact_.file("kernels/lib.so"));
   manifest["gpu"]["pinned"] = {"x", "y", "s", "z"};
   return manifest;
+}
+
+Json FakeHybrid::cache_buffer() const {
+  const bool shared = cache_ == Cache::kShared;
+  const std::int64_t positions = shared ? 4 : 1;  // of a block
+  const std::int64_t slot = kContext * cache_row * 4;
+  const std::int64_t block = positions * cache_row * 4;
+  constexpr std::int64_t kGranule = 2 << 20;
+  const std::int64_t spare = shared ? (block + kGranule - 1) / kGranule * kGranule : block;
+  return {{"name", "kv"},
+          {"bytes", FakeArtifact::kMaxBatch * slot + spare},
+          {"kind", "state"},
+          {"cache",
+           {{"slots", FakeArtifact::kMaxBatch},
+            {"slot_bytes", slot},
+            {"block_bytes", block},
+            {"block_positions", positions},
+            {"granule_bytes", kGranule},
+            {"granules", shared ? kGranules : 0}}}};
 }
 
 void FakeHybrid::write_gpu() const {
@@ -272,7 +295,7 @@ void FakeHybrid::write_gpu() const {
   add("logits", kMaxLogitRows * kVocab * 4, "result");
   add("best", kMaxLogitRows * 4, "pinned_out");
   add("candidates", 4 * static_cast<std::int64_t>(gpu::CandidateRows::kWords) * 4, "pinned_out");
-  add("kv", FakeArtifact::kMaxBatch * kContext * kRowBytes, "state");
+  buffers.push_back(cache_buffer());
   // The weights of the fake artifact, which are the CPU's there.
   Json weights = artifact_.manifest()["weights"];
   for (Json& weight : weights) {
@@ -286,7 +309,7 @@ void FakeHybrid::write_gpu() const {
   const bool with_cpu = parts_ == Parts::kGpuAndCpu;
   const Json program{
       {"schema", {1, 0}},
-      {"device_bytes", 1 << 20},
+      {"device_bytes", 32 << 20},
       {"flags", with_cpu ? 2 : 0},
       {"buffers", buffers},
       {"graphs", {graph(1, true, with_cpu), graph(4, true, with_cpu), graph(kMaxTokens, false, with_cpu)}}};

@@ -21,8 +21,13 @@ namespace hetcomp::fake {
 class FakeHybrid {
  public:
   enum class Parts { kGpuAndCpu, kGpu };
+  // Of the shared cache sequences hold kSharedTokens positions together, each of 256 KB on the GPU, in blocks
+  // of 4 and granules of 8; that of the GPU has kGranules of them.
+  enum class Cache { kWhole, kShared };
+  static constexpr std::int64_t kSharedTokens = 50;
+  static constexpr int kGranules = 11;
   // Graphs: exactly 1 and 4 rows, these with candidates, and up to 7.
-  explicit FakeHybrid(Parts parts = Parts::kGpuAndCpu);
+  explicit FakeHybrid(Parts parts = Parts::kGpuAndCpu, Cache cache = Cache::kWhole);
   ~FakeHybrid();
   FakeHybrid(const FakeHybrid&) = delete;
   FakeHybrid& operator=(const FakeHybrid&) = delete;
@@ -38,9 +43,11 @@ class FakeHybrid {
 
  private:
   void write_gpu() const;
+  nlohmann::json cache_buffer() const;
   nlohmann::json cpu_part(nlohmann::json manifest) const;
 
   Parts parts_;
+  Cache cache_;
   FakeArtifact artifact_;
 };
 

@@ -31,7 +31,7 @@ from tests.reference.triton_harness import emit, request
 
 CCS = (80, 86, 89, 90, 120)
 FEW_CCS = (86, 90)  # for the other formats of a family: mma and wgmma, 99 and 227 KB of shared memory
-DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096}
+DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096, "cache_block": 1 << 20}
 GQA = ops.Attention(heads=32, kv_heads=4, head_dim=128, v_head_dim=128, scale=0.09)
 GPT_OSS = ops.Attention(heads=64, kv_heads=8, head_dim=64, v_head_dim=64, scale=0.125, window=128, sinks=True)
 MLA = ops.Attention(heads=128, kv_heads=1, head_dim=576, v_head_dim=512, scale=0.07, shared_kv=True)

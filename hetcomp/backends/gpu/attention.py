@@ -21,7 +21,7 @@ from hetcomp.ir.types import DType
 
 DECODE_ROWS = 16
 # Cache types that the kernels read, and their Triton pointers.
-CACHE_TYPES = {DType.BF16: "*bf16", DType.F32: "*fp32"}
+CACHE_TYPES = {DType.BF16: "*bf16", DType.F32: "*fp32", DType.FP8: "*u8"}
 MAX_F32_DIM = 256  # of a head in an f32 cache: wider ones do not fit in 99 KB of shared memory
 
 _PARTS_WANTED = 256  # programs over all heads and tokens: two for each multiprocessor of a large GPU
@@ -37,7 +37,7 @@ def split_width(dim: int) -> tuple[int, int]:
     return (below, 0) if below == dim else (below, max(16, power_of_two(dim - below)))
 
 
-def _shape(a: Attention) -> dict[str, Constant]:
+def _shape(a: Attention, request: GpuRequest) -> dict[str, Constant]:
     first, second = split_width(a.head_dim)
     v_first, v_second = split_width(a.v_head_dim)
     return {
@@ -53,6 +53,7 @@ def _shape(a: Attention) -> dict[str, Constant]:
         "SCALE": a.scale,
         "SOFTCAP": a.softcap,
         "WINDOW": a.window,
+        "BLOCK": request.block_elements(request.inputs[1].type.dtype),
     }
 
 
@@ -126,7 +127,7 @@ def _decode(request: GpuRequest, rows: int) -> GpuCode:
     partial, stats = ("*fp32", Operand("workspace")), ("*fp32", Operand("workspace", offset=stats_at))
     positions = ("*i32", Operand("step", name="positions"))
     operands, sinks = _operands(request, a)
-    shape = _shape(a)
+    shape = _shape(a, request)
     first = launch(
         "attention",
         "attention_decode",
@@ -138,7 +139,7 @@ def _decode(request: GpuRequest, rows: int) -> GpuCode:
             "slots": ("*i32", Operand("step", name="slots")),
             "partial": partial,
             "stats": stats,
-            "context": ("i32", Operand("context")),
+            "slot_blocks": ("i32", Operand("slot_blocks")),
         },
         {**shape, "HEAD_TILE": heads, **split},
         stages=stages,
@@ -188,9 +189,9 @@ def _prefill(request: GpuRequest) -> GpuCode:
             "slots": ("*i32", Operand("step", name="slots")),
             "n_rows": ("*i32", Operand("step", name="rows")),
             "y": (NUMBER_TYPES[request.outputs[0].type.dtype], Operand("output", 0)),
-            "context": ("i32", Operand("context")),
+            "slot_blocks": ("i32", Operand("slot_blocks")),
         },
-        {**_shape(a), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": tile.keys},
+        {**_shape(a, request), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": tile.keys},
         warps=tile.warps,
         stages=tile.stages,
         tile=choice,
@@ -213,9 +214,14 @@ def kv_append(request: GpuRequest) -> GpuCode:
             "positions": ("*i32", Operand("step", name="positions")),
             "slots": ("*i32", Operand("step", name="slots")),
             "n_rows": ("*i32", Operand("step", name="rows")) if request.rows is None else None,
-            "context": ("i32", Operand("context")),
+            "slot_blocks": ("i32", Operand("slot_blocks")),
         },
-        {"HEADS": attrs.heads, "DIM": attrs.head_dim, "PADDED": power_of_two(attrs.head_dim)},
+        {
+            "HEADS": attrs.heads,
+            "DIM": attrs.head_dim,
+            "PADDED": power_of_two(attrs.head_dim),
+            "BLOCK": request.block_elements(dtype),
+        },
         warps=1,
     )
     return GpuCode((made,))

@@ -18,6 +18,7 @@ from hetcomp.backends.gpu.step_events import step_events
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.errors import HetcompError
 from hetcomp.ir.homes import on_gpu, read_in
+from hetcomp.ir.kv_pool import GpuCacheMemory, KvPool, block_bytes
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value, ValueKind
 
@@ -50,12 +51,13 @@ class GpuBuffer:
 @dataclass(frozen=True)
 class GpuProgram:
     """``weights`` in the order of their places in the buffer of weights; ``cuts``: of those that are a GPU's part of
-    one, by id: the whole weight and the cut. ``constants``: bytes of the buffer of constants."""
+    one, by id: the whole weight and the cut. ``cache``: the memory whose blocks the states lie in. ``constants``: bytes
+    of the buffer of constants."""
 
     plan: Plan
     weights: tuple[Value, ...]
     cuts: Mapping[str, tuple[Value, Cut]]
-    states: tuple[Value, ...]
+    cache: GpuCacheMemory
     places: Mapping[str, Place]
     constants: bytes
     graphs: tuple[StepGraph, ...]
@@ -70,7 +72,8 @@ class GpuProgram:
     def device_bytes(self, compiled: Sequence[CompiledKernel]) -> int:
         """Device memory of all buffers, and of the kernels' scratch."""
         scratch = {made.kernel.name: made.global_scratch_bytes for made in compiled}
-        size = sum(_aligned(b.bytes) for b in self.buffers() if b.kind not in ("pinned_in", "pinned_out"))
+        size = sum(_aligned(b.bytes) for b in self.buffers() if b.kind not in ("state", "pinned_in", "pinned_out"))
+        size += _aligned(self.cache.bytes)
         for graph in self.graphs:
             for node in graph.nodes:
                 x, y, z = node.get("grid", (0, 0, 0))
@@ -84,7 +87,7 @@ class GpuProgram:
         named = {a["buffer"] for g in self.graphs for n in g.nodes for a in n.get("arguments", ()) if "buffer" in a}
         found = [
             GpuBuffer(WEIGHTS, self._end(self.weights), "weight"),
-            GpuBuffer(STATES, self._end(self.states), "state"),
+            GpuBuffer(STATES, self.cache.addresses, "state"),
             GpuBuffer(CONSTANTS, len(self.constants), "constant"),
             GpuBuffer(ARENA, max(g.arena_bytes for g in self.graphs), "arena"),
             *(GpuBuffer(name, 4 * dims.get(dim, 1), "step") for name, dim in _STEP.items() if name in named),
@@ -103,7 +106,7 @@ class GpuProgram:
         return [*slots, GpuBuffer(TABLES, self.stream.tables_bytes, "stream")]
 
     def _end(self, values: Sequence[Value]) -> int:
-        return max((self.places[v.id].offset + _size(v, self.plan) for v in values), default=0)
+        return max((self.places[v.id].offset + packing.packed_bytes(v) for v in values), default=0)
 
 
 def lower_program(plan: Plan, tiles: TileChoices = BY_TABLE) -> GpuProgram | None:
@@ -126,19 +129,20 @@ def lower_program(plan: Plan, tiles: TileChoices = BY_TABLE) -> GpuProgram | Non
     stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
     weights = [cuts[v.id][0] if v.id in cuts else v for v in stored if v.id in cuts or gpu in readers[v.id]]
     states = [v for v in plan.values if v.kind is ValueKind.STATE and gpu in readers[v.id]]
-    places = {**_in_a_row(WEIGHTS, weights, plan), **_in_a_row(STATES, states, plan)}
+    in_block, block = _in_block(states)
+    cache = KvPool.of(plan.max_dims()).gpu_memory(block)
+    dims = {**plan.max_dims(), "cache_block": block, "slot_blocks": cache.slot_blocks}
+    places = {**_in_a_row(WEIGHTS, weights), **in_block}
     places |= {v.id: Place(v.fqn or v.id) for v in plan.values if v.kind is ValueKind.INPUT}
     events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
     graphs = [
-        StepLowering(
-            events, dict(values), dict(places), exchange, stream, plan.max_dims(), rows, constants, tiles
-        ).lower()
+        StepLowering(events, dict(values), dict(places), exchange, stream, dims, rows, constants, tiles).lower()
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
-    return GpuProgram(plan, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange, stream)
+    return GpuProgram(plan, tuple(weights), by_part, cache, places, table, tuple(graphs), exchange, stream)
 
 
 def _all_rows(plan: Plan) -> list[Rows]:
@@ -150,16 +154,21 @@ def _all_rows(plan: Plan) -> list[Rows]:
     return [*exact, *(Rows(n, False, min(n, logit_rows)) for n in prompts)]
 
 
-def _size(value: Value, plan: Plan) -> int:
-    return value.type.bytes(plan.max_dims()) if value.kind is ValueKind.STATE else packing.packed_bytes(value)
-
-
-def _in_a_row(buffer: str, values: Sequence[Value], plan: Plan) -> dict[str, Place]:
+def _in_a_row(buffer: str, values: Sequence[Value]) -> dict[str, Place]:
     places, end = {}, 0
     for value in values:
         places[value.id] = Place(buffer, end)
-        end = _aligned(end + _size(value, plan))
+        end = _aligned(end + packing.packed_bytes(value))
     return places
+
+
+def _in_block(states: Sequence[Value]) -> tuple[dict[str, Place], int]:
+    """The states' places in the first block of the KV cache, and its bytes."""
+    places, end = {}, 0
+    for state in states:
+        places[state.id] = Place(STATES, end)
+        end += block_bytes(state.type)
+    return places, end
 
 
 def _aligned(size: int) -> int:

@@ -275,8 +275,9 @@ class _Grouping:
         turned = self._request(of.q_rope).outputs[0]
         y = operands.write(turned.id)
         named = HeadOperands(q, k, v, q_norm, k_norm, cos, sin, y, turned.type.dtype, k_cache, v_cache)
-        k_type, v_type = (run.values[op.inputs[1]].type.dtype for op in (k_append, v_append))
-        return self._made(of.members(), operands, heads_to_cache(named, of.attrs, k_type, v_type, self.rows))
+        cached = run.values[k_append.inputs[1]].type.dtype
+        block = self._request(of.k_append).block_elements(cached)
+        return self._made(of.members(), operands, heads_to_cache(named, of.attrs, cached, block, self.rows))
 
     def _latents(self, of: LatentOps) -> GpuGroup:
         run, operands = self.run, _Operands()
@@ -294,8 +295,16 @@ class _Grouping:
         named = LatentOperands(q, kv, weight, cos, sin, matrix, y, cache)
         assert isinstance(norm.attrs, RmsNorm) and isinstance(rope.attrs, Rope) and isinstance(absorb.attrs, HeadLinear)
         cached = run.values[append.inputs[1]].type.dtype
-        weight_format = run.weight_format(of.absorb)
-        code = latents_to_cache(named, norm.attrs, rope.attrs, absorb.attrs, weight_format, cached, self._rows())
+        code = latents_to_cache(
+            named,
+            norm.attrs,
+            rope.attrs,
+            absorb.attrs,
+            run.weight_format(of.absorb),
+            cached,
+            self._request(of.append).block_elements(cached),
+            self._rows(),
+        )
         return self._made(of.members(), operands, code)
 
     def _normed_add(self, add: int, norm: int) -> GpuGroup:

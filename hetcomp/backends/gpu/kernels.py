@@ -19,7 +19,8 @@ Constant = int | float | bool | str | None
 @dataclass(frozen=True)
 class GpuRequest:
     """One op to generate launches for. ``inputs``/``outputs`` are the op's values in order, weights with their format
-    chosen; ``dims`` are upper bounds of the symbolic dimensions.
+    chosen; ``dims`` are upper bounds of the symbolic dimensions, and of ops on a KV cache ``cache_block``: bytes of a
+    block of it (hetcomp.ir.kv_pool), all states together.
 
     ``rows``: the op always has exactly so many rows (a decode step of fixed batch); None: up to its bound, and kernels
     read the number from memory (prefill). ``resident``: of ``moe_experts``, only some experts' weights are here;
@@ -42,6 +43,10 @@ class GpuRequest:
             return self.rows
         return first if isinstance(first, int) else self.dims[first]
 
+    def block_elements(self, cache: DType) -> int:
+        """Elements between two blocks of a KV cache of that type."""
+        return self.dims["cache_block"] // cache.row_bytes(1)
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -49,11 +54,11 @@ class Operand:
 
     ``input``/``output``: the op's operand number ``index``. ``workspace``: the op's scratch memory from ``offset`` on.
     ``step``: an array that each step brings in device memory, by ``name``: ``positions``, ``slots``, ``logit_rows`` i32
-    of a row each, ``rows`` i32[1] (tokens), ``logit_row_count`` i32[1]. ``context``: the number i32 of positions that a
-    slot of the KV cache holds. Pointers are multiples of 16 bytes.
+    of a row each, ``rows`` i32[1] (tokens), ``logit_row_count`` i32[1]. ``slot_blocks``: the number i32 of blocks that
+    a slot of the KV cache has. Pointers are multiples of 16 bytes.
     """
 
-    source: Literal["input", "output", "workspace", "step", "context"]
+    source: Literal["input", "output", "workspace", "step", "slot_blocks"]
     index: int = 0
     name: str = ""
     offset: int = 0

@@ -91,8 +91,8 @@ class StepLowering:
     """Lowers the events of one number of rows.
 
     ``values`` by id, those of the step and of the plan; ``places``: of values outside of the arena (weights, states, a
-    step's inputs). ``residents``: places of tables of resident experts, filled as they are needed (``constants``: their
-    numbers)."""
+    step's inputs). ``dims``: as of GpuRequest, and ``slot_blocks``. ``residents``: places of tables of resident
+    experts, filled as they are needed (``constants``: their numbers)."""
 
     events: Sequence[Event]
     values: dict[str, Value]
@@ -302,8 +302,8 @@ class StepLowering:
         }
 
     def _argument(self, operand: Operand, group: GpuGroup, slots: Mapping[str, int], index: int) -> dict[str, Any]:
-        if operand.source == "context":
-            return {"i32": self.dims["context"]}
+        if operand.source == "slot_blocks":
+            return {"i32": self.dims["slot_blocks"]}
         if operand.source == "step":
             return {"buffer": operand.name, "offset": 0}
         if operand.source == "workspace":

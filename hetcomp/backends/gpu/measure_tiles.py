@@ -25,6 +25,7 @@ from hetcomp.backends.gpu.tile_choices import MeasuredTile, TileChoices
 from hetcomp.backends.gpu.tile_timer import TileTimer, TimedBuffer, TimedLaunch, TimingJob, VariantTime
 from hetcomp.backends.gpu.timing_data import TimingData
 from hetcomp.backends.native_compiler import cache_folder
+from hetcomp.ir.kv_pool import GpuCacheMemory
 from hetcomp.ir.plan import Plan
 from hetcomp.progress import ProgressSink
 
@@ -42,10 +43,12 @@ _BYTES_TYPES = {"f32": "float32", "bf16": "bf16", "i32": "int32"}
 
 @dataclass(frozen=True)
 class _Case:
-    """A group of launches under every candidate: the group of each program of ``variants``."""
+    """A group of launches under every candidate: the group of each program of ``variants``. ``cache``: the KV cache of
+    the program."""
 
     graph: StepGraph
     variants: tuple[GpuGroup, ...]
+    cache: GpuCacheMemory
 
     @property
     def rows(self) -> int:
@@ -112,7 +115,7 @@ def _cases(plan: Plan) -> Iterator[_Case]:
     for i in sorted(range(len(table.graphs)), key=lambda i: -table.graphs[i].rows.count):
         graphs = [p.graphs[i] for p in programs]
         for groups in zip(*(g.groups for g in graphs), strict=True):
-            case = _Case(graphs[0], groups)
+            case = _Case(graphs[0], groups, table.cache)
             if set(case.keys()) - seen:
                 seen |= set(case.keys())
                 yield case
@@ -155,7 +158,7 @@ def _choose(key: str, count: int, case: _Case, good: Mapping[int, VariantTime]) 
 def _job(case: _Case, able: Sequence[int], plan: Plan, made: Mapping[str, CompiledKernel], folder: Path) -> TimingJob:
     graph, group = case.graph, case.variants[0]
     dims = graph.rows.dims(plan.max_dims())
-    data = TimingData(folder, case.rows, dims)
+    data = TimingData(folder, case.rows, dims, case.cache)
     workspace = max(case.variants[i].code.workspace_bytes for i in able)
     buffers = {"workspace": TimedBuffer(workspace)}
     buffers |= {f"input {n}": data.value(graph.values[n], group, graph.values) for n in group.inputs}
@@ -164,16 +167,16 @@ def _job(case: _Case, able: Sequence[int], plan: Plan, made: Mapping[str, Compil
         for launch in case.variants[i].code.launches:
             buffers |= {f"step {o.name}": data.step(o.name) for o in launch.operands if o.source == "step"}
     outputs = {f"output {n}": _BYTES_TYPES[str(graph.values[n].type.dtype)] for n in group.outputs}
-    variants = [_timed(case.variants[i].code, group, case.rows, dims["context"], made) for i in able]
+    variants = [_timed(case.variants[i].code, group, case.rows, case.cache.slot_blocks, made) for i in able]
     return TimingJob(buffers, outputs, variants)
 
 
 def _timed(
-    code: GpuCode, group: GpuGroup, rows: int, context: int, made: Mapping[str, CompiledKernel]
+    code: GpuCode, group: GpuGroup, rows: int, slot_blocks: int, made: Mapping[str, CompiledKernel]
 ) -> list[TimedLaunch]:
     def argument(operand: Operand) -> dict[str, Any]:
-        if operand.source == "context":
-            return {"i32": context}
+        if operand.source == "slot_blocks":
+            return {"i32": slot_blocks}
         names = {"input": group.inputs, "output": group.outputs}
         of_operand = {"workspace": "workspace", "step": f"step {operand.name}"}
         name = of_operand.get(operand.source) or f"{operand.source} {names[operand.source][operand.index]}"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.groups import GpuGroup
 from hetcomp.backends.gpu.tile_timer import TimedBuffer
+from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GpuCacheMemory
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
@@ -25,12 +26,13 @@ _DEVIATION = 0.02  # of weights
 
 class TimingData:
     """Buffers of a graph's groups; their contents are files of ``folder``. ``rows`` of the step, ``dims`` of its
-    values."""
+    values; ``cache``: how the KV cache lies."""
 
-    def __init__(self, folder: Path, rows: int, dims: Mapping[str, int]) -> None:
+    def __init__(self, folder: Path, rows: int, dims: Mapping[str, int], cache: GpuCacheMemory) -> None:
         self._folder = folder
         self._rows = rows
         self._dims = {**dims, "slots": 1}
+        self._cache_bytes = -(-rows // BLOCK_POSITIONS) * cache.block
 
     def value(self, value: Value, group: GpuGroup, values: Mapping[str, Value]) -> TimedBuffer:
         """What the group's launches read as ``value``."""
@@ -38,7 +40,9 @@ class TimingData:
         dtype, shape = value.type.dtype, value.type.shape
         if value.kind is ValueKind.WEIGHT:
             return self._weight(value)
-        size = value.type.bytes(self._dims)
+        size = self._cache_bytes if value.kind is ValueKind.STATE else value.type.bytes(self._dims)
+        if dtype is DType.FP8:
+            return TimedBuffer(size)  # random bytes would be NaN now and then
         if dtype is not DType.I32:
             return TimedBuffer(size, self._normal(str(dtype), 1.0))
         assert experts is not None

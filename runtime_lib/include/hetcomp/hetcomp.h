@@ -35,7 +35,8 @@ typedef enum hetcomp_status {
   HETCOMP_NO_TOKENIZER = 9, /* the artifact has no tokenizer or no chat template */
   HETCOMP_COMPUTE = 10,     /* a kernel failed, or the logits are not finite */
   HETCOMP_IO = 11,          /* a file could not be read */
-  HETCOMP_INTERNAL = 12     /* a bug */
+  HETCOMP_INTERNAL = 12,    /* a bug */
+  HETCOMP_POOL_FULL = 13    /* the KV cache that all sessions share has too few positions left */
 } hetcomp_status;
 
 HETCOMP_EXPORT const char* hetcomp_version(void);
@@ -92,6 +93,7 @@ typedef struct hetcomp_model_info {
   const char* weights; /* "ram" or "mmap" */
   const char* gpu;     /* the name of the GPU that computes a part; NULL: none does */
   int64_t gpu_bytes;   /* of its memory that the model takes */
+  int64_t kv_tokens;   /* positions that all sessions hold together, at most */
 } hetcomp_model_info;
 
 HETCOMP_EXPORT void hetcomp_model_info_init(hetcomp_model_info* info);
@@ -139,7 +141,8 @@ HETCOMP_EXPORT hetcomp_status hetcomp_session_length(const hetcomp_session* sess
 HETCOMP_EXPORT hetcomp_status hetcomp_session_reuse(hetcomp_session* session, const int32_t* ids, int64_t n,
                                                     int64_t* kept);
 
-/* Each appends ids to the session. n >= 1; ids are 0 .. vocab - 1; if n does not fit, nothing is computed.
+/* Each appends ids to the session. n >= 1; ids are 0 .. vocab - 1; if n does not fit into the context
+ * (HETCOMP_CONTEXT_FULL), or into what all sessions share (HETCOMP_POOL_FULL: others go on), nothing is computed.
  * If a step fails the session keeps the tokens of the steps before it. */
 
 /* logits: [n][vocab], of every token. */

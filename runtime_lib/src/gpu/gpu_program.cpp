@@ -57,7 +57,7 @@ struct GpuProgram::Resources {
       : budget(program.device_bytes),
         stream((require_free_memory(driver, device, budget), create_stream(driver))),
         kernels(driver, device, artifact, kernel_records, called(program)),
-        buffers(driver, artifact, program, budget, stream.get(), options.verify),
+        buffers(driver, device, artifact, program, budget, stream.get(), options.verify),
         hand_shake(driver, program.all_flags(), options.patience, health) {
     if (program.stream)
       experts = std::make_unique<ExpertStream>(driver, context, program, buffers, hand_shake, stream.get());
@@ -146,6 +146,12 @@ void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& 
   const bool aborted = hand_shake.aborted();
   hand_shake.end_step();
   if (aborted) throw Error(HETCOMP_COMPUTE, hand_shake.abort_reason());
+}
+
+void GpuProgram::provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool) {
+  if (!broken_.empty()) return;  // run() says so
+  const CurrentContext current(driver_, *context_);
+  resources_->buffers.provide_cache(positions, pool);
 }
 
 void GpuProgram::abort(const std::string& reason) { resources_->hand_shake.abort(reason); }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -49,6 +50,9 @@ class GpuProgram {
   // and the next step may run, but state buffers hold what the step has written; only after a fault of the
   // GPU itself every further call says so, until the model is loaded anew.
   void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1);
+
+  // Before a step that reads and writes the cache below these positions, by slot. Throws Error.
+  void provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool);
 
   // From any thread: gives the running step up.
   void abort(const std::string& reason);

@@ -47,8 +47,9 @@ void copy_padded(std::span<std::int32_t> to, const std::int32_t* values, std::in
 }  // namespace
 
 GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest, const hetcomp_program& cpu,
-                 const GpuOptions& options)
+                 const KvPool& pool, const GpuOptions& options)
     : program_(driver_, artifact, options),
+      pool_(pool),
       max_batch_(manifest.model.max_batch),
       vocab_(static_cast<std::size_t>(manifest.model.vocab)),
       has_hand_overs_(cpu.n_flags > 0) {
@@ -57,6 +58,7 @@ GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest
            std::to_string(cpu.n_flags));
   find_inputs(manifest.model);
   check_graphs(manifest.model);
+  check_cache(manifest.model);
   for (const std::string& name : manifest.gpu->pinned)
     pinned_.push_back(reinterpret_cast<std::uint8_t*>(pinned_buffer(name).data()));
   find_results(manifest.model);
@@ -148,33 +150,27 @@ std::span<std::byte> GpuStep::pinned_buffer(const std::string& name) const {
   refuse("has no pinned buffer " + name);
 }
 
-// Where rows of a graph that are nobody's tokens may write their KV. With hand-overs they must not repeat the
-// last token: the CPU computes nothing for them, so that from the next layer on they would write other
-// numbers to its place. Any place will do that no token of this step reads, and that is written before a
-// later step reads it: the one behind the last token; or the last position of a slot, which only a token of
-// that position reads.
-std::optional<GpuStep::Place> GpuStep::padding_place(const hetcomp_step& step) const {
-  const std::int64_t last = step.n_tokens - 1;
-  if (!has_hand_overs_) return Place{step.slots[last], step.positions[last]};
-  if (step.positions[last] + 1 < step.context) return Place{step.slots[last], step.positions[last] + 1};
-  const auto end = static_cast<std::int32_t>(step.context - 1);
-  for (std::int32_t slot = 0; slot < max_batch_; ++slot) {
-    bool free = true;
-    for (std::int64_t t = 0; t < step.n_tokens; ++t)
-      free = free && (step.slots[t] != slot || step.positions[t] != end);
-    if (free) return Place{slot, end};
+// Rows that pad a step write to a block of their own.
+void GpuStep::check_cache(const ModelFacts& model) const {
+  for (const BufferRecord& buffer : program_.record().buffers) {
+    if (buffer.kind != BufferKind::kState) continue;
+    if (!buffer.cache) refuse("has the state " + buffer.name + " without a place for rows of nobody");
+    const CacheRecord& cache = *buffer.cache;
+    const std::uint64_t positions = cache.slot_bytes / cache.block_bytes * cache.block_positions;
+    if (cache.slots != model.max_batch || positions < static_cast<std::uint64_t>(model.context))
+      refuse("has a KV cache of " + std::to_string(cache.slots) + " sequences of " +
+             std::to_string(positions) + " positions, not of " + std::to_string(model.max_batch) + " of " +
+             std::to_string(model.context));
   }
-  return std::nullopt;
 }
 
-const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool may_pad) const {
+const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step) const {
   const GraphRecord* best = nullptr;
   std::string sizes;
   for (const GraphRecord& graph : program_.record().graphs) {
     sizes += (sizes.empty() ? "" : ", ") + std::string(graph.exact ? "exactly " : "up to ") +
              std::to_string(graph.batch);
     if (graph.batch < step.n_tokens || (graph.exact && graph.batch < step.n_logit_rows)) continue;
-    if (graph.exact && graph.batch > step.n_tokens && !may_pad) continue;
     const auto rank = [](const GraphRecord& g) { return std::pair(!g.exact, g.batch); };
     if (best == nullptr || rank(graph) < rank(*best)) best = &graph;
   }
@@ -185,14 +181,17 @@ const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool may_pad)
                   " tokens: give fewer at once, or compile the model again.");
 }
 
+// Rows of an exact graph that are nobody's tokens must not repeat the last token where the CPU computes a
+// part: it computes nothing for them, so that from the next layer on they would write other numbers to the
+// token's place in the KV cache. They have the slot behind the last one, whose first position nobody else
+// reads.
 void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
-                          const std::optional<Place>& padding, float inverse_temperature) const {
+                          float inverse_temperature) const {
   const std::int64_t n = step.n_tokens;
   const std::int64_t rows = graph.exact ? graph.batch : n;
-  const Place place = padding.value_or(Place{});  // without one there are no rows to pad
   copy_padded(inputs_.ids, step.ids, n, rows, step.ids[n - 1]);
-  copy_padded(inputs_.positions, step.positions, n, rows, place.position);
-  copy_padded(inputs_.slots, step.slots, n, rows, place.slot);
+  copy_padded(inputs_.positions, step.positions, n, rows, 0);
+  copy_padded(inputs_.slots, step.slots, n, rows, max_batch_);
   const std::int64_t wanted = step.n_logit_rows;
   copy_padded(inputs_.logit_rows, step.logit_rows, wanted, graph.exact ? graph.batch : wanted,
               wanted > 0 ? step.logit_rows[wanted - 1] : 0);
@@ -207,12 +206,21 @@ void GpuStep::fill_inputs(const hetcomp_step& step, const GraphRecord& graph,
     inputs_.logit_row_count[0] = static_cast<std::int32_t>(graph.exact ? rows : wanted);
 }
 
+void GpuStep::provide_cache(const hetcomp_step& step) {
+  std::map<std::int32_t, std::int64_t> positions;
+  for (std::int64_t t = 0; t < step.n_tokens; ++t) {
+    std::int64_t& end = positions[step.slots[t]];
+    end = std::max<std::int64_t>(end, step.positions[t] + 1);
+  }
+  program_.provide_cache(positions, pool_);
+}
+
 std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const CandidateRequest* candidates,
                           const Lanes& lanes) {
-  const std::optional<Place> padding = padding_place(step);
-  const GraphRecord& graph = choose_graph(step, padding.has_value());
+  const GraphRecord& graph = choose_graph(step);
   const bool finds = candidates != nullptr && graph.exact && offers_candidates() && step.n_logit_rows > 0;
-  fill_inputs(step, graph, padding, finds ? candidates->inverse_temperature : 0);
+  fill_inputs(step, graph, finds ? candidates->inverse_temperature : 0);
+  provide_cache(step);
   float* const logits = gives_logits_ ? std::exchange(step.logits, nullptr) : nullptr;
   step.pinned = pinned_.data();
   const auto cpu_work = [&](HandShake& hand_shake) {

@@ -4,12 +4,12 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "../candidates.h"
+#include "../kv_pool.h"
 #include "../manifest.h"
 #include "candidate_rows.h"
 #include "driver.h"
@@ -22,8 +22,9 @@ class GpuStep {
  public:
   // cpu: the artifact's program for the CPU. Throws Error: what GpuProgram's constructor does, and gpu/
   // does not fit the manifest or the CPU's program.
+  // pool: of what the sequences hold of the KV cache; it must live as long.
   GpuStep(const std::filesystem::path& artifact, const Manifest& manifest, const hetcomp_program& cpu,
-          const GpuOptions& options);
+          const KvPool& pool, const GpuOptions& options);
 
   // The step with what a program needs beside a GPU, for the lanes to run.
   using Lanes = std::function<void(const hetcomp_step&)>;
@@ -56,10 +57,6 @@ class GpuStep {
   std::uint64_t bytes() const { return program_.device_bytes(); }  // of its memory
 
  private:
-  struct Place {
-    std::int32_t slot;
-    std::int32_t position;
-  };
   struct Inputs {  // on the host; empty where no kernel reads it
     std::span<std::int32_t> ids, positions, slots, logit_rows, rows, logit_row_count, inverse_temperatures;
   };
@@ -68,14 +65,15 @@ class GpuStep {
   void check_graphs(const ModelFacts& model) const;
   void find_results(const ModelFacts& model);
   std::span<std::byte> pinned_buffer(const std::string& name) const;
-  std::optional<Place> padding_place(const hetcomp_step& step) const;
-  const GraphRecord& choose_graph(const hetcomp_step& step, bool may_pad) const;
-  void fill_inputs(const hetcomp_step& step, const GraphRecord& graph, const std::optional<Place>& padding,
-                   float inverse_temperature) const;
+  void check_cache(const ModelFacts& model) const;
+  const GraphRecord& choose_graph(const hetcomp_step& step) const;
+  void fill_inputs(const hetcomp_step& step, const GraphRecord& graph, float inverse_temperature) const;
   void find_candidates(const BufferRecord& buffer);
+  void provide_cache(const hetcomp_step& step);
 
   CudaDriver driver_;
   GpuProgram program_;
+  const KvPool& pool_;
   std::int32_t max_batch_;
   std::size_t vocab_;
   bool has_hand_overs_;

@@ -1,6 +1,7 @@
 #include "program_record.h"
 
 #include <map>
+#include <utility>
 
 #include "../checked_json.h"
 #include "graph_order.h"
@@ -10,6 +11,7 @@ namespace {
 
 constexpr std::uint64_t kMostBytes = 1ULL << 46;  // beyond any device; sums of a few stay in range
 constexpr std::uint64_t kMostFlags = 4096;
+constexpr std::int32_t kMostSlots = 1 << 20;
 constexpr std::size_t kMostNodes = 1U << 16;
 constexpr std::int32_t kLargestBatch = 1 << 20;
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -47,9 +49,28 @@ std::vector<BufferSource> buffer_sources(const CheckedJson& node, const BufferRe
   return sources;
 }
 
+CacheRecord cache_record(const CheckedJson& node, std::uint64_t bytes) {
+  constexpr std::uint64_t kMostGranules = 1U << 24;
+  const CacheRecord cache{
+      node["slots"].count(1, kMostSlots),          node["slot_bytes"].number(1, bytes),
+      node["block_bytes"].number(1, bytes),        node["block_positions"].number(1, bytes),
+      node["granule_bytes"].number(1, kMostBytes), node["granules"].number(0, kMostGranules)};
+  const std::uint64_t of_slots = static_cast<std::uint64_t>(cache.slots) * cache.slot_bytes;
+  if (cache.slot_bytes % cache.block_bytes != 0) node["slot_bytes"].refuse("whole blocks");
+  if (of_slots > bytes || cache.block_bytes > bytes - of_slots)
+    node.refuse("slots and a block more within the buffer (" + std::to_string(bytes) + " bytes)");
+  if (cache.granules > 0 && (cache.slot_bytes % cache.granule_bytes != 0 || bytes % cache.granule_bytes != 0))
+    node["granule_bytes"].refuse("a part of slots and buffer");
+  return cache;
+}
+
 BufferRecord buffer_record(const CheckedJson& node) {
   BufferRecord buffer{
-      node["name"].text(), node["bytes"].number(1, kMostBytes), buffer_kind(node["kind"]), {}};
+      node["name"].text(), node["bytes"].number(1, kMostBytes), buffer_kind(node["kind"]), {}, {}};
+  if (node.has("cache")) {
+    if (buffer.kind != BufferKind::kState) node["cache"].refuse("absent: only a state has it");
+    buffer.cache = cache_record(node["cache"], buffer.bytes);
+  }
   const bool from_files = buffer.kind == BufferKind::kWeight || buffer.kind == BufferKind::kConstant;
   if (from_files) buffer.sources = buffer_sources(node["sources"], buffer);
   if (!from_files && node.has("sources"))
@@ -164,8 +185,11 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
   program.device_bytes = root["device_bytes"].number(0, kMostBytes);
   program.flags = static_cast<std::uint32_t>(root["flags"].number(0, kMostFlags));
   BufferIndex index;
+  bool has_cache = false;
   for (const CheckedJson& node : root["buffers"].elements()) {
     program.buffers.push_back(buffer_record(node));
+    if (program.buffers.back().cache && std::exchange(has_cache, true))
+      node["cache"].refuse("of one buffer alone");
     if (!index.emplace(program.buffers.back().name, program.buffers.size() - 1).second)
       node["name"].refuse("named once");
   }

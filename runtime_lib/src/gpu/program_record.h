@@ -37,11 +37,24 @@ struct BufferSource {
   std::uint64_t xxh3_64;
 };
 
+// How a buffer holds the KV cache: blocks of positions, slot_bytes of them a slot, and one block behind the
+// last slot, for rows of nobody. With granules, so many pieces of memory are all that is ever behind its
+// addresses; 0: all of it is there.
+struct CacheRecord {
+  std::int32_t slots;
+  std::uint64_t slot_bytes;
+  std::uint64_t block_bytes;
+  std::uint64_t block_positions;
+  std::uint64_t granule_bytes;
+  std::uint64_t granules;
+};
+
 struct BufferRecord {
   std::string name;
   std::uint64_t bytes;
   BufferKind kind;
   std::vector<BufferSource> sources;  // of weights and constants; ascending, not overlapping
+  std::optional<CacheRecord> cache;   // of a state
 };
 
 struct BufferAddress {
