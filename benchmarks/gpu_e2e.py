@@ -3,7 +3,8 @@
 python -m benchmarks.gpu_e2e OUT.hetc [MORE.hetc ..] [--rounds 3] [--tokens 128] [--prompts 512,4096] [--batches 1,8]
 
 Decode is that of sequences with 16 tokens each; a batch's speed counts the
-tokens of all of them. Device memory is what the program has taken of the plan's figure.
+tokens of all of them. Device memory is what the program has taken of the plan's figure. Where the plan defers experts,
+decode is measured without that too, in turns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from benchmarks import models, read_bandwidth
 from benchmarks.cpu_e2e import show
 from benchmarks.record import Record
 from benchmarks.worker import Worker
+from hetcomp.ir.deferral import deferrals
+from hetcomp.passes.phases import mix_of
 
 _WARM_UP = 16
 
@@ -29,17 +32,25 @@ def run(record: Record, o: argparse.Namespace) -> None:
         # One artifact is loaded at a time: their weights together may be more than the memory.
         options = ("--threads", str(o.threads), "--weights", o.weights, *(("--gpus", o.gpus) if o.gpus else ()))
         with Worker(sys.executable, "hetcomp_worker", artifact, *options) as worker:
-            _measure(record, o, artifact.stem, worker, ids)
+            deferring = bool(deferrals(models.plan(artifact)))
+            _measure(record, o, artifact.stem, worker, ids, deferring=deferring)
             _compare(record, artifact)
 
 
-def _measure(record: Record, o: argparse.Namespace, name: str, worker: Worker, ids: list[int]) -> None:
+def _measure(
+    record: Record, o: argparse.Namespace, name: str, worker: Worker, ids: list[int], *, deferring: bool
+) -> None:
     record.versions.update(worker.call("version"))
     worker.call("decode", prompt=ids[:16], tokens=_WARM_UP)
     for length in o.prompts:
         worker.call("prefill", prompt=ids[:length])
     for _ in range(o.rounds):
         record.add(f"{name} decode", "tok/s", worker.call("decode", prompt=ids[:16], tokens=o.tokens))
+        if deferring:
+            worker.call("set_deferral", which="none")
+            plain = worker.call("decode", prompt=ids[:16], tokens=o.tokens)
+            record.add(f"{name} decode, nothing deferred", "tok/s", plain)
+            worker.call("set_deferral", which="generated")
         for batch in (b for b in o.batches if b > 1):
             speed = worker.call("decode_batch", prompt=ids[:16], sequences=batch, tokens=o.tokens // 2)
             record.add(f"{name} decode of {batch}", "tok/s", speed)
@@ -52,14 +63,14 @@ def _measure(record: Record, o: argparse.Namespace, name: str, worker: Worker, i
 
 
 def _compare(record: Record, artifact: Path) -> None:
-    """The plan's prediction of a decode step beside the measured one."""
+    """The plan's predictions, of a decode step and of the prompt that it is made for, beside what was measured."""
     name, plan = artifact.stem, models.plan(artifact)
     record.conditions[f"{name} plan_sha256"] = models.plan_sha256(artifact)
     for timeline in plan.timelines:
-        if timeline.phase == "decode" and timeline.tokens == 1:
-            predicted = timeline.tokens_per_s
-            record.derived[f"{name} decode, predicted tok/s"] = predicted
-            record.derived[f"{name} decode, predicted / measured"] = predicted / record[f"{name} decode"].median
+        what = f"{name} decode" if timeline.phase == "decode" else f"{name} prefill {mix_of(plan).prompt}"
+        if timeline.phase in ("decode", "prefill") and any(s.name == what for s in record.series):
+            record.derived[f"{what}, predicted tok/s"] = timeline.tokens_per_s
+            record.derived[f"{what}, predicted / measured"] = timeline.tokens_per_s / record[what].median
 
 
 def main() -> None:

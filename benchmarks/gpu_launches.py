@@ -1,6 +1,7 @@
-"""Times the GPU backend's launches of prefill, one by one, for a layer of Qwen3-30B-A3B's shape.
+"""Times the GPU backend's launches, one by one, for a layer of Qwen3-30B-A3B's shape: of prefill, or with --exact of
+steps of so many rows.
 
-    python -m benchmarks.gpu_launches FOLDER [--rows 64 512 4096] [--only WORD ..]
+    python -m benchmarks.gpu_launches FOLDER [--rows 64 512 4096] [--exact] [--kv fp8] [--only WORD ..]
     python3 FOLDER/gpu_launches.py FOLDER
 
 The first writes a folder, on any machine: launches in cases.json, and their kernels compiled for compute capability 90.
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from hetcomp.backends.gpu.kernels import GpuCode, Operand
     from hetcomp.ir.ops import Attrs
     from hetcomp.ir.plan import Value
+    from hetcomp.ir.types import TensorType
 
 _REPEATS = 20  # launches of a graph
 _COLD_BYTES = 150 << 20  # of copies of a weight: three times the L2 cache of an H100
 _CC = 90
 _EXPERTS = 128
+_LAYERS = 48  # whose rows share the KV cache's blocks
 _Json = dict[str, Any]
 _Tensor = Any  # of PyTorch, which is not installed here
 
@@ -84,6 +87,8 @@ class Device:
             scales = (torch.rand(count // size, 16, device="cuda", generator=random) * 0.01 + 0.005).half()
             data[:, size - 32 :] = scales.view(torch.uint8)
             return data
+        if kind == "codes":  # of e4m3, none of them NaN
+            return torch.randint(0, 120, (count,), device="cuda", generator=random, dtype=torch.uint8)
         if kind == "ids":
             rows, (choices, experts) = count, more
             scores = torch.rand(rows, experts, device="cuda", generator=random)
@@ -190,6 +195,8 @@ class Describer:
         """A code with its values in order; FLOP of all its launches; position of the first row. Codes of one name are
         variants that should write the same."""
         dims = {"T": rows, "R": rows}
+        from hetcomp.ir.kv_pool import BLOCK_POSITIONS
+
         buffers: dict[str, list[Any]] = {v.id: self._spec(v, rows) for v in inputs}
         buffers |= {v.id: ["bytes", v.type.bytes(dims)] for v in outputs}
         buffers |= {"workspace": ["bytes", code.workspace_bytes]}
@@ -198,8 +205,8 @@ class Describer:
         names = {"input": [v.id for v in inputs], "output": [v.id for v in outputs]}
 
         def argument(operand: Operand) -> _Json:
-            if operand.source == "context":
-                return {"i32": self.context}
+            if operand.source == "slot_blocks":
+                return {"i32": -(-self.context // BLOCK_POSITIONS)}
             its = names[operand.source][operand.index] if operand.source in names else operand.name or "workspace"
             return {"buffer": its, "offset": operand.offset}
 
@@ -219,18 +226,22 @@ class Describer:
     def _spec(self, value: Value, rows: int) -> list[Any]:
         """What Device.fill makes of it."""
         from hetcomp.backends import packing
+        from hetcomp.ir.kv_pool import BLOCK_POSITIONS
         from hetcomp.ir.plan import ValueKind
 
-        dims = {"T": rows, "R": rows, "slots": 1, "context": self.context}
-        shape = [d if isinstance(d, int) else dims[d] for d in value.type.shape]
+        dims = {"T": rows, "R": rows}
         if value.kind is ValueKind.WEIGHT:
+            columns = value.type.shape[-1]
             size = packing.packed_bytes(value)
             if value.format in ("f32", "bf16"):
                 return [value.format, size // (4 if value.format == "f32" else 2)]
-            assert value.format == "q4" and shape[-1] % 64 == 0, "panels of q4 without padding"
+            assert value.format == "q4" and isinstance(columns, int) and columns % 64 == 0, "panels without padding"
             return ["groups", size, 288]
+        if value.kind is ValueKind.STATE:
+            size = -(-self.context // BLOCK_POSITIONS) * cache_block(value.type)
+            return ["codes", size] if str(value.type.dtype) == "fp8" else ["bf16", size // 2]
         if str(value.type.dtype) == "i32":
-            return ["ids", rows, shape[-1], _EXPERTS]
+            return ["ids", rows, value.type.shape[-1], _EXPERTS]
         return [str(value.type.dtype), value.type.bytes(dims) // (2 if str(value.type.dtype) == "bf16" else 4)]
 
     def write(self, folder: Path) -> None:
@@ -250,7 +261,14 @@ class Describer:
         shutil.copyfile(__file__, folder / "gpu_launches.py")
 
 
-def layer(rows: int) -> tuple[Sequence[GpuGroup], dict[str, Value]]:
+def cache_block(state: TensorType) -> int:
+    """Bytes of a block of the KV cache with states of that type."""
+    from hetcomp.ir.kv_pool import block_bytes
+
+    return 2 * _LAYERS * block_bytes(state)
+
+
+def layer(rows: int, exact: bool, kv: str) -> tuple[Sequence[GpuGroup], dict[str, Value]]:
     """A layer in q4, its router in f32, from its first norm to the second addition, as groups; the values."""
     from hetcomp.backends import packing
     from hetcomp.backends.gpu.groups import group_ops
@@ -286,7 +304,7 @@ def layer(rows: int) -> tuple[Sequence[GpuGroup], dict[str, Value]]:
         op(f"{name}_norm", ops.RmsNorm(128, 1e-6, heads), (name, f"{name}_norm.w"), heads, 128)
         op(f"{name}_rope", ops.Rope(heads, 128, 128), (f"{name}_norm", "cos", "sin"), heads, 128)
     for name, x in (("k", "k_rope"), ("v", "v")):
-        value(f"{name}_cache", "slots", 4, "context", 128, dtype=DType.BF16, kind=ValueKind.STATE)
+        value(f"{name}_cache", "slots", 4, "context", 128, dtype=DType(kv), kind=ValueKind.STATE)
         graph.append(Op(f"{name}_append", ops.KvAppend(4, 128), (x, f"{name}_cache"), ()))
     attention = ops.Attention(heads=32, kv_heads=4, head_dim=128, v_head_dim=128, scale=0.0883883)
     op("attention", attention, ("q_rope", "k_cache", "v_cache"), 32, 128)
@@ -302,8 +320,8 @@ def layer(rows: int) -> tuple[Sequence[GpuGroup], dict[str, Value]]:
     experts = ops.MoeExperts(experts=_EXPERTS, top_k=8, hidden=2048, intermediate=768)
     op("experts", experts, ("norm2", "ids", "weights", "gate_up", "down"), 2048)
     op("y", ops.Add(), ("sum", "experts"), 2048)
-    dims = {"T": rows, "R": rows, "slots": 1, "context": 16384}
-    groups = group_ops(graph, values, ("y",), dims, None)
+    dims = {"T": rows, "R": rows, "slots": 1, "context": 16384, "cache_block": cache_block(values["k_cache"].type)}
+    groups = group_ops(graph, values, ("y",), dims, rows if exact else None)
     return groups, values | {v.id: v for group in groups for v in group.own}
 
 
@@ -328,11 +346,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, nargs="*", default=[64, 512, 4096])
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--kv", choices=["bf16", "fp8"], default="bf16")
     parser.add_argument("--only", nargs="*", help="names of ops")
     options = parser.parse_args()
     described = Describer()
     for rows in options.rows:
-        groups, values = layer(rows)
+        groups, values = layer(rows, options.exact, options.kv)
         for group in groups:
             names = [op.id for op in group.ops]
             if options.only and not set(names) & set(options.only):

@@ -11,7 +11,7 @@ from benchmarks.worker import serve
 
 
 def main() -> None:
-    """Serves decode, prefill, logits and version."""
+    """Serves decode, prefill, logits, deferral and version."""
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--threads", type=int, required=True)
@@ -60,6 +60,7 @@ def main() -> None:
             "decode_batch": decode_batch,
             "prefill": prefill,
             "logits": logits,
+            "set_deferral": lambda which: exe.runtime.set_deferral(which),
             "stats": lambda: exe.stats,
             "version": lambda: {"hetcomp": hetcomp.__version__},
         }

@@ -1,6 +1,7 @@
 """Artifacts of real shapes with random weights: speed needs no checkpoint of 60 GB.
 
 python -m benchmarks.random_artifact NAME OUT.hetc --formats q4 --isa amx_bf16 [--context 4096] [--vram 12G --pin ..]
+       [--defer 2]
 python -m benchmarks.random_artifact --weights-of OUT.hetc
 
 The first compiles the zoo's config NAME (--hollow: files of weights have their size, but nothing is written to them);
@@ -75,6 +76,7 @@ def build(
     isa: Sequence[str],
     context: int,
     batch: int,
+    kv_tokens: int | None = None,
     hw_profile: str,
     wishes: compiler.PlanWishes,
 ) -> Path:
@@ -84,10 +86,10 @@ def build(
         hw_profile=hw_profile,
         context_length=context,
         max_batch=batch,
+        kv_tokens=kv_tokens,
         formats=formats,
         isa=isa,
         wishes=wishes,
-        planning=False,
     )
     with staged_folder(out) as staging:
         write_artifact(planned, RandomPacker(), staging, QuietProgress())
@@ -131,11 +133,13 @@ def main() -> None:
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kv-tokens", type=int)
     parser.add_argument("--hw", default="auto")
     parser.add_argument("--vram")
     parser.add_argument("--pin", action="append")
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--answer", type=int)
+    parser.add_argument("--defer", default="0")
     parser.add_argument("--hollow", action="store_true")
     parser.add_argument("--weights-of", type=Path)
     o = parser.parse_args()
@@ -153,8 +157,9 @@ def main() -> None:
             isa=isa,
             context=o.context,
             batch=o.batch,
+            kv_tokens=o.kv_tokens,
             hw_profile=o.hw,
-            wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None),
+            wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None, o.defer),
         )
     else:
         parser.error("give NAME and OUT, or --weights-of")

@@ -20,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.ir.deferral import whole_role
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.serialise import plan_hash
 from hetcomp.passes.device_time import term_of
@@ -237,7 +239,7 @@ def bench(
     lets the lanes recover from it. Raises HetcompError if no case fits or the text is too short.
     """
     plan, stats = exe.plan, exe.stats
-    cases, notes = _fitting(plan.dim("context").max, prompts, contexts, tokens)
+    cases, notes = _fitting(KvPool.of(plan.max_dims()).longest, prompts, contexts, tokens)
     longest = max(c.length + (tokens if c.phase == "decode" else 0) for c in cases)
     if text is not None and len(text) < longest:
         raise HetcompError(
@@ -373,8 +375,8 @@ def _result(plan: Plan, profile: HardwareProfile, isa: str, case: _Case, tokens:
         roles=tuple(
             RoleTime(
                 role=role,
-                kind=terms[role][0] if role in terms else "",
-                term=terms[role][1] if role in terms else "elementwise",
+                kind=terms.get(whole_role(role), ("", ""))[0],
+                term=terms.get(whole_role(role), ("", "elementwise"))[1],
                 predicted_ms=predicted.get(role, 0.0),
                 measured_ms=ms,
                 samples_ms=tuple(roles.get(role, 0.0) for roles in case.roles),

@@ -20,6 +20,9 @@ from hetcomp.artifact.writer import Documents, copy_runtime, write_documents, wr
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_kernels
 from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_programs
+from hetcomp.backends.gpu.measure_tiles import measure_tiles
+from hetcomp.backends.gpu.tile_choices import MeasuredTile, choices_of
+from hetcomp.backends.gpu.tile_timer import GpuTimer
 from hetcomp.backends.gpu.write_kernels import write_kernels
 from hetcomp.backends.native_compiler import Source, compile_objects, link_program
 from hetcomp.backends.pack_weights import Packer
@@ -28,12 +31,13 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import select_kernels
 from hetcomp.backends.tvm import support_source
 from hetcomp.errors import HetcompError
-from hetcomp.ir.homes import CPU
+from hetcomp.ir.homes import CPU, on_gpu
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value
 from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import to_json
 from hetcomp.passes.memory_table import gpu_limit
+from hetcomp.passes.placement_assignment import number
 from hetcomp.planned import Planned
 from hetcomp.progress import ProgressSink
 
@@ -45,16 +49,24 @@ def all_cuts(plan: Plan) -> dict[str, tuple[Value, Cut]]:
 
 
 def write_artifact(
-    planned: Planned, packer: Packer, staging: Path, progress: ProgressSink, ccs: Sequence[int] = ()
+    planned: Planned,
+    packer: Packer,
+    staging: Path,
+    progress: ProgressSink,
+    ccs: Sequence[int] = (),
+    tune: bool | None = False,
 ) -> None:
-    """Fills ``staging`` with the code, weights and documents of a planned model."""
+    """Fills ``staging`` with the code, weights and documents of a planned model. ``tune``: whether the GPU's tiles are
+    measured; None: where this machine has a GPU that code is generated for."""
     plan = planned.plan
     layout = ProgramLayout.of(plan)
     documents = _documents(planned, progress)
     digest = hashlib.sha256(documents.plan_json.encode()).hexdigest()
     # Code first: it fails early and cheaply, weights are the long part.
-    programs = lower_programs(plan)
-    compiled = _compile_gpus(planned, programs, ccs, staging, progress) if programs else []
+    wanted = sorted(set(ccs) or _capabilities(planned))
+    tiles = _measured_tiles(planned, wanted, tune, progress)
+    programs = lower_programs(plan, choices_of(tiles))
+    compiled = _compile_gpus(planned, programs, wanted, tiles, staging, progress) if programs else []
     for isa in planned.target.isas:
         _build_program(planned, isa, digest, staging, progress)
     of_gpus = (value for program in programs for value in program.weights)
@@ -63,10 +75,11 @@ def write_artifact(
     records = _write_weights(layout.weights, planned, packer, staging, "weights", progress)
     records = [replace(record, node=node) for record, node in zip(records, layout.weight_nodes, strict=True)]
     gpus = []
+    cpu_weights = [value.id for value in layout.weights]
     for program in programs:
         stem = f"gpu{program.number}-weights"
         gpu_records = _write_weights(program.weights, planned, packer, staging, stem, progress)
-        gpus.append(write_gpu_program(program, gpu_records, compiled, staging))
+        gpus.append(write_gpu_program(program, gpu_records, cpu_weights, compiled, staging))
     for name in packer.not_finite:
         progress.warn(
             f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "
@@ -94,13 +107,47 @@ def _write_weights(
     return write_weights(values, sizes, packer.chunks(values), staging, progress.advance, stem)
 
 
+def _capabilities(planned: Planned) -> set[int]:
+    """Of the GPUs that the plan uses."""
+    gpus = [planned.profile.gpus[number(device)] for device in on_gpu(planned.plan)]
+    return {10 * major + minor for major, minor in (gpu.compute_capability for gpu in gpus)}
+
+
+def _measured_tiles(
+    planned: Planned, wanted: Sequence[int], tune: bool | None, progress: ProgressSink
+) -> list[MeasuredTile]:
+    """What this machine's first GPU is fastest with, if it is one that code is generated for. Raises HetcompError if it
+    is not and the user wants it measured."""
+    if tune is False or not on_gpu(planned.plan):
+        return []
+    timer = GpuTimer.open()
+    if timer is None:
+        if tune:
+            raise HetcompError(
+                "--tune times kernels on this machine's GPU, but there is none, or no driver that loads; leave --tune "
+                "out to take the tables' tiles."
+            )
+        return []
+    with timer:
+        if timer.cc in wanted:
+            return measure_tiles(planned.plan, timer, threads=planned.profile.compile_threads(), progress=progress)
+    if tune:
+        raise HetcompError(
+            f"--tune times kernels on this machine's {timer.name}, but code is generated for compute capability "
+            f"{', '.join(map(str, wanted))}; add {timer.cc} to --cc, or leave --tune out."
+        )
+    return []
+
+
 def _compile_gpus(
-    planned: Planned, programs: Sequence[GpuProgram], ccs: Sequence[int], staging: Path, progress: ProgressSink
+    planned: Planned,
+    programs: Sequence[GpuProgram],
+    wanted: Sequence[int],
+    tiles: Sequence[MeasuredTile],
+    staging: Path,
+    progress: ProgressSink,
 ) -> list[CompiledKernel]:
     """Compiles and writes all GPUs' kernels. Raises HetcompError if a program needs more memory than it may."""
-    gpus = planned.profile.gpus
-    here = {10 * major + minor for major, minor in (gpus[p.number].compute_capability for p in programs)}
-    wanted = sorted(set(ccs) or here)
     kernels = {kernel.name: kernel for program in programs for kernel in program.kernels}
     names = ", ".join(f"sm_{cc}" for cc in wanted)
     progress.stage(f"compile kernels ({names})", total=len(kernels) * len(wanted))
@@ -117,7 +164,7 @@ def _compile_gpus(
                 f"The part of the plan on {program.device} needs {needed:,} bytes, {limit:,} may be used; give a "
                 "larger --vram, or a shorter --context or --prompt."
             )
-    write_kernels(compiled, staging / "gpu")
+    write_kernels(compiled, staging / "gpu", tiles)
     return compiled
 
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hetcomp import frontend
 from hetcomp.artifact.staging import staged_folder
@@ -20,13 +20,17 @@ from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.ir.annotations import Mix
+from hetcomp.ir.deferral import moe_layers
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
-from hetcomp.passes.context import Context, FormatRequest
+from hetcomp.ir.types import Dim
+from hetcomp.passes.context import Context, DeferralRequest, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
 from hetcomp.passes.format_search import search_formats
 from hetcomp.passes.phases import default_mix
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
+from hetcomp.passes.stream_experts import step_tokens
 from hetcomp.planned import Planned
 from hetcomp.progress import ProgressSink, QuietProgress
 from hetcomp.replay import replay
@@ -44,22 +48,28 @@ MAX_STEP_TOKENS = 512
 MAX_LOGIT_ROWS = 64
 
 
-# Largest step where a GPU takes part: weights that are streamed to it pay only when many tokens share them
-# (FreeToken streams whole layers for chunks of 4,096 and more).
-MAX_GPU_STEP_TOKENS = 4096
+# Largest step where a GPU takes part. FreeToken streams whole layers for chunks of 4,096 tokens and more.
+MAX_GPU_STEP_TOKENS = 16384
 
 
 @dataclass(frozen=True)
 class PlanWishes:
     """What a user may ask of placement. mix: prompt, answer and batch to optimise for. vram: bytes of each GPU that may
     be used, or one figure a GPU of the profile; pinned_bytes: of pinned host memory. pins: ``ROLE[@LAYERS]=DEVICE``
-    each. statistics: path of a file of expert statistics, or ``PATH#DOMAIN``."""
+    each. statistics: path of a file of expert statistics, or ``PATH#DOMAIN``.
+
+    deferral: of each generated token at most so many choices of experts on the CPU are added one MoE layer later, where
+    a GPU computes attention; ``auto``: as many as make it faster, within a mean KL divergence of ``max_kl`` (nats a
+    token) that is measured on ``deferral_text`` (a UTF-8 file; None: the zoo's evaluation texts)."""
 
     mix: Mix | None = None
     vram: int | tuple[int, ...] | None = None
     pinned_bytes: int | None = None
     pins: Sequence[str] = ()
     statistics: str | None = None
+    deferral: int | Literal["auto"] = 0
+    max_kl: float = 0.01
+    deferral_text: str | Path | None = None
 
 
 def plan_model(
@@ -68,17 +78,19 @@ def plan_model(
     hw_profile: str | Path | HardwareProfile = "auto",
     context_length: int | None = None,
     max_batch: int = 1,
+    kv_tokens: int | None = None,
     formats: str | Mapping[str, str] = "auto",
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
-    planning: bool = True,
+    planning: bool = False,
     stop_after: str | None = None,
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Planned:
     """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
 
-    planning: nothing will be generated from the plan, which may then stream weights to GPUs.
+    planning: nothing will be generated from the plan, which may then stream weights to GPUs; else it is the one that
+    :func:`compile` generates.
     """
     progress = progress or QuietProgress()
     wishes = wishes or PlanWishes()
@@ -109,8 +121,12 @@ def plan_model(
         max_tokens=_step_tokens(context, mix),
         max_logit_rows=MAX_LOGIT_ROWS,
     )
-    context = replace(context, checkpoint=imported.checkpoint)
-    usual = replace(default_mix(imported.plan.dim("context").max), batch=max_batch)
+    deferral = _deferral(model, wishes, imported.checkpoint is not None, progress)
+    context = replace(context, checkpoint=imported.checkpoint, deferral=deferral)
+    imported = replace(imported, plan=_share_cache(imported.plan, kv_tokens))
+    if context.use_gpus and not planning and mix is None:
+        imported = replace(imported, plan=_largest_step(imported.plan, context))
+    usual = replace(default_mix(KvPool.of(imported.plan.max_dims()).longest), batch=max_batch)
     imported = replace(imported, plan=replace(imported.plan, mix=mix or usual))
     _check_mix(imported.plan)
     if imported.unused:
@@ -122,8 +138,13 @@ def plan_model(
 
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:
-    """The same model, wishes and formats on another machine; nothing is traced again."""
-    context = replace(planned.context, profile=profile, use_gpus=_use_gpus(profile, planned.context.vram))
+    """The same model, wishes and formats on another machine; nothing is traced again. Deferral that was measured is
+    taken as it was found: plans of one accuracy are compared."""
+    deferral = planned.context.deferral
+    if deferral is not None and deferral.measure is not None:
+        deferral = DeferralRequest(max((layer.placement.deferred for layer in moe_layers(planned.plan)), default=0))
+    use_gpus = _use_gpus(profile, planned.context.vram)
+    context = replace(planned.context, profile=profile, use_gpus=use_gpus, deferral=deferral)
     seconds: dict[str, float] = {}
     plan = run_pipeline(planned.imported.plan, context, seconds=seconds)
     return Planned(plan, planned.imported, planned.target, profile, context, seconds)
@@ -174,13 +195,53 @@ def _step_tokens(context: Context, mix: Mix | None) -> int:
     return min(MAX_GPU_STEP_TOKENS, max(MAX_STEP_TOKENS, wanted))
 
 
-def _check_mix(plan: Plan) -> None:
-    mix, context = plan.mix, plan.dim("context").max
-    if mix is not None and mix.prompt + mix.answer > context:
+def _largest_step(plan: Plan, context: Context) -> Plan:
+    """The plan with so many tokens a step as streamed experts and the GPU's memory suggest."""
+    tokens = step_tokens(run_pipeline(plan, context, stop_after="choose_formats"), context)
+    return replace(plan, dims=tuple(replace(d, max=tokens) if d.name == "T" else d for d in plan.dims))
+
+
+def _share_cache(plan: Plan, tokens: int | None) -> Plan:
+    """The plan with a bound of the positions that all sequences hold together."""
+    if tokens is None:
+        return plan
+    dims = plan.max_dims()
+    whole = dims["slots"] * dims["context"]
+    if not 1 <= tokens <= whole:
         raise HetcompError(
-            f"A prompt of {mix.prompt} and an answer of {mix.answer} tokens do not fit into a context of {context}; "
-            "give a longer --context or shorter texts."
+            f"A KV cache of {tokens} positions was asked for; {dims['slots']} sequences of {dims['context']} positions "
+            f"hold {whole}: give 1 to {whole}, a longer --context or a larger --batch."
         )
+    return replace(plan, dims=(*plan.dims, Dim("kv_tokens", tokens, tokens)))
+
+
+def _check_mix(plan: Plan) -> None:
+    mix, pool = plan.mix, KvPool.of(plan.max_dims())
+    if mix is not None and mix.prompt + mix.answer > pool.longest:
+        what, option = ("context", "--context") if pool.longest == pool.context else ("KV cache", "--kv-tokens")
+        raise HetcompError(
+            f"A prompt of {mix.prompt} and an answer of {mix.answer} tokens do not fit into a {what} of "
+            f"{pool.longest}; give a larger {option} or shorter texts."
+        )
+
+
+def _deferral(
+    model: str | Path | torch.nn.Module, wishes: PlanWishes, has_weights: bool, progress: ProgressSink
+) -> DeferralRequest | None:
+    """A config without weights cannot be measured; its plan says so."""
+    if wishes.deferral != "auto":
+        if wishes.deferral < 0:
+            raise HetcompError(f"Deferral of {wishes.deferral} choices of a token is not possible; give 0 or more.")
+        return DeferralRequest(wishes.deferral) if wishes.deferral else None
+    if not wishes.max_kl > 0:
+        raise HetcompError(f"A KL divergence of at most {wishes.max_kl:g} allows no deferral; give --max-kl above 0.")
+    if not has_weights:
+        return DeferralRequest(None)
+    if not isinstance(model, str | Path):
+        raise HetcompError("Deferral is measured on text with a model in a folder; give a folder, or a number.")
+    from hetcomp.deferral_on_text import DeferralOnText
+
+    return DeferralRequest(None, wishes.max_kl, DeferralOnText(model, wishes.deferral_text, progress))
 
 
 def _statistics(spec: str | None) -> ExpertStatistics | None:
@@ -200,11 +261,13 @@ def compile(
     *,
     context_length: int | None = None,
     max_batch: int = 1,
+    kv_tokens: int | None = None,
     formats: str | Mapping[str, str] = "auto",
     out: str | Path | None = None,
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
     ccs: Sequence[int] = (),
+    tune: bool | None = None,
     plan: str | Path | None = None,
     importance: str | Path | None = None,
     dump_dir: Path | None = None,
@@ -215,12 +278,16 @@ def compile(
     model: a Hugging Face folder (config.json and safetensors), a transformers module, or a zoo name.
     hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
-    max_batch: sequences kept at once. formats: ``auto`` (the checkpoint's, coarser where memory requires it), one of
-    f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router, embedding; kv: f32, bf16,
-    q8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by default a temporary one that
-    lives as long as the Executable. isa: instruction sets to build for, best first; by default the profile's best.
+    max_batch: sequences kept at once. kv_tokens: positions that they hold together, which is what the KV cache takes
+    memory for; by default max_batch x context_length. formats: ``auto`` (the checkpoint's, coarser where memory
+    requires it), one of f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router,
+    embedding; kv: f32, bf16, q8, fp8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by
+    default a temporary one that lives as long as the Executable. isa: instruction sets to build for, best first; by
+    default the profile's best.
     wishes: what placement shall keep to; the profile's GPUs take part unless ``wishes.vram`` is 0. ccs: compute
-    capabilities (80, 90, ..) that GPU code is generated for; by default those of the GPUs that the plan uses.
+    capabilities (80, 90, ..) that GPU code is generated for; by default those of the GPUs that the plan uses. tune:
+    whether tiles of GPU kernels are measured on this machine's first GPU, at most a minute and remembered (None: where
+    it has one that code is generated for), or taken from tables.
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
@@ -232,10 +299,10 @@ def compile(
         hw_profile=hw_profile,
         context_length=context_length,
         max_batch=max_batch,
+        kv_tokens=kv_tokens,
         formats=formats,
         isa=isa,
         wishes=wishes,
-        planning=False,
         stop_after="lower" if plan is not None else None,
         dump_dir=dump_dir,
         progress=progress,
@@ -257,7 +324,7 @@ def compile(
     with staged_folder(target) as staging:
         cuts = all_cuts(planned.plan)
         packer = WeightPacker(CutReader(checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
-        write_artifact(planned, packer, staging, progress, ccs)
+        write_artifact(planned, packer, staging, progress, ccs, tune)
     return Executable(target, owner=owner)
 
 

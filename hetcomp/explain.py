@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from hetcomp.bench import BenchRecord, CaseResult, RoleTime, case_steps
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
+from hetcomp.ir.deferral import whole_role
 from hetcomp.ir.plan import Op, Plan
 from hetcomp.ir.serialise import plan_hash
 from hetcomp.passes.annotate_cost import Cached, cost_plan
@@ -90,7 +92,7 @@ def explain(plan: Plan, profile: HardwareProfile, record: BenchRecord) -> list[E
         work = _work(plan, context, case)
         last = case_steps(plan, case.phase, case.tokens, case.position)[-1]
         cached = Cached.of(plan, last, context)
-        for role in sorted(case.roles, key=lambda r: -r.typical_ms):
+        for role in sorted(_whole(case.roles), key=lambda r: -r.typical_ms):
             if role.role in work and role.typical_ms > 0:
                 still = cached.experts if role.kind == "moe_experts" else cached.every_step
                 found.append(_explanation(case, role, work[role.role], profile, record, still))
@@ -102,6 +104,22 @@ def dram_gb_per_s(profile: HardwareProfile, record: BenchRecord) -> float:
     it), less as far as plain reads gave less during the run; never below what they gave. More than was ever read is not
     assumed: a profile whose plain reads were held up may have had undisturbed kernels."""
     return max(record.gb_per_s or 0.0, profile.bandwidth() * min(1.0, record.bandwidth_ratio))
+
+
+def _whole(roles: Sequence[RoleTime]) -> list[RoleTime]:
+    """The roles with the time of deferred experts in that of all."""
+    found: dict[str, RoleTime] = {}
+    for role in roles:
+        name = whole_role(role.role)
+        first = found.get(name)
+        if first is None:
+            found[name] = role.model_copy(update={"role": name})
+            continue
+        samples = tuple(a + b for a, b in zip(first.samples_ms, role.samples_ms, strict=True))
+        measured, predicted = first.measured_ms + role.measured_ms, first.predicted_ms + role.predicted_ms
+        sums = {"samples_ms": samples, "measured_ms": measured, "predicted_ms": predicted}
+        found[name] = first.model_copy(update=sums)
+    return list(found.values())
 
 
 def _work(plan: Plan, context: Context, case: CaseResult) -> dict[str, _Work]:

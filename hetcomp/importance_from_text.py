@@ -24,15 +24,14 @@ from torch.overrides import TorchFunctionMode
 from hetcomp import frontend
 from hetcomp.backends.importance import MOMENTS
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.source import ModelSource, resolve
+from hetcomp.frontend.source import resolve
 from hetcomp.ir.plan import ValueKind
 from hetcomp.progress import ProgressSink, QuietProgress
+from hetcomp.text_windows import WINDOW, all_windows, token_ids
 
-WINDOW = 512
 # So many tokens with the mean over all experts are added to what an expert saw itself: a mean square of n normal
 # numbers has a relative standard error of sqrt(2 / n), here 9 %, and fewer than K tokens leave second moments singular.
 SHARED_TOKENS = 256
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 _Floats = npt.NDArray[np.float32]
 
@@ -58,7 +57,7 @@ def importance_from_text(
     """
     progress = progress or QuietProgress()
     source = resolve(model)
-    windows = _windows([_ids(source, Path(text))] if isinstance(text, str | Path) else text)
+    windows = all_windows([token_ids(source, Path(text))] if isinstance(text, str | Path) else text)
     progress.stage("trace")
     wanted = _matrices(model)
     progress.stage("load")
@@ -82,29 +81,6 @@ def importance_from_text(
         if seen.products is not None:
             vectors[name + MOMENTS] = seen.mean(seen.products)
     _write(vectors, out)
-
-
-def _ids(source: ModelSource, text: Path) -> list[int]:
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HetcompError(f"Text {text} cannot be read: {error}; expected a UTF-8 file.") from None
-    # Without any of these transformers makes a tokenizer that knows no words.
-    if source.folder is None or not any((source.folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise HetcompError(f"{source.name} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is in its folder.")
-    try:
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source.folder)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise HetcompError(f"{source.name} has no tokenizer that transformers can read: {reason}") from error
-    ids: list[int] = tokenizer(content, verbose=False).input_ids
-    if len(ids) < 2:
-        raise HetcompError(f"Text {text} has {len(ids)} tokens; some thousands are needed.")
-    return ids
-
-
-def _windows(texts: Sequence[Sequence[int]]) -> list[list[int]]:
-    return [list(ids[i : i + WINDOW]) for ids in texts for i in range(0, len(ids), WINDOW)]
 
 
 def _matrices(model: str | Path) -> set[str]:

@@ -32,6 +32,7 @@ from hetcomp.runtime_abi import (
 )
 
 _WEIGHTS = {"auto": 0, "mmap": 1, "ram": 2}
+_DEFERRAL = {"generated": 0, "all": 1, "none": 2}
 _NOTHING_GENERATED = -1
 
 IdsLike = Sequence[int] | NDArray[np.integer[Any]]
@@ -71,7 +72,8 @@ class GpuUse:
 class ModelInfo:
     """Facts of a loaded artifact. ``context`` is in positions, ``max_batch`` in sequences, ``max_tokens`` and
     ``max_logit_rows`` in rows of one step; ``weights`` is ``ram`` or ``mmap``. ``gpu``: names of the GPUs that
-    compute a part, None if the CPU computes all; ``gpu_bytes`` of their memory are the model's, ``gpus``: of each."""
+    compute a part, None if the CPU computes all; ``gpu_bytes`` of their memory are the model's, ``gpus``: of each.
+    ``kv_tokens``: positions that all sequences hold together, at most."""
 
     name: str
     architecture: str
@@ -89,6 +91,7 @@ class ModelInfo:
     has_chat_template: bool
     gpu: str | None
     gpu_bytes: int
+    kv_tokens: int
     gpus: tuple[GpuUse, ...]
 
 
@@ -337,6 +340,13 @@ class Runtime:
         """Sets the prefill and decode figures to zero."""
         call("hetcomp_model_reset_stats", self._handle.pointer)
 
+    def set_deferral(self, which: str) -> None:
+        """Of which tokens the model defers experts from the next step on, if its plan defers any: ``generated`` (decode
+        steps; so it is when loaded), ``all`` (prompts too: to measure on text what it costs), or ``none``."""
+        if which not in _DEFERRAL:
+            refuse(f"Deferral is of generated tokens, of all, or of none, not {which!r}.")
+        call("hetcomp_model_set_deferral", self._handle.pointer, _DEFERRAL[which])
+
     def tokenize(self, text: str, *, parse_special: bool = True, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. parse_special: special tokens in the text count as such. add_special:
         add what the model puts around a text (BOS). Raises HetcompError for a model without tokenizer."""
@@ -428,5 +438,6 @@ def _model_info(handle: Handle) -> ModelInfo:
         has_chat_template=bool(raw.has_chat_template),
         gpu=None if raw.gpu is None else raw.gpu.decode(),
         gpu_bytes=raw.gpu_bytes,
+        kv_tokens=raw.kv_tokens,
         gpus=tuple(GpuUse(g.name.decode(), g.number, g.bytes) for g in (raw.gpus[: raw.n_gpus] if raw.n_gpus else ())),
     )

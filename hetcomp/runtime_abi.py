@@ -29,6 +29,7 @@ class Status(IntEnum):
     COMPUTE = 10
     IO = 11
     INTERNAL = 12
+    POOL_FULL = 13
 
 
 class RuntimeRefusal(HetcompError):
@@ -83,6 +84,7 @@ class ModelInfoStruct(ctypes.Structure):
         ("gpu_bytes", ctypes.c_int64),
         ("gpus", ctypes.POINTER(GpuUseStruct)),
         ("n_gpus", ctypes.c_int32),
+        ("kv_tokens", ctypes.c_int64),
     )
 
 
@@ -127,6 +129,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "hetcomp_model_get_info": (_POINTER, ctypes.POINTER(ModelInfoStruct)),
     "hetcomp_model_stats": (_POINTER, _OUT),
     "hetcomp_model_reset_stats": (_POINTER,),
+    "hetcomp_model_set_deferral": (_POINTER, ctypes.c_int),
     "hetcomp_session_create": (_POINTER, _OUT),
     "hetcomp_session_truncate": (_POINTER, ctypes.c_int64),
     "hetcomp_session_length": (_POINTER, _INT64_OUT),

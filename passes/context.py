@@ -8,7 +8,7 @@ from typing import Literal
 
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.profile import HardwareProfile
-from hetcomp.ir.target import Checkpoint, KernelTarget
+from hetcomp.ir.target import Checkpoint, DeferralMeasure, KernelTarget
 from hetcomp.ir.types import CACHE_DTYPES
 from hetcomp.passes.expert_statistics import ExpertStatistics
 from hetcomp.passes.pins import Pin
@@ -59,6 +59,17 @@ class FormatRequest:
         return tuple(self.by_role.get(role, _ROUTER if role == "router" else "auto").split("|"))
 
 
+@dataclass(frozen=True)
+class DeferralRequest:
+    """Of each generated token at most ``choices`` of experts on the CPU are deferred; None: as many as fill the time in
+    which the CPU waits, and as keep the mean KL divergence that ``measure`` finds within ``max_kl`` (nats a token;
+    without ``measure`` nothing is checked)."""
+
+    choices: int | None
+    max_kl: float = 0.0
+    measure: DeferralMeasure | None = None
+
+
 def formats_of(role: Role) -> tuple[str, ...]:
     """The formats of a role by falling size."""
     return KV_FORMATS if role == "kv" else FORMATS
@@ -79,7 +90,8 @@ class Context:
     ``planning``: nothing will be generated from the plan.
     ``use_gpus``: the profile's GPUs take part in placement. ``vram``: bytes that may be used of each GPU, or one
     figure a GPU of the profile (None: what is free), ``pinned_bytes`` likewise of pinned host memory. ``pins``:
-    placements that the user decided. ``statistics``: how often experts are chosen (None: uniformly)."""
+    placements that the user decided. ``statistics``: how often experts are chosen (None: uniformly). ``deferral``:
+    whether experts are deferred (None: no)."""
 
     profile: HardwareProfile
     checkpoint: Checkpoint | None
@@ -92,6 +104,7 @@ class Context:
     pinned_bytes: int | None = None
     pins: tuple[Pin, ...] = ()
     statistics: ExpertStatistics | None = None
+    deferral: DeferralRequest | None = None
 
     def expert_shares(self, moe_layer: int, experts: int) -> tuple[float, ...]:
         """Part of its assignments that each expert of a MoE layer gets: the statistics', or equal parts."""

@@ -9,6 +9,7 @@ from hetcomp.hardware.figures import Gpu, KernelCurve, KernelName, Source, inter
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
+from hetcomp.passes.gpu_kernel_time import compute_us, joining_us, matrix_rate
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.work import Work, expert_borders
 
@@ -18,9 +19,6 @@ GPU_READS, GPU_FLOPS = 0.85, 0.7
 # Where the profile does not say: one more node of a CUDA graph, and a round trip through flags in pinned memory
 # (6 us: 285 to 300 us for 48 on an H200 machine, stream memory operations in a graph).
 GPU_LAUNCH_US, GPU_HANDSHAKE_US = 2.0, 6.0
-# Elementwise work on a GPU whose rate of matrix products is not known for a format (bf16 tensor cores do it after
-# dequantisation in the kernel).
-_GPU_FALLBACK = "bf16"
 
 
 @dataclass(frozen=True)
@@ -71,19 +69,22 @@ def cached_fraction(working_set: float, profile: HardwareProfile) -> float:
 
 def gpu_time(op: Op, work: Work, step: Phase, gpu: Gpu) -> DeviceTime:
     """Time on a GPU, its kernel's launch included: by the measured curve of the kernel for these weights (or this KV
-    cache) where the profile has one, else by the roofline. Raises HetcompError if the profile lacks its bandwidth."""
+    cache) where the profile has one, else by what our kernels reach of its bandwidth and rates. Raises HetcompError if
+    the profile lacks its bandwidth."""
     if gpu.gb_per_s is None:
         raise HetcompError(
             f"The hardware profile does not say how fast {gpu.name} reads its memory; run hetcomp profile on that "
             "machine, or give gpus.*.gb_per_s in the profile file."
         )
-    measured = gpu.source is Source.MEASURED
-    memory = work.bytes / (gpu.gb_per_s * (1.0 if measured else GPU_READS) * 1e3)
-    compute = work.flops / (gpu_tflops(gpu, work.weight_format) * 1e6)
+    bytes_per_us = gpu.gb_per_s * (1.0 if gpu.source is Source.MEASURED else GPU_READS) * 1e3
+    memory = work.bytes / bytes_per_us
+    kernels = compute_us(op, work, step, gpu)
+    compute = work.flops / (gpu_tflops(gpu, work.weight_format) * 1e6) if kernels is None else kernels
     bound = "memory" if memory >= compute else "compute"
     curve = gpu_curve(gpu, op, work, step)
     if curve is None:
-        return DeviceTime(max(memory, compute) + launch_us(gpu), bound)
+        around = joining_us(op, work, step, bytes_per_us)
+        return DeviceTime(max(memory, compute) + around + launch_us(gpu), bound)
     us = _attention_us(curve, op.attrs, work, step) if isinstance(op.attrs, ops.Attention) else _pass_us(curve, work)
     return DeviceTime(us + launch_us(gpu), bound, measured=True)
 
@@ -92,19 +93,17 @@ def gpu_curve(gpu: Gpu, op: Op, work: Work, step: Phase) -> KernelCurve | None:
     """The GPU's measured curve for the op's kernel and format, None where there is none."""
     kernel = term_of(op, step)
     form = work.state_format if kernel.startswith("attention") else work.weight_format
-    found = (c for c in gpu.curves if (c.kernel, c.variant, c.weight_format) == (kernel, "dram", form))
-    return next(found, None) if kernel != "elementwise" else None
+    curves = {c.weight_format: c for c in gpu.curves if (c.kernel, c.variant) == (kernel, "dram")}
+    if kernel == "elementwise":
+        return None
+    # GPUs' curves of attention are of bf16 caches: half the bytes, but unpacked, are not taken to be faster.
+    return curves.get(form) or (curves.get("bf16") if form == "fp8" and kernel.startswith("attention") else None)
 
 
 def gpu_tflops(gpu: Gpu, weight_format: str) -> float:
-    """Rate of matrix products in 10^12 FLOP a second that predictions use. Raises HetcompError if none is known."""
-    rates = {r.weight_format: r for r in gpu.rates}
-    rate = rates.get(weight_format) or rates.get(_GPU_FALLBACK)
-    if rate is None:
-        raise HetcompError(
-            f"The hardware profile has no rate of matrix products for {gpu.name}; run hetcomp profile on that machine, "
-            "or give gpus.*.rates in the profile file."
-        )
+    """Rate of matrix products in 10^12 FLOP a second that is reached in practice. Raises HetcompError if none is
+    known."""
+    rate = matrix_rate(gpu, weight_format)
     return rate.tflops * (1.0 if rate.source is Source.MEASURED else GPU_FLOPS)
 
 
@@ -166,12 +165,15 @@ def _from_curve(
             return None
         rows = work.written / curve.shape.get("width", 1024)
         return work.written / (curve.rate(max(rows, 1e-9)) * 1e3) if work.written else None
-    curve = profile.curve(kernel, "dram", work.state_format, isa)
+    form = work.state_format
+    if form == "fp8" and profile.curve(kernel, "dram", form, isa) is None:
+        form = "q8"  # of an older profile: as many bytes, unpacked as cheaply
+    curve = profile.curve(kernel, "dram", form, isa)
     if curve is None:
         return None
     assert isinstance(op.attrs, ops.Attention)
     us = _attention_us(curve, op.attrs, work, step)
-    small = profile.curve(kernel, "small", work.state_format, isa)
+    small = profile.curve(kernel, "small", form, isa)
     if small is None:
         return us
     # What is done once a position and head (softmax, loops) weighs the more the narrower a head is; two widths give
@@ -180,7 +182,7 @@ def _from_curve(
     place = max(0.0, (here - at_large) / (at_small - at_large))
     narrow = _attention_us(small, op.attrs, work, step)
     us += max(0.0, narrow - us) * place
-    warm = profile.curve(kernel, "cache", work.state_format, isa)
+    warm = profile.curve(kernel, "cache", form, isa)
     # What caches save the small operands, they save the same part of all.
     saved = max(0.0, 1 - _attention_us(warm, op.attrs, work, step) / narrow) if warm is not None else 0.0
     return us * (1 - cached * saved)

@@ -75,6 +75,8 @@ def _ladder(request: FormatRequest, automatic: Sequence[Role], context: Context)
     found = [request]
     by_role = dict(request.by_role)
     for roles, form in _STEPS:
+        if roles == ("kv",) and context.use_gpus:
+            form = "fp8"  # GPUs have no kernels for q8 caches
         changed = {role: form for role in roles if role in automatic}
         if changed and all(form in formats_of(role) for role in changed):
             by_role |= changed

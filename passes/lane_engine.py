@@ -9,7 +9,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Task:
     """Work for one lane: ``us`` alone on the machine, of which memory is read at ``gb_per_s`` (0: none of the shared
-    memory). It starts when its lane has done what came before and ``after`` (indices of earlier tasks) are done."""
+    memory). It starts when its lane has done what came before and ``after`` (indices of earlier tasks) are done.
+    ``moe_layer``: of experts, which MoE layer's they are, counted from 0."""
 
     role: str
     layer: int | None
@@ -17,6 +18,7 @@ class Task:
     us: float
     after: tuple[int, ...]
     gb_per_s: float = 0.0
+    moe_layer: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import ExpertPlacement, Placement
+from hetcomp.ir.deferral import deferred_role, experts_on_cpu
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, launch_us
@@ -19,7 +20,8 @@ from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
-from hetcomp.passes.routing import sample_tokens
+from hetcomp.passes.routing import sample_deferral
+from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
 
@@ -33,6 +35,18 @@ class _Use:
     layer: int | None
     read: tuple[str, ...]
     written: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _CpuExperts:
+    """Of one MoE layer what CPU nodes compute at a time: microseconds of one node for all of it, and bytes of weights
+    that it reads."""
+
+    us: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    read: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def __bool__(self) -> bool:
+        return any(self.us.values())
 
 
 class StepTasks:
@@ -68,6 +82,7 @@ class StepTasks:
         self._ready: dict[str, tuple[int, ...]] = defaultdict(tuple)
         self._streamed: dict[str, list[int]] = defaultdict(list)
         self._moe_layer = 0
+        self._left = False  # the MoE layer before has deferred experts
         generator = np.random.default_rng(seed)
         for use in self._steps:
             after = tuple({t for name in use.read for t in self._ready[name]})
@@ -77,9 +92,18 @@ class StepTasks:
         return self._tasks
 
     def _add(
-        self, op: Op, layer: int | None, lane: str, us: float, after: tuple[int, ...], gb_per_s: float = 0.0
+        self,
+        op: Op,
+        layer: int | None,
+        lane: str,
+        us: float,
+        after: tuple[int, ...],
+        gb_per_s: float = 0.0,
+        *,
+        deferred: bool = False,
     ) -> tuple[int, ...]:
-        self._tasks.append(Task(op.role or op.kind, layer, lane, us, after, gb_per_s))
+        role, moe = op.role or op.kind, self._moe_layer - 1 if isinstance(op.attrs, ops.MoeExperts) else None
+        self._tasks.append(Task(deferred_role(role) if deferred else role, layer, lane, us, after, gb_per_s, moe))
         return (len(self._tasks) - 1,)
 
     def _op(
@@ -168,20 +192,55 @@ class StepTasks:
         a = op.attrs
         assert isinstance(a, ops.MoeExperts)
         shares = self.context.expert_shares(self._moe_layer - 1, a.experts)
-        tokens = sample_tokens(shares, a.top_k, self._work(template, op).rows, generator)
+        # Only generated tokens are deferred: a decode step has one of every sequence.
+        deferred = placement.deferred if self.step.tokens == self.step.sequences else 0
+        rows = self._work(template, op).rows
+        on_cpu = np.array(experts_on_cpu(placement))
+        tokens, later = sample_deferral(shares, a.top_k, rows, on_cpu, deferred, generator)
         size = self._expert_bytes(template, op)
+        placement = self._with_streams(template, op, placement, tokens, size)
         done: list[int] = []
-        on_cpu: dict[str, float] = defaultdict(float)
-        read: dict[str, float] = defaultdict(float)
+        at_once, left = _CpuExperts(), _CpuExperts()
         for device, runs in _by_device(placement, self.step).items():
-            mine = np.concatenate([tokens[r.first : r.last + 1] for r in runs])
             if device.startswith("cpu:"):
-                on_cpu[device] += self._sum_us(template, op, mine, size, device)
-                read[device] += size * float(np.count_nonzero(mine))
+                for work, drawn in ((at_once, tokens - later), (left, later)):
+                    mine = np.concatenate([drawn[r.first : r.last + 1] for r in runs])
+                    work.us[device] += self._sum_us(template, op, mine, size, device)
+                    work.read[device] += size * float(np.count_nonzero(mine))
                 continue
             done += self._gpu_experts(template, op, device, runs, tokens, size, layer, after, placement)
-        done += self._cpu_experts(op, placement, layer, on_cpu, read, after)
+        done += self._cpu_experts(op, placement, layer, at_once, left, after)
+        self._left = deferred > 0
         return tuple(done)
+
+    def _with_streams(
+        self, template: Template, op: Op, placement: Placement, tokens: NDArray[np.int64], size: float
+    ) -> Placement:
+        """The placement with those of the CPU's experts streamed that the runtime would stream in this step."""
+        a, stream = op.attrs, self.plan.stream
+        assert isinstance(a, ops.MoeExperts)
+        gpu = placement.device
+        if stream is None or not gpu.startswith("gpu:") or self.step.tokens == self.step.sequences:
+            return placement
+        mine = [e for run in placement.experts for e in range(run.first, run.last + 1) if run.device == gpu]
+        others = [e for run in placement.experts for e in range(run.first, run.last + 1) if run.device != gpu]
+        order = sorted((e for e in others if tokens[e]), key=lambda e: (-int(tokens[e]), e))
+        given = SplitInput(
+            tokens=[int(tokens[e]) for e in order],
+            copied=0,
+            slots=stream.slots,
+            step_tokens=self.step.tokens,
+            resident_us=sum(time_at(stream.rates.gpu_expert_us, int(tokens[e])) for e in mine if tokens[e]),
+            expert_bytes=size,
+            activation_bytes=4.0 * a.hidden,
+        )
+        chosen = set(order[: split_experts(given, stream.rates)])
+        runs = [
+            replace(run, first=e, last=e, streamed_to=gpu if e in chosen else None)
+            for run in placement.experts
+            for e in range(run.first, run.last + 1)
+        ]
+        return replace(placement, experts=tuple(runs))
 
     def _gpu_experts(
         self,
@@ -221,26 +280,47 @@ class StepTasks:
         op: Op,
         placement: Placement,
         layer: int | None,
-        us: dict[str, float],
-        read: dict[str, float],
+        at_once: _CpuExperts,
+        left: _CpuExperts,
         after: tuple[int, ...],
     ) -> tuple[int, ...]:
-        if not any(us.values()):
-            return after if not us else ()
+        """What is deferred is computed after the answer; the lane's next task waits for it."""
+        if not at_once and not left and not self._left:
+            return after if not at_once.us else ()
         away = placement.device.startswith("gpu:")
         if away:
             after = self._cross(op, layer, placement.device, "out", after)
+        done = self._on_nodes(op, placement, layer, at_once, after, adds=self._left) or after
+        if away:
+            done = self._cross(op, layer, placement.device, "in", done)
+        if left:
+            self._on_nodes(op, placement, layer, left, after, deferred=True)
+        return done
+
+    def _on_nodes(
+        self,
+        op: Op,
+        placement: Placement,
+        layer: int | None,
+        work: _CpuExperts,
+        after: tuple[int, ...],
+        *,
+        adds: bool = False,
+        deferred: bool = False,
+    ) -> tuple[int, ...]:
+        """On the lanes of the nodes that have anything to do; or of all where what the layer before deferred is added,
+        behind one more barrier (``adds``)."""
         slices = lane_shares(replace(placement, experts=())) if len(placement.slices) > 1 else None
         done: list[int] = []
-        for device, took in us.items():
-            if took <= 0:
+        for device, took in work.us.items():
+            if took <= 0 and not adds:
                 continue
-            lanes = slices if slices and len(us) == 1 else {device: 1.0}
-            whole = took * max(lanes.values()) + self.profile.barrier_us
+            lanes = slices if slices and len(work.us) == 1 else {device: 1.0}
+            whole = took * max(lanes.values()) + self.profile.barrier_us * (1 + adds)
             for lane, share in lanes.items():
-                rate = min(read[device] * share / whole / 1e3, self.profile.bandwidth(int(lane[4:])))
-                done += self._add(op, layer, lane, whole, after, rate)
-        return self._cross(op, layer, placement.device, "in", tuple(done)) if away else tuple(done)
+                rate = min(work.read[device] * share / whole / 1e3, self.profile.bandwidth(int(lane[4:])))
+                done += self._add(op, layer, lane, whole, after, rate, deferred=deferred)
+        return tuple(done)
 
     def _cross(self, op: Op, layer: int | None, device: str, direction: str, after: tuple[int, ...]) -> tuple[int, ...]:
         """Half of a hand-shake and the activations of the step."""

@@ -6,9 +6,13 @@ from dataclasses import dataclass, replace
 
 from hetcomp.errors import DoesNotFit
 from hetcomp.hardware.figures import Gpu
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
 from hetcomp.passes.context import FORMATS, Context
+
+# CUDA context, module code and the graph's own nodes on every GPU in use (300 to 500 MB seen with R570 drivers).
+GPU_RESERVE = 600 << 20
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,16 @@ def memory_table(plan: Plan, context: Context) -> tuple[MemoryRow, ...]:
             what = f"weights, {roles.get(value.id, 'unused')}, {value.format}"
             rows[what] = rows.get(what, 0) + context.target.packed_bytes(value)
     dims = plan.max_dims()
-    cache = sum(v.type.bytes(dims) for v in plan.values if v.kind is ValueKind.STATE)
-    rows[f"KV cache, {dims['slots']} x {dims['context']} positions"] = cache
+    rows[f"KV cache, {KvPool.of(dims)}"] = cache_bytes(plan)
     if plan.arena_bytes:
         rows[f"activations, {dims['T']} tokens a step"] = plan.arena_bytes
     return tuple(MemoryRow(what, size) for what, size in rows.items())
+
+
+def cache_bytes(plan: Plan) -> int:
+    """Of the KV cache in the CPU's memory; a GPU takes up to 63 positions a sequence more."""
+    pool = KvPool.of(plan.max_dims())
+    return sum(pool.cpu_bytes(v.type) for v in plan.values if v.kind is ValueKind.STATE)
 
 
 def refuse_if_too_large(plan: Plan, context: Context) -> None:
@@ -104,13 +113,13 @@ def _nearest(plan: Plan, context: Context, need: int, free: int) -> str:
         if size < need and size <= free:
             ways.append(f"with --formats {form} ({size / 1e9:.1f} GB)")
             break
-    dims = plan.max_dims()
-    cache = sum(v.type.bytes(dims) for v in plan.values if v.kind is ValueKind.STATE)
-    length = dims["context"]
+    cache, pool = cache_bytes(plan), KvPool.of(plan.max_dims())
+    option, length = ("--context", pool.context) if pool.is_whole else ("--kv-tokens", pool.tokens)
+    whole = length
     while length > 256 and cache:
         length //= 2
-        if need - cache + cache * length // dims["context"] <= free:
-            ways.append(f"with --context {length}")
+        if need - cache + cache * length // whole <= free:
+            ways.append(f"with {option} {length}")
             break
     ways.append(f"with {(need - free) / 1e9:.1f} GB more memory")
     return f"It would fit {', or '.join(ways)}."
@@ -123,3 +132,11 @@ def _bytes_in(plan: Plan, context: Context, form: str) -> int:
         if value.kind is ValueKind.WEIGHT and value.type.layout != ROW_MAJOR and value.format != form:
             size += context.target.packed_bytes(replace(value, format=form)) - context.target.packed_bytes(value)
     return size
+
+
+def workspace_estimate(plan: Plan) -> int:
+    """Upper bound of a step's activations: those of the largest template without sharing memory."""
+    dims = plan.max_dims()
+    sizes = [sum(v.type.bytes(dims) for v in t.values if v.kind is ValueKind.ACT) for t in plan.templates]
+    handed = {v.type.bytes(dims) for v in plan.values if v.kind is ValueKind.ACT}
+    return max(sizes, default=0) + 2 * max(handed, default=0)

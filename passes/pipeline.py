@@ -13,6 +13,7 @@ from hetcomp.passes.annotate_cost import annotate_cost
 from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context
+from hetcomp.passes.defer_experts import defer_experts
 from hetcomp.passes.insert_transfers import insert_transfers
 from hetcomp.passes.place import place
 from hetcomp.passes.plan_memory import plan_memory
@@ -20,6 +21,7 @@ from hetcomp.passes.registry import PlanPass
 from hetcomp.passes.schedule import schedule
 from hetcomp.passes.simulate import simulate
 from hetcomp.passes.slice_numa import slice_numa
+from hetcomp.passes.stream_experts import stream_experts
 
 PIPELINE: tuple[PlanPass, ...] = (
     bind_weights,  # first: a damaged checkpoint is refused before anything is decided
@@ -27,8 +29,10 @@ PIPELINE: tuple[PlanPass, ...] = (
     annotate_cost,  # needs formats; placement minimises these times
     place,  # needs costs; refuses what does not fit before a weight is read
     slice_numa,  # needs to know which ops a CPU node got
+    stream_experts,  # needs to know where experts are and whether they are cut
     insert_transfers,  # needs final devices; adds ops, so order and memory come after
     schedule,  # needs all ops there; its barriers decide which values are alive together
+    defer_experts,  # needs hand-overs and barriers: it simulates; what is deferred needs memory
     plan_memory,  # needs epochs
     simulate,  # last: predicts what all the decisions give
 )

@@ -48,8 +48,7 @@ def propose(problem: Problem) -> Proposals:
     others = [(MILP, solved_for), (GREEDY, by_gain), (GPU_FIRST, greedy(problem, whatever=True))]
     others += [(SPREAD, found) for found in spread(problem)]
     others.append((CPU_ONLY, cpu_only(problem)))
-    others = [(name, None if a is None else _tidied(problem, a)) for name, a in others]
-    fitting = [(name, a) for name, a in others if a is not None and fits(problem, a)]
+    fitting = [(name, _tidied(problem, a)) for name, a in others if a is not None and fits(problem, a)]
     bound = solved.bound if blocks.problem is problem else model.model.relaxed_bound()
     if not fitting and len(problem.node_share) > 1:
         # The cut over the nodes does not fit; whole experts on single nodes may.
@@ -68,4 +67,8 @@ def propose(problem: Problem) -> Proposals:
 
 
 def _tidied(problem: Problem, assignment: Assignment) -> Assignment:
-    return gpus_in_order(problem, small_ones_at_neighbours(problem, assignment))
+    """Without needless transfers, spread where that is wanted, and on alike GPUs in order; without moves where those
+    would not fit."""
+    moved = small_ones_at_neighbours(problem, assignment)
+    moved = in_order(problem, moved) if problem.spread else moved
+    return gpus_in_order(problem, moved if fits(problem, moved) else assignment)

@@ -11,20 +11,20 @@ import networkx as nx
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, launch_us, link_gb_per_s
 from hetcomp.passes.expert_statistics import inclusion
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
-from hetcomp.passes.memory_table import gpu_limit
+from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
 from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.pins import pinned_device
+from hetcomp.passes.stream_experts import stream_reserves
 from hetcomp.passes.work import activation_bytes, work_of
 
 # Weights below this are not worth a decision of their own (norms, biases): such ops go where their input is made.
 SMALL_BYTES = 1 << 18
-# CUDA context, module code and the graph's own nodes on every GPU in use (300 to 500 MB seen with R570 drivers).
-GPU_RESERVE = 600 << 20
 # Experts in flight to the GPU: two halves of a ring of this many.
 STAGED_EXPERTS = 16
 
@@ -115,7 +115,7 @@ class Problem:
     ``joint_share``: part of the memory's joint bandwidth that the fastest link takes while it copies. ``barrier_us``
     and ``launch_us[i]``: what it costs to start a layer's experts on the CPU and on GPU i. ``streaming``: weights may
     be copied to a GPU in every step, and experts live on another GPU than the one that makes their input; no code is
-    generated for either."""
+    generated for either. ``spread``: equal layers that are placed differently should stand apart."""
 
     phases: tuple[Phase, ...]
     groups: tuple[Group, ...]
@@ -131,6 +131,7 @@ class Problem:
     barrier_us: float = 0.0
     launch_us: tuple[float, ...] = ()
     streaming: bool = True
+    spread: bool = False
 
     @property
     def staging_bytes(self) -> int:
@@ -149,13 +150,16 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     builder.build()
     main = max(range(len(nodes)), key=lambda i: (share[i], -i))
     caps = [gpu_limit(context, i) for i in range(len(gpus))]
-    rooms = [cap - GPU_RESERVE - workspace_estimate(plan) for cap in caps]
+    streams = [0] * len(caps) if context.planning else stream_reserves(plan, context, caps)
+    caps = [cap - reserved for cap, reserved in zip(caps, streams, strict=True)]
+    reserve = GPU_RESERVE + KvPool.of(plan.max_dims()).granule_waste
+    rooms = [cap - reserve - workspace_estimate(plan) for cap in caps]
     return Problem(
         phases=builder.steps,
         groups=_caches_first(builder.groups, rooms) if gpus and not context.planning else tuple(builder.groups),
         edges=tuple(builder.edges),
         experts=tuple(builder.experts),
-        gpu_bytes=tuple(max(0, cap - GPU_RESERVE) for cap in caps),
+        gpu_bytes=tuple(max(0, cap - reserve) for cap in caps),
         node_share=share,
         node_bytes=tuple(n.available_bytes for n in nodes),
         main=main,
@@ -165,6 +169,7 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         barrier_us=profile.barrier_us,
         launch_us=tuple(launch_us(g) for g in gpus),
         streaming=context.planning,
+        spread=any(streams),
     )
 
 
@@ -185,14 +190,6 @@ def _caches_first(groups: Sequence[Group], rooms: Sequence[int]) -> tuple[Group,
 def staging_bytes(largest_expert: int) -> int:
     """Memory of a GPU for experts in flight: both halves of the ring."""
     return 2 * STAGED_EXPERTS * largest_expert
-
-
-def workspace_estimate(plan: Plan) -> int:
-    """Upper bound of a step's activations: those of the largest template without sharing memory."""
-    dims = plan.max_dims()
-    sizes = [sum(v.type.bytes(dims) for v in t.values if v.kind is ValueKind.ACT) for t in plan.templates]
-    handed = {v.type.bytes(dims) for v in plan.values if v.kind is ValueKind.ACT}
-    return max(sizes, default=0) + 2 * max(handed, default=0)
 
 
 class _Builder:
@@ -310,7 +307,7 @@ class _Builder:
     def _new_bytes(self, op: Op, actual: dict[str, str]) -> tuple[int, int]:
         """Bytes of weights and of states that no op before has brought in (tied embeddings count once)."""
         weights = states = 0
-        dims = self.plan.max_dims()
+        pool = KvPool.of(self.plan.max_dims())
         for name in op.inputs:
             value = self._values.get(actual.get(name, ""))
             if value is None or value.id in self._resident:
@@ -318,7 +315,7 @@ class _Builder:
             if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
                 weights += self.context.target.packed_bytes(value)
             elif value.kind is ValueKind.STATE:
-                states += value.type.bytes(dims)
+                states += pool.gpu_bytes(value.type) if self.gpus else pool.cpu_bytes(value.type)
             else:
                 continue
             self._resident.add(value.id)

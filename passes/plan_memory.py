@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hetcomp.ir.annotations import ArenaSlot
 from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
+from hetcomp.ir.deferral import deferral_buffers
 from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
 from hetcomp.ir.node_parts import NodePart, part_workspace, plan_parts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
@@ -22,11 +23,11 @@ def plan_memory(plan: Plan, context: Context) -> Plan:
     """Sets the templates' ``arena``, the plan's ``call_arena`` and ``arena_bytes``, at the dimensions' upper bounds.
 
     The arena is the CPU's; what a GPU computes with has memory there, which its backend lays out. Values handed from
-    call to call live in front, a template's own values and workspaces behind them; templates share that part, since
-    one call runs at a time. Raises HetcompError if all memory together does not fit.
+    call to call, and what is deferred, live in front, a template's own values and workspaces behind them; templates
+    share that part, since one call runs at a time. Raises HetcompError if all memory together does not fit.
     """
     sides = cpu_templates(plan)
-    call_arena, call_bytes = place_lifetimes(_call_lifetimes(plan, sides), 0)
+    call_arena, call_bytes = place_lifetimes((*_call_lifetimes(plan, sides), *deferral_buffers(plan)), 0)
     templates: dict[str, Template] = {}
     top = call_bytes
     parts = plan_parts(plan)

@@ -26,7 +26,9 @@ CRITICAL_ENTRIES = 12
 
 
 @dataclass(frozen=True)
-class _Sample:
+class SampledStep:
+    """A step with one routing, simulated."""
+
     tasks: Sequence[Task]
     run: Run
 
@@ -44,7 +46,7 @@ def simulate(plan: Plan, context: Context) -> Plan:
 
 def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:
     """The simulated step whose costs are entry ``phase`` of every op's."""
-    samples = _samples(plan, phase, step, context)
+    samples = sampled_steps(plan, phase, step, context)
     totals = [s.run.total_us for s in samples]
     total = float(np.mean(totals))
     return Timeline(
@@ -62,7 +64,7 @@ def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:
 
 def trace(plan: Plan, phase: int, step: Phase, context: Context) -> tuple[Event, ...]:
     """What happens when in the sample whose total is the median."""
-    sample = _middle(_samples(plan, phase, step, context))
+    sample = _middle(sampled_steps(plan, phase, step, context))
     run, critical = sample.run, set(sample.run.critical())
     return tuple(
         Event(_name(task), task.role, task.layer, task.lane, run.start[i], run.end[i] - run.start[i], i in critical)
@@ -70,19 +72,20 @@ def trace(plan: Plan, phase: int, step: Phase, context: Context) -> tuple[Event,
     )
 
 
-def _samples(plan: Plan, phase: int, step: Phase, context: Context) -> list[_Sample]:
+def sampled_steps(plan: Plan, phase: int, step: Phase, context: Context) -> list[SampledStep]:
+    """The step with as many routings as its time needs; the same ones for every plan."""
     builder = StepTasks(plan, phase, step, context)
     joint = joint_gb_per_s(context.profile)
     first = builder.tasks(0)
-    samples = [_Sample(first, run_lanes(first, joint))]
+    samples = [SampledStep(first, run_lanes(first, joint))]
     if _races(plan, context):
         for seed in range(1, SAMPLES if step.tokens <= 64 else SAMPLES_OF_MANY):
             tasks = builder.tasks(seed)
-            samples.append(_Sample(tasks, run_lanes(tasks, joint)))
+            samples.append(SampledStep(tasks, run_lanes(tasks, joint)))
     return samples
 
 
-def _middle(samples: Sequence[_Sample]) -> _Sample:
+def _middle(samples: Sequence[SampledStep]) -> SampledStep:
     """The sample whose total is the median."""
     return sorted(samples, key=lambda s: s.run.total_us)[len(samples) // 2]
 
@@ -94,7 +97,7 @@ def _races(plan: Plan, context: Context) -> bool:
     return bool(homes) and (homes != {"cpu"} or context.statistics is not None)
 
 
-def _lane_times(samples: Sequence[_Sample]) -> dict[str, float]:
+def _lane_times(samples: Sequence[SampledStep]) -> dict[str, float]:
     sums: dict[str, float] = defaultdict(float)
     for sample in samples:
         for i, task in enumerate(sample.tasks):
@@ -102,7 +105,7 @@ def _lane_times(samples: Sequence[_Sample]) -> dict[str, float]:
     return sums
 
 
-def _role_times(samples: Sequence[_Sample]) -> dict[str, float]:
+def _role_times(samples: Sequence[SampledStep]) -> dict[str, float]:
     """Time by role; of an op that occupies several lanes at once the longest, so that CPU-only times add up."""
     sums: dict[str, float] = defaultdict(float)
     for sample in samples:
@@ -115,7 +118,7 @@ def _role_times(samples: Sequence[_Sample]) -> dict[str, float]:
     return sums
 
 
-def _critical(sample: _Sample) -> tuple[tuple[str, float], ...]:
+def _critical(sample: SampledStep) -> tuple[tuple[str, float], ...]:
     several = len({task.lane for task in sample.tasks}) > 1
     sums: dict[str, float] = defaultdict(float)
     for i in sample.run.critical():

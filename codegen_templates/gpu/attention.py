@@ -1,6 +1,7 @@
-"""Attention over the KV cache [slots, kv heads, context, dim], bf16 or f32, by online softmax; sums are f32.
+"""Attention over the KV cache (see cache.py), bf16, f32 or e4m3, by online softmax; sums are f32.
 
-Beside a bf16 cache queries and probabilities are rounded to bf16; beside an f32 one products are TF32 in three parts.
+Beside a cache of bf16 or e4m3 queries and probabilities are rounded to bf16; beside an f32 one products are TF32 in
+three parts.
 Heads and values whose width is no power of two are cut in two parts that are (MLA: 512 + 64). Scores are kept in units
 of log 2, which is what exp2 takes.
 """
@@ -8,6 +9,7 @@ of log 2, which is what exp2 takes.
 import triton
 import triton.language as tl
 
+from hetcomp.codegen_templates.gpu.cache import cache_block, cache_row, from_cache, to_cache
 from hetcomp.codegen_templates.gpu.functions import tanh
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -52,11 +54,11 @@ def _rows_of_cache(
     d = BEGIN + tl.arange(0, WIDTH)
     at = x + j[:, None] * ROW + d[None, :]
     if not WHOLE:
-        return tl.load(at, mask=(j < end)[:, None] & (d < DIM)[None, :], other=0.0)
+        return from_cache(tl.load(at, mask=(j < end)[:, None] & (d < DIM)[None, :], other=0))
     elif BEGIN + WIDTH > DIM:
-        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
+        return from_cache(tl.load(at, mask=(d < DIM)[None, :], other=0))
     else:
-        return tl.load(at)
+        return from_cache(tl.load(at))
 
 
 @triton.jit
@@ -83,8 +85,9 @@ def _attend(
 ):
     """One block of keys: the new running maximum, total and sums (a tuple of f32 [rows, part of the values]).
 
-    k, v: rows of the slot's head, DIM and V_ROW elements apart. j i32[keys]; keys from ``end`` on are not read. visible
-    [rows, keys]. WHOLE: all keys are below ``end`` and visible to all rows; neither is looked at.
+    k, v: so that the rows of the slot's head at positions ``j`` i32[keys], which are of one block of the cache, lie
+    DIM and V_ROW elements apart. Keys from ``end`` on are not read. visible [rows, keys]. WHOLE: all keys are below
+    ``end`` and visible to all rows; neither is looked at.
     """
     scores = _product(
         queries[0],
@@ -128,9 +131,15 @@ def _first_key(position, WINDOW: tl.constexpr):
 
 
 @triton.jit
+def _first_tile(position, WINDOW: tl.constexpr, KEYS: tl.constexpr):
+    """The first key of the tile of KEYS keys that the first visible key is in: tiles do not cross blocks."""
+    return _first_key(position, WINDOW) // KEYS * KEYS
+
+
+@triton.jit
 def _keys_of_part(position, WINDOW: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr, MIN_PART: tl.constexpr):
-    """Keys that each part of a token's keys has (the last one less): whole blocks of KEYS, at least MIN_PART."""
-    each = tl.cdiv(position + 1 - _first_key(position, WINDOW), PARTS)
+    """Keys that each part of a token's keys has (the last one less): whole tiles of KEYS, at least MIN_PART."""
+    each = tl.cdiv(position + 1 - _first_tile(position, WINDOW, KEYS), PARTS)
     return tl.maximum(tl.cdiv(each, KEYS) * KEYS, MIN_PART)
 
 
@@ -143,7 +152,7 @@ def attention_decode(
     slots,
     partial,
     stats,
-    context,
+    slot_blocks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -156,6 +165,7 @@ def attention_decode(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -163,15 +173,15 @@ def attention_decode(
     STAGES: tl.constexpr,
 ):
     """A part of the keys for the query heads of one kv head of one token: q f32[T, HEADS, DIM], caches, positions and
-    slots i32[T], context: positions of a slot -> partial f32[T, HEADS, PARTS, V_DIM], stats f32[T, HEADS, PARTS, 2]
-    (maximum, total). Parts follow from the position alone; those without keys write nothing.
+    slots i32[T], slot_blocks and BLOCK: see cache.py -> partial f32[T, HEADS, PARTS, V_DIM], stats f32[T, HEADS, PARTS,
+    2] (maximum, total). Parts follow from the position alone; those without keys write nothing.
     Grid: (KV_HEADS * head tiles, PARTS, T)."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     TILES: tl.constexpr = (GROUP + HEAD_TILE - 1) // HEAD_TILE
     kv_head, token, part = tl.program_id(0) // TILES, tl.program_id(2), tl.program_id(1)
     position = tl.load(positions + token)
     each = _keys_of_part(position, WINDOW, PARTS, KEYS, MIN_PART)
-    begin = _first_key(position, WINDOW) + part * each
+    begin = _first_tile(position, WINDOW, KEYS) + part * each
     end = tl.minimum(begin + each, position + 1)
     if begin >= end:
         return
@@ -179,15 +189,19 @@ def attention_decode(
     valid = g < GROUP
     row = token * HEADS + kv_head * GROUP + g
     queries = _load_queries(q, row * DIM, valid, DIM, FIRST, SECOND)
-    head = (tl.load(slots + token) * KV_HEADS + kv_head).to(tl.int64) * context
+    slot = tl.load(slots + token)
     top = tl.full((HEAD_TILE,), _LOWEST, tl.float32)
     total = tl.zeros((HEAD_TILE,), tl.float32)
     sums = _no_sums(HEAD_TILE, V_FIRST, V_SECOND)
     for first in tl.range(begin, end, KEYS, num_stages=STAGES):
         j = first + tl.arange(0, KEYS)
         visible = valid[:, None] & (j < end)[None, :]
+        if WINDOW > 0:
+            visible = visible & (j > position - WINDOW)[None, :]
+        its_k = k + cache_block(slot, kv_head, first, slot_blocks, BLOCK, DIM)
+        its_v = v + cache_block(slot, kv_head, first, slot_blocks, BLOCK, V_ROW)
         top, total, sums = _attend(
-            queries, k + head * DIM, v + head * V_ROW, j, end, visible, top, total, sums,
+            queries, its_k, its_v, j, end, visible, top, total, sums,
             SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, False,
         )  # fmt: skip
     at = row * PARTS + part
@@ -218,7 +232,7 @@ def attention_combine(
     """Joins the parts of attention_decode: sinks f32[HEADS] or None -> y f32[T, HEADS, V_DIM]. Grid: (HEADS, T)."""
     head, token = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + token)
-    length = position + 1 - _first_key(position, WINDOW)
+    length = position + 1 - _first_tile(position, WINDOW, KEYS)
     part = tl.arange(0, PARTS)
     used = part < tl.cdiv(length, _keys_of_part(position, WINDOW, PARTS, KEYS, MIN_PART))
     row = token * HEADS + head
@@ -248,7 +262,7 @@ def attention_prefill(
     slots,
     n_rows,
     y,
-    context,
+    slot_blocks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -261,6 +275,7 @@ def attention_prefill(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     KEYS: tl.constexpr,
@@ -287,7 +302,7 @@ def attention_prefill(
     head = kv_head * GROUP + g
     row = token.to(tl.int64) * HEADS + head
     queries = _load_queries(q, row * DIM, valid, DIM, FIRST, SECOND)
-    if k.dtype.element_ty == tl.bfloat16 and FIRST <= 128:  # wider ones take too many registers as bf16
+    if k.dtype.element_ty != tl.float32 and FIRST <= 128:  # wider ones take too many registers as bf16
         if SECOND > 0:
             queries = (queries[0].to(tl.bfloat16), queries[1].to(tl.bfloat16))
         else:
@@ -301,14 +316,15 @@ def attention_prefill(
     for s in tl.range(first_slot, last_slot + 1):
         mine = slot == s
         end = tl.max(tl.where(mine, position, -1), axis=0) + 1
-        begin = tl.min(tl.where(mine, _first_key(position, WINDOW), 0x7FFFFFFF), axis=0)
-        cached = (s * KV_HEADS + kv_head).to(tl.int64) * context
+        begin = tl.min(tl.where(mine, _first_tile(position, WINDOW, KEYS), 0x7FFFFFFF), axis=0)
         if WINDOW == 0 and SOFTCAP == 0:  # with a softcap, two loops take too many registers
             begin = tl.where(first_slot == last_slot, seen_by_all // KEYS * KEYS, 0)
             for first in tl.range(0, begin, KEYS, num_stages=STAGES):
                 j = first + tl.arange(0, KEYS)
+                its_k = k + cache_block(s, kv_head, first, slot_blocks, BLOCK, DIM)
+                its_v = v + cache_block(s, kv_head, first, slot_blocks, BLOCK, V_ROW)
                 top, total, sums = _attend(
-                    queries, k + cached * DIM, v + cached * V_ROW, j, end, mine, top, total, sums,
+                    queries, its_k, its_v, j, end, mine, top, total, sums,
                     SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, True,
                 )  # fmt: skip
         for first in tl.range(begin, end, KEYS, num_stages=1 if WINDOW == 0 and SOFTCAP == 0 else STAGES):
@@ -316,8 +332,10 @@ def attention_prefill(
             visible = mine[:, None] & (j[None, :] <= position[:, None])
             if WINDOW > 0:
                 visible = visible & (j[None, :] > position[:, None] - WINDOW)
+            its_k = k + cache_block(s, kv_head, first, slot_blocks, BLOCK, DIM)
+            its_v = v + cache_block(s, kv_head, first, slot_blocks, BLOCK, V_ROW)
             top, total, sums = _attend(
-                queries, k + cached * DIM, v + cached * V_ROW, j, end, visible, top, total, sums,
+                queries, its_k, its_v, j, end, visible, top, total, sums,
                 SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, False,
             )  # fmt: skip
     shrink = tl.full((ROWS,), 1.0, tl.float32)
@@ -338,15 +356,24 @@ def attention_prefill(
 
 @triton.jit
 def kv_append(
-    x, cache, positions, slots, n_rows, context, HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr
+    x,
+    cache,
+    positions,
+    slots,
+    n_rows,
+    slot_blocks,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """x f32[rows, HEADS, DIM] to cache[slots[t], :, positions[t], :]. n_rows None: the grid has as many. Grid: (rows,
-    HEADS)."""
+    """x f32[rows, HEADS, DIM] to the cache's rows at slots[t], positions[t]. n_rows None: the grid has as many. Grid:
+    (rows, HEADS)."""
     token, head = tl.program_id(0), tl.program_id(1)
     if n_rows is not None:
         if token >= tl.load(n_rows):
             return
     d = tl.arange(0, PADDED)
-    row = (tl.load(slots + token) * HEADS + head).to(tl.int64) * context + tl.load(positions + token)
+    at = cache_row(tl.load(slots + token), head, tl.load(positions + token), slot_blocks, BLOCK, DIM)
     numbers = tl.load(x + (token * HEADS + head) * DIM + d, mask=d < DIM)
-    tl.store(cache + row * DIM + d, numbers.to(cache.dtype.element_ty), mask=d < DIM)
+    tl.store(cache + at + d, to_cache(numbers, cache.dtype.element_ty), mask=d < DIM)

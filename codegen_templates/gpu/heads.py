@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from hetcomp.codegen_templates.gpu.cache import cache_row, to_cache
 from hetcomp.codegen_templates.gpu.gemv import norm_factors
 from hetcomp.codegen_templates.gpu.rowwise import beyond, rotary_pairs
 
@@ -67,7 +68,7 @@ def heads_to_cache(
     y,
     k_cache,
     v_cache,
-    context,
+    slot_blocks,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -82,6 +83,7 @@ def heads_to_cache(
     K_WEIGHT_OFFSET: tl.constexpr,
     PADDED: tl.constexpr,
     HEAD_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """q f32[rows, HEADS, DIM] normed and rotated -> y of its shape, f32 or bf16; k f32[rows, KV_HEADS, DIM] normed and
     rotated, and v f32[rows, KV_HEADS, V_DIM], to their caches at slots and positions i32[rows]. Norms: see
@@ -113,15 +115,15 @@ def heads_to_cache(
                 k + wide * (KV_HEADS * DIM), k_norm, its_cos, its_sin, head, d,
                 KV_HEADS, DIM, HALF, OFFSET, STYLE, WHOLE, K_EPS, K_WEIGHT_OFFSET,
             )  # fmt: skip
-            at = ((slot * KV_HEADS + head).to(tl.int64) * context + position)[:, None] * DIM + d[None, :]
+            at = cache_row(slot, head, position, slot_blocks, BLOCK, DIM)[:, None] + d[None, :]
             mask = (head < KV_HEADS)[:, None] & (d < DIM)[None, :]
-            tl.store(k_cache + at, numbers.to(k_cache.dtype.element_ty), mask=mask)
+            tl.store(k_cache + at, to_cache(numbers, k_cache.dtype.element_ty), mask=mask)
         else:
             head = (block - (Q_BLOCKS + KV_BLOCKS)) * HEAD_TILE + h
             mask = (head < KV_HEADS)[:, None] & (d < V_DIM)[None, :]
             numbers = tl.load(v + (wide * KV_HEADS + head)[:, None] * V_DIM + d[None, :], mask=mask)
-            at = ((slot * KV_HEADS + head).to(tl.int64) * context + position)[:, None] * V_DIM + d[None, :]
-            tl.store(v_cache + at, numbers.to(v_cache.dtype.element_ty), mask=mask)
+            at = cache_row(slot, head, position, slot_blocks, BLOCK, V_DIM)[:, None] + d[None, :]
+            tl.store(v_cache + at, to_cache(numbers, v_cache.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def latents_to_cache(
     slots,
     y,
     cache,
-    context,
+    slot_blocks,
     HEADS: tl.constexpr,
     NOPE: tl.constexpr,
     RANK: tl.constexpr,
@@ -147,6 +149,7 @@ def latents_to_cache(
     WEIGHT_OFFSET: tl.constexpr,
     PADDED: tl.constexpr,
     RANK_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """MLA: the last DIM elements of q f32[rows, HEADS, NOPE + DIM], rotated, to the last of y f32[rows, HEADS, RANK +
     DIM]. kv f32[rows, RANK + DIM] to the cache at slots and positions i32[rows]: the rms_norm of its first RANK
@@ -162,15 +165,15 @@ def latents_to_cache(
         its_y = y + (row * HEADS + head) * (RANK + DIM) + RANK
         tl.store(its_y + d[None, :], numbers, mask=(d < DIM)[None, :])
     else:
-        at = tl.load(slots + row).to(tl.int64) * context + tl.load(positions + row)
-        target = cache + at * (RANK + DIM)
+        position = tl.load(positions + row)
+        target = cache + cache_row(tl.load(slots + row), 0, position, slot_blocks, BLOCK, RANK + DIM)
         c = tl.arange(0, RANK_PADDED)
         latent = tl.load(kv + row * (RANK + DIM) + c, mask=c < RANK, other=0.0)
         factor = 1.0 / tl.sqrt_rn(tl.sum(latent * latent, axis=0) / RANK + EPS)
         normed = latent * factor * (tl.load(norm + c, mask=c < RANK, other=0.0) + WEIGHT_OFFSET)
-        tl.store(target + c, normed.to(cache.dtype.element_ty), mask=c < RANK)
+        tl.store(target + c, to_cache(normed, cache.dtype.element_ty), mask=c < RANK)
         numbers = _turned_head(
             kv + row * (RANK + DIM) + RANK, None, its_cos, its_sin, one, d,
             1, DIM, HALF, OFFSET, STYLE, False, 0.0, 0.0,
         )  # fmt: skip
-        tl.store(target + (RANK + d)[None, :], numbers.to(cache.dtype.element_ty), mask=(d < DIM)[None, :])
+        tl.store(target + (RANK + d)[None, :], to_cache(numbers, cache.dtype.element_ty), mask=(d < DIM)[None, :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,22 @@ import xxhash
 
 from hetcomp.artifact.weight_files import WeightRecord
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
-from hetcomp.backends.gpu.gpu_program import CONSTANTS, WEIGHTS, GpuBuffer, GpuProgram
+from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
+from hetcomp.backends.gpu.gpu_program import CONSTANTS, STATES, WEIGHTS, GpuBuffer, GpuProgram
+from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES
 
 _SCHEMA = [2, 0]
 
 
 def write_gpu_program(
-    program: GpuProgram, records: Sequence[WeightRecord], compiled: Sequence[CompiledKernel], folder: Path
+    program: GpuProgram,
+    records: Sequence[WeightRecord],
+    cpu_weights: Sequence[str],
+    compiled: Sequence[CompiledKernel],
+    folder: Path,
 ) -> dict[str, Any]:
     """Writes into the artifact ``folder`` and returns the program's entry in the manifest. ``records``: where its
-    weights are, in their order."""
+    weights are, in their order; ``cpu_weights``: ids of the CPU program's weights in theirs."""
     (folder / "gpu").mkdir(exist_ok=True)
     if program.constants:
         (folder / _constants(program)).write_bytes(program.constants)
@@ -32,6 +39,8 @@ def write_gpu_program(
         "buffers": [_buffer(buffer, program, records) for buffer in program.buffers()],
         "graphs": [{"batch": g.rows.count, "exact": g.rows.exact, "nodes": g.nodes} for g in program.graphs],
     }
+    if program.stream is not None:
+        document["stream"] = _stream(program.stream, program, cpu_weights)
     file = f"gpu/program-{program.number}.json"
     (folder / file).write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
     weight_files = sorted({record.file for record in records})
@@ -50,7 +59,59 @@ def _buffer(buffer: GpuBuffer, program: GpuProgram, records: Sequence[WeightReco
     elif buffer.name == CONSTANTS:
         digest = xxhash.xxh3_64(program.constants).hexdigest()
         entry["sources"] = [_source(WeightRecord(CONSTANTS, _constants(program), 0, buffer.bytes, digest), 0)]
+    elif buffer.name == STATES:
+        entry["cache"] = _cache(program)
     return entry
+
+
+def _stream(stream: StreamLayout, program: GpuProgram, cpu_weights: Sequence[str]) -> dict[str, Any]:
+    planned = program.plan.stream
+    assert planned is not None
+    number = {name: i for i, name in enumerate(cpu_weights)}
+    routing = {h.flag: program.exchange.buffer(h, "ids").name for h in program.exchange.hand_overs if h.answered}
+    layers = [
+        {
+            "hand_over": layer.hand_over,
+            "experts": layer.experts,
+            "top_k": layer.top_k,
+            "hidden": layer.hidden,
+            "ids": routing[layer.hand_over],
+            "operands": [
+                {
+                    "buffer": operand.buffer,
+                    "offset": operand.offset,
+                    "expert_bytes": operand.bytes,
+                    "sources": [{"weight": number[s.weight], "experts": s.experts} for s in operand.sources],
+                }
+                for operand in layer.operands
+            ],
+        }
+        for layer in stream.layers
+    ]
+    return {
+        "slots": stream.slots,
+        "first_flag": stream.first_flag,
+        "tables": {
+            "buffer": TABLES,
+            "row_bytes": stream.row_bytes,
+            "part_offset": stream.part_offset,
+            "ask_offset": stream.ask_offset,
+        },
+        "rates": asdict(planned.rates),
+        "layers": layers,
+    }
+
+
+def _cache(program: GpuProgram) -> dict[str, int]:
+    memory = program.cache
+    return {
+        "slots": program.plan.dim("slots").max,
+        "slot_bytes": memory.slot_blocks * memory.block,
+        "block_bytes": memory.block,
+        "block_positions": BLOCK_POSITIONS,
+        "granule_bytes": GRANULE_BYTES,
+        "granules": memory.granules or 0,
+    }
 
 
 def _source(record: WeightRecord, to: int) -> dict[str, Any]:

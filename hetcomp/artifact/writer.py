@@ -14,7 +14,8 @@ from hetcomp import installed_runtime
 from hetcomp.artifact.weight_files import WeightRecord
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.backends.protocol import Isa
-from hetcomp.ir.plan import Plan
+from hetcomp.ir.kv_pool import KvPool, row_runs
+from hetcomp.ir.plan import Plan, Value
 
 MANIFEST_SCHEMA = (1, 2)
 
@@ -74,6 +75,7 @@ def write_manifest(
             "vocab": plan.model.vocab,
             "context": dims["context"],
             "max_batch": dims["slots"],
+            "kv_tokens": KvPool.of(dims).tokens,
             "max_tokens": dims["T"],
             "max_logit_rows": dims["R"],
             "eos_token_ids": list(plan.model.eos_token_ids),
@@ -86,9 +88,7 @@ def write_manifest(
         "nodes": list(layout.nodes),
         "main_node": layout.main,
         "weights": [asdict(record) for record in weights],
-        "states": [
-            {"name": v.fqn or v.id, "bytes_per_slot": v.type.bytes({**dims, "slots": 1})} for v in layout.states
-        ],
+        "states": [_state(v, dims) for v in layout.states],
         "timers": list(layout.timers),
         "tokenizer": _present(folder, "tokenizer.hetc.json"),
         "chat_template": _present(folder, "chat_template.hetc.json"),
@@ -96,6 +96,15 @@ def write_manifest(
     if gpus:
         manifest |= {"gpus": list(gpus), "pinned": list(pinned)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _state(value: Value, dims: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "name": value.fqn or value.id,
+        "bytes_per_slot": value.type.bytes({**dims, "slots": 1}),
+        "bytes": KvPool.of(dims).cpu_bytes(value.type),
+        "rows": row_runs(value.type),
+    }
 
 
 def _present(folder: Path, name: str) -> str | None:

@@ -35,7 +35,7 @@ class _Rendering:
 
 class CpuBackend:
     """Generates embed, linear, head_linear, moe_experts, attention, kv_append and select_rows for every ISA. Weights
-    in any of FORMATS (``hetcomp.backends.packing``), activations f32, KV cache f32, bf16 or q8."""
+    in any of FORMATS (``hetcomp.backends.packing``), activations f32, KV cache f32, bf16, q8 or fp8."""
 
     name = "cpu"
 

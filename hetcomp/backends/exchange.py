@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
+from hetcomp.ir.deferral import deferrals
 from hetcomp.ir.hand_overs import HandOver, hand_overs
 from hetcomp.ir.homes import CPU
 from hetcomp.ir.plan import Op, Plan, Template
@@ -60,24 +61,30 @@ class Exchange:
         found = hand_overs(plan)
         buffers: dict[str, PinnedBuffer] = {}
         carriers: dict[tuple[int, str], str] = {}
+        deferring, turn = bool(deferrals(plan)), 0
         for hand_over in found:
             template = plan.template(plan.calls[hand_over.call].template)
             op = next(op for op in template.ops if op.id == hand_over.op)
-            for part, buffer in _parts(hand_over, op, template, plan.max_dims()).items():
+            # While the CPU computes what a layer deferred, the GPU may hand out the next layer's input.
+            turn += hand_over.answered
+            suffix = f"_{turn % 2}" if deferring else ""
+            for part, buffer in _parts(hand_over, op, template, plan.max_dims(), suffix).items():
                 buffers.setdefault(buffer.name, buffer)
                 carriers[hand_over.flag, part] = buffer.name
         return Exchange(cpu_templates(plan), found, buffers, carriers)
 
 
-def _parts(hand_over: HandOver, op: Op, template: Template, dims: Mapping[str, int]) -> dict[str, PinnedBuffer]:
+def _parts(
+    hand_over: HandOver, op: Op, template: Template, dims: Mapping[str, int], suffix: str
+) -> dict[str, PinnedBuffer]:
     def size(name: str) -> int:
         return template.value(name).type.bytes(dict(dims))
 
     if hand_over.answered:
         # All layers share them, on whatever GPU: a layer's input is handed out after the sum of the one before was
-        # read, of which it is made.
+        # read, of which it is made. Where experts are deferred the inputs have two sets that are taken in turns.
         sizes = {part: size(name) for part, name in zip(EXPERT_INPUTS, op.inputs, strict=False)}
-        made = {part: PinnedBuffer(f"experts_{part}_{n}", n) for part, n in sizes.items()}
+        made = {part: PinnedBuffer(f"experts_{part}_{n}{suffix}", n) for part, n in sizes.items()}
         n = size(op.outputs[0])
         return {**made, EXPERT_SUM: PinnedBuffer(f"experts_{EXPERT_SUM}_{n}", n)}
     return {VALUE: PinnedBuffer(f"transfer_{hand_over.flag}", size(op.outputs[0]))}

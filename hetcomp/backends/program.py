@@ -13,6 +13,7 @@ from hetcomp.backends.protocol import Isa, Kernel
 from hetcomp.backends.templates import render
 from hetcomp.errors import HetcompError
 from hetcomp.ir.cpu_side import CpuRole, CpuTemplate, cpu_plan, cpu_templates
+from hetcomp.ir.deferral import CHOICES_LATER, CHOICES_NOW, DEFERRED_SUM, deferrals, deferred_role
 from hetcomp.ir.homes import CPU, read_in
 from hetcomp.ir.node_parts import Cut, NodePart, cut_weights, part_id, part_workspace, plan_nodes, plan_parts
 from hetcomp.ir.ops import MoeExperts
@@ -50,11 +51,14 @@ class ProgramLayout:
         cuts = {part.id: (v, c) for v in plan.values for part, c, _ in cut.get(v.id, ())}
         states = tuple(v for v in plan.values if v.kind is ValueKind.STATE and CPU in readers[v.id])
         roles: dict[str, None] = {}
+        deferring = bool(deferrals(plan))
         for side in cpu_templates(plan).values():
             for op in side.template.ops:
                 if side.roles[op.id] is not CpuRole.COMPUTE:
                     roles.setdefault(_WAITING)
                 roles.setdefault(op.role or op.kind)
+                if deferring and side.roles[op.id] is CpuRole.EXPERTS:
+                    roles.setdefault(deferred_role(op.role or op.kind))
         return ProgramLayout(
             tuple(v for v, _ in weights), states, tuple(roles), nodes, main, tuple(n for _, n in weights), cuts
         )
@@ -95,6 +99,10 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         n_nodes=len(layout.nodes),
         n_pinned=len(exchange.of_side(CPU)),
         n_flags=len(exchange.hand_overs) if exchange.with_cpu() else 0,
+        deferring=bool(deferrals(plan)),
+        sum_place=homes[DEFERRED_SUM][1] if DEFERRED_SUM in homes else 0,
+        now_place=homes[CHOICES_NOW][1] if CHOICES_NOW in homes else 0,
+        later_places=[homes[name][1] for name in CHOICES_LATER if name in homes],
     )
 
 
@@ -148,6 +156,8 @@ def _template(
         return address[id]
 
     flags = _flags(plan, template, exchange)
+    deferring = deferrals(plan)
+    experts = [op.id for op in template.ops if side.roles[op.id] is CpuRole.EXPERTS]
     ops = []
     for op in template.ops:
         role = side.roles[op.id]
@@ -164,14 +174,25 @@ def _template(
             "hands": role.value,
             "flag": flags.get(op.id, 0),
             "parts": (),
+            "deferral": None,
         }
         if role is CpuRole.SEND:
             value = template.value(op.outputs[0])
             row = value.type.bytes({**plan.max_dims(), str(value.type.shape[0]): 1})
             rendered |= {"source": find(op.inputs[0], op), "target": address[_pinned(op, VALUE)], "row_bytes": row}
         elif role is CpuRole.EXPERTS:
-            moved = {name: _pinned(op, part) for name, part in zip(op.inputs, EXPERT_INPUTS, strict=False)}
+            moved = {name: address[_pinned(op, part)] for name, part in zip(op.inputs, EXPERT_INPUTS, strict=False)}
             rendered["outputs"] = [address[_pinned(op, EXPERT_SUM)]]
+            if deferring:
+                rendered["deferral"] = {
+                    "index": experts.index(op.id),
+                    "ids": moved[op.inputs[1]],
+                    "weights": moved[op.inputs[2]],
+                    "answer": rendered["outputs"][0],
+                    "timer": layout.timers.index(deferred_role(op.role or op.kind)),
+                    "on_cpu": _on_cpu(op, parts[op.id]),
+                }
+                moved[op.inputs[1]], rendered["outputs"] = "chosen", ["sum"]
             where = partial(_find_moved, moved, partial(find, op=op))
             rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
         elif role is CpuRole.COMPUTE:
@@ -189,7 +210,11 @@ def _template(
         "params": formals,
         "ops": ops,
         "calls": [
-            {"index": i, "refs": _refs(plan, side, number, formals, cut_formals, homes, exchange)}
+            {
+                "index": i,
+                "refs": _refs(plan, side, number, formals, cut_formals, homes, exchange),
+                "deferrals": [deferring[number, op] for op in experts if deferring],
+            }
             for i, number in enumerate(calls)
         ],
     }
@@ -207,7 +232,17 @@ def _flags(plan: Plan, template: Template, exchange: Exchange) -> dict[str, int]
 
 
 def _find_moved(moved: Mapping[str, str], find: Callable[[str], str], id: str) -> str:
-    return find(moved.get(id, id))
+    return moved[id] if id in moved else find(id)
+
+
+def _on_cpu(op: Op, parts: Sequence[NodePart]) -> Sequence[bool]:
+    """By expert, whether any of the CPU's parts has it; empty: all of them."""
+    assert isinstance(op.attrs, MoeExperts)
+    if any(not part.experts for part in parts):
+        return ()
+    places = [part.places(op.attrs.experts) for part in parts]
+    found = [any(place >= 0 for place in of_expert) for of_expert in zip(*places, strict=True)]
+    return () if all(found) else found
 
 
 def _pinned(op: Op, part: str) -> str:
@@ -301,12 +336,12 @@ def _parts(
             and part.attrs.experts < op.attrs.experts
         ):
             call["local"] = part.places(op.attrs.experts)
-            call["top_k"] = part.attrs.top_k
             call["choices"] = inputs[1]
             inputs[1] = scratch(space.ids[i])
         calls.append(call | {"workspace": scratch(space.scratch[i]) if kernel.workspace_bytes else "nullptr"})
-    width = part.attrs.hidden if isinstance(part.attrs, MoeExperts) else 0
-    return {"parts": calls, "partials": [scratch(offset) for offset in space.partials], "width": width}
+    a = part.attrs
+    width, top_k = (a.hidden, a.top_k) if isinstance(a, MoeExperts) else (0, 0)
+    return {"parts": calls, "partials": [scratch(offset) for offset in space.partials], "width": width, "top_k": top_k}
 
 
 def _cut_names(names: Iterable[str], cut: Mapping[str, Sequence[int]]) -> list[str]:

@@ -63,8 +63,9 @@ def _short_run(exe: Executable, profile: HardwareProfile) -> BenchRecord:
     """A measurement that is not stored, for an artifact that was never benched."""
     from hetcomp.bench import bench
     from hetcomp.cli.progress import RichProgress
+    from hetcomp.ir.kv_pool import KvPool
 
-    room = exe.plan.dim("context").max
+    room = KvPool.of(exe.plan.max_dims()).longest
     steps = min(_TOKENS, max(1, room // 4))
     with RichProgress(Console(stderr=True)) as progress:
         return bench(

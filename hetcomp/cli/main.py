@@ -14,14 +14,19 @@ from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.importance_command import importance_command
 from hetcomp.cli.options import (
+    DEFAULT_MAX_KL,
     Answer,
     Batch,
     Context,
     Debug,
+    Defer,
+    DeferText,
     DumpDir,
     Formats,
     Hw,
     IsaList,
+    KvTokens,
+    MaxKl,
     Model,
     PinList,
     Pinned,
@@ -56,6 +61,7 @@ def compile_command(
     formats: Formats = "auto",
     context: Context = None,
     batch: Batch = 1,
+    kv_tokens: KvTokens = None,
     isa: IsaList = "auto",
     prompt: Prompt = None,
     answer: Answer = None,
@@ -63,9 +69,16 @@ def compile_command(
     pinned: Pinned = None,
     pin: PinList = None,
     stats: Stats = None,
+    defer: Defer = "0",
+    max_kl: MaxKl = DEFAULT_MAX_KL,
+    defer_text: DeferText = None,
     cc: Annotated[
         str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
     ] = "auto",
+    tune: Annotated[
+        bool | None,
+        typer.Option("--tune/--no-tune", help="Time GPU kernels' tiles here (a minute, once); default: with a GPU."),
+    ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="Take the decisions of this plan.json.")] = None,
     importance: Annotated[
         Path | None, typer.Option("--importance", help="safetensors with each weight's column importances (q4, mxfp4).")
@@ -85,21 +98,21 @@ def compile_command(
             hw_profile=hw,
             context_length=context,
             max_batch=batch,
+            kv_tokens=kv_tokens,
             formats=formats_of(formats),
             isa=isas_of(isa),
-            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats),
+            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text),
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:
-                planned = plan_model(
-                    model, planning=False, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options
-                )
+                planned = plan_model(model, stop_after=stop_after, dump_dir=dump_dir, progress=progress, **options)
                 text = print_plan(planned.plan)
             else:
                 exe = compile(
                     model,
                     out=out,
                     ccs=ccs_of(cc),
+                    tune=tune,
                     plan=plan,
                     importance=importance,
                     dump_dir=dump_dir,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,8 @@ from hetcomp.errors import HetcompError
 if TYPE_CHECKING:
     from hetcomp.compiler import PlanWishes
 
+DEFAULT_MAX_KL = 0.01
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF folder, zoo name, or (plan) an artifact.")]
 Hw = Annotated[str, typer.Option("--hw", help="auto, preset:NAME, or a profile file.")]
 Formats = Annotated[
@@ -19,6 +21,9 @@ Formats = Annotated[
     typer.Option("--formats", help="auto, bf16, q8, q4, .., or role=format|format,... (experts, attention, kv, ...)."),
 ]
 Context = Annotated[int | None, typer.Option("--context", min=1, help="Positions of the KV cache.")]
+KvTokens = Annotated[
+    int | None, typer.Option("--kv-tokens", min=1, help="Positions that all sequences hold together; default: all.")
+]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences kept at once.")]
 IsaList = Annotated[str, typer.Option("--isa", help="auto (the profile's), or a list: avx512,avx2.")]
 Prompt = Annotated[int | None, typer.Option("--prompt", min=1, help="Tokens of a prompt to plan for.")]
@@ -30,6 +35,18 @@ Vram = Annotated[
 Pinned = Annotated[str | None, typer.Option("--pinned", help="Limit of pinned host memory.")]
 PinList = Annotated[list[str] | None, typer.Option("--pin", help="ROLE[@LAYERS]=DEVICE, e.g. attn@0-3=gpu:0.")]
 Stats = Annotated[str | None, typer.Option("--stats", help="Expert statistics: FILE or FILE#DOMAIN.")]
+Defer = Annotated[
+    str, typer.Option("--defer", help="Experts on the CPU that a token adds one MoE layer later: a number, or auto.")
+]
+MaxKl = Annotated[
+    float, typer.Option("--max-kl", help="With --defer auto: allowed mean KL divergence, in nats a token.")
+]
+DeferText = Annotated[
+    Path | None,
+    typer.Option(
+        "--defer-text", help="With --defer auto: UTF-8 text, 2,048 tokens of it are read. Default: the zoo's."
+    ),
+]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -54,8 +71,11 @@ def wishes_of(
     pinned: str | None,
     pins: list[str] | None,
     stats: str | None,
+    defer: str = "0",
+    max_kl: float = DEFAULT_MAX_KL,
+    defer_text: Path | None = None,
 ) -> PlanWishes:
-    """What the options ask of placement. Raises HetcompError for sizes that are not understood."""
+    """What the options ask of placement. Raises HetcompError for sizes and numbers that are not understood."""
     from hetcomp.compiler import PlanWishes
     from hetcomp.ir.annotations import Mix
     from hetcomp.passes.phases import DEFAULT_ANSWER, DEFAULT_PROMPT
@@ -68,6 +88,9 @@ def wishes_of(
         pinned_bytes=parse_size(pinned, "--pinned") if pinned is not None else None,
         pins=tuple(pins or ()),
         statistics=stats,
+        deferral=_deferral_of(defer),
+        max_kl=max_kl,
+        deferral_text=defer_text,
     )
 
 
@@ -77,6 +100,15 @@ def vram_of(text: str) -> int | tuple[int, ...]:
 
     sizes = tuple(parse_size(part, "--vram") for part in text.split(","))
     return sizes[0] if len(sizes) == 1 else sizes
+
+
+def _deferral_of(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise HetcompError(f"--defer {text} is not understood; write a number, or auto.") from None
 
 
 def ccs_of(text: str) -> list[int]:

@@ -11,14 +11,19 @@ from rich.table import Table
 
 from hetcomp.cli.guard import guard
 from hetcomp.cli.options import (
+    DEFAULT_MAX_KL,
     Answer,
     Batch,
     Context,
     Debug,
+    Defer,
+    DeferText,
     DumpDir,
     Formats,
     Hw,
     IsaList,
+    KvTokens,
+    MaxKl,
     Model,
     PinList,
     Pinned,
@@ -43,6 +48,7 @@ def plan_command(
     formats: Formats = "auto",
     context: Context = None,
     batch: Batch = 1,
+    kv_tokens: KvTokens = None,
     isa: IsaList = "auto",
     prompt: Prompt = None,
     answer: Answer = None,
@@ -50,9 +56,16 @@ def plan_command(
     pinned: Pinned = None,
     pin: PinList = None,
     stats: Stats = None,
+    defer: Defer = "0",
+    max_kl: MaxKl = DEFAULT_MAX_KL,
+    defer_text: DeferText = None,
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
+    explore: Annotated[
+        bool,
+        typer.Option("--explore", help="Also what hetcomp compile generates no code for: streaming, several GPUs."),
+    ] = False,
     help_most: Annotated[
         bool, typer.Option("--improvements/--no-improvements", help="Plan anew to find what would help most.")
     ] = True,
@@ -86,9 +99,11 @@ def plan_command(
                     hw_profile=hw,
                     context_length=context,
                     max_batch=batch,
+                    kv_tokens=kv_tokens,
                     formats=formats_of(formats),
                     isa=isas_of(isa),
-                    wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats),
+                    wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text),
+                    planning=explore,
                     stop_after=stop_after,
                     dump_dir=dump_dir,
                     progress=progress,
@@ -107,14 +122,14 @@ def plan_command(
             write_text(html, plan_html(plan, _needed(figures)))
         if as_json:
             others = [(name, other.plan) for name, other in compared]
-            typer.echo(plan_report_json(plan, free, figures, compared=others, gains=gains))
+            typer.echo(plan_report_json(plan, free, figures, explored=explore, compared=others, gains=gains))
         elif text or stop_after:
             typer.echo(print_plan(plan))
         else:
             # The widest table takes less than this; rich would leave out the figures to the right.
             console = Console()
             console = Console(width=max(console.width, 100))
-            console.print(plan_report(plan, free, figures))
+            console.print(plan_report(plan, free, figures, explored=explore))
             if compared and planned is not None:
                 console.print(_comparison(planned, compared))
             for label, gain in gains:

@@ -12,13 +12,15 @@ from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu, Source
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.annotations import Placement
+from hetcomp.ir.deferral import whole_role
 from hetcomp.ir.events import Event
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Op, Plan, ValueKind
 from hetcomp.passes.choose_formats import weight_role
 from hetcomp.passes.device_time import GPU_READS, gpu_tflops
-from hetcomp.passes.memory_table import usable_bytes
+from hetcomp.passes.memory_table import GPU_RESERVE, usable_bytes
 from hetcomp.passes.phases import Phase, phases
-from hetcomp.passes.placement_problem import GPU_RESERVE, STAGED_EXPERTS
+from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.prediction import trace
 
 KV_CACHE, WORKSPACE = "KV cache", "activations"
@@ -231,7 +233,7 @@ def _busy(events: Sequence[Event]) -> dict[tuple[str, str], float]:
     lanes: dict[tuple[str, str], float] = defaultdict(float)
     for event in events:
         if " copy " not in event.lane:
-            lanes[event.lane, event.role] += event.us
+            lanes[event.lane, whole_role(event.role)] += event.us
     found: dict[tuple[str, str], float] = {}
     for (lane, role), us in lanes.items():
         key = (_kind(lane), role)
@@ -252,7 +254,7 @@ def device_memory(
     """
     parts: dict[str, Counter[str]] = defaultdict(Counter)
     largest_expert, streams = 0, set()
-    values, seen, dims = plan.value_map(), set(), plan.max_dims()
+    values, seen, pool = plan.value_map(), set(), KvPool.of(plan.max_dims())
     for call, op, placement in placed_ops(plan):
         actual = dict(zip(plan.template(call.template).params, call.args, strict=True))
         streams |= {run.streamed_to for run in placement.experts if run.streamed_to}
@@ -269,10 +271,12 @@ def device_memory(
             if value.kind in (ValueKind.WEIGHT, ValueKind.CONST) and value.format is not None:
                 _spread(parts, _label(op, value.format), packed_bytes(value), homes(op, placement))
             elif value.kind is ValueKind.STATE:
-                parts[placement.device][KV_CACHE] += value.type.bytes(dims)
+                parts[placement.device][KV_CACHE] += pool.bytes(value.type, placement.device)
         if placement.experts:
             largest_expert = max(largest_expert, experts // (placement.experts[-1].last + 1))
     for gpu in _used_gpus(plan):
+        if parts[gpu][KV_CACHE]:
+            parts[gpu][KV_CACHE] += pool.granule_waste
         parts[gpu][GPU_RUNTIME] += GPU_RESERVE
         if gpu in streams:
             parts[gpu][RING] += 2 * STAGED_EXPERTS * largest_expert

@@ -12,6 +12,8 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from hetcomp.cli.plan_figures import ClassPoint, DeviceMemory, Figures, Roof, Step
 from hetcomp.cli.plan_placement import layer_runs, solution_line
+from hetcomp.ir.deferral import whole_role
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
 
 # What colours stand for, in memory bars and timelines alike; the template has a colour for each.
@@ -33,7 +35,7 @@ def plan_html(plan: Plan, figures: Figures) -> str:
     model, dims = plan.model, plan.max_dims()
     facts = [
         f"{model.architecture}, {model.layers} layers, vocabulary {model.vocab:,}",
-        f"{dims['slots']} x {dims['context']:,} positions, steps of up to {dims['T']:,} tokens",
+        f"{KvPool.of(dims)}, steps of up to {dims['T']:,} tokens",
         f"on {figures.profile.name}: {figures.profile.cpu}",
     ]
     solution = solution_line(plan, plan.solution, figures.place_seconds) if plan.solution is not None else ""
@@ -55,7 +57,7 @@ def embedded_json(data: object) -> str:
 
 def family(role: str) -> str:
     """The member of FAMILIES that an op role belongs to."""
-    if role == "moe.experts":
+    if whole_role(role) == "moe.experts":
         return "experts"
     if role == "transfer":
         return "transfer"

@@ -11,7 +11,7 @@ from hetcomp.cli.plan_placement import layer_runs
 from hetcomp.cli.plan_summary import OpGroup, summarise
 from hetcomp.ir.plan import Plan
 
-SCHEMA = (2, 1)  # major: fields changed or went; minor: fields were added
+SCHEMA = (2, 2)  # major: fields changed or went; minor: fields were added
 
 
 class _Part(BaseModel):
@@ -156,6 +156,7 @@ class PlanDocument(_Part):
     """The document; null and empty lists stand for what no pass has filled in yet."""
 
     schema_: tuple[int, int] = Field(default=SCHEMA, alias="schema")
+    explored: bool
     model: ModelFacts
     dims: dict[str, int]
     groups: list[Group]
@@ -176,13 +177,16 @@ def plan_document(
     available_bytes: int | None = None,
     figures: Figures | None = None,
     *,
+    explored: bool = False,
     compared: list[tuple[str, Plan]] | None = None,
     gains: list[tuple[str, float]] | None = None,
 ) -> PlanDocument:
-    """The report's numbers. figures: where the machine is known; compared, gains: answers to what-if questions."""
+    """The report's numbers. figures: where the machine is known; explored: the plan may have what no code is generated
+    for; compared, gains: answers to what-if questions."""
     summary, model = summarise(plan), plan.model
     memories = figures.memory if figures is not None else device_memory(plan, None)
     return PlanDocument(
+        explored=explored,
         model=ModelFacts(name=model.name, architecture=model.architecture, layers=model.layers, vocab=model.vocab),
         dims=plan.max_dims(),
         groups=[_group(group) for group in summary.groups],
@@ -223,11 +227,12 @@ def plan_report_json(
     available_bytes: int | None = None,
     figures: Figures | None = None,
     *,
+    explored: bool = False,
     compared: list[tuple[str, Plan]] | None = None,
     gains: list[tuple[str, float]] | None = None,
 ) -> str:
     """:func:`plan_document` as text."""
-    document = plan_document(plan, available_bytes, figures, compared=compared, gains=gains)
+    document = plan_document(plan, available_bytes, figures, explored=explored, compared=compared, gains=gains)
     return document.model_dump_json(by_alias=True, indent=2)
 
 

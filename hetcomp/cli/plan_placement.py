@@ -10,6 +10,7 @@ from rich.text import Text
 
 from hetcomp.backends.packing import packed_bytes
 from hetcomp.ir.annotations import Placement, Solution
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, ValueKind
 
 
@@ -49,7 +50,7 @@ def device_bytes(plan: Plan, only: Call | None = None) -> tuple[Counter[str], Co
     nodes are counted at each node's part. ``only``: of that call alone."""
     weights: Counter[str] = Counter()
     states: Counter[str] = Counter()
-    values, seen = plan.value_map(), set()
+    values, seen, pool = plan.value_map(), set(), KvPool.of(plan.max_dims())
     for call, op, placement in placed_ops(plan, only):
         actual = dict(zip(plan.template(call.template).params, call.args, strict=True))
         for name in op.inputs:
@@ -62,7 +63,7 @@ def device_bytes(plan: Plan, only: Call | None = None) -> tuple[Counter[str], Co
                     weights[device] += int(packed_bytes(value) * share)
             elif value.kind is ValueKind.STATE:
                 seen.add(value.id)
-                states[placement.device] += value.type.bytes(plan.max_dims())
+                states[placement.device] += pool.bytes(value.type, placement.device)
     return weights, states
 
 

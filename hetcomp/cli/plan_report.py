@@ -12,21 +12,28 @@ from hetcomp.cli.plan_placement import critical_lines, solution_line
 from hetcomp.cli.plan_summary import OpGroup, PlanSummary, summarise
 from hetcomp.cli.plan_tables import device_memory_table, intensity_table, layer_table
 from hetcomp.ir.annotations import Timeline
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
 
+GENERATED = "the plan that hetcomp compile generates code from (--explore: others, too)"
+EXPLORED = "explored: may stream weights and use several GPUs, for which hetcomp compile generates no code"
 
-def plan_report(plan: Plan, available_bytes: int | None = None, figures: Figures | None = None) -> RenderableType:
+
+def plan_report(
+    plan: Plan, available_bytes: int | None = None, figures: Figures | None = None, *, explored: bool = False
+) -> RenderableType:
     """Tables of op groups, predicted speed, layers and memory, and the plan's notes, for rich's Console.
 
     ``available_bytes``: free memory of the CPU's nodes; ``figures``: of the plan on its machine; where they are known.
+    ``explored``: the plan may have what no code is generated for.
     """
     summary = summarise(plan)
     model, dims = plan.model, plan.max_dims()
     title = (
         f"{model.name}: {model.architecture}, {model.layers} layers, vocabulary {model.vocab:,}; "
-        f"{dims['slots']} x {dims['context']:,} positions, steps of up to {dims['T']} tokens"
+        f"{KvPool.of(dims)}, steps of up to {dims['T']} tokens"
     )
-    parts: list[RenderableType] = [Text(title), _group_table(summary)]
+    parts: list[RenderableType] = [Text(title), Text(EXPLORED if explored else GENERATED), _group_table(summary)]
     if figures is not None and (intensities := intensity_table(plan, summary, figures.roofs)) is not None:
         parts.append(intensities)
     if plan.timelines:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from hetcomp.backends.packing import packed_bytes
 from hetcomp.ir.annotations import PhaseCost
+from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 from hetcomp.passes.choose_formats import weight_role
+from hetcomp.passes.memory_table import cache_bytes
 
 _WEIGHTS = (ValueKind.WEIGHT, ValueKind.CONST)
 
@@ -145,9 +147,8 @@ def _take_timelines(plan: Plan, groups: dict[str, OpGroup]) -> None:
 def _memory(plan: Plan, weights: dict[str, int]) -> tuple[MemoryItem, ...]:
     dims = plan.max_dims()
     items = [MemoryItem(what, size) for what, size in weights.items()]
-    cache = sum(value.type.bytes(dims) for value in plan.values if value.kind is ValueKind.STATE)
-    if cache:
-        items.append(MemoryItem(f"KV cache, {dims['slots']} x {dims['context']} positions", cache))
+    if cache := cache_bytes(plan):
+        items.append(MemoryItem(f"KV cache, {KvPool.of(dims)}", cache))
     if plan.arena_bytes:
         items.append(MemoryItem(f"activations, {dims['T']} tokens a step", plan.arena_bytes))
     return tuple(items)

@@ -74,12 +74,38 @@ class Placement:
     moe_experts only and covers every expert once: where each lives and runs, while ``device`` is where the op's
     input is and its sum is wanted. ``streamed``: the op runs on its GPU with weights that live in CPU memory and
     are copied there in every step. ``slices`` is filled by slice_numa
-    (a single one by place, where experts lie on one node as a whole)."""
+    (a single one by place, where experts lie on one node as a whole). ``deferred`` is filled by defer_experts: of a
+    generated token at most so many choices of experts on the CPU are added at the next MoE layer."""
 
     device: str
     experts: tuple[ExpertPlacement, ...] = ()
     slices: tuple[NodeSlice, ...] = ()
     streamed: bool = False
+    deferred: int = 0
+
+
+Curve = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRates:
+    """What the split of a layer's experts is computed from in each step. ``cpu_expert_us``, ``gpu_expert_us``: (tokens
+    of an expert, microseconds), ascending; ``spine_us``: (tokens of a step, microseconds) of what the GPU does in a
+    layer besides the experts. ``link_gb_per_s``: from CPU memory to the GPU."""
+
+    link_gb_per_s: float
+    cpu_expert_us: Curve
+    gpu_expert_us: Curve
+    spine_us: Curve
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertStream:
+    """Experts in CPU memory may be copied to the GPU in a step of a prompt: up to ``slots`` of a layer, while up to as
+    many of the next one are on their way."""
+
+    slots: int
+    rates: StreamRates
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +131,19 @@ class Solution:
     statistics: str
     candidates: tuple[Candidate, ...] = ()
     chosen: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeferralQuality:
+    """What the plan's deferral does to the model's output, measured on ``text`` with the model in float32, every token
+    treated as a generated one: ``kl`` is the mean KL divergence (nats a token) of the output with deferral from that
+    without, ``perplexity`` and ``undeferred_perplexity`` those of the next token with and without."""
+
+    text: str
+    tokens: int
+    kl: float
+    perplexity: float
+    undeferred_perplexity: float
 
 
 @dataclass(frozen=True, slots=True)

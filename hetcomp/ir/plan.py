@@ -12,11 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from hetcomp.ir.annotations import ArenaSlot, Cost, Mix, Placement, Schedule, Solution, Timeline
+from hetcomp.ir.annotations import (
+    ArenaSlot,
+    Cost,
+    DeferralQuality,
+    ExpertStream,
+    Mix,
+    Placement,
+    Schedule,
+    Solution,
+    Timeline,
+)
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 2)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 3)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):
@@ -156,7 +166,8 @@ class ModelInfo:
 class Plan:
     """See the module's text. ``dims`` fixes the bounds of T, R, slots and context. ``established`` names the
     invariants that the passes run so far have established. ``mix`` is the use that it is optimised for,
-    ``solution`` how its placement was found."""
+    ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill. ``deferral``: what
+    deferring experts was measured to cost, if it was."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -170,6 +181,8 @@ class Plan:
     timelines: tuple[Timeline, ...] = ()
     mix: Mix | None = None
     solution: Solution | None = None
+    stream: ExpertStream | None = None
+    deferral: DeferralQuality | None = None
     notes: tuple[str, ...] = field(default=())
 
     def dim(self, name: str) -> Dim:

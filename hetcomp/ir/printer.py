@@ -44,6 +44,12 @@ def _lines(plan: Plan) -> Iterator[str]:
             + ", ".join(f"{lane.lane} busy {lane.busy_us / max(t.total_us, 1e-9):.0%}" for lane in t.lanes)
         )
         yield "  " + ", ".join(f"{role} {us / 1000:.3f} ms" for role, us in t.roles)
+    if (d := plan.deferral) is not None:
+        yield ""
+        yield (
+            f"deferral on {d.tokens} tokens of {d.text}: KL {d.kl:.3g} nats a token, "
+            f"perplexity {d.perplexity:.4g} instead of {d.undeferred_perplexity:.4g}"
+        )
     for note in plan.notes:
         yield f"note {note}"
 
@@ -133,6 +139,7 @@ def _call(call: Call) -> Iterator[str]:
     for op, p in call.placements:
         if p.experts:
             ranges = ", ".join(f"{e.first}..{e.last} {e.device}" for e in p.experts)
-            yield f"    %{op} experts {ranges}"
+            deferred = f", {p.deferred} of a token deferred" if p.deferred else ""
+            yield f"    %{op} experts {ranges}{deferred}"
         if len(p.slices) > 1:
             yield f"    %{op} slices " + ", ".join(f"node {s.node} {s.start}..{s.stop}" for s in p.slices)

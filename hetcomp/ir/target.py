@@ -1,10 +1,12 @@
-"""What the passes may ask of the backends and of the checkpoint, without importing either."""
+"""What the passes may ask of the backends, the checkpoint and the model itself, without importing any of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from hetcomp.ir.annotations import DeferralQuality
+from hetcomp.ir.deferral import LayerChoices
 from hetcomp.ir.plan import Op, Template, Value, WeightSource
 
 
@@ -41,4 +43,12 @@ class Checkpoint(Protocol):
 
         Raises HetcompError if a tensor is missing or has another shape or an unusable dtype.
         """
+        ...
+
+
+class DeferralMeasure(Protocol):
+    """What deferring experts does to the model's output; asked by defer_experts."""
+
+    def __call__(self, candidates: Sequence[Sequence[LayerChoices]]) -> Sequence[DeferralQuality]:
+        """The quality with each candidate: what every MoE layer of the model defers, in the order of the step."""
         ...

@@ -12,7 +12,7 @@ class DType(StrEnum):
 
     ``Q8`` is for KV caches only: rows in groups of 32, a group 32 int8 codes and one fp16 scale, the last one padded;
     in memory each slot's head has first the codes of all its rows [context][padded dim], then their scales
-    [context][groups]."""
+    [context][groups]. ``FP8`` is, too: e4m3fn without a scale, numbers beyond 448 are 448."""
 
     F32 = "f32"
     F16 = "f16"
@@ -22,6 +22,7 @@ class DType(StrEnum):
     BOOL = "bool"
     U8 = "u8"
     Q8 = "q8"
+    FP8 = "fp8"
 
     def row_bytes(self, elements: int) -> int:
         """Bytes of a row of so many elements."""
@@ -31,7 +32,7 @@ class DType(StrEnum):
 
 
 # Element types that KV caches can have, by falling size.
-CACHE_DTYPES = (DType.F32, DType.BF16, DType.Q8)
+CACHE_DTYPES = (DType.F32, DType.BF16, DType.Q8, DType.FP8)
 
 _Q8_GROUP = 32
 _DTYPE_BYTES = {
@@ -43,6 +44,7 @@ _DTYPE_BYTES = {
     DType.BOOL: 1,
     DType.U8: 1,
     DType.Q8: 1,
+    DType.FP8: 1,
 }
 
 
@@ -50,8 +52,9 @@ _DTYPE_BYTES = {
 class Dim:
     """A symbolic dimension with its bounds (inclusive).
 
-    The Plan knows four: ``T`` (tokens of a step), ``R`` (rows whose logits are wanted),
-    ``slots`` (sequences of the KV cache, = max_batch) and ``context`` (positions a sequence holds).
+    The Plan knows ``T`` (tokens of a step), ``R`` (rows whose logits are wanted), ``slots`` (sequences of the KV cache,
+    = max_batch), ``context`` (positions a sequence holds) and, where sequences cannot all be full at once,
+    ``kv_tokens`` (positions that they hold together).
     """
 
     name: str

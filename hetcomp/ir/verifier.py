@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from hetcomp.errors import HetcompError
 from hetcomp.ir import op_types
 from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
+from hetcomp.ir.deferral import check_deferral, deferral_buffers
 from hetcomp.ir.homes import memory_of
 from hetcomp.ir.node_parts import node_parts, plan_parts, shared_weights
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
@@ -262,7 +263,11 @@ def _call_arena_planned(plan: Plan, dims: dict[str, int], sides: Mapping[str, Cp
     """Values handed from call to call on the CPU: each has a place of its own from its first call to its last."""
     values = {v.id: v for v in plan.values if v.kind is ValueKind.ACT}
     slots = {s.value: s for s in plan.call_arena}
+    needed = {name: value.type.bytes(dims) for name, value in values.items()}
     live: dict[str, tuple[int, int]] = {}
+    for buffer in deferral_buffers(plan):
+        live[buffer.value] = (buffer.first, buffer.last)
+        needed[buffer.value] = buffer.bytes
     for i, call in enumerate(plan.calls):
         side = sides[call.template]
         formals = (*side.template.params, *side.template.results)
@@ -273,7 +278,7 @@ def _call_arena_planned(plan: Plan, dims: dict[str, int], sides: Mapping[str, Cp
         if name not in slots:
             raise HetcompError(f"Value {name}, handed from call to call, has no place in the arena.")
         slot = slots[name]
-        if slot.bytes < values[name].type.bytes(dims) or slot.offset % 64:
+        if slot.bytes < needed[name] or slot.offset % 64:
             raise HetcompError(f"Value {name}, handed from call to call, has too small or unaligned a place.")
         if slot.offset < 0 or slot.offset + slot.bytes > plan.arena_bytes:
             raise HetcompError(f"Value {name}, handed from call to call, lies outside of the arena.")
@@ -328,6 +333,7 @@ _INVARIANTS: dict[str, Callable[[Plan], None]] = {
     "placed": _placed,
     "sliced": _sliced,
     "transfers_inserted": _transfers_inserted,
+    "deferral_chosen": check_deferral,
     "scheduled": _scheduled,
     "memory_planned": _memory_planned,
     "simulated": _simulated,

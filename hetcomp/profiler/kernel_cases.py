@@ -37,8 +37,9 @@ PROMPTS = (16, 64, 256, 512, 1024)
 SMALL_POSITIONS, SMALL_PROMPTS = (128, 512, 2048), (16, 64, 256, 1024)
 ROW_COUNTS = (1, 4, 16, 64, 512)
 COARSE = (1, 8, 64, 512)
-# With 64 tokens an expert fills several tiles; more would take a second a call and show the same.
-COARSE_EXPERT_TOKENS = (1, 8, 64)
+# With 64 tokens an expert fills several tiles; more would take a second a call and show the same, but with AMX, whose
+# tiles multiply quantised weights only beyond (docs/decisions/amx-for-many-tokens.md) and much faster.
+COARSE_EXPERT_TOKENS, COARSE_EXPERT_TOKENS_AMX = (1, 8, 64), (1, 8, 64, 256)
 # From this many rows on activations come from another core's cache, or from memory: so they do in a step, whose ops
 # divide their rows differently.
 _TURNING_ROWS = 16
@@ -112,7 +113,8 @@ def curve_plans(
     emit = _emitter(isa, tunings)
     for form in _FORMATS[detail]:
         yield from _linear(emit, form, detail, cold_bytes)
-        yield from _experts(emit, form, detail, cold_bytes)
+        coarse = COARSE_EXPERT_TOKENS_AMX if isa is Isa.AMX_BF16 else COARSE_EXPERT_TOKENS
+        yield from _experts(emit, form, detail, EXPERT_TOKENS if detail is Detail.FULL else coarse, cold_bytes)
     if detail is Detail.FULL:
         for dtype in CACHE_DTYPES:
             yield from _attention(emit, dtype, cold_bytes)
@@ -188,8 +190,7 @@ def _linear_curve(
     return CurvePlan("linear", variant, form, {"out_features": rows, "in_features": columns}, kernel, cases)
 
 
-def _experts(emit: Emit, form: str, detail: Detail, cold_bytes: int) -> Iterator[CurvePlan]:
-    sizes = EXPERT_TOKENS if detail is Detail.FULL else COARSE_EXPERT_TOKENS
+def _experts(emit: Emit, form: str, detail: Detail, sizes: Sequence[int], cold_bytes: int) -> Iterator[CurvePlan]:
     yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes, cold_bytes)
     if detail is not Detail.QUICK:
         # Small enough that the second-level caches of two cores hold all experts that a call touches.

@@ -204,6 +204,7 @@ hetcomp_status hetcomp_model_get_info(const hetcomp_model* model, hetcomp_model_
         .gpu_bytes = model->gpu_bytes,
         .gpus = model->gpus.data(),
         .n_gpus = static_cast<std::int32_t>(model->gpus.size()),
+        .kv_tokens = facts.kv_tokens,
     };
     std::memcpy(static_cast<void*>(info), &full, size);
   });
@@ -229,6 +230,16 @@ hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model) {
   return guard([&] {
     require(model, "model");
     model->model->reset_statistics();
+  });
+}
+
+hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral which) {
+  return guard([&] {
+    require(model, "model");
+    if (which != HETCOMP_DEFER_GENERATED && which != HETCOMP_DEFER_ALL && which != HETCOMP_DEFER_NONE)
+      throw Error(HETCOMP_INVALID_ARGUMENT,
+                  "There is no hetcomp_deferral " + std::to_string(static_cast<int>(which)) + ".");
+    model->model->set_deferral(which);
   });
 }
 

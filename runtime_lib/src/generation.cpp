@@ -28,14 +28,32 @@ bool Generation::advance() {
   const bool last = fed_ + n == pending_.size();
   const bool wanted = last && params_.max_new_tokens > 0;
   float* const logits = wanted && !greedy_ ? reinterpret_cast<float*>(logits_.data()) : nullptr;
-  session_.prefill(std::span(pending_).subspan(fed_, n), logits,
-                   generated_ > 0 ? Phase::kDecode : Phase::kPrefill, wanted && greedy_ ? &best_ : nullptr);
+  const std::span<const std::int32_t> ids = std::span(pending_).subspan(fed_, n);
+  chosen_.reset();
+  const CandidateRequest request{sampler_.inverse_temperature(),
+                                 [&](const Candidates& found) { return choose(found, ids); }};
+  const bool sampled = logits != nullptr && session_.model().offers_candidates();
+  session_.prefill(ids, logits, generated_ > 0 ? Phase::kDecode : Phase::kPrefill,
+                   wanted && greedy_ ? &best_ : nullptr, sampled ? &request : nullptr,
+                   static_cast<std::int64_t>(pending_.size() - fed_ - n));
   fed_ += n;
   return last;
 }
 
+// The step's own tokens are not yet the session's.
+bool Generation::choose(const Candidates& candidates, std::span<const std::int32_t> step_ids) {
+  std::vector<std::int32_t> seen;
+  if (params_.sampling.repetition_penalty != 1) {
+    seen = session_.tokens();
+    seen.insert(seen.end(), step_ids.begin(), step_ids.end());
+  }
+  chosen_ = sampler_.sample(candidates, seen);
+  return chosen_.has_value();
+}
+
 std::int32_t Generation::next_id() {
   if (greedy_) return Sampler::checked(best_);
+  if (chosen_) return *chosen_;
   const std::span logits(reinterpret_cast<float*>(logits_.data()),
                          static_cast<std::size_t>(session_.model().facts().vocab));
   return sampler_.sample(logits, session_.tokens());

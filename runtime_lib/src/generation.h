@@ -40,6 +40,7 @@ class Generation {
  private:
   bool advance();  // feeds the next piece; true: what follows the last token is there
   std::int32_t next_id();
+  bool choose(const Candidates& candidates, std::span<const std::int32_t> step_ids);
   hetcomp_finish finish_of(std::int32_t id) const;
   void add_text();
 
@@ -53,6 +54,7 @@ class Generation {
   std::optional<StreamDecoder> decoder_;
   const bool greedy_;  // the model finds the next token itself: best_; else logits_ has the logits
   std::int32_t best_ = -1;
+  std::optional<std::int32_t> chosen_;  // among the candidates of the step
   Memory logits_;
   GeneratedToken token_;
 };

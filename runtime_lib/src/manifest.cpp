@@ -24,6 +24,10 @@ ModelFacts model_facts(const CheckedJson& node) {
   model.vocab = node["vocab"].count(1);
   model.context = node["context"].count(1);
   model.max_batch = node["max_batch"].count(1, kMostSequences);
+  model.kv_tokens = model.context * model.max_batch;
+  if (node.has("kv_tokens"))
+    model.kv_tokens =
+        static_cast<std::int64_t>(node["kv_tokens"].number(1, static_cast<std::uint64_t>(model.kv_tokens)));
   model.max_tokens = node["max_tokens"].count(1);
   model.max_logit_rows = node["max_logit_rows"].count(1);
   for (const CheckedJson& id : node["eos_token_ids"].elements()) model.eos_token_ids.push_back(id.count(0));
@@ -119,12 +123,28 @@ void check_hashes(const CheckedJson& node, const Manifest& manifest) {
     if (record.sha256.empty() && !of_weights.contains(file)) node[file].refuse("given with a sha256");
 }
 
-void read_states(const CheckedJson& node, Manifest& manifest) {
-  const auto largest = std::numeric_limits<std::int64_t>::max() / manifest.model.max_batch;
-  for (const CheckedJson& entry : node.elements()) {
-    manifest.states.push_back(
-        {entry["name"].text(), entry["bytes_per_slot"].number(1, static_cast<std::uint64_t>(largest))});
+StateRecord state_record(const CheckedJson& entry, const ModelFacts& model) {
+  const auto slots = static_cast<std::uint64_t>(model.max_batch);
+  const auto largest = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()) / slots;
+  StateRecord state{entry["name"].text(), entry["bytes_per_slot"].number(1, largest), 0, {}};
+  state.bytes = state.bytes_per_slot * slots;
+  if (entry.has("bytes")) state.bytes = entry["bytes"].number(1, state.bytes);
+  if (!entry.has("rows")) return state;  // schema 1.1
+  std::uint64_t position = 0;
+  for (const CheckedJson& row : entry["rows"].elements()) {
+    state.rows.push_back(row.number(1, state.bytes_per_slot));
+    position += state.rows.back();
+    if (position > state.bytes_per_slot) break;
   }
+  const auto context = static_cast<std::uint64_t>(model.context);
+  if (position != state.bytes_per_slot / context || state.bytes_per_slot % context != 0)
+    entry["rows"].refuse("rows whose sum is what bytes_per_slot has for each position");
+  return state;
+}
+
+void read_states(const CheckedJson& node, Manifest& manifest) {
+  for (const CheckedJson& entry : node.elements())
+    manifest.states.push_back(state_record(entry, manifest.model));
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ struct ModelFacts {
   std::int32_t vocab;
   std::int64_t context;
   std::int32_t max_batch;
+  std::int64_t kv_tokens;  // positions that all sequences hold together, at most
   std::int32_t max_tokens;
   std::int32_t max_logit_rows;
   std::vector<std::int32_t> eos_token_ids;
@@ -43,9 +44,12 @@ struct WeightRecord {
   std::size_t node;  // index into Manifest::nodes
 };
 
+// Of each slot one run of rows after the other, a row a position: those of each head, and of its scales.
 struct StateRecord {
   std::string name;
   std::uint64_t bytes_per_slot;
+  std::uint64_t bytes;              // of memory that the sequences take together, at most
+  std::vector<std::uint64_t> rows;  // bytes of a row, by run; empty: not known
 };
 
 // What is computed on a GPU: a program, with kernels of gpu/kernels.json.

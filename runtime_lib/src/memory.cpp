@@ -15,6 +15,7 @@ namespace hetcomp {
 namespace {
 
 constexpr std::size_t kHugePage = 2U << 20;
+constexpr std::size_t kPage = 4096;  // on x86
 
 std::uint64_t system_available() {
   std::ifstream info("/proc/meminfo");
@@ -30,7 +31,7 @@ std::uint64_t system_available() {
 
 }  // namespace
 
-Memory::Memory(std::size_t bytes, const std::string& purpose, int node) : size_(bytes) {
+Memory::Memory(std::size_t bytes, const std::string& purpose, int node, Pages pages) : size_(bytes) {
   if (bytes == 0) return;
   if (bytes > std::numeric_limits<std::size_t>::max() - 2 * kHugePage)
     throw Error(HETCOMP_OUT_OF_MEMORY, purpose + " is larger than the address space.");
@@ -44,12 +45,18 @@ Memory::Memory(std::size_t bytes, const std::string& purpose, int node) : size_(
   const auto address = reinterpret_cast<std::uintptr_t>(base_);
   data_ = static_cast<std::uint8_t*>(base_) + (kHugePage - address % kHugePage) % kHugePage;
   // Advice: a system without huge pages runs slower, not wrong.
-  if (bytes >= kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);
+  if (bytes >= kHugePage) madvise(data_, bytes, pages == Pages::kHuge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
   if (node != kNoNode) bound_ = bind_to_node(data_, bytes, node);
 }
 
 Memory::~Memory() {
   if (base_ != nullptr) munmap(base_, mapped_);
+}
+
+void Memory::give_back(std::size_t begin, std::size_t end) {
+  begin = (begin + kPage - 1) / kPage * kPage;
+  end = end / kPage * kPage;
+  if (begin < end) madvise(data_ + begin, end - begin, MADV_DONTNEED);
 }
 
 Memory& Memory::operator=(Memory&& other) noexcept {

@@ -11,13 +11,18 @@
 
 namespace hetcomp {
 
-// Zeroed anonymous memory, 2 MB aligned and in huge pages where the system gives them.
+// Small: where what is touched must not bring much of its neighbourhood with it.
+enum class Pages { kHuge, kSmall };
+
+// Zeroed anonymous memory, 2 MB aligned and, if wanted, in huge pages where the system gives them.
 class Memory {
  public:
   Memory() = default;
   // node: the NUMA node that its pages come from; the kernel may refuse, see bound(). Throws Error with
   // `purpose` in the sentence.
-  Memory(std::size_t bytes, const std::string& purpose, int node = kNoNode);
+  Memory(std::size_t bytes, const std::string& purpose, int node = kNoNode, Pages pages = Pages::kHuge);
+  // The system may take the pages that lie in [begin, end) whole: they read as zeros then.
+  void give_back(std::size_t begin, std::size_t end);
   ~Memory();
   Memory(Memory&& other) noexcept
       : base_(std::exchange(other.base_, nullptr)),
@@ -50,6 +55,7 @@ class MappedFile {
   MappedFile& operator=(MappedFile&&) = delete;
 
   const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(base_); }
+  std::size_t size() const { return size_; }
 
  private:
   void* base_;

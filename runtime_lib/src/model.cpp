@@ -42,10 +42,12 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
   isa_ = program.isa;
   verify_files(artifact, manifest_);
   library_ = std::make_unique<ProgramLibrary>(locate(artifact, manifest_, program.file), program, manifest_);
+  kv_pool_ = std::make_unique<KvPool>(facts().max_batch, facts().kv_tokens);
   if (!manifest_.gpus.empty()) load_gpus(options);
   tokenizer_ = load_text<Tokenizer>(artifact, manifest_, manifest_.tokenizer);
   chat_template_ = load_text<ChatTemplate>(artifact, manifest_, manifest_.chat_template);
   allocate(options);
+  if (gpu_ && gpu_->streams()) stream_from_weights();
   for (std::int32_t slot = facts().max_batch; slot-- > 0;) free_slots_.push_back(slot);
   reset_statistics();
   statistics_.load_seconds = seconds_since(start);
@@ -54,12 +56,30 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
 void Model::load_gpus(const LoadOptions& options) {
   gpu::GpuOptions gpu = options.gpu;
   gpu.verify = options.verify_weights;
-  gpu_ = std::make_unique<gpu::GpuStep>(artifact_, manifest_, library_->program(), gpu);
+  gpu_ = std::make_unique<gpu::GpuStep>(artifact_, manifest_, library_->program(), *kv_pool_, gpu);
   const gpu::ProgramSet& programs = gpu_->programs();
   for (std::size_t i = 0; i < programs.size(); ++i)
     gpu_uses_.push_back(
         {programs[i].device().name, programs[i].device().ordinal, programs[i].device_bytes()});
-  statistics_.gpu = {gpu_uses_, {}};
+  statistics_.gpu = {gpu_uses_, {}, {}};
+}
+
+// Experts are copied to GPUs from where the CPU reads them. Mapped files would have to stay in memory for it.
+void Model::stream_from_weights() {
+  gpu::HostWeights weights;
+  for (std::size_t i = 0; i < manifest_.weights.size(); ++i)
+    weights.weights.emplace_back(weights_->addresses()[i], manifest_.weights[i].bytes);
+  weights.regions = weights_->regions();
+  std::string refused;
+  if (residency() == Residency::kMapped && weights_->bytes() > available_memory() / 5 * 4)
+    refused = "they are mapped from files that are larger than the memory";
+  else
+    refused = gpu_->attach(weights);
+  if (!refused.empty())
+    statistics_.notes.push_back(
+        "Experts are not streamed to the GPU in prompts, because the CPU's weights cannot be "
+        "pinned (" +
+        refused + ").");
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
@@ -94,25 +114,21 @@ Residency Model::choose_residency(hetcomp_weights wanted, std::uint64_t availabl
 void Model::allocate(const LoadOptions& options) {
   const CpuBudget cpus = cpu_budget(options.threads);
   nodes_ = place_nodes(manifest_.nodes, Weights::ram_bytes(manifest_), cpus, machine_nodes(cpus.order));
-  const auto slots = static_cast<std::uint64_t>(facts().max_batch);
   const auto arena_bytes = static_cast<std::uint64_t>(library_->program().arena_bytes);
-  for (const StateRecord& state : manifest_.states) state_bytes_ += state.bytes_per_slot * slots;
+  for (const StateRecord& state : manifest_.states) state_bytes_ += state.bytes;
   const std::uint64_t available = available_memory();
   if (state_bytes_ + arena_bytes > available) {
     throw Error(HETCOMP_OUT_OF_MEMORY,
-                "The KV cache of " + std::to_string(facts().max_batch) + " sequences of " +
-                    std::to_string(facts().context) + " positions needs " + in_words(state_bytes_) +
+                "The KV cache of " + std::to_string(facts().kv_tokens) + " positions of at most " +
+                    std::to_string(facts().max_batch) + " sequences needs " + in_words(state_bytes_) +
                     " and the activations " + in_words(arena_bytes) + ", but " + in_words(available) +
-                    " of memory are available: compile with a smaller context or batch.");
+                    " of memory are available: compile with a smaller --kv-tokens, --context or --batch.");
   }
   const Residency residency = choose_residency(options.weights, available);
   int main = nodes_[manifest_.main_node].machine_node;
   if (main != kNoNode && state_bytes_ + arena_bytes > available_on_node(main)) main = kNoNode;
   arena_ = Memory(arena_bytes, "the activations", main);
-  for (const StateRecord& state : manifest_.states) {
-    states_.emplace_back(state.bytes_per_slot * slots, "the KV cache (" + state.name + ")", main);
-    state_addresses_.push_back(states_.back().data());
-  }
+  kv_memory_ = std::make_unique<KvMemory>(manifest_, main);
   weights_ = std::make_unique<Weights>(artifact_, manifest_, residency, options.verify_weights, nodes_);
   std::vector<LaneGroup> groups;
   for (const NodePlace& node : nodes_) groups.push_back({node.threads, node.cpus});
@@ -133,7 +149,7 @@ void Model::describe_nodes() {
     statistics_.notes.push_back(
         "The weights are mapped from their files, whose pages cannot be bound to NUMA nodes; read to RAM "
         "(--weights ram) they lie on their nodes.");
-  if (!weights_->bound() || !arena_.bound() || !std::ranges::all_of(states_, &Memory::bound))
+  if (!weights_->bound() || !arena_.bound() || !kv_memory_->bound())
     statistics_.notes.push_back(
         "The system does not let this process bind memory to NUMA nodes (mbind; a container needs "
         "CAP_SYS_NICE): pages lie on the node of the thread that touched them first.");
@@ -188,7 +204,13 @@ std::int32_t Model::take_slot() {
   return slot;
 }
 
+void Model::keep_positions(std::int32_t slot, std::int64_t length) {
+  kv_pool_->give_back(slot, length);
+  kv_memory_->keep(slot, length);
+}
+
 void Model::give_back_slot(std::int32_t slot) {
+  keep_positions(slot, 0);
   const std::lock_guard lock(slots_mutex_);
   free_slots_.push_back(slot);  // within the capacity reserved by the constructor
 }
@@ -220,19 +242,24 @@ void Model::run(const StepRequest& request) {
       .logits = logits,
       .arena = arena_.data(),
       .weights = weights_->addresses().data(),
-      .states = state_addresses_.data(),
+      .states = kv_memory_->addresses(),
       .context = facts().context,
       .lane_ns = phase.timer_ns.empty() ? nullptr : phase.timer_ns.data(),
       .pinned = nullptr,
       .hand_over = nullptr,
+      .defer_experts = deferral_ == HETCOMP_DEFER_ALL ||
+                       (deferral_ == HETCOMP_DEFER_GENERATED && request.phase == Phase::kDecode),
   };
   const auto start = std::chrono::steady_clock::now();
+  kv_memory_->write(request.slots, request.positions, *kv_pool_);
   std::int32_t error = 0;
   const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
-  if (gpu_)
-    statistics_.gpu->steps[gpu_->run(step, request.best, run_lanes)] += 1;
-  else
+  if (gpu_) {
+    statistics_.gpu->steps[gpu_->run(step, request.best, request.candidates, run_lanes)] += 1;
+    statistics_.gpu->stream = gpu_->stream_statistics();
+  } else {
     run_lanes(step);
+  }
   phase.seconds += seconds_since(start);
   phase.steps += 1;
   phase.tokens += step.n_tokens;
@@ -240,6 +267,11 @@ void Model::run(const StepRequest& request) {
     throw Error(HETCOMP_COMPUTE,
                 "A kernel of the program reported error " + std::to_string(error) + "; report this bug.");
   if (logits != request.logits && logit_bytes != 0) std::memcpy(request.logits, logits, logit_bytes);
+}
+
+void Model::set_deferral(hetcomp_deferral which) {
+  const std::lock_guard lock(step_mutex_);
+  deferral_ = which;
 }
 
 std::string Model::statistics_json() const {
@@ -255,7 +287,10 @@ void Model::reset_statistics() {
     phase = PhaseStatistics{};
     phase.timer_ns.assign(timers, 0);
   }
-  if (statistics_.gpu) statistics_.gpu->steps.clear();
+  if (!gpu_) return;
+  statistics_.gpu->steps.clear();
+  gpu_->reset_stream_statistics();
+  statistics_.gpu->stream = gpu_->stream_statistics();
 }
 
 }  // namespace hetcomp

@@ -10,9 +10,12 @@
 #include <string>
 #include <vector>
 
+#include "candidates.h"
 #include "chat_template.h"
 #include "gpu/gpu_step.h"
 #include "hetcomp/hetcomp.h"
+#include "kv_memory.h"
+#include "kv_pool.h"
 #include "lane_threads.h"
 #include "manifest.h"
 #include "memory.h"
@@ -40,8 +43,10 @@ struct StepRequest {
   std::span<const std::int32_t> slots;
   std::span<const std::int32_t> logit_rows;
   float* logits;  // null: not wanted
-  std::int32_t* best =
-      nullptr;  // not null: the most likely token of each row, -1 where logits are not finite
+  // Not null: the most likely token of each row, -1 where logits are not finite.
+  std::int32_t* best = nullptr;
+  // Not null: asked first; where it chooses a token, logits are left as they are.
+  const CandidateRequest* candidates = nullptr;
 };
 
 // Thread safe.
@@ -66,14 +71,24 @@ class Model {
   std::int32_t take_slot();
   void give_back_slot(std::int32_t slot);
 
+  // What sequences hold of the KV cache; who grows one claims its positions first.
+  KvPool& kv_pool() { return *kv_pool_; }
+  // A sequence that no step is running for keeps its first `length` positions; the others are free.
+  void keep_positions(std::int32_t slot, std::int64_t length);
+
   // Sizes must be within the program's limits and every value in range. Throws Error.
   void run(const StepRequest& request);
 
   // The GPUs that compute a part, one for each program; empty: the CPU computes all. They never change.
   const std::vector<GpuUse>& gpus() const { return gpu_uses_; }
 
+  // Of which tokens the plan's deferral of experts takes place from the next step on.
+  void set_deferral(hetcomp_deferral which);
+
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }
+  // Whether some steps find candidates.
+  bool offers_candidates() const { return gpu_ && gpu_->offers_candidates(); }
 
   std::string statistics_json() const;
   // For every weight the node it should lie on and the pages that do.
@@ -82,6 +97,7 @@ class Model {
 
  private:
   void load_gpus(const LoadOptions& options);
+  void stream_from_weights();
   void allocate(const LoadOptions& options);
   Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;
   void describe_nodes();
@@ -90,15 +106,15 @@ class Model {
   std::filesystem::path artifact_;
   std::string isa_;
   std::unique_ptr<ProgramLibrary> library_;
-  std::unique_ptr<gpu::GpuStep> gpu_;  // null: it runs on the CPU alone
   std::vector<GpuUse> gpu_uses_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<ChatTemplate> chat_template_;
   std::vector<NodePlace> nodes_;  // in the order of the manifest's
+  std::unique_ptr<KvPool> kv_pool_;
   std::unique_ptr<Weights> weights_;
+  std::unique_ptr<gpu::GpuStep> gpu_;  // may read weights and pool as long as it lives
   Memory arena_;
-  std::vector<Memory> states_;
-  std::vector<std::uint8_t*> state_addresses_;
+  std::unique_ptr<KvMemory> kv_memory_;
   std::uint64_t state_bytes_ = 0;
   Memory logits_;  // for callers whose buffer is not aligned as the kernels want it
   std::unique_ptr<LaneThreads> lanes_;
@@ -108,6 +124,7 @@ class Model {
   std::vector<std::int32_t> free_slots_;
 
   mutable std::mutex step_mutex_;
+  hetcomp_deferral deferral_ = HETCOMP_DEFER_GENERATED;
   Statistics statistics_;
 };
 

@@ -7,10 +7,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
 #include <vector>
+
+#include "candidates.h"
 
 namespace hetcomp {
 
@@ -39,18 +42,32 @@ class Sampler {
   // Error if no logit is a finite maximum (NaN anywhere, all minus infinity, or plus infinity).
   std::int32_t sample(std::span<float> logits, std::span<const std::int32_t> seen);
 
+  // What candidates must be made for: 1 / temperature.
+  float inverse_temperature() const;
+  // The token that sample() would give for the whole row; nothing, and nothing is drawn, where that cannot be
+  // known from the candidates: top-k, top-p or the draw reach beyond them, top-p or the draw lie within the
+  // error of their total, or the repetition penalty changes that total or raises other tokens.
+  std::optional<std::int32_t> sample(const Candidates& most, std::span<const std::int32_t> seen);
+
  private:
-  struct Candidate {
-    float logit;
-    std::int32_t id;
+  struct Total {
+    double low;
+    double high;
   };
+  float penalised(float logit) const;
   void penalise(std::span<float> logits, std::span<const std::int32_t> seen);
+  void penalise_candidates(std::span<const std::int32_t> seen, float least);
+  double lowest(float largest) const;
   void collect(std::span<const float> logits, float largest);
-  std::int32_t draw(float largest);
+  std::optional<std::size_t> kept_by_top_p(const Total& total) const;
+  // all: of the weights of all tokens; none: the candidates are all.
+  std::optional<std::int32_t> draw(const std::optional<Total>& all);
 
   SamplingParams params_;
   std::mt19937_64 random_;
-  std::vector<Candidate> candidates_;
+  std::optional<double> fraction_;     // drawn, but no token was chosen with it
+  std::vector<Candidate> candidates_;  // from the most to the least likely
+  std::vector<double> weights_;        // of them, relative to the most likely
   std::vector<bool> penalised_;
 };
 

@@ -25,12 +25,38 @@ Session::Session(std::shared_ptr<Model> model) : model_(std::move(model)), slot_
 
 Session::~Session() { model_->give_back_slot(slot_); }
 
+// Positions of the pool for `tokens` tokens of each session and `more` behind them, claimed before anything
+// is computed. In the end the sessions hold those that they have filled and, if all went well, what keep()
+// says.
+class Session::Growth {
+ public:
+  Growth(std::span<Session* const> sessions, std::int64_t tokens, std::int64_t more) : sessions_(sessions) {
+    std::vector<KvPool::Claim> claims;
+    for (const Session* session : sessions)
+      claims.push_back({session->slot_, session->length() + tokens + more});
+    sessions.front()->model_->kv_pool().claim(claims);
+  }
+  ~Growth() {
+    for (const Session* session : sessions_)
+      session->model_->kv_pool().give_back(session->slot_, session->length() + more_);
+  }
+  Growth(const Growth&) = delete;
+  Growth& operator=(const Growth&) = delete;
+
+  void keep(std::int64_t more) { more_ = more; }
+
+ private:
+  std::span<Session* const> sessions_;
+  std::int64_t more_ = 0;
+};
+
 void Session::truncate(std::int64_t length) {
   if (length < 0 || length > this->length()) {
     throw Error(HETCOMP_INVALID_ARGUMENT, "Cannot truncate a session of " + std::to_string(this->length()) +
                                               " tokens to " + std::to_string(length) + ".");
   }
   tokens_.resize(static_cast<std::size_t>(length));
+  model_->keep_positions(slot_, length);
 }
 
 std::int64_t Session::reuse(std::span<const std::int32_t> ids) {
@@ -39,6 +65,7 @@ std::int64_t Session::reuse(std::span<const std::int32_t> ids) {
   const auto usable = ids.first(ids.size() - 1);
   const auto differs = std::ranges::mismatch(tokens_, usable).in1;
   tokens_.erase(differs, tokens_.end());
+  model_->keep_positions(slot_, length());
   return length();
 }
 
@@ -55,17 +82,19 @@ void Session::check(std::span<const std::int32_t> ids) const {
 }
 
 void Session::step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
-                   float* logits, std::int32_t* best) {
+                   float* logits, std::int32_t* best, const CandidateRequest* candidates) {
   std::vector<std::int32_t> positions(ids.size());
   std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(length()));
   const std::vector<std::int32_t> slots(ids.size(), slot_);
   tokens_.reserve(tokens_.size() + ids.size());
-  model_->run({phase, ids, positions, slots, logit_rows, logits, best});
+  model_->run({phase, ids, positions, slots, logit_rows, logits, best, candidates});
   tokens_.insert(tokens_.end(), ids.begin(), ids.end());
 }
 
 void Session::forward(std::span<const std::int32_t> ids, float* logits) {
   check(ids);
+  Session* const self = this;
+  const Growth growth({&self, 1}, static_cast<std::int64_t>(ids.size()), 0);
   const ModelFacts& model = model_->facts();
   const Phase phase = phase_of(ids);
   const auto largest = static_cast<std::size_t>(std::min(model.max_tokens, model.max_logit_rows));
@@ -79,16 +108,21 @@ void Session::forward(std::span<const std::int32_t> ids, float* logits) {
   }
 }
 
-void Session::prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best) {
+void Session::prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best,
+                      const CandidateRequest* candidates, std::int64_t more) {
   check(ids);
+  Session* const self = this;
+  Growth growth({&self, 1}, static_cast<std::int64_t>(ids.size()), more);
   const auto largest = static_cast<std::size_t>(model_->facts().max_tokens);
   while (!ids.empty()) {
     const std::size_t n = std::min(largest, ids.size());
     const std::int32_t last = static_cast<std::int32_t>(n) - 1;
     const bool wanted = n == ids.size() && (logits != nullptr || best != nullptr);
-    step(phase, ids.first(n), {&last, wanted ? 1U : 0U}, wanted ? logits : nullptr, wanted ? best : nullptr);
+    step(phase, ids.first(n), {&last, wanted ? 1U : 0U}, wanted ? logits : nullptr, wanted ? best : nullptr,
+         wanted ? candidates : nullptr);
     ids = ids.subspan(n);
   }
+  growth.keep(more);
 }
 
 void Session::decode(Model& model, std::span<Session* const> sessions, std::span<const std::int32_t> ids,
@@ -104,6 +138,7 @@ void Session::decode(Model& model, std::span<Session* const> sessions, std::span
       throw Error(HETCOMP_INVALID_ARGUMENT, "Session " + std::to_string(i) + " belongs to another model.");
     sessions[i]->check(ids.subspan(i, 1));
   }
+  const Growth growth(sessions, 1, 0);
   const auto largest =
       static_cast<std::size_t>(std::min(model.facts().max_tokens, model.facts().max_logit_rows));
   for (std::size_t at = 0; at < sessions.size(); at += largest) {

@@ -32,9 +32,13 @@ class Session {
   void forward(std::span<const std::int32_t> ids, float* logits);
   // Appends ids. logits: [vocab] of the last token, or null. phase: what the statistics count it as. best:
   // null, or where the most likely next token goes, -1 where the logits are not finite (Model::offers_best).
-  void prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best = nullptr);
+  // candidates: null, or asked first, before the tokens are the session's (StepRequest).
+  // more: tokens that will follow; positions of the pool are claimed for them too, and kept until then.
+  void prefill(std::span<const std::int32_t> ids, float* logits, Phase phase, std::int32_t* best = nullptr,
+               const CandidateRequest* candidates = nullptr, std::int64_t more = 0);
   void prefill(std::span<const std::int32_t> ids, float* logits) { prefill(ids, logits, phase_of(ids)); }
-  // Throws Error unless 1 <= n <= room() and every id is in the vocabulary.
+  // Throws Error unless 1 <= n <= room() and every id is in the vocabulary. What the pool of positions has
+  // left is another matter, which is decided when they are claimed.
   void check(std::span<const std::int32_t> ids) const;
 
   // One token for each session, all of one model and different. logits: [n, vocab].
@@ -46,8 +50,9 @@ class Session {
   Phase phase_of(std::span<const std::int32_t> ids) const {
     return ids.size() == 1 && length() > 0 ? Phase::kDecode : Phase::kPrefill;
   }
+  class Growth;
   void step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
-            float* logits, std::int32_t* best = nullptr);
+            float* logits, std::int32_t* best = nullptr, const CandidateRequest* candidates = nullptr);
 
   std::shared_ptr<Model> model_;
   std::int32_t slot_;

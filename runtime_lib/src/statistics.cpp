@@ -36,7 +36,14 @@ nlohmann::ordered_json gpu_json(const GpuStatistics& gpu) {
   nlohmann::ordered_json devices = nlohmann::ordered_json::array();
   for (const GpuUse& device : gpu.devices)
     devices.push_back({{"name", device.name}, {"number", device.ordinal}, {"bytes", device.bytes}});
-  return {{"devices", devices}, {"steps", steps}, {"steps_by_batch", by_batch}};
+  nlohmann::ordered_json json{{"devices", devices}, {"steps", steps}, {"steps_by_batch", by_batch}};
+  if (gpu.stream) {
+    json["streamed"] = {{"layers", gpu.stream->layers},
+                        {"experts_wanted", gpu.stream->experts_wanted},
+                        {"experts_copied", gpu.stream->experts_copied},
+                        {"bytes", gpu.stream->bytes}};
+  }
+  return json;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu/expert_stream.h"
 #include "numa.h"
 
 namespace hetcomp {
@@ -39,7 +40,8 @@ struct GpuUse {
 
 struct GpuStatistics {
   std::vector<GpuUse> devices;
-  std::map<std::int32_t, std::int64_t> steps;  // by the batch size of the graph that was run
+  std::map<std::int32_t, std::int64_t> steps;   // by the batch size of the graph that was run
+  std::optional<gpu::StreamStatistics> stream;  // of experts that were copied to GPUs
 };
 
 struct Statistics {

@@ -92,6 +92,13 @@ std::vector<std::uint64_t> Weights::ram_bytes(const Manifest& manifest) {
   return bytes;
 }
 
+std::vector<std::span<const std::uint8_t>> Weights::regions() const {
+  std::vector<std::span<const std::uint8_t>> regions;
+  for (const Memory& memory : ram_) regions.emplace_back(memory.data(), memory.size());
+  for (const MappedFile& file : mapped_) regions.emplace_back(file.data(), file.size());
+  return regions;
+}
+
 std::uint64_t Weights::bytes() const {
   return std::accumulate(node_bytes_.begin(), node_bytes_.end(), std::uint64_t{0});
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <span>
 #include <vector>
 
 #include "manifest.h"
@@ -23,6 +24,8 @@ class Weights {
 
   // One address a weight, in the manifest's order.
   const std::vector<const std::uint8_t*>& addresses() const { return addresses_; }
+  // What all weights lie in.
+  std::vector<std::span<const std::uint8_t>> regions() const;
   std::uint64_t bytes() const;
   // By node, in the manifest's order.
   const std::vector<std::uint64_t>& node_bytes() const { return node_bytes_; }

@@ -5,6 +5,7 @@
 // fake_cuda.h.
 #include "fake_cuda.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <condition_variable>
@@ -23,6 +24,7 @@
 
 #include "cuda_api.h"
 #include "fake_kernels.h"
+#include "fake_mapped_memory.h"
 
 namespace {
 
@@ -31,11 +33,6 @@ using fake_kernels::kernels;
 using fake_kernels::Values;
 
 FakeCuda fake;
-
-CUresult counted() {
-  const int call = ++fake.calls;
-  return call == fake.fail_call ? static_cast<CUresult>(fake.fail_result.load()) : CUDA_SUCCESS;
-}
 
 struct Node {
   std::function<CUresult()> kernel;
@@ -123,6 +120,8 @@ const std::pair<const std::uintptr_t, Memory>* memory_at(std::uintptr_t address)
 }
 // Whether the device may use the address: not that of another one's memory. With `must` it must be memory.
 bool reaches(int device, std::uintptr_t address, bool must) {
+  std::vector<fake_mapped_memory::Area> mapped;
+  if (fake_mapped_memory::reservations.areas(address, mapped)) return true;
   const std::lock_guard lock(memories_mutex);
   const auto* memory = memory_at(address);
   if (memory == nullptr) return !must;
@@ -268,9 +267,14 @@ CUresult add_node(CUgraphNode* result, CUgraph graph, const CUgraphNode* after, 
 
 }  // namespace
 
+CUresult fake_counted() {
+  const int call = ++fake.calls;
+  return call == fake.fail_call ? static_cast<CUresult>(fake.fail_result.load()) : CUDA_SUCCESS;
+}
+
 #define ENTRY extern "C" __attribute__((visibility("default"))) CUresult
 #define COUNTED \
-  if (const CUresult failed = counted(); failed != CUDA_SUCCESS) return failed
+  if (const CUresult failed = fake_counted(); failed != CUDA_SUCCESS) return failed
 
 extern "C" __attribute__((visibility("default"))) FakeCuda* fake_cuda() { return &fake; }
 
@@ -298,7 +302,9 @@ ENTRY cuDeviceGetName(char* name, int length, CUdevice device) {
 ENTRY cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice) {
   *value = which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? fake.compute_capability / 10
            : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? fake.compute_capability % 10
-                                                                   : 100 << 10;
+           : which == CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+               ? static_cast<int>(fake.memory_mapping)
+               : 100 << 10;
   return CUDA_SUCCESS;
 }
 ENTRY cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
@@ -315,11 +321,21 @@ ENTRY cuMemGetInfo_v2(std::size_t* free, std::size_t* total) {
   *total = std::size_t{2} << 30;
   return CUDA_SUCCESS;
 }
-extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t* address) {
-  const std::lock_guard lock(memories_mutex);
-  const auto* memory = memory_at(*address);
-  if (memory == nullptr) return 0;
-  return *address = memory->first, memory->second.bytes;
+extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(std::uint64_t address,
+                                                                               std::uint64_t* pairs,
+                                                                               std::size_t most) {
+  std::vector<fake_mapped_memory::Area> found;
+  if (!fake_mapped_memory::reservations.areas(address, found)) {
+    const std::lock_guard lock(memories_mutex);
+    const auto* memory = memory_at(address);
+    if (memory == nullptr) return 0;
+    found.push_back({memory->first, memory->first + memory->second.bytes});
+  }
+  for (std::size_t i = 0; i < std::min(most, found.size()); ++i) {
+    pairs[2 * i] = found[i].begin;
+    pairs[2 * i + 1] = found[i].end;
+  }
+  return found.size();
 }
 ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
   COUNTED;
@@ -344,7 +360,9 @@ ENTRY cuMemsetD8Async(CUdeviceptr at, unsigned char value, std::size_t bytes, CU
 }
 ENTRY cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t bytes, CUstream stream) {
   COUNTED;
-  if (!reaches(stream->device, to, true)) return CUDA_ERROR_INVALID_VALUE;
+  if (!reaches(stream->device, to, true) ||
+      !reaches(stream->device, reinterpret_cast<std::uintptr_t>(from), false))
+    return CUDA_ERROR_INVALID_VALUE;
   stream->enqueue([=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), CUDA_SUCCESS; });
   return CUDA_SUCCESS;
 }
@@ -364,6 +382,23 @@ ENTRY cuMemHostAlloc(void** at, std::size_t bytes, unsigned flags) {
 ENTRY cuMemFreeHost(void* at) {
   if (current_contexts.empty()) return kInvalidContext;
   return synchronize_all(), --fake.host_memories, release(at), CUDA_SUCCESS;
+}
+ENTRY cuMemHostRegister_v2(void* at, std::size_t bytes, unsigned flags) {
+  COUNTED;
+  if (current_contexts.empty()) return kInvalidContext;
+  if (fake.refuse_pinning) return CUDA_ERROR_NOT_SUPPORTED;
+  ++fake.host_memories;
+  const std::lock_guard lock(memories_mutex);
+  const bool portable = (flags & CU_MEMHOSTREGISTER_PORTABLE) != 0;
+  memories[reinterpret_cast<std::uintptr_t>(at)] = {bytes, portable ? kEveryDevice : current_device()};
+  return CUDA_SUCCESS;
+}
+ENTRY cuMemHostUnregister(void* at) {
+  if (current_contexts.empty()) return kInvalidContext;
+  synchronize_all();
+  --fake.host_memories;
+  const std::lock_guard lock(memories_mutex);
+  return memories.erase(reinterpret_cast<std::uintptr_t>(at)), CUDA_SUCCESS;
 }
 ENTRY cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* host, unsigned) {
   COUNTED;
@@ -406,6 +441,15 @@ ENTRY cuStreamSynchronize(CUstream stream) {
   COUNTED;
   return result;
 }
+ENTRY cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr at, std::uint32_t value, unsigned) {
+  COUNTED;
+  if (!reaches(stream->device, at, true)) return CUDA_ERROR_INVALID_VALUE;
+  stream->enqueue([=] {
+    std::atomic_ref(*reinterpret_cast<std::uint32_t*>(at)).store(value, std::memory_order_release);
+    return CUDA_SUCCESS;
+  });
+  return CUDA_SUCCESS;
+}
 ENTRY cuGraphCreate(CUgraph* graph, unsigned) {
   COUNTED;
   return ++fake.graphs, *graph = new CUgraph_st, CUDA_SUCCESS;
@@ -446,7 +490,9 @@ ENTRY cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned lon
 ENTRY cuGraphLaunch(CUgraphExec exec, CUstream stream) {
   COUNTED;
   if (exec->device != stream->device) return kInvalidContext;
-  stream->enqueue([exec] { return run_graph(exec->nodes); });
+  ++fake_mapped_memory::graphs_running;
+  const std::shared_ptr<void> end(nullptr, [](void*) { --fake_mapped_memory::graphs_running; });
+  stream->enqueue([exec, end] { return run_graph(exec->nodes); });
   return CUDA_SUCCESS;
 }
 ENTRY cuGraphExecDestroy(CUgraphExec exec) { return --fake.execs, delete exec, CUDA_SUCCESS; }

@@ -5,9 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
-// The memory of the device or of the pinned host that an address lies in: moves the address to its start and
-// returns its bytes; 0: none.
-extern "C" std::size_t fake_cuda_memory(std::uint64_t* address);
+// The memory of the device or of the pinned host that an address belongs to, as pairs of first and last + 1
+// address: one pair, or where addresses were reserved, those with memory behind them. Returns the number of
+// pairs, of which `most` are written.
+extern "C" std::size_t fake_cuda_memory(std::uint64_t address, std::uint64_t* pairs, std::size_t most);
 
 struct FakeCuda {
   // The machine.
@@ -18,6 +19,8 @@ struct FakeCuda {
   std::atomic<std::size_t> taken_of_others{0};  // of free_bytes, of all devices but the first
   std::atomic<bool> out_of_memory{false};       // in spite of free_bytes
   std::atomic<bool> memory_operations{true};
+  std::atomic<bool> refuse_pinning{false};  // of memory that others have allocated
+  std::atomic<bool> memory_mapping{true};
 
   // The call with this number, counted from 1, returns fail_result instead of doing anything; calls that only
   // ask or destroy are not counted. 0: none.
@@ -31,8 +34,13 @@ struct FakeCuda {
 
   // Objects that live.
   std::atomic<int> contexts{0}, streams{0}, modules{0}, memories{0}, host_memories{0}, graphs{0}, execs{0};
+  std::atomic<int> granules{0}, reservations{0};
   std::atomic<std::size_t> device_bytes{0};
-  int live() const { return contexts + streams + modules + memories + host_memories + graphs + execs; }
+  int live() const {
+    return contexts + streams + modules + memories + host_memories + graphs + execs + granules + reservations;
+  }
+  // Granules that are mapped, and calls that mapped or unmapped.
+  std::atomic<int> mapped{0}, mappings{0};
   // Nodes of the graph that was instantiated last.
   std::atomic<int> nodes{0};
 };

@@ -105,7 +105,7 @@ FakeCuda& healthy_fake_cuda() {
   fake.free_bytes = std::size_t{1} << 30;
   fake.taken_of_others = 0;
   fake.out_of_memory = false;
-  fake.memory_operations = true;
+  fake.memory_operations = fake.memory_mapping = true;
   fake.fail_call = 0;
   fake.fail_result = 999;
   fake.calls = 0;

@@ -4,15 +4,19 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <map>
 #include <span>
 
 #include "fake_gpu.h"
 #include "fake_program.h"
 #include "file.h"
+#include "gpu/candidate_rows.h"
 
 namespace hetcomp::fake {
 namespace {
@@ -46,8 +50,10 @@ void embed(const Arguments& a) {  // ids, table, x, rows
         a.pointer<const float>(1)[a.pointer<const std::int32_t>(0)[i / kWidth] * kWidth + i % kWidth];
 }
 
+std::int64_t cache_row = kWidth;  // numbers between the rows of two positions
+
 float* place(const Arguments& a, std::int64_t row, std::int64_t position) {  // a: slots at 2, state at 3
-  return a.pointer<float>(3) + (a.pointer<const std::int32_t>(2)[row] * kContext + position) * kWidth;
+  return a.pointer<float>(3) + (a.pointer<const std::int32_t>(2)[row] * kContext + position) * cache_row;
 }
 
 void append(const Arguments& a) {  // y, positions, slots, state, rows
@@ -83,16 +89,51 @@ void best(const Arguments& a) {  // logits, best, rows
   }
 }
 
+std::atomic<bool> spoil{false};
+
+// The tokens from the eighth largest logit on, where they have a place.
+void candidates(const Arguments& a) {  // logits, inverse temperatures, candidates, rows
+  using gpu::CandidateRows;
+  for (std::int64_t r = 0; r < a.rows(3); ++r) {
+    float* row = a.pointer<float>(0) + r * kVocab;
+    std::int32_t* words = a.pointer<std::int32_t>(2) + r * static_cast<std::int64_t>(CandidateRows::kWords);
+    words[0] = -1;
+    const float inverse = a.pointer<const float>(1)[r];
+    if (inverse == 0) continue;
+    std::vector<float> sorted(row, row + kVocab);
+    std::ranges::sort(sorted, std::greater<>());
+    float total = 0;
+    for (const float logit : sorted) total += std::exp((logit - sorted[0]) * inverse);
+    std::int32_t* count = words + CandidateRows::kHeader;
+    std::int32_t* logits = count + CandidateRows::kSegments;
+    std::int32_t* ids = logits + CandidateRows::kSegments * CandidateRows::kPlaces;
+    *count = 0;
+    for (std::int32_t v = 0; v < kVocab; ++v) {
+      if (row[v] < sorted[7]) continue;
+      if (*count < static_cast<std::int32_t>(CandidateRows::kPlaces)) {
+        logits[*count] = std::bit_cast<std::int32_t>(row[v]);
+        ids[*count] = v;
+      }
+      ++*count;
+    }
+    words[0] = 1;
+    words[1] = std::bit_cast<std::int32_t>(sorted[7]);
+    words[2] = std::bit_cast<std::int32_t>(total);
+    if (spoil) std::fill_n(row, kVocab, std::numeric_limits<float>::quiet_NaN());
+  }
+}
+
 struct Kernel {
   std::string name;
   std::size_t pointers;  // arguments before the number of rows
   void (*run)(const Arguments&);
 };
-const std::array<Kernel, 5> kKernels{{{"embed", 3, embed},
+const std::array<Kernel, 6> kKernels{{{"embed", 3, embed},
                                       {"append", 4, append},
                                       {"attend", 4, attend},
                                       {"logits", 4, logits},
-                                      {"best", 2, best}}};
+                                      {"best", 2, best},
+                                      {"candidates", 3, candidates}}};
 
 int load(const void* image, std::size_t) {
   const std::string text = static_cast<const char*>(image) + 64;
@@ -140,6 +181,8 @@ Json graph(int batch, bool exact, bool with_cpu) {
   if (with_cpu) through_cpu(1);
   behind(kernel("logits", {with_cpu ? "z" : "s", "logit_rows", "head", "logits"}, rows, "logit_row_count"));
   behind(kernel("best", {"logits", "best"}, rows, "logit_row_count"));
+  if (exact)
+    behind(kernel("candidates", {"logits", "inverse_temperatures", "candidates"}, rows, "logit_row_count"));
   return {{"batch", batch}, {"exact", exact}, {"nodes", nodes}};
 }
 
@@ -156,7 +199,8 @@ std::string hash_of(const std::string& bytes) {
 
 }  // namespace
 
-FakeHybrid::FakeHybrid(Parts parts) : parts_(parts) {
+FakeHybrid::FakeHybrid(Parts parts, Cache cache) : parts_(parts), cache_(cache) {
+  cache_row = cache == Cache::kShared ? 1 << 16 : kWidth;
   set_foreign_kernels(load, launch);
   write_gpu();
   Json manifest = artifact_.manifest();
@@ -165,6 +209,7 @@ FakeHybrid::FakeHybrid(Parts parts) : parts_(parts) {
                                    {"weight_files", {"weights-00001.safetensors"}}}});
   manifest["pinned"] = Json::array();
   if (parts == Parts::kGpuAndCpu) manifest = cpu_part(manifest);
+  if (cache == Cache::kShared) manifest["model"]["kv_tokens"] = kSharedTokens;
   for (const char* file : {"gpu/program.json", "gpu/kernels.json"})
     manifest["files"][file] = facts_of(artifact_.file(file));
   for (const Kernel& each : kKernels)
@@ -173,7 +218,12 @@ FakeHybrid::FakeHybrid(Parts parts) : parts_(parts) {
   artifact_.write_manifest(manifest);
 }
 
-FakeHybrid::~FakeHybrid() { set_foreign_kernels(nullptr, nullptr); }
+FakeHybrid::~FakeHybrid() {
+  set_foreign_kernels(nullptr, nullptr);
+  spoil = false;
+}
+
+void FakeHybrid::spoil_sampled_logits() const { spoil = true; }
 
 // The manifest with the program for hand-overs and its weight, which are written here, for those of the fake
 // artifact.
@@ -191,6 +241,25 @@ Json FakeHybrid::cpu_part(Json manifest) const {
   manifest["files"]["kernels/lib.so"] = facts_of(artifact_.file("kernels/lib.so"));
   manifest["pinned"] = {"x", "y", "s", "z"};
   return manifest;
+}
+
+Json FakeHybrid::cache_buffer() const {
+  const bool shared = cache_ == Cache::kShared;
+  const std::int64_t positions = shared ? 4 : 1;  // of a block
+  const std::int64_t slot = kContext * cache_row * 4;
+  const std::int64_t block = positions * cache_row * 4;
+  constexpr std::int64_t kGranule = 2 << 20;
+  const std::int64_t spare = shared ? (block + kGranule - 1) / kGranule * kGranule : block;
+  return {{"name", "kv"},
+          {"bytes", FakeArtifact::kMaxBatch * slot + spare},
+          {"kind", "state"},
+          {"cache",
+           {{"slots", FakeArtifact::kMaxBatch},
+            {"slot_bytes", slot},
+            {"block_bytes", block},
+            {"block_positions", positions},
+            {"granule_bytes", kGranule},
+            {"granules", shared ? kGranules : 0}}}};
 }
 
 void FakeHybrid::write_gpu() const {
@@ -222,13 +291,14 @@ void FakeHybrid::write_gpu() const {
     buffers.push_back({{"name", name}, {"bytes", bytes}, {"kind", kind}});
   };
   for (const char* name : {"ids", "positions", "slots"}) add(name, kMaxTokens * 4, "step");
-  add("logit_rows", kMaxLogitRows * 4, "step");
+  for (const char* name : {"logit_rows", "inverse_temperatures"}) add(name, kMaxLogitRows * 4, "step");
   for (const char* name : {"rows", "logit_row_count"}) add(name, 4, "step");
   for (const char* name : {"x", "s"}) add(name, kMaxTokens * kRowBytes, "pinned_out");
   for (const char* name : {"y", "z"}) add(name, kMaxTokens * kRowBytes, "pinned_in");
   add("logits", kMaxLogitRows * kVocab * 4, "result");
   add("best", kMaxLogitRows * 4, "pinned_out");
-  add("kv", FakeArtifact::kMaxBatch * kContext * kRowBytes, "state");
+  add("candidates", 4 * static_cast<std::int64_t>(gpu::CandidateRows::kWords) * 4, "pinned_out");
+  buffers.push_back(cache_buffer());
   // The weights of the fake artifact, which are the CPU's there.
   Json weights = artifact_.manifest()["weights"];
   for (Json& weight : weights) {
@@ -243,7 +313,7 @@ void FakeHybrid::write_gpu() const {
   const Json program{
       {"schema", {2, 0}},
       {"device", "gpu:0"},
-      {"device_bytes", 1 << 20},
+      {"device_bytes", 32 << 20},
       {"flags", with_cpu ? 2 : 0},
       {"buffers", buffers},
       {"graphs", {graph(1, true, with_cpu), graph(4, true, with_cpu), graph(kMaxTokens, false, with_cpu)}}};

@@ -21,8 +21,13 @@ namespace hetcomp::fake {
 class FakeHybrid {
  public:
   enum class Parts { kGpuAndCpu, kGpu };
-  // Graphs: exactly 1 and 4 rows, and up to 7.
-  explicit FakeHybrid(Parts parts = Parts::kGpuAndCpu);
+  // Of the shared cache sequences hold kSharedTokens positions together, each of 256 KB on the GPU, in blocks
+  // of 4 and granules of 8; that of the GPU has kGranules of them.
+  enum class Cache { kWhole, kShared };
+  static constexpr std::int64_t kSharedTokens = 50;
+  static constexpr int kGranules = 11;
+  // Graphs: exactly 1 and 4 rows, these with candidates, and up to 7.
+  explicit FakeHybrid(Parts parts = Parts::kGpuAndCpu, Cache cache = Cache::kWhole);
   ~FakeHybrid();
   FakeHybrid(const FakeHybrid&) = delete;
   FakeHybrid& operator=(const FakeHybrid&) = delete;
@@ -31,14 +36,18 @@ class FakeHybrid {
   const FakeArtifact& artifact() const { return artifact_; }
   nlohmann::json program() const;
   void write_program(const nlohmann::json& program) const;  // and its hash
+  // From now on rows of logits whose candidates were found hold no numbers any more: nobody needs them.
+  void spoil_sampled_logits() const;
   // Logits after the last of `ids`.
   std::vector<float> expected(const std::vector<std::int32_t>& ids) const;
 
  private:
   void write_gpu() const;
+  nlohmann::json cache_buffer() const;
   nlohmann::json cpu_part(nlohmann::json manifest) const;
 
   Parts parts_;
+  Cache cache_;
   FakeArtifact artifact_;
 };
 

@@ -22,7 +22,10 @@ void expert(Lane& lane, const hetcomp_step& s, const std::uint8_t* from, std::ui
 
 void layers(Lane& lane, const hetcomp_step& s) {
   if (!await_gpu(lane, s, 0)) return;
-  if (lane.thread == 0 && s.lane_ns != nullptr) s.lane_ns[0] += 1'000'000;
+  if (lane.thread == 0 && s.lane_ns != nullptr) {
+    s.lane_ns[0] += 1'000'000;
+    if (s.defer_experts != 0) s.lane_ns[1] += 1'000'000;
+  }
   expert(lane, s, s.pinned[0], s.pinned[1], 3, nullptr);
   answer_gpu(lane, s, 0);
   if (!await_gpu(lane, s, 1)) return;

@@ -111,7 +111,8 @@ TEST(HybridRefusalsDeathTest, MachineWithoutADriver) {
 }
 
 TEST_F(HybridRefusals, StepBuffers) {
-  for (const char* name : {"ids", "positions", "slots", "logit_rows", "rows", "logit_row_count"}) {
+  for (const char* name :
+       {"ids", "positions", "slots", "logit_rows", "rows", "logit_row_count", "inverse_temperatures"}) {
     expect_bad_program(std::string("the step buffer ") + name + ", not ",
                        [&](Json& p) { buffer(p, name)["bytes"] = 12; });
   }
@@ -124,6 +125,10 @@ TEST_F(HybridRefusals, PinnedBuffers) {
   expect_bad_program("bytes for the buffer logits, not 1940",
                      [](Json& p) { buffer(p, "logits")["bytes"] = 97 * 4; });
   expect_bad_program("bytes for the buffer best, not 20", [](Json& p) { buffer(p, "best")["bytes"] = 4; });
+  expect_bad_program("bytes for the buffer candidates, not 66112",
+                     [](Json& p) { buffer(p, "candidates")["bytes"] = 4; });
+  expect_bad_program("a buffer candidates that is not pinned",
+                     [](Json& p) { buffer(p, "candidates")["kind"] = "arena"; });
   expect_bad_program("a buffer logits that is not a result",
                      [](Json& p) { buffer(p, "logits")["kind"] = "arena"; });
   expect_bad_program("no pinned buffer x", [](Json& p) { buffer(p, "x")["kind"] = "arena"; });

@@ -35,7 +35,7 @@ def record(
     code: GpuCode,
     before: Mapping[str, Bytes],
     after: Mapping[str, Bytes],
-    context: int,
+    slot_blocks: int,
     rows: int,
     guard: int,
 ) -> None:
@@ -46,7 +46,7 @@ def record(
     target.mkdir(parents=True, exist_ok=True)
     for kernel in made.values():
         shutil.copyfile(kernel.cubin, target / f"{kernel.kernel.name}.cubin")
-    launches = [_launch(launch, made[launch.kernel], context, rows) for launch in code.launches]
+    launches = [_launch(launch, made[launch.kernel], slot_blocks, rows) for launch in code.launches]
     case = {"test": os.environ.get("PYTEST_CURRENT_TEST", ""), "guard": guard, "launches": launches}
     arrays = {f"before.{n}": a for n, a in before.items()} | {f"after.{n}": a for n, a in after.items()}
     digest = hashlib.sha256(json.dumps(case).encode() + b"".join(a.tobytes() for a in before.values()))
@@ -60,19 +60,19 @@ def buffer_name(source: str, key: object) -> str:
     return f"{source}_{key}"
 
 
-def _launch(launch: Launch, made: CompiledKernel, context: int, rows: int) -> dict[str, Any]:
+def _launch(launch: Launch, made: CompiledKernel, slot_blocks: int, rows: int) -> dict[str, Any]:
     return {
         "cubin": f"{made.kernel.name}.cubin",
         "entry": made.entry,
         "threads": 32 * made.num_warps,
         "shared_bytes": made.shared_bytes,
         "grid": [axis.programs(rows) for axis in launch.grid],
-        "arguments": [_argument(operand, context) for operand in launch.operands],
+        "arguments": [_argument(operand, slot_blocks) for operand in launch.operands],
     }
 
 
-def _argument(operand: Operand, context: int) -> dict[str, Any]:
-    if operand.source == "context":
-        return {"i32": context}
+def _argument(operand: Operand, slot_blocks: int) -> dict[str, Any]:
+    if operand.source == "slot_blocks":
+        return {"i32": slot_blocks}
     key = operand.name if operand.source == "step" else operand.index
     return {"buffer": buffer_name(operand.source, key), "offset": operand.offset}

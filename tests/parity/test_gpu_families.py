@@ -17,7 +17,7 @@ from hetcomp.backends import packing
 from hetcomp.compiler import PlanWishes
 from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
-from hetcomp.passes.placement_problem import GPU_RESERVE
+from hetcomp.passes.memory_table import GPU_RESERVE
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu

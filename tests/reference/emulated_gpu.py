@@ -80,7 +80,8 @@ class EmulatedGpu:
         try:
             assert n == len(kernel.arguments) + 2, "Triton's two pointers are missing"
             values = {name: _value(kind, words[i]) for i, (name, kind) in enumerate(kernel.arguments)}
-            memory = [_memory(words[i]) for i, (_, kind) in enumerate(kernel.arguments) if kind.startswith("*")]
+            pointers = {words[i] for i, (_, kind) in enumerate(kernel.arguments) if kind.startswith("*")}
+            memory = [area for pointer in pointers for area in _memory(pointer)]
             with self._one:
                 self.launches[kernel.stem] += 1
                 run_kernel(kernel, (grid[0], grid[1], grid[2]), values, memory, find_overflows=False)
@@ -101,11 +102,16 @@ def _value(kind: str, word: int) -> int | float:
     return int.from_bytes(bits[: _BYTES[kind]], "little", signed=True)
 
 
-def _memory(address: int) -> range:
-    """The addresses of the allocation that ``address`` lies in; none if it was freed or never allocated."""
-    start = ctypes.c_uint64(address)
-    size = _library().fake_cuda_memory(ctypes.byref(start))
-    return range(start.value, start.value + size)
+def _memory(address: int) -> list[range]:
+    """The addresses that belong to ``address``: of the allocation that it lies in, or those that have memory of the
+    ones reserved around it; none if it was freed or never allocated."""
+    most = 8
+    while True:
+        pairs = (ctypes.c_uint64 * (2 * most))()
+        found = _library().fake_cuda_memory(ctypes.c_uint64(address), pairs, ctypes.c_size_t(most))
+        if found <= most:
+            return [range(pairs[2 * i], pairs[2 * i + 1]) for i in range(found)]
+        most = found
 
 
 _GPU = EmulatedGpu()
@@ -124,9 +130,9 @@ def _library() -> ctypes.CDLL:
     SONAME, though the machine may have another; outside of :func:`emulated_gpu` it shows no device. The test is skipped
     where the machine's own was opened before."""
     library = Path(_folder().name) / "libcuda.so.1"
-    source = ROOT / "runtime_lib" / "tests" / "fake_cuda.cpp"
+    sources = [str(ROOT / "runtime_lib" / "tests" / f"fake_{part}.cpp") for part in ("cuda", "mapped_memory")]
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wl,-soname,libcuda.so.1"]
-    command += ["-iquote", str(ROOT / "codegen_templates" / "probe"), str(source), "-o", str(library)]
+    command += ["-iquote", str(ROOT / "codegen_templates" / "probe"), *sources, "-o", str(library)]
     subprocess.run(command, check=True)
     ctypes.CDLL(str(library))
     found = ctypes.CDLL("libcuda.so.1")

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.backends.gpu.groups import GpuGroup
-from hetcomp.ir.plan import Value
+from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType
+from tests.reference.cache_blocks import cache_block, from_blocks, to_blocks
 from tests.reference.kernel_harness import Step
 from tests.reference.triton_harness import run
 
@@ -20,9 +21,13 @@ Arrays = dict[str, npt.NDArray[Any]]
 def run_groups(
     groups: Sequence[GpuGroup], values: Mapping[str, Value], given: Arrays, rows: int, step: Step | None = None
 ) -> Arrays:
-    """All values after the groups, by id. given: weights as stored, states, and activations that no group writes.
-    States are written in place. A group that reads what nobody has written fails."""
+    """All values after the groups, by id. given: weights as stored, states [slots, heads, context, dim], activations
+    that no group writes. States are written in place; the groups are made for blocks of cache_block(values). A group
+    that reads what nobody has written fails."""
     have = dict(given)
+    states = {v.id for v in values.values() if v.kind is ValueKind.STATE} & have.keys()
+    block = cache_block(list(values.values()))
+    have.update((name, to_blocks(have[name], block)) for name in states)
     values = {**values, **{v.id: v for group in groups for v in group.own}}
     for group in groups:
         appended = {op.inputs[1] for op in group.ops if op.kind == "kv_append"}
@@ -36,6 +41,10 @@ def run_groups(
             changed={i: have[v] for i, v in enumerate(group.inputs) if v in appended},
         )
         have.update(zip(group.outputs, made, strict=True))
+    for name in states:
+        _, heads, context, dim = given[name].shape
+        given[name][...] = from_blocks(have[name], heads, context, dim)
+        have[name] = given[name]
     return have
 
 

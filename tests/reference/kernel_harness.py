@@ -111,12 +111,14 @@ class _Step(ctypes.Structure):
 
 @dataclass
 class Step:
-    """What a step tells the kernel beside its operands: i32 positions [T], slots [T], logit_rows [R]."""
+    """What a step tells the kernel beside its operands: i32 positions [T], slots [T], logit_rows [R], f32
+    inverse_temperatures [R]."""
 
     positions: npt.NDArray[np.int32] | None = None
     slots: npt.NDArray[np.int32] | None = None
     logit_rows: npt.NDArray[np.int32] | None = None
     context: int = 0
+    inverse_temperatures: npt.NDArray[np.float32] | None = None
 
 
 def aligned(size: int) -> npt.NDArray[np.uint8]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from hetcomp.backends import packing
 from hetcomp.backends.cpu_isa import CpuIsa, Gemm
@@ -60,6 +61,17 @@ def from_q8_cache(stored: npt.NDArray[np.uint8], context: int, dim: int) -> npt.
     scales = np.ascontiguousarray(stored[..., context * groups * 32 :]).view(np.float16).astype(np.float32)
     numbers = codes.reshape(slots, heads, context, groups, 32) * scales.reshape(slots, heads, context, groups, 1)
     return numbers.reshape(slots, heads, context, groups * 32)[..., :dim].astype(np.float32)
+
+
+def to_fp8(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Codes of numbers in an fp8 KV cache: e4m3fn, to nearest, 448 beyond it, NaN where not finite."""
+    cut = torch.from_numpy(np.where(np.isinf(numbers), np.nan, numbers).clip(-448, 448).astype(np.float32))
+    return cut.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
+def from_fp8(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The numbers that codes of an fp8 KV cache stand for."""
+    return torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
 
 
 def dot_error(terms: int, magnitude: Doubles) -> Doubles:

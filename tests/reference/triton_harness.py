@@ -15,6 +15,7 @@ from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value
 from tests.gpu.record_cases import buffer_name, folder, record
+from tests.reference.cache_blocks import cache_block, slot_blocks
 from tests.reference.kernel_harness import Step
 from tests.reference.triton_interpreter import run_kernel
 
@@ -30,9 +31,9 @@ def request(
     rows: int | None = None,
     resident: bool = False,
 ) -> GpuRequest:
-    """A request around ``attrs``."""
+    """A request around ``attrs``; KV caches are in blocks (tests.reference.cache_blocks)."""
     op = Op("op", attrs, (), (), origin="model.layers.0.test")
-    return GpuRequest(op, tuple(inputs), tuple(outputs), dict(dims), rows, resident)
+    return GpuRequest(op, tuple(inputs), tuple(outputs), {"cache_block": cache_block(inputs), **dims}, rows, resident)
 
 
 def emit(asked: GpuRequest) -> GpuCode:
@@ -93,6 +94,7 @@ def run(
         "positions": step.positions,
         "slots": step.slots,
         "logit_rows": step.logit_rows,
+        "inverse_temperatures": step.inverse_temperatures,
         "rows": np.array([rows], np.int32),
         "logit_row_count": np.array([rows], np.int32),
     }
@@ -105,7 +107,7 @@ def run(
     buffers |= {("step", name): _Buffer.of(a) for name, a in of_step.items() if a is not None}
     before = {buffer_name(*key): b.everything.numpy().copy() for key, b in buffers.items()}
     for launch in code.launches:
-        _run_launch(launch, buffers, step.context, rows if grid_rows is None else grid_rows)
+        _run_launch(launch, buffers, slot_blocks(step.context), rows if grid_rows is None else grid_rows)
     for buffer in buffers.values():
         buffer.check()
     if recorded := folder():
@@ -115,16 +117,18 @@ def run(
             if key[0] == "output" or (key[0] == "input" and key[1] in (changed or ()))
         }
         after = {buffer_name(*key): b.everything.numpy() for key, b in written.items()}
-        record(recorded, code, before, after, step.context, rows if grid_rows is None else grid_rows, _GUARD)
+        record(
+            recorded, code, before, after, slot_blocks(step.context), rows if grid_rows is None else grid_rows, _GUARD
+        )
     for i, target in (changed or {}).items():
         target[...] = buffers["input", i].numpy(target.dtype, target.shape)
     return [buffers["output", i].numpy(dtype, shape) for i, (shape, dtype) in enumerate(outputs)]
 
 
-def _run_launch(launch: Launch, buffers: Mapping[tuple[str, Any], _Buffer], context: int, rows: int) -> None:
+def _run_launch(launch: Launch, buffers: Mapping[tuple[str, Any], _Buffer], blocks: int, rows: int) -> None:
     def value(operand: Operand) -> int:
-        if operand.source == "context":
-            return context
+        if operand.source == "slot_blocks":
+            return blocks
         key = operand.name if operand.source == "step" else operand.index
         return buffers[operand.source, key].area().start + operand.offset
 

@@ -177,3 +177,12 @@ def test_records_of_another_artifact_or_machine_are_refused():
         one("lm_head", 1.0, plan_sha256="0")
     with pytest.raises(HetcompError, match="is of another cpu, the profile of hand"):
         one("lm_head", 1.0, cpu="another cpu")
+
+
+def test_deferred_experts_count_with_the_others():
+    planned = plan()
+    times = {"moe.experts": (0.4, 0.5), "moe.experts deferred": (0.2, 0.1), "lm_head": (0.3, 0.3)}
+    found = {e.role: e for e in explain(planned, profile(), record(planned, times))}
+    assert found["moe.experts"].measured_ms == pytest.approx(0.6)
+    assert "moe.experts deferred" not in found
+    assert found["moe.experts"].memory == pytest.approx(one("moe.experts", 0.6, 0.6).memory)

@@ -14,6 +14,7 @@ from hetcomp.ir import ops
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value
 from hetcomp.ir.types import DType, TensorType
+from tests.reference.cache_blocks import cache_block
 from tests.reference.experts_case import expert_weights
 from tests.reference.group_harness import Arrays, run_groups
 from tests.reference.kernel_harness import Step, activation, cache, weight
@@ -71,6 +72,10 @@ class Graph:
     def norm(self, name: str, x: str, width: int) -> str:
         """A norm of whole rows with a weight of its own."""
         return self.op(name, ops.RmsNorm(width, NORM_EPS, 1, 0.5), [x, self.plain(f"{name}.w", width)], width)
+
+    def dims(self) -> dict[str, int]:
+        """DIMS, and what a block of the caches takes."""
+        return {**DIMS, "cache_block": cache_block(list(self.values.values()))}
 
     def groups(self, *wanted: str) -> tuple[GpuGroup, ...]:
         """The ops in groups for exactly so many rows."""
@@ -298,7 +303,7 @@ def test_norms_rotations_and_caches_are_one_launch(name, rows, exact):
 
     def made(*wanted: str) -> tuple[Sequence[GpuGroup], Arrays]:
         g = _heads_graph(name, rows)
-        groups = group_ops(g.ops, g.values, ("y", *wanted), DIMS, rows if exact else None)
+        groups = group_ops(g.ops, g.values, ("y", *wanted), g.dims(), rows if exact else None)
         count = sum(op.kind != "attention" for op in g.ops)
         assert len(groups) == (len(g.ops) if "k_rope" in wanted else 2)
         assert "k_rope" in wanted or (len(groups[0].ops) == count and launches(groups[:1]) == 1)
@@ -322,7 +327,7 @@ def test_heads_that_differ_are_launches_of_their_own():
     def groups(change) -> int:
         g = _heads_graph("qwen", 1)
         g.ops = [change(op) for op in g.ops]
-        return len(group_ops(g.ops, g.values, ("y",), DIMS, 1))
+        return len(group_ops(g.ops, g.values, ("y",), g.dims(), 1))
 
     def other_rotation(op: Op) -> Op:
         return replace(op, attrs=replace(op.attrs, rotary_dim=10)) if op.id == "k_rope" else op

@@ -10,6 +10,7 @@ from hetcomp.backends.gpu.groups import GpuGroup, group_ops
 from hetcomp.ir.plan import Op, ValueKind
 from hetcomp.ir.types import DType
 from tests.reference import tiny_models
+from tests.reference.cache_blocks import cache_block
 from tests.reference.flat_plan import FlatPlan, StoredWeights, flatten
 from tests.reference.group_harness import run_groups
 from tests.reference.kernel_harness import Step
@@ -37,6 +38,7 @@ def _imported(name: str, odd: bool, layers: int):
 
 
 def _groups(flat: FlatPlan, dims: dict[str, int], rows: int | None) -> tuple[GpuGroup, ...]:
+    dims = {**dims, "cache_block": cache_block(list(flat.values.values()))}
     return group_ops(flat.ops, flat.values, {"logits"}, dims, rows)
 
 

@@ -10,8 +10,9 @@ from hetcomp.errors import HetcompError
 from hetcomp.ir.ops import Attention, KvAppend
 from hetcomp.ir.types import DType
 from tests.reference.attention_reference import attention_reference, poison_the_future
+from tests.reference.cache_blocks import cache_block, from_blocks, to_blocks
 from tests.reference.kernel_harness import Step, activation, cache
-from tests.reference.kernel_numbers import draw
+from tests.reference.kernel_numbers import draw, from_fp8, to_fp8
 from tests.reference.triton_harness import emit, request, run
 
 CONTEXT, SLOTS = 700, 3
@@ -28,6 +29,15 @@ VARIANTS = {
         DType.BF16,
     ),
     "many-heads": (Attention(heads=40, kv_heads=1, head_dim=8, v_head_dim=16, scale=0.3), DType.F32),
+    "fp8": (Attention(heads=6, kv_heads=2, head_dim=36, v_head_dim=20, scale=0.2), DType.FP8),
+    "fp8-window-sinks": (
+        Attention(heads=4, kv_heads=2, head_dim=16, v_head_dim=32, scale=0.25, window=70, sinks=True),
+        DType.FP8,
+    ),
+    "fp8-mla": (
+        Attention(heads=20, kv_heads=1, head_dim=40, v_head_dim=32, scale=0.15, shared_kv=True, softcap=5.0),
+        DType.FP8,
+    ),
     "wide": (Attention(heads=2, kv_heads=1, head_dim=288, v_head_dim=272, scale=0.06), DType.BF16),
 }
 BF16_ROUNDING = 2.0**-8  # of a query's element and of a probability; half of it is what rounding to nearest does
@@ -44,13 +54,14 @@ def _check(name: str, step: Step, exact: bool, seed: int = 0) -> None:
         v = k[..., : a.v_head_dim]
     poison_the_future(k, v, step)
     caches = [k] if a.shared_kv else [k, v]
-    arrays = [packing.to_bf16_bits(c) if dtype is DType.BF16 else c for c in caches]
+    stored = [_bits(c, dtype) for c in caches]
     operands = [activation("q", "T", a.heads, a.head_dim), cache("k", dtype, a.kv_heads, a.head_dim)]
     operands += [] if a.shared_kv else [cache("v", dtype, a.kv_heads, a.v_head_dim)]
     operands += [activation("s", a.heads)] * a.sinks
     dims = {"T": rows + 5, "slots": SLOTS, "context": CONTEXT}
     outputs = [activation("y", "T", a.heads, a.v_head_dim)]
     asked = request(a, operands, outputs, dims, rows if exact else None)
+    arrays = [to_blocks(c, cache_block(operands)) for c in stored]
     shape = rows, a.heads, a.v_head_dim
     (y,) = run(
         asked,
@@ -60,7 +71,7 @@ def _check(name: str, step: Step, exact: bool, seed: int = 0) -> None:
         step=step,
         grid_rows=rows if exact else rows + 5,
     )
-    rounding = BF16_ROUNDING if dtype is DType.BF16 else 0.0
+    rounding = BF16_ROUNDING if dtype is not DType.F32 else 0.0
     want, bound = attention_reference(a, *(n.astype(np.float64) for n in (q, k, v, sinks)), step, rounding)
     # Scores are scaled once more, to units of log 2: a rounding that the reference's bound does not count.
     assert (np.abs(y - want) <= 1.5 * bound).all()
@@ -68,7 +79,16 @@ def _check(name: str, step: Step, exact: bool, seed: int = 0) -> None:
 
 def _stored(numbers: np.ndarray, dtype: DType) -> np.ndarray:
     """Numbers that the cache holds exactly."""
+    if dtype is DType.FP8:
+        return from_fp8(to_fp8(numbers))
     return packing.to_f32(packing.to_bf16_bits(numbers)) if dtype is DType.BF16 else numbers
+
+
+def _bits(numbers: np.ndarray, dtype: DType) -> np.ndarray:
+    """What the cache holds of numbers, as whole numbers."""
+    if dtype is DType.FP8:
+        return to_fp8(numbers)
+    return packing.to_bf16_bits(numbers) if dtype is DType.BF16 else numbers.view(np.uint32)
 
 
 def _step(*runs: tuple[int, int, int]) -> Step:
@@ -109,35 +129,53 @@ def test_scores_far_apart_do_not_overflow():
         operands = [activation("q", "T", a.heads, a.head_dim)]
         operands += [cache(n, DType.F32, a.kv_heads, a.head_dim) for n in "kv"]
         asked = request(a, operands, [activation("y", "T", a.heads, a.v_head_dim)], {"context": CONTEXT}, tokens)
-        (y,) = run(asked, [q, k, v], [((tokens, a.heads, a.v_head_dim), np.float32)], rows=tokens, step=step)
+        caches = [to_blocks(c, cache_block(operands)) for c in (k, v)]
+        (y,) = run(asked, [q, *caches], [((tokens, a.heads, a.v_head_dim), np.float32)], rows=tokens, step=step)
         for t in range(tokens):
             for h in range(a.heads):
                 best = np.argmax(k[0, h // 3, : 601 + t].astype(np.float64) @ q[t, h])
                 np.testing.assert_allclose(y[t, h], v[0, h // 3, best], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16])
+@pytest.mark.parametrize("dtype", [DType.F32, DType.BF16, DType.FP8])
 @pytest.mark.parametrize("exact", [True, False])
 def test_kv_append(dtype, exact):
     step = _step((2, 7, 3), (0, 0, 1))
     step.context = CONTEXT
     rng = np.random.default_rng(0)
     x = draw(rng, (4, 2, 13))
-    x[0, 0, :4] = [np.nan, np.inf, -np.inf, -0.0]
-    state = rng.integers(0, 1 << 14, (SLOTS, 2, CONTEXT, 13)).astype(np.uint16 if dtype is DType.BF16 else np.uint32)
+    # Of e4m3 every NaN is one.
+    x[0, 0, :4] = [np.nan, np.inf, -np.inf if dtype is not DType.FP8 else 1e9, -0.0]
+    state = rng.integers(0, 1 << 7, (SLOTS, 2, CONTEXT, 13)).astype(_bits(x, dtype).dtype)
     want = state.copy()
-    want[step.slots, :, step.positions] = packing.to_bf16_bits(x) if dtype is DType.BF16 else x.view(np.uint32)
+    want[step.slots, :, step.positions] = _bits(x, dtype)
     operands = [activation("x", "T", 2, 13), cache("k", dtype, 2, 13)]
     asked = request(KvAppend(2, 13), operands, [], {"T": 9}, 4 if exact else None)
-    after = state.copy()
-    run(asked, [x, state], [], rows=4, step=step, grid_rows=4 if exact else 9, changed={1: after})
-    np.testing.assert_array_equal(after, want)
+    after, wanted = (to_blocks(c, cache_block(operands)) for c in (state, want))
+    run(asked, [x, after], [], rows=4, step=step, grid_rows=4 if exact else 9, changed={1: after})
+    np.testing.assert_array_equal(after, wanted)  # and between the states nothing is written
+
+
+def test_every_number_that_an_fp8_cache_can_meet():
+    """All codes and what lies between and beside them, appended as the CPU appends it."""
+    codes = from_fp8(np.arange(127, dtype=np.uint8))
+    halves = (codes[1:] + codes[:-1]) / 2
+    beside = [np.nextafter(halves, np.float32(1e9)), np.nextafter(halves, np.float32(0))]
+    numbers = np.concatenate([codes, halves, *beside, [448.1, 464.1, 1e6, 3e38, np.inf, 1e-9, 1e-45]])
+    x = np.concatenate([numbers, -numbers]).astype(np.float32)[None, None]
+    operands = [activation("x", "T", 1, x.size), cache("k", DType.FP8, 1, x.size)]
+    after = to_blocks(np.zeros((1, 1, 8, x.size), np.uint8), cache_block(operands))
+    step = Step(np.array([3], np.int32), np.array([0], np.int32), context=8)
+    run(request(KvAppend(1, x.size), operands, [], {"T": 1}, 1), [x, after], [], rows=1, step=step, changed={1: after})
+    got = from_blocks(after, 1, 8, x.size)[0, 0, 3]
+    np.testing.assert_array_equal(got & 0x7F, to_fp8(x)[0, 0] & 0x7F)
+    np.testing.assert_array_equal(got >> 7, np.signbit(x[0, 0]))
 
 
 def test_a_q8_cache_is_refused_by_name():
     a, _ = VARIANTS["gqa"]
     operands = [activation("q", "T", 6, 36), *(cache(n, DType.Q8, 2, 36) for n in "kv")]
-    with pytest.raises(HetcompError, match=r"model\.layers\.0\.test: state k has dtype q8; expected bf16 or f32"):
+    with pytest.raises(HetcompError, match=r"model\.layers\.0\.test: state k has dtype q8; expected bf16 or f32 or"):
         emit(request(a, operands, [activation("y", "T", 6, 36)], {"T": 1}, 1))
 
 

@@ -15,9 +15,11 @@ import pytest
 
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.architectures import shared_limit
+from hetcomp.backends.gpu.argmax import argmax
+from hetcomp.backends.gpu.candidates import candidates
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_kernels
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
-from hetcomp.backends.gpu.kernels import GpuKernel, GpuRequest
+from hetcomp.backends.gpu.kernels import GpuCode, GpuKernel, GpuRequest
 from hetcomp.backends.gpu.write_kernels import write_kernels
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
@@ -29,7 +31,7 @@ from tests.reference.triton_harness import emit, request
 
 CCS = (80, 86, 89, 90, 120)
 FEW_CCS = (86, 90)  # for the other formats of a family: mma and wgmma, 99 and 227 KB of shared memory
-DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096}
+DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096, "cache_block": 1 << 20}
 GQA = ops.Attention(heads=32, kv_heads=4, head_dim=128, v_head_dim=128, scale=0.09)
 GPT_OSS = ops.Attention(heads=64, kv_heads=8, head_dim=64, v_head_dim=64, scale=0.125, window=128, sinks=True)
 MLA = ops.Attention(heads=128, kv_heads=1, head_dim=576, v_head_dim=512, scale=0.07, shared_kv=True)
@@ -184,7 +186,7 @@ def _grouped_sum() -> list[GpuGroup]:
     return list(group_ops([add, norm], values, ("c", "d"), DIMS, None))
 
 
-FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup]] = {
+FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
     **{f"linear-{form}": [_linear(form, rows) for rows in (8, None)] for form in packing.FORMATS},
     **{f"experts-{form}": [_experts(form, rows) for rows in (1, None)] for form in ("bf16", "q4")},
     **{f"experts-{form}-many": [_experts(form, None, 4096)] for form in ("bf16", "q8")},
@@ -195,6 +197,7 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup]] = {
     "attention-f32": [_attention(GQA, rows, DType.F32) for rows in (1, None)],
     "attention-wide": [_attention(WIDE, rows) for rows in (1, 4, None)],
     "small": _small(None),
+    "sampling": [argmax(151936, 64, False), candidates(151936, 1), candidates(8192, 4)],
     **{f"groups-{form}": [g for rows in (1, 8) for g in _grouped(form, rows)] for form in ("q4", "fp8")},
     "groups-heads": [
         *_grouped_heads(GQA, ops.Rope(32, 128, 128), 1, 1),
@@ -205,14 +208,18 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup]] = {
     ],
 }
 ALL_CCS = {
-    *("linear-q4", "experts-q4", "attention-gqa", "attention-gpt-oss", "attention-mla", "small"),
+    *("linear-q4", "experts-q4", "attention-gqa", "attention-gpt-oss", "attention-mla", "small", "sampling"),
     *("groups-q4", "groups-heads"),
 }
 
 
 def _kernels(family: str) -> list[GpuKernel]:
-    codes = (asked.code if isinstance(asked, GpuGroup) else emit(asked) for asked in FAMILIES[family])
-    return [launch.kernel for code in codes for launch in code.launches]
+    def code(asked: GpuRequest | GpuGroup | GpuCode) -> GpuCode:
+        if isinstance(asked, GpuRequest):
+            return emit(asked)
+        return asked.code if isinstance(asked, GpuGroup) else asked
+
+    return [launch.kernel for asked in FAMILIES[family] for launch in code(asked).launches]
 
 
 def _resources(cubin: Path) -> dict[str, int]:

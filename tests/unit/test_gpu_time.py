@@ -11,10 +11,10 @@ import pytest
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.plan import Op
 from hetcomp.passes.device_time import gpu_time, launch_us
+from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
-from hetcomp.passes.placement_problem import GPU_RESERVE
 from hetcomp.passes.work import work_of
 from hetcomp.what_if import apply_change, parse_change
 from tests.reference.plan_builder import HandTarget, context, tiny_plan

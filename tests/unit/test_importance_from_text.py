@@ -88,9 +88,7 @@ def test_the_file_is_accepted_for_its_model(family, tmp_path):
     save_tiny(family, tmp_path / "model")
     out = tmp_path / "importance.safetensors"
     importance_from_text(tmp_path / "model", [list(range(3, 60))], out, second_moments=True)
-    planned = plan_model(
-        tmp_path / "model", hw_profile="preset:9654-768gb", formats="q4", stop_after="choose_formats", planning=False
-    )
+    planned = plan_model(tmp_path / "model", hw_profile="preset:9654-768gb", formats="q4", stop_after="choose_formats")
     Importance.load(out, planned.plan.values)
     assert any("self_attn" in name for name in load_file(out))
 

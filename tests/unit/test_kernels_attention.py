@@ -24,7 +24,7 @@ from tests.reference.kernel_harness import (
     cache,
     isas_here,
 )
-from tests.reference.kernel_numbers import EPS, draw, from_q8_cache, to_q8_cache
+from tests.reference.kernel_numbers import EPS, draw, from_fp8, from_q8_cache, to_fp8, to_q8_cache
 
 CONTEXT, SLOTS, ROWS = 700, 3, 160
 GQA = Attention(heads=6, kv_heads=2, head_dim=36, v_head_dim=36, scale=0.2)
@@ -60,6 +60,12 @@ VARIANTS = {
         Attention(heads=4, kv_heads=2, head_dim=16, v_head_dim=32, scale=0.25, window=70, sinks=True),
         DType.Q8,
     ),
+    "fp8": (Attention(heads=8, kv_heads=2, head_dim=64, v_head_dim=48, scale=0.2), DType.FP8),
+    "fp8-odd": (Attention(heads=6, kv_heads=2, head_dim=36, v_head_dim=7, scale=0.2), DType.FP8),
+    "fp8-mla": (
+        Attention(heads=16, kv_heads=1, head_dim=80, v_head_dim=64, scale=0.15, shared_kv=True, window=70, sinks=True),
+        DType.FP8,
+    ),
     "q8-mla": (
         Attention(heads=16, kv_heads=1, head_dim=80, v_head_dim=64, scale=0.15, shared_kv=True, softcap=5.0),
         DType.Q8,
@@ -80,6 +86,8 @@ def _kernel(name: str, isa: Isa) -> CompiledKernel:
 def _stored(numbers: npt.NDArray[np.float32], dtype: DType) -> npt.NDArray[np.generic]:
     if dtype is DType.Q8:
         return to_q8_cache(numbers)
+    if dtype is DType.FP8:
+        return to_fp8(numbers)
     return packing.to_bf16_bits(numbers) if dtype is DType.BF16 else numbers
 
 
@@ -88,6 +96,8 @@ def _draw_cache(rng: np.random.Generator, heads: int, dim: int, dtype: DType) ->
     shape = SLOTS, heads, CONTEXT, dim
     if dtype is DType.Q8:
         return from_q8_cache(to_q8_cache(draw(rng, shape)), CONTEXT, dim)
+    if dtype is DType.FP8:
+        return from_fp8(to_fp8(draw(rng, shape)))
     numbers = draw(rng, shape)
     return numbers if dtype is DType.F32 else packing.to_f32(packing.to_bf16_bits(numbers))
 
@@ -141,7 +151,7 @@ def test_attention(isa, name, step, threads, seed):
 @pytest.mark.parametrize(("past", "tokens"), [(0, ROWS), (500, 100), (CONTEXT - 1, 1), (0, 1), (62, 8)], ids=str)
 def test_prefill_and_decode_of_one_sequence(isa, past, tokens):
     positions = np.arange(past, past + tokens, dtype=np.int32)
-    for name in ("gqa", "window-sinks", "direct-bf16", "q8", "q8-mla"):
+    for name in ("gqa", "window-sinks", "direct-bf16", "q8", "q8-mla", "fp8", "fp8-mla"):
         _check(name, isa, Step(positions, np.ones(tokens, np.int32)), 2, past)
 
 
@@ -252,3 +262,27 @@ def test_what_q8_cannot_hold_becomes_nan_in_its_group_alone(isa, bad):
     assert np.isfinite(got[0]).all()
     assert np.isfinite(got[1, :32]).all()
     assert np.isfinite(got[1, 64:]).all()
+
+
+@pytest.mark.parametrize("isa", isas_here())
+def test_every_number_that_fp8_can_meet(isa):
+    """All codes, the numbers half-way between two of them, what lies beside these, and what is beyond the range."""
+    codes = from_fp8(np.arange(127, dtype=np.uint8))
+    halves = (codes[1:] + codes[:-1]) / 2
+    numbers = np.concatenate(
+        [codes, halves, np.nextafter(halves, np.float32(1e9)), np.nextafter(halves, np.float32(0))]
+    )
+    numbers = np.concatenate([numbers, [448.1, 463.9, 464.1, 1e6, 3e38, np.inf, np.nan, 1e-9, 1e-45]]).astype(
+        np.float32
+    )
+    numbers = np.concatenate([numbers, -numbers])
+    x = np.zeros((2, 2, len(numbers)), np.float32)
+    x[0, 1] = numbers
+    state = aligned(_cache_bytes(DType.FP8, len(numbers)))
+    state[:] = 0
+    step = Step(np.array([5, 6], np.int32), np.array([1, 0], np.int32), context=CONTEXT)
+    _append(DType.FP8, len(numbers), isa)([x, state], [], rows=2, step=step, in_place=[1])
+    got = state.reshape(SLOTS, 2, CONTEXT, -1)[1, 1, 5]
+    np.testing.assert_array_equal(from_fp8(got), from_fp8(to_fp8(numbers)))
+    assert (got[~np.isnan(numbers)] >> 7 == np.signbit(numbers[~np.isnan(numbers)])).all()
+    assert from_fp8(got).max(initial=0, where=np.isfinite(from_fp8(got))) == 448

@@ -21,6 +21,7 @@ from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
+from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.passes.mix_time import mix_us
 from hetcomp.passes.phases import phases
 from hetcomp.passes.pins import parse_pin
@@ -29,7 +30,7 @@ from hetcomp.passes.placement_assignment import assignment_us, fits
 from hetcomp.passes.placement_blocks import in_order, join_layers
 from hetcomp.passes.placement_greedy import greedy
 from hetcomp.passes.placement_milp import PlacementModel
-from hetcomp.passes.placement_problem import GPU_RESERVE, Problem, placement_problem
+from hetcomp.passes.placement_problem import Problem, placement_problem
 from hetcomp.passes.simulate import trace
 from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, WIDTH, context, gpu, tiny_plan
 
@@ -144,7 +145,9 @@ def test_the_solvers_objective_is_what_its_placement_takes(vram, gpus, dram):
     whole = placement_problem(costed(hybrid(vram, gpus=gpus, dram=dram)), hybrid(vram, gpus=gpus, dram=dram))
     found, solved = PlacementModel(whole).solve()
     assert found is not None and fits(whole, found)
-    assert assignment_us(whole, found) == pytest.approx(solved.objective, rel=1e-6)
+    # The solver stops a thousandth from its best, and then its variables for maxima may still be above them.
+    taken = assignment_us(whole, found)
+    assert solved.objective * (1 - 1e-3) <= taken <= solved.objective * (1 + 1e-6)
     assert solved.gap == pytest.approx((solved.objective - solved.bound) / solved.objective)
 
 

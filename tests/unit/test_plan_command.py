@@ -81,10 +81,18 @@ def test_the_report_fits_a_hundred_columns_and_has_its_parts(asked):
         assert words in out
 
 
+def test_plans_are_those_that_are_compiled_unless_others_are_asked_for(asked):
+    out = plan("--no-improvements").stdout
+    assert asked["planning"] is False and "that hetcomp compile generates code from" in out
+    out = plan("--no-improvements", "--explore").stdout
+    assert asked["planning"] is True and "explored: may stream" in out and max(map(len, out.splitlines())) <= 100
+    assert json.loads(plan("--no-improvements", "--explore", "--json").stdout)["explored"] is True
+
+
 def test_json_follows_its_schema_and_nothing_else_is_on_stdout(asked):
     out = plan("--json", "--what-if", "dram_bandwidth=2x").stdout
     document = PlanDocument.model_validate_json(out)
-    assert json.loads(out)["schema"] == [2, 1]
+    assert json.loads(out)["schema"] == [2, 2] and document.explored is False
     assert [d.device for d in document.devices] == ["cpu:0", "gpu:0"]
     assert all(d.bytes == sum(p.bytes for p in d.parts) for d in document.devices)
     assert [r.ridge == pytest.approx(r.gflops / r.gb_per_s) for r in document.roofs] == [True, True]

@@ -25,7 +25,7 @@ from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context
 from hetcomp.passes.insert_transfers import insert_transfers
-from hetcomp.passes.placement_problem import GPU_RESERVE
+from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.passes.plan_memory import plan_memory
 from hetcomp.passes.schedule import schedule
 from hetcomp.passes.simulate import simulate

@@ -256,6 +256,15 @@ def test_curves_of_every_format_have_rising_sizes_and_bounded_memory(isa):
     assert max(stream_bytes(plans) for plans in (full, coarse, quick)) <= 512 << 20
 
 
+def test_experts_with_amx_are_measured_where_its_tiles_begin_to_multiply():
+    def largest(isa: Isa, detail: Detail) -> int:
+        plans = curve_plans(isa, detail, 64 << 20)
+        return min(p.cases[-1].size for p in plans if p.name == "moe_experts" and p.variant == "dram")
+
+    assert largest(Isa.AVX512_VNNI, Detail.QUICK) == 64 and largest(Isa.AMX_BF16, Detail.QUICK) == 256
+    assert largest(Isa.AMX_BF16, Detail.FULL) == largest(Isa.AVX512_VNNI, Detail.FULL) == 512
+
+
 def test_more_points_get_less_time_each_within_bounds():
     plans = list(curve_plans(Isa.AVX2, Detail.COARSE, 64 << 20))
     few, many = (kernel_curves.point_us(plans * n, Detail.FULL) for n in (2, 8))

@@ -65,6 +65,15 @@ def test_forward_is_exact_over_step_borders(artifact, n, weights):
     np.testing.assert_array_equal(logits, MODEL.logits(ids.tolist()))
 
 
+def test_deferral_changes_nothing_where_the_plan_has_none(artifact):
+    runtime = Runtime.load(artifact)
+    for which in ("all", "none", "generated"):
+        runtime.set_deferral(which)
+        np.testing.assert_array_equal(runtime.forward([60, 61]), MODEL.logits([60, 61]))
+    with pytest.raises(RuntimeRefusal, match="not 'some'"):
+        runtime.set_deferral("some")
+
+
 def test_sessions_and_batched_decode(runtime):
     with runtime.session() as a, runtime.session() as b:
         np.testing.assert_array_equal(a.prefill(PROMPT), MODEL.logits(PROMPT)[-1])

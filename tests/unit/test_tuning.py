@@ -228,7 +228,7 @@ def test_compile_and_curves_take_the_constants_of_the_profile(tmp_path):
     assert parse_profile(tuned.to_json(), "again") == tuned
     sources = []
     for machine in (profile(), tuned):  # the first is of schema 2.0: without tunings
-        planned = plan_model(folder, hw_profile=machine, formats="bf16", planning=False)
+        planned = plan_model(folder, hw_profile=machine, formats="bf16")
         sources.append({kernel.source for kernel in select_kernels(planned.plan, planned.target, Isa.AVX2).values()})
     for value, where in (("4096", 0), ("64", 1)):
         lines = {line for source in sources[where] for line in source.splitlines() if "kPrefetch =" in line}

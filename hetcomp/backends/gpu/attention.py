@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hetcomp.backends.gpu.kernels import (
     NUMBER_TYPES,
     ONE,
@@ -19,7 +21,7 @@ from hetcomp.ir.types import DType
 
 DECODE_ROWS = 16
 # Cache types that the kernels read, and their Triton pointers.
-CACHE_TYPES = {DType.BF16: "*bf16", DType.F32: "*fp32"}
+CACHE_TYPES = {DType.BF16: "*bf16", DType.F32: "*fp32", DType.FP8: "*u8"}
 MAX_F32_DIM = 256  # of a head in an f32 cache: wider ones do not fit in 99 KB of shared memory
 
 _PARTS_WANTED = 256  # programs over all heads and tokens: two for each multiprocessor of a large GPU
@@ -35,7 +37,7 @@ def split_width(dim: int) -> tuple[int, int]:
     return (below, 0) if below == dim else (below, max(16, power_of_two(dim - below)))
 
 
-def _shape(a: Attention) -> dict[str, Constant]:
+def _shape(a: Attention, request: GpuRequest) -> dict[str, Constant]:
     first, second = split_width(a.head_dim)
     v_first, v_second = split_width(a.v_head_dim)
     return {
@@ -51,6 +53,7 @@ def _shape(a: Attention) -> dict[str, Constant]:
         "SCALE": a.scale,
         "SOFTCAP": a.softcap,
         "WINDOW": a.window,
+        "BLOCK": request.block_elements(request.inputs[1].type.dtype),
     }
 
 
@@ -63,6 +66,31 @@ def _keys(a: Attention, dtype: DType) -> tuple[int, tuple[int, int]]:
     if dtype is DType.F32:
         return 32, (2, 1)
     return (32, (2, 1)) if a.head_dim > 128 else (64, (3, 2))
+
+
+@dataclass(frozen=True)
+class PrefillTile:
+    """Rows of queries (tokens times heads of a group), keys of a block, warps, pipeline depths."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: tuple[int, int]
+
+
+def _prefill_tiles(a: Attention, dtype: DType) -> tuple[PrefillTile, ...]:
+    """First the fastest on an H100, then what was close. Queries, scores and sums stay in registers."""
+    keys, stages = _keys(a, dtype)
+    if a.head_dim > 256 or dtype is DType.F32:
+        return (PrefillTile(32, keys, 8 if a.head_dim > 128 else 4, stages),)
+    if a.head_dim > 128:
+        return PrefillTile(64, keys, 8, stages), PrefillTile(64, keys, 4, stages), PrefillTile(64, keys, 8, (3, 2))
+    return (
+        PrefillTile(128, keys, 8, stages),
+        PrefillTile(128, keys, 8, (4, 2)),
+        PrefillTile(64, keys, 4, stages),
+        PrefillTile(128, 128, 8, (2, 1)),
+    )
 
 
 def attention(request: GpuRequest) -> GpuCode:
@@ -99,7 +127,7 @@ def _decode(request: GpuRequest, rows: int) -> GpuCode:
     partial, stats = ("*fp32", Operand("workspace")), ("*fp32", Operand("workspace", offset=stats_at))
     positions = ("*i32", Operand("step", name="positions"))
     operands, sinks = _operands(request, a)
-    shape = _shape(a)
+    shape = _shape(a, request)
     first = launch(
         "attention",
         "attention_decode",
@@ -111,7 +139,7 @@ def _decode(request: GpuRequest, rows: int) -> GpuCode:
             "slots": ("*i32", Operand("step", name="slots")),
             "partial": partial,
             "stats": stats,
-            "context": ("i32", Operand("context")),
+            "slot_blocks": ("i32", Operand("slot_blocks")),
         },
         {**shape, "HEAD_TILE": heads, **split},
         stages=stages,
@@ -143,12 +171,11 @@ def _prefill(request: GpuRequest) -> GpuCode:
     a = request.op.attrs
     assert isinstance(a, Attention)
     dtype = request.inputs[1].type.dtype
-    keys, stages = _keys(a, dtype)
-    # Queries, scores and sums stay in registers.
-    rows = 32 if a.head_dim > 256 or dtype is DType.F32 else 64 if a.head_dim > 128 else 128
+    key = f"{_stem(a, dtype)}_prefill, window {a.window}, up to {request.max_rows()} rows"
+    tile, choice = request.tiles.pick(key, _prefill_tiles(a, dtype))
     group = a.heads // a.kv_heads
-    heads = min(power_of_two(group), rows)
-    tokens = rows // heads
+    heads = min(power_of_two(group), tile.rows)
+    tokens = tile.rows // heads
     operands, sinks = _operands(request, a)
     made = launch(
         "attention",
@@ -162,11 +189,12 @@ def _prefill(request: GpuRequest) -> GpuCode:
             "slots": ("*i32", Operand("step", name="slots")),
             "n_rows": ("*i32", Operand("step", name="rows")),
             "y": (NUMBER_TYPES[request.outputs[0].type.dtype], Operand("output", 0)),
-            "context": ("i32", Operand("context")),
+            "slot_blocks": ("i32", Operand("slot_blocks")),
         },
-        {**_shape(a), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": keys},
-        warps=8 if rows == 128 or a.head_dim > 128 else 4,
-        stages=stages,
+        {**_shape(a, request), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": tile.keys},
+        warps=tile.warps,
+        stages=tile.stages,
+        tile=choice,
     )
     return GpuCode((made,))
 
@@ -186,9 +214,14 @@ def kv_append(request: GpuRequest) -> GpuCode:
             "positions": ("*i32", Operand("step", name="positions")),
             "slots": ("*i32", Operand("step", name="slots")),
             "n_rows": ("*i32", Operand("step", name="rows")) if request.rows is None else None,
-            "context": ("i32", Operand("context")),
+            "slot_blocks": ("i32", Operand("slot_blocks")),
         },
-        {"HEADS": attrs.heads, "DIM": attrs.head_dim, "PADDED": power_of_two(attrs.head_dim)},
+        {
+            "HEADS": attrs.heads,
+            "DIM": attrs.head_dim,
+            "PADDED": power_of_two(attrs.head_dim),
+            "BLOCK": request.block_elements(dtype),
+        },
         warps=1,
     )
     return GpuCode((made,))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hetcomp.backends.gpu.architectures import has_deep_memory, shared_limit
 from hetcomp.backends.gpu.kernels import GpuKernel
@@ -57,24 +57,51 @@ def compile_kernels(
     Raises HetcompError if Triton is not installed, an architecture is unknown or a kernel does not compile or needs
     more shared memory than the architecture has (bugs of a kernel or its tile).
     """
-    version = _triton_version()
     for cc in ccs:
         shared_limit(cc)
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [(kernel, cc) for cc in ccs for kernel in {k.name: k for k in kernels}.values()]
+
+    def one(job: tuple[GpuKernel, int], compile_one: _CompileOne) -> CompiledKernel:
+        made = compile_one(*job)
+        if progress:
+            progress(f"{made.kernel.name} sm_{made.cc}")
+        return made
+
+    return _in_parallel(one, jobs, threads)
+
+
+def compile_candidates(kernels: Iterable[GpuKernel], cc: int, *, threads: int) -> dict[str, CompiledKernel]:
+    """As compile_kernels for one compute capability, by name, but for those that do not compile or need more shared
+    memory than it has."""
+
+    def one(kernel: GpuKernel, compile_one: _CompileOne) -> CompiledKernel | None:
+        try:
+            return compile_one(kernel, cc)
+        except HetcompError:
+            return None
+
+    made = _in_parallel(one, {k.name: k for k in kernels}.values(), threads)
+    return {each.kernel.name: each for each in made if each is not None}
+
+
+_CompileOne = Callable[[GpuKernel, int], CompiledKernel]
+_Job = TypeVar("_Job")
+_Made = TypeVar("_Made")
+
+
+def _in_parallel(one: Callable[[_Job, _CompileOne], _Made], jobs: Iterable[_Job], threads: int) -> list[_Made]:
+    version, folder = triton_version(), cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
     with _Workers() as workers, ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
 
-        def one(job: tuple[GpuKernel, int]) -> CompiledKernel:
-            made = _cached(folder, *job, version, workers)
-            if progress:
-                progress(f"{made.kernel.name} sm_{made.cc}")
-            return made
+        def compile_one(kernel: GpuKernel, cc: int) -> CompiledKernel:
+            return _cached(folder, kernel, cc, version, workers)
 
-        return list(pool.map(one, jobs))
+        return list(pool.map(lambda job: one(job, compile_one), jobs))
 
 
-def _triton_version() -> str:
+def triton_version() -> str:
+    """Raises HetcompError if Triton is not installed."""
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -85,7 +112,8 @@ def _triton_version() -> str:
 
 
 @cache
-def _sources_hash() -> str:
+def sources_hash() -> str:
+    """SHA-256 of all kernels' sources."""
     digest = hashlib.sha256()
     folder = resources.files("hetcomp.codegen_templates.gpu")
     for source in sorted((f for f in folder.iterdir() if f.name.endswith(".py")), key=lambda f: f.name):
@@ -110,7 +138,7 @@ def _job(kernel: GpuKernel, cc: int) -> dict[str, Any]:
 
 def _cached(folder: Path, kernel: GpuKernel, cc: int, version: str, workers: _Workers) -> CompiledKernel:
     job = json.dumps(_job(kernel, cc))
-    key = hashlib.sha256("\0".join((version, _sources_hash(), job)).encode()).hexdigest()
+    key = hashlib.sha256("\0".join((version, sources_hash(), job)).encode()).hexdigest()
     cubin, facts = folder / f"{key}.cubin", folder / f"{key}.json"
     if not facts.exists():  # written last
         answer = workers.ask(job)

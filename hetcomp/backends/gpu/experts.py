@@ -9,7 +9,7 @@ from hetcomp.backends.gpu.gemv import (
     GEMV_ROWS,
     Norm,
     added_arguments,
-    gemv_turn,
+    gemv_turns,
     norm_argument,
     norm_constants,
 )
@@ -49,6 +49,7 @@ class _Experts:
         self.resident: _Argument = ("*i32", Operand("input", 5 + 2 * attrs.bias)) if request.resident else None
         self.ids = ("*i32", Operand("input", 1))
         self.weights = ("*fp32", Operand("input", 2))
+        self.tiles = request.tiles
         self.stem = f"experts_{self.weight_format}_{self.here}x{attrs.intermediate}x{attrs.hidden}"
         self.shape: dict[str, Constant] = {"HIDDEN": attrs.hidden, "INTERMEDIATE": attrs.intermediate}
 
@@ -87,7 +88,8 @@ class _Experts:
         matrices, constants = self._gate_up()
         pairs = -(-a.intermediate // packing.PANEL)
         # A program has two panels: twice the vectors a thread.
-        turn = gemv_turn(a.hidden, self.weight_format, pairs * a.top_k * rows)
+        turns = gemv_turns(a.hidden, self.weight_format, pairs * a.top_k * rows)
+        turn, choice = self.tiles.pick(f"{self.stem}, exactly {rows} rows, gate and up", turns)
         up = launch(
             "experts_decode",
             "experts_gate_up_gemv",
@@ -103,12 +105,14 @@ class _Experts:
             },
             {**constants, **norm_constants(norm), "TOP_K": a.top_k, **self._glu(), "STEPS": turn.steps},
             warps=turn.warps,
+            tile=choice,
         )
         matrices, constants = self._down()
         panels = -(-a.hidden // packing.PANEL)
         # A token's experts are one product, one after the other.
         columns = a.top_k * packing.padded_columns(a.intermediate, self.weight_format)
-        turn = gemv_turn(columns, self.weight_format, panels * rows)
+        turns = gemv_turns(columns, self.weight_format, panels * rows)
+        turn, choice = self.tiles.pick(f"{self.stem}, exactly {rows} rows, down", turns)
         arguments = {"h": h, "ids": self.ids, "weights": self.weights, "resident": self.resident, **matrices}
         down = launch(
             "experts_decode",
@@ -118,6 +122,7 @@ class _Experts:
             {**arguments, **added_arguments(added), "y": ("*fp32", Operand("output", 0))},
             {**constants, "TOP_K": a.top_k, "STEPS": turn.steps},
             warps=turn.warps,
+            tile=choice,
         )
         return GpuCode((up, down), aligned(4 * rows * a.top_k * a.intermediate))
 
@@ -165,49 +170,68 @@ class _Experts:
             warps=max(1, turn // 512),
         )
 
-    def _tiles(self, rows: int) -> tuple[GemmTile, GemmTile]:
+    def _tiles(self, rows: int) -> tuple[Sequence[GemmTile], Sequence[GemmTile]]:
         """Of gate and up (columns of both together are twice as many) and of down, as linear.py's: measured at 4, 32
         and 256 rows an expert. Tensor cores of an H100 multiply 64 rows at a time: fewer are worth it only where a tile
         has no more."""
         share = -(-rows * self.attrs.top_k // self.attrs.experts)
         if self.weight_format == "f32":
-            tile = GemmTile(16 if share <= 16 else 64, 32, 32, 4, (3, 2))
-            return tile, tile
+            height = 16 if share <= 16 else 64
+            both = GemmTile(height, 32, 32, 4, (3, 2)), GemmTile(height, 32, 32, 4, (2, 1))
+            return both, both
         steps = 64 // PER_WORD[self.weight_format]
+
+        def tile(rows: int, columns: int, warps: int, deep: int) -> GemmTile:
+            return GemmTile(rows, columns, steps, warps, (deep, 2))
+
         if share > 64:
-            return GemmTile(128, 64, steps, 8, (3, 2)), GemmTile(128, 128, steps, 4, (3, 2))
-        height = 16 if share <= 16 else 64
-        return GemmTile(height, 64, steps, 4, (4, 2)), GemmTile(height, 128, steps, 4, (4 if height == 16 else 3, 2))
+            up = tile(128, 64, 8, 3), tile(128, 64, 8, 4), tile(128, 128, 8, 3), tile(64, 64, 4, 4)
+            down = tile(128, 128, 4, 3), tile(128, 128, 8, 3), tile(128, 256, 8, 3), tile(64, 128, 4, 3)
+        elif share > 16:
+            up = tile(64, 64, 4, 4), tile(64, 64, 8, 3), tile(64, 128, 4, 3), tile(32, 64, 4, 4)
+            down = tile(64, 128, 4, 3), tile(64, 128, 8, 3), tile(64, 64, 4, 4), tile(32, 128, 4, 4)
+        else:
+            up = tile(16, 64, 4, 4), tile(16, 128, 8, 3), tile(16, 32, 4, 4), tile(16, 64, 4, 3)
+            down = tile(16, 128, 4, 4), tile(16, 128, 8, 3), tile(16, 64, 4, 4), tile(16, 128, 4, 3)
+        return up, down
 
     def _products(
         self, rows: int, x: _Argument, starts: _Argument, order: _Argument, h: _Argument, out: _Argument
     ) -> tuple[Launch, Launch]:
         a = self.attrs
-        tile, wide = self._tiles(rows)
-        # Each expert's last tile may be part of one.
-        tiles = GridAxis(tile=tile.rows, scale=a.top_k, extra=self.here)
+        ups, downs = self._tiles(rows)
+        key = f"{self.stem}, up to {rows} rows"
+        tile, up_choice = self.tiles.pick(f"{key}, gate and up", ups)
+        wide, down_choice = self.tiles.pick(f"{key}, down", downs)
+
+        def row_tiles(height: int) -> GridAxis:
+            # Each expert's last tile may be part of one.
+            return GridAxis(tile=height, scale=a.top_k, extra=self.here)
+
         runs: dict[str, Constant] = {"EXPERTS": self.here, "EXPERTS_PADDED": power_of_two(self.here)}
         matrices, constants = self._gate_up()
         up = launch(
             "experts_prefill",
             "experts_gate_up_gemm",
             f"{self.stem}_gate_up_tile{tile.rows}",
-            (tiles, GridAxis(-(-a.intermediate // tile.columns)), ONE),
+            (row_tiles(tile.rows), GridAxis(-(-a.intermediate // tile.columns)), ONE),
             {"x": x, "starts": starts, "order": order, **matrices, "h": h},
             {**constants, **runs, "TOP_K": a.top_k, **self._glu(), **tile.constants()},
             warps=tile.warps,
             stages=tile.stages,
+            tile=up_choice,
         )
         matrices, constants = self._down()
         down = launch(
             "experts_prefill",
             "experts_down_gemm",
             f"{self.stem}_down_tile{wide.rows}",
-            (tiles, GridAxis(-(-a.hidden // wide.columns)), ONE),
+            (row_tiles(wide.rows), GridAxis(-(-a.hidden // wide.columns)), ONE),
             {"h": h, "starts": starts, "order": order, "weights": self.weights, **matrices, "out": out},
             {**constants, **runs, **wide.constants()},
             warps=wide.warps,
             stages=wide.stages,
+            tile=down_choice,
         )
         return up, down
 

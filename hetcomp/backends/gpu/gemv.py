@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.kernels import ONE, Constant, GridAxis, Launch, Operand, launch
+from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.tiles import power_of_two
 from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
 from hetcomp.ir.ops import Glu
@@ -31,16 +32,17 @@ class GemvTurn:
     warps: int
 
 
-def gemv_turn(columns: int, weight_format: str, programs: int, rows: int = 1, panels: int = 1) -> GemvTurn:
-    """The turn for a GEMV of ``programs`` programs, each of ``rows`` rows and ``panels`` panels: the largest size that
-    wastes the fewest steps. A thread has a sum for each of its weights and each row, and another before the scales:
-    many rows want the registers of fewer threads."""
+def gemv_turns(columns: int, weight_format: str, programs: int, rows: int = 1, panels: int = 1) -> tuple[GemvTurn, ...]:
+    """Turns for a GEMV of ``programs`` programs, each of ``rows`` rows and ``panels`` panels: first the largest size
+    that wastes the fewest steps, then those next to it. A thread has a sum for each of its weights and each row, and
+    another before the scales: many rows want the registers of fewer threads."""
     needed = packing.padded_columns(columns, weight_format) // PER_WORD[weight_format]
     sizes = _GEMV_STEPS if programs <= _FEW_PANELS else _GEMV_STEPS[2:]
     most = _GEMV_STEPS[0 if rows * panels <= 4 else 1 if rows * panels <= 8 else 2]
-    steps = min((s for s in sizes if s <= most), key=lambda size: (-(-needed // size) * size, -size))
+    first = min((s for s in sizes if s <= most), key=lambda size: (-(-needed // size) * size, -size))
     # Two panels of many rows: one vector of each a thread.
-    return GemvTurn(steps, max(1, steps * (2 if rows * panels > 8 else 1) // 16))
+    steps = (first, *(s for s in (first // 2, first * 2) if s in _GEMV_STEPS and s <= most))
+    return tuple(GemvTurn(s, max(1, s * (2 if rows * panels > 8 else 1) // 16)) for s in steps)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def linear_gemv(
     added: Sequence[Operand] = (),
     normed: Operand | None = None,
     split: Split | None = None,
+    tiles: TileChoices = BY_TABLE,
 ) -> Launch:
     """Products of x with one matrix (of ``heads`` heads) or up to three; all of them have a bias or none has.
 
@@ -132,7 +135,11 @@ def linear_gemv(
     word = word_type(weight_format)
     first, *others = matrices
     panels = [-(-m.rows // packing.PANEL) for m in matrices]
-    turn = split.turn if split else gemv_turn(columns, weight_format, sum(panels) * heads, rows)
+    if split:
+        turn, choice = split.turn, None
+    else:
+        turns = gemv_turns(columns, weight_format, sum(panels) * heads, rows)
+        turn, choice = tiles.pick(f"{stem} of {heads} heads, exactly {rows} rows", turns)
     parts = split.parts if split else 1
     arguments: dict[str, tuple[str, Operand] | None] = {
         "x": floats(x),
@@ -171,20 +178,30 @@ def linear_gemv(
             "STEPS": turn.steps,
         },
         warps=turn.warps,
+        tile=choice,
     )
 
 
 def glu_gemv(
-    x: Operand, gate: Matrix, up: Matrix, columns: int, weight_format: str, rows: int, glu: Glu, norm: Norm | None
+    x: Operand,
+    gate: Matrix,
+    up: Matrix,
+    columns: int,
+    weight_format: str,
+    rows: int,
+    glu: Glu,
+    norm: Norm | None,
+    tiles: TileChoices = BY_TABLE,
 ) -> Launch:
     """``glu`` of two linears of x, written to ``gate.y``."""
     word = word_type(weight_format)
     panels = -(-gate.rows // packing.PANEL)
-    turn = gemv_turn(columns, weight_format, panels, rows, 2)
+    stem = f"glu_{weight_format}_n{gate.rows}_k{columns}_rows{rows}"
+    turn, choice = tiles.pick(stem, gemv_turns(columns, weight_format, panels, rows, 2))
     return launch(
         "gemv",
         "glu_gemv",
-        f"glu_{weight_format}_n{gate.rows}_k{columns}_rows{rows}",
+        stem,
         (GridAxis(panels), ONE, ONE),
         {
             "x": floats(x),
@@ -207,4 +224,5 @@ def glu_gemv(
             "STEPS": turn.steps,
         },
         warps=turn.warps,
+        tile=choice,
     )

@@ -8,19 +8,31 @@ from dataclasses import dataclass
 
 from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
+from hetcomp.backends.gpu.candidates import CANDIDATE_WORDS
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
+from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.flat_ops import FlatOp, flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
-from hetcomp.backends.gpu.lower_step import ARENA, BEST, LOGITS, Place, Rows, StepGraph, StepLowering
+from hetcomp.backends.gpu.lower_step import ARENA, BEST, CANDIDATES, LOGITS, Place, Rows, StepGraph, StepLowering
 from hetcomp.backends.gpu.step_events import step_events
+from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.ir.homes import on_gpu, read_in
+from hetcomp.ir.kv_pool import GpuCacheMemory, KvPool, block_bytes
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value, ValueKind
 
 WEIGHTS, STATES, CONSTANTS = "weights", "states", "constants"
 _ALIGNMENT = 256  # of everything in a buffer: what cuMemAlloc gives
-# Buffers that the host fills for each step, and the dimension of their i32 (empty: one number).
-_STEP = {"ids": "T", "positions": "T", "slots": "T", "logit_rows": "R", "rows": "", "logit_row_count": ""}
+# Buffers that the host fills for each step, and the dimension of their i32, or f32 (empty: one number).
+_STEP = {
+    "ids": "T",
+    "positions": "T",
+    "slots": "T",
+    "logit_rows": "R",
+    "rows": "",
+    "logit_row_count": "",
+    "inverse_temperatures": "R",
+}
 # Rows of decode graphs, and the bounds of those for prompts below the largest.
 _DECODE_ROWS = (1, 2, 4, 8, 16)
 _PROMPT_ROWS = (64, 512)
@@ -38,18 +50,19 @@ class GpuBuffer:
 @dataclass(frozen=True)
 class GpuProgram:
     """``device``: the plan's name of the GPU. ``weights`` in the order of their places in the buffer of weights;
-    ``cuts``: of those that are a GPU's part of one, by id: the whole weight and the cut. ``constants``: bytes of the
-    buffer of constants."""
+    ``cuts``: of those that are a GPU's part of one, by id: the whole weight and the cut. ``cache``: the memory whose
+    blocks the states lie in. ``constants``: bytes of the buffer of constants."""
 
     plan: Plan
     device: str
     weights: tuple[Value, ...]
     cuts: Mapping[str, tuple[Value, Cut]]
-    states: tuple[Value, ...]
+    cache: GpuCacheMemory
     places: Mapping[str, Place]
     constants: bytes
     graphs: tuple[StepGraph, ...]
     exchange: Exchange
+    stream: StreamLayout | None
 
     @property
     def number(self) -> int:
@@ -64,7 +77,8 @@ class GpuProgram:
     def device_bytes(self, compiled: Sequence[CompiledKernel]) -> int:
         """Device memory of all buffers, and of the kernels' scratch."""
         scratch = {made.kernel.name: made.global_scratch_bytes for made in compiled}
-        size = sum(_aligned(b.bytes) for b in self.buffers() if b.kind not in ("pinned_in", "pinned_out"))
+        size = sum(_aligned(b.bytes) for b in self.buffers() if b.kind not in ("state", "pinned_in", "pinned_out"))
+        size += _aligned(self.cache.bytes)
         for graph in self.graphs:
             for node in graph.nodes:
                 x, y, z = node.get("grid", (0, 0, 0))
@@ -74,54 +88,73 @@ class GpuProgram:
     def buffers(self) -> tuple[GpuBuffer, ...]:
         """All buffers but empty ones."""
         dims = self.plan.max_dims()
+        exact = max((g.rows.count for g in self.graphs if g.rows.exact), default=0)
         named = {a["buffer"] for g in self.graphs for n in g.nodes for a in n.get("arguments", ()) if "buffer" in a}
         found = [
             GpuBuffer(WEIGHTS, self._end(self.weights), "weight"),
-            GpuBuffer(STATES, self._end(self.states), "state"),
+            GpuBuffer(STATES, self.cache.addresses, "state"),
             GpuBuffer(CONSTANTS, len(self.constants), "constant"),
             GpuBuffer(ARENA, max(g.arena_bytes for g in self.graphs), "arena"),
             *(GpuBuffer(name, 4 * dims.get(dim, 1), "step") for name, dim in _STEP.items() if name in named),
             *([GpuBuffer(LOGITS, 4 * dims["R"] * self.plan.model.vocab, "result")] if LOGITS in named else []),
             *([GpuBuffer(BEST, 4 * dims["R"], "pinned_out")] if BEST in named else []),
+            *([GpuBuffer(CANDIDATES, 4 * CANDIDATE_WORDS * exact, "pinned_out")] if CANDIDATES in named else []),
             *(
                 GpuBuffer(name, self.exchange.buffers[name].bytes, "pinned_out" if writes else "pinned_in")
                 for name, writes in self.exchange.of_side(self.device).items()
             ),
+            *self._stream_buffers(),
         ]
         return tuple(buffer for buffer in found if buffer.bytes)
 
+    def _stream_buffers(self) -> list[GpuBuffer]:
+        if self.stream is None:
+            return []
+        slots = [GpuBuffer(name, size, "stream") for name, size in self.stream.buffers]
+        return [*slots, GpuBuffer(TABLES, self.stream.tables_bytes, "stream")]
+
     def _end(self, values: Sequence[Value]) -> int:
-        return max((self.places[v.id].offset + _size(v, self.plan) for v in values), default=0)
+        return max((self.places[v.id].offset + packing.packed_bytes(v) for v in values), default=0)
 
 
-def lower_programs(plan: Plan) -> tuple[GpuProgram, ...]:
-    """The GPUs' parts of a plan whose memory is planned, one a GPU that it uses, in their order.
+def lower_programs(plan: Plan, tiles: TileChoices = BY_TABLE) -> tuple[GpuProgram, ...]:
+    """The GPUs' parts of a plan whose memory is planned, one a GPU that it uses, in their order. ``tiles``: of the
+    launches.
 
     Raises HetcompError if there is no kernel for an op that is placed on a GPU.
     """
     exchange, flat = Exchange.of(plan), flat_ops(plan)
-    return tuple(_lower(plan, gpu, exchange, *flat) for gpu in on_gpu(plan))
+    return tuple(_lower(plan, gpu, exchange, tiles, *flat) for gpu in on_gpu(plan))
 
 
 def _lower(
-    plan: Plan, gpu: str, exchange: Exchange, ops: tuple[FlatOp, ...], values: Mapping[str, Value]
+    plan: Plan,
+    gpu: str,
+    exchange: Exchange,
+    tiles: TileChoices,
+    ops: tuple[FlatOp, ...],
+    values: Mapping[str, Value],
 ) -> GpuProgram:
+    stream = StreamLayout.of(plan, exchange, gpu)
     cuts = gpu_cut_weights(plan, gpu)
     readers = read_in(plan)
     stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
     weights = [cuts[v.id][0] if v.id in cuts else v for v in stored if v.id in cuts or gpu in readers[v.id]]
     states = [v for v in plan.values if v.kind is ValueKind.STATE and gpu in readers[v.id]]
-    places = {**_in_a_row(WEIGHTS, weights, plan), **_in_a_row(STATES, states, plan)}
+    in_block, block = _in_block(states)
+    cache = KvPool.of(plan.max_dims()).gpu_memory(block)
+    dims = {**plan.max_dims(), "cache_block": block, "slot_blocks": cache.slot_blocks}
+    places = {**_in_a_row(WEIGHTS, weights), **in_block}
     places |= {v.id: Place(v.fqn or v.id) for v in plan.values if v.kind is ValueKind.INPUT}
     events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
     graphs = [
-        StepLowering(gpu, events, dict(values), dict(places), exchange, plan.max_dims(), rows, constants).lower()
+        StepLowering(gpu, events, dict(values), dict(places), exchange, stream, dims, rows, constants, tiles).lower()
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
-    return GpuProgram(plan, gpu, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange)
+    return GpuProgram(plan, gpu, tuple(weights), by_part, cache, places, table, tuple(graphs), exchange, stream)
 
 
 def _all_rows(plan: Plan) -> list[Rows]:
@@ -133,16 +166,21 @@ def _all_rows(plan: Plan) -> list[Rows]:
     return [*exact, *(Rows(n, False, min(n, logit_rows)) for n in prompts)]
 
 
-def _size(value: Value, plan: Plan) -> int:
-    return value.type.bytes(plan.max_dims()) if value.kind is ValueKind.STATE else packing.packed_bytes(value)
-
-
-def _in_a_row(buffer: str, values: Sequence[Value], plan: Plan) -> dict[str, Place]:
+def _in_a_row(buffer: str, values: Sequence[Value]) -> dict[str, Place]:
     places, end = {}, 0
     for value in values:
         places[value.id] = Place(buffer, end)
-        end = _aligned(end + _size(value, plan))
+        end = _aligned(end + packing.packed_bytes(value))
     return places
+
+
+def _in_block(states: Sequence[Value]) -> tuple[dict[str, Place], int]:
+    """The states' places in the first block of the KV cache, and its bytes."""
+    places, end = {}, 0
+    for state in states:
+        places[state.id] = Place(STATES, end)
+        end += block_bytes(state.type)
+    return places, end
 
 
 def _aligned(size: int) -> int:

@@ -13,6 +13,7 @@ from hetcomp.backends.gpu.mla import LatentOperands, LatentOps, latents_to_cache
 from hetcomp.backends.gpu.patterns import GluPair, HeadOps, Run
 from hetcomp.backends.gpu.rounded_values import reads_bf16
 from hetcomp.backends.gpu.rowwise import add_rms_norm, rms_norm, route_parts
+from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Glu, HeadLinear, Linear, RmsNorm, Rope
@@ -41,14 +42,15 @@ def group_ops(
     wanted: Container[str],
     dims: Mapping[str, int],
     rows: int | None,
+    tiles: TileChoices = BY_TABLE,
 ) -> tuple[GpuGroup, ...]:
     """The ops in groups, in an order of execution.
 
     ops: a run of ops without branches, all on the GPU, ids of values unique; a ``moe_experts`` has all its experts
     here. wanted: ids of values that others read too. A value that is neither wanted nor read by another group need not
-    be written. dims, rows: as ``GpuRequest``. Raises HetcompError naming an op that there is no kernel for.
+    be written. dims, rows, tiles: as ``GpuRequest``. Raises HetcompError naming an op that there is no kernel for.
     """
-    return tuple(_Grouping(Run(ops, values, wanted, rows), dims, rows).groups())
+    return tuple(_Grouping(Run(ops, values, wanted, rows), dims, rows, tiles).groups())
 
 
 class _Operands:
@@ -70,8 +72,9 @@ class _Grouping:
     first op that has its own operands goes alone; there always is one, as the ops' own order is an order of execution.
     """
 
-    def __init__(self, run: Run, dims: Mapping[str, int], rows: int | None) -> None:
+    def __init__(self, run: Run, dims: Mapping[str, int], rows: int | None, tiles: TileChoices) -> None:
         self.run = run
+        self.tiles = tiles
         self.dims = dims
         self.rows = rows
         self.pending = list(range(len(run.ops)))
@@ -164,7 +167,7 @@ class _Grouping:
         outputs = [
             run.rounded[v].copy if v in run.rounded and run.rounded[v].alone else run.values[v] for v in op.outputs
         ]
-        return GpuRequest(op, tuple(inputs), tuple(outputs), self.dims, self.rows)
+        return GpuRequest(op, tuple(inputs), tuple(outputs), self.dims, self.rows, tiles=self.tiles)
 
     def _linears(self, first: int) -> GpuGroup:
         """A linear with what is added to it, or those that read the same and can be multiplied by the same launch."""
@@ -190,7 +193,16 @@ class _Grouping:
         weight_format, rows = run.weight_format(first), self._rows()
         stem = f"linear_{weight_format}_n{'_'.join(str(m.rows) for m in matrices)}_k{attrs.in_features}"
         made = linear_gemv(
-            stem, x, matrices, attrs.in_features, weight_format, rows, norm=norm, added=added, normed=normed
+            stem,
+            x,
+            matrices,
+            attrs.in_features,
+            weight_format,
+            rows,
+            norm=norm,
+            added=added,
+            normed=normed,
+            tiles=self.tiles,
         )
         return self._made([*members, *chain], operands, GpuCode((made,)))
 
@@ -228,7 +240,7 @@ class _Grouping:
         linear, glu = run.ops[pair.gate].attrs, run.ops[pair.glu].attrs
         assert isinstance(linear, Linear) and isinstance(glu, Glu)
         weight_format = run.weight_format(pair.gate)
-        made = glu_gemv(x, gate, up, linear.in_features, weight_format, self._rows(), glu, norm)
+        made = glu_gemv(x, gate, up, linear.in_features, weight_format, self._rows(), glu, norm, self.tiles)
         return self._made([pair.gate, pair.up, pair.glu], operands, GpuCode((made,)))
 
     def _experts(self, i: int) -> GpuGroup:
@@ -263,8 +275,9 @@ class _Grouping:
         turned = self._request(of.q_rope).outputs[0]
         y = operands.write(turned.id)
         named = HeadOperands(q, k, v, q_norm, k_norm, cos, sin, y, turned.type.dtype, k_cache, v_cache)
-        k_type, v_type = (run.values[op.inputs[1]].type.dtype for op in (k_append, v_append))
-        return self._made(of.members(), operands, heads_to_cache(named, of.attrs, k_type, v_type, self.rows))
+        cached = run.values[k_append.inputs[1]].type.dtype
+        block = self._request(of.k_append).block_elements(cached)
+        return self._made(of.members(), operands, heads_to_cache(named, of.attrs, cached, block, self.rows))
 
     def _latents(self, of: LatentOps) -> GpuGroup:
         run, operands = self.run, _Operands()
@@ -282,8 +295,16 @@ class _Grouping:
         named = LatentOperands(q, kv, weight, cos, sin, matrix, y, cache)
         assert isinstance(norm.attrs, RmsNorm) and isinstance(rope.attrs, Rope) and isinstance(absorb.attrs, HeadLinear)
         cached = run.values[append.inputs[1]].type.dtype
-        weight_format = run.weight_format(of.absorb)
-        code = latents_to_cache(named, norm.attrs, rope.attrs, absorb.attrs, weight_format, cached, self._rows())
+        code = latents_to_cache(
+            named,
+            norm.attrs,
+            rope.attrs,
+            absorb.attrs,
+            run.weight_format(of.absorb),
+            cached,
+            self._request(of.append).block_elements(cached),
+            self._rows(),
+        )
         return self._made(of.members(), operands, code)
 
     def _normed_add(self, add: int, norm: int) -> GpuGroup:

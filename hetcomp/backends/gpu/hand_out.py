@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from hetcomp.backends.gpu.groups import GpuGroup
 from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Operand, launch
@@ -14,8 +15,11 @@ from hetcomp.ir.plan import Op, Value
 _MAX_COLUMNS = 1024
 
 
-def hand_out(op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], exact: bool) -> GpuGroup:
-    """Copies x f32[rows, ..], or x, ids i32[rows, top_k] and weights f32[rows, top_k], to ``outputs``."""
+def hand_out(
+    op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], exact: bool, wanted: Value | None = None
+) -> GpuGroup:
+    """Copies x f32[rows, ..], or x, ids i32[rows, top_k] and weights f32[rows, top_k], to ``outputs``. ``wanted``:
+    i32[1], zero where nobody reads x."""
     width = math.prod(d for d in inputs[0].type.shape[1:] if isinstance(d, int))
     choices = len(inputs) > 1
     top_k = inputs[1].type.shape[1] if choices else 1
@@ -30,23 +34,49 @@ def hand_out(op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], exact:
     made = launch(
         "hand_out",
         "hand_out",
-        f"hand_out_{width}{f'_top{top_k}' if choices else ''}",
+        f"hand_out_{width}{f'_top{top_k}' if choices else ''}{'_wanted' if wanted else ''}",
         (ROWS, GridAxis(-(-width // columns)), ONE),
         {
             "x": ("*fp32", Operand("input", 0)),
             "ids": ("*i32", Operand("input", 1)) if choices else None,
             "weights": ("*fp32", Operand("input", 2)) if choices else None,
             "n_rows": None if exact else ("*i32", Operand("step", name="rows")),
+            "wanted": ("*i32", Operand("input", len(inputs))) if wanted else None,
             "x_out": ("*fp32", Operand("output", 0)),
             "ids_out": ("*i32", Operand("output", 1)) if choices else None,
             "weights_out": ("*fp32", Operand("output", 2)) if choices else None,
         },
         constants,
     )
-    return GpuGroup((op,), tuple(v.id for v in inputs), outputs, GpuCode((made,)))
+    read = (*inputs, wanted) if wanted else inputs
+    return GpuGroup((op,), tuple(v.id for v in read), outputs, GpuCode((made,)))
 
 
 def add_sums(op: Op, a: Value, b: Value, total: Value, rows: int | None) -> GpuGroup:
     """total = a + b, f32[rows, width] all."""
     request = GpuRequest(Op(op.id, Add(), (a.id, b.id), (total.id,)), (a, b), (total,), {}, rows)
     return GpuGroup((op,), (a.id, b.id), (total.id,), TritonBackend().emit(request))
+
+
+def add_parts(op: Op, here: Sequence[Value], there: Value, part: Value, total: Value) -> GpuGroup:
+    """total = the sums of the GPU's experts, one or two, and that of the CPU's where ``part`` i32[1] is not zero; f32
+    [rows, width] all, of as many rows as the step has."""
+    width = math.prod(d for d in total.type.shape[1:] if isinstance(d, int))
+    columns = min(power_of_two(width), _MAX_COLUMNS)
+    made = launch(
+        "hand_out",
+        "add_parts",
+        f"add_parts_{width}",
+        (ROWS, GridAxis(-(-width // columns)), ONE),
+        {
+            "a": ("*fp32", Operand("input", 0)),
+            "b": ("*fp32", Operand("input", 1)) if len(here) > 1 else None,
+            "there": ("*fp32", Operand("input", len(here))),
+            "part": ("*i32", Operand("input", len(here) + 1)),
+            "n_rows": ("*i32", Operand("step", name="rows")),
+            "total": ("*fp32", Operand("output", 0)),
+        },
+        {"WIDTH": width, "COLUMNS": columns},
+    )
+    names = tuple(v.id for v in (*here, there, part))
+    return GpuGroup((op,), names, (total.id,), GpuCode((made,)))

@@ -42,8 +42,9 @@ class HeadAttrs:
     v: KvAppend
 
 
-def heads_to_cache(of: HeadOperands, a: HeadAttrs, k_cache: DType, v_cache: DType, rows: int | None) -> GpuCode:
-    """Norms (of heads or of whole rows) and rotations of q and k; k and v to their caches."""
+def heads_to_cache(of: HeadOperands, a: HeadAttrs, cache: DType, block: int, rows: int | None) -> GpuCode:
+    """Norms (of heads or of whole rows) and rotations of q and k; k and v to their caches, whose blocks have
+    ``block`` elements."""
     norms = {"Q_EPS": 0.0, "Q_WEIGHT_OFFSET": 0.0, "K_EPS": 0.0, "K_WEIGHT_OFFSET": 0.0}
     whole = False
     if a.q_norm and a.k_norm:
@@ -61,7 +62,7 @@ def heads_to_cache(of: HeadOperands, a: HeadAttrs, k_cache: DType, v_cache: DTyp
     made = launch(
         "heads",
         "heads_to_cache",
-        f"heads_{a.q.style}_{a.q.heads}x{a.k.heads}x{a.q.head_dim}_{k_cache}_{of.y_type}",
+        f"heads_{a.q.style}_{a.q.heads}x{a.k.heads}x{a.q.head_dim}_{cache}_{of.y_type}",
         (ROWS, GridAxis(blocks), ONE),
         {
             "q": ("*fp32", of.q),
@@ -75,9 +76,9 @@ def heads_to_cache(of: HeadOperands, a: HeadAttrs, k_cache: DType, v_cache: DTyp
             "slots": ("*i32", Operand("step", name="slots")),
             "n_rows": ("*i32", Operand("step", name="rows")) if rows is None else None,
             "y": (NUMBER_TYPES[of.y_type], of.y),
-            "k_cache": (CACHE_TYPES[k_cache], of.k_cache),
-            "v_cache": (CACHE_TYPES[v_cache], of.v_cache),
-            "context": ("i32", Operand("context")),
+            "k_cache": (CACHE_TYPES[cache], of.k_cache),
+            "v_cache": (CACHE_TYPES[cache], of.v_cache),
+            "slot_blocks": ("i32", Operand("slot_blocks")),
         },
         {
             "HEADS": a.q.heads,
@@ -91,6 +92,7 @@ def heads_to_cache(of: HeadOperands, a: HeadAttrs, k_cache: DType, v_cache: DTyp
             **norms,
             "PADDED": padded,
             "HEAD_TILE": tile,
+            "BLOCK": block,
         },
         warps=4 if whole or tile * padded >= _ELEMENTS else 1,
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hetcomp.backends.gpu.tile_choices import BY_TABLE, Tile, TileChoices
 from hetcomp.ir.plan import Op, Value
 from hetcomp.ir.types import DType
 
@@ -18,12 +19,13 @@ Constant = int | float | bool | str | None
 @dataclass(frozen=True)
 class GpuRequest:
     """One op to generate launches for. ``inputs``/``outputs`` are the op's values in order, weights with their format
-    chosen; ``dims`` are upper bounds of the symbolic dimensions.
+    chosen; ``dims`` are upper bounds of the symbolic dimensions, and of ops on a KV cache ``cache_block``: bytes of a
+    block of it (hetcomp.ir.kv_pool), all states together.
 
     ``rows``: the op always has exactly so many rows (a decode step of fixed batch); None: up to its bound, and kernels
     read the number from memory (prefill). ``resident``: of ``moe_experts``, only some experts' weights are here;
     inputs[3] and what follows then have these experts alone, and a further last input i32[experts] says where each
-    expert lies among them, -1 for those elsewhere, which add nothing to the result.
+    expert lies among them, -1 for those elsewhere, which add nothing to the result. ``tiles``: of the launches.
     """
 
     op: Op
@@ -32,6 +34,7 @@ class GpuRequest:
     dims: Mapping[str, int] = field(default_factory=dict)
     rows: int | None = None
     resident: bool = False
+    tiles: TileChoices = BY_TABLE
 
     def max_rows(self) -> int:
         """``rows``, or the upper bound of the op's rows (kv_append has no output; its input's)."""
@@ -40,6 +43,10 @@ class GpuRequest:
             return self.rows
         return first if isinstance(first, int) else self.dims[first]
 
+    def block_elements(self, cache: DType) -> int:
+        """Elements between two blocks of a KV cache of that type."""
+        return self.dims["cache_block"] // cache.row_bytes(1)
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -47,11 +54,11 @@ class Operand:
 
     ``input``/``output``: the op's operand number ``index``. ``workspace``: the op's scratch memory from ``offset`` on.
     ``step``: an array that each step brings in device memory, by ``name``: ``positions``, ``slots``, ``logit_rows`` i32
-    of a row each, ``rows`` i32[1] (tokens), ``logit_row_count`` i32[1]. ``context``: the number i32 of positions that a
-    slot of the KV cache holds. Pointers are multiples of 16 bytes.
+    of a row each, ``rows`` i32[1] (tokens), ``logit_row_count`` i32[1]. ``slot_blocks``: the number i32 of blocks that
+    a slot of the KV cache has. Pointers are multiples of 16 bytes.
     """
 
-    source: Literal["input", "output", "workspace", "step", "context"]
+    source: Literal["input", "output", "workspace", "step", "slot_blocks"]
     index: int = 0
     name: str = ""
     offset: int = 0
@@ -103,11 +110,13 @@ class GpuKernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid as a function of the step's rows, and its arguments in order."""
+    """A kernel, its grid as a function of the step's rows, and its arguments in order. ``tile``: what decided its tile,
+    where there was a choice."""
 
     kernel: GpuKernel
     grid: Grid
     operands: tuple[Operand, ...]
+    tile: Tile | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ def launch(
     *,
     warps: int = 4,
     stages: tuple[int, int] | None = None,
+    tile: Tile | None = None,
 ) -> Launch:
     """A launch whose ``arguments`` name their Triton type and operand. An argument that is None is absent: the kernel
     is compiled without it."""
@@ -142,4 +152,4 @@ def launch(
         warps,
         stages,
     )
-    return Launch(kernel, grid, tuple(operand for _, operand in given.values()))
+    return Launch(kernel, grid, tuple(operand for _, operand in given.values()), tile)

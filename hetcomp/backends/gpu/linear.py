@@ -36,13 +36,39 @@ class GemmTile:
         return {"M_TILE": self.rows, "N_TILE": self.columns, "STEPS": self.steps}
 
 
-def _tile(weight_format: str, rows: int) -> GemmTile:
-    """A linear's tile: the fastest of those measured on an H100 at 64, 512 and 4,096 rows (benchmarks/gpu_launches.py).
-    f32 numbers take twice the memory and three products each."""
+def _tiles(weight_format: str, rows: int) -> tuple[GemmTile, ...]:
+    """A linear's tiles: first the fastest of those measured on an H100 at 64, 512 and 4,096 rows
+    (benchmarks/gpu_launches.py), then what was close. f32 numbers take twice the memory and three products each."""
     height = next((tile for tile in (16, 32, 64) if rows <= tile), 128)
     if weight_format == "f32":
-        return GemmTile(128, 64, 32, 8, (3, 2)) if height == 128 else GemmTile(height, 32, 32, 4, (3, 2))
-    return GemmTile(height, 64, 64 // PER_WORD[weight_format], 4, (3, 2) if height == 128 else (4, 2))
+        few = (
+            GemmTile(height, 32, 32, 4, (3, 2)),
+            GemmTile(height, 64, 32, 4, (3, 2)),
+            GemmTile(height, 32, 32, 4, (2, 1)),
+        )
+        many = GemmTile(128, 64, 32, 8, (3, 2)), GemmTile(128, 64, 32, 4, (3, 2)), GemmTile(64, 64, 32, 4, (2, 2))
+        return many if height == 128 else few
+    steps = 64 // PER_WORD[weight_format]
+    if height == 128:
+        return (
+            GemmTile(128, 64, steps, 4, (3, 2)),
+            GemmTile(128, 64, steps, 8, (3, 2)),
+            GemmTile(128, 128, steps, 8, (3, 2)),
+            GemmTile(64, 64, steps, 4, (4, 2)),
+        )
+    return (
+        GemmTile(height, 64, steps, 4, (4, 2)),
+        GemmTile(height, 32, steps, 4, (4, 2)),
+        GemmTile(height, 64, steps, 4, (3, 2)),
+        GemmTile(height, 128, steps, 4, (3, 2)),
+    )
+
+
+def _unpacked_tiles(n: int) -> tuple[GemmTile, ...]:
+    """Of products with weights that are bf16 already; ``steps`` are numbers. The first as in _tiles."""
+    narrow = GemmTile(128, 128, 64, 8, (3, 2)), GemmTile(128, 128, 64, 8, (4, 2)), GemmTile(128, 128, 64, 4, (4, 2))
+    wide = GemmTile(128, 256, 64, 8, (3, 2)), GemmTile(128, 256, 64, 8, (4, 2))
+    return (*wide, *narrow) if n >= 1024 else narrow
 
 
 def _parts(tile: GemmTile, programs: int, k: int, weight_format: str) -> int:
@@ -109,7 +135,8 @@ def _gemv(request: GpuRequest, rows: int) -> GpuCode:
     heads = attrs.heads if isinstance(attrs, HeadLinear) else 1
     matrix = Matrix(Operand("input", 1), _bias(request), Operand("output", 0), attrs.out_features)
     k, weight_format = attrs.in_features, str(request.inputs[1].format)
-    made = linear_gemv(_stem(request), Operand("input", 0), (matrix,), k, weight_format, rows, heads=heads)
+    stem, x = _stem(request), Operand("input", 0)
+    made = linear_gemv(stem, x, (matrix,), k, weight_format, rows, heads=heads, tiles=request.tiles)
     return GpuCode((made,))
 
 
@@ -118,7 +145,8 @@ def _packed(request: GpuRequest, heads: int) -> GpuCode:
     attrs = request.op.attrs
     assert isinstance(attrs, (Linear, HeadLinear))
     n, k, weight_format = attrs.out_features, attrs.in_features, str(request.inputs[1].format)
-    tile = _tile(weight_format, request.max_rows())
+    key = f"{_stem(request)} of {heads} heads, {'exactly' if request.rows else 'up to'} {request.max_rows()} rows"
+    tile, choice = request.tiles.pick(key, _tiles(weight_format, request.max_rows()))
     row_tiles, column_tiles = -(-request.max_rows() // tile.rows), -(-n // tile.columns)
     parts = _parts(tile, row_tiles * column_tiles * heads, k, weight_format)
     before: tuple[Launch, ...] = ()
@@ -151,6 +179,7 @@ def _packed(request: GpuRequest, heads: int) -> GpuCode:
         },
         warps=tile.warps,
         stages=tile.stages,
+        tile=choice,
     )
     if parts == 1:
         return GpuCode((*before, made), size)
@@ -162,6 +191,7 @@ def _packed(request: GpuRequest, heads: int) -> GpuCode:
         (ROWS, GridAxis(-(-n // columns)), GridAxis(heads)),
         {"parts": sums, "bias": its_bias, "y": y, "n_rows": n_rows(request)},
         {**shape, "COLUMNS": columns},
+        tile=choice,
     )
     return GpuCode((*before, made, join), size + aligned(4 * parts * heads * row_tiles * tile.rows * n))
 
@@ -182,12 +212,13 @@ def _unpacked(request: GpuRequest) -> GpuCode:
         {"w": (word_type(weight_format), Operand("input", 1)), "out": w},
         {"K": k, "N": n, "FORMAT": weight_format, "COLUMNS": _UNPACK_COLUMNS, "STEPS": _UNPACK_STEPS},
     )
-    columns = 256 if n >= 1024 else 128
+    key = f"unpacked_n{n}_k{k}, up to {request.max_rows()} rows"
+    tile, choice = request.tiles.pick(key, _unpacked_tiles(n))
     made = launch(
         "gemm",
         "unpacked_gemm",
         f"{_stem(request)}_unpacked",
-        (GridAxis(tile=128), GridAxis(-(-n // columns)), ONE),
+        (GridAxis(tile=tile.rows), GridAxis(-(-n // tile.columns)), ONE),
         {
             "x": x,
             "w": w,
@@ -195,8 +226,9 @@ def _unpacked(request: GpuRequest) -> GpuCode:
             "y": ("*fp32", Operand("output", 0)),
             "n_rows": n_rows(request),
         },
-        {"K": k, "N": n, "M_TILE": 128, "N_TILE": columns, "K_TILE": 64},
-        warps=8,
-        stages=(3, 2),
+        {"K": k, "N": n, "M_TILE": tile.rows, "N_TILE": tile.columns, "K_TILE": tile.steps},
+        warps=tile.warps,
+        stages=tile.stages,
+        tile=choice,
     )
     return GpuCode((*before, unpack, made), size + aligned(2 * n * k))

@@ -8,8 +8,10 @@ from typing import Any
 
 from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
 from hetcomp.backends.gpu.argmax import argmax
+from hetcomp.backends.gpu.candidates import CANDIDATES_FROM, candidates
+from hetcomp.backends.gpu.expert_stream import TABLES, StreamedLayer, StreamLayout
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
-from hetcomp.backends.gpu.hand_out import add_sums, hand_out
+from hetcomp.backends.gpu.hand_out import add_parts, add_sums, hand_out
 from hetcomp.backends.gpu.kernels import GpuKernel, GpuRequest, Launch, Operand
 from hetcomp.backends.gpu.step_events import (
     AskExperts,
@@ -22,6 +24,7 @@ from hetcomp.backends.gpu.step_events import (
     TakeValue,
     reads_of,
 )
+from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.hand_overs import HandOver
 from hetcomp.ir.homes import CPU
@@ -32,7 +35,7 @@ from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
 ARENA = "arena"
-LOGITS, BEST = "logits", "best"
+LOGITS, BEST, CANDIDATES = "logits", "best", "candidates"
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,15 @@ class Await:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """The nodes of a step, one after the other; ``kernels`` by name, ``arena_bytes`` of device memory."""
+    """The nodes of a step, one after the other; ``kernels`` by name, ``arena_bytes`` of device memory. ``groups``: what
+    the launches come from, ``values``: what these read and write, by id."""
 
     rows: Rows
     nodes: tuple[dict[str, Any], ...]
     kernels: Mapping[str, GpuKernel]
     arena_bytes: int
+    groups: tuple[GpuGroup, ...] = ()
+    values: Mapping[str, Value] = field(default_factory=dict)
 
 
 @dataclass
@@ -88,17 +94,19 @@ class StepLowering:
     """Lowers the events of ``gpu`` for one number of rows.
 
     ``values`` by id, those of the step and of the plan; ``places``: of values outside of the arena (weights, states, a
-    step's inputs). ``residents``: places of tables of resident experts, filled as they are needed (``constants``: their
-    numbers)."""
+    step's inputs). ``dims``: as of GpuRequest, and ``slot_blocks``. ``residents``: places of tables of resident
+    experts, filled as they are needed (``constants``: their numbers)."""
 
     gpu: str
     events: Sequence[Event]
     values: dict[str, Value]
     places: dict[str, Place]
     exchange: Exchange
+    stream: StreamLayout | None
     dims: Mapping[str, int]
     rows: Rows
     constants: dict[tuple[int, ...], int]
+    tiles: TileChoices = BY_TABLE
     steps: list[GpuGroup | Raise | Await] = field(default_factory=list)
 
     def lower(self) -> StepGraph:
@@ -129,7 +137,7 @@ class StepLowering:
             case Run(ops):
                 elsewhere = {n for i, e in enumerate(self.events) if i != index for n in reads_of(e)}
                 dims = self.rows.dims(self.dims)
-                groups = group_ops(ops, self.values, elsewhere, dims, self._exact)
+                groups = group_ops(ops, self.values, elsewhere, dims, self._exact, self.tiles)
                 self.values |= {v.id: v for group in groups for v in group.own}
                 self.steps += groups
             case SomeExperts(op, _):
@@ -137,7 +145,9 @@ class StepLowering:
             case AskExperts(op, hand_over):
                 outputs = tuple(self._pinned(hand_over, part) for part in EXPERT_INPUTS)
                 inputs = tuple(self.values[name] for name in op.inputs[: len(EXPERT_INPUTS)])
-                self.steps += [hand_out(op, inputs, outputs, self.rows.exact), Raise(hand_over.flag, CPU)]
+                layer = self._streamed(hand_over)
+                wanted = self._table_value("ask", self.stream.ask(layer)) if self.stream and layer else None
+                self.steps += [hand_out(op, inputs, outputs, self.rows.exact, wanted), Raise(hand_over.flag, CPU)]
             case AwaitExperts():
                 self._await_experts(index, event)
             case GiveValue(op, hand_over):
@@ -156,19 +166,38 @@ class StepLowering:
                 self._find_best(op)
 
     def _find_best(self, op: Op) -> None:
-        """The most likely token of each row, so that greedy decoding need not fetch the logits."""
+        """The most likely token of each row, and of a decode step's rows the most likely ones, so that neither greedy
+        decoding nor, mostly, sampling need fetch the logits."""
         vocab = self.values[op.inputs[0]].type.shape[-1]
         assert isinstance(vocab, int)
-        self.values[BEST] = Value(BEST, TensorType(DType.I32, ("R",)), ValueKind.OUTPUT)
-        self.places[BEST] = Place(BEST)
-        code = argmax(vocab, self.rows.logit_rows, self.rows.exact)
-        self.steps.append(GpuGroup((op,), op.inputs, (BEST,), code))
+        for name in (BEST, CANDIDATES):
+            self.values[name] = Value(name, TensorType(DType.I32, ("R",)), ValueKind.OUTPUT)
+            self.places[name] = Place(name)
+        if self.rows.exact and vocab >= CANDIDATES_FROM:
+            code = candidates(vocab, self.rows.count)
+            self.steps.append(GpuGroup((op,), op.inputs, (BEST, CANDIDATES), code))
+        else:
+            code = argmax(vocab, self.rows.logit_rows, self.rows.exact)
+            self.steps.append(GpuGroup((op,), op.inputs, (BEST,), code))
 
     def _pinned(self, hand_over: HandOver, part: str) -> str:
         """A name for a pinned buffer among the values."""
         buffer = self.exchange.buffer(hand_over, part).name
         self.places[f"pinned {buffer}"] = Place(buffer)
         return f"pinned {buffer}"
+
+    def _streamed(self, hand_over: HandOver) -> StreamedLayer | None:
+        """What is streamed of the layer in this graph: in steps of a prompt alone."""
+        if self.stream is None or self.rows.exact:
+            return None
+        return next((layer for layer in self.stream.layers if layer.hand_over == hand_over.flag), None)
+
+    def _table_value(self, name: str, offset: int, numbers: int = 1) -> Value:
+        """i32 numbers of the stream's tables as a value."""
+        value = Value(f"{name} {offset}", TensorType(DType.I32, (numbers,)), ValueKind.CONST)
+        self.places[value.id] = Place(TABLES, offset)
+        self.values[value.id] = value
+        return value
 
     def _some_experts(self, event: SomeExperts) -> None:
         op, part = event.op, event.part
@@ -182,23 +211,46 @@ class StepLowering:
             cut_value(self.values[name], cuts[i], part.node) if i in cuts else self.values[name]
             for i, name in enumerate(op.inputs)
         ]
-        total = replace(self.values[op.outputs[0]], id=f"{op.outputs[0]} here")
+        self._experts_of(op, weights, table, f"{op.outputs[0]} here")
+
+    def _streamed_experts(self, op: Op, layer: StreamedLayer) -> None:
+        """Those that have come to the layer's half of the slots."""
+        assert self.stream is not None
+        slots = {operand.operand: operand for operand in layer.operands}
+        weights = [slots[i].slots if i in slots else self.values[name] for i, name in enumerate(op.inputs)]
+        for operand in layer.operands:
+            self.places[operand.slots.id] = Place(operand.buffer, operand.offset)
+        table = self._table_value("slots", self.stream.table(layer), layer.experts)
+        self.steps.append(Await(layer.flag, CPU))
+        self._experts_of(op, weights, table, f"{op.outputs[0]} streamed")
+
+    def _experts_of(self, op: Op, weights: Sequence[Value], table: Value, name: str) -> None:
+        """The sum ``name`` over those experts that ``table`` has a place of among ``weights``."""
+        total = replace(self.values[op.outputs[0]], id=name)
         self.values |= {v.id: v for v in (*weights, table, total)}
         part_op = replace(op, outputs=(total.id,))
         dims = self.rows.dims(self.dims)
-        request = GpuRequest(part_op, (*weights, table), (total,), dims, self._exact, resident=True)
+        operands = (*weights, table)
+        request = GpuRequest(part_op, operands, (total,), dims, self._exact, resident=True, tiles=self.tiles)
         names = tuple(v.id for v in request.inputs)
         self.steps.append(GpuGroup((part_op,), names, (total.id,), TritonBackend().emit(request)))
 
     def _await_experts(self, index: int, event: AwaitExperts) -> None:
         op = event.op
-        self.steps.append(Await(event.hand_over.flag, CPU))
         total = self.values[op.outputs[0]]
+        layer = self._streamed(event.hand_over)
+        if layer is not None:
+            self._streamed_experts(op, layer)
+        self.steps.append(Await(event.hand_over.flag, CPU))
         there = self._pinned(event.hand_over, EXPERT_SUM)
         self.values[there] = replace(total, id=there)
-        if event.some:
-            here = self.values[f"{total.id} here"]
-            self.steps.append(add_sums(op, here, self.values[there], total, self._exact))
+        here = [self.values[f"{total.id} here"]] if event.some else []
+        if layer is not None and self.stream is not None:
+            here.append(self.values[f"{total.id} streamed"])
+            part = self._table_value("part", self.stream.part(layer))
+            self.steps.append(add_parts(op, here, self.values[there], part, total))
+        elif event.some:
+            self.steps.append(add_sums(op, here[0], self.values[there], total, self._exact))
         elif self._read_before_next_sum(total.id, index):
             self.places[total.id] = self.places[there]
         else:
@@ -226,7 +278,8 @@ class StepLowering:
                 nodes.append({"hand_over": {"flag": step.flag, "from": step.source, "to": self.gpu}})
         for i, node in enumerate(nodes):
             node["after"] = [i - 1] if i else []
-        return StepGraph(self.rows, tuple(nodes), kernels, arena)
+        groups = tuple(step for step in self.steps if isinstance(step, GpuGroup))
+        return StepGraph(self.rows, tuple(nodes), kernels, arena, groups, self.values)
 
     def _arena(self) -> tuple[dict[str, int], int]:
         """Offsets of the values and workspaces, and the size: the steps run one after the other."""
@@ -257,8 +310,8 @@ class StepLowering:
         }
 
     def _argument(self, operand: Operand, group: GpuGroup, slots: Mapping[str, int], index: int) -> dict[str, Any]:
-        if operand.source == "context":
-            return {"i32": self.dims["context"]}
+        if operand.source == "slot_blocks":
+            return {"i32": self.dims["slot_blocks"]}
         if operand.source == "step":
             return {"buffer": operand.name, "offset": 0}
         if operand.source == "workspace":

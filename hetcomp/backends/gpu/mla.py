@@ -112,9 +112,17 @@ class LatentOperands:
 
 
 def latents_to_cache(
-    of: LatentOperands, norm: RmsNorm, rope: Rope, absorb: HeadLinear, weight_format: str, cache: DType, rows: int
+    of: LatentOperands,
+    norm: RmsNorm,
+    rope: Rope,
+    absorb: HeadLinear,
+    weight_format: str,
+    cache: DType,
+    block: int,
+    rows: int,
 ) -> GpuCode:
-    """For exactly ``rows`` rows, at most GEMV_ROWS: rotations, the norm and the cache; then the absorbed projection."""
+    """For exactly ``rows`` rows, at most GEMV_ROWS: rotations, the norm and the cache; then the absorbed projection.
+    block: elements of a block of the cache."""
     heads, nope, rank, turned = absorb.heads, absorb.in_features, absorb.out_features, rope.head_dim
     to_cache = launch(
         "heads",
@@ -131,7 +139,7 @@ def latents_to_cache(
             "slots": ("*i32", Operand("step", name="slots")),
             "y": ("*fp32", of.y),
             "cache": (CACHE_TYPES[cache], of.cache),
-            "context": ("i32", Operand("context")),
+            "slot_blocks": ("i32", Operand("slot_blocks")),
         },
         {
             "HEADS": heads,
@@ -145,6 +153,7 @@ def latents_to_cache(
             "WEIGHT_OFFSET": norm.weight_offset,
             "PADDED": power_of_two(turned),
             "RANK_PADDED": power_of_two(rank),
+            "BLOCK": block,
         },
         warps=1,
     )

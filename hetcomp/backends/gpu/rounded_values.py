@@ -50,7 +50,7 @@ def reads_bf16(run: Run, i: int, value: str) -> bool:
         return run.values[op.inputs[1]].format != "f32"
     if isinstance(op.attrs, MoeExperts):
         return run.values[op.inputs[3]].format != "f32"
-    return isinstance(op.attrs, Attention) and _many(run) and run.values[op.inputs[1]].type.dtype is DType.BF16
+    return isinstance(op.attrs, Attention) and _many(run) and run.values[op.inputs[1]].type.dtype is not DType.F32
 
 
 def _writes_bf16(run: Run, i: int) -> bool:

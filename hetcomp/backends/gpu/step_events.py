@@ -38,7 +38,8 @@ class AskExperts:
 
 @dataclass(frozen=True)
 class AwaitExperts:
-    """Waits for the sum of the CPU's experts and adds it to that of the GPU's, if it has ``some``."""
+    """Waits for the sum of the CPU's experts and adds it to that of the GPU's, if it has ``some``; in steps of a prompt
+    also to that of those that are streamed to the GPU, if any are."""
 
     op: Op
     hand_over: HandOver

@@ -35,7 +35,7 @@ _EMITTERS: dict[str, Callable[[GpuRequest], GpuCode]] = {
 
 class TritonBackend:
     """Emits launches for every kind but ``transfer`` and ``aten``. Weights in the packed bytes of
-    :mod:`hetcomp.backends.packing`, activations f32 (bf16 where all readers round them), KV cache bf16 or f32."""
+    :mod:`hetcomp.backends.packing`, activations f32 (bf16 where all readers round them), KV cache bf16, f32 or fp8."""
 
     name = "triton"
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
+from hetcomp.backends.gpu.tile_choices import MeasuredTile
 
 _SCHEMA = [1, 0]
 
 
-def write_kernels(kernels: Sequence[CompiledKernel], folder: Path) -> list[str]:
+def write_kernels(kernels: Sequence[CompiledKernel], folder: Path, tiles: Sequence[MeasuredTile] = ()) -> list[str]:
     """Writes ``sm_<cc>/<name>.cubin`` for every kernel and ``kernels.json`` into ``folder`` and returns the files'
-    names relative to it."""
+    names relative to it. ``tiles``: those that were measured, for whoever wants to know; nothing reads them."""
     written = []
     table = []
     for made in kernels:
@@ -26,7 +27,8 @@ def write_kernels(kernels: Sequence[CompiledKernel], folder: Path) -> list[str]:
         shutil.copyfile(made.cubin, target)
         written.append(file)
         table.append(_entry(made, file))
-    text = json.dumps({"schema": _SCHEMA, "kernels": table}, indent=1)
+    measured = [{"launches": tile.key, "candidate": tile.chosen, "us": tile.us} for tile in tiles]
+    text = json.dumps({"schema": _SCHEMA, "kernels": table, "tiles": measured}, indent=1)
     (folder / "kernels.json").write_text(text, encoding="utf-8")
     return [*written, "kernels.json"]
 

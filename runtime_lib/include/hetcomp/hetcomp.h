@@ -35,7 +35,8 @@ typedef enum hetcomp_status {
   HETCOMP_NO_TOKENIZER = 9, /* the artifact has no tokenizer or no chat template */
   HETCOMP_COMPUTE = 10,     /* a kernel failed, or the logits are not finite */
   HETCOMP_IO = 11,          /* a file could not be read */
-  HETCOMP_INTERNAL = 12     /* a bug */
+  HETCOMP_INTERNAL = 12,    /* a bug */
+  HETCOMP_POOL_FULL = 13    /* the KV cache that all sessions share has too few positions left */
 } hetcomp_status;
 
 HETCOMP_EXPORT const char* hetcomp_version(void);
@@ -104,6 +105,7 @@ typedef struct hetcomp_model_info {
   int64_t gpu_bytes;   /* of their memory that the model takes */
   const hetcomp_gpu_use* gpus;
   int32_t n_gpus;
+  int64_t kv_tokens; /* positions that all sessions hold together, at most */
 } hetcomp_model_info;
 
 HETCOMP_EXPORT void hetcomp_model_info_init(hetcomp_model_info* info);
@@ -123,6 +125,18 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_numa_report(const hetcomp_model* mod
 /* Sets the figures of steps to zero. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model);
 
+/* Of a model compiled to defer experts (its plan leaves some of a token's experts to the next MoE layer):
+ * which tokens. */
+typedef enum hetcomp_deferral {
+  HETCOMP_DEFER_GENERATED = 0, /* those of decode steps: one token after others */
+  HETCOMP_DEFER_ALL = 1,       /* prompts too: to measure on text (hetcomp_forward) what it costs */
+  HETCOMP_DEFER_NONE = 2
+} hetcomp_deferral;
+
+/* From the model's next step on, of all its sessions; HETCOMP_DEFER_GENERATED when it is loaded. Without
+ * effect on models that defer nothing. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral which);
+
 /* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------
  */
 
@@ -140,8 +154,9 @@ HETCOMP_EXPORT hetcomp_status hetcomp_session_length(const hetcomp_session* sess
 HETCOMP_EXPORT hetcomp_status hetcomp_session_reuse(hetcomp_session* session, const int32_t* ids, int64_t n,
                                                     int64_t* kept);
 
-/* Each appends ids to the session. n >= 1; ids are 0 .. vocab - 1; if n does not fit, nothing is computed.
- * If a step fails the session keeps the tokens of the steps before it. */
+/* Each appends ids to the session. n >= 1; ids are 0 .. vocab - 1; if n does not fit into the context
+ * (HETCOMP_CONTEXT_FULL), or into what all sessions share (HETCOMP_POOL_FULL: others go on), nothing is
+ * computed. If a step fails the session keeps the tokens of the steps before it. */
 
 /* logits: [n][vocab], of every token. */
 HETCOMP_EXPORT hetcomp_status hetcomp_forward(hetcomp_session* session, const int32_t* ids, int64_t n,

@@ -173,17 +173,31 @@ inline void alone_end(Lane& lane, bool alone) {
   release(*lane.set);
 }
 
-// Waits until the GPU has come to hand-over `flag`, as a barrier. False, on all threads alike: the step was
-// given up; the program goes to its end.
-inline bool await_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag) {
+// Waits until the GPU has come to hand-over `flag`, as a barrier, within which thread 0 then does `first()`.
+// False, on all threads alike: the step was given up; the program goes to its end.
+template <class First>
+inline bool await_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag, First&& first) {
   hetcomp_hand_over& hand_over = *step.hand_over;
   // The others read it after the barrier, when thread 0 may already have given up at a later flag: that is
   // why they compare, and why it must be atomic.
   const std::atomic_ref<std::uint32_t> given_up(hand_over.given_up);
-  if (lane.thread == 0 && hand_over.wait(hand_over.host, flag) == 0)
-    given_up.store(flag, std::memory_order_relaxed);
+  if (lane.thread == 0) {
+    if (hand_over.wait(hand_over.host, flag) != 0)
+      first();
+    else
+      given_up.store(flag, std::memory_order_relaxed);
+  }
   barrier(lane);
   return given_up.load(std::memory_order_relaxed) > flag;
+}
+
+inline bool await_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag) {
+  return await_gpu(lane, step, flag, [] {});
+}
+
+// Whether there is nothing to compute for hand-over `flag`, which was awaited.
+inline bool nothing_to_do(const hetcomp_step& step, std::uint32_t flag) {
+  return step.hand_over->skip != nullptr && step.hand_over->skip[flag] != 0;
 }
 
 // Hands to the GPU what all threads have computed for hand-over `flag`, after a barrier.

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define HETCOMP_PROGRAM_ABI 4
+#define HETCOMP_PROGRAM_ABI 5
 
 #ifdef __cplusplus
 namespace hetcomp {
@@ -27,6 +27,8 @@ typedef struct hetcomp_hand_over {
   int (*wait)(void* host, uint32_t flag);
   // What the CPU computes for hand-over `flag` is in its pinned buffers.
   void (*answer)(void* host, uint32_t flag);
+  // Null, or by flag, once it was waited for: 1 where there is nothing to compute, only to answer.
+  const uint8_t* skip;
   uint32_t given_up;  // first flag at which the step was given up, UINT32_MAX: none; thread 0 alone writes it
 } hetcomp_hand_over;
 
@@ -49,6 +51,9 @@ typedef struct hetcomp_step {
   // program.n_pinned base addresses, 64-byte aligned: buffers that CPU and GPU both reach.
   uint8_t* const* pinned;
   hetcomp_hand_over* hand_over;  // null where program.n_flags is 0
+  // 1: a program whose plan defers experts does so in this step, of all its tokens. Nothing of it outlasts
+  // the step: what a layer defers is added in the same step.
+  int32_t defer_experts;
 } hetcomp_step;
 
 typedef struct hetcomp_program {

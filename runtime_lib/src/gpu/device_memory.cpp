@@ -64,4 +64,17 @@ CUdeviceptr PinnedMemory::address() const {
   return address;
 }
 
+std::string PinnedRegion::pin(std::span<const std::uint8_t> memory) {
+  if (memory.empty()) return {};
+  auto* const address = const_cast<std::uint8_t*>(memory.data());
+  CUresult result = driver_->host_register.raw(address, memory.size(), CU_MEMHOSTREGISTER_PORTABLE);
+  // What cannot be written must say so.
+  if (result == CUDA_ERROR_INVALID_VALUE)
+    result = driver_->host_register.raw(address, memory.size(),
+                                        CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_READ_ONLY);
+  if (result != CUDA_SUCCESS) return driver_->in_words(result);
+  handle_ = HostPinHandle(*driver_, address);
+  return {};
+}
+
 }  // namespace hetcomp::gpu

@@ -64,4 +64,17 @@ class PinnedMemory {
   std::size_t size_ = 0;
 };
 
+// Memory of the host that is somebody else's, pinned for all GPUs of this process as long as this lives.
+class PinnedRegion {
+ public:
+  explicit PinnedRegion(const CudaDriver& driver) : driver_(&driver) {}
+  // Memory of this process, or a shared mapping of a file that is only read. Returns why the system refuses,
+  // or "".
+  std::string pin(std::span<const std::uint8_t> memory);
+
+ private:
+  const CudaDriver* driver_;
+  HostPinHandle handle_;
+};
+
 }  // namespace hetcomp::gpu

@@ -87,6 +87,20 @@ class CudaDriver {
   DriverCall<std::size_t*, std::size_t*> memory_info{library_, "cuMemGetInfo_v2"};
   DriverCall<CUdeviceptr*, std::size_t> memory_allocate{library_, "cuMemAlloc_v2"};
   DriverCall<CUdeviceptr> memory_free{library_, "cuMemFree_v2"};
+  // Addresses and memory apart: with CUDA 10.2.
+  DriverCall<std::size_t*, const CUmemAllocationProp*, CUmemAllocationGranularity_flags> granularity{
+      library_, "cuMemGetAllocationGranularity"};
+  DriverCall<CUdeviceptr*, std::size_t, std::size_t, CUdeviceptr, unsigned long long> addresses_reserve{
+      library_, "cuMemAddressReserve"};
+  DriverCall<CUdeviceptr, std::size_t> addresses_free{library_, "cuMemAddressFree"};
+  DriverCall<CUmemGenericAllocationHandle*, std::size_t, const CUmemAllocationProp*, unsigned long long>
+      granule_create{library_, "cuMemCreate"};
+  DriverCall<CUmemGenericAllocationHandle> granule_release{library_, "cuMemRelease"};
+  DriverCall<CUdeviceptr, std::size_t, std::size_t, CUmemGenericAllocationHandle, unsigned long long>
+      memory_map{library_, "cuMemMap"};
+  DriverCall<CUdeviceptr, std::size_t> memory_unmap{library_, "cuMemUnmap"};
+  DriverCall<CUdeviceptr, std::size_t, const CUmemAccessDesc*, std::size_t> memory_allow{library_,
+                                                                                         "cuMemSetAccess"};
   DriverCall<CUdeviceptr, unsigned char, std::size_t, CUstream> memory_set{library_, "cuMemsetD8Async"};
   DriverCall<CUdeviceptr, const void*, std::size_t, CUstream> copy_to_device{library_,
                                                                              "cuMemcpyHtoDAsync_v2"};
@@ -94,6 +108,8 @@ class CudaDriver {
   DriverCall<void**, std::size_t, unsigned> host_allocate{library_, "cuMemHostAlloc"};
   DriverCall<void*> host_free{library_, "cuMemFreeHost"};
   DriverCall<CUdeviceptr*, void*, unsigned> host_device_pointer{library_, "cuMemHostGetDevicePointer_v2"};
+  DriverCall<void*, std::size_t, unsigned> host_register{library_, "cuMemHostRegister_v2"};
+  DriverCall<void*> host_unregister{library_, "cuMemHostUnregister"};
   DriverCall<CUmodule*, const void*> module_load{library_, "cuModuleLoadData"};
   DriverCall<CUmodule> module_unload{library_, "cuModuleUnload"};
   DriverCall<CUfunction*, CUmodule, const char*> module_function{library_, "cuModuleGetFunction"};
@@ -102,6 +118,8 @@ class CudaDriver {
   DriverCall<CUstream> stream_destroy{library_, "cuStreamDestroy_v2"};
   DriverCall<CUstream> stream_query{library_, "cuStreamQuery"};
   DriverCall<CUstream> stream_synchronize{library_, "cuStreamSynchronize"};
+  DriverCall<CUstream, CUdeviceptr, std::uint32_t, unsigned> stream_write{library_,
+                                                                          "cuStreamWriteValue32_v2"};
   DriverCall<CUgraph*, unsigned> graph_create{library_, "cuGraphCreate"};
   DriverCall<CUgraph> graph_destroy{library_, "cuGraphDestroy"};
   DriverCall<CUgraphNode*, CUgraph, const CUgraphNode*, std::size_t, const CUDA_KERNEL_NODE_PARAMS*>
@@ -144,6 +162,8 @@ using ModuleHandle = Handle<CUmodule, &CudaDriver::module_unload>;
 using GraphHandle = Handle<CUgraph, &CudaDriver::graph_destroy>;
 using GraphExecHandle = Handle<CUgraphExec, &CudaDriver::graph_exec_destroy>;
 using MemoryHandle = Handle<CUdeviceptr, &CudaDriver::memory_free>;
+using GranuleHandle = Handle<CUmemGenericAllocationHandle, &CudaDriver::granule_release>;
 using HostMemoryHandle = Handle<void*, &CudaDriver::host_free>;
+using HostPinHandle = Handle<void*, &CudaDriver::host_unregister>;
 
 }  // namespace hetcomp::gpu

@@ -1,5 +1,6 @@
 #include "gpu_program.h"
 
+#include <algorithm>
 #include <map>
 #include <set>
 
@@ -51,13 +52,16 @@ ProgramFiles::ProgramFiles(const CudaDriver& driver, const std::filesystem::path
 // What needs the context current when it is made and when it ends.
 struct GpuProgram::Resources {
   Resources(const CudaDriver& driver, const std::filesystem::path& artifact, const ProgramFiles& files,
-            const DeviceContext& context, const SharedMemory& shared, bool verify)
-      : budget(files.record.device_bytes, files.device.in_words()),
+            const DeviceContext& context, const SharedMemory& shared, const GpuProgramRecord& program,
+            bool verify)
+      : budget(program.device_bytes, files.device.in_words()),
         stream((require_free_memory(driver, budget), create_stream(driver))),
-        kernels(driver, files.device, artifact, files.kernels, called(files.record)),
-        buffers(driver, artifact, files.record, shared, budget, stream.get(), verify) {
+        kernels(driver, files.device, artifact, files.kernels, called(program)),
+        buffers(driver, files.device, artifact, program, shared, budget, stream.get(), verify) {
+    if (program.stream)
+      experts = std::make_unique<ExpertStream>(driver, context, program, buffers, shared, stream.get());
     const GraphParts parts{driver, context, stream.get(), kernels, buffers, shared.hand_shake()};
-    for (const GraphRecord& graph : files.record.graphs)
+    for (const GraphRecord& graph : program.graphs)
       graphs.emplace(graph.batch, ProgramGraph(parts, graph, budget));
     driver.stream_synchronize(stream.get());
   }
@@ -66,6 +70,7 @@ struct GpuProgram::Resources {
   StreamHandle stream;
   LoadedKernels kernels;
   ProgramBuffers buffers;
+  std::unique_ptr<ExpertStream> experts;
   std::map<std::int32_t, ProgramGraph> graphs;  // by batch size
 };
 
@@ -74,7 +79,7 @@ GpuProgram::GpuProgram(const CudaDriver& driver, const std::filesystem::path& ar
                        bool verify)
     : driver_(driver), context_(context), device_(files.device), record_(files.record) {
   const CurrentContext current(driver, context);
-  resources_ = std::make_unique<Resources>(driver, artifact, files, context, shared, verify);
+  resources_ = std::make_unique<Resources>(driver, artifact, files, context, shared, record_, verify);
 }
 
 GpuProgram::~GpuProgram() {
@@ -86,6 +91,12 @@ GpuProgram::~GpuProgram() {
   }
 }
 
+void GpuProgram::attach(std::span<const std::span<const std::uint8_t>> weights) {
+  if (resources_->experts) resources_->experts->attach(weights);
+}
+
+ExpertStream* GpuProgram::expert_stream() const { return resources_->experts.get(); }
+
 void GpuProgram::require_graph(std::int32_t batch) const {
   if (resources_->graphs.contains(batch)) return;
   std::string sizes;
@@ -95,10 +106,28 @@ void GpuProgram::require_graph(std::int32_t batch) const {
                                             std::to_string(batch) + ", only for " + sizes + ".");
 }
 
-void GpuProgram::launch(std::int32_t batch) {
+void GpuProgram::launch(std::int32_t batch, std::int64_t tokens) {
   const CurrentContext current(driver_, context_);
   resources_->buffers.send_step(resources_->stream.get());
+  if (std::ranges::find(record_.graphs, batch, &GraphRecord::batch)->streams)
+    resources_->experts->begin(tokens);
   driver_.graph_launch(resources_->graphs.at(batch).get(), resources_->stream.get());
+}
+
+void GpuProgram::end_step() noexcept {
+  if (!resources_->experts) return;
+  try {
+    const CurrentContext current(driver_, context_);
+    resources_->experts->end();
+  } catch (const Error&) {
+    // The context can no longer be entered: the driver has dropped all that was in it.
+  }
+}
+
+void GpuProgram::provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool) {
+  if (!broken_.empty()) return;  // the step says so
+  const CurrentContext current(driver_, context_);
+  resources_->buffers.provide_cache(positions, pool);
 }
 
 CUresult GpuProgram::query() const {

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
 
 #include "device_context.h"
+#include "expert_stream.h"
 #include "program_record.h"
 #include "shared_memory.h"
 
@@ -38,14 +40,26 @@ class GpuProgram {
   GpuProgram(const GpuProgram&) = delete;
   GpuProgram& operator=(const GpuProgram&) = delete;
 
+  // Lets experts be copied from the CPU's weights, which are pinned, where the program streams some; see
+  // ExpertStream::attach.
+  void attach(std::span<const std::span<const std::uint8_t>> weights);
+  // Null where nothing is streamed.
+  ExpertStream* expert_stream() const;
+
   // Throws Error(HETCOMP_INVALID_ARGUMENT) if there is no graph of that batch size.
   void require_graph(std::int32_t batch) const;
-  // Sends the step buffers and launches the graph. Throws Error.
-  void launch(std::int32_t batch);
+  // Sends the step buffers and launches the graph, for a step of so many tokens: that only matters where
+  // experts are streamed; 0: none are. Throws Error.
+  void launch(std::int32_t batch, std::int64_t tokens);
+  // Behind every step, when the GPU is at rest.
+  void end_step() noexcept;
   // Of what was launched. Any thread may ask.
   State state() const { return state_of(query()); }
   // Why the GPU failed, in the driver's words.
   std::string failure() const { return driver_.in_words(query()); }
+
+  // Before a step that reads and writes the cache below these positions, by slot. Throws Error.
+  void provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool);
 
   // Why no step can run any more; empty while one can.
   const std::string& broken() const { return broken_; }

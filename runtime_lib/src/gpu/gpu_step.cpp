@@ -1,6 +1,7 @@
 #include "gpu_step.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <map>
@@ -23,19 +24,25 @@ std::vector<ProgramFile> program_files(const Manifest& manifest) {
   return files;
 }
 
-int wait_for_gpu(void* hand_shake, std::uint32_t flag) noexcept {
-  auto& shared = *static_cast<HandShake*>(hand_shake);
+// What the CPU's program hands over with.
+struct Host {
+  HandShake& hand_shake;
+  const ProgramSet& programs;
+};
+
+int wait_for_gpu(void* host, std::uint32_t flag) noexcept {
+  auto& [hand_shake, programs] = *static_cast<Host*>(host);
   try {
-    return shared.wait_for_gpu(flag) ? 1 : 0;
+    if (!hand_shake.wait_for_gpu(flag)) return 0;
+    programs.route(flag);
+    return 1;
   } catch (const std::exception& error) {
-    shared.abort(error.what());
+    hand_shake.abort(error.what());
     return 0;
   }
 }
 
-void answer(void* hand_shake, std::uint32_t flag) noexcept {
-  static_cast<HandShake*>(hand_shake)->answer(flag);
-}
+void answer(void* host, std::uint32_t flag) noexcept { static_cast<Host*>(host)->hand_shake.answer(flag); }
 
 // The n values and, up to `size` of them, `fill`.
 void copy_padded(std::span<std::int32_t> to, const std::int32_t* values, std::int64_t n, std::int64_t size,
@@ -48,8 +55,9 @@ void copy_padded(std::span<std::int32_t> to, const std::int32_t* values, std::in
 }  // namespace
 
 GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest, const hetcomp_program& cpu,
-                 const GpuOptions& options)
+                 const KvPool& pool, const GpuOptions& options)
     : programs_(driver_, artifact, program_files(manifest), options),
+      pool_(pool),
       max_batch_(manifest.model.max_batch),
       vocab_(static_cast<std::size_t>(manifest.model.vocab)),
       with_cpu_(cpu.n_flags > 0) {
@@ -63,18 +71,38 @@ GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest
     inputs_.push_back(find_inputs(programs_[i], manifest.model));
   }
   check_graphs(manifest.model);
+  for (std::size_t i = 0; i < programs_.size(); ++i) check_cache(programs_[i].record(), manifest.model);
   for (const std::string& name : manifest.pinned)
     pinned_.push_back(reinterpret_cast<std::uint8_t*>(pinned_buffer(name).data()));
-  for (std::size_t i = 0; i < programs_.size(); ++i) find_results(programs_[i], manifest.model);
+  for (std::size_t i = 0; i < programs_.size(); ++i) find_results(programs_[i], inputs_[i], manifest.model);
   if (logits_ == nullptr && !with_cpu_) refuse(first, "has no result buffer logits");
 }
 
+// The candidates of exact graphs' rows.
+void GpuStep::find_candidates(const GpuProgramRecord& record, const BufferRecord& buffer,
+                              const Inputs& inputs) {
+  constexpr std::size_t kRowBytes = CandidateRows::kWords * sizeof(std::int32_t);
+  std::size_t rows = 0;
+  for (const GraphRecord& graph : record.graphs)
+    if (graph.exact) rows = std::max(rows, static_cast<std::size_t>(graph.batch));
+  if (buffer.kind != BufferKind::kPinnedOut) refuse(record, "has a buffer candidates that is not pinned");
+  if (buffer.bytes != rows * kRowBytes)
+    refuse(record, "has " + std::to_string(buffer.bytes) + " bytes for the buffer candidates, not " +
+                       std::to_string(rows * kRowBytes));
+  if (inputs.inverse_temperatures.empty()) refuse(record, "finds candidates at no temperature");
+  if (!candidates_.empty()) refuse(record, "has a buffer candidates as another has");
+  const std::span<std::byte> host = programs_.host(buffer.name);
+  candidates_ =
+      CandidateRows({reinterpret_cast<const std::int32_t*>(host.data()), rows * CandidateRows::kWords});
+}
+
 // The logits, and the most likely tokens where a program finds them.
-void GpuStep::find_results(const GpuProgram& program, const ModelFacts& model) {
+void GpuStep::find_results(const GpuProgram& program, const Inputs& inputs, const ModelFacts& model) {
   const auto rows = static_cast<std::size_t>(model.max_logit_rows);
   for (const BufferRecord& buffer : program.record().buffers) {
     const bool logits = buffer.name == "logits";
     const bool best = buffer.name == "best";
+    if (buffer.name == "candidates") find_candidates(program.record(), buffer, inputs);
     if (!logits && !best) continue;
     if (buffer.kind != (logits ? BufferKind::kResult : BufferKind::kPinnedOut))
       refuse(program.record(),
@@ -103,6 +131,7 @@ GpuStep::Inputs GpuStep::find_inputs(const GpuProgram& program, const ModelFacts
       {"logit_rows", {found.logit_rows, model.max_logit_rows}},
       {"rows", {found.rows, 1}},
       {"logit_row_count", {found.logit_row_count, 1}},
+      {"inverse_temperatures", {found.inverse_temperatures, model.max_logit_rows}},
   };
   for (const BufferRecord& buffer : program.record().buffers) {
     if (buffer.kind != BufferKind::kStep) continue;
@@ -141,33 +170,27 @@ std::span<std::byte> GpuStep::pinned_buffer(const std::string& name) const {
   refuse(programs_[0].record(), "has no pinned buffer " + name);
 }
 
-// Where rows of a graph that are nobody's tokens may write their KV. Beside the CPU they must not repeat the
-// last token: the CPU computes nothing for them, so that from the next layer on they would write other
-// numbers to its place. Any place will do that no token of this step reads, and that is written before a
-// later step reads it: the one behind the last token; or the last position of a slot, which only a token of
-// that position reads.
-std::optional<GpuStep::Place> GpuStep::padding_place(const hetcomp_step& step) const {
-  const std::int64_t last = step.n_tokens - 1;
-  if (!with_cpu_) return Place{step.slots[last], step.positions[last]};
-  if (step.positions[last] + 1 < step.context) return Place{step.slots[last], step.positions[last] + 1};
-  const auto end = static_cast<std::int32_t>(step.context - 1);
-  for (std::int32_t slot = 0; slot < max_batch_; ++slot) {
-    bool free = true;
-    for (std::int64_t t = 0; t < step.n_tokens; ++t)
-      free = free && (step.slots[t] != slot || step.positions[t] != end);
-    if (free) return Place{slot, end};
+// Rows that pad a step write to a block of their own.
+void GpuStep::check_cache(const GpuProgramRecord& record, const ModelFacts& model) {
+  for (const BufferRecord& buffer : record.buffers) {
+    if (buffer.kind != BufferKind::kState) continue;
+    if (!buffer.cache) refuse(record, "has the state " + buffer.name + " without a place for rows of nobody");
+    const CacheRecord& cache = *buffer.cache;
+    const std::uint64_t positions = cache.slot_bytes / cache.block_bytes * cache.block_positions;
+    if (cache.slots != model.max_batch || positions < static_cast<std::uint64_t>(model.context))
+      refuse(record, "has a KV cache of " + std::to_string(cache.slots) + " sequences of " +
+                         std::to_string(positions) + " positions, not of " + std::to_string(model.max_batch) +
+                         " of " + std::to_string(model.context));
   }
-  return std::nullopt;
 }
 
-const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool may_pad) const {
+const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step) const {
   const GraphRecord* best = nullptr;
   std::string sizes;
   for (const GraphRecord& graph : programs_[0].record().graphs) {
     sizes += (sizes.empty() ? "" : ", ") + std::string(graph.exact ? "exactly " : "up to ") +
              std::to_string(graph.batch);
     if (graph.batch < step.n_tokens || (graph.exact && graph.batch < step.n_logit_rows)) continue;
-    if (graph.exact && graph.batch > step.n_tokens && !may_pad) continue;
     const auto rank = [](const GraphRecord& g) { return std::pair(!g.exact, g.batch); };
     if (best == nullptr || rank(graph) < rank(*best)) best = &graph;
   }
@@ -178,17 +201,24 @@ const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool may_pad)
                   " tokens: give fewer at once, or compile the model again.");
 }
 
+// Rows of an exact graph that are nobody's tokens must not repeat the last token where the CPU computes a
+// part: it computes nothing for them, so that from the next layer on they would write other numbers to the
+// token's place in the KV cache. They have the slot behind the last one, whose first position nobody else
+// reads.
 void GpuStep::fill_inputs(const Inputs& inputs, const hetcomp_step& step, const GraphRecord& graph,
-                          const std::optional<Place>& padding) {
+                          float inverse_temperature) const {
   const std::int64_t n = step.n_tokens;
   const std::int64_t rows = graph.exact ? graph.batch : n;
-  const Place place = padding.value_or(Place{});  // without one there are no rows to pad
   copy_padded(inputs.ids, step.ids, n, rows, step.ids[n - 1]);
-  copy_padded(inputs.positions, step.positions, n, rows, place.position);
-  copy_padded(inputs.slots, step.slots, n, rows, place.slot);
+  copy_padded(inputs.positions, step.positions, n, rows, 0);
+  copy_padded(inputs.slots, step.slots, n, rows, max_batch_);
   const std::int64_t wanted = step.n_logit_rows;
   copy_padded(inputs.logit_rows, step.logit_rows, wanted, graph.exact ? graph.batch : wanted,
               wanted > 0 ? step.logit_rows[wanted - 1] : 0);
+  // 0: no candidates of this row.
+  std::ranges::fill(inputs.inverse_temperatures, 0);
+  if (!inputs.inverse_temperatures.empty())
+    inputs.inverse_temperatures[0] = std::bit_cast<std::int32_t>(inverse_temperature);
   // Of an exact graph all rows are written: those kernels that do not ask how many there are read all of
   // them.
   if (!inputs.rows.empty()) inputs.rows[0] = static_cast<std::int32_t>(rows);
@@ -196,19 +226,39 @@ void GpuStep::fill_inputs(const Inputs& inputs, const hetcomp_step& step, const 
     inputs.logit_row_count[0] = static_cast<std::int32_t>(graph.exact ? rows : wanted);
 }
 
-std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Lanes& lanes) {
-  const std::optional<Place> padding = padding_place(step);
-  const GraphRecord& graph = choose_graph(step, padding.has_value());
-  for (const Inputs& inputs : inputs_) fill_inputs(inputs, step, graph, padding);
+void GpuStep::provide_cache(const hetcomp_step& step) {
+  std::map<std::int32_t, std::int64_t> positions;
+  for (std::int64_t t = 0; t < step.n_tokens; ++t) {
+    std::int64_t& end = positions[step.slots[t]];
+    end = std::max<std::int64_t>(end, step.positions[t] + 1);
+  }
+  programs_.provide_cache(positions, pool_);
+}
+
+std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const CandidateRequest* candidates,
+                          const Lanes& lanes) {
+  const GraphRecord& graph = choose_graph(step);
+  const bool finds = candidates != nullptr && graph.exact && offers_candidates() && step.n_logit_rows > 0;
+  for (const Inputs& inputs : inputs_)
+    fill_inputs(inputs, step, graph, finds ? candidates->inverse_temperature : 0);
+  provide_cache(step);
   float* const logits = gives_logits() ? std::exchange(step.logits, nullptr) : nullptr;
   step.pinned = pinned_.data();
-  programs_.run(graph.batch, [&](HandShake& hand_shake) {
+  const auto cpu_work = [&](HandShake& hand_shake) {
     if (!with_cpu_) return;
-    hetcomp_hand_over hand_over{&hand_shake, wait_for_gpu, answer, std::numeric_limits<std::uint32_t>::max()};
+    Host host{hand_shake, programs_};
+    hetcomp_hand_over hand_over{&host, wait_for_gpu, answer, programs_.skip(),
+                                std::numeric_limits<std::uint32_t>::max()};
     step.hand_over = &hand_over;
     lanes(step);
-  });
+  };
+  // What is deferred is the CPU's; a step of a prompt defers only where somebody asks for it.
+  programs_.run(graph.batch, cpu_work, step.defer_experts != 0 ? 0 : step.n_tokens);
   const auto rows = static_cast<std::size_t>(step.n_logit_rows);
+  if (finds) {
+    const std::optional<Candidates> found = candidates_.read(0);
+    if (found && candidates->choose(*found)) return graph.batch;
+  }
   if (logits != nullptr && rows > 0)
     logits_->fetch("logits", std::as_writable_bytes(std::span(logits, rows * vocab_)));
   if (best != nullptr) std::ranges::copy(best_.first(rows), best);

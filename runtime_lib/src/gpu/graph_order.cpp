@@ -40,7 +40,7 @@ std::vector<std::size_t> topological_order(const std::vector<NodeRecord>& nodes)
   return order;
 }
 
-std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph) {
+std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph, std::uint32_t flags) {
   std::map<std::uint32_t, std::size_t> asked;
   std::map<std::uint32_t, std::size_t> awaited;
   for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
@@ -52,6 +52,7 @@ std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph) {
       return WrongHandOver{i, "the only one of its flag and direction"};
   }
   for (const auto& [flag, node] : awaited) {
+    if (flag >= flags) continue;
     const auto before = asked.find(flag);
     if (before == asked.end() || !comes_after(graph.nodes, node, before->second))
       return WrongHandOver{node, "after the hand-over of the same flag to the CPU"};

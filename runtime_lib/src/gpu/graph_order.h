@@ -20,6 +20,6 @@ struct WrongHandOver {
 
 // A hand-over that is made twice, or an answer awaited from a CPU that was not asked before: the graph would
 // hang.
-std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph);
+std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph, std::uint32_t flags);
 
 }  // namespace hetcomp::gpu

@@ -45,15 +45,20 @@ class SourceFile {
 
 }  // namespace
 
-ProgramBuffers::ProgramBuffers(const CudaDriver& driver, const std::filesystem::path& artifact,
-                               const GpuProgramRecord& program, const SharedMemory& shared,
-                               DeviceBudget& budget, CUstream stream, bool verify)
+ProgramBuffers::ProgramBuffers(const CudaDriver& driver, const Device& device,
+                               const std::filesystem::path& artifact, const GpuProgramRecord& program,
+                               const SharedMemory& shared, DeviceBudget& budget, CUstream stream, bool verify)
     : driver_(driver), addresses_(program.buffers.size()), host_(program.buffers.size()) {
   for (std::size_t i = 0; i < program.buffers.size(); ++i) {
     const BufferRecord& buffer = program.buffers[i];
     if (is_step(buffer.kind)) continue;
     if (is_pinned(buffer.kind)) {
       addresses_[i] = shared.address(buffer.name);
+      continue;
+    }
+    if (buffer.cache && buffer.cache->granules > 0) {
+      cache_ = std::make_unique<CacheMemory>(driver, device, budget, buffer.bytes, *buffer.cache);
+      addresses_[i] = cache_->address();
       continue;
     }
     memories_.emplace_back(driver, budget, stream, buffer.bytes, "the buffer " + buffer.name);

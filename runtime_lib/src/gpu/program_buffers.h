@@ -4,10 +4,12 @@
 #include <cstddef>
 #include <filesystem>
 #include <map>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
+#include "cache_memory.h"
 #include "device_memory.h"
 #include "program_record.h"
 #include "shared_memory.h"
@@ -19,7 +21,7 @@ class ProgramBuffers {
  public:
   // shared: has the pinned buffers. verify: every piece of a file must have its XXH3. Throws Error. Memory is
   // zeroed and filled by the stream, which is at rest afterwards.
-  ProgramBuffers(const CudaDriver& driver, const std::filesystem::path& artifact,
+  ProgramBuffers(const CudaDriver& driver, const Device& device, const std::filesystem::path& artifact,
                  const GpuProgramRecord& program, const SharedMemory& shared, DeviceBudget& budget,
                  CUstream stream, bool verify);
 
@@ -27,6 +29,11 @@ class ProgramBuffers {
 
   // The host's side of a step buffer; empty for others. 256-byte aligned.
   std::span<std::byte> host(std::size_t buffer) const { return host_[buffer]; }
+
+  // Before a step: see CacheMemory::provide. Nothing to do where all memory of the cache is there.
+  void provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool) {
+    if (cache_) cache_->provide(positions, pool);
+  }
 
   // Copies all step buffers to the device: one copy, for they lie together.
   void send_step(CUstream stream) const;
@@ -38,6 +45,7 @@ class ProgramBuffers {
 
   const CudaDriver& driver_;
   std::vector<DeviceMemory> memories_;
+  std::unique_ptr<CacheMemory> cache_;  // null: the program has no cache with granules
   DeviceMemory step_;
   PinnedMemory step_host_;
   std::vector<CUdeviceptr> addresses_;

@@ -2,6 +2,7 @@
 
 #include <charconv>
 #include <map>
+#include <utility>
 
 #include "../checked_json.h"
 #include "graph_order.h"
@@ -11,6 +12,7 @@ namespace {
 
 constexpr std::uint64_t kMostBytes = 1ULL << 46;  // beyond any device; sums of a few stay in range
 constexpr std::uint64_t kMostFlags = 4096;
+constexpr std::int32_t kMostSlots = 1 << 20;
 constexpr std::size_t kMostNodes = 1U << 16;
 constexpr std::int32_t kLargestBatch = 1 << 20;
 // CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -24,10 +26,11 @@ BufferKind buffer_kind(const CheckedJson& node) {
       {"arena", BufferKind::kArena},        {"weight", BufferKind::kWeight},
       {"constant", BufferKind::kConstant},  {"state", BufferKind::kState},
       {"result", BufferKind::kResult},      {"step", BufferKind::kStep},
-      {"pinned_in", BufferKind::kPinnedIn}, {"pinned_out", BufferKind::kPinnedOut}};
+      {"pinned_in", BufferKind::kPinnedIn}, {"pinned_out", BufferKind::kPinnedOut},
+      {"stream", BufferKind::kStream}};
   const auto found = kKinds.find(node.text());
   if (found == kKinds.end())
-    node.refuse("arena, weight, constant, state, result, step, pinned_in or pinned_out");
+    node.refuse("arena, weight, constant, state, result, step, pinned_in, pinned_out or stream");
   return found->second;
 }
 
@@ -47,9 +50,28 @@ std::vector<BufferSource> buffer_sources(const CheckedJson& node, const BufferRe
   return sources;
 }
 
+CacheRecord cache_record(const CheckedJson& node, std::uint64_t bytes) {
+  constexpr std::uint64_t kMostGranules = 1U << 24;
+  const CacheRecord cache{
+      node["slots"].count(1, kMostSlots),          node["slot_bytes"].number(1, bytes),
+      node["block_bytes"].number(1, bytes),        node["block_positions"].number(1, bytes),
+      node["granule_bytes"].number(1, kMostBytes), node["granules"].number(0, kMostGranules)};
+  const std::uint64_t of_slots = static_cast<std::uint64_t>(cache.slots) * cache.slot_bytes;
+  if (cache.slot_bytes % cache.block_bytes != 0) node["slot_bytes"].refuse("whole blocks");
+  if (of_slots > bytes || cache.block_bytes > bytes - of_slots)
+    node.refuse("slots and a block more within the buffer (" + std::to_string(bytes) + " bytes)");
+  if (cache.granules > 0 && (cache.slot_bytes % cache.granule_bytes != 0 || bytes % cache.granule_bytes != 0))
+    node["granule_bytes"].refuse("a part of slots and buffer");
+  return cache;
+}
+
 BufferRecord buffer_record(const CheckedJson& node) {
   BufferRecord buffer{
-      node["name"].text(), node["bytes"].number(1, kMostBytes), buffer_kind(node["kind"]), {}};
+      node["name"].text(), node["bytes"].number(1, kMostBytes), buffer_kind(node["kind"]), {}, {}};
+  if (node.has("cache")) {
+    if (buffer.kind != BufferKind::kState) node["cache"].refuse("absent: only a state has it");
+    buffer.cache = cache_record(node["cache"], buffer.bytes);
+  }
   const bool from_files = buffer.kind == BufferKind::kWeight || buffer.kind == BufferKind::kConstant;
   if (from_files) buffer.sources = buffer_sources(node["sources"], buffer);
   if (!from_files && node.has("sources"))
@@ -110,7 +132,9 @@ KernelNode kernel_node(const CheckedJson& node, const KernelsByName& kernels, co
 
 HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
   if (program.flags == 0) node.refuse("absent: the program has no flags");
-  const auto flag = static_cast<std::uint32_t>(node["flag"].number(0, program.flags - 1));
+  const CheckedJson number = node["flag"];
+  const auto flag = static_cast<std::uint32_t>(number.number(0, program.all_flags() - 1));
+  if (flag >= program.flags && !program.of_stream(flag)) number.refuse("of a hand-over or of the stream");
   const std::string from = node["from"].text();
   const std::string to = node["to"].text();
   if ((from == program.device) == (to == program.device))
@@ -118,12 +142,25 @@ HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
   const bool raises = from == program.device;
   const std::string& other = raises ? to : from;
   if (other != "cpu" && !device_number(other)) node[raises ? "to" : "from"].refuse("cpu, or gpu:N");
+  if (flag >= program.flags && from != "cpu") node["from"].refuse("cpu: only it gives what is streamed");
   return {flag, raises, other};
+}
+
+// A graph waits for all that is streamed or for none.
+void check_stream(const CheckedJson& node, GraphRecord& graph, const GpuProgramRecord& program) {
+  std::uint32_t waits = 0;
+  for (const NodeRecord& record : graph.nodes) {
+    const auto* await = std::get_if<HandOver>(&record.work);
+    waits += await != nullptr && await->flag >= program.flags ? 1 : 0;
+  }
+  if (waits != 0 && waits != program.stream->layers.size())
+    node.refuse("with a wait for each of the stream's layers, or none");
+  graph.streams = waits != 0;
 }
 
 GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
                          const GpuProgramRecord& program, const BufferIndex& index) {
-  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), {}, {}};
+  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), false, {}, {}};
   const auto nodes = node["nodes"].elements();
   if (nodes.empty() || nodes.size() > kMostNodes)
     node["nodes"].refuse("a list of 1 to " + std::to_string(kMostNodes) + " nodes");
@@ -139,7 +176,9 @@ GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
   }
   graph.order = topological_order(graph.nodes);
   if (graph.order.size() != graph.nodes.size()) node["nodes"].refuse("without a cycle in \"after\"");
-  if (const auto wrong = wrong_hand_over(graph)) nodes[wrong->node]["hand_over"].refuse(wrong->expected);
+  if (const auto wrong = wrong_hand_over(graph, program.flags))
+    nodes[wrong->node]["hand_over"].refuse(wrong->expected);
+  check_stream(node["nodes"], graph, program);
   return graph;
 }
 
@@ -166,11 +205,16 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
   program.device_bytes = root["device_bytes"].number(0, kMostBytes);
   program.flags = static_cast<std::uint32_t>(root["flags"].number(0, kMostFlags));
   BufferIndex index;
+  bool has_cache = false;
   for (const CheckedJson& node : root["buffers"].elements()) {
     program.buffers.push_back(buffer_record(node));
+    if (program.buffers.back().cache && std::exchange(has_cache, true))
+      node["cache"].refuse("of one buffer alone");
     if (!index.emplace(program.buffers.back().name, program.buffers.size() - 1).second)
       node["name"].refuse("named once");
   }
+  if (root.has("stream"))
+    program.stream = StreamRecord::parse(root["stream"], program.buffers, program.flags, kMostFlags);
   for (const CheckedJson& node : root["graphs"].elements()) {
     GraphRecord graph = graph_record(node, kernels, program, index);
     for (const GraphRecord& other : program.graphs)

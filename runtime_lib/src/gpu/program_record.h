@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernel_table.h"
+#include "stream_record.h"
 
 namespace hetcomp::gpu {
 
@@ -24,6 +25,7 @@ enum class BufferKind {
   kStep,       // the host writes it before a step, kernels read it in device memory
   kPinnedIn,   // in host memory: what the CPU or another GPU hands to kernels
   kPinnedOut,  // in host memory: what kernels hand to the CPU or another GPU
+  kStream,     // experts that come from the host's memory during a step, and where they are
 };
 inline bool is_pinned(BufferKind kind) {
   return kind == BufferKind::kPinnedIn || kind == BufferKind::kPinnedOut;
@@ -38,11 +40,24 @@ struct BufferSource {
   std::uint64_t xxh3_64;
 };
 
+// How a buffer holds the KV cache: blocks of positions, slot_bytes of them a slot, and one block behind the
+// last slot, for rows of nobody. With granules, so many pieces of memory are all that is ever behind its
+// addresses; 0: all of it is there.
+struct CacheRecord {
+  std::int32_t slots;
+  std::uint64_t slot_bytes;
+  std::uint64_t block_bytes;
+  std::uint64_t block_positions;
+  std::uint64_t granule_bytes;
+  std::uint64_t granules;
+};
+
 struct BufferRecord {
   std::string name;
   std::uint64_t bytes;
   BufferKind kind;
   std::vector<BufferSource> sources;  // of weights and constants; ascending, not overlapping
+  std::optional<CacheRecord> cache;   // of a state
 };
 
 struct BufferAddress {
@@ -57,7 +72,8 @@ struct KernelNode {
   std::vector<ArgumentValue> arguments;
 };
 
-// This GPU raises the flag for the other side, or waits until the other side has raised it.
+// This GPU raises the flag for the other side, or waits until the other side has raised it; or, of flags of
+// its stream, until what is streamed has come.
 struct HandOver {
   std::uint32_t flag;
   bool raises;
@@ -71,10 +87,11 @@ struct NodeRecord {
 };
 
 // exact: the kernels work on `batch` rows, whatever the step has. Else they read how many it has, at most
-// `batch`.
+// `batch`. streams: it waits for what is streamed, layer after layer.
 struct GraphRecord {
   std::int32_t batch;
   bool exact;
+  bool streams;
   std::vector<NodeRecord> nodes;
   std::vector<std::size_t> order;  // all nodes, each behind those it comes after
 };
@@ -94,7 +111,17 @@ struct GpuProgramRecord {
   std::uint64_t device_bytes;  // the plan's figure: device memory of all buffers and scratch
   std::uint32_t flags;         // hand-overs of a step, those of other GPUs included
   std::vector<BufferRecord> buffers;
+  std::optional<StreamRecord> stream;
   std::vector<GraphRecord> graphs;
+
+  // Whether the flag is of a layer that is streamed to this GPU.
+  bool of_stream(std::uint32_t flag) const {
+    return stream && flag >= stream->first_flag && flag - stream->first_flag < stream->layers.size();
+  }
+  // Flags of hand-overs, and those up to the last of what is streamed to this GPU.
+  std::uint32_t all_flags() const {
+    return stream ? stream->first_flag + static_cast<std::uint32_t>(stream->layers.size()) : flags;
+  }
 };
 
 }  // namespace hetcomp::gpu

@@ -70,7 +70,44 @@ ProgramSet::~ProgramSet() {
   for (auto& context : contexts_) std::ignore = context.release();
 }
 
-void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work) {
+std::string ProgramSet::attach(const HostWeights& weights) {
+  if (!streams()) return {};
+  std::string refused = shared_->pin(weights.regions);
+  if (!refused.empty()) return refused;
+  for (const auto& program : programs_) program->attach(weights.weights);
+  return {};
+}
+
+bool ProgramSet::streams() const {
+  return std::ranges::any_of(programs_,
+                             [](const auto& program) { return program->expert_stream() != nullptr; });
+}
+
+void ProgramSet::route(std::uint32_t flag) const {
+  for (const auto& program : programs_)
+    if (ExpertStream* const experts = program->expert_stream(); experts != nullptr) experts->route(flag);
+}
+
+StreamStatistics ProgramSet::stream_statistics() const {
+  StreamStatistics all;
+  for (const auto& program : programs_)
+    if (const ExpertStream* const experts = program->expert_stream(); experts != nullptr)
+      all += experts->statistics();
+  return all;
+}
+
+void ProgramSet::reset_stream_statistics() {
+  for (const auto& program : programs_)
+    if (ExpertStream* const experts = program->expert_stream(); experts != nullptr)
+      experts->reset_statistics();
+}
+
+void ProgramSet::provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool) {
+  for (const auto& program : programs_) program->provide_cache(positions, pool);
+}
+
+void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work,
+                     std::int64_t tokens) {
   for (const auto& program : programs_) {
     if (!program->broken().empty())
       throw Error(HETCOMP_COMPUTE, program->device().in_words() + " runs no more steps since " +
@@ -80,18 +117,24 @@ void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& 
   HandShake& hand_shake = shared_->hand_shake();
   hand_shake.begin_step();
   try {
-    for (const auto& program : programs_) program->launch(batch);
+    for (const auto& program : programs_) program->launch(batch, tokens);
     cpu_work(hand_shake);
     wait_for_end();
   } catch (...) {
     hand_shake.abort("The CPU's part of the step failed.");
     drain();
-    hand_shake.end_step();
+    end_step();
     throw;
   }
   const bool aborted = hand_shake.aborted();
-  hand_shake.end_step();
+  end_step();
   if (aborted) throw Error(HETCOMP_COMPUTE, hand_shake.abort_reason());
+}
+
+// What is copied to a GPU raises flags until it has come to its end.
+void ProgramSet::end_step() noexcept {
+  for (const auto& program : programs_) program->end_step();
+  shared_->hand_shake().end_step();
 }
 
 void ProgramSet::abort(const std::string& reason) { shared_->hand_shake().abort(reason); }

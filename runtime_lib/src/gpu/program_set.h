@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -26,6 +27,12 @@ struct GpuOptions {
   std::chrono::milliseconds drain{5'000};
 };
 
+// The CPU's weights in memory: `regions` is what they lie in.
+struct HostWeights {
+  std::vector<std::span<const std::uint8_t>> weights;  // in the manifest's order
+  std::vector<std::span<const std::uint8_t>> regions;
+};
+
 // A program in an artifact: the plan's name of its GPU, and its file.
 struct ProgramFile {
   std::string device;
@@ -43,13 +50,30 @@ class ProgramSet {
   ProgramSet(const ProgramSet&) = delete;
   ProgramSet& operator=(const ProgramSet&) = delete;
 
-  // One step: sends the step buffers, launches every program's graph, calls cpu_work on this thread (it waits
-  // for GPUs and answers), and returns when all GPUs are at rest. One thread at a time. Throws Error: no
-  // graph of that batch size, a GPU or the CPU does not answer in time, a fault of a GPU, which is named;
-  // what cpu_work throws is passed on. The GPUs are at rest then and the next step may run, but state buffers
-  // hold what the step has written; only after a fault of a GPU itself every further call says so, until the
-  // model is loaded anew.
-  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work);
+  // Lets experts be copied from the CPU's weights, which must stay where they are. Returns why the system
+  // refuses to pin them, or "". Until then, and if it refuses, nothing is copied: the CPU computes all that
+  // GPUs have not got. Throws Error: a program streams what the weights have not got.
+  std::string attach(const HostWeights& weights);
+  // Whether any program streams experts.
+  bool streams() const;
+  // When the CPU has the routing of hand-over `flag`, in a step that streams; see ExpertStream::route.
+  void route(std::uint32_t flag) const;
+  // By hand-over: 1 where the CPU has nothing to compute in the running step.
+  const std::uint8_t* skip() const { return shared_->skip().data(); }
+  // Of all GPUs, since the last reset.
+  StreamStatistics stream_statistics() const;
+  void reset_stream_statistics();
+
+  // Before a step that reads and writes the caches below these positions, by slot. Throws Error.
+  void provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool);
+
+  // One step of so many tokens (0: no experts are streamed in it): sends the step buffers, launches every
+  // program's graph, calls cpu_work on this thread (it waits for GPUs and answers), and returns when all GPUs
+  // are at rest. One thread at a time. Throws Error: no graph of that batch size, a GPU or the CPU does not
+  // answer in time, a fault of a GPU, which is named; what cpu_work throws is passed on. The GPUs are at rest
+  // then and the next step may run, but state buffers hold what the step has written; only after a fault of a
+  // GPU itself every further call says so, until the model is loaded anew.
+  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1);
 
   // From any thread: gives the running step up.
   void abort(const std::string& reason);
@@ -65,6 +89,7 @@ class ProgramSet {
 
  private:
   std::string health() const;
+  void end_step() noexcept;
   void wait_for_end();
   bool at_rest();  // of all; notes those that have failed
   void drain();

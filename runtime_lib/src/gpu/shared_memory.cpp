@@ -1,5 +1,7 @@
 #include "shared_memory.h"
 
+#include <algorithm>
+
 #include "../status.h"
 
 namespace hetcomp::gpu {
@@ -15,7 +17,9 @@ SharedMemory::SharedMemory(const CudaDriver& driver, const DeviceContext& contex
                            std::chrono::milliseconds patience, HandShake::Health health)
     : driver_(driver), context_(context) {
   std::uint64_t end = 0;
+  std::uint32_t flags = 0;
   for (const GpuProgramRecord* program : programs) {
+    flags = std::max(flags, program->all_flags());
     for (const BufferRecord& buffer : program->buffers) {
       if (!is_pinned(buffer.kind)) continue;
       const auto [place, is_new] = pieces_.emplace(buffer.name, Piece{end, buffer.bytes});
@@ -31,7 +35,9 @@ SharedMemory::SharedMemory(const CudaDriver& driver, const DeviceContext& contex
   const CurrentContext current(driver, context);
   pinned_ = std::unique_ptr<Pinned>(new Pinned{
       end == 0 ? PinnedMemory() : PinnedMemory(driver, end, "what CPU and GPUs hand to each other"),
-      HandShake(driver, programs.front()->flags, patience, std::move(health))});
+      HandShake(driver, flags, patience, std::move(health)),
+      std::vector<std::uint8_t>(programs.front()->flags),
+      {}});
 }
 
 SharedMemory::~SharedMemory() {
@@ -41,6 +47,17 @@ SharedMemory::~SharedMemory() {
   } catch (const Error&) {
     // The context can no longer be entered: the driver has dropped all that was in it.
   }
+}
+
+std::string SharedMemory::pin(std::span<const std::span<const std::uint8_t>> regions) {
+  const CurrentContext current(driver_, context_);
+  for (const std::span<const std::uint8_t> region : regions) {
+    std::string reason = pinned_->regions.emplace_back(driver_).pin(region);
+    if (reason.empty()) continue;
+    pinned_->regions.clear();
+    return reason;
+  }
+  return {};
 }
 
 const SharedMemory::Piece& SharedMemory::piece(const std::string& buffer) const {

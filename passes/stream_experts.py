@@ -1,0 +1,188 @@
+"""Decides whether experts in CPU memory may be copied to GPUs in a step of a prompt, and how many at once.
+
+Which are copied is decided in each step, layer by layer, when the routing is known
+(runtime_lib/src/gpu/stream_split.h): this pass gives it the rates to decide by; place has reserved the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from hetcomp.hardware.figures import Gpu
+from hetcomp.ir.annotations import Curve, ExpertStream, Placement, StreamRates
+from hetcomp.ir.cpu_side import CpuRole, cpu_role
+from hetcomp.ir.homes import memory_of, read_in
+from hetcomp.ir.kv_pool import KvPool
+from hetcomp.ir.node_parts import gpu_cut_weights
+from hetcomp.ir.ops import MoeExperts
+from hetcomp.ir.plan import Op, Plan, Template, ValueKind
+from hetcomp.passes.context import Context
+from hetcomp.passes.device_time import gpu_time, link_gb_per_s
+from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
+from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
+from hetcomp.passes.phases import Phase
+from hetcomp.passes.registry import plan_pass
+from hetcomp.passes.work import Work, work_of
+
+# Memory for experts on their way is worth no more than this part of the GPU's: what it holds is used in prompts only,
+# resident experts in decode as well.
+_STREAM_PART = 8
+# Fewer at once would be too small a part of a layer to matter (or of a layer that has fewer: all).
+_LEAST_SLOTS = 8
+# The arena takes about so many times less than all activations (Qwen3-30B-A3B: 0.68 of 1.2 GB at 8,192 tokens).
+_SHARED = 2
+# Of the largest step, where something is streamed; from the second on, where nothing is.
+STREAMED_STEP_TOKENS = (8192, 4096, 2048, 1024, 512)
+_EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_STEP_TOKENS = (32, 128, 512, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    op: Op
+    template: Template
+    placement: Placement
+
+
+@plan_pass(requires=("sliced",))
+def stream_experts(plan: Plan, context: Context) -> Plan:
+    """Sets ``stream`` where GPUs make the input of experts that the CPU has, each of them has memory for slots, and
+    every expert lies in one piece (on one NUMA node)."""
+    if context.planning or not context.use_gpus:
+        return plan
+    found = [
+        _Streamed(op, template, placements[op.id])
+        for call in plan.calls
+        for template, placements in [(plan.template(call.template), dict(call.placements))]
+        for op in template.ops
+        if isinstance(op.attrs, MoeExperts) and cpu_role(op, placements[op.id], template) is CpuRole.EXPERTS
+    ]
+    homes = {memory_of(s.placement.device) for s in found}
+    rooms = ((f"gpu:{i}", room) for i, room in enumerate(rooms_of_gpus(context)))
+    slots = min((_slots_on(plan, context, gpu, room) for gpu, room in rooms if gpu in homes), default=0)
+    if not slots:
+        return plan
+    if any(len(s.placement.slices) > 1 for s in found):
+        note = "experts are not streamed to the GPU in prefill: each is cut over several NUMA nodes"
+        return replace(plan, notes=(*plan.notes, note))
+    gpu = context.profile.gpus[0]
+    first = found[0]
+    return replace(plan, stream=ExpertStream(slots, _rates(plan, context, gpu, first.op, first.template, len(found))))
+
+
+def _slots_on(plan: Plan, context: Context, gpu: str, room: int) -> int:
+    """Experts that may be on their way to ``gpu`` at once, within its ``room`` bytes and beside what lies on it."""
+    readers, cuts = read_in(plan), gpu_cut_weights(plan, gpu)
+    pool = KvPool.of(plan.max_dims())
+    used = GPU_RESERVE + pool.granule_waste + workspace_estimate(plan)
+    for v in plan.values:
+        if v.kind in (ValueKind.WEIGHT, ValueKind.CONST) and (v.id in cuts or gpu in readers[v.id]):
+            used += context.target.packed_bytes(cuts[v.id][0] if v.id in cuts else v)
+        elif v.kind is ValueKind.STATE and gpu in readers[v.id]:
+            used += pool.gpu_bytes(v.type)
+    slots = stream_slots(plan, context, room)
+    free = max(0, room - used) // (2 * max(1, largest_expert(plan, context)))
+    return slots if slots <= free else free if free >= _LEAST_SLOTS else 0
+
+
+def rooms_of_gpus(context: Context) -> list[int]:
+    """Bytes of each GPU that a plan may use; empty where none takes part."""
+    return [gpu_limit(context, i) for i in range(len(context.profile.gpus))] if context.use_gpus else []
+
+
+def step_tokens(plan: Plan, context: Context) -> int:
+    """Tokens of the largest step of a plan that code is generated for, where the user has no wish: many, because they
+    share what is streamed, if something is; but the activations take no larger part of the GPU than streams may."""
+    rooms = rooms_of_gpus(context)
+    room = rooms[0] if rooms else 0
+    streamed = any(stream_reserves(plan, context, rooms))
+    for tokens in STREAMED_STEP_TOKENS if streamed else STREAMED_STEP_TOKENS[1:]:
+        bounds = tuple(replace(d, max=tokens) if d.name == "T" else d for d in plan.dims)
+        if workspace_estimate(replace(plan, dims=bounds)) <= _SHARED * room // _STREAM_PART:
+            return min(tokens, plan.dim("T").max)
+    return min(STREAMED_STEP_TOKENS[-1], plan.dim("T").max)
+
+
+def stream_slots(plan: Plan, context: Context, room: int) -> int:
+    """Experts of a layer that may be on their way at once within a GPU's ``room`` bytes; 0: none."""
+    ops = [(op, t) for t in plan.templates for op in t.ops if isinstance(op.attrs, MoeExperts)]
+    if not ops:
+        return 0
+    most = max(op.attrs.experts for op, _ in ops if isinstance(op.attrs, MoeExperts))
+    part = max(0, room - GPU_RESERVE) // _STREAM_PART
+    slots = min(most, part // (2 * max(1, largest_expert(plan, context))))
+    return slots if slots >= min(_LEAST_SLOTS, most) else 0
+
+
+def stream_bytes(plan: Plan, context: Context, room: int) -> int:
+    """What the slots take of the GPU."""
+    return 2 * stream_slots(plan, context, room) * largest_expert(plan, context)
+
+
+def stream_reserves(plan: Plan, context: Context, rooms: Sequence[int]) -> list[int]:
+    """What experts on their way take of each GPU's ``rooms``: nothing where these have room for everything."""
+    stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
+    pool = KvPool.of(plan.max_dims())
+    states = sum(pool.gpu_bytes(v.type) for v in plan.values if v.kind is ValueKind.STATE)
+    everything = sum(context.target.packed_bytes(v) for v in stored) + states
+    of_each = pool.granule_waste + workspace_estimate(plan) + GPU_RESERVE
+    if everything <= sum(max(0, room - of_each) for room in rooms):
+        return [0] * len(rooms)
+    return [stream_bytes(plan, context, room) for room in rooms]
+
+
+def largest_expert(plan: Plan, context: Context) -> int:
+    """Bytes of the plan's largest expert."""
+    return max(
+        (expert_bytes(op, t, context) for t in plan.templates for op in t.ops if isinstance(op.attrs, MoeExperts)),
+        default=0,
+    )
+
+
+def expert_bytes(op: Op, template: Template, context: Context) -> int:
+    """Bytes of one of the op's experts."""
+    assert isinstance(op.attrs, MoeExperts)
+    values = [template.value(name) for name in op.inputs]
+    return sum(context.target.packed_bytes(v) for v in values if v.kind is ValueKind.WEIGHT) // op.attrs.experts
+
+
+def _rates(plan: Plan, context: Context, gpu: Gpu, op: Op, template: Template, layers: int) -> StreamRates:
+    size = float(expert_bytes(op, template, context))
+    values = template.value_map()
+
+    def curve(us: Callable[[float, Phase], float]) -> Curve:
+        return tuple((n, us(float(n), _prompt(n))) for n in _EXPERT_TOKENS)
+
+    def work(tokens: float, step: Phase) -> Work:
+        return expert_work(op, work_of(op, values, step, context.target), size, tokens)
+
+    return StreamRates(
+        link_gb_per_s=link_gb_per_s(gpu),
+        cpu_expert_us=curve(lambda n, step: expert_cpu_us(op, work(n, step), step, context)),
+        gpu_expert_us=curve(lambda n, step: expert_gpu_us(op, work(n, step), step, gpu)),
+        spine_us=tuple((n, _spine_us(plan, context, gpu, _prompt(n)) / layers) for n in _STEP_TOKENS),
+    )
+
+
+def _prompt(tokens: int) -> Phase:
+    """A step of a prompt from its beginning."""
+    return Phase("prefill", tokens, 1, tokens)
+
+
+def _spine_us(plan: Plan, context: Context, gpu: Gpu, step: Phase) -> float:
+    """What the GPU does in a step besides experts."""
+    times: dict[tuple[str, str], float] = {}
+    total = 0.0
+    for call in plan.calls:
+        template = plan.template(call.template)
+        for op_id, placement in call.placements:
+            if memory_of(placement.device) == "cpu":
+                continue
+            key = (template.name, op_id)
+            if key not in times:
+                op = next(o for o in template.ops if o.id == op_id)
+                own = work_of(op, template.value_map(), step, context.target)
+                times[key] = 0.0 if isinstance(op.attrs, MoeExperts) else gpu_time(op, own, step, gpu).us
+            total += times[key]
+    return total

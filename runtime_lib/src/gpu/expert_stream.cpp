@@ -1,0 +1,219 @@
+#include "expert_stream.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "../status.h"
+
+namespace hetcomp::gpu {
+namespace {
+
+// An expert that is needed with less than this probability is not copied before it is known to be.
+constexpr double kLikely = 0.5;
+
+std::vector<std::int32_t> tokens_of_experts(std::span<const std::int32_t> ids, std::int32_t experts) {
+  std::vector<std::int32_t> count(static_cast<std::size_t>(experts));
+  for (const std::int32_t e : ids)
+    if (e >= 0 && e < experts) ++count[static_cast<std::size_t>(e)];
+  return count;
+}
+
+}  // namespace
+
+ExpertStream::ExpertStream(const CudaDriver& driver, const DeviceContext& context,
+                           const GpuProgramRecord& program, const ProgramBuffers& buffers,
+                           const SharedMemory& shared, CUstream step_stream)
+    : driver_(driver),
+      context_(context),
+      program_(program),
+      record_(*program.stream),
+      buffers_(buffers),
+      shared_(shared),
+      step_stream_(step_stream),
+      stream_(create_stream(driver)),
+      rows_(driver, (record_.layers.size() + 1) * record_.row_bytes, "the tables of streamed experts"),
+      layers_(record_.layers.size()) {}
+
+void ExpertStream::attach(std::span<const std::span<const std::uint8_t>> weights) {
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    Layer& layer = layers_[i];
+    for (const StreamOperand& operand : record_.layers[i].operands) {
+      Operand& made = layer.operands.emplace_back();
+      made.slots = buffers_.address({operand.buffer, operand.offset});
+      made.expert_bytes = operand.expert_bytes;
+      made.sources.resize(static_cast<std::size_t>(record_.layers[i].experts));
+      layer.expert_bytes += operand.expert_bytes;
+      for (const ExpertSource& source : operand.sources) {
+        if (source.weight >= weights.size() ||
+            source.experts.size() > weights[source.weight].size() / operand.expert_bytes)
+          throw Error(HETCOMP_BAD_ARTIFACT,
+                      "The program for " + program_.device + " streams experts of weight " +
+                          std::to_string(source.weight) + " that it has not got: compile the model again.");
+        for (std::size_t place = 0; place < source.experts.size(); ++place)
+          made.sources[static_cast<std::size_t>(source.experts[place])] =
+              weights[source.weight].data() + place * operand.expert_bytes;
+      }
+    }
+    for (std::int32_t e = 0; e < record_.layers[i].experts; ++e)
+      if (layer.operands.front().sources[static_cast<std::size_t>(e)] != nullptr)
+        layer.streamable.push_back(e);
+  }
+  attached_ = true;
+}
+
+std::span<std::int32_t> ExpertStream::row(std::size_t index) const {
+  return {&word(index, 0), record_.part_offset / sizeof(std::int32_t)};
+}
+
+std::int32_t& ExpertStream::word(std::size_t row, std::uint64_t offset) const {
+  return *reinterpret_cast<std::int32_t*>(rows_.bytes().data() + row * record_.row_bytes + offset);
+}
+
+void ExpertStream::send_row(std::size_t row, CUstream stream) {
+  driver_.copy_to_device(buffers_.address({record_.tables, row * record_.row_bytes}),
+                         rows_.bytes().data() + row * record_.row_bytes, record_.row_bytes, stream);
+}
+
+void ExpertStream::begin(std::int64_t tokens) {
+  if (!attached_ || tokens == 0) {
+    for (std::size_t i = 0; i <= layers_.size(); ++i) {
+      std::ranges::fill(row(i), -1);
+      word(i, record_.part_offset) = word(i, record_.ask_offset) = 1;
+      send_row(i, step_stream_);
+    }
+    for (std::size_t i = 0; i < layers_.size(); ++i)
+      shared_.hand_shake().answer(record_.first_flag + static_cast<std::uint32_t>(i));
+    return;
+  }
+  tokens_ = tokens;
+  const std::size_t first = expect(0);
+  send_row(0, step_stream_);
+  copy(layers_[0], first);
+}
+
+// A copy that failed has failed the graph as well, which has said so.
+void ExpertStream::end() noexcept {
+  if (tokens_ == 0) return;
+  tokens_ = 0;
+  for (const StreamLayer& layer : record_.layers) shared_.skip()[layer.hand_over] = 0;
+  driver_.stream_synchronize.raw(stream_.get());
+}
+
+// How many of the layer's experts are worth copying before its routing is known, and whether the CPU will
+// have a part in it: taking each expert to be as likely as the others.
+std::size_t ExpertStream::expect(std::size_t index) {
+  Layer& layer = layers_[index];
+  const StreamLayer& record = record_.layers[index];
+  layer.order = layer.streamable;
+  layer.copied = 0;
+  const double share = std::min(1.0, static_cast<double>(record.top_k) / record.experts);
+  const auto tokens = static_cast<double>(tokens_);
+  std::size_t wanted = 0;
+  if (1.0 - std::pow(1.0 - share, tokens) > kLikely) {
+    const double each = std::max(1.0, tokens * share);
+    const std::vector expected(layer.order.size(), static_cast<std::int32_t>(each));
+    const auto resident = static_cast<double>(record.experts) - static_cast<double>(expected.size());
+    wanted = split(layer, expected, record, resident * record_.rates.gpu_expert_us.at(each));
+  }
+  layer.asked = wanted < layer.order.size();
+  word(index, record_.ask_offset) = layer.asked ? 1 : 0;
+  return wanted;
+}
+
+std::size_t ExpertStream::split(const Layer& layer, std::span<const std::int32_t> tokens,
+                                const StreamLayer& record, double resident_us) const {
+  return split_experts({.tokens = tokens,
+                        .copied = layer.copied,
+                        .slots = record_.slots,
+                        .step_tokens = tokens_,
+                        .resident_us = resident_us,
+                        .expert_bytes = static_cast<double>(layer.expert_bytes),
+                        .activation_bytes = 4.0 * record.hidden},
+                       record_.rates);
+}
+
+// Copies experts of the order until `to` of them are on their way; neighbours in memory together.
+void ExpertStream::copy(Layer& layer, std::size_t to) {
+  for (const Operand& operand : layer.operands) {
+    const auto source = [&](std::size_t slot) {
+      return operand.sources[static_cast<std::size_t>(layer.order[slot])];
+    };
+    for (std::size_t first = layer.copied; first < to;) {
+      std::size_t end = first + 1;
+      while (end < to && source(end) == source(end - 1) + operand.expert_bytes) ++end;
+      driver_.copy_to_device(operand.slots + first * operand.expert_bytes, source(first),
+                             (end - first) * operand.expert_bytes, stream_.get());
+      first = end;
+    }
+  }
+  statistics_.experts_copied += static_cast<std::int64_t>(to - layer.copied);
+  statistics_.bytes += static_cast<std::int64_t>((to - layer.copied) * layer.expert_bytes);
+  layer.copied = to;
+}
+
+void ExpertStream::route(std::uint32_t flag) {
+  if (tokens_ == 0) return;
+  const auto found = std::ranges::find(record_.layers, flag, &StreamLayer::hand_over);
+  if (found == record_.layers.end()) return;
+  const auto index = static_cast<std::size_t>(found - record_.layers.begin());
+  const CurrentContext current(driver_, context_);
+  const std::span<std::int32_t> ids = choices(*found);
+  const std::size_t streamed = decide(index, tokens_of_experts(ids, found->experts));
+  copy(layers_[index], streamed);
+  leave_to_cpu(index, ids, streamed);
+  const bool last = index + 1 == layers_.size();
+  // The row also says whether the next layer's input is wanted.
+  const std::size_t ahead = last ? 0 : expect(index + 1);
+  send_row(index + 1, stream_.get());
+  const auto raised = record_.first_flag + static_cast<std::uint32_t>(index);
+  driver_.stream_write(stream_.get(), shared_.hand_shake().to_gpu_address(raised), HandShake::kRaised,
+                       CU_STREAM_WRITE_VALUE_DEFAULT);
+  if (!last) copy(layers_[index + 1], ahead);
+}
+
+// The layer's routing: experts of the step's tokens.
+std::span<std::int32_t> ExpertStream::choices(const StreamLayer& record) const {
+  const std::span<std::byte> host = shared_.host(program_.buffers[record.ids].name);
+  const auto wanted = static_cast<std::size_t>(tokens_ * record.top_k);
+  return {reinterpret_cast<std::int32_t*>(host.data()), std::min(wanted, host.size() / sizeof(std::int32_t))};
+}
+
+// Puts the layer's order right and says how many experts of it the GPU computes.
+std::size_t ExpertStream::decide(std::size_t index, const std::vector<std::int32_t>& count) {
+  Layer& layer = layers_[index];
+  const StreamLayer& record = record_.layers[index];
+  const auto tokens_of = [&](std::int32_t e) { return count[static_cast<std::size_t>(e)]; };
+  // Behind those that are on their way: the others that are needed, those of most tokens first.
+  std::stable_sort(layer.order.begin() + static_cast<std::ptrdiff_t>(layer.copied), layer.order.end(),
+                   [&](std::int32_t a, std::int32_t b) { return tokens_of(a) > tokens_of(b); });
+  while (layer.order.size() > layer.copied && tokens_of(layer.order.back()) == 0) layer.order.pop_back();
+  std::vector<std::int32_t> tokens(layer.order.size());
+  std::ranges::transform(layer.order, tokens.begin(), tokens_of);
+  statistics_.experts_wanted += std::ranges::count_if(tokens, [](std::int32_t n) { return n > 0; });
+  std::vector<std::int32_t> others = count;  // of experts that the GPU has
+  for (const std::int32_t e : layer.streamable) others[static_cast<std::size_t>(e)] = 0;
+  double resident_us = 0;
+  for (const std::int32_t n : others)
+    if (n > 0) resident_us += record_.rates.gpu_expert_us.at(n);
+  return layer.asked ? split(layer, tokens, record, resident_us) : layer.order.size();
+}
+
+// Tells the GPU the slots of the first `streamed` experts of the order, and takes their tokens from the CPU.
+void ExpertStream::leave_to_cpu(std::size_t index, std::span<std::int32_t> ids, std::size_t streamed) {
+  const Layer& layer = layers_[index];
+  const std::span<std::int32_t> slots = row(index + 1);
+  std::ranges::fill(slots, -1);
+  for (std::size_t slot = 0; slot < streamed; ++slot)
+    slots[static_cast<std::size_t>(layer.order[slot])] = static_cast<std::int32_t>(slot);
+  const bool cpu = streamed < layer.order.size();
+  word(index + 1, record_.part_offset) = cpu ? 1 : 0;
+  shared_.skip()[record_.layers[index].hand_over] = cpu ? 0 : 1;
+  statistics_.layers += streamed > 0 ? 1 : 0;
+  if (!cpu) return;
+  for (std::int32_t& e : ids)
+    if (e >= 0 && e < record_.layers[index].experts && slots[static_cast<std::size_t>(e)] >= 0) e = -1;
+}
+
+}  // namespace hetcomp::gpu

@@ -1,0 +1,48 @@
+#include "stream_split.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace hetcomp::gpu {
+
+double TimeCurve::at(double tokens) const {
+  if (points_.size() == 1) return points_.front().second;
+  std::size_t i = 1;
+  while (i + 1 < points_.size() && static_cast<double>(points_[i].first) < tokens) ++i;
+  const auto [x0, y0] = points_[i - 1];
+  const auto [x1, y1] = points_[i];
+  const double slope = (y1 - y0) / static_cast<double>(x1 - x0);
+  return std::max(0.0, y0 + slope * (tokens - static_cast<double>(x0)));
+}
+
+std::size_t split_experts(const SplitInput& input, const StreamRates& rates) {
+  const std::size_t most = std::min(input.tokens.size(), input.slots);
+  const double spine = rates.spine_us.at(static_cast<double>(input.step_tokens));
+  // One direction of what a layer's experts on the CPU cost beside their work: their input, or their sum.
+  const double exchange =
+      static_cast<double>(input.step_tokens) * input.activation_bytes / rates.link_bytes_per_us;
+  std::vector<double> cpu_us(input.tokens.size() + 1);  // of the experts from i on
+  for (std::size_t i = input.tokens.size(); i-- > 0;) {
+    const std::int32_t tokens = input.tokens[i];
+    cpu_us[i] = cpu_us[i + 1] + (tokens > 0 ? rates.cpu_expert_us.at(tokens) : 0.0);
+  }
+  double gpu = input.resident_us;
+  double best_us = std::numeric_limits<double>::infinity();
+  std::size_t best = input.copied;
+  for (std::size_t n = 0; n <= most; ++n) {
+    if (n > 0 && input.tokens[n - 1] > 0) gpu += rates.gpu_expert_us.at(input.tokens[n - 1]);
+    if (n < std::min(input.copied, most)) continue;
+    const bool cpu = cpu_us[n] > 0;
+    const double link =
+        static_cast<double>(n) * input.expert_bytes / rates.link_bytes_per_us + (cpu ? exchange : 0.0);
+    const double compute = spine + (cpu ? 2 * exchange : 0.0) + std::max(gpu, cpu_us[n]);
+    // Of equals the one that copies most: the CPU is free for others.
+    if (const double us = std::max(link, compute); us <= best_us) {
+      best_us = us;
+      best = n;
+    }
+  }
+  return best;
+}
+
+}  // namespace hetcomp::gpu

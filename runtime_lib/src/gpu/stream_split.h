@@ -1,0 +1,46 @@
+// Which of a layer's experts the GPU computes from weights that are copied to it, and which the CPU, in a
+// step of a prompt.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace hetcomp::gpu {
+
+// Microseconds at a few numbers of tokens, ascending; straight lines between them and beyond.
+class TimeCurve {
+ public:
+  // points: at least one.
+  explicit TimeCurve(std::vector<std::pair<std::int64_t, double>> points) : points_(std::move(points)) {}
+  double at(double tokens) const;
+
+ private:
+  std::vector<std::pair<std::int64_t, double>> points_;
+};
+
+struct StreamRates {
+  double link_bytes_per_us;  // from the host's memory to the GPU
+  TimeCurve cpu_expert_us;   // an expert of so many tokens
+  TimeCurve gpu_expert_us;
+  TimeCurve spine_us;  // what the GPU does in a layer besides experts, in a step of so many tokens
+};
+
+struct SplitInput {
+  std::span<const std::int32_t> tokens;  // of each expert that the GPU has not got, in the order to copy them
+  std::size_t copied;                    // so many are, or will be, whatever is decided
+  std::size_t slots;                     // at most so many can be; at least `copied`
+  std::int64_t step_tokens;
+  double resident_us;       // of the experts that the GPU has
+  double expert_bytes;      // to copy one
+  double activation_bytes;  // of a row that CPU and GPU hand to each other
+};
+
+// How many of the experts, from the first on, are copied: the number with which a layer takes least in a
+// prompt of many layers, where the copies of one layer run while the layer before is computed. It depends on
+// nothing but its arguments: a prompt gets the same numbers each time.
+std::size_t split_experts(const SplitInput& input, const StreamRates& rates);
+
+}  // namespace hetcomp::gpu

@@ -1,0 +1,200 @@
+"""Deferral of experts beside an emulated GPU, whole artifacts, against its definition in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+import hetcomp
+from hetcomp.backends.exchange import Exchange
+from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.deferral_on_text import deferring
+from hetcomp.executable import Executable
+from hetcomp.hardware.figures import BandwidthPoint
+from hetcomp.ir.deferral import LayerChoices, moe_layers
+from hetcomp.ir.serialise import from_json, to_json
+from hetcomp.passes.placement_problem import GPU_RESERVE
+from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
+from tests.reference.deferral_reference import deferred_logits
+from tests.reference.emulated_gpu import emulated_gpu
+from tests.reference.plan_builder import GIB, avx2_machine, gpu
+from tests.reference.tiny_models import save_tiny, token_ids
+
+CONTEXT = 32
+EXPERTS_ON_CPU = ("*=gpu:0", "moe.experts=cpu")
+# What is not pinned goes to the GPU as long as it fits: the CPU's memory takes so long to read.
+SLOW = BandwidthPoint(threads=4, gb_per_s=0.01)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model whose layers defer ``deferral`` choices; ``expected``: what its MoE layers then defer. ``vram``:
+    bytes of the GPU's memory, 0: all experts are on the CPU. ``memory``: free bytes of the CPU's nodes."""
+
+    name: str
+    family: str
+    deferral: int
+    expected: tuple[int, ...]
+    odd: bool = False
+    sizes: Mapping[str, object] = field(default_factory=dict)
+    vram: int = 0
+    nodes: int = 1
+    memory: tuple[int, int] = (8 * GIB, 8 * GIB)
+
+    def compile(self, folder: Path, plan: Path | None = None) -> Executable:
+        """The model in ``folder``/hf."""
+        plain = avx2_machine(self.nodes, self.memory)
+        slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
+        machine = plain.model_copy(update={"gpus": (gpu(),), **({"nodes": slow} if self.vram else {})})
+        wishes = PlanWishes(
+            pins=() if self.vram else EXPERTS_ON_CPU,
+            vram=GPU_RESERVE + self.vram if self.vram else None,
+            deferral=self.deferral,
+        )
+        out = folder / ("again.hetc" if plan else "tiny.hetc")
+        return hetcomp.compile(
+            folder / "hf",
+            machine,
+            formats="f32",
+            context_length=CONTEXT,
+            max_batch=3,
+            out=out,
+            isa=("avx2",),
+            wishes=wishes,
+            plan=plan,
+        )
+
+
+CASES = (
+    Case("one", "qwen3_moe", 1, (1, 1, 0)),
+    Case("all-of-two", "qwen3_moe", 5, (2, 2, 0)),
+    Case(
+        "dense-between",
+        "qwen3_moe",
+        2,
+        (2, 2, 2, 0),
+        odd=True,
+        sizes={"mlp_only_layers": [0, 2], "num_hidden_layers": 6},
+    ),
+    Case("dense-first", "deepseek_v3", 1, (1, 0)),
+    Case("shared-expert", "glm4_moe", 2, (2, 0), odd=True),
+    Case("split", "qwen2_moe", 1, (1, 1, 0), vram=700_000),
+    Case("biases-split-over-nodes", "gpt_oss", 1, (1, 1, 1, 0), vram=900_000, nodes=2),
+    Case("slices-of-nodes", "qwen3_moe", 1, (1, 1, 0), sizes={"moe_intermediate_size": 96}, nodes=2),
+    Case("whole-experts-of-nodes", "qwen3_moe", 1, (1, 1, 0), nodes=2, memory=(8 * GIB, 400_000)),
+)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[PreTrainedModel, Executable]]:
+    case: Case = request.param
+    folder = tmp_path_factory.mktemp(case.name)
+    model = save_tiny(case.family, folder / "hf", odd=case.odd, **case.sizes)
+    with emulated_gpu(compute_capability=89):
+        exe = case.compile(folder)
+        assert tuple(layer.placement.deferred for layer in moe_layers(exe.plan)) == case.expected
+        yield model, exe
+        exe.runtime.close()
+
+
+@pytest.mark.slow
+def test_of_all_tokens_of_a_text(compiled):
+    model, exe = compiled
+    ids = token_ids(model, 9)
+    exe.runtime.set_deferral("all")
+    deferred = exe(ids[0].tolist())
+    exe.runtime.set_deferral("none")
+    plain = exe(ids[0].tolist())
+    exe.runtime.set_deferral("generated")
+    want, undeferred = deferred_logits(model, ids, exe.plan), reference_logits(model, ids)
+    assert relative_error(deferred, want) < TOLERANCE
+    assert relative_error(plain, undeferred) < TOLERANCE
+    assert relative_error(want, undeferred) > 100 * TOLERANCE  # it is another model
+
+
+@pytest.mark.slow
+def test_generated_tokens_alone_by_default(compiled):
+    model, exe = compiled
+    ids = token_ids(model, 10, seed=3)
+    with exe.runtime.session() as session:
+        rows = [session.prefill(ids[0, :6].tolist())]
+        rows += [exe.runtime.decode([session], [int(i)])[0] for i in ids[0, 6:]]
+    assert relative_error(np.stack(rows), deferred_logits(model, ids, exe.plan, first=6)[5:]) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_rows_do_not_depend_on_the_batch(compiled):
+    """Bit for bit: in any company of the same size, and after the sequence was cut and fed again."""
+    model, exe = compiled
+    texts = [token_ids(model, n, seed=n)[0].tolist() for n in (3, 5, 8, 2, 6)]
+
+    def decode(members: Sequence[int]) -> dict[int, bytes]:
+        sessions = [exe.runtime.session() for _ in members]
+        for session, member in zip(sessions, members, strict=True):
+            session.prefill(texts[member][:-1])
+        last = [texts[member][-1] for member in members]
+        first = exe.runtime.decode(sessions, last)
+        for session in sessions:
+            session.truncate(len(session) - 1)
+        again = exe.runtime.decode(sessions, last)
+        assert again.tobytes() == first.tobytes()
+        for session in sessions:
+            session.close()
+        return {member: row.tobytes() for member, row in zip(members, first, strict=True)}
+
+    one, other = decode((0, 1, 2)), decode((3, 0, 4))
+    assert one[0] == other[0]
+    assert (
+        relative_error(
+            np.frombuffer(one[1], np.float32),
+            deferred_logits(model, token_ids(model, 5, seed=5), exe.plan, first=4)[-1],
+        )
+        < TOLERANCE
+    )
+
+
+@pytest.mark.slow
+def test_what_deferral_is_measured_with_is_the_definition(compiled):
+    model, exe = compiled
+    ids = token_ids(model, 7, seed=4)
+    layers = [LayerChoices(layer.placement.deferred, layer.on_cpu) for layer in moe_layers(exe.plan)]
+    with deferring(model, layers):
+        measured = reference_logits(model, ids)
+    assert relative_error(measured, deferred_logits(model, ids, exe.plan)) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_plan_is_replayed_with_its_deferral(tmp_path):
+    case = CASES[2]
+    model = save_tiny(case.family, tmp_path / "hf", odd=case.odd, **case.sizes)
+    ids = token_ids(model, 5)[0].tolist()
+    with emulated_gpu(compute_capability=89):
+        exe = case.compile(tmp_path)
+        assert from_json(to_json(exe.plan)) == exe.plan
+        again = case.compile(tmp_path, tmp_path / "tiny.hetc" / "plan.json")
+        assert [c.placements for c in again.plan.calls] == [c.placements for c in exe.plan.calls]
+        for runtime in (exe.runtime, again.runtime):
+            runtime.set_deferral("all")
+        np.testing.assert_array_equal(again(ids), exe(ids))
+
+
+def test_without_deferral_all_layers_share_the_buffers(tmp_path):
+    save_tiny("qwen3_moe", tmp_path / "hf")
+    machine = avx2_machine(1).model_copy(update={"gpus": (gpu(),)})
+
+    def inputs(deferral: int) -> list[int]:
+        wishes = PlanWishes(pins=EXPERTS_ON_CPU, deferral=deferral)
+        plan = plan_model(tmp_path / "hf", hw_profile=machine, wishes=wishes, planning=False).plan
+        exchange = Exchange.of(plan)
+        return [exchange.indices[h.flag, "x"] for h in exchange.hand_overs]
+
+    assert len(set(inputs(0))) == 1
+    first, second, third = inputs(1)
+    assert first == third != second

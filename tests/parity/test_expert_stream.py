@@ -1,0 +1,134 @@
+"""Experts that are streamed to the GPU in steps of a prompt give what resident ones give: whole artifacts on the
+emulated GPU against transformers in float32, with rates by which all, some or none are streamed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hetcomp
+from hetcomp.compiler import PlanWishes
+from hetcomp.executable import Executable
+from hetcomp.hardware.figures import BandwidthPoint
+from hetcomp.ir.annotations import ExpertStream, StreamRates
+from hetcomp.ir.plan import Plan
+from hetcomp.passes import stream_experts
+from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
+from tests.reference.emulated_gpu import emulated_gpu
+from tests.reference.plan_builder import avx2_machine, gpu
+from tests.reference.tiny_models import save_tiny, token_ids
+
+TOKENS, CONTEXT = 40, 48
+# An expert costs the CPU a hundred times as much as a copy; as much; next to nothing.
+ALL = StreamRates(1.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+SOME = StreamRates(1.0, ((1, 20.0), (64, 40.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+NONE = StreamRates(1e-3, ((1, 0.001), (64, 0.001)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """``slots``: None for as many as the pass gives; ``pins`` beside everything's on the first of ``gpus`` GPUs."""
+
+    family: str
+    rates: StreamRates
+    slots: int | None = None
+    pins: tuple[str, ...] = ("moe.experts=cpu",)
+    name: str = ""
+    gpus: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.name}"
+
+
+CASES = [
+    Case("qwen3_moe", ALL, name="all"),
+    Case("qwen3_moe", SOME, name="some"),
+    Case("qwen3_moe", NONE, name="none"),
+    Case("qwen3_moe", ALL, slots=3, name="few slots"),
+    Case("gpt_oss", ALL, name="all with biases"),
+    Case("gpt_oss", SOME, slots=2, name="some with biases"),
+    Case("deepseek_v3", ALL, slots=2, name="beside shared experts"),
+    Case("qwen3_moe", ALL, pins=("moe.experts@0=cpu", "moe.experts@2=cpu"), name="a resident layer between"),
+    Case("qwen3_moe", ALL, pins=("*@1-2=gpu:1", "moe.experts=cpu"), name="layers on two GPUs", gpus=2),
+    Case("gpt_oss", SOME, 2, pins=("*@1=gpu:1", "moe.experts=cpu"), name="there and back", gpus=2),
+]
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch):
+    """Sets what the plan says of streaming."""
+
+    def put(wanted: StreamRates, slots: int | None) -> None:
+        real = stream_experts.stream_experts.function
+
+        def function(plan: Plan, context: stream_experts.Context) -> Plan:
+            made = real(plan, context)
+            assert made.stream is not None
+            return replace(made, stream=ExpertStream(slots or made.stream.slots, wanted))
+
+        patched = replace(stream_experts.stream_experts, function=function)
+        from hetcomp.passes import pipeline
+
+        passes = tuple(patched if p.name == "stream_experts" else p for p in pipeline.PIPELINE)
+        monkeypatch.setattr(pipeline, "PIPELINE", passes)
+
+    return put
+
+
+def build(folder: Path, family: str, pins: tuple[str, ...], gpus: int = 1) -> tuple[object, Executable]:
+    model = save_tiny(family, folder / "hf", odd=False)
+    plain = avx2_machine(1)
+    slow = BandwidthPoint(threads=4, gb_per_s=0.01)
+    nodes = tuple(node.model_copy(update={"read_bandwidth": (slow,)}) for node in plain.nodes)
+    machine = plain.model_copy(update={"gpus": (gpu(),) * gpus, "nodes": nodes})
+    exe = hetcomp.compile(
+        folder / "hf",
+        machine,
+        formats="f32",
+        context_length=CONTEXT,
+        max_batch=2,
+        out=folder / "tiny.hetc",
+        isa=("avx2",),
+        wishes=PlanWishes(pins=("*=gpu:0", *pins)),
+    )
+    return model, exe
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_streamed_experts_give_the_logits_of_transformers(case: Case, tmp_path: Path, rates):
+    rates(case.rates, case.slots)
+    with emulated_gpu(compute_capability=89, devices=case.gpus):
+        model, exe = build(tmp_path, case.family, case.pins, case.gpus)
+        ids = token_ids(model, TOKENS)
+        expected = reference_logits(model, ids)
+        session = exe.runtime.session()
+        # Two steps: in the second the slots still hold what the first has left.
+        first = session.forward(ids[0, :22].tolist())
+        second = session.forward(ids[0, 22:].tolist())
+        streamed = exe.stats["gpu"]["streamed"]
+        cpu_ms = exe.stats["prefill"]["timers_ms"]["moe.experts"]
+        session.close()
+        exe.runtime.close()
+    assert relative_error(np.concatenate([first, second]), expected) < TOLERANCE
+    if case.rates is NONE:
+        assert streamed["experts_copied"] == 0
+    elif case.rates is ALL and case.slots is None:
+        assert streamed["experts_copied"] >= streamed["experts_wanted"] > 0 and cpu_ms == 0
+    else:
+        assert 0 < streamed["experts_copied"] < streamed["experts_wanted"]
+
+
+def test_the_same_prompt_gives_the_same_bytes_and_copies(tmp_path: Path, rates):
+    rates(SOME, None)
+    with emulated_gpu(compute_capability=89):
+        model, exe = build(tmp_path, "qwen3_moe", ("moe.experts=cpu",))
+        ids = token_ids(model, TOKENS)[0].tolist()
+        found = []
+        for _ in range(3):
+            exe.runtime.reset_stats()
+            found.append((exe(ids).tobytes(), exe.stats["gpu"]["streamed"]))
+        exe.runtime.close()
+    assert found[0] == found[1] == found[2]
