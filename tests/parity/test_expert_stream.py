@@ -30,7 +30,7 @@ NONE = StreamRates(1e-3, ((1, 0.001), (64, 0.001)), ((1, 1.0), (64, 1.0)), ((32,
 
 @dataclass(frozen=True)
 class Case:
-    """``slots``: None for as many as the pass gives; ``pins`` beside everything's on the first of ``gpus`` GPUs."""
+    """``slots``: None for as many as the pass gives; ``pins`` beside everything's on the one GPU, or all."""
 
     family: str
     rates: StreamRates
@@ -52,8 +52,8 @@ CASES = [
     Case("gpt_oss", SOME, slots=2, name="some with biases"),
     Case("deepseek_v3", ALL, slots=2, name="beside shared experts"),
     Case("qwen3_moe", ALL, pins=("moe.experts@0=cpu", "moe.experts@2=cpu"), name="a resident layer between"),
-    Case("qwen3_moe", ALL, pins=("*@1-2=gpu:1", "moe.experts=cpu"), name="layers on two GPUs", gpus=2),
-    Case("gpt_oss", SOME, 2, pins=("*@1=gpu:1", "moe.experts=cpu"), name="there and back", gpus=2),
+    Case("qwen3_moe", ALL, pins=("*@0=gpu:0", "*@1-2=gpu:1", "moe.experts=cpu"), name="layers on two GPUs", gpus=2),
+    Case("gpt_oss", SOME, 2, ("*@1=gpu:1", "*@0=gpu:0", "*@2=gpu:0", "moe.experts=cpu"), "there and back", gpus=2),
 ]
 
 
@@ -92,7 +92,7 @@ def build(folder: Path, family: str, pins: tuple[str, ...], gpus: int = 1) -> tu
         max_batch=2,
         out=folder / "tiny.hetc",
         isa=("avx2",),
-        wishes=PlanWishes(pins=("*=gpu:0", *pins)),
+        wishes=PlanWishes(pins=pins if gpus > 1 else ("*=gpu:0", *pins)),
     )
     return model, exe
 
