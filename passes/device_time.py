@@ -19,6 +19,8 @@ GPU_READS, GPU_FLOPS = 0.85, 0.7
 # Where the profile does not say: one more node of a CUDA graph, and a round trip through flags in pinned memory
 # (6 us: 285 to 300 us for 48 on an H200 machine, stream memory operations in a graph).
 GPU_LAUNCH_US, GPU_HANDSHAKE_US = 2.0, 6.0
+# What attention on an fp8 cache takes, of its time on a bf16 one (1.6 to 2.7 on an H200, docs/decisions/kv-pool.md).
+FP8_ATTENTION = 2.2
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def gpu_time(op: Op, work: Work, step: Phase, gpu: Gpu) -> DeviceTime:
         around = joining_us(op, work, step, bytes_per_us)
         return DeviceTime(max(memory, compute) + around + launch_us(gpu), bound)
     us = _attention_us(curve, op.attrs, work, step) if isinstance(op.attrs, ops.Attention) else _pass_us(curve, work)
+    if isinstance(op.attrs, ops.Attention) and curve.weight_format != work.state_format:
+        us *= FP8_ATTENTION
     return DeviceTime(us + launch_us(gpu), bound, measured=True)
 
 
@@ -96,7 +100,7 @@ def gpu_curve(gpu: Gpu, op: Op, work: Work, step: Phase) -> KernelCurve | None:
     curves = {c.weight_format: c for c in gpu.curves if (c.kernel, c.variant) == (kernel, "dram")}
     if kernel == "elementwise":
         return None
-    # GPUs' curves of attention are of bf16 caches: half the bytes, but unpacked, are not taken to be faster.
+    # GPUs' curves of attention are of bf16 caches; see FP8_ATTENTION.
     return curves.get(form) or (curves.get("bf16") if form == "fp8" and kernel.startswith("attention") else None)
 
 

@@ -2,6 +2,7 @@
 // artifact, every file has the size and (but for weights) the SHA-256 that the manifest says.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -23,6 +24,9 @@ struct ModelFacts {
   std::int32_t max_logit_rows;
   std::vector<std::int32_t> eos_token_ids;
   std::optional<std::int32_t> bos_token_id;
+
+  // Positions of the longest sequence that there can be.
+  std::int64_t longest() const { return std::min(context, kv_tokens); }
 };
 
 struct FileRecord {

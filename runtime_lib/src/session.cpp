@@ -75,10 +75,13 @@ void Session::check(std::span<const std::int32_t> ids) const {
   if (static_cast<std::int64_t>(ids.size()) <= room()) return;
   const std::string before =
       length() > 0 ? " after the " + std::to_string(length()) + " of this session" : "";
+  const ModelFacts& model = model_->facts();
+  const bool shared = model.kv_tokens < model.context;
   throw Error(HETCOMP_CONTEXT_FULL, std::to_string(ids.size()) + " tokens" + before +
-                                        " do not fit into the context of " +
-                                        std::to_string(model_->facts().context) +
-                                        " positions: shorten the input, or compile with a larger --context.");
+                                        " do not fit into the " + (shared ? "KV cache of " : "context of ") +
+                                        std::to_string(model.longest()) +
+                                        " positions: shorten the input, or compile with a larger " +
+                                        (shared ? "--kv-tokens." : "--context."));
 }
 
 void Session::step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,

@@ -21,7 +21,8 @@ class Session {
   Model& model() const { return *model_; }
   const std::vector<std::int32_t>& tokens() const { return tokens_; }
   std::int64_t length() const { return static_cast<std::int64_t>(tokens_.size()); }
-  std::int64_t room() const { return model_->facts().context - length(); }
+  // Tokens that it can still get if no other sequence has any.
+  std::int64_t room() const { return model_->facts().longest() - length(); }
 
   void truncate(std::int64_t length);
 

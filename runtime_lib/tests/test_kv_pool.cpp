@@ -315,6 +315,31 @@ TEST_P(SharedCache, ManyRoundsOfSeveralThreads) {
   EXPECT_EQ(wrong, 0);
 }
 
+TEST(SmallCache, ASequenceEndsWhereThePoolDoes) {
+  const FakeArtifact artifact;
+  nlohmann::json manifest = artifact.manifest();
+  manifest["model"]["kv_tokens"] = 30;
+  artifact.write_manifest(manifest);
+  hetcomp_model* model = nullptr;
+  check(hetcomp_load(artifact.path().c_str(), nullptr, &model));
+  const ModelPtr owner(model);
+  hetcomp_session* created = nullptr;
+  check(hetcomp_session_create(model, &created));
+  const SessionPtr session(created);
+  const Ids prompt(31, 20);
+  EXPECT_EQ(hetcomp_prefill(created, prompt.data(), 31, nullptr), HETCOMP_CONTEXT_FULL);
+  EXPECT_NE(
+      std::string(hetcomp_last_error()).find("KV cache of 30 positions: shorten the input, or compile with"),
+      std::string::npos)
+      << hetcomp_last_error();
+  hetcomp_generate_params params;
+  hetcomp_generate_params_init(&params);
+  params.ignore_eos = 1;
+  std::int32_t finish = -1;
+  check(hetcomp_generate(created, prompt.data(), 28, &params, nullptr, nullptr, &finish));
+  EXPECT_EQ(finish, HETCOMP_FINISH_CONTEXT);
+}
+
 class SharedCacheOnTheGpu : public testing::Test {
  protected:
   ~SharedCacheOnTheGpu() override { EXPECT_EQ(fake_.live(), 0); }

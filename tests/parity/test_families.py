@@ -62,13 +62,15 @@ def test_decode_logits_and_greedy_tokens(pair):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kv", "bound"), [("q8", 0.04), ("fp8", 0.16)])
 @pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
-def test_q8_kv_cache_through_prefill_and_decode(family, tmp_path):
-    """Codes are off by at most 1/254 of their group's largest magnitude: logits by some 2 % of the largest in these
-    tiny models, where a head is one or two groups. The median over steps, because a step in which a random router
-    flips between near ties is off by much more."""
+def test_coarse_kv_cache_through_prefill_and_decode(family, kv, bound, tmp_path):
+    """Codes of q8 are off by at most 1/254 of their group's largest magnitude: logits by some 2 % of the largest in
+    these tiny models, where a head is one or two groups. Those of fp8 are off by up to 1/16 of the number, four times
+    as much in the mean. The median over steps, because a step in which a random router flips between near ties is off
+    by much more."""
     model = save_tiny(family, tmp_path / "hf")
-    formats = {"experts": "f32", "attention": "f32", "dense": "f32", "embedding": "f32", "kv": "q8"}
+    formats = {"experts": "f32", "attention": "f32", "dense": "f32", "embedding": "f32", "kv": kv}
     exe = hetcomp.compile(tmp_path / "hf", formats=formats, context_length=CONTEXT, out=tmp_path / "tiny.hetc")
     ids = token_ids(model, 40, seed=3)
     session = exe.runtime.session()
@@ -78,7 +80,7 @@ def test_q8_kv_cache_through_prefill_and_decode(family, tmp_path):
         errors.append(relative_error(logits, reference_logits(model, ids[:, :length])[-1]))
         logits = exe.runtime.decode([session], [int(ids[0, length])])[0]
     session.close()
-    assert 1e-4 < np.median(errors) < 0.04
+    assert 1e-4 < np.median(errors) < bound
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ SLOW = BandwidthPoint(threads=4, gb_per_s=0.01)
 
 
 PINS: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("*=cpu",),
     "gpu": ("*=gpu:0",),  # all of it
     "experts": ("*=gpu:0", "moe.experts=cpu"),
     "layer": ("*@0=gpu:0", "*@1=cpu", "*@2=gpu:0"),
@@ -168,6 +169,24 @@ def test_formats_are_the_numbers_that_their_codes_stand_for(formats, tmp_path):
     want = reference_logits(model, ids)
     assert relative_error(decoded, want) < TOLERANCE
     assert relative_error(prompt, want) < BF16_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_fp8_caches_hold_on_the_gpu_what_they_do_on_the_cpu(family, tmp_path):
+    """Beside them the GPU rounds queries and probabilities to bf16; the CPU does not."""
+    formats = {"experts": "f32", "attention": "f32", "dense": "f32", "embedding": "f32", "kv": "fp8"}
+    rows = {}
+    for where in ("cpu", "gpu"):
+        model = save_tiny(family, tmp_path / where / "hf", num_hidden_layers=2)
+        ids = token_ids(model, 9)[0].tolist()
+        with emulated_gpu(compute_capability=89):
+            exe = compile_tiny(tmp_path / where, where, formats=formats, max_batch=1)
+            with exe.runtime.session() as session:
+                rows[where] = [session.prefill(ids[:6])]
+                rows[where] += [exe.runtime.decode([session], [i])[0] for i in ids[6:]]
+            exe.runtime.close()
+    assert relative_error(np.stack(rows["gpu"]), np.stack(rows["cpu"])) < BF16_TOLERANCE
 
 
 @torch.no_grad()

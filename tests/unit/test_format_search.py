@@ -73,6 +73,22 @@ def test_auto_gives_up_experts_first_and_attention_last():
     assert formats(search(asking("auto", memory=smallest))) == ("q4", "q4", "q8")
 
 
+def test_beside_a_gpu_auto_takes_fp8_for_the_cache():
+    """GPUs have no kernels for q8 caches."""
+    found = {}
+    for use_gpus in (False, True):
+        tried: list[str] = []
+
+        def refuse(ctx, tried=tried):
+            tried.append(ctx.formats.of("kv"))
+            raise DoesNotFit("no", 2, 1)
+
+        with pytest.raises(DoesNotFit):
+            search_formats(replace(asking("auto"), use_gpus=use_gpus), refuse)
+        found[use_gpus] = set(tried)
+    assert found == {False: {"auto", "q8"}, True: {"auto", "fp8"}}
+
+
 def test_auto_refuses_what_no_format_makes_fit():
     with pytest.raises(DoesNotFit, match="does not fit into memory"):
         search(asking("auto", memory=10_000))
