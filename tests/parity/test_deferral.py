@@ -27,6 +27,7 @@ from tests.reference.tiny_models import save_tiny, token_ids
 
 CONTEXT = 32
 EXPERTS_ON_CPU = ("*=gpu:0", "moe.experts=cpu")
+ON_TWO_GPUS = ("*@0=gpu:0", "*@1=gpu:1", "*@2=gpu:0", "moe.experts=cpu")
 # What is not pinned goes to the GPU as long as it fits: the CPU's memory takes so long to read.
 SLOW = BandwidthPoint(threads=4, gb_per_s=0.01)
 
@@ -34,7 +35,8 @@ SLOW = BandwidthPoint(threads=4, gb_per_s=0.01)
 @dataclass(frozen=True)
 class Case:
     """A tiny model whose layers defer ``deferral`` choices; ``expected``: what its MoE layers then defer. ``vram``:
-    bytes of the GPU's memory, 0: all experts are on the CPU. ``memory``: free bytes of the CPU's nodes."""
+    bytes of the GPU's memory, 0: all experts are on the CPU, everything else by ``pins``. ``memory``: free bytes of the
+    CPU's nodes."""
 
     name: str
     family: str
@@ -45,14 +47,16 @@ class Case:
     vram: int = 0
     nodes: int = 1
     memory: tuple[int, int] = (8 * GIB, 8 * GIB)
+    pins: tuple[str, ...] = EXPERTS_ON_CPU
+    gpus: int = 1
 
     def compile(self, folder: Path, plan: Path | None = None) -> Executable:
         """The model in ``folder``/hf."""
         plain = avx2_machine(self.nodes, self.memory)
         slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
-        machine = plain.model_copy(update={"gpus": (gpu(),), **({"nodes": slow} if self.vram else {})})
+        machine = plain.model_copy(update={"gpus": (gpu(),) * self.gpus, **({"nodes": slow} if self.vram else {})})
         wishes = PlanWishes(
-            pins=() if self.vram else EXPERTS_ON_CPU,
+            pins=() if self.vram else self.pins,
             vram=GPU_RESERVE + self.vram if self.vram else None,
             deferral=self.deferral,
         )
@@ -87,6 +91,7 @@ CASES = (
     Case("biases-split-over-nodes", "gpt_oss", 1, (1, 1, 1, 0), vram=900_000, nodes=2),
     Case("slices-of-nodes", "qwen3_moe", 1, (1, 1, 0), sizes={"moe_intermediate_size": 96}, nodes=2),
     Case("whole-experts-of-nodes", "qwen3_moe", 1, (1, 1, 0), nodes=2, memory=(8 * GIB, 400_000)),
+    Case("layers-on-two-gpus", "qwen3_moe", 1, (1, 1, 0), pins=ON_TWO_GPUS, gpus=2),
 )
 
 
@@ -97,7 +102,7 @@ def compiled(
     case: Case = request.param
     folder = tmp_path_factory.mktemp(case.name)
     model = save_tiny(case.family, folder / "hf", odd=case.odd, **case.sizes)
-    with emulated_gpu(compute_capability=89):
+    with emulated_gpu(compute_capability=89, devices=case.gpus):
         exe = case.compile(folder)
         assert tuple(layer.placement.deferred for layer in moe_layers(exe.plan)) == case.expected
         yield model, exe
@@ -189,11 +194,11 @@ def test_without_deferral_all_layers_share_the_buffers(tmp_path):
     save_tiny("qwen3_moe", tmp_path / "hf")
     machine = avx2_machine(1).model_copy(update={"gpus": (gpu(),)})
 
-    def inputs(deferral: int) -> list[int]:
+    def inputs(deferral: int) -> list[str]:
         wishes = PlanWishes(pins=EXPERTS_ON_CPU, deferral=deferral)
         plan = plan_model(tmp_path / "hf", hw_profile=machine, wishes=wishes, planning=False).plan
         exchange = Exchange.of(plan)
-        return [exchange.indices[h.flag, "x"] for h in exchange.hand_overs]
+        return [exchange.carriers[h.flag, "x"] for h in exchange.hand_overs]
 
     assert len(set(inputs(0))) == 1
     first, second, third = inputs(1)
