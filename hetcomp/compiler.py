@@ -21,7 +21,7 @@ from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.ir.annotations import Mix
 from hetcomp.ir.plan import Plan
-from hetcomp.passes.context import Context, FormatRequest
+from hetcomp.passes.context import CACHE_POLICIES, CachePolicy, Context, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
 from hetcomp.passes.format_search import search_formats
 from hetcomp.passes.phases import default_mix
@@ -53,13 +53,15 @@ MAX_GPU_STEP_TOKENS = 16384
 class PlanWishes:
     """What a user may ask of placement. mix: prompt, answer and batch to optimise for. vram: bytes of each GPU that may
     be used, pinned_bytes: of pinned host memory. pins: ``ROLE[@LAYERS]=DEVICE`` each. statistics: path of a file of
-    expert statistics, or ``PATH#DOMAIN``."""
+    expert statistics, or ``PATH#DOMAIN``. expert_cache: ``static``, where experts on a GPU stay there, or ``lru`` or
+    ``lfu``, where it holds those that are hot while decoding."""
 
     mix: Mix | None = None
     vram: int | None = None
     pinned_bytes: int | None = None
     pins: Sequence[str] = ()
     statistics: str | None = None
+    expert_cache: str = "static"
 
 
 def plan_model(
@@ -101,6 +103,7 @@ def plan_model(
         pinned_bytes=wishes.pinned_bytes,
         pins=tuple(parse_pin(pin) for pin in wishes.pins),
         statistics=_statistics(wishes.statistics),
+        expert_cache=_cache_policy(wishes.expert_cache),
     )
     mix = wishes.mix
     progress.stage("trace")
@@ -193,6 +196,13 @@ def _statistics(spec: str | None) -> ExpertStatistics | None:
     except (OSError, UnicodeDecodeError) as error:
         raise HetcompError(f"Expert statistics {name} cannot be read: {error}.") from None
     return parse_statistics(text, name, domain or None)
+
+
+def _cache_policy(name: str) -> CachePolicy:
+    found = next((policy for policy in CACHE_POLICIES if policy == name), None)
+    if found is None:
+        raise HetcompError(f"Unknown expert cache '{name}'; the policies are {', '.join(CACHE_POLICIES)}.")
+    return found
 
 
 def compile(

@@ -68,7 +68,7 @@ class StepTasks:
         self._tasks: list[Task] = []
         self._ready: dict[str, tuple[int, ...]] = defaultdict(tuple)
         self._streamed: dict[str, list[int]] = defaultdict(list)
-        self._moe_layer = 0
+        self._moe_layer = self._cached_layer = 0
         generator = np.random.default_rng(seed)
         for use in self._steps:
             after = tuple({t for name in use.read for t in self._ready[name]})
@@ -169,6 +169,7 @@ class StepTasks:
         shares = self.context.expert_shares(self._moe_layer - 1, a.experts)
         tokens = sample_tokens(shares, a.top_k, self._work(template, op).rows, generator)
         size = self._expert_bytes(template, op)
+        placement = self._with_cache(placement)
         placement = self._with_streams(template, op, placement, tokens, size)
         done: list[int] = []
         on_cpu: dict[str, float] = defaultdict(float)
@@ -182,6 +183,19 @@ class StepTasks:
             done += self._gpu_experts(template, op, device, runs, tokens, size, layer, after, placement)
         done += self._cpu_experts(op, placement, layer, on_cpu, read, after)
         return tuple(done)
+
+    def _with_cache(self, placement: Placement) -> Placement:
+        """The placement with so many experts on the GPU as its cache has slots: those that it begins with."""
+        if self.plan.cache is None or not placement.device.startswith("gpu:"):
+            return placement
+        held = set(self.plan.cache.first[self._cached_layer])
+        self._cached_layer += 1
+        runs = [
+            replace(run, first=e, last=e, device=placement.device if e in held else run.device)
+            for run in placement.experts
+            for e in range(run.first, run.last + 1)
+        ]
+        return replace(placement, experts=tuple(runs))
 
     def _with_streams(
         self, template: Template, op: Op, placement: Placement, tokens: NDArray[np.int64], size: float

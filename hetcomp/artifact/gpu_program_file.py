@@ -11,7 +11,9 @@ from typing import Any
 import xxhash
 
 from hetcomp.artifact.weight_files import WeightRecord
+from hetcomp.backends.exchange import EXPERT_SUM
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
+from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.gpu_program import CONSTANTS, WEIGHTS, GpuBuffer, GpuProgram
 
@@ -40,6 +42,8 @@ def write_gpu_program(
     }
     if program.stream is not None:
         document["stream"] = _stream(program.stream, program, cpu_weights)
+    if program.cache is not None:
+        document["cache"] = _cache(program.cache, program)
     (folder / "gpu" / "program.json").write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
 
 
@@ -92,6 +96,26 @@ def _stream(stream: StreamLayout, program: GpuProgram, cpu_weights: Sequence[str
         },
         "rates": asdict(planned.rates),
         "layers": layers,
+    }
+
+
+def _cache(cache: CacheLayout, program: GpuProgram) -> dict[str, Any]:
+    planned = program.plan.cache
+    assert planned is not None
+    sums = {h.flag: h for h in program.exchange.hand_overs}
+    return {
+        "policy": planned.policy,
+        "slots": planned.slots,
+        "bytes_per_step": planned.bytes_per_step,
+        "table": {"buffer": CACHE_TABLE, "row_bytes": cache.row_bytes},
+        "layers": [
+            {
+                "sum": program.exchange.buffer(sums[layer.streamed.hand_over], EXPERT_SUM).name,
+                "first": layer.first,
+                "operands": [{"buffer": operand.buffer, "offset": operand.offset} for operand in layer.operands],
+            }
+            for layer in cache.layers
+        ],
     }
 
 

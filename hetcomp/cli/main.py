@@ -19,6 +19,7 @@ from hetcomp.cli.options import (
     Context,
     Debug,
     DumpDir,
+    ExpertCache,
     Formats,
     Hw,
     IsaList,
@@ -63,6 +64,7 @@ def compile_command(
     pinned: Pinned = None,
     pin: PinList = None,
     stats: Stats = None,
+    expert_cache: ExpertCache = "static",
     cc: Annotated[
         str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
     ] = "auto",
@@ -87,7 +89,7 @@ def compile_command(
             max_batch=batch,
             formats=formats_of(formats),
             isa=isas_of(isa),
-            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats),
+            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, expert_cache),
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:

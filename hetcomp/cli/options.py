@@ -29,6 +29,9 @@ Vram = Annotated[
 Pinned = Annotated[str | None, typer.Option("--pinned", help="Limit of pinned host memory.")]
 PinList = Annotated[list[str] | None, typer.Option("--pin", help="ROLE[@LAYERS]=DEVICE, e.g. attn@0-3=gpu:0.")]
 Stats = Annotated[str | None, typer.Option("--stats", help="Expert statistics: FILE or FILE#DOMAIN.")]
+ExpertCache = Annotated[
+    str, typer.Option("--expert-cache", help="static, or lru or lfu: hot experts move to the GPU while decoding.")
+]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -53,6 +56,7 @@ def wishes_of(
     pinned: str | None,
     pins: list[str] | None,
     stats: str | None,
+    expert_cache: str,
 ) -> PlanWishes:
     """What the options ask of placement. Raises HetcompError for sizes that are not understood."""
     from hetcomp.compiler import PlanWishes
@@ -67,6 +71,7 @@ def wishes_of(
         pinned_bytes=parse_size(pinned, "--pinned") if pinned is not None else None,
         pins=tuple(pins or ()),
         statistics=stats,
+        expert_cache=expert_cache,
     )
 
 

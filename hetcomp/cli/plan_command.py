@@ -16,6 +16,7 @@ from hetcomp.cli.options import (
     Context,
     Debug,
     DumpDir,
+    ExpertCache,
     Formats,
     Hw,
     IsaList,
@@ -50,6 +51,7 @@ def plan_command(
     pinned: Pinned = None,
     pin: PinList = None,
     stats: Stats = None,
+    expert_cache: ExpertCache = "static",
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
@@ -88,7 +90,7 @@ def plan_command(
                     max_batch=batch,
                     formats=formats_of(formats),
                     isa=isas_of(isa),
-                    wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats),
+                    wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, expert_cache),
                     stop_after=stop_after,
                     dump_dir=dump_dir,
                     progress=progress,

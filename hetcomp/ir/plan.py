@@ -12,7 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from hetcomp.ir.annotations import ArenaSlot, Cost, ExpertStream, Mix, Placement, Schedule, Solution, Timeline
+from hetcomp.ir.annotations import (
+    ArenaSlot,
+    Cost,
+    ExpertCache,
+    ExpertStream,
+    Mix,
+    Placement,
+    Schedule,
+    Solution,
+    Timeline,
+)
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
@@ -156,7 +166,8 @@ class ModelInfo:
 class Plan:
     """See the module's text. ``dims`` fixes the bounds of T, R, slots and context. ``established`` names the
     invariants that the passes run so far have established. ``mix`` is the use that it is optimised for,
-    ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill."""
+    ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill; ``cache``: some
+    of them are on the GPU, others from step to step."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -171,6 +182,7 @@ class Plan:
     mix: Mix | None = None
     solution: Solution | None = None
     stream: ExpertStream | None = None
+    cache: ExpertCache | None = None
     notes: tuple[str, ...] = field(default=())
 
     def dim(self, name: str) -> Dim:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
+from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.flat_ops import flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
@@ -51,6 +52,7 @@ class GpuProgram:
     graphs: tuple[StepGraph, ...]
     exchange: Exchange
     stream: StreamLayout | None
+    cache: CacheLayout | None
 
     @property
     def kernels(self) -> tuple[GpuKernel, ...]:
@@ -81,6 +83,7 @@ class GpuProgram:
             *([GpuBuffer(BEST, 4 * dims["R"], "pinned_out")] if BEST in named else []),
             *(GpuBuffer(b.name, b.bytes, "pinned_out" if b.to_cpu else "pinned_in") for b in self.exchange.buffers),
             *self._stream_buffers(),
+            *self._cache_buffers(),
         ]
         return tuple(buffer for buffer in found if buffer.bytes)
 
@@ -89,6 +92,12 @@ class GpuProgram:
             return []
         slots = [GpuBuffer(name, size, "stream") for name, size in self.stream.buffers]
         return [*slots, GpuBuffer(TABLES, self.stream.tables_bytes, "stream")]
+
+    def _cache_buffers(self) -> list[GpuBuffer]:
+        if self.cache is None:
+            return []
+        slots = [GpuBuffer(name, size, "stream") for name, size in self.cache.buffers]
+        return [*slots, GpuBuffer(CACHE_TABLE, self.cache.table_bytes, "stream")]
 
     def _end(self, values: Sequence[Value]) -> int:
         return max((self.places[v.id].offset + _size(v, self.plan) for v in values), default=0)
@@ -108,6 +117,7 @@ def lower_program(plan: Plan) -> GpuProgram | None:
         )
     gpu, exchange = gpus[0], Exchange.of(plan)
     stream = StreamLayout.of(plan, exchange)
+    cache = CacheLayout.of(plan, stream)
     ops, values = flat_ops(plan)
     cuts = gpu_cut_weights(plan)
     readers = read_in(plan)
@@ -119,12 +129,16 @@ def lower_program(plan: Plan) -> GpuProgram | None:
     events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
     graphs = [
-        StepLowering(events, dict(values), dict(places), exchange, stream, plan.max_dims(), rows, constants).lower()
+        StepLowering(
+            events, dict(values), dict(places), exchange, stream, cache, plan.max_dims(), rows, constants
+        ).lower()
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
-    return GpuProgram(plan, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange, stream)
+    return GpuProgram(
+        plan, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange, stream, cache
+    )
 
 
 def _all_rows(plan: Plan) -> list[Rows]:

@@ -171,6 +171,10 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
   }
   if (root.has("stream"))
     program.stream = StreamRecord::parse(root["stream"], program.buffers, program.flags);
+  if (root.has("cache")) {
+    if (!program.stream) root["cache"].refuse("absent: nothing is streamed");
+    program.cache = CacheRecord::parse(root["cache"], program.buffers, *program.stream);
+  }
   for (const CheckedJson& node : root["graphs"].elements()) {
     GraphRecord graph = graph_record(node, kernels, program, index);
     for (const GraphRecord& other : program.graphs)
