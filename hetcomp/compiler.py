@@ -199,6 +199,7 @@ def _statistics(spec: str | None) -> ExpertStatistics | None:
 
 
 def _cache_policy(name: str) -> CachePolicy:
+    """Raises HetcompError for a policy that is unknown."""
     found = next((policy for policy in CACHE_POLICIES if policy == name), None)
     if found is None:
         raise HetcompError(f"Unknown expert cache '{name}'; the policies are {', '.join(CACHE_POLICIES)}.")

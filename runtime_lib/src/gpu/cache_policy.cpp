@@ -69,17 +69,15 @@ void CachePolicy::count(std::size_t layer, std::span<const std::int32_t> ids) {
 
 double CachePolicy::heat(const Layer& layer, std::int32_t expert) const {
   const auto e = static_cast<std::size_t>(expert);
-  return rule_ == CacheRule::kLru ? static_cast<double>(layer.used[e]) : layer.uses[e] / unit(now_);
-}
-
-bool CachePolicy::worth_it(double newcomer, double victim) const {
-  if (rule_ == CacheRule::kLru) return newcomer >= victim + static_cast<double>(kLruMargin);
-  return newcomer >= kLfuFactor * victim + kLfuMargin;
+  return rule_ == CacheRule::kLru ? static_cast<double>(layer.used[e]) : layer.uses[e];
 }
 
 // The layer's best swaps, each of the hottest expert outside against the coldest inside that are left.
 void CachePolicy::find_swaps(std::size_t index, std::vector<Swap>& found) const {
   const Layer& layer = layers_[index];
+  const bool lru = rule_ == CacheRule::kLru;
+  const double factor = lru ? 1.0 : kLfuFactor;
+  const double margin = lru ? static_cast<double>(kLruMargin) : kLfuMargin * unit(now_);
   std::vector<std::int32_t> in, out;
   while (in.size() < static_cast<std::size_t>(kMostOfLayer)) {
     std::int32_t victim = kNone;
@@ -102,7 +100,7 @@ void CachePolicy::find_swaps(std::size_t index, std::vector<Swap>& found) const 
         hottest = h;
       }
     }
-    if (victim == kNone || newcomer == kNone || !worth_it(hottest, coldest)) return;
+    if (victim == kNone || newcomer == kNone || hottest < factor * coldest + margin) return;
     found.push_back({{index, newcomer, victim}, hottest - coldest});
     in.push_back(newcomer);
     out.push_back(victim);

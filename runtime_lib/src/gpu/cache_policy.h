@@ -81,8 +81,7 @@ class CachePolicy {
     double gain;
   };
 
-  double heat(const Layer& layer, std::int32_t expert) const;
-  bool worth_it(double newcomer, double victim) const;
+  double heat(const Layer& layer, std::int32_t expert) const;  // ticks, or units of uses
   void find_swaps(std::size_t index, std::vector<Swap>& found) const;
   double unit(std::int64_t tick) const;  // what a use at that tick counts
   void rescale();
