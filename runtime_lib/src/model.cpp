@@ -57,7 +57,7 @@ void Model::load_gpu(const LoadOptions& options) {
   gpu::GpuOptions gpu = options.gpu;
   gpu.verify = options.verify_weights;
   gpu_ = std::make_unique<gpu::GpuStep>(artifact_, manifest_, library_->program(), *kv_pool_, gpu);
-  statistics_.gpu = {gpu_->name(), gpu_->bytes(), {}, {}};
+  statistics_.gpu = {gpu_->name(), gpu_->bytes(), {}, {}, {}};
 }
 
 // Experts are copied to the GPU from where the CPU reads them. Mapped files would have to stay in memory for
@@ -72,11 +72,11 @@ void Model::stream_from_weights() {
     refused = "they are mapped from files that are larger than the memory";
   else
     refused = gpu_->attach(weights);
-  if (!refused.empty())
-    statistics_.notes.push_back(
-        "Experts are not streamed to the GPU in prompts, because the CPU's weights cannot be "
-        "pinned (" +
-        refused + ").");
+  gpu_->fill_cache(weights);
+  if (refused.empty()) return;
+  const std::string and_cache = gpu_->cache() != nullptr ? ", nor those in its slots exchanged" : "";
+  statistics_.notes.push_back("Experts are not streamed to the GPU in prompts" + and_cache +
+                              ", because the CPU's weights cannot be pinned (" + refused + ").");
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
@@ -253,7 +253,7 @@ void Model::run(const StepRequest& request) {
   const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
   if (gpu_) {
     statistics_.gpu->steps[gpu_->run(step, request.best, request.candidates, run_lanes)] += 1;
-    statistics_.gpu->stream = gpu_->stream_statistics();
+    read_gpu_statistics();
   } else {
     run_lanes(step);
   }
@@ -286,8 +286,22 @@ void Model::reset_statistics() {
   }
   if (!gpu_) return;
   statistics_.gpu->steps.clear();
-  gpu_->reset_stream_statistics();
+  gpu_->reset_statistics();
+  read_gpu_statistics();
+}
+
+void Model::read_gpu_statistics() {
   statistics_.gpu->stream = gpu_->stream_statistics();
+  statistics_.gpu->cache = gpu_->cache_statistics();
+}
+
+std::string Model::expert_statistics_json() const {
+  const std::lock_guard lock(step_mutex_);
+  if (!gpu_ || gpu_->cache() == nullptr)
+    throw Error(
+        HETCOMP_INVALID_ARGUMENT,
+        "The model " + facts().name + " counts no experts: compile it with --expert-cache lru or lfu.");
+  return gpu_->cache()->expert_statistics_json();
 }
 
 }  // namespace hetcomp

@@ -92,8 +92,12 @@ class Model {
   // For every weight the node it should lie on and the pages that do.
   std::string numa_report_json() const;
   void reset_statistics();
+  // How often each expert was chosen since the last reset, as the compiler reads it. Throws Error where no
+  // experts are cached.
+  std::string expert_statistics_json() const;
 
  private:
+  void read_gpu_statistics();
   void load_gpu(const LoadOptions& options);
   void stream_from_weights();
   void allocate(const LoadOptions& options);

@@ -35,7 +35,8 @@ struct GpuStatistics {
   std::string name;
   std::uint64_t bytes;                          // of its memory
   std::map<std::int32_t, std::int64_t> steps;   // by the batch size of the graph that was run
-  std::optional<gpu::StreamStatistics> stream;  // of experts that were copied to it
+  std::optional<gpu::StreamStatistics> stream;  // of experts that were copied to it in prompts
+  std::optional<gpu::CacheStatistics> cache;    // of experts that it keeps
 };
 
 struct Statistics {

@@ -46,6 +46,9 @@ class _FakeCuda(ctypes.Structure):
         ("devices", ctypes.c_int),
         ("compute_capability", ctypes.c_int),
         ("free_bytes", ctypes.c_size_t),
+        ("out_of_memory", ctypes.c_bool),
+        ("memory_operations", ctypes.c_bool),
+        ("refuse_pinning", ctypes.c_bool),
     )
 
 
@@ -161,10 +164,14 @@ def _compile_stand_ins(
 
 
 @contextmanager
-def emulated_gpu(compute_capability: int = 90, free_bytes: int = 1 << 30) -> Iterator[EmulatedGpu]:
-    """This machine has a GPU meanwhile. Raises what a kernel raised."""
+def emulated_gpu(
+    compute_capability: int = 90, free_bytes: int = 1 << 30, refuse_pinning: bool = False
+) -> Iterator[EmulatedGpu]:
+    """This machine has a GPU meanwhile. refuse_pinning: of memory that others have allocated. Raises what a kernel
+    raised."""
     fake: _FakeCuda = _library().fake_cuda().contents
     fake.devices, fake.compute_capability, fake.free_bytes = 1, compute_capability, free_bytes
+    fake.refuse_pinning = refuse_pinning
     _GPU.launches.clear()
     _GPU.failures.clear()
     importers = [m for m in list(sys.modules.values()) if getattr(m, "compile_kernels", None) is real.compile_kernels]
@@ -176,6 +183,6 @@ def emulated_gpu(compute_capability: int = 90, free_bytes: int = 1 << 30) -> Ite
     finally:
         for patch in patches:
             patch.stop()
-        fake.devices = 0
+        fake.devices, fake.refuse_pinning = 0, False
         if _GPU.failures:  # what the runtime reported has its reason here
             raise _GPU.failures[0]

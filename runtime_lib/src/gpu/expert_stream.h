@@ -14,17 +14,13 @@
 
 #include "device_context.h"
 #include "device_memory.h"
+#include "expert_cache.h"
+#include "expert_sources.h"
 #include "hand_shake.h"
 #include "program_buffers.h"
 #include "program_record.h"
 
 namespace hetcomp::gpu {
-
-// The CPU's weights in memory: `regions` is what they lie in.
-struct HostWeights {
-  std::vector<std::span<const std::uint8_t>> weights;  // in the manifest's order
-  std::vector<std::span<const std::uint8_t>> regions;
-};
 
 struct StreamStatistics {
   std::int64_t layers = 0;          // that streamed anything
@@ -35,15 +31,17 @@ struct StreamStatistics {
 
 class ExpertStream {
  public:
-  // program: with a stream; all must outlive this. The context must be current, as it must be whenever this
-  // is used.
+  // program: with a stream; cache: null, or what holds experts that need not be copied; all must outlive
+  // this. The context must be current, as it must be whenever this is used.
   ExpertStream(const CudaDriver& driver, const DeviceContext& context, const GpuProgramRecord& program,
-               const ProgramBuffers& buffers, HandShake& hand_shake, CUstream step_stream);
+               const ProgramBuffers& buffers, HandShake& hand_shake, CUstream step_stream,
+               const ExpertCache* cache);
 
   // Pins the CPU's weights, which must stay where they are. Until then, and if the system refuses (the reason
   // is returned, else ""), nothing is copied: the CPU computes all that the GPU has not got. Throws Error: a
   // source lies beyond its weight.
   std::string attach(const HostWeights& weights);
+  bool attached() const { return attached_; }
 
   // Before the graph of a step of so many tokens is launched; its stream flags are this object's. 0: nothing
   // is copied.
@@ -63,15 +61,16 @@ class ExpertStream {
   struct Operand {
     CUdeviceptr slots;
     std::uint64_t expert_bytes;
-    std::vector<const std::uint8_t*> sources;  // by expert; null: not the CPU's
+    ExpertAddresses sources;
   };
   struct Layer {
     std::vector<Operand> operands;
-    std::vector<std::int32_t> streamable;  // experts that the CPU has, ascending
-    std::vector<std::int32_t> order;       // in this step: the one in slot 0, in slot 1, ..
-    std::size_t copied = 0;                // of them, so far
-    bool asked = true;                     // whether the CPU gets the layer's input
-    std::uint64_t expert_bytes = 0;        // of all operands
+    std::vector<std::int32_t> cpu_experts;  // ascending
+    std::vector<std::int32_t> streamable;   // in this step: of them those that the GPU has not got
+    std::vector<std::int32_t> order;        // in this step: the one in slot 0, in slot 1, ..
+    std::size_t copied = 0;                 // of them, so far
+    bool asked = true;                      // whether the CPU gets the layer's input
+    std::uint64_t expert_bytes = 0;         // of all operands
   };
 
   std::size_t expect(std::size_t index);
@@ -92,6 +91,7 @@ class ExpertStream {
   const ProgramBuffers& buffers_;
   HandShake& hand_shake_;
   CUstream step_stream_;
+  const ExpertCache* cache_;
   StreamHandle stream_;
   PinnedMemory rows_;
   std::vector<Layer> layers_;

@@ -59,8 +59,11 @@ struct GpuProgram::Resources {
         kernels(driver, device, artifact, kernel_records, called(program)),
         buffers(driver, device, artifact, program, budget, stream.get(), options.verify),
         hand_shake(driver, program.all_flags(), options.patience, health) {
+    if (program.expert_cache)
+      cache = std::make_unique<ExpertCache>(driver, context, program, buffers, stream.get());
     if (program.stream)
-      experts = std::make_unique<ExpertStream>(driver, context, program, buffers, hand_shake, stream.get());
+      experts = std::make_unique<ExpertStream>(driver, context, program, buffers, hand_shake, stream.get(),
+                                               cache.get());
     const GraphParts parts{driver, context, stream.get(), kernels, buffers, hand_shake};
     for (const GraphRecord& graph : program.graphs)
       graphs.emplace(graph.batch, ProgramGraph(parts, graph, budget));
@@ -72,6 +75,7 @@ struct GpuProgram::Resources {
   LoadedKernels kernels;
   ProgramBuffers buffers;
   HandShake hand_shake;
+  std::unique_ptr<ExpertCache> cache;
   std::unique_ptr<ExpertStream> experts;
   std::map<std::int32_t, ProgramGraph> graphs;  // by batch size
 };
@@ -109,7 +113,14 @@ std::string GpuProgram::attach(const HostWeights& weights) {
   return resources_->experts->attach(weights);
 }
 
+void GpuProgram::fill_cache(const HostWeights& weights) {
+  if (!resources_->cache) return;
+  const CurrentContext current(driver_, *context_);
+  resources_->cache->fill(weights, resources_->experts->attached());
+}
+
 ExpertStream* GpuProgram::expert_stream() const { return resources_->experts.get(); }
+ExpertCache* GpuProgram::expert_cache() const { return resources_->cache.get(); }
 
 void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work,
                      std::int64_t tokens) {
@@ -128,9 +139,14 @@ void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& 
   const CurrentContext current(driver_, *context_);
   HandShake& hand_shake = resources_->hand_shake;
   const bool streams = std::ranges::find(record_.graphs, batch, &GraphRecord::batch)->streams;
+  const auto end_copies = [&] {
+    if (streams) resources_->experts->end();
+    if (resources_->cache) resources_->cache->end();
+  };
   hand_shake.begin_step();
   try {
     resources_->buffers.send_step(resources_->stream.get());
+    if (resources_->cache) resources_->cache->begin(tokens, !streams);
     if (streams) resources_->experts->begin(tokens);
     driver_.graph_launch(graph->second.get(), resources_->stream.get());
     cpu_work(hand_shake);
@@ -138,11 +154,11 @@ void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& 
   } catch (...) {
     hand_shake.abort("The CPU's part of the step failed.");
     drain();
-    if (streams) resources_->experts->end();
+    end_copies();
     hand_shake.end_step();
     throw;
   }
-  if (streams) resources_->experts->end();
+  end_copies();
   const bool aborted = hand_shake.aborted();
   hand_shake.end_step();
   if (aborted) throw Error(HETCOMP_COMPUTE, hand_shake.abort_reason());

@@ -39,16 +39,20 @@ class GpuProgram {
   // Lets experts be copied from the CPU's weights, where the program streams some; what ExpertStream::attach
   // returns.
   std::string attach(const HostWeights& weights);
+  // Fills the slots of cached experts, where the program has some; the CPU's weights are pinned if they are
+  // attached. Throws Error.
+  void fill_cache(const HostWeights& weights);
   bool streams() const { return record_.stream.has_value(); }
-  // Null where nothing is streamed.
+  // Null where nothing is streamed, or cached.
   ExpertStream* expert_stream() const;
+  ExpertCache* expert_cache() const;
 
-  // One step of so many tokens (that only matters where experts are streamed): sends the step buffers,
-  // launches the graph, calls cpu_work on this thread (it waits for the GPU and answers), and returns when
-  // the GPU is at rest. One thread at a time. Throws Error: no graph of that batch size, the GPU or the CPU
-  // does not answer in time, a fault of the GPU; what cpu_work throws is passed on. The GPU is at rest then
-  // and the next step may run, but state buffers hold what the step has written; only after a fault of the
-  // GPU itself every further call says so, until the model is loaded anew.
+  // One step of so many tokens (that only matters where experts are streamed or cached): sends the step
+  // buffers, launches the graph, calls cpu_work on this thread (it waits for the GPU and answers), and
+  // returns when the GPU is at rest. One thread at a time. Throws Error: no graph of that batch size, the GPU
+  // or the CPU does not answer in time, a fault of the GPU; what cpu_work throws is passed on. The GPU is at
+  // rest then and the next step may run, but state buffers hold what the step has written; only after a fault
+  // of the GPU itself every further call says so, until the model is loaded anew.
   void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1);
 
   // Before a step that reads and writes the cache below these positions, by slot. Throws Error.

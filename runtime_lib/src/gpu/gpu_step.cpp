@@ -19,14 +19,17 @@ namespace {
 // What the CPU's program hands over with.
 struct Host {
   HandShake& hand_shake;
-  ExpertStream* experts;  // null: nothing is streamed
+  ExpertStream* experts;  // null: nothing is streamed in this step
+  ExpertCache* cache;     // null: no experts are cached
 };
 
 int wait_for_gpu(void* host, std::uint32_t flag) noexcept {
-  auto& [hand_shake, experts] = *static_cast<Host*>(host);
+  auto& [hand_shake, experts, cache] = *static_cast<Host*>(host);
   try {
     if (!hand_shake.wait_for_gpu(flag)) return 0;
+    if (cache != nullptr) cache->count(flag);
     if (experts != nullptr) experts->route(flag);
+    if (cache != nullptr) cache->leave_to_cpu(flag);
     return 1;
   } catch (const std::exception& error) {
     hand_shake.abort(error.what());
@@ -227,9 +230,12 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
     if (!has_hand_overs_) return;
     ExpertStream* const experts =
         graph.streams && step.defer_experts == 0 ? program_.expert_stream() : nullptr;
-    Host host{hand_shake, experts};
-    hetcomp_hand_over hand_over{&host, wait_for_gpu, answer, experts != nullptr ? experts->skip() : nullptr,
-                                std::numeric_limits<std::uint32_t>::max()};
+    ExpertCache* const cache = program_.expert_cache();
+    Host host{hand_shake, experts, cache};
+    const std::uint8_t* const skip = experts != nullptr ? experts->skip()
+                                     : cache != nullptr ? cache->skip()
+                                                        : nullptr;
+    hetcomp_hand_over hand_over{&host, wait_for_gpu, answer, skip, std::numeric_limits<std::uint32_t>::max()};
     step.hand_over = &hand_over;
     lanes(step);
   };

@@ -38,14 +38,23 @@ class GpuStep {
 
   // Lets experts be copied from the CPU's weights; what ExpertStream::attach returns.
   std::string attach(const HostWeights& weights) { return program_.attach(weights); }
+  // Then, attached or not: what GpuProgram::fill_cache does.
+  void fill_cache(const HostWeights& weights) { program_.fill_cache(weights); }
   bool streams() const { return program_.streams(); }
-  // Since the last reset; empty: nothing is streamed.
+  // Null where no experts are cached.
+  const ExpertCache* cache() const { return program_.expert_cache(); }
+  // Since the last reset; empty: nothing is streamed, or cached.
   std::optional<StreamStatistics> stream_statistics() const {
     if (!program_.streams()) return std::nullopt;
     return program_.expert_stream()->statistics();
   }
-  void reset_stream_statistics() {
+  std::optional<CacheStatistics> cache_statistics() const {
+    if (cache() == nullptr) return std::nullopt;
+    return cache()->statistics();
+  }
+  void reset_statistics() {
     if (program_.streams()) program_.expert_stream()->reset_statistics();
+    if (cache() != nullptr) program_.expert_cache()->reset_statistics();
   }
 
   bool offers_best() const { return !best_.empty(); }

@@ -11,6 +11,7 @@
 #include <variant>
 #include <vector>
 
+#include "expert_cache_record.h"
 #include "kernel_table.h"
 #include "stream_record.h"
 
@@ -104,6 +105,7 @@ struct GpuProgramRecord {
   std::uint32_t flags;         // hand-overs that a graph may have
   std::vector<BufferRecord> buffers;
   std::optional<StreamRecord> stream;
+  std::optional<ExpertCacheRecord> expert_cache;  // only beside a stream
   std::vector<GraphRecord> graphs;
 
   // Flags of hand-overs and of what is streamed.
