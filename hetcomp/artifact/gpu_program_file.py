@@ -42,8 +42,8 @@ def write_gpu_program(
     }
     if program.stream is not None:
         document["stream"] = _stream(program.stream, program, cpu_weights)
-    if program.cache is not None:
-        document["cache"] = _cache(program.cache, program)
+    if program.expert_cache is not None:
+        document["expert_cache"] = _expert_cache(program.expert_cache, program)
     (folder / "gpu" / "program.json").write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
 
 
@@ -99,7 +99,7 @@ def _stream(stream: StreamLayout, program: GpuProgram, cpu_weights: Sequence[str
     }
 
 
-def _cache(cache: CacheLayout, program: GpuProgram) -> dict[str, Any]:
+def _expert_cache(cache: CacheLayout, program: GpuProgram) -> dict[str, Any]:
     planned = program.plan.cache
     assert planned is not None
     sums = {h.flag: h for h in program.exchange.hand_overs}

@@ -27,11 +27,11 @@ GpuProgramRecord program_record() {
                      {"sum", 256, BufferKind::kPinnedIn, {}}};
   const TimeCurve curve({{1, 1.0}});
   program.stream = StreamRecord{1, kTable, kRow, 0, 0, {1.0, curve, curve, curve}, {}};
-  program.cache = CacheRecord{CacheRule::kLru, kSlots, kBytes, kTable, kRow, {}};
+  program.expert_cache = ExpertCacheRecord{CacheRule::kLru, kSlots, kBytes, kTable, kRow, {}};
   for (std::size_t i = 0; i < kLayers; ++i) {
     const StreamOperand operand{kSlotBuffer, 0, kBytes, {{i, {0, 1, 2, 3}}}};
     program.stream->layers.push_back({static_cast<std::uint32_t>(i), kExperts, 1, kHidden, kIds, {operand}});
-    program.cache->layers.push_back({{{kSlotBuffer, i * kSlots * kBytes}}, {0, 1}, kSum});
+    program.expert_cache->layers.push_back({{{kSlotBuffer, i * kSlots * kBytes}}, {0, 1}, kSum});
   }
   return program;
 }

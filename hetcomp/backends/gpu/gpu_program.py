@@ -52,7 +52,7 @@ class GpuProgram:
     graphs: tuple[StepGraph, ...]
     exchange: Exchange
     stream: StreamLayout | None
-    cache: CacheLayout | None
+    expert_cache: CacheLayout | None
 
     @property
     def kernels(self) -> tuple[GpuKernel, ...]:
@@ -83,7 +83,7 @@ class GpuProgram:
             *([GpuBuffer(BEST, 4 * dims["R"], "pinned_out")] if BEST in named else []),
             *(GpuBuffer(b.name, b.bytes, "pinned_out" if b.to_cpu else "pinned_in") for b in self.exchange.buffers),
             *self._stream_buffers(),
-            *self._cache_buffers(),
+            *self._expert_cache_buffers(),
         ]
         return tuple(buffer for buffer in found if buffer.bytes)
 
@@ -93,11 +93,11 @@ class GpuProgram:
         slots = [GpuBuffer(name, size, "stream") for name, size in self.stream.buffers]
         return [*slots, GpuBuffer(TABLES, self.stream.tables_bytes, "stream")]
 
-    def _cache_buffers(self) -> list[GpuBuffer]:
-        if self.cache is None:
+    def _expert_cache_buffers(self) -> list[GpuBuffer]:
+        if self.expert_cache is None:
             return []
-        slots = [GpuBuffer(name, size, "stream") for name, size in self.cache.buffers]
-        return [*slots, GpuBuffer(CACHE_TABLE, self.cache.table_bytes, "stream")]
+        slots = [GpuBuffer(name, size, "stream") for name, size in self.expert_cache.buffers]
+        return [*slots, GpuBuffer(CACHE_TABLE, self.expert_cache.table_bytes, "stream")]
 
     def _end(self, values: Sequence[Value]) -> int:
         return max((self.places[v.id].offset + _size(v, self.plan) for v in values), default=0)
@@ -117,7 +117,7 @@ def lower_program(plan: Plan) -> GpuProgram | None:
         )
     gpu, exchange = gpus[0], Exchange.of(plan)
     stream = StreamLayout.of(plan, exchange)
-    cache = CacheLayout.of(plan, stream)
+    expert_cache = CacheLayout.of(plan, stream)
     ops, values = flat_ops(plan)
     cuts = gpu_cut_weights(plan)
     readers = read_in(plan)
@@ -130,14 +130,14 @@ def lower_program(plan: Plan) -> GpuProgram | None:
     constants: dict[tuple[int, ...], int] = {}
     graphs = [
         StepLowering(
-            events, dict(values), dict(places), exchange, stream, cache, plan.max_dims(), rows, constants
+            events, dict(values), dict(places), exchange, stream, expert_cache, plan.max_dims(), rows, constants
         ).lower()
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
     return GpuProgram(
-        plan, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange, stream, cache
+        plan, tuple(weights), by_part, tuple(states), places, table, tuple(graphs), exchange, stream, expert_cache
     )
 
 

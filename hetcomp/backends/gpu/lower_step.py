@@ -95,7 +95,7 @@ class StepLowering:
     places: dict[str, Place]
     exchange: Exchange
     stream: StreamLayout | None
-    cache: CacheLayout | None
+    expert_cache: CacheLayout | None
     dims: Mapping[str, int]
     rows: Rows
     constants: dict[tuple[int, ...], int]
@@ -140,8 +140,8 @@ class StepLowering:
                 layer = self._streamed(hand_over)
                 wanted = self._table_value("ask", TABLES, self.stream.ask(layer)) if self.stream and layer else None
                 self.steps += [hand_out(op, inputs, outputs, self.rows.exact, wanted), Ask(hand_over.flag)]
-                if self.cache is not None:
-                    self._cached_experts(op, self.cache.layer(hand_over.flag))
+                if self.expert_cache is not None:
+                    self._cached_experts(op, self.expert_cache.layer(hand_over.flag))
             case AwaitExperts():
                 self._await_experts(index, event)
             case GiveValue(op, hand_over):
@@ -201,12 +201,12 @@ class StepLowering:
 
     def _cached_experts(self, op: Op, layer: CachedLayer) -> None:
         """Those that are in slots in this step."""
-        assert self.cache is not None
+        assert self.expert_cache is not None
         slots = {operand.operand: operand for operand in layer.operands}
         weights = [slots[i].slots if i in slots else self.values[name] for i, name in enumerate(op.inputs)]
         for operand in layer.operands:
             self.places[operand.slots.id] = Place(operand.buffer, operand.offset)
-        offset = layer.row * self.cache.row_bytes
+        offset = layer.row * self.expert_cache.row_bytes
         table = self._table_value("cached", CACHE_TABLE, offset, layer.streamed.experts)
         self._experts_of(op, weights, table, f"{op.outputs[0]} here")
 
@@ -240,7 +240,7 @@ class StepLowering:
         self.steps.append(Await(event.hand_over.flag))
         there = self._pinned(event.hand_over, EXPERT_SUM)
         self.values[there] = replace(total, id=there)
-        some = event.some or self.cache is not None
+        some = event.some or self.expert_cache is not None
         here = [self.values[f"{total.id} here"]] if some else []
         if layer is not None and self.stream is not None:
             here.append(self.values[f"{total.id} streamed"])

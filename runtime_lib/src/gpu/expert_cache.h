@@ -69,7 +69,7 @@ class ExpertCache {
   const CudaDriver& driver_;
   const DeviceContext& context_;
   const StreamRecord& stream_record_;
-  const CacheRecord& record_;
+  const ExpertCacheRecord& record_;
   const ProgramBuffers& buffers_;
   CUstream step_stream_;
   StreamHandle copies_;

@@ -59,7 +59,8 @@ struct GpuProgram::Resources {
         kernels(driver, device, artifact, kernel_records, called(program)),
         buffers(driver, artifact, program, budget, stream.get(), options.verify),
         hand_shake(driver, program.all_flags(), options.patience, health) {
-    if (program.cache) cache = std::make_unique<ExpertCache>(driver, context, program, buffers, stream.get());
+    if (program.expert_cache)
+      cache = std::make_unique<ExpertCache>(driver, context, program, buffers, stream.get());
     if (program.stream)
       experts = std::make_unique<ExpertStream>(driver, context, program, buffers, hand_shake, stream.get(),
                                                cache.get());

@@ -11,7 +11,7 @@
 #include <variant>
 #include <vector>
 
-#include "cache_record.h"
+#include "expert_cache_record.h"
 #include "kernel_table.h"
 #include "stream_record.h"
 
@@ -92,7 +92,7 @@ struct GpuProgramRecord {
   std::uint32_t flags;         // hand-overs that a graph may have
   std::vector<BufferRecord> buffers;
   std::optional<StreamRecord> stream;
-  std::optional<CacheRecord> cache;  // only beside a stream
+  std::optional<ExpertCacheRecord> expert_cache;  // only beside a stream
   std::vector<GraphRecord> graphs;
 
   // Flags of hand-overs and of what is streamed.

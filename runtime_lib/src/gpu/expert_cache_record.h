@@ -1,4 +1,4 @@
-// "cache" of gpu/program.json: experts in slots of the GPU that change between steps, checked.
+// "expert_cache" of gpu/program.json: experts in slots of the GPU that change between steps, checked.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct CacheLayer {
 };
 
 // Row i of the table says in which slot of layer i each expert lies, -1: in none.
-struct CacheRecord {
+struct ExpertCacheRecord {
   CacheRule rule;
   std::int32_t slots;
   std::uint64_t bytes_per_step;
@@ -31,8 +31,8 @@ struct CacheRecord {
   std::uint64_t row_bytes;
   std::vector<CacheLayer> layers;  // as the stream's
 
-  static CacheRecord parse(const CheckedJson& node, const std::vector<BufferRecord>& buffers,
-                           const StreamRecord& stream);
+  static ExpertCacheRecord parse(const CheckedJson& node, const std::vector<BufferRecord>& buffers,
+                                 const StreamRecord& stream);
 };
 
 }  // namespace hetcomp::gpu

@@ -1,4 +1,4 @@
-#include "cache_record.h"
+#include "expert_cache_record.h"
 
 #include <set>
 
@@ -55,16 +55,17 @@ CacheLayer cache_layer(const CheckedJson& node, const std::vector<BufferRecord>&
 
 }  // namespace
 
-CacheRecord CacheRecord::parse(const CheckedJson& node, const std::vector<BufferRecord>& buffers,
-                               const StreamRecord& stream) {
+ExpertCacheRecord ExpertCacheRecord::parse(const CheckedJson& node, const std::vector<BufferRecord>& buffers,
+                                           const StreamRecord& stream) {
   std::int32_t fewest = stream.layers.front().experts;
   for (const StreamLayer& layer : stream.layers) fewest = std::min(fewest, layer.experts);
-  CacheRecord record{cache_rule(node["policy"]),
-                     node["slots"].count(1, fewest),
-                     node["bytes_per_step"].number(0, kMostBytes),
-                     buffer_index(node["table"]["buffer"], buffers, BufferKind::kStream, "of kind stream"),
-                     node["table"]["row_bytes"].number(1, 1U << 20),
-                     {}};
+  ExpertCacheRecord record{
+      cache_rule(node["policy"]),
+      node["slots"].count(1, fewest),
+      node["bytes_per_step"].number(0, kMostBytes),
+      buffer_index(node["table"]["buffer"], buffers, BufferKind::kStream, "of kind stream"),
+      node["table"]["row_bytes"].number(1, 1U << 20),
+      {}};
   const auto entries = node["layers"].elements();
   if (entries.size() != stream.layers.size()) node["layers"].refuse("a list as long as the stream's");
   for (std::size_t i = 0; i < entries.size(); ++i) {
