@@ -129,8 +129,8 @@ def plan_model(
     )
     if wishes.deferral and wishes.expert_cache != "static":
         raise HetcompError(
-            f"Deferred experts and --expert-cache {wishes.expert_cache} exclude each other: what a token defers must not "
-            "depend on what a cache holds. Give one of them."
+            f"Deferred experts and --expert-cache {wishes.expert_cache} exclude each other: what a token defers must "
+            "not depend on what a cache holds. Give one of them."
         )
     deferral = _deferral(model, wishes, imported.checkpoint is not None, progress)
     context = replace(context, checkpoint=imported.checkpoint, deferral=deferral)

@@ -27,11 +27,11 @@ GpuProgramRecord program_record() {
                      {"sum", 256, BufferKind::kPinnedIn, {}}};
   const TimeCurve curve({{1, 1.0}});
   program.stream = StreamRecord{1, kTable, kRow, 0, 0, {1.0, curve, curve, curve}, {}};
-  program.cache = CacheRecord{CacheRule::kLru, kSlots, kBytes, kTable, kRow, {}};
+  program.expert_cache = ExpertCacheRecord{CacheRule::kLru, kSlots, kBytes, kTable, kRow, {}};
   for (std::size_t i = 0; i < kLayers; ++i) {
     const StreamOperand operand{kSlotBuffer, 0, kBytes, {{i, {0, 1, 2, 3}}}};
     program.stream->layers.push_back({static_cast<std::uint32_t>(i), kExperts, 1, kHidden, kIds, {operand}});
-    program.cache->layers.push_back({{{kSlotBuffer, i * kSlots * kBytes}}, {0, 1}, kSum});
+    program.expert_cache->layers.push_back({{{kSlotBuffer, i * kSlots * kBytes}}, {0, 1}, kSum});
   }
   return program;
 }
@@ -87,12 +87,18 @@ class ExpertCaches : public testing::Test {
     return !held;
   }
 
+  // As GpuProgram does: when the GPU is at rest.
+  void end_step() {
+    driver_.stream_synchronize(stream_.get());
+    cache_.end();
+  }
+
   void step(std::int32_t first, std::int32_t second) {
     cache_.begin(1, true);
     expect_table_true();
     left_to_cpu(0, first);
     left_to_cpu(1, second);
-    cache_.end();
+    end_step();
   }
 
   FakeCuda& fake_ = fake::healthy_fake_cuda();
@@ -113,7 +119,7 @@ TEST_F(ExpertCaches, BeginsWithTheFirstExpertsAndSkipsWhatTheyServe) {
   expect_table_true();
   EXPECT_FALSE(left_to_cpu(0, 1));
   EXPECT_TRUE(left_to_cpu(1, 3));
-  cache_.end();
+  end_step();
   EXPECT_EQ(cache_.statistics().hits, 1);
   EXPECT_EQ(cache_.statistics().misses, 1);
 }
@@ -137,7 +143,7 @@ TEST_F(ExpertCaches, AStepThatCannotBeginLeavesAnEmptySlot) {
   fake_.fail_call = fake_.calls + 2;  // the table is sent, the expert is not
   EXPECT_THROW(cache_.begin(1, true), Error);
   fake_.fail_call = 0;
-  cache_.end();
+  end_step();
   EXPECT_FALSE(cache_.holds(0, 3));
   EXPECT_EQ(cache_.statistics().swaps, 0);
   step(3, 0);
@@ -148,7 +154,7 @@ TEST_F(ExpertCaches, AStepThatCannotBeginLeavesAnEmptySlot) {
 TEST_F(ExpertCaches, AStepThatIsGivenUpKeepsWhatHasCome) {
   for (std::int64_t i = 0; i < CachePolicy::kLruMargin; ++i) step(3, 0);
   cache_.begin(1, true);
-  cache_.end();  // no layer was reached
+  end_step();  // no layer was reached
   EXPECT_TRUE(cache_.holds(0, 3));
   step(3, 0);
 }
@@ -159,7 +165,7 @@ TEST_F(ExpertCaches, PromptsCountAndChangeNothingUntilTheyAreOver) {
   std::fill_n(reinterpret_cast<std::int32_t*>(buffers_.host(kIds).data()), tokens, 3);
   cache_.count(0);
   cache_.leave_to_cpu(0);
-  cache_.end();
+  end_step();
   EXPECT_EQ(cache_.skip()[0], 0);
   EXPECT_EQ(cache_.statistics().hits + cache_.statistics().misses, 0);
   EXPECT_FALSE(cache_.holds(0, 3));

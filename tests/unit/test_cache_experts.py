@@ -71,8 +71,11 @@ def test_with_statistics_the_hottest_experts_come_first_and_hit_more(least):
     shares = tuple(i / sum(range(EXPERTS)) for i in range(EXPERTS))
     known = ExpertStatistics("counts", TOP_K, (shares,) * LAYERS)
     plan, blind = planned(least, statistics=known), planned(least)
-    assert plan.expert_cache is not None and blind.cache is not None
-    assert plan.expert_cache.first == ((EXPERTS - 2, EXPERTS - 1),) * LAYERS and blind.cache.first == ((0, 1),) * LAYERS
+    assert plan.expert_cache is not None and blind.expert_cache is not None
+    assert (
+        plan.expert_cache.first == ((EXPERTS - 2, EXPERTS - 1),) * LAYERS
+        and blind.expert_cache.first == ((0, 1),) * LAYERS
+    )
     assert f"{sum(shares[-2:]):.0%} of hits (counts)" in plan.notes[-1]
     assert "25% of hits (uniform routing)" in blind.notes[-1]
 

@@ -122,8 +122,8 @@ void GpuProgram::fill_cache(const HostWeights& weights) {
 ExpertStream* GpuProgram::expert_stream() const { return resources_->experts.get(); }
 ExpertCache* GpuProgram::expert_cache() const { return resources_->cache.get(); }
 
-void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work,
-                     std::int64_t tokens) {
+void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens,
+                     bool copies) {
   if (!broken_.empty()) {
     throw Error(HETCOMP_COMPUTE,
                 device_.name + " runs no more steps since " + broken_ + ": load the model anew.");
@@ -147,7 +147,7 @@ void GpuProgram::run(std::int32_t batch, const std::function<void(HandShake&)>& 
   try {
     resources_->buffers.send_step(resources_->stream.get());
     if (resources_->cache) resources_->cache->begin(tokens, !streams);
-    if (streams) resources_->experts->begin(tokens);
+    if (streams) resources_->experts->begin(copies ? tokens : 0);
     driver_.graph_launch(graph->second.get(), resources_->stream.get());
     cpu_work(hand_shake);
     wait_for_end();

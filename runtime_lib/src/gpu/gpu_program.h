@@ -47,13 +47,15 @@ class GpuProgram {
   ExpertStream* expert_stream() const;
   ExpertCache* expert_cache() const;
 
-  // One step of so many tokens (that only matters where experts are streamed or cached): sends the step
+  // One step of so many tokens (that only matters where experts are streamed or cached; copies: false where
+  // nothing may be copied for this step, though its graph would wait for it): sends the step
   // buffers, launches the graph, calls cpu_work on this thread (it waits for the GPU and answers), and
   // returns when the GPU is at rest. One thread at a time. Throws Error: no graph of that batch size, the GPU
   // or the CPU does not answer in time, a fault of the GPU; what cpu_work throws is passed on. The GPU is at
   // rest then and the next step may run, but state buffers hold what the step has written; only after a fault
   // of the GPU itself every further call says so, until the model is loaded anew.
-  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1);
+  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1,
+           bool copies = true);
 
   // Before a step that reads and writes the cache below these positions, by slot. Throws Error.
   void provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool);
