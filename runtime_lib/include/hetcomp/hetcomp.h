@@ -147,8 +147,8 @@ HETCOMP_EXPORT hetcomp_status hetcomp_session_reuse(hetcomp_session* session, co
                                                     int64_t* kept);
 
 /* Each appends ids to the session. n >= 1; ids are 0 .. vocab - 1; if n does not fit into the context
- * (HETCOMP_CONTEXT_FULL), or into what all sessions share (HETCOMP_POOL_FULL: others go on), nothing is computed.
- * If a step fails the session keeps the tokens of the steps before it. */
+ * (HETCOMP_CONTEXT_FULL), or into what all sessions share (HETCOMP_POOL_FULL: others go on), nothing is
+ * computed. If a step fails the session keeps the tokens of the steps before it. */
 
 /* logits: [n][vocab], of every token. */
 HETCOMP_EXPORT hetcomp_status hetcomp_forward(hetcomp_session* session, const int32_t* ids, int64_t n,
