@@ -164,7 +164,7 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         barrier_us=profile.barrier_us,
         launch_us=tuple(launch_us(g) for g in gpus),
         streaming=context.planning,
-        spread=reserve > 0,
+        spread=streams > 0,
     )
 
 
