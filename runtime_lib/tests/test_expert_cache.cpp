@@ -21,10 +21,10 @@ GpuProgramRecord program_record() {
   GpuProgramRecord program{};
   program.device_bytes = 1 << 16;
   program.flags = kLayers;
-  program.buffers = {{"slots", kLayers * kSlots * kBytes, BufferKind::kStream, {}},
-                     {"table", kLayers * kRow, BufferKind::kStream, {}},
-                     {"ids", 64, BufferKind::kPinnedOut, {}},
-                     {"sum", 256, BufferKind::kPinnedIn, {}}};
+  program.buffers = {{"slots", kLayers * kSlots * kBytes, BufferKind::kStream, {}, {}},
+                     {"table", kLayers * kRow, BufferKind::kStream, {}, {}},
+                     {"ids", 64, BufferKind::kPinnedOut, {}, {}},
+                     {"sum", 256, BufferKind::kPinnedIn, {}, {}}};
   const TimeCurve curve({{1, 1.0}});
   program.stream = StreamRecord{1, kTable, kRow, 0, 0, {1.0, curve, curve, curve}, {}};
   program.expert_cache = ExpertCacheRecord{CacheRule::kLru, kSlots, kBytes, kTable, kRow, {}};
@@ -109,7 +109,7 @@ class ExpertCaches : public testing::Test {
   GpuProgramRecord program_ = program_record();
   DeviceBudget budget_{program_.device_bytes};
   StreamHandle stream_ = create_stream(driver_);
-  ProgramBuffers buffers_{driver_, ".", program_, budget_, stream_.get(), false};
+  ProgramBuffers buffers_{driver_, device_, ".", program_, budget_, stream_.get(), false};
   std::array<std::array<std::uint8_t, kExperts * kBytes>, kLayers> host_{};
   ExpertCache cache_{driver_, context_, program_, buffers_, stream_.get()};
 };

@@ -61,10 +61,10 @@ def test_all_memory_that_is_left_becomes_slots(least):
 def test_more_slots_are_predicted_to_be_faster_and_the_budget_follows_the_step(least):
     few, many = planned(least), planned(least + 3 * SLOT_BYTES)
     assert few.timelines[0].total_us > many.timelines[0].total_us
-    assert few.cache is not None and many.cache is not None
-    assert few.cache.bytes_per_step > many.cache.bytes_per_step > 0
+    assert few.expert_cache is not None and many.expert_cache is not None
+    assert few.expert_cache.bytes_per_step > many.expert_cache.bytes_per_step > 0
     # 60 % of what a link of 20 GB/s carries in the step.
-    assert few.cache.bytes_per_step == pytest.approx(0.6 * few.timelines[0].total_us * 20e3, rel=0.01)
+    assert few.expert_cache.bytes_per_step == pytest.approx(0.6 * few.timelines[0].total_us * 20e3, rel=0.01)
 
 
 def test_with_statistics_the_hottest_experts_come_first_and_hit_more(least):
