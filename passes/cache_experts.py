@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import ExpertCache, Placement
-from hetcomp.ir.cpu_side import CpuRole, cpu_role
+from hetcomp.ir.deferral import moe_layers
 from hetcomp.ir.homes import on_gpu, read_in
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.ops import MoeExperts
@@ -87,18 +87,13 @@ def cache_experts(plan: Plan, context: Context) -> Plan:
 
 
 def _cached(plan: Plan, context: Context) -> list[_Cached]:
-    """The experts ops of all calls whose input is made on a GPU."""
-    found, moe_layer = [], 0
-    for call in plan.calls:
-        template, placements = plan.template(call.template), dict(call.placements)
-        for op in template.ops:
-            if not isinstance(op.attrs, MoeExperts):
-                continue
-            shares = context.expert_shares(moe_layer, op.attrs.experts)
-            moe_layer += 1
-            if cpu_role(op, placements[op.id], template) is CpuRole.EXPERTS:
-                found.append(_Cached(op, template, placements[op.id], shares))
-    return found
+    """The MoE layers whose input is made on a GPU beside experts on the CPU."""
+    layers = enumerate(moe_layers(plan))
+    return [
+        _Cached(layer.op, layer.template, layer.placement, context.expert_shares(n, layer.attrs.experts))
+        for n, layer in layers
+        if layer.hands_over
+    ]
 
 
 def _room(plan: Plan, context: Context, gpu: str) -> int:

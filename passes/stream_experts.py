@@ -7,11 +7,11 @@ Which are copied is decided in each step, layer by layer, when the routing is kn
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hetcomp.hardware.figures import Gpu
-from hetcomp.ir.annotations import Curve, ExpertStream, Placement, StreamRates
-from hetcomp.ir.cpu_side import CpuRole, cpu_role
+from hetcomp.ir.annotations import Curve, ExpertStream, StreamRates
+from hetcomp.ir.deferral import moe_layers
 from hetcomp.ir.homes import memory_of
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.ops import MoeExperts
@@ -37,13 +37,6 @@ _EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _STEP_TOKENS = (32, 128, 512, 2048, 8192)
 
 
-@dataclass(frozen=True)
-class _Streamed:
-    op: Op
-    template: Template
-    placement: Placement
-
-
 @plan_pass(requires=("sliced",))
 def stream_experts(plan: Plan, context: Context) -> Plan:
     """Sets ``stream`` where a GPU makes the input of experts that the CPU has, its memory has room for slots, and every
@@ -51,13 +44,7 @@ def stream_experts(plan: Plan, context: Context) -> Plan:
     if context.planning or not context.use_gpus:
         return plan
     slots = stream_slots(plan, context, room_of_gpu(context))
-    found = [
-        _Streamed(op, template, placements[op.id])
-        for call in plan.calls
-        for template, placements in [(plan.template(call.template), dict(call.placements))]
-        for op in template.ops
-        if isinstance(op.attrs, MoeExperts) and cpu_role(op, placements[op.id], template) is CpuRole.EXPERTS
-    ]
+    found = [layer for layer in moe_layers(plan) if layer.hands_over]
     if not found or not slots:
         return plan
     if any(len(s.placement.slices) > 1 for s in found):
