@@ -24,7 +24,7 @@ from hetcomp.ir.deferral import moe_layers
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.types import Dim
-from hetcomp.passes.context import Context, DeferralRequest, FormatRequest
+from hetcomp.passes.context import CACHE_POLICIES, CachePolicy, Context, DeferralRequest, FormatRequest
 from hetcomp.passes.expert_statistics import ExpertStatistics, parse_statistics
 from hetcomp.passes.format_search import search_formats
 from hetcomp.passes.phases import default_mix
@@ -56,7 +56,8 @@ MAX_GPU_STEP_TOKENS = 16384
 class PlanWishes:
     """What a user may ask of placement. mix: prompt, answer and batch to optimise for. vram: bytes of each GPU that may
     be used, or one figure a GPU of the profile; pinned_bytes: of pinned host memory. pins: ``ROLE[@LAYERS]=DEVICE``
-    each. statistics: path of a file of expert statistics, or ``PATH#DOMAIN``.
+    each. statistics: path of a file of expert statistics, or ``PATH#DOMAIN``. expert_cache: ``static``, where experts
+    on a GPU stay there, or ``lru`` or ``lfu``, where it holds those that are hot while decoding.
 
     deferral: of each generated token at most so many choices of experts on the CPU are added one MoE layer later, where
     a GPU computes attention; ``auto``: as many as make it faster, within a mean KL divergence of ``max_kl`` (nats a
@@ -70,6 +71,7 @@ class PlanWishes:
     deferral: int | Literal["auto"] = 0
     max_kl: float = 0.01
     deferral_text: str | Path | None = None
+    expert_cache: str = "static"
 
 
 def plan_model(
@@ -110,6 +112,7 @@ def plan_model(
         pinned_bytes=wishes.pinned_bytes,
         pins=tuple(parse_pin(pin) for pin in wishes.pins),
         statistics=_statistics(wishes.statistics),
+        expert_cache=_cache_policy(wishes.expert_cache),
     )
     mix = wishes.mix
     progress.stage("trace")
@@ -121,6 +124,11 @@ def plan_model(
         max_tokens=_step_tokens(context, mix),
         max_logit_rows=MAX_LOGIT_ROWS,
     )
+    if wishes.deferral and wishes.expert_cache != "static":
+        raise HetcompError(
+            f"Deferred experts and --expert-cache {wishes.expert_cache} exclude each other: what a token defers must "
+            "not depend on what a cache holds. Give one of them."
+        )
     deferral = _deferral(model, wishes, imported.checkpoint is not None, progress)
     context = replace(context, checkpoint=imported.checkpoint, deferral=deferral)
     imported = replace(imported, plan=_share_cache(imported.plan, kv_tokens))
@@ -253,6 +261,14 @@ def _statistics(spec: str | None) -> ExpertStatistics | None:
     except (OSError, UnicodeDecodeError) as error:
         raise HetcompError(f"Expert statistics {name} cannot be read: {error}.") from None
     return parse_statistics(text, name, domain or None)
+
+
+def _cache_policy(name: str) -> CachePolicy:
+    """Raises HetcompError for a policy that is unknown."""
+    found = next((policy for policy in CACHE_POLICIES if policy == name), None)
+    if found is None:
+        raise HetcompError(f"Unknown expert cache '{name}'; the policies are {', '.join(CACHE_POLICIES)}.")
+    return found
 
 
 def compile(

@@ -15,6 +15,7 @@ from hetcomp.artifact.staging import staged_folder
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.serialise import from_json
+from hetcomp.passes.expert_statistics import moe_layers
 from hetcomp.runtime import Runtime, Token
 
 if TYPE_CHECKING:
@@ -53,6 +54,18 @@ class Executable:
     def stats(self) -> dict[str, Any]:
         """Measured figures of this process: tokens, seconds and tokens/s per phase, time per role, memory."""
         return self.runtime.stats()
+
+    def expert_statistics(self) -> str:
+        """How often each expert was chosen in this process since the figures were set to zero: the text of a file that
+        ``hetcomp plan --stats`` reads. Raises HetcompError for a model without an expert cache, and where it does not
+        have all MoE layers."""
+        layers = len(moe_layers(self.plan))
+        if self.plan.expert_cache is not None and len(self.plan.expert_cache.first) != layers:
+            raise HetcompError(
+                f"Experts are counted in the {len(self.plan.expert_cache.first)} MoE layers of the expert cache, and "
+                f"{self.plan.model.name} has {layers}; pin all layers to the GPU to count in all."
+            )
+        return self.runtime.expert_statistics()
 
     def __call__(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
         """Logits of every position of a sequence.

@@ -336,6 +336,13 @@ class Runtime:
         figures: dict[str, Any] = json.loads(owned_bytes(out, -1))
         return figures
 
+    def expert_statistics(self) -> str:
+        """How often each expert was chosen since the figures were set to zero: the text of a file that ``hetcomp plan
+        --stats`` reads. Raises RuntimeRefusal for a model without an expert cache."""
+        out = ctypes.c_void_p()
+        call("hetcomp_model_expert_statistics", self._handle.pointer, ctypes.byref(out))
+        return owned_bytes(out, -1).decode()
+
     def reset_stats(self) -> None:
         """Sets the prefill and decode figures to zero."""
         call("hetcomp_model_reset_stats", self._handle.pointer)

@@ -128,6 +128,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "hetcomp_load": (ctypes.c_char_p, ctypes.POINTER(LoadOptionsStruct), _OUT),
     "hetcomp_model_get_info": (_POINTER, ctypes.POINTER(ModelInfoStruct)),
     "hetcomp_model_stats": (_POINTER, _OUT),
+    "hetcomp_model_expert_statistics": (_POINTER, _OUT),
     "hetcomp_model_reset_stats": (_POINTER,),
     "hetcomp_model_set_deferral": (_POINTER, ctypes.c_int),
     "hetcomp_session_create": (_POINTER, _OUT),

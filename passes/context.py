@@ -13,6 +13,9 @@ from hetcomp.ir.types import CACHE_DTYPES
 from hetcomp.passes.expert_statistics import ExpertStatistics
 from hetcomp.passes.pins import Pin
 
+# How experts get to a GPU that has no room for all: placed once, or kept in slots whose experts change.
+CachePolicy = Literal["static", "lru", "lfu"]
+CACHE_POLICIES: tuple[CachePolicy, ...] = ("static", "lru", "lfu")
 Role = Literal["experts", "attention", "dense", "router", "embedding", "kv"]
 ROLES: tuple[Role, ...] = ("experts", "attention", "dense", "router", "embedding", "kv")
 # Weight formats by falling size, and those of the KV cache.
@@ -91,7 +94,8 @@ class Context:
     ``use_gpus``: the profile's GPUs take part in placement. ``vram``: bytes that may be used of each GPU, or one
     figure a GPU of the profile (None: what is free), ``pinned_bytes`` likewise of pinned host memory. ``pins``:
     placements that the user decided. ``statistics``: how often experts are chosen (None: uniformly). ``deferral``:
-    whether experts are deferred (None: no)."""
+    whether experts are deferred (None: no). ``expert_cache``: other than static, all routed experts are in CPU memory,
+    and the GPUs' memory that is left holds some of them in turn."""
 
     profile: HardwareProfile
     checkpoint: Checkpoint | None
@@ -105,6 +109,7 @@ class Context:
     pins: tuple[Pin, ...] = ()
     statistics: ExpertStatistics | None = None
     deferral: DeferralRequest | None = None
+    expert_cache: CachePolicy = "static"
 
     def expert_shares(self, moe_layer: int, experts: int) -> tuple[float, ...]:
         """Part of its assignments that each expert of a MoE layer gets: the statistics', or equal parts."""

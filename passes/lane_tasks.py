@@ -81,7 +81,7 @@ class StepTasks:
         self._tasks: list[Task] = []
         self._ready: dict[str, tuple[int, ...]] = defaultdict(tuple)
         self._streamed: dict[str, list[int]] = defaultdict(list)
-        self._moe_layer = 0
+        self._moe_layer = self._cached_layer = 0
         self._left = False  # the MoE layer before has deferred experts
         generator = np.random.default_rng(seed)
         for use in self._steps:
@@ -198,6 +198,7 @@ class StepTasks:
         on_cpu = np.array(experts_on_cpu(placement))
         tokens, later = sample_deferral(shares, a.top_k, rows, on_cpu, deferred, generator)
         size = self._expert_bytes(template, op)
+        placement = self._with_cache(placement)
         placement = self._with_streams(template, op, placement, tokens, size)
         done: list[int] = []
         at_once, left = _CpuExperts(), _CpuExperts()
@@ -212,6 +213,19 @@ class StepTasks:
         done += self._cpu_experts(op, placement, layer, at_once, left, after)
         self._left = deferred > 0
         return tuple(done)
+
+    def _with_cache(self, placement: Placement) -> Placement:
+        """The placement with so many experts on the GPU as its cache has slots: those that it begins with."""
+        if self.plan.expert_cache is None or not placement.device.startswith("gpu:"):
+            return placement
+        held = set(self.plan.expert_cache.first[self._cached_layer])
+        self._cached_layer += 1
+        runs = [
+            replace(run, first=e, last=e, device=placement.device if e in held else run.device)
+            for run in placement.experts
+            for e in range(run.first, run.last + 1)
+        ]
+        return replace(placement, experts=tuple(runs))
 
     def _with_streams(
         self, template: Template, op: Op, placement: Placement, tokens: NDArray[np.int64], size: float

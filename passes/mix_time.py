@@ -14,9 +14,20 @@ from hetcomp.passes.slice_numa import slice_numa
 def placed_mix_us(plan: Plan, context: Context) -> float:
     """Microseconds of all prompts and answers if the placed plan is sliced, given transfers and scheduled as the
     pipeline will do it. Routings are drawn from the same seeds for every plan."""
-    ready = schedule(insert_transfers(slice_numa(plan, context), context), context)
+    ready = _ready(slice_numa(plan, context), context)
     steps = enumerate(phases(plan))
     return sum(step.steps * timeline(ready, i, step, context).total_us for i, step in steps if step.steps > 0)
+
+
+def sliced_step_us(plan: Plan, context: Context, name: str) -> float:
+    """Microseconds of the step called ``name`` if the sliced plan is given transfers and scheduled."""
+    ready = _ready(plan, context)
+    index, step = next((i, step) for i, step in enumerate(phases(plan)) if step.name == name)
+    return timeline(ready, index, step, context).total_us
+
+
+def _ready(plan: Plan, context: Context) -> Plan:
+    return schedule(insert_transfers(plan, context), context)
 
 
 def mix_us(plan: Plan) -> float:

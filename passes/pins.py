@@ -61,3 +61,15 @@ def pinned_device(pins: tuple[Pin, ...], op: Op, layer: int | None) -> str | Non
                 f"{where}; leave one of them out."
             )
     return matching[0].device if matching else None
+
+
+def cached_in_cpu_memory(pins: tuple[Pin, ...], op: Op, layer: int | None) -> str:
+    """Where the experts of an expert cache live: ``cpu``; a pin of everything speaks of the rest. Raises HetcompError
+    if a pin of theirs says otherwise."""
+    for pin in pins:
+        if pin.role != "*" and pin.matches(op, layer) and pin.device != "cpu":
+            raise HetcompError(
+                f"Pin '{pin.text}' and the wish for an expert cache contradict each other: all routed experts are in "
+                "CPU memory then; leave one of them out."
+            )
+    return "cpu"

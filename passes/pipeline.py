@@ -11,6 +11,7 @@ from hetcomp.ir.printer import print_plan
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.annotate_cost import annotate_cost
 from hetcomp.passes.bind_weights import bind_weights
+from hetcomp.passes.cache_experts import cache_experts
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context
 from hetcomp.passes.defer_experts import defer_experts
@@ -30,6 +31,7 @@ PIPELINE: tuple[PlanPass, ...] = (
     place,  # needs costs; refuses what does not fit before a weight is read
     slice_numa,  # needs to know which ops a CPU node got
     stream_experts,  # needs to know where experts are and whether they are cut
+    cache_experts,  # gets the GPU's memory that all before have left
     insert_transfers,  # needs final devices; adds ops, so order and memory come after
     schedule,  # needs all ops there; its barriers decide which values are alive together
     defer_experts,  # needs hand-overs and barriers: it simulates; what is deferred needs memory

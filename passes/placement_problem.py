@@ -19,7 +19,7 @@ from hetcomp.passes.expert_statistics import inclusion
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
 from hetcomp.passes.phases import Phase, phases
-from hetcomp.passes.pins import pinned_device
+from hetcomp.passes.pins import cached_in_cpu_memory, pinned_device
 from hetcomp.passes.stream_experts import stream_reserves
 from hetcomp.passes.work import activation_bytes, work_of
 
@@ -340,6 +340,8 @@ class _Builder:
             tuple(handshake_us(g) + 2 * copy_us(g, activation_bytes(x, step)) for step in self.steps) for g in self.gpus
         )
         pin = self._pin(template, op, call.layer)
+        if self.context.expert_cache != "static":
+            pin = cached_in_cpu_memory(self.context.pins, op, call.layer)
         return ExpertSet(index, op.id, spine, size, classes, exchange, pin)
 
     def _expert_class(

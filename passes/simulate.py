@@ -94,7 +94,7 @@ def _races(plan: Plan, context: Context) -> bool:
     """Whether the routing changes the step's time."""
     runs = (run for call in plan.calls for _, placement in call.placements for run in placement.experts)
     homes = {run.device.partition(":")[0] for run in runs}
-    return bool(homes) and (homes != {"cpu"} or context.statistics is not None)
+    return bool(homes) and (homes != {"cpu"} or context.statistics is not None or plan.expert_cache is not None)
 
 
 def _lane_times(samples: Sequence[SampledStep]) -> dict[str, float]:

@@ -7,11 +7,11 @@ Which are copied is decided in each step, layer by layer, when the routing is kn
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hetcomp.hardware.figures import Gpu
-from hetcomp.ir.annotations import Curve, ExpertStream, Placement, StreamRates
-from hetcomp.ir.cpu_side import CpuRole, cpu_role
+from hetcomp.ir.annotations import Curve, ExpertStream, StreamRates
+from hetcomp.ir.deferral import moe_layers
 from hetcomp.ir.homes import memory_of, read_in
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.node_parts import gpu_cut_weights
@@ -38,26 +38,13 @@ _EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _STEP_TOKENS = (32, 128, 512, 2048, 8192)
 
 
-@dataclass(frozen=True)
-class _Streamed:
-    op: Op
-    template: Template
-    placement: Placement
-
-
 @plan_pass(requires=("sliced",))
 def stream_experts(plan: Plan, context: Context) -> Plan:
     """Sets ``stream`` where GPUs make the input of experts that the CPU has, each of them has memory for slots, and
     every expert lies in one piece (on one NUMA node)."""
     if context.planning or not context.use_gpus:
         return plan
-    found = [
-        _Streamed(op, template, placements[op.id])
-        for call in plan.calls
-        for template, placements in [(plan.template(call.template), dict(call.placements))]
-        for op in template.ops
-        if isinstance(op.attrs, MoeExperts) and cpu_role(op, placements[op.id], template) is CpuRole.EXPERTS
-    ]
+    found = [layer for layer in moe_layers(plan) if layer.hands_over]
     homes = {memory_of(s.placement.device) for s in found}
     rooms = ((f"gpu:{i}", room) for i, room in enumerate(rooms_of_gpus(context)))
     slots = min((_slots_on(plan, context, gpu, room) for gpu, room in rooms if gpu in homes), default=0)

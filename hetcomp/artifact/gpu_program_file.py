@@ -11,7 +11,9 @@ from typing import Any
 import xxhash
 
 from hetcomp.artifact.weight_files import WeightRecord
+from hetcomp.backends.exchange import EXPERT_SUM
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
+from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.gpu_program import CONSTANTS, STATES, WEIGHTS, GpuBuffer, GpuProgram
 from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES
@@ -41,6 +43,8 @@ def write_gpu_program(
     }
     if program.stream is not None:
         document["stream"] = _stream(program.stream, program, cpu_weights)
+    if program.expert_cache is not None:
+        document["expert_cache"] = _expert_cache(program.expert_cache, program)
     file = f"gpu/program-{program.number}.json"
     (folder / file).write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
     weight_files = sorted({record.file for record in records})
@@ -111,6 +115,26 @@ def _cache(program: GpuProgram) -> dict[str, int]:
         "block_positions": BLOCK_POSITIONS,
         "granule_bytes": GRANULE_BYTES,
         "granules": memory.granules or 0,
+    }
+
+
+def _expert_cache(cache: CacheLayout, program: GpuProgram) -> dict[str, Any]:
+    planned = program.plan.expert_cache
+    assert planned is not None
+    sums = {h.flag: h for h in program.exchange.hand_overs}
+    return {
+        "policy": planned.policy,
+        "slots": planned.slots,
+        "bytes_per_step": planned.bytes_per_step,
+        "table": {"buffer": CACHE_TABLE, "row_bytes": cache.row_bytes},
+        "layers": [
+            {
+                "sum": program.exchange.buffer(sums[layer.streamed.hand_over], EXPERT_SUM).name,
+                "first": layer.first,
+                "operands": [{"buffer": operand.buffer, "offset": operand.offset} for operand in layer.operands],
+            }
+            for layer in cache.layers
+        ],
     }
 
 

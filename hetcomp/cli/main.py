@@ -22,6 +22,7 @@ from hetcomp.cli.options import (
     Defer,
     DeferText,
     DumpDir,
+    ExpertCache,
     Formats,
     Hw,
     IsaList,
@@ -72,6 +73,7 @@ def compile_command(
     defer: Defer = "0",
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
+    expert_cache: ExpertCache = "static",
     cc: Annotated[
         str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
     ] = "auto",
@@ -101,7 +103,7 @@ def compile_command(
             kv_tokens=kv_tokens,
             formats=formats_of(formats),
             isa=isas_of(isa),
-            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text),
+            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text, expert_cache),
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:

@@ -47,6 +47,9 @@ DeferText = Annotated[
         "--defer-text", help="With --defer auto: UTF-8 text, 2,048 tokens of it are read. Default: the zoo's."
     ),
 ]
+ExpertCache = Annotated[
+    str, typer.Option("--expert-cache", help="static, or lru or lfu: hot experts move to the GPU while decoding.")
+]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -74,6 +77,7 @@ def wishes_of(
     defer: str = "0",
     max_kl: float = DEFAULT_MAX_KL,
     defer_text: Path | None = None,
+    expert_cache: str = "static",
 ) -> PlanWishes:
     """What the options ask of placement. Raises HetcompError for sizes and numbers that are not understood."""
     from hetcomp.compiler import PlanWishes
@@ -91,6 +95,7 @@ def wishes_of(
         deferral=_deferral_of(defer),
         max_kl=max_kl,
         deferral_text=defer_text,
+        expert_cache=expert_cache,
     )
 
 

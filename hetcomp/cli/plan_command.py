@@ -19,6 +19,7 @@ from hetcomp.cli.options import (
     Defer,
     DeferText,
     DumpDir,
+    ExpertCache,
     Formats,
     Hw,
     IsaList,
@@ -59,12 +60,16 @@ def plan_command(
     defer: Defer = "0",
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
+    expert_cache: ExpertCache = "static",
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
     explore: Annotated[
         bool,
-        typer.Option("--explore", help="Also what hetcomp compile generates no code for: streaming, several GPUs."),
+        typer.Option(
+            "--explore",
+            help="Also what hetcomp compile generates no code for: dense weights streamed, experts on other GPUs.",
+        ),
     ] = False,
     help_most: Annotated[
         bool, typer.Option("--improvements/--no-improvements", help="Plan anew to find what would help most.")
@@ -102,7 +107,9 @@ def plan_command(
                     kv_tokens=kv_tokens,
                     formats=formats_of(formats),
                     isa=isas_of(isa),
-                    wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text),
+                    wishes=wishes_of(
+                        prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text, expert_cache
+                    ),
                     planning=explore,
                     stop_after=stop_after,
                     dump_dir=dump_dir,

@@ -25,6 +25,7 @@ from hetcomp.prediction import trace
 
 KV_CACHE, WORKSPACE = "KV cache", "activations"
 RING, GPU_RUNTIME = "ring for streamed experts", "GPU runtime (reserved)"
+CACHE = "slots of the expert cache"
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,8 @@ def device_memory(
         parts[gpu][GPU_RUNTIME] += GPU_RESERVE
         if gpu in streams:
             parts[gpu][RING] += 2 * STAGED_EXPERTS * largest_expert
+        if plan.expert_cache is not None:
+            parts[gpu][CACHE] += plan.expert_cache.bytes
     main = next((p.device for _, _, p in placed_ops(plan) if p.device.startswith("cpu")), "cpu:0")
     for device in [d for d in parts if d.startswith("gpu") or d == main]:
         parts[device][WORKSPACE] += plan.arena_bytes
@@ -313,7 +316,7 @@ def _device_memory(
     return DeviceMemory(device, name, tuple((what, size) for what, size in ordered if size), limit)
 
 
-_ORDER = {KV_CACHE: 1, WORKSPACE: 2, RING: 3, GPU_RUNTIME: 4}
+_ORDER = {KV_CACHE: 1, WORKSPACE: 2, CACHE: 3, RING: 4, GPU_RUNTIME: 5}
 
 
 def layer_us(events: Sequence[Event]) -> dict[int, float]:

@@ -109,6 +109,20 @@ class ExpertStream:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertCache:
+    """Of each MoE layer whose experts are in CPU memory and whose input a GPU makes, ``slots`` experts are in that
+    GPU's memory as well: those in ``first`` (by layer with a cache) at load, others as the runtime decides by
+    ``policy`` (``lru`` or ``lfu``) between steps of decoding. ``bytes``: of all slots; ``bytes_per_step``: what may be
+    copied under a step."""
+
+    policy: str
+    slots: int
+    bytes: int
+    bytes_per_step: int
+    first: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A placement that was considered: the method that found it, and the simulated time of the whole mix."""
 

@@ -75,8 +75,9 @@ def moe_layers(plan: Plan) -> tuple[MoeLayer, ...]:
 
 def may_defer(layers: tuple[MoeLayer, ...]) -> tuple[bool, ...]:
     """Which of the layers may defer: the next one must have a hand-over too, or nobody would add the sum."""
-    following = (*(layer.hands_over for layer in layers[1:]), False)
-    return tuple(layer.hands_over and after for layer, after in zip(layers, following, strict=True))
+    return tuple(
+        layer.hands_over and n + 1 < len(layers) and layers[n + 1].hands_over for n, layer in enumerate(layers)
+    )
 
 
 def deferrals(plan: Plan) -> dict[tuple[int, str], Deferral]:

@@ -16,6 +16,7 @@ from hetcomp.ir.annotations import (
     ArenaSlot,
     Cost,
     DeferralQuality,
+    ExpertCache,
     ExpertStream,
     Mix,
     Placement,
@@ -166,8 +167,9 @@ class ModelInfo:
 class Plan:
     """See the module's text. ``dims`` fixes the bounds of T, R, slots and context. ``established`` names the
     invariants that the passes run so far have established. ``mix`` is the use that it is optimised for,
-    ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill. ``deferral``: what
-    deferring experts was measured to cost, if it was."""
+    ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill; ``expert_cache``:
+    some of them are on the GPU, others from step to step. ``deferral``: what deferring experts was measured to cost, if
+    it was."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -183,6 +185,7 @@ class Plan:
     solution: Solution | None = None
     stream: ExpertStream | None = None
     deferral: DeferralQuality | None = None
+    expert_cache: ExpertCache | None = None
     notes: tuple[str, ...] = field(default=())
 
     def dim(self, name: str) -> Dim:

@@ -26,6 +26,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.established:
         yield "  established " + ", ".join(plan.established)
     yield from _memory(plan)
+    yield from _experts_of_gpu(plan)
     for template in plan.templates:
         yield ""
         yield from _template(template)
@@ -59,6 +60,17 @@ def _memory(plan: Plan) -> Iterator[str]:
         yield f"  arena {plan.arena_bytes} bytes"
         for slot in plan.call_arena:
             yield f"    {slot.value} @{slot.offset}+{slot.bytes}"
+
+
+def _experts_of_gpu(plan: Plan) -> Iterator[str]:
+    if plan.stream is not None:
+        yield f"  experts streamed to the GPU in prefill, {plan.stream.slots} of a layer at once"
+    if plan.expert_cache is not None:
+        c = plan.expert_cache
+        yield (
+            f"  expert cache {c.policy}, {c.slots} slots in each of {len(c.first)} layers, {c.bytes} bytes; "
+            f"{c.bytes_per_step} bytes a step may be copied"
+        )
 
 
 def _template(template: Template) -> Iterator[str]:

@@ -61,7 +61,7 @@ void Model::load_gpus(const LoadOptions& options) {
   for (std::size_t i = 0; i < programs.size(); ++i)
     gpu_uses_.push_back(
         {programs[i].device().name, programs[i].device().ordinal, programs[i].device_bytes()});
-  statistics_.gpu = {gpu_uses_, {}, {}};
+  statistics_.gpu = {gpu_uses_, {}, {}, {}};
 }
 
 // Experts are copied to GPUs from where the CPU reads them. Mapped files would have to stay in memory for it.
@@ -75,11 +75,11 @@ void Model::stream_from_weights() {
     refused = "they are mapped from files that are larger than the memory";
   else
     refused = gpu_->attach(weights);
-  if (!refused.empty())
-    statistics_.notes.push_back(
-        "Experts are not streamed to the GPU in prompts, because the CPU's weights cannot be "
-        "pinned (" +
-        refused + ").");
+  gpu_->fill_caches(weights);
+  if (refused.empty()) return;
+  const std::string and_cache = gpu_->caches() ? ", nor those in its slots exchanged" : "";
+  statistics_.notes.push_back("Experts are not streamed to the GPU in prompts" + and_cache +
+                              ", because the CPU's weights cannot be pinned (" + refused + ").");
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
@@ -256,7 +256,7 @@ void Model::run(const StepRequest& request) {
   const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
   if (gpu_) {
     statistics_.gpu->steps[gpu_->run(step, request.best, request.candidates, run_lanes)] += 1;
-    statistics_.gpu->stream = gpu_->stream_statistics();
+    read_gpu_statistics();
   } else {
     run_lanes(step);
   }
@@ -289,8 +289,22 @@ void Model::reset_statistics() {
   }
   if (!gpu_) return;
   statistics_.gpu->steps.clear();
-  gpu_->reset_stream_statistics();
+  gpu_->reset_statistics();
+  read_gpu_statistics();
+}
+
+void Model::read_gpu_statistics() {
   statistics_.gpu->stream = gpu_->stream_statistics();
+  statistics_.gpu->cache = gpu_->cache_statistics();
+}
+
+std::string Model::expert_statistics_json() const {
+  const std::lock_guard lock(step_mutex_);
+  if (!gpu_ || !gpu_->caches())
+    throw Error(
+        HETCOMP_INVALID_ARGUMENT,
+        "The model " + facts().name + " counts no experts: compile it with --expert-cache lru or lfu.");
+  return gpu_->programs().expert_statistics_json();
 }
 
 }  // namespace hetcomp

@@ -94,9 +94,13 @@ class Model {
   // For every weight the node it should lie on and the pages that do.
   std::string numa_report_json() const;
   void reset_statistics();
+  // How often each expert was chosen since the last reset, as the compiler reads it. Throws Error where no
+  // experts are cached.
+  std::string expert_statistics_json() const;
 
  private:
   void load_gpus(const LoadOptions& options);
+  void read_gpu_statistics();
   void stream_from_weights();
   void allocate(const LoadOptions& options);
   Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;

@@ -43,6 +43,12 @@ nlohmann::ordered_json gpu_json(const GpuStatistics& gpu) {
                         {"experts_copied", gpu.stream->experts_copied},
                         {"bytes", gpu.stream->bytes}};
   }
+  if (gpu.cache) {
+    json["cache"] = {{"hits", gpu.cache->hits},
+                     {"misses", gpu.cache->misses},
+                     {"swaps", gpu.cache->swaps},
+                     {"bytes", gpu.cache->bytes}};
+  }
   return json;
 }
 

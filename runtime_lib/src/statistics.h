@@ -41,7 +41,8 @@ struct GpuUse {
 struct GpuStatistics {
   std::vector<GpuUse> devices;
   std::map<std::int32_t, std::int64_t> steps;   // by the batch size of the graph that was run
-  std::optional<gpu::StreamStatistics> stream;  // of experts that were copied to GPUs
+  std::optional<gpu::StreamStatistics> stream;  // of experts that were copied to GPUs in prompts
+  std::optional<gpu::CacheStatistics> cache;    // of experts that they keep
 };
 
 struct Statistics {

@@ -48,6 +48,9 @@ class _FakeCuda(ctypes.Structure):
         ("compute_capability", ctypes.c_int),
         ("free_bytes", ctypes.c_size_t),
         ("taken_of_others", ctypes.c_size_t),
+        ("out_of_memory", ctypes.c_bool),
+        ("memory_operations", ctypes.c_bool),
+        ("refuse_pinning", ctypes.c_bool),
     )
 
 
@@ -164,13 +167,17 @@ def _compile_stand_ins(
 
 @contextmanager
 def emulated_gpu(
-    compute_capability: int = 90, free_bytes: int = 1 << 30, devices: int = 1, taken_of_others: int = 0
+    compute_capability: int = 90,
+    free_bytes: int = 1 << 30,
+    devices: int = 1,
+    taken_of_others: int = 0,
+    refuse_pinning: bool = False,
 ) -> Iterator[EmulatedGpu]:
     """This machine has ``devices`` GPUs meanwhile; of ``free_bytes``, other processes have ``taken_of_others`` on all
-    but the first. Raises what a kernel raised."""
+    but the first. refuse_pinning: of memory that others have allocated. Raises what a kernel raised."""
     fake: _FakeCuda = _library().fake_cuda().contents
     fake.devices, fake.compute_capability, fake.free_bytes = devices, compute_capability, free_bytes
-    fake.taken_of_others = taken_of_others
+    fake.taken_of_others, fake.refuse_pinning = taken_of_others, refuse_pinning
     _GPU.launches.clear()
     _GPU.failures.clear()
     importers = [m for m in list(sys.modules.values()) if getattr(m, "compile_kernels", None) is real.compile_kernels]
@@ -182,6 +189,6 @@ def emulated_gpu(
     finally:
         for patch in patches:
             patch.stop()
-        fake.devices, fake.taken_of_others = 0, 0
+        fake.devices, fake.taken_of_others, fake.refuse_pinning = 0, 0, False
         if _GPU.failures:  # what the runtime reported has its reason here
             raise _GPU.failures[0]

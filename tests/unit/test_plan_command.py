@@ -52,12 +52,14 @@ def plan(*arguments: object, code: int = 0):
 def test_wishes_reach_the_planner(asked):
     plan(
         "--prompt", 800, "--answer", 100, "--batch", 2, "--vram", "16G", "--pinned", "1.5T", "--pin", "attn=gpu:0",
-        "--pin", "moe.experts@1-2=cpu", "--stats", "use.json#code", "--no-improvements",
+        "--pin", "moe.experts@1-2=cpu", "--stats", "use.json#code", "--expert-cache", "lfu",
+        "--no-improvements",
     )  # fmt: skip
     wishes = asked["wishes"]
     assert (wishes.mix.prompt, wishes.mix.answer, wishes.mix.batch) == (800, 100, 2)
     assert (wishes.vram, wishes.pinned_bytes) == (16 * GIB, 1536 * GIB)
     assert wishes.pins == ("attn=gpu:0", "moe.experts@1-2=cpu") and wishes.statistics == "use.json#code"
+    assert wishes.expert_cache == "lfu"
 
 
 def test_vram_of_each_gpu(asked):

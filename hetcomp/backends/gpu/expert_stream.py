@@ -73,10 +73,6 @@ class StreamLayout:
     ask_offset: int
     buffers: tuple[tuple[str, int], ...]
 
-    def layer(self, call: int, op: str) -> StreamedLayer | None:
-        """The layer of an op; None where its experts are not streamed."""
-        return next((layer for layer in self.layers if (layer.call, layer.op) == (call, op)), None)
-
     def table(self, layer: StreamedLayer) -> int:
         """Offset in the tables of the slots of a layer's experts."""
         return layer.row * self.row_bytes

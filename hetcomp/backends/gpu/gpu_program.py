@@ -10,6 +10,7 @@ from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.candidates import CANDIDATE_WORDS
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
+from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.flat_ops import FlatOp, flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
@@ -63,6 +64,7 @@ class GpuProgram:
     graphs: tuple[StepGraph, ...]
     exchange: Exchange
     stream: StreamLayout | None
+    expert_cache: CacheLayout | None
 
     @property
     def number(self) -> int:
@@ -104,6 +106,7 @@ class GpuProgram:
                 for name, writes in self.exchange.of_side(self.device).items()
             ),
             *self._stream_buffers(),
+            *self._cache_buffers(),
         ]
         return tuple(buffer for buffer in found if buffer.bytes)
 
@@ -112,6 +115,12 @@ class GpuProgram:
             return []
         slots = [GpuBuffer(name, size, "stream") for name, size in self.stream.buffers]
         return [*slots, GpuBuffer(TABLES, self.stream.tables_bytes, "stream")]
+
+    def _cache_buffers(self) -> list[GpuBuffer]:
+        if self.expert_cache is None:
+            return []
+        slots = [GpuBuffer(name, size, "stream") for name, size in self.expert_cache.buffers]
+        return [*slots, GpuBuffer(CACHE_TABLE, self.expert_cache.table_bytes, "stream")]
 
     def _end(self, values: Sequence[Value]) -> int:
         return max((self.places[v.id].offset + packing.packed_bytes(v) for v in values), default=0)
@@ -136,6 +145,7 @@ def _lower(
     values: Mapping[str, Value],
 ) -> GpuProgram:
     stream = StreamLayout.of(plan, exchange, gpu)
+    expert_cache = CacheLayout.of(plan, exchange, stream)
     cuts = gpu_cut_weights(plan, gpu)
     readers = read_in(plan)
     stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
@@ -149,12 +159,16 @@ def _lower(
     events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
     graphs = [
-        StepLowering(gpu, events, dict(values), dict(places), exchange, stream, dims, rows, constants, tiles).lower()
+        StepLowering(
+            gpu, events, dict(values), dict(places), exchange, stream, expert_cache, dims, rows, constants, tiles
+        ).lower()
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
-    return GpuProgram(plan, gpu, tuple(weights), by_part, cache, places, table, tuple(graphs), exchange, stream)
+    return GpuProgram(
+        plan, gpu, tuple(weights), by_part, cache, places, table, tuple(graphs), exchange, stream, expert_cache
+    )
 
 
 def _all_rows(plan: Plan) -> list[Rows]:

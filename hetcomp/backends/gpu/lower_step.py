@@ -9,6 +9,7 @@ from typing import Any
 from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
 from hetcomp.backends.gpu.argmax import argmax
 from hetcomp.backends.gpu.candidates import CANDIDATES_FROM, candidates
+from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CachedLayer, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamedLayer, StreamLayout
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
 from hetcomp.backends.gpu.hand_out import add_parts, add_sums, hand_out
@@ -103,6 +104,7 @@ class StepLowering:
     places: dict[str, Place]
     exchange: Exchange
     stream: StreamLayout | None
+    expert_cache: CacheLayout | None
     dims: Mapping[str, int]
     rows: Rows
     constants: dict[tuple[int, ...], int]
@@ -146,8 +148,10 @@ class StepLowering:
                 outputs = tuple(self._pinned(hand_over, part) for part in EXPERT_INPUTS)
                 inputs = tuple(self.values[name] for name in op.inputs[: len(EXPERT_INPUTS)])
                 layer = self._streamed(hand_over)
-                wanted = self._table_value("ask", self.stream.ask(layer)) if self.stream and layer else None
+                wanted = self._table_value("ask", TABLES, self.stream.ask(layer)) if self.stream and layer else None
                 self.steps += [hand_out(op, inputs, outputs, self.rows.exact, wanted), Raise(hand_over.flag, CPU)]
+                if self.expert_cache is not None:
+                    self._cached_experts(op, self.expert_cache.layer(hand_over.flag))
             case AwaitExperts():
                 self._await_experts(index, event)
             case GiveValue(op, hand_over):
@@ -192,10 +196,10 @@ class StepLowering:
             return None
         return next((layer for layer in self.stream.layers if layer.hand_over == hand_over.flag), None)
 
-    def _table_value(self, name: str, offset: int, numbers: int = 1) -> Value:
-        """i32 numbers of the stream's tables as a value."""
+    def _table_value(self, name: str, buffer: str, offset: int, numbers: int = 1) -> Value:
+        """i32 numbers of the stream's or the cache's tables as a value."""
         value = Value(f"{name} {offset}", TensorType(DType.I32, (numbers,)), ValueKind.CONST)
-        self.places[value.id] = Place(TABLES, offset)
+        self.places[value.id] = Place(buffer, offset)
         self.values[value.id] = value
         return value
 
@@ -213,6 +217,17 @@ class StepLowering:
         ]
         self._experts_of(op, weights, table, f"{op.outputs[0]} here")
 
+    def _cached_experts(self, op: Op, layer: CachedLayer) -> None:
+        """Those that are in slots in this step."""
+        assert self.expert_cache is not None
+        slots = {operand.operand: operand for operand in layer.operands}
+        weights = [slots[i].slots if i in slots else self.values[name] for i, name in enumerate(op.inputs)]
+        for operand in layer.operands:
+            self.places[operand.slots.id] = Place(operand.buffer, operand.offset)
+        offset = layer.row * self.expert_cache.row_bytes
+        table = self._table_value("cached", CACHE_TABLE, offset, layer.streamed.experts)
+        self._experts_of(op, weights, table, f"{op.outputs[0]} here")
+
     def _streamed_experts(self, op: Op, layer: StreamedLayer) -> None:
         """Those that have come to the layer's half of the slots."""
         assert self.stream is not None
@@ -220,7 +235,7 @@ class StepLowering:
         weights = [slots[i].slots if i in slots else self.values[name] for i, name in enumerate(op.inputs)]
         for operand in layer.operands:
             self.places[operand.slots.id] = Place(operand.buffer, operand.offset)
-        table = self._table_value("slots", self.stream.table(layer), layer.experts)
+        table = self._table_value("slots", TABLES, self.stream.table(layer), layer.experts)
         self.steps.append(Await(layer.flag, CPU))
         self._experts_of(op, weights, table, f"{op.outputs[0]} streamed")
 
@@ -244,12 +259,13 @@ class StepLowering:
         self.steps.append(Await(event.hand_over.flag, CPU))
         there = self._pinned(event.hand_over, EXPERT_SUM)
         self.values[there] = replace(total, id=there)
-        here = [self.values[f"{total.id} here"]] if event.some else []
+        some = event.some or self.expert_cache is not None
+        here = [self.values[f"{total.id} here"]] if some else []
         if layer is not None and self.stream is not None:
             here.append(self.values[f"{total.id} streamed"])
-            part = self._table_value("part", self.stream.part(layer))
+            part = self._table_value("part", TABLES, self.stream.part(layer))
             self.steps.append(add_parts(op, here, self.values[there], part, total))
-        elif event.some:
+        elif some:
             self.steps.append(add_sums(op, here[0], self.values[there], total, self._exact))
         elif self._read_before_next_sum(total.id, index):
             self.places[total.id] = self.places[there]

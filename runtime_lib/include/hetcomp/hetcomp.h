@@ -115,13 +115,18 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_get_info(const hetcomp_model* model,
  * machine_node, threads, weight_bytes), notes (sentences about what slows it down), and for prefill and
  * decode tokens, steps, seconds, tokens per second and the milliseconds of every timer of the plan. With
  * GPUs also gpu: devices (of each the name, its number as the driver counts, and bytes of its memory), steps,
- * and steps_by_batch (by the batch size of the graph that was run); all other bytes are the CPU's. Freed with
- * hetcomp_free. */
+ * steps_by_batch (by the batch size of the graph that was run), and streamed and cache (where experts are:
+ * how many were copied, and how often a decoded token found its expert there); all other bytes are the CPU's.
+ * Freed with hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_stats(const hetcomp_model* model, char** json);
 /* A JSON array, one object a weight: weight (its name), bytes, node (the artifact's), machine_node (null:
  * any), and of its pages the number (pages), on_node, elsewhere, absent (not in memory). Freed with
  * hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_numa_report(const hetcomp_model* model, char** json);
+/* How often each expert was chosen since the figures were set to zero, as the file that `hetcomp plan
+ * --stats` reads: a JSON object with top_k, experts, layers, tokens and frequency ([layer][expert]). Only of
+ * a model that was compiled with an expert cache; else HETCOMP_INVALID_ARGUMENT. Freed with hetcomp_free. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_expert_statistics(const hetcomp_model* model, char** json);
 /* Sets the figures of steps to zero. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model);
 

@@ -5,8 +5,6 @@
 #include <cstring>
 #include <numeric>
 
-#include "../status.h"
-
 namespace hetcomp::gpu {
 namespace {
 
@@ -24,7 +22,7 @@ std::vector<std::int32_t> tokens_of_experts(std::span<const std::int32_t> ids, s
 
 ExpertStream::ExpertStream(const CudaDriver& driver, const DeviceContext& context,
                            const GpuProgramRecord& program, const ProgramBuffers& buffers,
-                           const SharedMemory& shared, CUstream step_stream)
+                           const SharedMemory& shared, CUstream step_stream, const ExpertCache* cache)
     : driver_(driver),
       context_(context),
       program_(program),
@@ -32,33 +30,24 @@ ExpertStream::ExpertStream(const CudaDriver& driver, const DeviceContext& contex
       buffers_(buffers),
       shared_(shared),
       step_stream_(step_stream),
+      cache_(cache),
       stream_(create_stream(driver)),
       rows_(driver, (record_.layers.size() + 1) * record_.row_bytes, "the tables of streamed experts"),
       layers_(record_.layers.size()) {}
 
 void ExpertStream::attach(std::span<const std::span<const std::uint8_t>> weights) {
+  std::vector<std::vector<ExpertAddresses>> sources = expert_sources(program_, weights);
   for (std::size_t i = 0; i < layers_.size(); ++i) {
     Layer& layer = layers_[i];
-    for (const StreamOperand& operand : record_.layers[i].operands) {
-      Operand& made = layer.operands.emplace_back();
-      made.slots = buffers_.address({operand.buffer, operand.offset});
-      made.expert_bytes = operand.expert_bytes;
-      made.sources.resize(static_cast<std::size_t>(record_.layers[i].experts));
+    for (std::size_t o = 0; o < record_.layers[i].operands.size(); ++o) {
+      const StreamOperand& operand = record_.layers[i].operands[o];
+      layer.operands.push_back({buffers_.address({operand.buffer, operand.offset}), operand.expert_bytes,
+                                std::move(sources[i][o])});
       layer.expert_bytes += operand.expert_bytes;
-      for (const ExpertSource& source : operand.sources) {
-        if (source.weight >= weights.size() ||
-            source.experts.size() > weights[source.weight].size() / operand.expert_bytes)
-          throw Error(HETCOMP_BAD_ARTIFACT,
-                      "The program for " + program_.device + " streams experts of weight " +
-                          std::to_string(source.weight) + " that it has not got: compile the model again.");
-        for (std::size_t place = 0; place < source.experts.size(); ++place)
-          made.sources[static_cast<std::size_t>(source.experts[place])] =
-              weights[source.weight].data() + place * operand.expert_bytes;
-      }
     }
     for (std::int32_t e = 0; e < record_.layers[i].experts; ++e)
       if (layer.operands.front().sources[static_cast<std::size_t>(e)] != nullptr)
-        layer.streamable.push_back(e);
+        layer.cpu_experts.push_back(e);
   }
   attached_ = true;
 }
@@ -106,6 +95,9 @@ void ExpertStream::end() noexcept {
 std::size_t ExpertStream::expect(std::size_t index) {
   Layer& layer = layers_[index];
   const StreamLayer& record = record_.layers[index];
+  layer.streamable = layer.cpu_experts;
+  if (cache_ != nullptr)
+    std::erase_if(layer.streamable, [&](std::int32_t e) { return cache_->holds(index, e); });
   layer.order = layer.streamable;
   layer.copied = 0;
   const double share = std::min(1.0, static_cast<double>(record.top_k) / record.experts);

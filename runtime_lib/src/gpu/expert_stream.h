@@ -12,6 +12,8 @@
 
 #include "device_context.h"
 #include "device_memory.h"
+#include "expert_cache.h"
+#include "expert_sources.h"
 #include "program_buffers.h"
 #include "program_record.h"
 #include "shared_memory.h"
@@ -35,14 +37,16 @@ struct StreamStatistics {
 
 class ExpertStream {
  public:
-  // program: with a stream; all must outlive this. The context must be current when this is made, when it
-  // ends and during begin() and end().
+  // program: with a stream; cache: null, or what holds experts that need not be copied; all must outlive
+  // this. The context must be current when this is made, when it ends and during begin() and end().
   ExpertStream(const CudaDriver& driver, const DeviceContext& context, const GpuProgramRecord& program,
-               const ProgramBuffers& buffers, const SharedMemory& shared, CUstream step_stream);
+               const ProgramBuffers& buffers, const SharedMemory& shared, CUstream step_stream,
+               const ExpertCache* cache);
 
   // The CPU's weights in the manifest's order, pinned, which must stay where they are. Until then nothing is
   // copied: the CPU computes all that the GPU has not got. Throws Error: a source lies beyond its weight.
   void attach(std::span<const std::span<const std::uint8_t>> weights);
+  bool attached() const { return attached_; }
 
   // Before the graph of a step of so many tokens is launched; its stream flags are this object's. 0: nothing
   // is copied.
@@ -60,15 +64,16 @@ class ExpertStream {
   struct Operand {
     CUdeviceptr slots;
     std::uint64_t expert_bytes;
-    std::vector<const std::uint8_t*> sources;  // by expert; null: not the CPU's
+    ExpertAddresses sources;
   };
   struct Layer {
     std::vector<Operand> operands;
-    std::vector<std::int32_t> streamable;  // experts that the CPU has, ascending
-    std::vector<std::int32_t> order;       // in this step: the one in slot 0, in slot 1, ..
-    std::size_t copied = 0;                // of them, so far
-    bool asked = true;                     // whether the CPU gets the layer's input
-    std::uint64_t expert_bytes = 0;        // of all operands
+    std::vector<std::int32_t> cpu_experts;  // ascending
+    std::vector<std::int32_t> streamable;   // in this step: of them those that the GPU has not got
+    std::vector<std::int32_t> order;        // in this step: the one in slot 0, in slot 1, ..
+    std::size_t copied = 0;                 // of them, so far
+    bool asked = true;                      // whether the CPU gets the layer's input
+    std::uint64_t expert_bytes = 0;         // of all operands
   };
 
   std::size_t expect(std::size_t index);
@@ -89,6 +94,7 @@ class ExpertStream {
   const ProgramBuffers& buffers_;
   const SharedMemory& shared_;
   CUstream step_stream_;
+  const ExpertCache* cache_;
   StreamHandle stream_;
   PinnedMemory rows_;
   std::vector<Layer> layers_;

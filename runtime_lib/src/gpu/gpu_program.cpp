@@ -58,8 +58,11 @@ struct GpuProgram::Resources {
         stream((require_free_memory(driver, budget), create_stream(driver))),
         kernels(driver, files.device, artifact, files.kernels, called(program)),
         buffers(driver, files.device, artifact, program, shared, budget, stream.get(), verify) {
+    if (program.expert_cache)
+      cache = std::make_unique<ExpertCache>(driver, program, buffers, shared, stream.get());
     if (program.stream)
-      experts = std::make_unique<ExpertStream>(driver, context, program, buffers, shared, stream.get());
+      experts = std::make_unique<ExpertStream>(driver, context, program, buffers, shared, stream.get(),
+                                               cache.get());
     const GraphParts parts{driver, context, stream.get(), kernels, buffers, shared.hand_shake()};
     for (const GraphRecord& graph : program.graphs)
       graphs.emplace(graph.batch, ProgramGraph(parts, graph, budget));
@@ -70,6 +73,7 @@ struct GpuProgram::Resources {
   StreamHandle stream;
   LoadedKernels kernels;
   ProgramBuffers buffers;
+  std::unique_ptr<ExpertCache> cache;
   std::unique_ptr<ExpertStream> experts;
   std::map<std::int32_t, ProgramGraph> graphs;  // by batch size
 };
@@ -96,6 +100,13 @@ void GpuProgram::attach(std::span<const std::span<const std::uint8_t>> weights) 
 }
 
 ExpertStream* GpuProgram::expert_stream() const { return resources_->experts.get(); }
+ExpertCache* GpuProgram::expert_cache() const { return resources_->cache.get(); }
+
+void GpuProgram::fill_cache(std::span<const std::span<const std::uint8_t>> weights) {
+  if (!resources_->cache) return;
+  const CurrentContext current(driver_, context_);
+  resources_->cache->fill(weights, resources_->experts->attached());
+}
 
 void GpuProgram::require_graph(std::int32_t batch) const {
   if (resources_->graphs.contains(batch)) return;
@@ -106,19 +117,22 @@ void GpuProgram::require_graph(std::int32_t batch) const {
                                             std::to_string(batch) + ", only for " + sizes + ".");
 }
 
-void GpuProgram::launch(std::int32_t batch, std::int64_t tokens) {
+void GpuProgram::launch(std::int32_t batch, std::int64_t tokens, bool may_stream) {
   const CurrentContext current(driver_, context_);
+  const bool waits = std::ranges::find(record_.graphs, batch, &GraphRecord::batch)->streams;
   resources_->buffers.send_step(resources_->stream.get());
-  if (std::ranges::find(record_.graphs, batch, &GraphRecord::batch)->streams)
-    resources_->experts->begin(tokens);
+  // What is streamed is what the cache does not hold in this step. Prompts stream, steps of decoding do not.
+  if (resources_->cache) resources_->cache->begin(tokens, !waits);
+  if (waits) resources_->experts->begin(may_stream ? tokens : 0);
   driver_.graph_launch(resources_->graphs.at(batch).get(), resources_->stream.get());
 }
 
 void GpuProgram::end_step() noexcept {
-  if (!resources_->experts) return;
+  if (!resources_->experts) return;  // nothing is cached either
   try {
     const CurrentContext current(driver_, context_);
     resources_->experts->end();
+    if (resources_->cache) resources_->cache->end();
   } catch (const Error&) {
     // The context can no longer be entered: the driver has dropped all that was in it.
   }

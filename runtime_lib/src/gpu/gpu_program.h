@@ -43,14 +43,18 @@ class GpuProgram {
   // Lets experts be copied from the CPU's weights, which are pinned, where the program streams some; see
   // ExpertStream::attach.
   void attach(std::span<const std::span<const std::uint8_t>> weights);
-  // Null where nothing is streamed.
+  // Fills the slots of cached experts from the CPU's weights, where the program has some; they may change
+  // places if the weights are attached. Throws Error.
+  void fill_cache(std::span<const std::span<const std::uint8_t>> weights);
+  // Null where nothing is streamed, or cached.
   ExpertStream* expert_stream() const;
+  ExpertCache* expert_cache() const;
 
   // Throws Error(HETCOMP_INVALID_ARGUMENT) if there is no graph of that batch size.
   void require_graph(std::int32_t batch) const;
   // Sends the step buffers and launches the graph, for a step of so many tokens: that only matters where
-  // experts are streamed; 0: none are. Throws Error.
-  void launch(std::int32_t batch, std::int64_t tokens);
+  // experts are streamed or cached. may_stream: false where no experts may be streamed in it. Throws Error.
+  void launch(std::int32_t batch, std::int64_t tokens, bool may_stream);
   // Behind every step, when the GPU is at rest.
   void end_step() noexcept;
   // Of what was launched. Any thread may ask.

@@ -253,7 +253,7 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
     lanes(step);
   };
   // What is deferred is the CPU's; a step of a prompt defers only where somebody asks for it.
-  programs_.run(graph.batch, cpu_work, step.defer_experts != 0 ? 0 : step.n_tokens);
+  programs_.run(graph.batch, cpu_work, step.n_tokens, step.defer_experts == 0);
   const auto rows = static_cast<std::size_t>(step.n_logit_rows);
   if (finds) {
     const std::optional<Candidates> found = candidates_.read(0);

@@ -38,13 +38,20 @@ class GpuStep {
 
   // Lets experts be copied from the CPU's weights; what ProgramSet::attach returns.
   std::string attach(const HostWeights& weights) { return programs_.attach(weights); }
+  // Then, attached or not: what ProgramSet::fill_caches does.
+  void fill_caches(const HostWeights& weights) { programs_.fill_caches(weights); }
   bool streams() const { return programs_.streams(); }
-  // Since the last reset; empty: nothing is streamed.
+  bool caches() const { return programs_.caches(); }
+  // Since the last reset; empty: nothing is streamed, or cached.
   std::optional<StreamStatistics> stream_statistics() const {
     if (!programs_.streams()) return std::nullopt;
     return programs_.stream_statistics();
   }
-  void reset_stream_statistics() { programs_.reset_stream_statistics(); }
+  std::optional<CacheStatistics> cache_statistics() const {
+    if (!programs_.caches()) return std::nullopt;
+    return programs_.cache_statistics();
+  }
+  void reset_statistics() { programs_.reset_statistics(); }
 
   bool offers_best() const { return !best_.empty(); }
   bool offers_candidates() const { return !candidates_.empty(); }

@@ -215,6 +215,10 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
   }
   if (root.has("stream"))
     program.stream = StreamRecord::parse(root["stream"], program.buffers, program.flags, kMostFlags);
+  if (root.has("expert_cache")) {
+    if (!program.stream) root["expert_cache"].refuse("absent: nothing is streamed");
+    program.expert_cache = ExpertCacheRecord::parse(root["expert_cache"], program.buffers, *program.stream);
+  }
   for (const CheckedJson& node : root["graphs"].elements()) {
     GraphRecord graph = graph_record(node, kernels, program, index);
     for (const GraphRecord& other : program.graphs)

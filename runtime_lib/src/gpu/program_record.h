@@ -11,6 +11,7 @@
 #include <variant>
 #include <vector>
 
+#include "expert_cache_record.h"
 #include "kernel_table.h"
 #include "stream_record.h"
 
@@ -112,6 +113,7 @@ struct GpuProgramRecord {
   std::uint32_t flags;         // hand-overs of a step, those of other GPUs included
   std::vector<BufferRecord> buffers;
   std::optional<StreamRecord> stream;
+  std::optional<ExpertCacheRecord> expert_cache;  // only beside a stream
   std::vector<GraphRecord> graphs;
 
   // Whether the flag is of a layer that is streamed to this GPU.

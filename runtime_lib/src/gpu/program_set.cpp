@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <thread>
 #include <tuple>
@@ -78,14 +79,29 @@ std::string ProgramSet::attach(const HostWeights& weights) {
   return {};
 }
 
+void ProgramSet::fill_caches(const HostWeights& weights) {
+  for (const auto& program : programs_) program->fill_cache(weights.weights);
+}
+
 bool ProgramSet::streams() const {
   return std::ranges::any_of(programs_,
                              [](const auto& program) { return program->expert_stream() != nullptr; });
 }
 
+bool ProgramSet::caches() const {
+  return std::ranges::any_of(programs_,
+                             [](const auto& program) { return program->expert_cache() != nullptr; });
+}
+
 void ProgramSet::route(std::uint32_t flag) const {
-  for (const auto& program : programs_)
-    if (ExpertStream* const experts = program->expert_stream(); experts != nullptr) experts->route(flag);
+  for (const auto& program : programs_) {
+    ExpertStream* const experts = program->expert_stream();
+    ExpertCache* const cache = program->expert_cache();
+    // All choices are counted, before any is taken away.
+    if (cache != nullptr) cache->count(flag);
+    if (experts != nullptr) experts->route(flag);
+    if (cache != nullptr) cache->leave_to_cpu(flag);
+  }
 }
 
 StreamStatistics ProgramSet::stream_statistics() const {
@@ -96,18 +112,36 @@ StreamStatistics ProgramSet::stream_statistics() const {
   return all;
 }
 
-void ProgramSet::reset_stream_statistics() {
+CacheStatistics ProgramSet::cache_statistics() const {
+  CacheStatistics all;
   for (const auto& program : programs_)
+    if (const ExpertCache* const cache = program->expert_cache(); cache != nullptr)
+      all += cache->statistics();
+  return all;
+}
+
+std::string ProgramSet::expert_statistics_json() const {
+  std::vector<LayerCounts> layers;
+  for (const auto& program : programs_)
+    if (const ExpertCache* const cache = program->expert_cache(); cache != nullptr)
+      std::ranges::copy(cache->counts(), std::back_inserter(layers));
+  return gpu::expert_statistics_json(std::move(layers));
+}
+
+void ProgramSet::reset_statistics() {
+  for (const auto& program : programs_) {
     if (ExpertStream* const experts = program->expert_stream(); experts != nullptr)
       experts->reset_statistics();
+    if (ExpertCache* const cache = program->expert_cache(); cache != nullptr) cache->reset_statistics();
+  }
 }
 
 void ProgramSet::provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool) {
   for (const auto& program : programs_) program->provide_cache(positions, pool);
 }
 
-void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work,
-                     std::int64_t tokens) {
+void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens,
+                     bool may_stream) {
   for (const auto& program : programs_) {
     if (!program->broken().empty())
       throw Error(HETCOMP_COMPUTE, program->device().in_words() + " runs no more steps since " +
@@ -117,7 +151,7 @@ void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& 
   HandShake& hand_shake = shared_->hand_shake();
   hand_shake.begin_step();
   try {
-    for (const auto& program : programs_) program->launch(batch, tokens);
+    for (const auto& program : programs_) program->launch(batch, tokens, may_stream);
     cpu_work(hand_shake);
     wait_for_end();
   } catch (...) {

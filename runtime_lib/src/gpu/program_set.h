@@ -54,26 +54,36 @@ class ProgramSet {
   // refuses to pin them, or "". Until then, and if it refuses, nothing is copied: the CPU computes all that
   // GPUs have not got. Throws Error: a program streams what the weights have not got.
   std::string attach(const HostWeights& weights);
-  // Whether any program streams experts.
+  // Then, attached or not: fills the slots of cached experts from the same weights. They change places where
+  // the weights are attached. Throws Error.
+  void fill_caches(const HostWeights& weights);
+  // Whether any program streams experts, or caches some.
   bool streams() const;
-  // When the CPU has the routing of hand-over `flag`, in a step that streams; see ExpertStream::route.
+  bool caches() const;
+  // When the CPU has the routing of hand-over `flag`: what GPUs compute is taken from it. See
+  // ExpertStream::route and ExpertCache.
   void route(std::uint32_t flag) const;
   // By hand-over: 1 where the CPU has nothing to compute in the running step.
   const std::uint8_t* skip() const { return shared_->skip().data(); }
   // Of all GPUs, since the last reset.
   StreamStatistics stream_statistics() const;
-  void reset_stream_statistics();
+  CacheStatistics cache_statistics() const;
+  // As a file of the compiler. There must be a cache.
+  std::string expert_statistics_json() const;
+  void reset_statistics();
 
   // Before a step that reads and writes the caches below these positions, by slot. Throws Error.
   void provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool);
 
-  // One step of so many tokens (0: no experts are streamed in it): sends the step buffers, launches every
-  // program's graph, calls cpu_work on this thread (it waits for GPUs and answers), and returns when all GPUs
-  // are at rest. One thread at a time. Throws Error: no graph of that batch size, a GPU or the CPU does not
-  // answer in time, a fault of a GPU, which is named; what cpu_work throws is passed on. The GPUs are at rest
-  // then and the next step may run, but state buffers hold what the step has written; only after a fault of a
-  // GPU itself every further call says so, until the model is loaded anew.
-  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1);
+  // One step of so many tokens: sends the step buffers, launches every program's graph, calls cpu_work on
+  // this thread (it waits for GPUs and answers), and returns when all GPUs are at rest. may_stream: false
+  // where no experts may be streamed in this step, though its graphs could wait for some. One thread at a
+  // time. Throws Error: no graph of that batch size, a GPU or the CPU does not answer in time, a fault of a
+  // GPU, which is named; what cpu_work throws is passed on. The GPUs are at rest then and the next step may
+  // run, but state buffers hold what the step has written; only after a fault of a GPU itself every further
+  // call says so, until the model is loaded anew.
+  void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1,
+           bool may_stream = true);
 
   // From any thread: gives the running step up.
   void abort(const std::string& reason);

@@ -5,12 +5,6 @@
 #include "program_record.h"
 
 namespace hetcomp::gpu {
-namespace {
-
-constexpr std::int32_t kMostExperts = 1 << 14;
-constexpr std::int32_t kMostWidth = 1 << 24;
-constexpr std::uint64_t kMostBytes = 1ULL << 46;
-constexpr std::size_t kMostPoints = 64;
 
 std::size_t buffer_index(const CheckedJson& node, const std::vector<BufferRecord>& buffers, BufferKind kind,
                          const char* what) {
@@ -19,6 +13,13 @@ std::size_t buffer_index(const CheckedJson& node, const std::vector<BufferRecord
     if (buffers[i].name == name && buffers[i].kind == kind) return i;
   node.refuse(std::string("the name of a buffer ") + what);
 }
+
+namespace {
+
+constexpr std::int32_t kMostExperts = 1 << 14;
+constexpr std::int32_t kMostWidth = 1 << 24;
+constexpr std::uint64_t kMostBytes = 1ULL << 46;
+constexpr std::size_t kMostPoints = 64;
 
 TimeCurve time_curve(const CheckedJson& node) {
   std::vector<std::pair<std::int64_t, double>> points;

@@ -12,6 +12,12 @@
 namespace hetcomp::gpu {
 
 struct BufferRecord;
+enum class BufferKind;
+
+// The index of the buffer of that kind that `node` names; refuses others. what: "of kind ..", for the
+// message.
+std::size_t buffer_index(const CheckedJson& node, const std::vector<BufferRecord>& buffers, BufferKind kind,
+                         const char* what);
 
 // A weight of the CPU's program (its number in the manifest) with the experts that it has, one after the
 // other.

@@ -1,0 +1,136 @@
+"""Gives the GPU memory that is left to slots for experts, which change between steps of decoding.
+
+Which experts are in them is decided while decoding (runtime_lib/src/gpu/cache_policy.h): this pass says how many slots
+there are, what they hold at load, and how much may be copied in a step. See docs/decisions/expert-cache.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hetcomp.errors import HetcompError
+from hetcomp.ir.annotations import ExpertCache, Placement
+from hetcomp.ir.deferral import moe_layers
+from hetcomp.ir.homes import on_gpu, read_in
+from hetcomp.ir.kv_pool import KvPool
+from hetcomp.ir.ops import MoeExperts
+from hetcomp.ir.plan import Op, Plan, Template, ValueKind
+from hetcomp.passes.context import Context
+from hetcomp.passes.device_time import link_gb_per_s
+from hetcomp.passes.memory_table import GPU_RESERVE, workspace_estimate
+from hetcomp.passes.mix_time import sliced_step_us
+from hetcomp.passes.registry import plan_pass
+from hetcomp.passes.stream_experts import expert_bytes, rooms_of_gpus, stream_bytes
+
+# Of a predicted step of decoding the link may be busy with experts: its end waits for the copies, and a step with hits
+# takes less than the prediction for the mean.
+_LINK_SHARE = 0.6
+_ALIGNMENT = 256  # of each layer's slots of an operand, of which there are up to four
+
+
+@dataclass(frozen=True)
+class _Cached:
+    op: Op
+    template: Template
+    placement: Placement
+    shares: tuple[float, ...]
+
+    @property
+    def experts(self) -> int:
+        """Of the layer."""
+        assert isinstance(self.op.attrs, MoeExperts)
+        return self.op.attrs.experts
+
+
+@plan_pass(requires=("sliced",))
+def cache_experts(plan: Plan, context: Context) -> Plan:
+    """Sets ``expert_cache`` where the user wishes one: as many slots a layer as fit beside all else that the GPU has.
+
+    Raises HetcompError where no GPU makes the input of experts in CPU memory, where these cannot be copied, or where
+    there is no room for as many slots as a token chooses experts.
+    """
+    policy = context.expert_cache
+    if policy == "static":
+        return plan
+    wish = f"--expert-cache {policy}"
+    found = _cached(plan, context)
+    gpus = on_gpu(plan)
+    if not found or not gpus:
+        raise HetcompError(
+            f"{wish} needs a GPU that computes attention and routers beside experts in CPU memory, and the plan of "
+            f"{plan.model.name} has none; leave it out, or pin the rest to the GPU (--pin *=gpu:0)."
+        )
+    if len(gpus) > 1:
+        raise HetcompError(f"{wish} is for one GPU, and the plan uses {', '.join(gpus)}; pin it to one of them.")
+    if any(len(c.placement.slices) > 1 for c in found):
+        raise HetcompError(f"{wish} needs experts in one piece, but each is cut over several NUMA nodes; leave it out.")
+    if not context.planning and plan.stream is None:
+        raise HetcompError(
+            f"{wish} needs room on the GPU for experts that are streamed, and there is none: leave it out."
+        )
+    sizes = [expert_bytes(c.op, c.template, context) for c in found]
+    room = _room(plan, context, gpus[0]) - 4 * _ALIGNMENT * len(found)
+    slots = min(room // sum(sizes), *(c.experts for c in found))
+    needed = max(c.op.attrs.top_k for c in found if isinstance(c.op.attrs, MoeExperts))
+    if slots < needed:
+        raise HetcompError(
+            f"{wish} needs at least {needed} slots in each of {len(found)} MoE layers (a token's experts), which are "
+            f"{needed * sum(sizes) / 1e9:.2f} GB of {gpus[0]}; {max(0, room) / 1e9:.2f} GB are left. Leave it out, "
+            "or give a shorter --context or smaller --formats."
+        )
+    first = tuple(_hottest(c.shares, slots) for c in found)
+    made = replace(plan, expert_cache=ExpertCache(policy, slots, slots * sum(sizes), 0, first))
+    budget = (
+        _LINK_SHARE
+        * sliced_step_us(made, context, "decode")
+        * link_gb_per_s(context.profile.gpus[_number(gpus[0])])
+        * 1e3
+    )
+    cache = ExpertCache(policy, slots, slots * sum(sizes), int(budget), first)
+    return replace(plan, expert_cache=cache, notes=(*plan.notes, _note(cache, found, gpus[0], context)))
+
+
+def _cached(plan: Plan, context: Context) -> list[_Cached]:
+    """The MoE layers whose input is made on a GPU beside experts on the CPU."""
+    layers = enumerate(moe_layers(plan))
+    return [
+        _Cached(layer.op, layer.template, layer.placement, context.expert_shares(n, layer.attrs.experts))
+        for n, layer in layers
+        if layer.hands_over
+    ]
+
+
+def _room(plan: Plan, context: Context, gpu: str) -> int:
+    """Bytes of the GPU that nothing else takes."""
+    readers, pool = read_in(plan), KvPool.of(plan.max_dims())
+    taken = pool.granule_waste
+    for value in plan.values:
+        if gpu not in readers.get(value.id, ()):
+            continue
+        if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
+            taken += context.target.packed_bytes(value)
+        elif value.kind is ValueKind.STATE:
+            taken += pool.gpu_bytes(value.type)
+    whole = rooms_of_gpus(context)[_number(gpu)]
+    return whole - GPU_RESERVE - workspace_estimate(plan) - stream_bytes(plan, context, whole) - taken
+
+
+def _number(gpu: str) -> int:
+    """1 of ``gpu:1``."""
+    return int(gpu.partition(":")[2])
+
+
+def _hottest(shares: Sequence[float], slots: int) -> tuple[int, ...]:
+    order = sorted(range(len(shares)), key=lambda e: (-shares[e], e))
+    return tuple(sorted(order[:slots]))
+
+
+def _note(cache: ExpertCache, found: Sequence[_Cached], gpu: str, context: Context) -> str:
+    rate = sum(sum(c.shares[e] for e in first) for c, first in zip(found, cache.first, strict=True)) / len(found)
+    source = context.statistics.name if context.statistics is not None else "uniform routing"
+    return (
+        f"expert cache {cache.policy}: {cache.slots} experts of each of {len(found)} layers are in {gpu} "
+        f"({cache.bytes / 1e9:.2f} GB); decode is predicted for {rate:.0%} of hits ({source}), and up to "
+        f"{cache.bytes_per_step / 1e6:.0f} MB a step may be copied"
+    )

@@ -1,0 +1,154 @@
+#include "expert_cache.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace hetcomp::gpu {
+namespace {
+
+std::vector<CachedLayer> shapes(const StreamRecord& record) {
+  std::vector<CachedLayer> layers;
+  for (const StreamLayer& layer : record.layers) {
+    std::uint64_t bytes = 0;
+    for (const StreamOperand& operand : layer.operands) bytes += operand.expert_bytes;
+    layers.push_back({layer.experts, layer.top_k, bytes});
+  }
+  return layers;
+}
+
+}  // namespace
+
+ExpertCache::ExpertCache(const CudaDriver& driver, const GpuProgramRecord& program,
+                         const ProgramBuffers& buffers, const SharedMemory& shared, CUstream step_stream)
+    : driver_(driver),
+      program_(program),
+      stream_record_(*program.stream),
+      record_(*program.expert_cache),
+      buffers_(buffers),
+      shared_(shared),
+      step_stream_(step_stream),
+      copies_(create_stream(driver)),
+      table_(driver, record_.layers.size() * record_.row_bytes, "the table of cached experts"),
+      policy_(record_.rule, shapes(stream_record_), record_.slots, record_.bytes_per_step),
+      layer_of_(program.flags, kNoLayer),
+      tokens_seen_(record_.layers.size()) {
+  for (std::size_t i = 0; i < stream_record_.layers.size(); ++i) {
+    layer_of_[stream_record_.layers[i].hand_over] = i;
+    exchanged_.push_back({shared.host(program.buffers[stream_record_.layers[i].ids].name),
+                          shared.host(program.buffers[record_.layers[i].sum].name)});
+  }
+}
+
+void ExpertCache::fill(std::span<const std::span<const std::uint8_t>> weights, bool swaps) {
+  sources_ = expert_sources(program_, weights);
+  for (std::size_t i = 0; i < record_.layers.size(); ++i) {
+    const std::vector<std::int32_t>& first = record_.layers[i].first;
+    for (std::size_t slot = 0; slot < first.size(); ++slot) {
+      copy({i, first[slot], static_cast<std::int32_t>(slot)}, step_stream_);
+      policy_.place(i, first[slot], static_cast<std::int32_t>(slot));
+    }
+  }
+  driver_.stream_synchronize(step_stream_);
+  swaps_ = swaps;
+}
+
+void ExpertCache::copy(const CacheArrival& arrival, CUstream stream) {
+  const StreamLayer& layer = stream_record_.layers[arrival.layer];
+  for (std::size_t o = 0; o < layer.operands.size(); ++o) {
+    const std::uint64_t bytes = layer.operands[o].expert_bytes;
+    const CacheOperand& slots = record_.layers[arrival.layer].operands[o];
+    const auto to = slots.offset + static_cast<std::uint64_t>(arrival.slot) * bytes;
+    driver_.copy_to_device(buffers_.address({slots.buffer, to}),
+                           sources_[arrival.layer][o][static_cast<std::size_t>(arrival.expert)], bytes,
+                           stream);
+  }
+}
+
+void ExpertCache::send_table() {
+  for (std::size_t i = 0; i < policy_.layers(); ++i)
+    std::memcpy(table_.bytes().data() + i * record_.row_bytes, policy_.slots(i).data(),
+                policy_.slots(i).size_bytes());
+  driver_.copy_to_device(buffers_.address({record_.table, 0}), table_.bytes().data(), table_.bytes().size(),
+                         step_stream_);
+  table_is_old_ = false;
+}
+
+void ExpertCache::begin(std::int64_t tokens, bool decode) {
+  tokens_ = tokens;
+  decode_ = decode;
+  all_begun_ = false;
+  if (swaps_ && decode) coming_ = policy_.choose();
+  if (!coming_.empty()) table_is_old_ = true;
+  policy_.begin_step(tokens, decode);
+  if (table_is_old_) send_table();
+  for (const CacheArrival& arrival : coming_) copy(arrival, copies_.get());
+  all_begun_ = true;
+}
+
+std::span<std::int32_t> ExpertCache::choices(std::size_t layer) const {
+  const std::span<std::byte> host = exchanged_[layer].ids;
+  const auto wanted = static_cast<std::size_t>(tokens_ * stream_record_.layers[layer].top_k);
+  return {reinterpret_cast<std::int32_t*>(host.data()), std::min(wanted, host.size() / sizeof(std::int32_t))};
+}
+
+void ExpertCache::count(std::uint32_t flag) {
+  const std::size_t layer = layer_of_[flag];
+  if (layer == kNoLayer) return;
+  policy_.count(layer, choices(layer));
+  tokens_seen_[layer] += tokens_;
+}
+
+void ExpertCache::leave_to_cpu(std::uint32_t flag) {
+  const std::size_t layer = layer_of_[flag];
+  if (layer == kNoLayer) return;
+  const std::span<const std::int32_t> slots = policy_.slots(layer);
+  std::int64_t hits = 0, misses = 0;
+  for (std::int32_t& e : choices(layer)) {
+    if (e < 0 || e >= static_cast<std::int32_t>(slots.size())) continue;
+    if (slots[static_cast<std::size_t>(e)] == CachePolicy::kNone) {
+      ++misses;
+      continue;
+    }
+    ++hits;
+    e = -1;
+  }
+  if (!decode_) return;
+  statistics_.hits += hits;
+  statistics_.misses += misses;
+  if (misses > 0) return;
+  shared_.skip()[flag] = 1;
+  const std::span<std::byte> sum = exchanged_[layer].sum;
+  const auto row = static_cast<std::size_t>(stream_record_.layers[layer].hidden) * sizeof(float);
+  std::ranges::fill(sum.first(std::min(sum.size(), static_cast<std::size_t>(tokens_) * row)), std::byte{0});
+}
+
+void ExpertCache::end() noexcept {
+  if (tokens_ == 0) return;
+  tokens_ = 0;
+  for (const StreamLayer& layer : stream_record_.layers) shared_.skip()[layer.hand_over] = 0;
+  if (coming_.empty()) return;
+  const bool all = driver_.stream_synchronize.raw(copies_.get()) == CUDA_SUCCESS && all_begun_;
+  policy_.arrived(all);
+  for (const CacheArrival& arrival : coming_) {
+    statistics_.swaps += all ? 1 : 0;
+    statistics_.bytes += static_cast<std::int64_t>(policy_.shape(arrival.layer).expert_bytes);
+  }
+  coming_.clear();
+  table_is_old_ = true;
+}
+
+void ExpertCache::reset_statistics() {
+  statistics_ = {};
+  std::ranges::fill(tokens_seen_, 0);
+  policy_.reset_chosen();
+}
+
+std::vector<LayerCounts> ExpertCache::counts() const {
+  std::vector<LayerCounts> layers;
+  for (std::size_t i = 0; i < policy_.layers(); ++i)
+    layers.push_back(
+        {stream_record_.layers[i].hand_over, policy_.shape(i).top_k, tokens_seen_[i], policy_.chosen(i)});
+  return layers;
+}
+
+}  // namespace hetcomp::gpu

@@ -1,0 +1,103 @@
+// Keeps the hot experts of a GPU's layers in slots of its memory, while all of them stay in the host's.
+//
+// Which experts are in slots changes between steps of decoding: a slot that gets another expert is in no
+// table during the next step, under which the copy runs, and in the table of the step after it. The CPU
+// computes what is in no slot. See docs/decisions/expert-cache.md.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cache_policy.h"
+#include "device_memory.h"
+#include "expert_sources.h"
+#include "expert_statistics.h"
+#include "program_buffers.h"
+#include "program_record.h"
+#include "shared_memory.h"
+
+namespace hetcomp::gpu {
+
+struct CacheStatistics {
+  std::int64_t hits = 0;  // choices of decoded tokens whose expert was in a slot
+  std::int64_t misses = 0;
+  std::int64_t swaps = 0;  // experts that came into slots
+  std::int64_t bytes = 0;  // copied for it
+
+  CacheStatistics& operator+=(const CacheStatistics& other) {
+    hits += other.hits;
+    misses += other.misses;
+    swaps += other.swaps;
+    bytes += other.bytes;
+    return *this;
+  }
+};
+
+class ExpertCache {
+ public:
+  // program: with a cache; all must outlive this. The context must be current when this is made, when it ends
+  // and during fill(), begin() and end().
+  ExpertCache(const CudaDriver& driver, const GpuProgramRecord& program, const ProgramBuffers& buffers,
+              const SharedMemory& shared, CUstream step_stream);
+
+  // Fills the slots from the CPU's weights in the manifest's order, which must stay where they are. swaps:
+  // they are pinned, and experts may change places. Throws Error.
+  void fill(std::span<const std::span<const std::uint8_t>> weights, bool swaps);
+
+  // Before the graph of a step of so many tokens is launched: sends the table, and begins to copy what the
+  // next step will have.
+  void begin(std::int64_t tokens, bool decode);
+  // When the CPU has the routing of hand-over `flag`: notes it. Other hand-overs are left alone.
+  void count(std::uint32_t flag);
+  // Then: takes from the CPU what the GPU has in slots, whose choices become -1. Where nothing is left in a
+  // step of decoding, the CPU skips the layer and its sum is set to zero.
+  void leave_to_cpu(std::uint32_t flag);
+  // When the GPU is at rest: waits for the copies. Without a begin() nothing happens.
+  void end() noexcept;
+
+  // In this step.
+  bool holds(std::size_t layer, std::int32_t expert) const {
+    return policy_.slots(layer)[static_cast<std::size_t>(expert)] != CachePolicy::kNone;
+  }
+  const CacheStatistics& statistics() const { return statistics_; }
+  void reset_statistics();
+  // Of each layer, since the last reset.
+  std::vector<LayerCounts> counts() const;
+
+ private:
+  static constexpr std::size_t kNoLayer = static_cast<std::size_t>(-1);
+
+  // A layer's routing and the CPU's sum, as the CPU sees them.
+  struct Exchanged {
+    std::span<std::byte> ids, sum;
+  };
+
+  std::span<std::int32_t> choices(std::size_t layer) const;
+  void send_table();
+  void copy(const CacheArrival& arrival, CUstream stream);
+
+  const CudaDriver& driver_;
+  const GpuProgramRecord& program_;
+  const StreamRecord& stream_record_;
+  const ExpertCacheRecord& record_;
+  const ProgramBuffers& buffers_;
+  const SharedMemory& shared_;
+  CUstream step_stream_;
+  StreamHandle copies_;
+  PinnedMemory table_;
+  CachePolicy policy_;
+  std::vector<std::size_t> layer_of_;  // by hand-over
+  std::vector<Exchanged> exchanged_;   // by layer
+  std::vector<std::vector<ExpertAddresses>> sources_;
+  CacheStatistics statistics_;
+  bool swaps_ = false;
+  bool decode_ = false;
+  bool table_is_old_ = true;          // the GPU's
+  std::vector<CacheArrival> coming_;  // experts whose copies are on their way, if all_begun_
+  bool all_begun_ = false;
+  std::int64_t tokens_ = 0;                // of the step; 0: none runs
+  std::vector<std::int64_t> tokens_seen_;  // by layer, since the last reset
+};
+
+}  // namespace hetcomp::gpu

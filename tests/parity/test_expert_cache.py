@@ -1,0 +1,243 @@
+"""Experts that come into slots of the GPU and leave them while decoding give what experts that stay give: whole
+artifacts on the emulated GPU against transformers in float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import hetcomp
+from hetcomp.compiler import PlanWishes
+from hetcomp.errors import HetcompError
+from hetcomp.executable import Executable
+from hetcomp.hardware.figures import BandwidthPoint
+from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.ir.plan import Plan
+from hetcomp.passes import cache_experts, pipeline
+from hetcomp.passes.expert_statistics import check_statistics, parse_statistics
+from hetcomp.passes.memory_table import GPU_RESERVE
+from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
+from tests.reference.emulated_gpu import emulated_gpu
+from tests.reference.plan_builder import avx2_machine, gpu
+from tests.reference.tiny_models import save_tiny, token_ids
+
+PROMPT, DECODED, CONTEXT = 6, 32, 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """``slots`` of the eight experts of each layer; None: all."""
+
+    family: str
+    policy: str
+    slots: int | None
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.policy}-{self.slots}"
+
+
+CASES = [
+    Case("qwen3_moe", "lru", 3),
+    Case("qwen3_moe", "lfu", 2),
+    Case("qwen3_moe", "lru", None),
+    Case("gpt_oss", "lru", 4),  # biases are copied with their matrices
+    Case("deepseek_v3", "lfu", 4),  # shared experts beside, and a dense layer before
+]
+
+
+@pytest.fixture
+def slots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Sets how many slots a plan has, and lets as much be copied as the policy wants."""
+
+    def put(wanted: int | None) -> None:
+        real = cache_experts.cache_experts.function
+
+        def function(plan: Plan, context: cache_experts.Context) -> Plan:
+            made = real(plan, context)
+            cache = made.expert_cache
+            if cache is None or wanted is None:
+                return made
+            first = tuple(row[:wanted] for row in cache.first)
+            return replace(made, expert_cache=replace(cache, slots=wanted, first=first, bytes_per_step=1 << 30))
+
+        patched = replace(cache_experts.cache_experts, function=function)
+        passes = tuple(patched if p.name == "cache_experts" else p for p in pipeline.PIPELINE)
+        monkeypatch.setattr(pipeline, "PIPELINE", passes)
+
+    return put
+
+
+def machine() -> HardwareProfile:
+    """A slow CPU beside a GPU with room for everything."""
+    plain = avx2_machine(1)
+    slow = BandwidthPoint(threads=4, gb_per_s=0.01)
+    of_nodes = tuple(node.model_copy(update={"read_bandwidth": (slow,)}) for node in plain.nodes)
+    return plain.model_copy(update={"gpus": (gpu(),), "nodes": of_nodes})
+
+
+def build(folder: Path, policy: str, pins: tuple[str, ...] = ("*=gpu:0",)) -> Executable:
+    return hetcomp.compile(
+        folder / "hf",
+        machine(),
+        formats="f32",
+        context_length=CONTEXT,
+        max_batch=2,
+        out=folder / f"{policy}.hetc",
+        isa=("avx2",),
+        wishes=PlanWishes(pins=pins, expert_cache=policy),
+    )
+
+
+def sticky_ids(model: PreTrainedModel) -> torch.Tensor:
+    """A prompt, and two tokens that are repeated, so that some experts are not chosen for long."""
+    ids = token_ids(model, PROMPT + DECODED)
+    ids[0, PROMPT : PROMPT + DECODED // 2] = ids[0, PROMPT]
+    ids[0, PROMPT + DECODED // 2 :] = ids[0, -1]
+    return ids
+
+
+def decoded(exe: Executable, ids: np.ndarray) -> np.ndarray:
+    """Logits of each position from the prompt's last on."""
+    with exe.runtime.session() as session:
+        rows = [session.prefill(ids[:PROMPT].tolist())]
+        rows += [exe.runtime.decode([session], [int(i)])[0] for i in ids[PROMPT:]]
+    return np.stack(rows)
+
+
+def choices(model: PreTrainedModel, exe: Executable, tokens: int) -> int:
+    """Experts that tokens choose in all layers with a cache."""
+    assert exe.plan.expert_cache is not None
+    return tokens * len(exe.plan.expert_cache.first) * int(model.config.num_experts_per_tok)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_long_decode_under_swaps_gives_the_logits_of_transformers(case: Case, tmp_path: Path, slots):
+    slots(case.slots)
+    model = save_tiny(case.family, tmp_path / "hf", odd=False)
+    ids = sticky_ids(model)
+    with emulated_gpu(compute_capability=89):
+        exe = build(tmp_path, case.policy)
+        rows = decoded(exe, ids[0].numpy())
+        stats = exe.stats["gpu"]["cache"]
+        exe.runtime.close()
+    want = reference_logits(model, ids)[PROMPT - 1 :]
+    assert relative_error(rows, want) < TOLERANCE
+    assert stats["hits"] + stats["misses"] == choices(model, exe, DECODED)
+    if case.slots is None:
+        assert stats["misses"] == stats["swaps"] == 0
+    else:
+        assert stats["hits"] > 0 and stats["misses"] > 0 and stats["swaps"] >= 3
+        assert exe.plan.expert_cache is not None
+        per_expert = stats["bytes"] / stats["swaps"]
+        # Panels of 16 rows make a slot no smaller than an expert's numbers.
+        assert per_expert >= 4 * 3 * 32 * 64
+
+
+def test_it_gives_what_a_static_placement_gives_in_every_kind_of_step(tmp_path: Path, slots):
+    """Prompts between, batches of two, a session that ends: as without a cache."""
+    slots(3)
+    model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
+    texts = [token_ids(model, 40, seed=seed)[0].tolist() for seed in (1, 2, 3)]
+    found = []
+    with emulated_gpu(compute_capability=89):
+        for policy, pins in (("static", ("*=gpu:0", "moe.experts=cpu")), ("lfu", ("*=gpu:0",))):
+            exe = build(tmp_path, policy, pins)
+            rows = []
+            first, second = exe.runtime.session(), exe.runtime.session()
+            rows.append(first.prefill(texts[0][:20]))
+            rows.append(second.prefill(texts[1][:3]))
+            for t in range(20, 40):
+                rows += list(exe.runtime.decode([first, second], [texts[0][t], texts[1][t - 17]]))
+            second.close()
+            third = exe.runtime.session()
+            rows.append(third.prefill(texts[2][:35]))
+            for t in range(35, 40):
+                rows += list(exe.runtime.decode([third], [texts[2][t]]))
+            found.append(np.stack(rows))
+            stats = exe.stats["gpu"]
+            exe.runtime.close()
+            assert policy == "static" or stats["cache"]["swaps"] >= 3
+            assert "cache" not in stats or policy != "static"
+    assert relative_error(found[1], found[0]) < TOLERANCE
+
+
+def test_the_same_steps_give_the_same_bytes_and_swaps(tmp_path: Path, slots):
+    slots(3)
+    model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
+    ids = sticky_ids(model)[0].numpy()
+    found = []
+    with emulated_gpu(compute_capability=89):
+        path = build(tmp_path, "lfu").path
+        for _ in range(2):
+            exe = hetcomp.load(path)
+            found.append((decoded(exe, ids).tobytes(), exe.stats["gpu"]["cache"]))
+            exe.runtime.close()
+    assert found[0] == found[1] and found[0][1]["swaps"] > 0
+
+
+def test_where_pinning_is_refused_the_experts_in_slots_stay(tmp_path: Path, slots):
+    slots(3)
+    model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
+    ids = token_ids(model, PROMPT + DECODED)
+    with emulated_gpu(compute_capability=89, refuse_pinning=True):
+        exe = build(tmp_path, "lru")
+        rows = decoded(exe, ids[0].numpy())
+        stats = exe.stats
+        exe.runtime.close()
+    assert relative_error(rows, reference_logits(model, ids)[PROMPT - 1 :]) < TOLERANCE
+    assert stats["gpu"]["cache"]["swaps"] == 0 and stats["gpu"]["cache"]["hits"] > 0
+    assert any("cannot be pinned" in note and "exchanged" in note for note in stats["notes"])
+
+
+@torch.no_grad()
+def test_counts_of_a_run_are_those_of_the_routers_and_a_file_of_statistics(tmp_path: Path, slots):
+    slots(3)
+    model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
+    ids = token_ids(model, PROMPT + 4)
+    with emulated_gpu(compute_capability=89):
+        exe = build(tmp_path, "lfu")
+        decoded(exe, ids[0].numpy())
+        text = exe.expert_statistics()
+        exe.runtime.close()
+    check_statistics(parse_statistics(text, "counts"), exe.plan)
+    routers = model(input_ids=ids, output_router_logits=True).router_logits
+    chosen = [layer.topk(model.config.num_experts_per_tok).indices.ravel() for layer in routers]
+    assert json.loads(text)["frequency"] == [torch.bincount(layer, minlength=8).tolist() for layer in chosen]
+    assert json.loads(text)["tokens"] == PROMPT + 4
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"pins": ("*=gpu:0", "moe.experts@1=gpu:0")}, "moe.experts@1=gpu:0"),
+        ({"pins": ("*=cpu",)}, "needs a GPU"),
+        ({"vram": 0, "pins": ()}, "needs a GPU"),
+        ({"expert_cache": "mru"}, "static, lru, lfu"),
+    ],
+    ids=str,
+)
+def test_a_wish_that_cannot_be_met_is_refused_in_a_sentence(wish, words, tmp_path: Path):
+    save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
+    wishes = PlanWishes(**{"pins": ("*=gpu:0",), "expert_cache": "lru"} | wish)
+    with pytest.raises(HetcompError, match=words.replace("*", r"\*")):
+        hetcomp.compile(
+            tmp_path / "hf", machine(), formats="f32", out=tmp_path / "no.hetc", isa=("avx2",), wishes=wishes
+        )
+    assert not (tmp_path / "no.hetc").exists()
+
+
+def test_without_room_for_streams_or_slots_it_is_refused(tmp_path: Path):
+    save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
+    wishes = PlanWishes(pins=("*=gpu:0",), expert_cache="lru", vram=GPU_RESERVE + (1 << 20))
+    with pytest.raises(HetcompError, match="expert-cache lru needs room on the GPU"):
+        hetcomp.compile(
+            tmp_path / "hf", machine(), formats="f32", context_length=CONTEXT, out=tmp_path / "no.hetc", wishes=wishes
+        )
+    assert not (tmp_path / "no.hetc").exists()
