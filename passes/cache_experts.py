@@ -1,4 +1,4 @@
-"""Gives the GPU memory that is left to slots for experts, which change between steps of decoding.
+"""Gives the memory that is left of each GPU to slots for experts, which change between steps of decoding.
 
 Which experts are in them is decided while decoding (runtime_lib/src/gpu/cache_policy.h): this pass says how many slots
 there are, what they hold at load, and how much may be copied in a step. See docs/decisions/expert-cache.md.
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hetcomp.errors import HetcompError
-from hetcomp.ir.annotations import ExpertCache, Placement
+from hetcomp.ir.annotations import CacheSlots, ExpertCache, Placement
 from hetcomp.ir.deferral import moe_layers
-from hetcomp.ir.homes import on_gpu, read_in
+from hetcomp.ir.homes import read_in
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
@@ -37,6 +37,11 @@ class _Cached:
     shares: tuple[float, ...]
 
     @property
+    def gpu(self) -> str:
+        """Makes the layer's input."""
+        return self.placement.device
+
+    @property
     def experts(self) -> int:
         """Of the layer."""
         assert isinstance(self.op.attrs, MoeExperts)
@@ -45,50 +50,54 @@ class _Cached:
 
 @plan_pass(requires=("sliced",))
 def cache_experts(plan: Plan, context: Context) -> Plan:
-    """Sets ``expert_cache`` where the user wishes one: as many slots a layer as fit beside all else that the GPU has.
+    """Sets ``expert_cache`` where the user wishes one: on each GPU as many slots in each of its layers as fit beside
+    all else that it has.
 
     Raises HetcompError where no GPU makes the input of experts in CPU memory, where these cannot be copied, or where
-    there is no room for as many slots as a token chooses experts.
+    a GPU has no room for as many slots as a token chooses experts.
     """
     policy = context.expert_cache
     if policy == "static":
         return plan
     wish = f"--expert-cache {policy}"
     found = _cached(plan, context)
-    gpus = on_gpu(plan)
-    if not found or not gpus:
+    if not found:
         raise HetcompError(
             f"{wish} needs a GPU that computes attention and routers beside experts in CPU memory, and the plan of "
             f"{plan.model.name} has none; leave it out, or pin the rest to the GPU (--pin *=gpu:0)."
         )
-    if len(gpus) > 1:
-        raise HetcompError(f"{wish} is for one GPU, and the plan uses {', '.join(gpus)}; pin it to one of them.")
     if any(len(c.placement.slices) > 1 for c in found):
         raise HetcompError(f"{wish} needs experts in one piece, but each is cut over several NUMA nodes; leave it out.")
     if not context.planning and plan.stream is None:
         raise HetcompError(
             f"{wish} needs room on the GPU for experts that are streamed, and there is none: leave it out."
         )
-    sizes = [expert_bytes(c.op, c.template, context) for c in found]
-    room = _room(plan, context, gpus[0]) - 4 * _ALIGNMENT * len(found)
-    slots = min(room // sum(sizes), *(c.experts for c in found))
-    needed = max(c.op.attrs.top_k for c in found if isinstance(c.op.attrs, MoeExperts))
+    gpus = tuple(_slots(plan, context, gpu, found) for gpu in sorted({c.gpu for c in found}))
+    slots = {on.gpu: on.slots for on in gpus}
+    first = tuple(_hottest(c.shares, slots[c.gpu]) for c in found)
+    made = replace(plan, expert_cache=ExpertCache(policy, gpus, first))
+    us = _LINK_SHARE * sliced_step_us(made, context, "decode")
+    gpus = tuple(
+        replace(on, bytes_per_step=int(us * link_gb_per_s(context.profile.gpus[_number(on.gpu)]) * 1e3)) for on in gpus
+    )
+    cache = ExpertCache(policy, gpus, first)
+    return replace(plan, expert_cache=cache, notes=(*plan.notes, _note(cache, found, context)))
+
+
+def _slots(plan: Plan, context: Context, gpu: str, found: Sequence[_Cached]) -> CacheSlots:
+    """What the GPU has room for. Raises HetcompError where that is too little."""
+    layers = [c for c in found if c.gpu == gpu]
+    size = sum(expert_bytes(c.op, c.template, context) for c in layers)
+    room = _room(plan, context, gpu) - 4 * _ALIGNMENT * len(layers)
+    slots = min(room // size, *(c.experts for c in layers))
+    needed = max(c.op.attrs.top_k for c in layers if isinstance(c.op.attrs, MoeExperts))
     if slots < needed:
         raise HetcompError(
-            f"{wish} needs at least {needed} slots in each of {len(found)} MoE layers (a token's experts), which are "
-            f"{needed * sum(sizes) / 1e9:.2f} GB of {gpus[0]}; {max(0, room) / 1e9:.2f} GB are left. Leave it out, "
-            "or give a shorter --context or smaller --formats."
+            f"--expert-cache {context.expert_cache} needs at least {needed} slots in each of {len(layers)} MoE layers "
+            f"(a token's experts), which are {needed * size / 1e9:.2f} GB of {gpu}; {max(0, room) / 1e9:.2f} GB are "
+            "left. Leave it out, or give a shorter --context or smaller --formats."
         )
-    first = tuple(_hottest(c.shares, slots) for c in found)
-    made = replace(plan, expert_cache=ExpertCache(policy, slots, slots * sum(sizes), 0, first))
-    budget = (
-        _LINK_SHARE
-        * sliced_step_us(made, context, "decode")
-        * link_gb_per_s(context.profile.gpus[_number(gpus[0])])
-        * 1e3
-    )
-    cache = ExpertCache(policy, slots, slots * sum(sizes), int(budget), first)
-    return replace(plan, expert_cache=cache, notes=(*plan.notes, _note(cache, found, gpus[0], context)))
+    return CacheSlots(gpu, slots, slots * size, 0)
 
 
 def _cached(plan: Plan, context: Context) -> list[_Cached]:
@@ -126,11 +135,12 @@ def _hottest(shares: Sequence[float], slots: int) -> tuple[int, ...]:
     return tuple(sorted(order[:slots]))
 
 
-def _note(cache: ExpertCache, found: Sequence[_Cached], gpu: str, context: Context) -> str:
+def _note(cache: ExpertCache, found: Sequence[_Cached], context: Context) -> str:
     rate = sum(sum(c.shares[e] for e in first) for c, first in zip(found, cache.first, strict=True)) / len(found)
     source = context.statistics.name if context.statistics is not None else "uniform routing"
-    return (
-        f"expert cache {cache.policy}: {cache.slots} experts of each of {len(found)} layers are in {gpu} "
-        f"({cache.bytes / 1e9:.2f} GB); decode is predicted for {rate:.0%} of hits ({source}), and up to "
-        f"{cache.bytes_per_step / 1e6:.0f} MB a step may be copied"
+    held = (
+        f"{on.slots} experts of each of {sum(c.gpu == on.gpu for c in found)} layers are in {on.gpu} "
+        f"({on.bytes / 1e9:.2f} GB; up to {on.bytes_per_step / 1e6:.0f} MB a step may be copied)"
+        for on in cache.gpus
     )
+    return f"expert cache {cache.policy}: {', '.join(held)}; decode is predicted for {rate:.0%} of hits ({source})"

@@ -119,13 +119,11 @@ def _cache(program: GpuProgram) -> dict[str, int]:
 
 
 def _expert_cache(cache: CacheLayout, program: GpuProgram) -> dict[str, Any]:
-    planned = program.plan.expert_cache
-    assert planned is not None
     sums = {h.flag: h for h in program.exchange.hand_overs}
     return {
-        "policy": planned.policy,
-        "slots": planned.slots,
-        "bytes_per_step": planned.bytes_per_step,
+        "policy": cache.policy,
+        "slots": cache.planned.slots,
+        "bytes_per_step": cache.planned.bytes_per_step,
         "table": {"buffer": CACHE_TABLE, "row_bytes": cache.row_bytes},
         "layers": [
             {

@@ -281,8 +281,8 @@ def device_memory(
         parts[gpu][GPU_RUNTIME] += GPU_RESERVE
         if gpu in streams:
             parts[gpu][RING] += 2 * STAGED_EXPERTS * largest_expert
-        if plan.expert_cache is not None:
-            parts[gpu][CACHE] += plan.expert_cache.bytes
+        if plan.expert_cache is not None and (cache := plan.expert_cache.on(gpu)) is not None:
+            parts[gpu][CACHE] += cache.bytes
     main = next((p.device for _, _, p in placed_ops(plan) if p.device.startswith("cpu")), "cpu:0")
     for device in [d for d in parts if d.startswith("gpu") or d == main]:
         parts[device][WORKSPACE] += plan.arena_bytes

@@ -109,17 +109,29 @@ class ExpertStream:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertCache:
-    """Of each MoE layer whose experts are in CPU memory and whose input a GPU makes, ``slots`` experts are in that
-    GPU's memory as well: those in ``first`` (by layer with a cache) at load, others as the runtime decides by
-    ``policy`` (``lru`` or ``lfu``) between steps of decoding. ``bytes``: of all slots; ``bytes_per_step``: what may be
-    copied under a step."""
+class CacheSlots:
+    """Of each MoE layer with a cache whose input ``gpu`` makes, ``slots`` experts are in its memory. ``bytes``: of all
+    these slots; ``bytes_per_step``: what may be copied to them under a step."""
 
-    policy: str
+    gpu: str
     slots: int
     bytes: int
     bytes_per_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCache:
+    """Of each MoE layer whose experts are in CPU memory and whose input a GPU makes, as many experts as ``gpus`` say
+    are in that GPU's memory as well: those in ``first`` (by layer with a cache) at load, others as the runtime decides
+    by ``policy`` (``lru`` or ``lfu``) between steps of decoding."""
+
+    policy: str
+    gpus: tuple[CacheSlots, ...]
     first: tuple[tuple[int, ...], ...]
+
+    def on(self, gpu: str) -> CacheSlots | None:
+        """What ``gpu`` has; None: no layer with a cache."""
+        return next((found for found in self.gpus if found.gpu == gpu), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,11 +66,9 @@ def _experts_of_gpu(plan: Plan) -> Iterator[str]:
     if plan.stream is not None:
         yield f"  experts streamed to the GPU in prefill, {plan.stream.slots} of a layer at once"
     if plan.expert_cache is not None:
-        c = plan.expert_cache
-        yield (
-            f"  expert cache {c.policy}, {c.slots} slots in each of {len(c.first)} layers, {c.bytes} bytes; "
-            f"{c.bytes_per_step} bytes a step may be copied"
-        )
+        yield f"  expert cache {plan.expert_cache.policy} of {len(plan.expert_cache.first)} layers"
+        for c in plan.expert_cache.gpus:
+            yield f"    {c.gpu}: {c.slots} slots a layer, {c.bytes} bytes; {c.bytes_per_step} bytes may change a step"
 
 
 def _template(template: Template) -> Iterator[str]:

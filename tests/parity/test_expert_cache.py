@@ -65,7 +65,8 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
             if cache is None or wanted is None:
                 return made
             first = tuple(row[:wanted] for row in cache.first)
-            return replace(made, expert_cache=replace(cache, slots=wanted, first=first, bytes_per_step=1 << 30))
+            gpus = tuple(replace(on, slots=wanted, bytes_per_step=1 << 30) for on in cache.gpus)
+            return replace(made, expert_cache=replace(cache, gpus=gpus, first=first))
 
         patched = replace(cache_experts.cache_experts, function=function)
         passes = tuple(patched if p.name == "cache_experts" else p for p in pipeline.PIPELINE)
@@ -74,18 +75,18 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     return put
 
 
-def machine() -> HardwareProfile:
-    """A slow CPU beside a GPU with room for everything."""
+def machine(gpus: int = 1) -> HardwareProfile:
+    """A slow CPU beside GPUs with room for everything."""
     plain = avx2_machine(1)
     slow = BandwidthPoint(threads=4, gb_per_s=0.01)
     of_nodes = tuple(node.model_copy(update={"read_bandwidth": (slow,)}) for node in plain.nodes)
-    return plain.model_copy(update={"gpus": (gpu(),), "nodes": of_nodes})
+    return plain.model_copy(update={"gpus": (gpu(),) * gpus, "nodes": of_nodes})
 
 
-def build(folder: Path, policy: str, pins: tuple[str, ...] = ("*=gpu:0",)) -> Executable:
+def build(folder: Path, policy: str, pins: tuple[str, ...] = ("*=gpu:0",), gpus: int = 1) -> Executable:
     return hetcomp.compile(
         folder / "hf",
-        machine(),
+        machine(gpus),
         formats="f32",
         context_length=CONTEXT,
         max_batch=2,
@@ -168,6 +169,26 @@ def test_it_gives_what_a_static_placement_gives_in_every_kind_of_step(tmp_path: 
     assert relative_error(found[1], found[0]) < TOLERANCE
 
 
+def test_each_of_two_gpus_keeps_experts_of_its_own_layers(tmp_path: Path, slots):
+    """Under prompts, batches and swaps; the counts are those of all layers, in the model's order."""
+    slots(3)
+    model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
+    ids = sticky_ids(model)
+    with emulated_gpu(compute_capability=89, devices=2):
+        exe = build(tmp_path, "lfu", ("*@0=gpu:1", "*@1=gpu:0", "*@2=gpu:1"), gpus=2)
+        assert exe.plan.expert_cache is not None
+        assert [on.gpu for on in exe.plan.expert_cache.gpus] == ["gpu:0", "gpu:1"]
+        rows = decoded(exe, ids[0].numpy())
+        stats, counts = exe.stats["gpu"]["cache"], json.loads(exe.expert_statistics())
+        exe.runtime.reset_stats()
+        assert not any(exe.stats["gpu"]["cache"].values())
+        exe.runtime.close()
+    assert relative_error(rows, reference_logits(model, ids)[PROMPT - 1 :]) < TOLERANCE
+    assert stats["hits"] + stats["misses"] == choices(model, exe, DECODED)
+    assert stats["hits"] > 0 and stats["misses"] > 0 and stats["swaps"] >= 3
+    assert counts["frequency"] == chosen_by_routers(model, ids) and counts["tokens"] == PROMPT + DECODED
+
+
 def test_the_same_steps_give_the_same_bytes_and_swaps(tmp_path: Path, slots):
     slots(3)
     model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
@@ -197,6 +218,13 @@ def test_where_pinning_is_refused_the_experts_in_slots_stay(tmp_path: Path, slot
 
 
 @torch.no_grad()
+def chosen_by_routers(model: PreTrainedModel, ids: torch.Tensor) -> list[list[int]]:
+    """By layer and expert: how many of the tokens choose it."""
+    routers = model(input_ids=ids, output_router_logits=True).router_logits
+    chosen = [layer.topk(model.config.num_experts_per_tok).indices.ravel() for layer in routers]
+    return [torch.bincount(layer, minlength=8).tolist() for layer in chosen]
+
+
 def test_counts_of_a_run_are_those_of_the_routers_and_a_file_of_statistics(tmp_path: Path, slots):
     slots(3)
     model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
@@ -207,9 +235,7 @@ def test_counts_of_a_run_are_those_of_the_routers_and_a_file_of_statistics(tmp_p
         text = exe.expert_statistics()
         exe.runtime.close()
     check_statistics(parse_statistics(text, "counts"), exe.plan)
-    routers = model(input_ids=ids, output_router_logits=True).router_logits
-    chosen = [layer.topk(model.config.num_experts_per_tok).indices.ravel() for layer in routers]
-    assert json.loads(text)["frequency"] == [torch.bincount(layer, minlength=8).tolist() for layer in chosen]
+    assert json.loads(text)["frequency"] == chosen_by_routers(model, ids)
     assert json.loads(text)["tokens"] == PROMPT + 4
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from hetcomp.cli.plan_figures import CACHE, device_memory
 from hetcomp.errors import HetcompError
+from hetcomp.ir.annotations import CacheSlots
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import from_json, to_json
@@ -19,18 +20,27 @@ from hetcomp.passes.pipeline import run_pipeline
 from tests.reference.plan_builder import EXPERTS, HIDDEN, TOP_K, WIDTH, context, gpu, tiny_plan
 
 LAYERS = 3
+# A layer on one GPU, two on another.
+APART = tuple(map(parse_pin, ("*@0=gpu:0", "*@1-2=gpu:1")))
 SLOT_BYTES = LAYERS * 3 * HIDDEN * WIDTH * 2  # a slot in each layer, bf16
 
 
-def wish(vram: int, **more: object) -> Context:
-    """Everything but experts on the GPU, of which ``vram`` bytes beside its runtime's may be used."""
-    made = context(nodes=1, bandwidths=(30.0, 30.0), gpus=(gpu(GPU_RESERVE + vram),))
+def wish(*vram: int, **more: object) -> Context:
+    """Everything but experts on the GPUs, of each of which ``vram`` bytes beside its runtime's may be used."""
+    made = context(nodes=1, bandwidths=(30.0, 30.0), gpus=tuple(gpu(GPU_RESERVE + room) for room in vram))
     wishes = {"pins": (parse_pin("*=gpu:0"),), "expert_cache": "lfu", **more}
     return replace(made, use_gpus=True, planning=True, **wishes)  # type: ignore[arg-type]
 
 
-def planned(vram: int, **more: object) -> Plan:
-    return run_pipeline(tiny_plan(LAYERS), wish(vram, **more))
+def planned(*vram: int, **more: object) -> Plan:
+    return run_pipeline(tiny_plan(LAYERS), wish(*vram, **more))
+
+
+def slots_of(plan: Plan, number: int = 0) -> CacheSlots:
+    assert plan.expert_cache is not None
+    found = plan.expert_cache.on(f"gpu:{number}")
+    assert found is not None
+    return found
 
 
 def least_vram() -> int:
@@ -51,9 +61,9 @@ def least() -> int:
 
 def test_all_memory_that_is_left_becomes_slots(least):
     found = [planned(least + i * SLOT_BYTES) for i in range(EXPERTS - TOP_K + 3)]
-    caches = [plan.expert_cache for plan in found]
-    assert [cache.slots for cache in caches if cache] == [*range(TOP_K, EXPERTS + 1), EXPERTS, EXPERTS]
-    assert all(cache is not None and cache.bytes == cache.slots * SLOT_BYTES for cache in caches)
+    caches = [slots_of(plan) for plan in found]
+    assert [cache.slots for cache in caches] == [*range(TOP_K, EXPERTS + 1), EXPERTS, EXPERTS]
+    assert all(cache.bytes == cache.slots * SLOT_BYTES for cache in caches)
     homes = {run.device for plan in found for c in plan.calls for _, p in c.placements for run in p.experts}
     assert homes == {"cpu:0"}
 
@@ -61,10 +71,9 @@ def test_all_memory_that_is_left_becomes_slots(least):
 def test_more_slots_are_predicted_to_be_faster_and_the_budget_follows_the_step(least):
     few, many = planned(least), planned(least + 3 * SLOT_BYTES)
     assert few.timelines[0].total_us > many.timelines[0].total_us
-    assert few.expert_cache is not None and many.expert_cache is not None
-    assert few.expert_cache.bytes_per_step > many.expert_cache.bytes_per_step > 0
+    assert slots_of(few).bytes_per_step > slots_of(many).bytes_per_step > 0
     # 60 % of what a link of 20 GB/s carries in the step.
-    assert few.expert_cache.bytes_per_step == pytest.approx(0.6 * few.timelines[0].total_us * 20e3, rel=0.01)
+    assert slots_of(few).bytes_per_step == pytest.approx(0.6 * few.timelines[0].total_us * 20e3, rel=0.01)
 
 
 def test_with_statistics_the_hottest_experts_come_first_and_hit_more(least):
@@ -82,11 +91,30 @@ def test_with_statistics_the_hottest_experts_come_first_and_hit_more(least):
 
 def test_the_cache_is_written_printed_and_counted(least):
     plan = planned(least)
-    assert plan.expert_cache is not None
     assert from_json(to_json(plan)) == plan
-    assert f"expert cache lfu, 2 slots in each of {LAYERS} layers" in print_plan(plan)
+    assert f"expert cache lfu of {LAYERS} layers\n    gpu:0: 2 slots a layer" in print_plan(plan)
     memory = next(m for m in device_memory(plan, None) if m.device == "gpu:0")
-    assert (CACHE, plan.expert_cache.bytes) in memory.parts
+    assert (CACHE, slots_of(plan).bytes) in memory.parts
+
+
+def test_each_of_several_gpus_has_slots_for_its_own_layers(least):
+    plan = planned(least + 4 * SLOT_BYTES, least, pins=APART)
+    first, second = slots_of(plan), slots_of(plan, 1)
+    assert first.slots == EXPERTS and TOP_K <= second.slots < EXPERTS
+    assert first.bytes == first.slots * SLOT_BYTES // LAYERS
+    assert second.bytes == 2 * second.slots * SLOT_BYTES // LAYERS
+    assert plan.expert_cache is not None
+    assert [len(held) for held in plan.expert_cache.first] == [first.slots, second.slots, second.slots]
+    assert first.bytes_per_step == second.bytes_per_step > 0  # the links are equal
+    assert "of each of 1 layers are in gpu:0" in plan.notes[-1] and "of each of 2 layers are in gpu:1" in plan.notes[-1]
+    memory = {m.device: dict(m.parts) for m in device_memory(plan, None)}
+    assert memory["gpu:0"][CACHE] == first.bytes and memory["gpu:1"][CACHE] == second.bytes
+
+
+def test_the_gpu_that_has_too_little_memory_is_named(least):
+    too_many = slots_of(planned(least, least, pins=APART), 1).slots - TOP_K + 1
+    with pytest.raises(HetcompError, match=r"slots in each of 2 MoE layers .* of gpu:1"):
+        planned(least, least - too_many * 2 * SLOT_BYTES // LAYERS, pins=APART)
 
 
 def test_refusals_are_one_sentence_and_say_what_is_needed(least):

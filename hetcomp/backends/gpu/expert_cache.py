@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.expert_stream import StreamedLayer, StreamLayout
 from hetcomp.errors import HetcompError
+from hetcomp.ir.annotations import CacheSlots
 from hetcomp.ir.plan import Plan, Value
 
 CACHE_TABLE = "cache_table"
@@ -39,9 +40,11 @@ class CachedLayer:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """``layers`` as the stream's; ``row_bytes`` of the table, which has an i32 for each of a layer's experts (-1: in no
-    slot); ``buffers``: bytes of those with slots."""
+    """``planned``: for the GPU; ``layers`` as its stream's; ``row_bytes`` of the table, which has an i32 for each of a
+    layer's experts (-1: in no slot); ``buffers``: bytes of those with slots."""
 
+    policy: str
+    planned: CacheSlots
     layers: tuple[CachedLayer, ...]
     row_bytes: int
     buffers: tuple[tuple[str, int], ...]
@@ -56,26 +59,28 @@ class CacheLayout:
         return len(self.layers) * self.row_bytes
 
     @staticmethod
-    def of(plan: Plan, exchange: Exchange, stream: StreamLayout | None) -> CacheLayout | None:
-        """Of the GPU that has ``stream``. None where the plan has no cache, or the GPU no such layers. Raises
-        HetcompError if the cache is for other layers than those whose experts the plan's streams copy."""
-        if plan.expert_cache is None:
+    def of(plan: Plan, exchange: Exchange, gpu: str, stream: StreamLayout | None) -> CacheLayout | None:
+        """Of ``gpu``, which has ``stream``. None where the plan has no cache, or the GPU no layer with one. Raises
+        HetcompError if the cache is for other layers than those whose experts are streamed."""
+        cache = plan.expert_cache
+        if cache is None:
             return None
         answered = [h.flag for h in exchange.hand_overs if h.answered]
-        if plan.stream is None or len(answered) != len(plan.expert_cache.first):
+        planned = cache.on(gpu)
+        if plan.stream is None or len(answered) != len(cache.first) or (planned is None) != (stream is None):
             raise HetcompError(
                 "The plan's expert cache is for other layers than those that are streamed; plan it again."
             )
-        if stream is None:
+        if planned is None or stream is None:
             return None
-        first = dict(zip(answered, plan.expert_cache.first, strict=True))
+        first = dict(zip(answered, cache.first, strict=True))
         sizes: dict[str, int] = {}
         layers = []
         for row, layer in enumerate(stream.layers):
-            operands = _operands(layer, plan.expert_cache.slots, sizes)
+            operands = _operands(layer, planned.slots, sizes)
             layers.append(CachedLayer(layer, row, operands, first[layer.hand_over]))
         most = max(layer.experts for layer in stream.layers)
-        return CacheLayout(tuple(layers), _aligned(4 * most, 64), tuple(sizes.items()))
+        return CacheLayout(cache.policy, planned, tuple(layers), _aligned(4 * most, 64), tuple(sizes.items()))
 
 
 def _operands(layer: StreamedLayer, slots: int, sizes: dict[str, int]) -> tuple[CachedOperand, ...]:

@@ -145,7 +145,7 @@ def _lower(
     values: Mapping[str, Value],
 ) -> GpuProgram:
     stream = StreamLayout.of(plan, exchange, gpu)
-    expert_cache = CacheLayout.of(plan, exchange, stream)
+    expert_cache = CacheLayout.of(plan, exchange, gpu, stream)
     cuts = gpu_cut_weights(plan, gpu)
     readers = read_in(plan)
     stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
