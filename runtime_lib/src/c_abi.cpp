@@ -1,13 +1,12 @@
 // The C ABI of hetcomp.h over the classes of the runtime: checks arguments, turns exceptions into statuses.
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "c_abi_guard.h"
 #include "generation.h"
 #include "hetcomp/hetcomp.h"
 #include "model.h"
@@ -43,56 +42,12 @@ struct hetcomp_generation {
 namespace {
 
 using hetcomp::Error;
-
-thread_local std::string last_error;
-
-hetcomp_status record(hetcomp_status status, const char* sentence) noexcept {
-  try {
-    last_error = sentence;
-  } catch (...) {
-    last_error.clear();
-  }
-  return status;
-}
-
-template <class Body>
-hetcomp_status guard(const Body& body) noexcept {
-  try {
-    body();
-    return HETCOMP_OK;
-  } catch (const Error& error) {
-    return record(error.status(), error.what());
-  } catch (const std::bad_alloc&) {
-    return record(HETCOMP_OUT_OF_MEMORY, "The system has no memory left for this call.");
-  } catch (const std::exception& error) {
-    return record(HETCOMP_INTERNAL, error.what());
-  } catch (...) {
-    return record(HETCOMP_INTERNAL, "An unknown error occurred; report this bug.");
-  }
-}
-
-void require(const void* pointer, const char* name) {
-  if (pointer == nullptr)
-    throw Error(HETCOMP_INVALID_ARGUMENT, std::string("The argument ") + name + " is null.");
-}
+using namespace hetcomp::c_abi;
 
 std::span<const std::int32_t> id_span(const std::int32_t* ids, std::int64_t n) {
   if (n < 1) throw Error(HETCOMP_INVALID_ARGUMENT, "There are no tokens: at least one is needed.");
   require(ids, "ids");
   return {ids, static_cast<std::size_t>(n)};
-}
-
-// The caller's struct, read as far as the caller's header knew it; the rest keeps its default.
-template <class Options>
-Options copy_options(const Options* given, Options defaults) {
-  if (given == nullptr) return defaults;
-  if (given->struct_size < sizeof(std::uint32_t) || given->struct_size > sizeof(Options)) {
-    throw Error(
-        HETCOMP_INVALID_ARGUMENT,
-        "An options struct is not initialised, or of a newer hetcomp.h: call its _init function first.");
-  }
-  std::memcpy(static_cast<void*>(&defaults), given, given->struct_size);
-  return defaults;
 }
 
 hetcomp::GenerateParams generate_params(const hetcomp_generate_params* given) {
@@ -111,20 +66,6 @@ hetcomp::GenerateParams generate_params(const hetcomp_generate_params* given) {
     params.stop.emplace_back(p.stop[i]);
   }
   return params;
-}
-
-template <class T>
-T* allocate(std::size_t n) {
-  auto* memory = static_cast<T*>(std::malloc(n * sizeof(T)));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
-char* copy_text(const std::string& text, std::size_t* length) {
-  char* copy = allocate<char>(text.size() + 1);
-  std::memcpy(copy, text.c_str(), text.size() + 1);
-  if (length != nullptr) *length = text.size();
-  return copy;
 }
 
 hetcomp_token public_token(const hetcomp::GeneratedToken& token) {

@@ -7,199 +7,43 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <sstream>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cuda_api.h"
+#include "fake_graph.h"
 #include "fake_kernels.h"
 #include "fake_mapped_memory.h"
+#include "fake_memory.h"
+#include "fake_stream.h"
 
 namespace {
 
-using fake_kernels::FakeKernel;
+using fake_graph::Node;
+using fake_graph::Nodes;
 using fake_kernels::kernels;
 using fake_kernels::Values;
+using namespace fake_memory;
 
 FakeCuda fake;
-
-struct Node {
-  std::function<CUresult()> kernel;
-  std::vector<CUstreamBatchMemOpParams> operations;
-  std::vector<std::size_t> after;
-};
-using Nodes = std::vector<Node>;
-
-std::atomic_ref<std::uint32_t> flag_of(const CUstreamBatchMemOpParams& operation) {
-  return std::atomic_ref(*reinterpret_cast<std::uint32_t*>(operation.writeValue.address));
-}
-
-// Does the next operations of a node that are possible; true when it has done all.
-bool operate(const Node& node, std::size_t& done) {
-  for (; done < node.operations.size(); ++done) {
-    const CUstreamBatchMemOpParams& operation = node.operations[done];
-    const auto value = static_cast<std::uint32_t>(operation.writeValue.value);
-    const std::atomic_ref<std::uint32_t> flag = flag_of(operation);
-    if (operation.operation == CU_STREAM_MEM_OP_WRITE_VALUE_32)
-      flag.store(value, std::memory_order_release);
-    else if (static_cast<std::int32_t>(flag.load(std::memory_order_acquire) - value) < 0)
-      return false;
-  }
-  return true;
-}
-
-CUresult run_graph(const Nodes& nodes) {
-  std::vector<bool> ended(nodes.size());
-  std::vector<std::size_t> operations_done(nodes.size());
-  for (std::size_t left = nodes.size(); left > 0;) {
-    bool progress = false;
-    for (std::size_t k = 0; k < nodes.size(); ++k) {
-      const std::size_t i = fake.reverse ? nodes.size() - 1 - k : k;
-      bool ready = !ended[i];
-      for (const std::size_t before : nodes[i].after) ready = ready && ended[before];
-      if (!ready) continue;
-      if (nodes[i].kernel) {
-        while (fake.hang) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        const CUresult result = nodes[i].kernel();
-        if (result != CUDA_SUCCESS) return result;
-      } else if (!operate(nodes[i], operations_done[i])) {
-        continue;
-      }
-      ended[i] = true;
-      progress = true;
-      --left;
-      if (fake.reverse) break;
-    }
-    if (!progress) std::this_thread::yield();
-  }
-  return CUDA_SUCCESS;
-}
 
 }  // namespace
 
 // Contexts of the calling thread. A context is 8 more than 8 times its device.
 thread_local std::vector<CUcontext> current_contexts;
-constexpr int kEveryDevice = -1;
 constexpr auto kInvalidContext = static_cast<CUresult>(201);
 
 int device_of(CUcontext context) {
   return static_cast<int>(reinterpret_cast<std::uintptr_t>(context) / 8) - 1;
 }
 int current_device() { return device_of(current_contexts.back()); }
-
-struct Memory {
-  std::size_t bytes;
-  int device;  // kEveryDevice: portable memory of the host
-};
-std::mutex memories_mutex;
-std::map<std::uintptr_t, Memory> memories;  // of devices and the host that live, by address
-
-void* allocated(std::size_t alignment, std::size_t bytes, int device) {
-  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
-  const std::lock_guard lock(memories_mutex);
-  memories[reinterpret_cast<std::uintptr_t>(memory)] = {bytes, device};
-  return memory;
-}
-// The memory that an address lies in; null: none.
-const std::pair<const std::uintptr_t, Memory>* memory_at(std::uintptr_t address) {
-  const auto above = memories.upper_bound(address);
-  if (above == memories.begin()) return nullptr;
-  const auto& found = *std::prev(above);
-  return address - found.first < found.second.bytes ? &found : nullptr;
-}
-// Whether the device may use the address: not that of another one's memory. With `must` it must be memory.
-bool reaches(int device, std::uintptr_t address, bool must) {
-  std::vector<fake_mapped_memory::Area> mapped;
-  if (fake_mapped_memory::reservations.areas(address, mapped)) return true;
-  const std::lock_guard lock(memories_mutex);
-  const auto* memory = memory_at(address);
-  if (memory == nullptr) return !must;
-  return memory->second.device == device || memory->second.device == kEveryDevice;
-}
-void release(void* memory) {
-  const std::lock_guard lock(memories_mutex);
-  memories.erase(reinterpret_cast<std::uintptr_t>(memory));
-  std::free(memory);
-}
-
-std::mutex streams_mutex;
-std::set<struct CUstream_st*> streams;
-
-struct CUstream_st {
-  explicit CUstream_st(int owner) : device(owner), thread([this] { work(); }) {
-    const std::lock_guard lock(streams_mutex);
-    streams.insert(this);
-    ++fake.streams;
-  }
-  ~CUstream_st() {
-    {
-      const std::lock_guard lock(streams_mutex);
-      streams.erase(this);
-    }
-    {
-      const std::lock_guard lock(mutex);
-      ends = true;
-    }
-    changed.notify_all();
-    thread.join();
-    --fake.streams;
-  }
-  void enqueue(std::function<CUresult()> task) {
-    {
-      const std::lock_guard lock(mutex);
-      tasks.push_back(std::move(task));
-    }
-    changed.notify_all();
-  }
-  void work() {
-    std::unique_lock lock(mutex);
-    while (true) {
-      changed.wait(lock, [this] { return ends || !tasks.empty(); });
-      if (tasks.empty()) return;
-      const auto& task = tasks.front();
-      CUresult result = error;
-      lock.unlock();
-      if (result == CUDA_SUCCESS) result = task();
-      lock.lock();
-      error = result;
-      tasks.pop_front();
-      changed.notify_all();
-    }
-  }
-  CUresult query() {
-    const std::lock_guard lock(mutex);
-    return error != CUDA_SUCCESS ? error : tasks.empty() ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
-  }
-  CUresult synchronize() {
-    std::unique_lock lock(mutex);
-    changed.wait(lock, [this] { return tasks.empty(); });
-    return error;
-  }
-
-  std::mutex mutex;
-  std::condition_variable changed;
-  std::deque<std::function<CUresult()>> tasks;
-  CUresult error = CUDA_SUCCESS;
-  bool ends = false;
-  const int device;
-  std::thread thread;
-};
-// As the driver does before it frees memory.
-void synchronize_all() {
-  const std::lock_guard lock(streams_mutex);
-  for (CUstream_st* stream : streams) stream->synchronize();
-}
 
 using Grid = std::array<unsigned, 3>;
 struct CUfunc_st {
@@ -432,7 +276,7 @@ ENTRY cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) {
 }
 ENTRY cuStreamCreate(CUstream* stream, unsigned) {
   COUNTED;
-  return *stream = new CUstream_st(current_device()), CUDA_SUCCESS;
+  return *stream = new CUstream_st(current_device(), fake.streams), CUDA_SUCCESS;
 }
 ENTRY cuStreamDestroy_v2(CUstream stream) { return delete stream, CUDA_SUCCESS; }
 ENTRY cuStreamQuery(CUstream stream) { return current_contexts.empty() ? kInvalidContext : stream->query(); }
@@ -492,7 +336,7 @@ ENTRY cuGraphLaunch(CUgraphExec exec, CUstream stream) {
   if (exec->device != stream->device) return kInvalidContext;
   ++fake_mapped_memory::graphs_running;
   const std::shared_ptr<void> end(nullptr, [](void*) { --fake_mapped_memory::graphs_running; });
-  stream->enqueue([exec, end] { return run_graph(exec->nodes); });
+  stream->enqueue([exec, end] { return fake_graph::run_graph(exec->nodes, fake); });
   return CUDA_SUCCESS;
 }
 ENTRY cuGraphExecDestroy(CUgraphExec exec) { return --fake.execs, delete exec, CUDA_SUCCESS; }
