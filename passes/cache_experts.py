@@ -143,4 +143,9 @@ def _note(cache: ExpertCache, found: Sequence[_Cached], context: Context) -> str
         f"({on.bytes / 1e9:.2f} GB; up to {on.bytes_per_step / 1e6:.0f} MB a step may be copied)"
         for on in cache.gpus
     )
-    return f"expert cache {cache.policy}: {', '.join(held)}; decode is predicted for {rate:.0%} of hits ({source})"
+    rooms = enumerate(rooms_of_gpus(context))
+    idle = [f"gpu:{i}" for i, room in rooms if room > GPU_RESERVE and cache.on(f"gpu:{i}") is None]
+    unused = f"; {', '.join(idle)} without a layer: no slots, pin some there for more hits" if idle else ""
+    return (
+        f"expert cache {cache.policy}: {', '.join(held)}{unused}; decode is predicted for {rate:.0%} of hits ({source})"
+    )

@@ -21,6 +21,7 @@ from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.passes.routing import sample_deferral
+from hetcomp.passes.step_placement import by_device, lane_shares, with_cached
 from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
@@ -198,11 +199,13 @@ class StepTasks:
         on_cpu = np.array(experts_on_cpu(placement))
         tokens, later = sample_deferral(shares, a.top_k, rows, on_cpu, deferred, generator)
         size = self._expert_bytes(template, op)
-        placement = self._with_cache(placement)
+        if self.plan.expert_cache is not None and placement.device.startswith("gpu:"):
+            placement = with_cached(placement, self.plan.expert_cache.first[self._cached_layer])
+            self._cached_layer += 1
         placement = self._with_streams(template, op, placement, tokens, size)
         done: list[int] = []
         at_once, left = _CpuExperts(), _CpuExperts()
-        for device, runs in _by_device(placement, self.step).items():
+        for device, runs in by_device(placement, self.step).items():
             if device.startswith("cpu:"):
                 for work, drawn in ((at_once, tokens - later), (left, later)):
                     mine = np.concatenate([drawn[r.first : r.last + 1] for r in runs])
@@ -213,19 +216,6 @@ class StepTasks:
         done += self._cpu_experts(op, placement, layer, at_once, left, after)
         self._left = deferred > 0
         return tuple(done)
-
-    def _with_cache(self, placement: Placement) -> Placement:
-        """The placement with so many experts on the GPU as its cache has slots: those that it begins with."""
-        if self.plan.expert_cache is None or not placement.device.startswith("gpu:"):
-            return placement
-        held = set(self.plan.expert_cache.first[self._cached_layer])
-        self._cached_layer += 1
-        runs = [
-            replace(run, first=e, last=e, device=placement.device if e in held else run.device)
-            for run in placement.experts
-            for e in range(run.first, run.last + 1)
-        ]
-        return replace(placement, experts=tuple(runs))
 
     def _with_streams(
         self, template: Template, op: Op, placement: Placement, tokens: NDArray[np.int64], size: float
@@ -379,29 +369,6 @@ class StepTasks:
         return self.profile.gpus[int(device.partition(":")[2])]
 
 
-def lane_shares(placement: Placement) -> dict[str, float]:
-    """CPU lanes that the op occupies and their share of its work: by slices of the weights, by whole experts, or all
-    of it."""
-    if len(placement.slices) > 1:
-        parts = [(f"cpu:{piece.node}", piece.stop - piece.start) for piece in placement.slices]
-    else:
-        parts = [(run.device, run.last - run.first + 1) for run in placement.experts if run.device.startswith("cpu")]
-    sums: dict[str, int] = defaultdict(int)
-    for lane, extent in parts:
-        sums[lane] += extent
-    total = sum(sums.values())
-    return {lane: extent / total for lane, extent in sums.items()} if total else {placement.device: 1.0}
-
-
 def _devices(placement: Placement) -> set[str]:
     kinds = {run.device.partition(":")[0] for run in placement.experts} | {placement.device.partition(":")[0]}
     return kinds | {"gpu" for run in placement.experts if run.streamed_to is not None}
-
-
-def _by_device(placement: Placement, step: Phase) -> dict[str, list[ExpertPlacement]]:
-    """Where each run of experts is computed in this step: streamed ones on their GPU in prefill."""
-    found: dict[str, list[ExpertPlacement]] = defaultdict(list)
-    for run in placement.experts:
-        streams = run.streamed_to is not None and step.tokens > step.sequences
-        found[run.streamed_to if streams and run.streamed_to else run.device].append(run)
-    return found

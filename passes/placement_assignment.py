@@ -6,7 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hetcomp.passes.placement_problem import SMALL_BYTES, ExpertSet, Problem
+from hetcomp.passes.placement_groups import SMALL_BYTES
+from hetcomp.passes.placement_problem import ExpertSet, Problem
 
 
 @dataclass(frozen=True)

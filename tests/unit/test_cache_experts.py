@@ -111,6 +111,11 @@ def test_each_of_several_gpus_has_slots_for_its_own_layers(least):
     assert memory["gpu:0"][CACHE] == first.bytes and memory["gpu:1"][CACHE] == second.bytes
 
 
+def test_a_gpu_that_gets_no_layer_is_named(least):
+    assert "gpu:1 without a layer: no slots" in planned(least, least).notes[-1]
+    assert "without a layer" not in planned(least, least, pins=APART).notes[-1]
+
+
 def test_the_gpu_that_has_too_little_memory_is_named(least):
     too_many = slots_of(planned(least, least, pins=APART), 1).slots - TOP_K + 1
     with pytest.raises(HetcompError, match=r"slots in each of 2 MoE layers .* of gpu:1"):
