@@ -21,7 +21,7 @@ from hetcomp.passes.device_time import link_gb_per_s
 from hetcomp.passes.memory_table import GPU_RESERVE, workspace_estimate
 from hetcomp.passes.mix_time import sliced_step_us
 from hetcomp.passes.registry import plan_pass
-from hetcomp.passes.stream_experts import expert_bytes, rooms_of_gpus, stream_bytes
+from hetcomp.passes.stream_experts import expert_bytes, largest_expert, rooms_of_gpus, stream_bytes
 
 # Of a predicted step of decoding the link may be busy with experts: its end waits for the copies, and a step with hits
 # takes less than the prediction for the mean.
@@ -122,7 +122,10 @@ def _room(plan: Plan, context: Context, gpu: str) -> int:
         elif value.kind is ValueKind.STATE:
             taken += pool.gpu_bytes(value.type)
     whole = rooms_of_gpus(context)[_number(gpu)]
-    return whole - GPU_RESERVE - workspace_estimate(plan) - stream_bytes(plan, context, whole) - taken
+    streams = stream_bytes(plan, context, whole)
+    if plan.stream is not None:  # fewer where another GPU has less room
+        streams = 2 * plan.stream.slots * largest_expert(plan, context)
+    return whole - GPU_RESERVE - workspace_estimate(plan) - streams - taken
 
 
 def _number(gpu: str) -> int:
