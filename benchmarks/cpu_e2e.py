@@ -67,24 +67,19 @@ def run_format(record: Record, o: argparse.Namespace, form: str, artifact: Path)
             worker.call("prefill", prompt=ids[: o.prompts[0]])
             worker.call("decode", prompt=ids[:16], tokens=4)
         for _ in range(o.rounds):
-            before = _readings(o.threads)
+            before = read_bandwidth.readings(o.threads)
             for name, worker in engines.items():
                 # Not timed: what measured the bandwidth, or the engine before, may still hold the cores.
                 worker.call("decode", prompt=ids[:16], tokens=max(8, o.tokens // 4))
                 record.add(f"{name} decode", "tok/s", worker.call("decode", prompt=ids[:16], tokens=o.tokens))
                 if name.startswith("hetcomp"):
-                    readings = [*before, *_readings(o.threads)]
+                    readings = [*before, *read_bandwidth.readings(o.threads)]
                     record.add(f"read bandwidth beside {form}", "GB/s", max(readings))
                     record.add(f"read bandwidth beside {form}, median", "GB/s", statistics.median(readings))
             for length in o.prompts:
                 for name, worker in engines.items():
                     record.add(f"{name} prefill {length}", "tok/s", worker.call("prefill", prompt=ids[:length]))
     _derive(record, o, form, list(engines), models.decode_bytes(plan))
-
-
-def _readings(threads: int) -> list[float]:
-    """The machine's read bandwidth at this moment in GB/s, with as many threads as reach most."""
-    return max(read_bandwidth.measure(threads, repeats=5), key=statistics.median)
 
 
 def _check_agreement(record: Record, engines: dict[str, Worker], form: str, ids: list[int]) -> None:

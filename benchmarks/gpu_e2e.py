@@ -4,7 +4,8 @@ python -m benchmarks.gpu_e2e OUT.hetc [MORE.hetc ..] [--rounds 3] [--tokens 128]
 
 Decode is that of sequences with 16 tokens each; a batch's speed counts the
 tokens of all of them. Device memory is what the program has taken of the plan's figure. Where the plan defers experts,
-decode is measured without that too, in turns.
+decode is measured without that too, in turns. Beside each decode the machine's read bandwidth is measured: what
+the CPU's lanes do in a step is bound by it, and on a virtual machine it changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import statistics
 import sys
 from pathlib import Path
 
@@ -32,20 +34,22 @@ def run(record: Record, o: argparse.Namespace) -> None:
         # One artifact is loaded at a time: their weights together may be more than the memory.
         options = ("--threads", str(o.threads), "--weights", o.weights, *(("--gpus", o.gpus) if o.gpus else ()))
         with Worker(sys.executable, "hetcomp_worker", artifact, *options) as worker:
-            deferring = bool(deferrals(models.plan(artifact)))
-            _measure(record, o, artifact.stem, worker, ids, deferring=deferring)
+            _measure(record, o, artifact, worker, ids)
             _compare(record, artifact)
 
 
-def _measure(
-    record: Record, o: argparse.Namespace, name: str, worker: Worker, ids: list[int], *, deferring: bool
-) -> None:
+def _measure(record: Record, o: argparse.Namespace, artifact: Path, worker: Worker, ids: list[int]) -> None:
+    name, deferring = artifact.stem, bool(deferrals(models.plan(artifact)))
     record.versions.update(worker.call("version"))
     worker.call("decode", prompt=ids[:16], tokens=_WARM_UP)
     for length in o.prompts:
         worker.call("prefill", prompt=ids[:length])
     for _ in range(o.rounds):
+        before = read_bandwidth.readings(o.threads)
+        worker.call("decode", prompt=ids[:16], tokens=_WARM_UP)
         record.add(f"{name} decode", "tok/s", worker.call("decode", prompt=ids[:16], tokens=o.tokens))
+        readings = [*before, *read_bandwidth.readings(o.threads)]
+        record.add(f"read bandwidth beside {name}, median", "GB/s", statistics.median(readings))
         if deferring:
             worker.call("set_deferral", which="none")
             plain = worker.call("decode", prompt=ids[:16], tokens=o.tokens)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 
 from benchmarks.record import Record
 from hetcomp import read_bandwidth
@@ -15,6 +16,11 @@ from hetcomp import read_bandwidth
 def measure(threads: int, repeats: int = 5) -> list[list[float]]:
     """GB/s (10^9 bytes) of ``repeats`` passes over 2 GiB, for 1, 2, .. ``threads`` threads."""
     return read_bandwidth.measure(threads, mebibytes=2048, repeats=repeats)
+
+
+def readings(threads: int) -> list[float]:
+    """The machine's read bandwidth at this moment in GB/s, with as many threads as reach most."""
+    return max(measure(threads), key=statistics.median)
 
 
 def main() -> None:
