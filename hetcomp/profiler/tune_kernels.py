@@ -52,9 +52,10 @@ class Knob:
 
 
 # In order of worth as measured on a Zen 4 (docs/decisions/tuned-kernels.md). The knobs of a stage are tried at once:
-# they do not touch each other's work. Prefetch of 64: in effect none; 2304: eight groups of q4; 4096: a page.
+# they do not touch each other's work. Prefetch of 64: in effect none; 2304: eight groups of q4; 4096: a page; 8192: by
+# way of L2 (codegen_templates/cpu/stream.h.j2).
 STAGES: tuple[tuple[Knob, ...], ...] = (
-    (Knob("prefetch_bytes", Work.DECODE, lambda _: (64, 2304, 4096)),),
+    (Knob("prefetch_bytes", Work.DECODE, lambda _: (64, 2304, 4096, 8192)),),
     (Knob("gemv_rows", Work.FEW, lambda now: (now // 2, now * 3 // 2)),),
     (
         Knob("draw_bytes", Work.DECODE, lambda now: (now // 4, now * 4)),

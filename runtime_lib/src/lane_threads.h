@@ -79,6 +79,7 @@ class LaneThreads {
   LaneCount count_;
   std::chrono::nanoseconds since_decision_{0};  // time of the steps
   const std::int32_t quiet_spins_;              // iterations of pause, see LaneSet::spin_iterations
+  const std::int32_t hand_over_spins_;
   const std::int32_t contended_spins_;
   Team* team_ = nullptr;
   const hetcomp_program* program_ = nullptr;

@@ -117,6 +117,51 @@ TEST_P(Lanes, StreamsEveryTaskOnceAndSaysWhereItGoesOn) {
       }
 }
 
+// Two regions without a barrier between them: a task of the second reads what all tasks of a group wrote.
+struct Groups {
+  static constexpr std::int64_t kTasks = 7;
+  std::vector<std::int64_t> parts;  // [groups][kTasks]
+  std::vector<std::int64_t> sums;   // [readers]
+};
+
+void groups_that_follow(hetcomp_lane* lane, const hetcomp_step* step) {
+  auto& d = data<Groups>(step);
+  const auto n = static_cast<std::int64_t>(d.parts.size());
+  const auto groups = static_cast<std::int32_t>(n / Groups::kTasks);
+  for (int round = 0; round < 100; ++round) {
+    const Progress progress(*lane, groups);
+    stream_for(*lane, n, {n / 2 / lane->threads(), 1},
+               [&](std::int64_t begin, std::int64_t end, std::int64_t) {
+                 for (std::int64_t i = begin; i < end; ++i) {
+                   d.parts[static_cast<std::size_t>(i)] += i;
+                   progress.done(static_cast<std::int32_t>(i / Groups::kTasks));
+                 }
+               });
+    parallel_for(*lane, static_cast<std::int64_t>(d.sums.size()), 1,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t reader = begin; reader < end; ++reader)
+                     for (std::int32_t g = 0; g < groups; ++g) {
+                       progress.await(g, Groups::kTasks);
+                       const auto first = d.parts.begin() + g * Groups::kTasks;
+                       d.sums[static_cast<std::size_t>(reader)] +=
+                           std::accumulate(first, first + Groups::kTasks, std::int64_t{0});
+                     }
+                 });
+    barrier(*lane);
+  }
+}
+
+TEST_P(Lanes, TasksWaitForTheGroupsThatTheyRead) {
+  LaneThreads lanes(cpus_for(GetParam()));
+  for (const std::int64_t groups : {0, 1, 5, static_cast<int>(Progress::kMostGroups)}) {
+    const std::int64_t n = groups * Groups::kTasks;
+    Groups d{std::vector<std::int64_t>(static_cast<std::size_t>(n)), std::vector<std::int64_t>(11)};
+    EXPECT_EQ(lanes.run(program_of(groups_that_follow), step_of(d)), 0);
+    // In round r (from 1) every part i is r i.
+    for (const std::int64_t sum : d.sums) EXPECT_EQ(sum, n * (n - 1) / 2 * 100 * 101 / 2);
+  }
+}
+
 // Regions of all threads and runs of thread 0 alone in turns, as a decode step has them.
 struct Alone {
   bool alone;

@@ -15,6 +15,7 @@
 #pragma once
 
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -206,14 +207,53 @@ inline void answer_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag)
   if (lane.thread == 0) step.hand_over->answer(step.hand_over->host, flag);
 }
 
+// An extra barrier if the program takes more counters between two barriers than there are.
+inline void take_counters(Lane& lane, std::uint32_t n) {
+  if (lane.region - lane.first_region + n > LaneSet::kCounters) barrier(lane);
+}
+
+// How far the groups of a region's tasks are, instead of a barrier before the next region: its tasks each
+// wait for the groups whose results they read. As tasks are drawn in order, most groups are complete by then,
+// and nobody stands idle until the slowest thread is done. Every thread of the set must make them in the same
+// order.
+class Progress {
+ public:
+  // More groups than this would be more to reset than a barrier costs.
+  static constexpr std::int32_t kMostGroups = 16;
+
+  Progress(Lane& lane, std::int32_t groups) : set_(*lane.set) {
+    take_counters(lane, static_cast<std::uint32_t>(groups));
+    first_ = lane.region;
+    lane.region += static_cast<std::uint32_t>(groups);
+  }
+  void done(std::int32_t group) const { counter(group).next.fetch_add(1, std::memory_order_release); }
+  // Waits until `tasks` of the group are done.
+  void await(std::int32_t group, std::int64_t tasks) const {
+    const TaskCounter& finished = counter(group);
+    for (std::int32_t spins = set_.spin_iterations; finished.next.load(std::memory_order_acquire) < tasks;) {
+      if (spins-- > 0)
+        cpu_relax();
+      else
+        sched_yield();  // whoever holds the missing task may need this CPU
+    }
+  }
+
+ private:
+  TaskCounter& counter(std::int32_t group) const {
+    return set_.counters[(first_ + static_cast<std::uint32_t>(group)) % LaneSet::kCounters];
+  }
+
+  LaneSet& set_;
+  std::uint32_t first_;
+};
+
 // Tasks of one region as a thread gets them: first a chunk of its own, then chunks from a shared counter.
 class Draws {
  public:
   // Threads of the set must make them in the same order.
   Draws(Lane& lane, std::int64_t n_tasks, std::int64_t first, std::int64_t grain)
       : n_tasks_(n_tasks), drawn_(lane.threads() * first), grain_(grain) {
-    // A program with more regions than counters between two barriers gets an extra barrier.
-    if (lane.region - lane.first_region == LaneSet::kCounters) barrier(lane);
+    take_counters(lane, 1);
     counter_ = &lane.set->counters[lane.region++ % LaneSet::kCounters];
   }
   // Begin of the next chunk; n_tasks: none is left.
