@@ -1,4 +1,4 @@
-"""Experts for which the CPU has no memory: they stay on the disk, and those that are chosen are read into the page cache.
+"""Experts for which the CPU has no memory stay on the disk, and those that are chosen are read into the page cache.
 
 See docs/decisions/experts-from-disk.md.
 """
@@ -18,13 +18,14 @@ from hetcomp.passes.stream_experts import expert_bytes
 
 
 def expected_reads(plan: Plan, context: Context) -> DiskReads | None:
-    """Before placement: as if all of the GPUs' memory held experts, and the CPU all the rest. None: nothing is read."""
+    """Before placement: as if GPUs held all but experts, and of these what they have room for. None: nothing is
+    read."""
     if not context.from_disk:
         return None
     experts = expert_weight_bytes(plan, context)
     on_gpus = sum(gpu_limit(context, i) for i in range(len(context.profile.gpus))) if context.use_gpus else 0
     others = sum(row.bytes for row in memory_table(plan, context)) - experts + workspace_estimate(plan)
-    return _reads(max(0, experts - on_gpus), others, context)
+    return _reads(experts - max(0, on_gpus - others), max(0, others - on_gpus), context)
 
 
 def disk_reads(plan: Plan, context: Context) -> DiskReads | None:
@@ -36,18 +37,18 @@ def disk_reads(plan: Plan, context: Context) -> DiskReads | None:
     for layer in moe_layers(plan):
         size = expert_bytes(layer.op, layer.template, context)
         experts += size * sum(r.last - r.first + 1 for r in layer.placement.experts if memory_of(r.device) == CPU)
-    found = _reads(experts, _other_bytes(plan, context), context)
+    found = _reads(experts, resident_bytes(plan, context), context)
     if found is not None and found.room <= 0:
         raise HetcompError(
-            f"{plan.model.name} does not run from the disk here: what every token reads takes all of the memory, and "
-            f"nothing is left for the chosen experts. {-found.room / 1e9:.1f} GB more, a shorter --context or a coarser "
-            "--formats would do."
+            f"{plan.model.name} does not run from the disk here: what every token reads takes all of the memory, "
+            f"and nothing is left for the chosen experts. More than {-found.room / 1e9:.3f} GB more, a shorter "
+            "--context or coarser --formats would do."
         )
     return found
 
 
-def _other_bytes(plan: Plan, context: Context) -> int:
-    """Of the CPU's memory, for all but experts."""
+def resident_bytes(plan: Plan, context: Context) -> int:
+    """What all but experts take of the CPU's memory, of a placed plan."""
     experts = {
         dict(zip(plan.template(call.template).params, call.args, strict=True)).get(name, name)
         for call in plan.calls
@@ -69,12 +70,12 @@ def _other_bytes(plan: Plan, context: Context) -> int:
 
 def _reads(experts: int, others: int, context: Context) -> DiskReads | None:
     room = context.profile.available_bytes() - others
-    if experts <= room:
+    if experts <= max(0, room):
         return None
     disk = context.profile.disk
     if disk is None:
         raise HetcompError(
-            f"Profile {context.profile.name} has no speed of the disk, which decides how fast experts are read from it: "
-            "run hetcomp profile, and give its file with --hw."
+            f"Profile {context.profile.name} has no speed of the disk, which decides how fast experts are read from "
+            "it: run hetcomp profile, and give its file with --hw."
         )
     return DiskReads(experts, room, disk.gb_per_s)

@@ -13,8 +13,8 @@ from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, launch_us, link_gb_per_s
-from hetcomp.passes.expert_statistics import inclusion
 from hetcomp.passes.disk_reads import expected_reads
+from hetcomp.passes.expert_statistics import inclusion
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.memory_table import GPU_RESERVE, expert_weight_bytes, gpu_limit, workspace_estimate
 from hetcomp.passes.phases import Phase, phases

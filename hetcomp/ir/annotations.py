@@ -146,7 +146,7 @@ class DiskReads:
     @property
     def missing(self) -> float:
         """Part of the chosen experts that must be read, where all are chosen equally often."""
-        return 1.0 - min(1.0, self.room / self.bytes)
+        return 1.0 - max(0.0, min(1.0, self.room / self.bytes))
 
     def us(self, wanted: float) -> float:
         """Time to read what is missing of so many bytes of chosen experts."""
