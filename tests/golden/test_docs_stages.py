@@ -69,11 +69,11 @@ def _without_hashes(source: str) -> str:
 
 
 def _function(source: str, start: str) -> str:
-    """The C++ function whose definition starts so, with the comment above it."""
+    """The C++ function or template whose definition starts so, with the comment above it."""
     lines = source.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith(start) and not line.endswith(";"))
     last = lines.index("}", first)
-    while lines[first - 1].startswith("//"):
+    while lines[first - 1].startswith(("//", "template <")):
         first -= 1
     return "\n".join(lines[first : last + 1]) + "\n"
 

@@ -90,10 +90,11 @@ inline void store_sums(float* to, const Partial (&p)[4]) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
 
-template <std::int64_t kBytes>
+template <std::int64_t kBytes, bool kToL2 = false>
 HETCOMP_INLINE void prefetch(const std::uint8_t* p) {
   HETCOMP_UNROLL
-  for (std::int64_t b = 0; b < kBytes; b += 64) _mm_prefetch(reinterpret_cast<const char*>(p + b), _MM_HINT_T0);
+  for (std::int64_t b = 0; b < kBytes; b += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p + b), kToL2 ? _MM_HINT_T1 : _MM_HINT_T0);
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -133,6 +134,10 @@ constexpr std::int64_t panel_bytes(std::int64_t k) {
 
 // Bytes that loads of weights run ahead of the arithmetic.
 constexpr std::int64_t kPrefetch = 4096;
+// From farther than a page they come in two steps, into L2 and from there into L1: a line that is on its way into L1
+// holds one of a core's few buffers for them (16 of a Golden Cove) until memory answers.
+constexpr std::int64_t kDirect = 4096, kFromL2 = 1152;
+constexpr bool kViaL2 = kPrefetch > kDirect;
 
 // On a quiet machine half of the tasks in equal parts. The rest in draws: long enough stretches of memory that a draw costs
 // nothing, short enough that all threads end together and a descheduled one holds back little.
@@ -172,8 +177,10 @@ struct Sums {
       for (int m = 0; m < kRows; ++m) acc[c][m] = zero();
   }
   template <class Row>
-  HETCOMP_INLINE void step(const std::uint8_t* p, Row&& row, std::int64_t column, int unroll, const std::uint8_t* ahead) {
-    prefetch<Weights::kStepBytes>(ahead);
+  HETCOMP_INLINE void step(const std::uint8_t* p, Row&& row, std::int64_t column, int unroll, const std::uint8_t* ahead,
+                           const std::uint8_t* soon) {
+    prefetch<Weights::kStepBytes, kViaL2>(ahead);
+    if constexpr (kViaL2) prefetch<Weights::kStepBytes>(soon);
     HETCOMP_UNROLL
     for (int j = 0; j < Weights::kStep; ++j) {
       const V16 v = Weights::load(p, j);
@@ -212,6 +219,9 @@ HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const 
   const std::int64_t bytes = k / Weights::kStep * Weights::kStepBytes;
   // The last loads ahead follow the stream to its next panel instead of fetching what nobody asked for.
   const std::int64_t bulk = bytes > kPrefetch ? (bytes - kPrefetch) / kRound * kRound : 0;
+  const auto soon = [&](std::int64_t here) {
+    return here + kFromL2 < bytes ? w + here + kFromL2 : next + (here + kFromL2 - bytes);
+  };
   // Bytes from .. to, whole rounds and then single steps.
   const auto run = [&](std::int64_t from, std::int64_t to) __attribute__((always_inline)) {
     std::int64_t at = from;
@@ -220,10 +230,10 @@ HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const 
       for (int u = 0; u < kUnroll; ++u) {
         const std::int64_t here = at + u * Weights::kStepBytes;
         const std::uint8_t* ahead = at < bulk ? w + here + kPrefetch : next + (here - bulk);
-        sums.step(w + here, row, here / Weights::kStepBytes * Weights::kStep, u, ahead);
+        sums.step(w + here, row, here / Weights::kStepBytes * Weights::kStep, u, ahead, soon(here));
       }
     for (; at < to; at += Weights::kStepBytes)
-      sums.step(w + at, row, at / Weights::kStepBytes * Weights::kStep, 0, next);
+      sums.step(w + at, row, at / Weights::kStepBytes * Weights::kStep, 0, next, soon(at));
   };
 
   sums.clear();
@@ -370,7 +380,7 @@ struct GemmBf16 {
         __m512bh v[kPanels];
         HETCOMP_UNROLL
         for (int n = 0; n < kPanels; ++n) {
-          prefetch<Weights::kStepBytes>(w + n * panel + kPrefetch);
+          prefetch<Weights::kStepBytes>(w + n * panel + std::min(kPrefetch, kDirect));
           v[n] = std::bit_cast<__m512bh>(Weights::pairs(w + n * panel));
         }
         HETCOMP_UNROLL

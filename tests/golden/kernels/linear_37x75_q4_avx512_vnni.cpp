@@ -90,10 +90,11 @@ inline void store_sums(float* to, const Partial (&p)[4]) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
 
-template <std::int64_t kBytes>
+template <std::int64_t kBytes, bool kToL2 = false>
 HETCOMP_INLINE void prefetch(const std::uint8_t* p) {
   HETCOMP_UNROLL
-  for (std::int64_t b = 0; b < kBytes; b += 64) _mm_prefetch(reinterpret_cast<const char*>(p + b), _MM_HINT_T0);
+  for (std::int64_t b = 0; b < kBytes; b += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p + b), kToL2 ? _MM_HINT_T1 : _MM_HINT_T0);
 }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -169,6 +170,10 @@ constexpr std::int64_t panel_bytes(std::int64_t k) { return ceil_div(ceil_div(k,
 
 // Bytes that loads of weights run ahead of the arithmetic.
 constexpr std::int64_t kPrefetch = 4096;
+// From farther than a page they come in two steps, into L2 and from there into L1: a line that is on its way into L1
+// holds one of a core's few buffers for them (16 of a Golden Cove) until memory answers.
+constexpr std::int64_t kDirect = 4096, kFromL2 = 1152;
+constexpr bool kViaL2 = kPrefetch > kDirect;
 
 // On a quiet machine half of the tasks in equal parts. The rest in draws: long enough stretches of memory that a draw costs
 // nothing, short enough that all threads end together and a descheduled one holds back little.
@@ -237,12 +242,16 @@ HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const 
   constexpr int kChains = kRows <= 4 ? 2 : 1;  // independent sums hide the latency of a product
   constexpr int kLoads = static_cast<int>(Weights::kGroupBytes / 64);
   const std::int64_t n = groups(k);
-  constexpr std::int64_t kAhead = kPrefetch / kGroupStride;
+  // Loads ahead follow the stream to its next panel instead of fetching what nobody asked for.
+  const auto ahead = [&](std::int64_t g, std::int64_t bytes) {
+    const std::int64_t at = g + bytes / kGroupStride;
+    return at < n ? w + (at - g) * kGroupStride : next + (at - n) * kGroupStride;
+  };
   HETCOMP_UNROLL
   for (int m = 0; m < kRows; ++m) out[m] = zero();
   for (std::int64_t g = 0; g < n; ++g) {
-    // The last loads ahead follow the stream to its next panel instead of fetching what nobody asked for.
-    prefetch<kGroupStride>(g + kAhead < n ? w + kAhead * kGroupStride : next + (g + kAhead - n) * kGroupStride);
+    prefetch<kGroupStride, kViaL2>(ahead(g, kPrefetch));
+    if constexpr (kViaL2) prefetch<kGroupStride>(ahead(g, kFromL2));
     I16 sum[kChains][kRows];
     HETCOMP_UNROLL
     for (int m = 0; m < kRows; ++m) {
@@ -422,7 +431,7 @@ struct GemmInt8 {
     HETCOMP_UNROLL
     for (int m = 0; m < kRows; ++m) total[m] = zero();
     for (std::int64_t g = 0; g < groups(k); ++g) {
-      prefetch<kGroupStride>(w + kPrefetch);
+      prefetch<kGroupStride>(w + std::min(kPrefetch, kDirect));
       I16 sum[kRows];
       HETCOMP_UNROLL
       for (int m = 0; m < kRows; ++m) {
