@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--answer", type=int)
     parser.add_argument("--defer", default="0")
+    parser.add_argument("--from-disk", action="store_true")
     parser.add_argument("--hollow", action="store_true")
     parser.add_argument("--weights-of", type=Path)
     o = parser.parse_args()
@@ -159,7 +160,7 @@ def main() -> None:
             batch=o.batch,
             kv_tokens=o.kv_tokens,
             hw_profile=o.hw,
-            wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None, o.defer),
+            wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None, o.defer, from_disk=o.from_disk),
         )
     else:
         parser.error("give NAME and OUT, or --weights-of")

@@ -59,6 +59,8 @@ class PlanWishes:
     each. statistics: path of a file of expert statistics, or ``PATH#DOMAIN``. expert_cache: ``static``, where experts
     on a GPU stay there, or ``lru`` or ``lfu``, where it holds those that are hot while decoding.
 
+    from_disk: experts that do not fit into CPU memory stay on the disk.
+
     deferral: of each generated token at most so many choices of experts on the CPU are added one MoE layer later, where
     a GPU computes attention; ``auto``: as many as make it faster, within a mean KL divergence of ``max_kl`` (nats a
     token) that is measured on ``deferral_text`` (a UTF-8 file; None: the zoo's evaluation texts)."""
@@ -72,6 +74,7 @@ class PlanWishes:
     max_kl: float = 0.01
     deferral_text: str | Path | None = None
     expert_cache: str = "static"
+    from_disk: bool = False
 
 
 def plan_model(
@@ -113,6 +116,7 @@ def plan_model(
         pins=tuple(parse_pin(pin) for pin in wishes.pins),
         statistics=_statistics(wishes.statistics),
         expert_cache=_cache_policy(wishes.expert_cache),
+        from_disk=wishes.from_disk,
     )
     mix = wishes.mix
     progress.stage("trace")

@@ -60,6 +60,10 @@ def cache_experts(plan: Plan, context: Context) -> Plan:
     if policy == "static":
         return plan
     wish = f"--expert-cache {policy}"
+    if plan.disk is not None:
+        raise HetcompError(
+            f"{wish} needs all experts in memory, but some are read from the disk: leave one of them out."
+        )
     found = _cached(plan, context)
     if not found:
         raise HetcompError(

@@ -95,7 +95,8 @@ class Context:
     figure a GPU of the profile (None: what is free), ``pinned_bytes`` likewise of pinned host memory. ``pins``:
     placements that the user decided. ``statistics``: how often experts are chosen (None: uniformly). ``deferral``:
     whether experts are deferred (None: no). ``expert_cache``: other than static, all routed experts are in CPU memory,
-    and the GPUs' memory that is left holds some of them in turn."""
+    and the GPUs' memory that is left holds some of them in turn. ``from_disk``: experts that do not fit into CPU memory
+    stay on the disk."""
 
     profile: HardwareProfile
     checkpoint: Checkpoint | None
@@ -110,6 +111,7 @@ class Context:
     statistics: ExpertStatistics | None = None
     deferral: DeferralRequest | None = None
     expert_cache: CachePolicy = "static"
+    from_disk: bool = False
 
     def expert_shares(self, moe_layer: int, experts: int) -> tuple[float, ...]:
         """Part of its assignments that each expert of a MoE layer gets: the statistics', or equal parts."""

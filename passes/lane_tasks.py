@@ -141,6 +141,7 @@ class StepTasks:
         if op.cost is not None:
             cost = op.cost.phases[self.phase]
             moved = cost.weight_bytes + cost.act_bytes + cost.state_bytes
+            after = self._from_disk(op, layer, cost.weight_bytes, after)
         done: list[int] = []
         for lane, share in shares.items():
             rate = min(moved * share / took / 1e3, self.profile.bandwidth(int(lane[4:]))) if took else 0.0
@@ -314,6 +315,7 @@ class StepTasks:
     ) -> tuple[int, ...]:
         """On the lanes of the nodes that have anything to do; or of all where what the layer before deferred is added,
         behind one more barrier (``adds``)."""
+        after = self._from_disk(op, layer, sum(work.read.values()), after)
         slices = lane_shares(replace(placement, experts=())) if len(placement.slices) > 1 else None
         done: list[int] = []
         for device, took in work.us.items():
@@ -325,6 +327,12 @@ class StepTasks:
                 rate = min(work.read[device] * share / whole / 1e3, self.profile.bandwidth(int(lane[4:])))
                 done += self._add(op, layer, lane, whole, after, rate, deferred=deferred)
         return tuple(done)
+
+    def _from_disk(self, op: Op, layer: int | None, wanted: float, after: tuple[int, ...]) -> tuple[int, ...]:
+        """What is missing of ``wanted`` bytes of chosen experts is read before they are computed."""
+        if self.plan.disk is None or not isinstance(op.attrs, ops.MoeExperts) or not wanted:
+            return after
+        return self._add(op, layer, "disk", self.plan.disk.us(wanted), after)
 
     def _cross(self, op: Op, layer: int | None, device: str, direction: str, after: tuple[int, ...]) -> tuple[int, ...]:
         """Half of a hand-shake and the activations of the step."""

@@ -23,6 +23,19 @@ class MemoryRow:
     bytes: int
 
 
+def expert_weight_bytes(plan: Plan, context: Context) -> int:
+    """Bytes of the packed weights of all routed experts."""
+    ids: set[str] = set()
+    for call in plan.calls:
+        template = plan.template(call.template)
+        actual = dict(zip(template.params, call.args, strict=True))
+        for op in template.ops:
+            if weight_role(op) == "experts":
+                ids |= {actual[name] for name in op.inputs if name in actual}
+    weights = (v for v in plan.values if v.id in ids and v.kind is ValueKind.WEIGHT)
+    return sum(context.target.packed_bytes(v) for v in weights)
+
+
 def memory_table(plan: Plan, context: Context) -> tuple[MemoryRow, ...]:
     """Bytes of the packed weights by role and format, of the KV cache and of the arena (0 before plan_memory)."""
     roles: dict[str, str] = {}
@@ -53,9 +66,11 @@ def cache_bytes(plan: Plan) -> int:
 
 def refuse_if_too_large(plan: Plan, context: Context) -> None:
     """Raises DoesNotFit with the byte table, and the nearest plans that would fit, if the plan needs more memory than
-    the profile says is free on all devices that take part."""
+    the profile says is free on all devices that take part; experts that may be read from the disk need none."""
     rows = memory_table(plan, context)
     need = sum(row.bytes for row in rows)
+    if context.from_disk:
+        need -= expert_weight_bytes(plan, context)
     limits = _limits(context)
     free = sum(row.bytes for row in limits)
     if need > free:
@@ -122,6 +137,8 @@ def _nearest(plan: Plan, context: Context, need: int, free: int) -> str:
             ways.append(f"with {option} {length}")
             break
     ways.append(f"with {(need - free) / 1e9:.1f} GB more memory")
+    if not context.from_disk and need - expert_weight_bytes(plan, context) < free:
+        ways.append("with experts read from the disk as they are chosen (--from-disk; hetcomp plan says how fast)")
     return f"It would fit {', or '.join(ways)}."
 
 

@@ -10,6 +10,7 @@ from hetcomp.ir.annotations import Candidate, ExpertPlacement, NodeSlice, Placem
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.context import Context
+from hetcomp.passes.disk_reads import disk_reads
 from hetcomp.passes.expert_statistics import UNIFORM, check_statistics
 from hetcomp.passes.gpu_evidence import gpu_evidence
 from hetcomp.passes.memory_table import MemoryRow, refuse_if_too_large, refuse_placement
@@ -24,7 +25,7 @@ from hetcomp.passes.registry import plan_pass
 
 @plan_pass(requires=("costed",), establishes=("placed",))
 def place(plan: Plan, context: Context) -> Plan:
-    """Sets ``placements`` of every call and the plan's ``solution``.
+    """Sets ``placements`` of every call, the plan's ``solution``, and ``disk`` where experts are read from there.
 
     Minimises the time of the plan's mix over GPU, CPU and streamed weights, within the memory of every device, the
     pinned memory and the user's pins: HiGHS, greedy and plain rules each propose a placement (see
@@ -130,7 +131,8 @@ def _write(plan: Plan, context: Context, problem: Problem, assignment: Assignmen
     for index, call in enumerate(plan.calls):
         order = [op.id for op in plan.template(call.template).ops]
         calls.append(replace(call, placements=tuple((op, placed[index][op]) for op in order)))
-    return replace(plan, calls=tuple(calls))
+    placed = replace(plan, calls=tuple(calls))
+    return replace(placed, disk=disk_reads(placed, context))
 
 
 def _intermediate(plan: Plan, e: ExpertSet) -> int:

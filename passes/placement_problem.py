@@ -13,9 +13,10 @@ from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, launch_us, link_gb_per_s
+from hetcomp.passes.disk_reads import expected_reads
 from hetcomp.passes.expert_statistics import inclusion
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
-from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
+from hetcomp.passes.memory_table import GPU_RESERVE, expert_weight_bytes, gpu_limit, workspace_estimate
 from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.pins import cached_in_cpu_memory, pinned_device
 from hetcomp.passes.placement_groups import beside_experts, op_groups
@@ -149,6 +150,8 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     caps = [gpu_limit(context, i) for i in range(len(gpus))]
     streams = [0] * len(caps) if context.planning else stream_reserves(plan, context, caps)
     caps = [cap - reserved for cap, reserved in zip(caps, streams, strict=True)]
+    # What has no room in memory stays on the disk.
+    on_disk = expert_weight_bytes(plan, context) if context.from_disk else 0
     reserve = GPU_RESERVE + KvPool.of(plan.max_dims()).granule_waste
     rooms = [cap - reserve - workspace_estimate(plan) for cap in caps]
     return Problem(
@@ -158,7 +161,7 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
         experts=tuple(builder.experts),
         gpu_bytes=tuple(max(0, cap - reserve) for cap in caps),
         node_share=share,
-        node_bytes=tuple(n.available_bytes for n in nodes),
+        node_bytes=tuple(n.available_bytes + on_disk for n in nodes),
         main=main,
         workspace_bytes=workspace_estimate(plan),
         pinned_bytes=context.pinned_bytes if context.pinned_bytes is not None else profile.available_bytes(),
@@ -194,6 +197,7 @@ class _Builder:
 
     def __init__(self, plan: Plan, context: Context, largest_share: float) -> None:
         self.plan, self.context = plan, context
+        self.disk = expected_reads(plan, context)
         self.gpus = context.profile.gpus if context.use_gpus else ()
         self.steps = tuple(step for step in phases(plan) if step.steps > 0)
         self.largest_share = largest_share
@@ -356,7 +360,8 @@ class _Builder:
             active = 1.0 - (1.0 - chosen) ** whole.rows
             needed.append(active)
             work = expert_work(op, whole, size, whole.rows * chosen, active)
-            cpu.append(expert_cpu_us(op, work, step, self.context) * self.largest_share)
+            us = expert_cpu_us(op, work, step, self.context) * self.largest_share
+            cpu.append(us + (self.disk.us(work.weight_bytes) if self.disk else 0.0))
             for i, g in enumerate(self.gpus):
                 gpu[i].append(expert_gpu_us(op, work, step, g))
                 stream[i].append(active * copy_us(g, size))

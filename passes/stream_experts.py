@@ -44,6 +44,9 @@ def stream_experts(plan: Plan, context: Context) -> Plan:
     every expert lies in one piece (on one NUMA node)."""
     if context.planning or not context.use_gpus:
         return plan
+    if plan.disk is not None:
+        note = "experts are not streamed to GPUs in prefill: memory that GPUs copy from must hold them all"
+        return replace(plan, notes=(*plan.notes, note))
     found = [layer for layer in moe_layers(plan) if layer.hands_over]
     homes = {memory_of(s.placement.device) for s in found}
     rooms = ((f"gpu:{i}", room) for i, room in enumerate(rooms_of_gpus(context)))

@@ -15,6 +15,7 @@ from hetcomp.artifact.weight_files import WeightRecord
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.kv_pool import KvPool, row_runs
+from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Plan, Value
 
 MANIFEST_SCHEMA = (1, 2)
@@ -65,7 +66,7 @@ def write_manifest(
 ) -> None:
     """Writes manifest.json over everything that is already in ``folder``. ``isas``: best first. ``gpus``: an entry for
     each GPU's program. ``pinned``: names of the buffers that CPU and GPUs share, in the order of the CPU's program."""
-    dims = plan.max_dims()
+    dims, on_demand = plan.max_dims(), _on_demand(plan)
     manifest: dict[str, Any] = {
         "schema": list(MANIFEST_SCHEMA),
         "hetcomp": version,
@@ -87,7 +88,7 @@ def write_manifest(
         "programs": [{"isa": isa.value, "file": f"kernels/lib_{isa.value}.so"} for isa in isas],
         "nodes": list(layout.nodes),
         "main_node": layout.main,
-        "weights": [asdict(record) for record in weights],
+        "weights": [_weight(r, v, layout, on_demand) for r, v in zip(weights, layout.weights, strict=True)],
         "states": [_state(v, dims) for v in layout.states],
         "timers": list(layout.timers),
         "tokenizer": _present(folder, "tokenizer.hetc.json"),
@@ -96,6 +97,25 @@ def write_manifest(
     if gpus:
         manifest |= {"gpus": list(gpus), "pinned": list(pinned)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _on_demand(plan: Plan) -> set[str]:
+    """Ids of the weights that are read from the disk when they are chosen."""
+    if plan.disk is None:
+        return set()
+    found: set[str] = set()
+    for call in plan.calls:
+        template = plan.template(call.template)
+        actual = dict(zip(template.params, call.args, strict=True))
+        for op in template.ops:
+            if isinstance(op.attrs, MoeExperts):
+                found |= {actual[name] for name in op.inputs[3:5]}
+    return found
+
+
+def _weight(record: WeightRecord, value: Value, layout: ProgramLayout, on_demand: set[str]) -> dict[str, Any]:
+    whole = layout.cuts[value.id][0] if value.id in layout.cuts else value
+    return asdict(record) | ({"on_demand": True} if whole.id in on_demand else {})
 
 
 def _state(value: Value, dims: Mapping[str, int]) -> dict[str, Any]:

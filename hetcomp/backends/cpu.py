@@ -161,6 +161,7 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
             "bias": attrs.bias,
             "format": weight_format,
             "tuning": _tuning(request, form),
+            "from_disk": request.from_disk,
         },
         max(few, grouped),
     )

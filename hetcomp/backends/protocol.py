@@ -31,7 +31,8 @@ class Isa(StrEnum):
 class KernelRequest:
     """One op to generate code for. ``dims`` are upper bounds of the symbolic dimensions (T, R, slots, context);
     ``inputs``/``outputs`` are the op's values in order, weights with their ``format`` chosen. ``tunings``: constants
-    that were measured on the machine; where they lack the op's family, the instruction set's defaults serve."""
+    that were measured on the machine; where they lack the op's family, the instruction set's defaults serve.
+    ``from_disk``: an op of experts whose weights may have to be read from the disk."""
 
     op: Op
     inputs: tuple[Value, ...]
@@ -39,6 +40,7 @@ class KernelRequest:
     isa: Isa
     dims: Mapping[str, int] = field(default_factory=dict)
     tunings: tuple[KernelTuning, ...] = ()
+    from_disk: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.hardware.tuning import KernelTuning
 from hetcomp.ir.cpu_side import CpuRole, cpu_templates
 from hetcomp.ir.node_parts import part_id, plan_parts
+from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, Value
 
 
@@ -60,9 +61,15 @@ class CpuTarget:
 
 
 def request(
-    op: Op, template: Template, isa: Isa, dims: Mapping[str, int], tunings: tuple[KernelTuning, ...] = ()
+    op: Op,
+    template: Template,
+    isa: Isa,
+    dims: Mapping[str, int],
+    tunings: tuple[KernelTuning, ...] = (),
+    *,
+    from_disk: bool = False,
 ) -> KernelRequest:
-    """The kernel request of an op of ``template``."""
+    """The kernel request of an op of ``template``. from_disk: the plan reads experts from the disk."""
     values = template.value_map()
     return KernelRequest(
         op=op,
@@ -71,6 +78,7 @@ def request(
         isa=isa,
         dims=dict(dims),
         tunings=tunings,
+        from_disk=from_disk and isinstance(op.attrs, MoeExperts),
     )
 
 
@@ -88,7 +96,7 @@ def choose(backends: Sequence[KernelBackend], ask: KernelRequest) -> KernelBacke
 def select_kernels(plan: Plan, target: CpuTarget, isa: Isa) -> dict[tuple[str, str], Kernel]:
     """Generates the kernel of every op of the CPU for ``isa``, keyed by (template name, op id); of an op that is cut
     over NUMA nodes one for every part, keyed by (template name, ``part_id`` of the op)."""
-    dims, parts = plan.max_dims(), plan_parts(plan)
+    dims, parts, from_disk = plan.max_dims(), plan_parts(plan), plan.disk is not None
     kernels: dict[tuple[str, str], Kernel] = {}
     for side in cpu_templates(plan).values():
         template = side.template
@@ -97,9 +105,9 @@ def select_kernels(plan: Plan, target: CpuTarget, isa: Isa) -> dict[tuple[str, s
                 continue
             cut = parts.get((template.name, op.id), ())
             for part in cut:
-                ask = request(*part.of(op, template), isa, dims, target.tunings)
+                ask = request(*part.of(op, template), isa, dims, target.tunings, from_disk=from_disk)
                 kernels[template.name, part_id(op.id, part.node)] = choose(target.backends, ask).emit(ask)
             if not cut:
-                ask = request(op, template, isa, dims, target.tunings)
+                ask = request(op, template, isa, dims, target.tunings, from_disk=from_disk)
                 kernels[template.name, op.id] = choose(target.backends, ask).emit(ask)
     return kernels

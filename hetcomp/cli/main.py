@@ -24,6 +24,7 @@ from hetcomp.cli.options import (
     DumpDir,
     ExpertCache,
     Formats,
+    FromDisk,
     Hw,
     IsaList,
     KvTokens,
@@ -74,6 +75,7 @@ def compile_command(
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
     expert_cache: ExpertCache = "static",
+    from_disk: FromDisk = False,
     cc: Annotated[
         str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
     ] = "auto",
@@ -103,7 +105,20 @@ def compile_command(
             kv_tokens=kv_tokens,
             formats=formats_of(formats),
             isa=isas_of(isa),
-            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text, expert_cache),
+            wishes=wishes_of(
+                prompt,
+                answer,
+                batch,
+                vram,
+                pinned,
+                pin,
+                stats,
+                defer,
+                max_kl,
+                defer_text,
+                expert_cache,
+                from_disk=from_disk,
+            ),
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:

@@ -50,6 +50,10 @@ DeferText = Annotated[
 ExpertCache = Annotated[
     str, typer.Option("--expert-cache", help="static, or lru or lfu: hot experts move to the GPU while decoding.")
 ]
+FromDisk = Annotated[
+    bool,
+    typer.Option("--from-disk", help="Experts that do not fit into memory stay on the disk, read as they are chosen."),
+]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -78,6 +82,8 @@ def wishes_of(
     max_kl: float = DEFAULT_MAX_KL,
     defer_text: Path | None = None,
     expert_cache: str = "static",
+    *,
+    from_disk: bool = False,
 ) -> PlanWishes:
     """What the options ask of placement. Raises HetcompError for sizes and numbers that are not understood."""
     from hetcomp.compiler import PlanWishes
@@ -96,6 +102,7 @@ def wishes_of(
         max_kl=max_kl,
         deferral_text=defer_text,
         expert_cache=expert_cache,
+        from_disk=from_disk,
     )
 
 

@@ -21,6 +21,7 @@ from hetcomp.cli.options import (
     DumpDir,
     ExpertCache,
     Formats,
+    FromDisk,
     Hw,
     IsaList,
     KvTokens,
@@ -61,6 +62,7 @@ def plan_command(
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
     expert_cache: ExpertCache = "static",
+    from_disk: FromDisk = False,
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
@@ -108,7 +110,18 @@ def plan_command(
                     formats=formats_of(formats),
                     isa=isas_of(isa),
                     wishes=wishes_of(
-                        prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text, expert_cache
+                        prompt,
+                        answer,
+                        batch,
+                        vram,
+                        pinned,
+                        pin,
+                        stats,
+                        defer,
+                        max_kl,
+                        defer_text,
+                        expert_cache,
+                        from_disk=from_disk,
                     ),
                     planning=explore,
                     stop_after=stop_after,

@@ -135,6 +135,25 @@ class ExpertCache:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskReads:
+    """The CPU's experts are more than its memory holds beside all else: ``bytes`` of them, for which there are
+    ``room`` bytes. Those that are not there are read from the disk when they are chosen, at ``gb_per_s``."""
+
+    bytes: int
+    room: int
+    gb_per_s: float
+
+    @property
+    def missing(self) -> float:
+        """Part of the chosen experts that must be read, where all are chosen equally often."""
+        return 1.0 - max(0.0, min(1.0, self.room / self.bytes))
+
+    def us(self, wanted: float) -> float:
+        """Time to read what is missing of so many bytes of chosen experts."""
+        return wanted * self.missing / self.gb_per_s / 1e3
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A placement that was considered: the method that found it, and the simulated time of the whole mix."""
 

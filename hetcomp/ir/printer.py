@@ -26,7 +26,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.established:
         yield "  established " + ", ".join(plan.established)
     yield from _memory(plan)
-    yield from _experts_of_gpu(plan)
+    yield from _moving_experts(plan)
     for template in plan.templates:
         yield ""
         yield from _template(template)
@@ -62,7 +62,9 @@ def _memory(plan: Plan) -> Iterator[str]:
             yield f"    {slot.value} @{slot.offset}+{slot.bytes}"
 
 
-def _experts_of_gpu(plan: Plan) -> Iterator[str]:
+def _moving_experts(plan: Plan) -> Iterator[str]:
+    if plan.disk is not None:
+        yield f"  experts from the disk: {plan.disk.bytes} bytes, memory for {plan.disk.room}"
     if plan.stream is not None:
         yield f"  experts streamed to the GPU in prefill, {plan.stream.slots} of a layer at once"
     if plan.expert_cache is not None:

@@ -82,6 +82,7 @@ void read_weights(const CheckedJson& node, Manifest& manifest) {
       entry.refuse("inside " + weight.file + " (" + std::to_string(size) + " bytes)");
     if (weight.offset % Manifest::kAlignment != 0) entry["offset"].refuse("a multiple of 64");
     if (entry.has("node")) weight.node = entry["node"].number(0, manifest.nodes.size() - 1);
+    if (entry.has("on_demand")) weight.on_demand = entry["on_demand"].truth();
     manifest.weights.push_back(std::move(weight));
   }
 }

@@ -45,7 +45,8 @@ struct WeightRecord {
   std::uint64_t offset;
   std::uint64_t bytes;
   std::uint64_t xxh3_64;
-  std::size_t node;  // index into Manifest::nodes
+  std::size_t node;        // index into Manifest::nodes
+  bool on_demand = false;  // parts of it are read from the disk when they are chosen, if it is not in RAM
 };
 
 // Of each slot one run of rows after the other, a row a position: those of each head, and of its scales.

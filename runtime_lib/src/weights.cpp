@@ -13,6 +13,7 @@
 #include <thread>
 
 #include "cpu_affinity.h"
+#include "hetcomp/fetch_pages.h"
 #include "status.h"
 
 namespace hetcomp {
@@ -80,6 +81,15 @@ void in_parallel(std::deque<Queue>& queues, const Work& work) {
   if (failure) std::rethrow_exception(failure);
 }
 
+// Of weights that are read on demand a page that is touched must not bring megabytes of its neighbours with it
+// (the kernels ask for what they need); all others may be read ahead of their first use.
+void advise(const std::vector<WeightRecord>& weights, const std::vector<const std::uint8_t*>& addresses) {
+  if (std::ranges::none_of(weights, &WeightRecord::on_demand)) return;
+  for (std::size_t i = 0; i < weights.size(); ++i)
+    advise_pages(addresses[i], static_cast<std::int64_t>(weights[i].bytes),
+                 weights[i].on_demand ? MADV_RANDOM : MADV_WILLNEED);
+}
+
 std::uint64_t aligned(std::uint64_t bytes) {
   return (bytes + Manifest::kAlignment - 1) / Manifest::kAlignment * Manifest::kAlignment;
 }
@@ -132,6 +142,7 @@ Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest
     addresses_.push_back(home != nullptr ? home : bases.at(weight.file) + weight.offset);
     if (home != nullptr) home += aligned(weight.bytes);
   }
+  if (residency == Residency::kMapped) advise(manifest.weights, addresses_);
   if (residency == Residency::kMapped && !verify) return;
 
   std::deque<Queue> queues;

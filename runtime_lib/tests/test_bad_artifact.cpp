@@ -73,6 +73,7 @@ TEST(BadArtifact, Numbers) {
   expect_bad("tokens a step", [](Json& m) { m["model"]["max_tokens"] = 700; });
   expect_bad("states", [](Json& m) { m["states"] = Json::array(); });
   expect_bad("weights", [](Json& m) { m["weights"].erase(1); });
+  expect_bad("on_demand", [](Json& m) { m["weights"][0]["on_demand"] = 1; });
 }
 
 TEST(BadArtifact, Nodes) {

@@ -144,10 +144,17 @@ def cache(id: str, dtype: DType, heads: int, dim: int) -> Value:
 
 
 def build(
-    attrs: Attrs, inputs: Sequence[Value], outputs: Sequence[Value], isa: Isa, dims: Mapping[str, int]
+    attrs: Attrs,
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    isa: Isa,
+    dims: Mapping[str, int],
+    *,
+    from_disk: bool = False,
 ) -> CompiledKernel:
     """The CPU backend's kernel for one op, compiled."""
-    request = KernelRequest(Op("op", attrs, (), ()), tuple(inputs), tuple(outputs), isa, dict(dims))
+    op = Op("op", attrs, (), ())
+    request = KernelRequest(op, tuple(inputs), tuple(outputs), isa, dict(dims), from_disk=from_disk)
     return CompiledKernel(CpuBackend().emit(request), isa)
 
 

@@ -13,6 +13,7 @@ from hetcomp.backends.cpu import FORMATS
 from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.ops import MoeExperts
+from hetcomp.ir.plan import Value
 from tests.reference.experts_case import ExpertsCase, expert_weights
 from tests.reference.kernel_harness import CompiledKernel, activation, build, isas_here, isas_to_test, thorough_isas
 from tests.reference.kernel_numbers import family
@@ -31,15 +32,19 @@ OTHERS = [
 ]
 
 
-@functools.cache
-def _kernel(a: MoeExperts, weight_format: str, isa: Isa) -> CompiledKernel:
+def _operands(a: MoeExperts, weight_format: str) -> list[Value]:
     inputs = [activation("x", "T", a.hidden), activation("i", "T", a.top_k), activation("r", "T", a.top_k)]
     inputs += expert_weights(a, weight_format)
     inputs += [
         activation("gb", a.experts, 2 * a.intermediate),
         activation("db", a.experts, a.hidden),
     ] * a.bias
-    return build(a, inputs, [activation("y", "T", a.hidden)], isa, {"T": ROWS})
+    return inputs
+
+
+@functools.cache
+def _kernel(a: MoeExperts, weight_format: str, isa: Isa) -> CompiledKernel:
+    return build(a, _operands(a, weight_format), [activation("y", "T", a.hidden)], isa, {"T": ROWS})
 
 
 def _case(a: MoeExperts, weight_format: str, rows: int, hot: bool, seed: int, isa: Isa, away: float = 0) -> ExpertsCase:
@@ -97,6 +102,19 @@ def test_a_few_tokens_get_what_each_would_get_alone(isa, attrs, weight_format, a
         for t in range(rows):
             (alone,) = kernel([i[t : t + 1] for i in inputs[:3]] + inputs[3:], [(1, attrs.hidden)], rows=1)
             np.testing.assert_array_equal(y[t : t + 1], alone)
+
+
+def test_weights_that_may_be_on_the_disk_give_the_same():
+    """The system is asked for pages that it has already; of the last expert, up to the end of the weights."""
+    isa, inputs = isas_here()[-1], _operands(EVEN, "q4")
+    output = [activation("y", "T", EVEN.hidden)]
+    from_disk = build(EVEN, inputs, output, isa, {"T": ROWS}, from_disk=True)
+    assert "fetch_pages" in from_disk.kernel.source
+    for rows in (1, 5, 60):
+        case = _case(EVEN, "q4", rows, False, rows, isa)
+        (y,) = from_disk(case.inputs, [(rows, EVEN.hidden)], rows=rows, threads=2)
+        (want,) = _kernel(EVEN, "q4", isa)(case.inputs, [(rows, EVEN.hidden)], rows=rows, threads=2)
+        np.testing.assert_array_equal(y, want)
 
 
 @pytest.mark.parametrize("isa", thorough_isas())
