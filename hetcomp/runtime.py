@@ -342,6 +342,11 @@ class Runtime:
             refuse(f"Deferral is of generated tokens, of all, or of none, not {which!r}.")
         call("hetcomp_model_set_deferral", self._handle.pointer, _DEFERRAL[which])
 
+    def set_routing_callback(self, callback: Any) -> None:  # noqa: ANN401 - a function type of ctypes
+        """Tells ``callback`` (a ``RoutingCallback``) of the routing of every step from the next one on; a null one:
+        nobody any more. It must live, and must not use the model."""
+        call("hetcomp_model_set_routing_callback", self._handle.pointer, callback, None)
+
     def tokenize(self, text: str, *, parse_special: bool = True, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. parse_special: special tokens in the text count as such. add_special:
         add what the model puts around a text (BOS). Raises HetcompError for a model without tokenizer."""

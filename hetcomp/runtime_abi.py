@@ -108,6 +108,25 @@ class TokenStruct(ctypes.Structure):
     )
 
 
+class RoutingStruct(ctypes.Structure):
+    """hetcomp_routing."""
+
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        ("decode", ctypes.c_int32),
+        ("n_tokens", ctypes.c_int64),
+        ("n_layers", ctypes.c_int32),
+        ("top_k", ctypes.c_int32),
+        ("positions", ctypes.POINTER(ctypes.c_int32)),
+        ("slots", ctypes.POINTER(ctypes.c_int32)),
+        ("experts", ctypes.POINTER(ctypes.c_int32)),
+        ("weights", ctypes.POINTER(ctypes.c_float)),
+    )
+
+
+# hetcomp_routing_callback
+RoutingCallback = ctypes.CFUNCTYPE(None, ctypes.POINTER(RoutingStruct), ctypes.c_void_p)
+
 _POINTER = ctypes.c_void_p
 _FLAG = ctypes.c_int
 _OUT = ctypes.POINTER(ctypes.c_void_p)
@@ -122,6 +141,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "hetcomp_model_expert_statistics": (_POINTER, _OUT),
     "hetcomp_model_reset_stats": (_POINTER,),
     "hetcomp_model_set_deferral": (_POINTER, ctypes.c_int),
+    "hetcomp_model_set_routing_callback": (_POINTER, RoutingCallback, _POINTER),
     "hetcomp_session_create": (_POINTER, _OUT),
     "hetcomp_session_truncate": (_POINTER, ctypes.c_int64),
     "hetcomp_session_length": (_POINTER, _INT64_OUT),

@@ -175,6 +175,7 @@ def _template(
             "flag": flags.index(op.id) if op.id in flags else 0,
             "parts": (),
             "deferral": None,
+            "routing": None,
         }
         if role is CpuRole.SEND:
             value = template.value(op.outputs[0])
@@ -183,6 +184,7 @@ def _template(
         elif role is CpuRole.EXPERTS:
             moved = {name: address[_pinned(op, part)] for name, part in zip(op.inputs, EXPERT_INPUTS, strict=False)}
             rendered["outputs"] = [address[_pinned(op, EXPERT_SUM)]]
+            rendered["routing"] = _routing(op, moved.__getitem__)
             if deferring:
                 rendered["deferral"] = {
                     "index": experts.index(op.id),
@@ -197,6 +199,7 @@ def _template(
             rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
         elif role is CpuRole.COMPUTE:
             rendered["outputs"] = [find(o, op) for o in op.outputs] or ["nullptr"]
+            rendered["routing"] = _routing(op, partial(find, op=op))
             if parts[op.id]:
                 where = partial(find, op=op)
                 rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
@@ -232,6 +235,14 @@ def _on_cpu(op: Op, parts: Sequence[NodePart]) -> Sequence[bool]:
     places = [part.places(op.attrs.experts) for part in parts]
     found = [any(place >= 0 for place in of_expert) for of_expert in zip(*places, strict=True)]
     return () if all(found) else found
+
+
+def _routing(op: Op, find: Callable[[str], str]) -> dict[str, Any] | None:
+    """Where the choices of experts are and their weights; None: the op has no experts."""
+    if not isinstance(op.attrs, MoeExperts):
+        return None
+    _, ids, weights = op.inputs[: len(EXPERT_INPUTS)]
+    return {"top_k": op.attrs.top_k, "ids": find(ids), "weights": find(weights)}
 
 
 def _pinned(op: Op, part: str) -> str:

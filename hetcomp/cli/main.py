@@ -1,4 +1,4 @@
-"""The command line: ``hetcomp compile | run | plan | importance | doctor`` and ``hetcomp-plan``."""
+"""The command line: ``hetcomp compile | run | plan | trace | bench | ..`` and ``hetcomp-plan``."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from hetcomp.cli.options import (
 )
 from hetcomp.cli.plan_command import plan_command
 from hetcomp.cli.profile_command import profile_command
+from hetcomp.cli.trace_command import trace_command
 from hetcomp.errors import HetcompError
 
 app = typer.Typer(
@@ -186,6 +187,7 @@ app.command("profile")(profile_command)
 app.command("importance")(importance_command)
 app.command("bench")(bench_command)
 app.command("explain")(explain_command)
+app.command("trace")(trace_command)
 
 
 @app.command("doctor")

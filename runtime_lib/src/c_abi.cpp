@@ -237,6 +237,14 @@ hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral
   });
 }
 
+hetcomp_status hetcomp_model_set_routing_callback(hetcomp_model* model, hetcomp_routing_callback callback,
+                                                  void* user) {
+  return guard([&] {
+    require(model, "model");
+    model->model->set_routing_callback(callback, user);
+  });
+}
+
 // ---- sessions
 
 hetcomp_status hetcomp_session_create(hetcomp_model* model, hetcomp_session** out) {

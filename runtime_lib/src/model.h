@@ -21,6 +21,7 @@
 #include "memory.h"
 #include "node_map.h"
 #include "program_library.h"
+#include "routing_record.h"
 #include "statistics.h"
 #include "tokenizer.h"
 #include "weights.h"
@@ -83,6 +84,9 @@ class Model {
   // Of which tokens the plan's deferral of experts takes place from the next step on.
   void set_deferral(hetcomp_deferral which);
 
+  // Is told how each step from the next one on routed its tokens, by the thread that runs it; null: nobody.
+  void set_routing_callback(hetcomp_routing_callback callback, void* user);
+
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }
   // Whether some steps find candidates.
@@ -98,6 +102,7 @@ class Model {
 
  private:
   void read_gpu_statistics();
+  void tell_routing(const StepRequest& request) const;
   void load_gpu(const LoadOptions& options);
   void stream_from_weights();
   void allocate(const LoadOptions& options);
@@ -126,6 +131,9 @@ class Model {
 
   mutable std::mutex step_mutex_;
   hetcomp_deferral deferral_ = HETCOMP_DEFER_GENERATED;
+  hetcomp_routing_callback routing_callback_ = nullptr;
+  void* routing_user_ = nullptr;
+  RoutingRecord routing_;
   Statistics statistics_;
 };
 

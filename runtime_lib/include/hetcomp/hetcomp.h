@@ -129,6 +129,27 @@ typedef enum hetcomp_deferral {
  * effect on models that defer nothing. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral which);
 
+/* How one step routed its tokens, as the experts got it; valid during the callback. Layers whose experts lie
+ * on a GPU alone are left out: the CPU does not see their routing. */
+typedef struct hetcomp_routing {
+  uint32_t struct_size;
+  int32_t decode; /* 1: a step of decoding, one token of each sequence; 0: of a prompt */
+  int64_t n_tokens;
+  int32_t n_layers; /* MoE layers, in order */
+  int32_t top_k;
+  const int32_t* positions; /* [n_tokens] */
+  const int32_t* slots;     /* [n_tokens]: the sequence's place, as long as its session lives */
+  const int32_t* experts;   /* [n_layers][n_tokens][top_k] */
+  const float* weights;     /* likewise */
+} hetcomp_routing;
+
+/* Must not use the model. */
+typedef void (*hetcomp_routing_callback)(const hetcomp_routing* routing, void* user);
+/* Called at the end of every step from the next one on, by the thread that runs it; NULL: no more. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_set_routing_callback(hetcomp_model* model,
+                                                                 hetcomp_routing_callback callback,
+                                                                 void* user);
+
 /* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------
  */
 

@@ -19,14 +19,16 @@ namespace {
 // What the CPU's program hands over with.
 struct Host {
   HandShake& hand_shake;
-  ExpertStream* experts;  // null: nothing is streamed in this step
-  ExpertCache* cache;     // null: no experts are cached
+  ExpertStream* experts;                // null: nothing is streamed in this step
+  ExpertCache* cache;                   // null: no experts are cached
+  const hetcomp_routing_hook* routing;  // null: nobody asks
 };
 
 int wait_for_gpu(void* host, std::uint32_t flag) noexcept {
-  auto& [hand_shake, experts, cache] = *static_cast<Host*>(host);
+  auto& [hand_shake, experts, cache, routing] = *static_cast<Host*>(host);
   try {
     if (!hand_shake.wait_for_gpu(flag)) return 0;
+    if (routing != nullptr) routing->came(routing->host, flag);
     if (cache != nullptr) cache->count(flag);
     if (experts != nullptr) experts->route(flag);
     if (cache != nullptr) cache->leave_to_cpu(flag);
@@ -231,7 +233,7 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
     ExpertStream* const experts =
         graph.streams && step.defer_experts == 0 ? program_.expert_stream() : nullptr;
     ExpertCache* const cache = program_.expert_cache();
-    Host host{hand_shake, experts, cache};
+    Host host{hand_shake, experts, cache, step.routing};
     const std::uint8_t* const skip = experts != nullptr ? experts->skip()
                                      : cache != nullptr ? cache->skip()
                                                         : nullptr;
