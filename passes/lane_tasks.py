@@ -20,7 +20,7 @@ from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
-from hetcomp.passes.routing import sample_deferral
+from hetcomp.passes.routing import ReplayedStep, sample_deferral
 from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
@@ -76,9 +76,10 @@ class StepTasks:
                 )
                 yield _Use(template, op, placements[op.id], call.layer, read, written)
 
-    def tasks(self, seed: int) -> list[Task]:
-        """The step's tasks in program order."""
-        self._tasks: list[Task] = []
+    def tasks(self, seed: int, replayed: ReplayedStep | None = None) -> list[Task]:
+        """The step's tasks in program order; ``replayed``: with this routing, of which nothing is deferred."""
+        self._replayed = replayed
+        self._tasks: list[Task] = list(self._cache_copies(replayed.copied_bytes)) if replayed is not None else []
         self._ready: dict[str, tuple[int, ...]] = defaultdict(tuple)
         self._streamed: dict[str, list[int]] = defaultdict(list)
         self._moe_layer = self._cached_layer = 0
@@ -90,6 +91,12 @@ class StepTasks:
             for name in use.written:
                 self._ready[name] = done
         return self._tasks
+
+    def _cache_copies(self, moved: int) -> Iterator[Task]:
+        """What the expert cache copies under the step, which waits for it in the end."""
+        if moved:
+            us = copy_us(self._gpu("gpu:0"), float(moved))
+            yield Task("expert cache", None, "gpu:0 copy weights", us, (), moved / us / 1e3)
 
     def _add(
         self,
@@ -194,7 +201,11 @@ class StepTasks:
         deferred = placement.deferred if self.step.tokens == self.step.sequences else 0
         rows = self._work(template, op).rows
         on_cpu = np.array(experts_on_cpu(placement))
-        tokens, later = sample_deferral(shares, a.top_k, rows, on_cpu, deferred, generator)
+        if self._replayed is None:
+            tokens, later = sample_deferral(shares, a.top_k, rows, on_cpu, deferred, generator)
+        else:
+            tokens = self._replayed.tokens(self._moe_layer - 1, a.experts)
+            later = np.zeros_like(tokens)
         size = self._expert_bytes(template, op)
         placement = self._with_cache(placement)
         placement = self._with_streams(template, op, placement, tokens, size)
@@ -213,10 +224,13 @@ class StepTasks:
         return tuple(done)
 
     def _with_cache(self, placement: Placement) -> Placement:
-        """The placement with so many experts on the GPU as its cache has slots: those that it begins with."""
+        """The placement with so many experts on the GPU as its cache has slots: those that it begins with, or has in
+        the step that is replayed."""
         if self.plan.expert_cache is None or not placement.device.startswith("gpu:"):
             return placement
         held = set(self.plan.expert_cache.first[self._cached_layer])
+        if self._replayed is not None and self._replayed.held is not None:
+            held = set(np.flatnonzero(self._replayed.held[self._cached_layer]).tolist())
         self._cached_layer += 1
         runs = [
             replace(run, first=e, last=e, device=placement.device if e in held else run.device)

@@ -32,6 +32,7 @@ from hetcomp.cli.options import (
     PinList,
     Pinned,
     Prompt,
+    RoutingTraceFile,
     Stats,
     StopAfter,
     Vram,
@@ -75,6 +76,7 @@ def compile_command(
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
     expert_cache: ExpertCache = "static",
+    routing_trace: RoutingTraceFile = None,
     cc: Annotated[
         str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
     ] = "auto",
@@ -104,7 +106,20 @@ def compile_command(
             kv_tokens=kv_tokens,
             formats=formats_of(formats),
             isa=isas_of(isa),
-            wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text, expert_cache),
+            wishes=wishes_of(
+                prompt,
+                answer,
+                batch,
+                vram,
+                pinned,
+                pin,
+                stats,
+                defer,
+                max_kl,
+                defer_text,
+                expert_cache,
+                routing_trace,
+            ),
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:

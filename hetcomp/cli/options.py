@@ -47,7 +47,11 @@ DeferText = Annotated[
     ),
 ]
 ExpertCache = Annotated[
-    str, typer.Option("--expert-cache", help="static, or lru or lfu: hot experts move to the GPU while decoding.")
+    str, typer.Option("--expert-cache", help="static; lru or lfu: hot experts move to the GPU while decoding; or auto.")
+]
+RoutingTraceFile = Annotated[
+    Path | None,
+    typer.Option("--routing-trace", help="With --expert-cache auto: what hetcomp trace --routing wrote decides."),
 ]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
@@ -77,6 +81,7 @@ def wishes_of(
     max_kl: float = DEFAULT_MAX_KL,
     defer_text: Path | None = None,
     expert_cache: str = "static",
+    routing_trace: Path | None = None,
 ) -> PlanWishes:
     """What the options ask of placement. Raises HetcompError for sizes and numbers that are not understood."""
     from hetcomp.compiler import PlanWishes
@@ -95,6 +100,7 @@ def wishes_of(
         max_kl=max_kl,
         deferral_text=defer_text,
         expert_cache=expert_cache,
+        routing_trace=routing_trace,
     )
 
 

@@ -29,6 +29,7 @@ from hetcomp.cli.options import (
     PinList,
     Pinned,
     Prompt,
+    RoutingTraceFile,
     Stats,
     StopAfter,
     Vram,
@@ -61,6 +62,7 @@ def plan_command(
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
     expert_cache: ExpertCache = "static",
+    routing_trace: RoutingTraceFile = None,
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
@@ -105,7 +107,18 @@ def plan_command(
                     formats=formats_of(formats),
                     isa=isas_of(isa),
                     wishes=wishes_of(
-                        prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text, expert_cache
+                        prompt,
+                        answer,
+                        batch,
+                        vram,
+                        pinned,
+                        pin,
+                        stats,
+                        defer,
+                        max_kl,
+                        defer_text,
+                        expert_cache,
+                        routing_trace,
                     ),
                     planning=explore,
                     stop_after=stop_after,
