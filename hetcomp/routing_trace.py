@@ -11,7 +11,7 @@ layer), and ``source`` (what was run); its arrays, N tokens in the order in whic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,10 @@ class RoutingTrace:
             np.concatenate([s.positions for s in steps]).astype(np.uint32),
             _sequences(steps),
         )
+
+    def first(self, tokens: int) -> RoutingTrace:
+        """The trace of the first ``tokens`` tokens."""
+        return replace(self, **{name: getattr(self, name)[:tokens] for name in _SHAPES})
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all. Raises HetcompError where that is not possible."""

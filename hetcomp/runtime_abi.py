@@ -142,6 +142,7 @@ _FUNCTIONS: Mapping[str, tuple[Any, ...]] = {
     "hetcomp_model_reset_stats": (_POINTER,),
     "hetcomp_model_set_deferral": (_POINTER, ctypes.c_int),
     "hetcomp_model_set_routing_callback": (_POINTER, RoutingCallback, _POINTER),
+    "hetcomp_model_replay_routing": (_POINTER, ctypes.c_int32, ctypes.c_int64, ctypes.c_int32, _POINTER, _POINTER),
     "hetcomp_session_create": (_POINTER, _OUT),
     "hetcomp_session_truncate": (_POINTER, ctypes.c_int64),
     "hetcomp_session_length": (_POINTER, _INT64_OUT),

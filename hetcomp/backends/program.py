@@ -242,7 +242,7 @@ def _routing(op: Op, find: Callable[[str], str]) -> dict[str, Any] | None:
     if not isinstance(op.attrs, MoeExperts):
         return None
     _, ids, weights = op.inputs[: len(EXPERT_INPUTS)]
-    return {"top_k": op.attrs.top_k, "ids": find(ids), "weights": find(weights)}
+    return {"experts": op.attrs.experts, "top_k": op.attrs.top_k, "ids": find(ids), "weights": find(weights)}
 
 
 def _pinned(op: Op, part: str) -> str:

@@ -245,6 +245,22 @@ hetcomp_status hetcomp_model_set_routing_callback(hetcomp_model* model, hetcomp_
   });
 }
 
+hetcomp_status hetcomp_model_replay_routing(hetcomp_model* model, int32_t n_layers, int64_t n_tokens,
+                                            int32_t top_k, const int32_t* experts, const float* weights) {
+  return guard([&] {
+    require(model, "model");
+    hetcomp::Routing routing{{}, {}, n_layers, top_k};
+    if (n_tokens > 0 && n_layers > 0 && top_k > 0) {
+      require(experts, "experts");
+      require(weights, "weights");
+      const std::int64_t choices = n_tokens * n_layers * top_k;
+      routing.experts.assign(experts, experts + choices);
+      routing.weights.assign(weights, weights + choices);
+    }
+    model->model->replay_routing(std::move(routing), n_tokens);
+  });
+}
+
 // ---- sessions
 
 hetcomp_status hetcomp_session_create(hetcomp_model* model, hetcomp_session** out) {

@@ -246,7 +246,7 @@ void Model::run(const StepRequest& request) {
       .hand_over = nullptr,
       .defer_experts = deferral_ == HETCOMP_DEFER_ALL ||
                        (deferral_ == HETCOMP_DEFER_GENERATED && request.phase == Phase::kDecode),
-      .routing = routing_callback_ ? routing_.begin(static_cast<std::int64_t>(request.ids.size())) : nullptr,
+      .routing = routing_callback_ || routing_.replays() ? routing_.begin(request.positions) : nullptr,
   };
   const auto start = std::chrono::steady_clock::now();
   kv_memory_->write(request.slots, request.positions, *kv_pool_);
@@ -265,11 +265,12 @@ void Model::run(const StepRequest& request) {
     throw Error(HETCOMP_COMPUTE,
                 "A kernel of the program reported error " + std::to_string(error) + "; report this bug.");
   if (logits != request.logits && logit_bytes != 0) std::memcpy(request.logits, logits, logit_bytes);
-  if (routing_callback_) tell_routing(request);
+  if (step.routing) tell_routing(request);
 }
 
 void Model::tell_routing(const StepRequest& request) const {
   const Routing& routing = routing_.finish();
+  if (!routing_callback_) return;
   const hetcomp_routing told{
       .struct_size = sizeof(hetcomp_routing),
       .decode = request.phase == Phase::kDecode,
@@ -282,6 +283,11 @@ void Model::tell_routing(const StepRequest& request) const {
       .weights = routing.weights.data(),
   };
   routing_callback_(&told, routing_user_);
+}
+
+void Model::replay_routing(Routing routing, std::int64_t tokens) {
+  const std::lock_guard lock(step_mutex_);
+  routing_.replay(std::move(routing), tokens);
 }
 
 void Model::set_routing_callback(hetcomp_routing_callback callback, void* user) {

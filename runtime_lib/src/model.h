@@ -87,6 +87,9 @@ class Model {
   // Is told how each step from the next one on routed its tokens, by the thread that runs it; null: nobody.
   void set_routing_callback(hetcomp_routing_callback callback, void* user);
 
+  // What the experts get from the next step on; see RoutingRecord::replay. Throws Error.
+  void replay_routing(Routing routing, std::int64_t tokens);
+
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }
   // Whether some steps find candidates.

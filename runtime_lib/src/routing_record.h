@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -25,25 +26,40 @@ class RoutingRecord {
   RoutingRecord(const RoutingRecord&) = delete;
   RoutingRecord& operator=(const RoutingRecord&) = delete;
 
-  // For hetcomp_step::routing of a step of so many tokens.
-  const hetcomp_routing_hook* begin(std::int64_t tokens);
-  // What the step's layers chose. Throws Error where it could not be noted: a step of layers that choose
-  // different numbers of experts, or no memory.
+  // In steps from the next one on the experts get this routing, a token that of its position modulo the
+  // number of tokens (none: the router's again). Throws Error if its sizes are not those of so many.
+  void replay(Routing routing, std::int64_t tokens);
+  bool replays() const { return replayed_tokens_ > 0; }
+
+  // For hetcomp_step::routing of a step of tokens at these positions, which must live until finish().
+  const hetcomp_routing_hook* begin(std::span<const std::int32_t> positions);
+  // What the step's layers chose, or were given. Throws Error where it could not be noted (a step of layers
+  // that choose different numbers of experts, or no memory) or given (the routing is of another shape, or
+  // a GPU's).
   const Routing& finish() const;
 
  private:
-  void add(std::int32_t top_k, const std::int32_t* ids, const float* weights) noexcept;
+  // A MoE layer of the step as the hook tells it.
+  struct Shown {
+    std::int32_t experts = 0;
+    std::int32_t top_k = 0;
+    std::int32_t* ids = nullptr;
+    float* weights = nullptr;
+  };
+
+  void came(const Shown& layer, bool from_gpu) noexcept;
+  void give(const Shown& layer, bool from_gpu);
+  void add(const Shown& layer);
 
   hetcomp_routing_hook hook_{};
+  std::span<const std::int32_t> positions_;
   Routing routing_;
-  std::int64_t tokens_ = 0;
+  std::string refused_;  // why the step's routing is not what it should be
   bool out_of_memory_ = false;
-  bool uneven_ = false;
-  // Of the layer whose hand-over is awaited.
-  std::uint32_t flag_ = HETCOMP_NO_FLAG;
-  std::int32_t top_k_ = 0;
-  const std::int32_t* ids_ = nullptr;
-  const float* weights_ = nullptr;
+  std::uint32_t flag_ = HETCOMP_NO_FLAG;  // of the hand-over that brings awaited_
+  Shown awaited_;
+  Routing replayed_;
+  std::int64_t replayed_tokens_ = 0;
 };
 
 }  // namespace hetcomp

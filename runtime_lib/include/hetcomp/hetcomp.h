@@ -150,6 +150,14 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_set_routing_callback(hetcomp_model* 
                                                                  hetcomp_routing_callback callback,
                                                                  void* user);
 
+/* For benchmarks: from the next step on the experts get this routing in place of the routers', a token that
+ * of row position % n_tokens; n_tokens 0: the routers' again. experts, weights: [n_layers][n_tokens][top_k],
+ * copied. A step fails with HETCOMP_INVALID_ARGUMENT where the routing is not of the model's shape, and in
+ * models whose routers run on a GPU. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_replay_routing(hetcomp_model* model, int32_t n_layers,
+                                                           int64_t n_tokens, int32_t top_k,
+                                                           const int32_t* experts, const float* weights);
+
 /* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------
  */
 

@@ -197,11 +197,11 @@ inline bool await_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag) 
 
 // Shows the routing of a MoE layer to who asks for it. The threads go on together, with what may have been
 // written to it; where it comes with hand-over `flag` of a GPU, they do so when that is awaited.
-inline void show_routing(Lane& lane, const hetcomp_step& step, std::int32_t top_k, void* ids, void* weights,
-                         std::uint32_t flag = HETCOMP_NO_FLAG) {
+inline void show_routing(Lane& lane, const hetcomp_step& step, std::int32_t experts, std::int32_t top_k,
+                         void* ids, void* weights, std::uint32_t flag = HETCOMP_NO_FLAG) {
   if (step.routing == nullptr) return;
   if (lane.thread == 0)
-    step.routing->routed(step.routing->host, flag, top_k, static_cast<std::int32_t*>(ids),
+    step.routing->routed(step.routing->host, flag, experts, top_k, static_cast<std::int32_t*>(ids),
                          static_cast<float*>(weights));
   if (flag == HETCOMP_NO_FLAG) barrier(lane);
 }

@@ -36,9 +36,10 @@ typedef struct hetcomp_hand_over {
 typedef struct hetcomp_routing_hook {
   void* host;
   // Of each MoE layer whose experts the program computes, all or some, in the order of the step; by thread 0,
-  // before any of them is computed. ids, weights: [T][top_k]. flag: of the hand-over that brings them, which
-  // was not yet waited for; HETCOMP_NO_FLAG: they are there, and what is written to them holds.
-  void (*routed)(void* host, uint32_t flag, int32_t top_k, int32_t* ids, float* weights);
+  // before any of them is computed. ids, weights: [T][top_k], of so many experts. flag: of the hand-over that
+  // brings them, which was not yet waited for; HETCOMP_NO_FLAG: they are there, and what is written to them
+  // holds.
+  void (*routed)(void* host, uint32_t flag, int32_t experts, int32_t top_k, int32_t* ids, float* weights);
   // By whoever waits for hand-over `flag` of a GPU, when it has come and before anything is changed in it.
   void (*came)(void* host, uint32_t flag);
 } hetcomp_routing_hook;
