@@ -15,60 +15,52 @@ from hetcomp.ir.homes import CPU, memory_of
 from hetcomp.routing_trace import RoutedStep, RoutingTrace
 from hetcomp.runtime import Runtime
 from hetcomp.runtime_abi import RoutingCallback
+from hetcomp.step_callbacks import collected
 
 
 @contextmanager
 def recorded_steps(runtime: Runtime) -> Iterator[list[RoutedStep]]:
     """Within, every step of ``runtime`` is added to the list, from whichever thread it is run."""
-    steps: list[RoutedStep] = []
-    failed: list[Exception] = []
-
-    def add(told: Any, _user: object) -> None:  # noqa: ANN401 - a pointer of ctypes
-        try:
-            steps.append(_step(told.contents))
-        except Exception as error:  # ctypes would only print it
-            failed.append(error)
-
-    callback = RoutingCallback(add)
-    runtime.set_routing_callback(callback)
-    try:
+    with collected(runtime.set_routing_callback, RoutingCallback, _step) as steps:
         yield steps
-    finally:
-        runtime.set_routing_callback(RoutingCallback())
-    if failed:
-        raise failed[0]
 
 
 def record_text(exe: Executable, ids: Sequence[int], source: str, generate: int = 0) -> RoutingTrace:
     """The routing of ``ids`` as prompts, in as many sequences as the context asks for, and of ``generate`` tokens that
     are then generated greedily behind the last of them. source: what the trace says of its origin.
 
-    Raises HetcompError for no ids, for a model without MoE layers, or one with layers whose routing stays on a GPU.
+    Raises HetcompError as :func:`run_text` does, for a model without MoE layers, or one with layers whose routing stays
+    on a GPU.
     """
-    if not ids:
-        raise HetcompError("There are no tokens to record the routing of; give a longer text.")
     experts, layers = _recordable(exe)
-    runtime = exe.runtime
-    longest = min(runtime.info.context, runtime.info.kv_tokens) - generate
-    if longest < 1:
-        raise HetcompError(
-            f"{generate} tokens to generate do not fit behind a prompt into the context of {exe.plan.model.name}, "
-            f"{longest + generate} positions; give fewer."
-        )
-    parts = [ids[start : start + longest] for start in range(0, len(ids), longest)]
-    with recorded_steps(runtime) as steps:
-        for part in parts if not generate else parts[:-1]:
-            with runtime.session() as session:
-                session.prefill(part)
-        if generate:
-            for _ in runtime.generate(parts[-1], max_new_tokens=generate, ignore_eos=True):
-                pass
+    with recorded_steps(exe.runtime) as steps:
+        run_text(exe, ids, generate)
     trace = RoutingTrace.of_steps(exe.plan.model.name, source, experts, steps)
     if trace.layers != layers:
         raise HetcompError(
             f"{exe.path} told the routing of {trace.layers} MoE layers, its plan has {layers}; compile the model again."
         )
     return trace
+
+
+def run_text(exe: Executable, ids: Sequence[int], generate: int = 0) -> None:
+    """Runs ``ids`` as prompts, in as many sequences as the context asks for, and generates ``generate`` tokens behind
+    the last of them. Raises HetcompError for no ids, or an answer that leaves no room for a prompt."""
+    if not ids:
+        raise HetcompError("There are no tokens to run; give a longer text.")
+    longest = min(exe.runtime.info.context, exe.runtime.info.kv_tokens) - generate
+    if longest < 1:
+        raise HetcompError(
+            f"{generate} tokens to generate do not fit behind a prompt into the context of {exe.plan.model.name}, "
+            f"{longest + generate} positions; give fewer."
+        )
+    parts = [ids[start : start + longest] for start in range(0, len(ids), longest)]
+    for part in parts if not generate else parts[:-1]:
+        with exe.runtime.session() as session:
+            session.prefill(part)
+    if generate:
+        for _ in exe.runtime.generate(parts[-1], max_new_tokens=generate, ignore_eos=True):
+            pass
 
 
 def _recordable(exe: Executable) -> tuple[int, int]:

@@ -347,6 +347,10 @@ class Runtime:
         nobody any more. It must live, and must not use the model."""
         call("hetcomp_model_set_routing_callback", self._handle.pointer, callback, None)
 
+    def set_lane_trace_callback(self, callback: Any) -> None:  # noqa: ANN401 - a function type of ctypes
+        """The same of what the lanes do in every step (a ``LaneTraceCallback``)."""
+        call("hetcomp_model_set_lane_trace_callback", self._handle.pointer, callback, None)
+
     def replay_routing(self, experts: NDArray[np.int32] | None, weights: NDArray[np.float32] | None) -> None:
         """From the next step on the experts get this routing, [layers, N, top_k], a token that of row position modulo
         N; None: the routers' again. A step fails (RuntimeRefusal) where it is of another shape than the model's, or

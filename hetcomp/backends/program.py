@@ -19,7 +19,7 @@ from hetcomp.ir.node_parts import Cut, NodePart, cut_weights, part_id, part_work
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 
-_WAITING = "wait for gpu"  # timer of what the lanes wait at hand-overs
+WAITING = "wait for gpu"  # timer of what the lanes wait at hand-overs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ProgramLayout:
         for side in cpu_templates(plan).values():
             for op in side.template.ops:
                 if side.roles[op.id] is not CpuRole.COMPUTE:
-                    roles.setdefault(_WAITING)
+                    roles.setdefault(WAITING)
                 roles.setdefault(op.role or op.kind)
                 if deferring and side.roles[op.id] is CpuRole.EXPERTS:
                     roles.setdefault(deferred_role(op.role or op.kind))
@@ -78,7 +78,7 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
     for number, call in enumerate(plan.calls):
         if call.template in index:
             flag = next((h.flag for h in exchange.hand_overs if h.call == number), 0)
-            calls.append({"template": call.template, "index": index[call.template], "flag": flag})
+            calls.append({"template": call.template, "index": index[call.template], "flag": flag, "number": number})
             index[call.template] += 1
     return render(
         "program/program.cpp.j2",
@@ -95,7 +95,7 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         max_logit_rows=plan.dim("R").max,
         vocab=plan.model.vocab,
         timers=layout.timers,
-        waiting=layout.timers.index(_WAITING) if exchange.hand_overs else 0,
+        waiting=layout.timers.index(WAITING) if exchange.hand_overs else 0,
         n_nodes=len(layout.nodes),
         n_pinned=len(exchange.buffers),
         n_flags=len(exchange.hand_overs),

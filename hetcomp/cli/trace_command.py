@@ -12,6 +12,7 @@ from hetcomp.cli.options import Debug
 from hetcomp.errors import HetcompError
 
 if TYPE_CHECKING:
+    from hetcomp.executable import Executable
     from hetcomp.runtime import Runtime
 
 
@@ -20,6 +21,9 @@ def trace_command(
     routing: Annotated[
         Path | None, typer.Option("--routing", help="File to write: the experts that each token chose in each layer.")
     ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write: what each thread did when, for ui.perfetto.dev.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
     text: Annotated[Path | None, typer.Option("--text", help="UTF-8 file to read.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Of the text or prompt, at most.")] = None,
@@ -27,26 +31,41 @@ def trace_command(
     threads: Annotated[int, typer.Option("--threads", min=0, help="0: all that this process may use.")] = 0,
     debug: Debug = False,
 ) -> None:
-    """Runs MODEL.hetc on a text and writes what happened: how it routes tokens (--routing)."""
+    """Runs MODEL.hetc on a text and writes what happened: the routing of its tokens (--routing), its lanes (--out)."""
 
     def body() -> None:
         import hetcomp
-        from hetcomp.record_routing import record_text
 
-        if routing is None:
-            raise HetcompError("Say what to write: --routing FILE.")
+        if routing is None and out is None:
+            raise HetcompError("Say what to write: --routing FILE, or --out FILE.")
         if (prompt is None) == (text is None):
             raise HetcompError("Give the input with exactly one of --prompt TEXT and --text FILE.")
         exe = hetcomp.load(artifact, threads=threads)
         ids = _ids(exe.runtime, prompt, text)[:tokens]
-        source = "a prompt" if text is None else text.name
-        found = record_text(exe, ids, source, generate)
-        found.write(routing)
-        typer.echo(
-            f"{routing}: {found.tokens} tokens, {found.layers} MoE layers, top-{found.top_k} of {found.n_experts}"
-        )
+        if routing is not None:
+            typer.echo(_record_routing(exe, ids, "a prompt" if text is None else text.name, generate, routing))
+        if out is not None:
+            typer.echo(_trace_lanes(exe, ids, generate, out))
 
     guard(body, debug)
+
+
+def _record_routing(exe: Executable, ids: list[int], source: str, generate: int, target: Path) -> str:
+    from hetcomp.record_routing import record_text
+
+    found = record_text(exe, ids, source, generate)
+    found.write(target)
+    return f"{target}: {found.tokens} tokens, {found.layers} MoE layers, top-{found.top_k} of {found.n_experts}"
+
+
+def _trace_lanes(exe: Executable, ids: list[int], generate: int, target: Path) -> str:
+    from hetcomp.lane_trace import traced_steps, write_trace
+    from hetcomp.record_routing import run_text
+
+    with traced_steps(exe.runtime) as steps:
+        run_text(exe, ids, generate)
+    write_trace(target, steps, exe.plan, list(exe.stats["decode"]["timers_ms"]))
+    return f"{target}: {len(steps)} steps; open it at ui.perfetto.dev"
 
 
 def _ids(runtime: Runtime, prompt: str | None, text: Path | None) -> list[int]:

@@ -1,23 +1,15 @@
 // The C ABI of hetcomp.h over the classes of the runtime: checks arguments, turns exceptions into statuses.
+#include "c_abi.h"
+
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "generation.h"
-#include "hetcomp/hetcomp.h"
-#include "model.h"
 #include "session.h"
-#include "status.h"
-
-struct hetcomp_model {
-  explicit hetcomp_model(std::shared_ptr<hetcomp::Model> loaded) : model(std::move(loaded)) {}
-  std::shared_ptr<hetcomp::Model> model;
-};
 
 struct hetcomp_session {
   explicit hetcomp_session(const hetcomp_model& owner) : session(owner.model) {}
@@ -34,38 +26,10 @@ struct hetcomp_generation {
 namespace {
 
 using hetcomp::Error;
+using hetcomp::abi::guard;
+using hetcomp::abi::require;
 
 thread_local std::string last_error;
-
-hetcomp_status record(hetcomp_status status, const char* sentence) noexcept {
-  try {
-    last_error = sentence;
-  } catch (...) {
-    last_error.clear();
-  }
-  return status;
-}
-
-template <class Body>
-hetcomp_status guard(const Body& body) noexcept {
-  try {
-    body();
-    return HETCOMP_OK;
-  } catch (const Error& error) {
-    return record(error.status(), error.what());
-  } catch (const std::bad_alloc&) {
-    return record(HETCOMP_OUT_OF_MEMORY, "The system has no memory left for this call.");
-  } catch (const std::exception& error) {
-    return record(HETCOMP_INTERNAL, error.what());
-  } catch (...) {
-    return record(HETCOMP_INTERNAL, "An unknown error occurred; report this bug.");
-  }
-}
-
-void require(const void* pointer, const char* name) {
-  if (pointer == nullptr)
-    throw Error(HETCOMP_INVALID_ARGUMENT, std::string("The argument ") + name + " is null.");
-}
 
 std::span<const std::int32_t> id_span(const std::int32_t* ids, std::int64_t n) {
   if (n < 1) throw Error(HETCOMP_INVALID_ARGUMENT, "There are no tokens: at least one is needed.");
@@ -123,6 +87,15 @@ hetcomp_token public_token(const hetcomp::GeneratedToken& token) {
 }
 
 }  // namespace
+
+hetcomp_status hetcomp::abi::record(hetcomp_status status, const char* sentence) noexcept {
+  try {
+    last_error = sentence;
+  } catch (...) {
+    last_error.clear();
+  }
+  return status;
+}
 
 const char* hetcomp_version(void) { return HETCOMP_VERSION; }
 
@@ -234,30 +207,6 @@ hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral
       throw Error(HETCOMP_INVALID_ARGUMENT,
                   "There is no hetcomp_deferral " + std::to_string(static_cast<int>(which)) + ".");
     model->model->set_deferral(which);
-  });
-}
-
-hetcomp_status hetcomp_model_set_routing_callback(hetcomp_model* model, hetcomp_routing_callback callback,
-                                                  void* user) {
-  return guard([&] {
-    require(model, "model");
-    model->model->set_routing_callback(callback, user);
-  });
-}
-
-hetcomp_status hetcomp_model_replay_routing(hetcomp_model* model, int32_t n_layers, int64_t n_tokens,
-                                            int32_t top_k, const int32_t* experts, const float* weights) {
-  return guard([&] {
-    require(model, "model");
-    hetcomp::Routing routing{{}, {}, n_layers, top_k};
-    if (n_tokens > 0 && n_layers > 0 && top_k > 0) {
-      require(experts, "experts");
-      require(weights, "weights");
-      const std::int64_t choices = n_tokens * n_layers * top_k;
-      routing.experts.assign(experts, experts + choices);
-      routing.weights.assign(weights, weights + choices);
-    }
-    model->model->replay_routing(std::move(routing), n_tokens);
   });
 }
 

@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <filesystem>
 #include <memory>
 #include <mutex>
@@ -17,6 +18,7 @@
 #include "kv_memory.h"
 #include "kv_pool.h"
 #include "lane_threads.h"
+#include "lane_trace.h"
 #include "manifest.h"
 #include "memory.h"
 #include "node_map.h"
@@ -87,6 +89,8 @@ class Model {
   // Is told how each step from the next one on routed its tokens, by the thread that runs it; null: nobody.
   void set_routing_callback(hetcomp_routing_callback callback, void* user);
 
+  // Is told what the lanes did in each step from the next one on; null: nobody.
+  void set_lane_trace_callback(hetcomp_lane_trace_callback callback, void* user);
   // What the experts get from the next step on; see RoutingRecord::replay. Throws Error.
   void replay_routing(Routing routing, std::int64_t tokens);
 
@@ -105,6 +109,7 @@ class Model {
 
  private:
   void read_gpu_statistics();
+  void tell_lane_trace(const StepRequest& request, std::chrono::steady_clock::time_point start);
   void tell_routing(const StepRequest& request) const;
   void load_gpu(const LoadOptions& options);
   void stream_from_weights();
@@ -137,6 +142,9 @@ class Model {
   hetcomp_routing_callback routing_callback_ = nullptr;
   void* routing_user_ = nullptr;
   RoutingRecord routing_;
+  hetcomp_lane_trace_callback lane_trace_callback_ = nullptr;
+  void* lane_trace_user_ = nullptr;
+  LaneTrace lane_trace_;
   Statistics statistics_;
 };
 

@@ -136,5 +136,5 @@ def test_of_the_command_line(tmp_path):
     assert "none/t cannot be written" in message
     assert "exactly one of" in refusal("trace", exe.path, "--routing", out)
     assert "Say what to write" in refusal("trace", exe.path, "--prompt", "Hello")
-    assert "There are no tokens" in refusal("trace", exe.path, "--routing", out, "--prompt", "")
+    assert "There are no tokens to run" in refusal("trace", exe.path, "--routing", out, "--prompt", "")
     assert "do not fit behind a prompt" in refusal("trace", exe.path, "--routing", out, "--prompt", "A", "-n", 64)

@@ -46,6 +46,22 @@ typedef struct hetcomp_routing_hook {
 
 #define HETCOMP_NO_FLAG UINT32_MAX
 
+// From a moment on a thread of the lanes does something: the work of a timer, or one of these.
+#define HETCOMP_AT_BARRIER (-1)
+#define HETCOMP_AT_END (-2)
+typedef struct hetcomp_trace_event {
+  int64_t ns;    // CLOCK_MONOTONIC
+  int32_t call;  // of the plan
+  int32_t what;
+} hetcomp_trace_event;
+
+// Of one thread. n also counts events for which there was no room.
+typedef struct hetcomp_lane_trace {
+  hetcomp_trace_event* events;
+  int64_t capacity;
+  int64_t n;
+} hetcomp_lane_trace;
+
 // One forward pass over `n_tokens` tokens, which may belong to several sequences.
 // Tokens of one sequence are adjacent and in order of position; the pass appends them to the sequence's KV
 // cache at those positions and attends to positions 0 .. positions[t] of the same slot.
@@ -69,6 +85,7 @@ typedef struct hetcomp_step {
   // the step: what a layer defers is added in the same step.
   int32_t defer_experts;
   const hetcomp_routing_hook* routing;  // null: nobody asks
+  hetcomp_lane_trace* trace;            // null, or by thread of the lanes
 } hetcomp_step;
 
 typedef struct hetcomp_program {
