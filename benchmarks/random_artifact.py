@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int)
     parser.add_argument("--answer", type=int)
     parser.add_argument("--defer", default="0")
+    parser.add_argument("--stats")
     parser.add_argument("--expert-cache", default="static")
     parser.add_argument("--routing", help="a trace of hetcomp trace --routing, or zipf:1.1,markov:0.9")
     parser.add_argument("--hollow", action="store_true")
@@ -144,7 +145,7 @@ def main() -> None:
             kv_tokens=o.kv_tokens,
             hw_profile=o.hw,
             wishes=wishes_of(
-                o.prompt, o.answer, o.batch, o.vram, None, o.pin, None, o.defer, expert_cache=o.expert_cache
+                o.prompt, o.answer, o.batch, o.vram, None, o.pin, o.stats, o.defer, expert_cache=o.expert_cache
             ),
             routing=o.routing,
         )

@@ -39,6 +39,7 @@ from hetcomp.cli.options import (
     ccs_of,
     formats_of,
     isas_of,
+    token_ids,
     wishes_of,
 )
 from hetcomp.cli.plan_command import plan_command
@@ -173,7 +174,7 @@ def run_command(
             raise HetcompError("Give the input with exactly one of --prompt TEXT and --ids 1,2,3.")
         exe = hetcomp.load(artifact, threads=threads)
         tokens = exe.generate(
-            prompt if prompt is not None else _ids(ids or ""),
+            prompt if prompt is not None else token_ids(ids or ""),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -218,13 +219,6 @@ def doctor_command(
         raise typer.Exit(doctor(as_json=as_json))
 
     guard(body, debug)
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise HetcompError(f"--ids {text} is not a list of integers such as 1,2,3.") from None
 
 
 def main() -> None:

@@ -124,3 +124,11 @@ def ccs_of(text: str) -> list[int]:
 def isas_of(text: str) -> list[str] | None:
     """Instruction sets, None for the profile's best."""
     return None if text == "auto" else [part.strip() for part in text.split(",")]
+
+
+def token_ids(text: str) -> list[int]:
+    """Token ids of a list as ``1,2,3``. Raises HetcompError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise HetcompError(f"--ids {text} is not a list of integers such as 1,2,3.") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hetcomp.cli.guard import guard
-from hetcomp.cli.options import Debug
+from hetcomp.cli.options import Debug, token_ids
 from hetcomp.errors import HetcompError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def trace_command(
     ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
     text: Annotated[Path | None, typer.Option("--text", help="UTF-8 file to read.")] = None,
+    ids: Annotated[str | None, typer.Option("--ids", help="Token ids to read: 1,2,3.")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Of the text or prompt, at most.")] = None,
     generate: Annotated[int, typer.Option("-n", min=0, help="Tokens to generate behind it.")] = 0,
     threads: Annotated[int, typer.Option("--threads", min=0, help="0: all that this process may use.")] = 0,
@@ -38,14 +39,15 @@ def trace_command(
 
         if routing is None and out is None:
             raise HetcompError("Say what to write: --routing FILE, or --out FILE.")
-        if (prompt is None) == (text is None):
-            raise HetcompError("Give the input with exactly one of --prompt TEXT and --text FILE.")
+        if sum(given is not None for given in (prompt, text, ids)) != 1:
+            raise HetcompError("Give the input with exactly one of --prompt TEXT, --text FILE and --ids 1,2,3.")
         exe = hetcomp.load(artifact, threads=threads)
-        ids = _ids(exe.runtime, prompt, text)[:tokens]
+        read = (token_ids(ids) if ids is not None else _tokens(exe.runtime, prompt, text))[:tokens]
         if routing is not None:
-            typer.echo(_record_routing(exe, ids, "a prompt" if text is None else text.name, generate, routing))
+            source = text.name if text is not None else "a prompt" if ids is None else "token ids"
+            typer.echo(_record_routing(exe, read, source, generate, routing))
         if out is not None:
-            typer.echo(_trace_lanes(exe, ids, generate, out))
+            typer.echo(_trace_lanes(exe, read, generate, out))
 
     guard(body, debug)
 
@@ -68,7 +70,7 @@ def _trace_lanes(exe: Executable, ids: list[int], generate: int, target: Path) -
     return f"{target}: {len(steps)} steps; open it at ui.perfetto.dev"
 
 
-def _ids(runtime: Runtime, prompt: str | None, text: Path | None) -> list[int]:
+def _tokens(runtime: Runtime, prompt: str | None, text: Path | None) -> list[int]:
     if text is None:
         return runtime.tokenize(prompt or "")
     try:

@@ -93,6 +93,8 @@ def test_through_the_command_line(tmp_path):
     data = json.loads(page.read_text().split('type="application/json">')[1].split("</script>")[0])
     drawn = [sum(len(lane["events"]) for lane in step["lanes"]) for step in data["measured"]]
     assert drawn == [len(step.events) for step in found] and min(drawn) > 20
+    assert run("trace", exe.path, "--out", trace, "--ids", "1,2,3").code == 0
+    assert "is not a list of integers" in refusal("trace", exe.path, "--out", trace, "--ids", "1,b")
     assert "give --html FILE" in refusal(*prefix, "--measured", trace)
     for name, text, message in (
         ("no.json", "{", "is not valid JSON"),
