@@ -1,10 +1,10 @@
 """Random weights with which a model routes as a trace does, wherever its routers run.
 
-Token t of the first N is an embedding of its own, which every layer hardly changes: what the layers add is scaled down.
-Each router is then the solution of linear equations, from N embeddings to the scores of the trace's choices, and its
-weights come out as the trace's where they are a softmax of the chosen scores. The output layer gives token t + 1 the
-largest logit behind token t: what is generated greedily follows the trace too. N is at most three quarters of the
-hidden size, so that the equations have a solution that small errors do not spoil.
+Token t of the first N is an embedding of its own, a row of a Hadamard matrix, which every layer hardly changes: what
+the layers add is scaled down. As these rows are orthogonal, each router is the sum of them that gives the scores of the
+trace's choices, and its weights come out as the trace's where they are a softmax of the chosen scores. The output layer
+gives token t + 1 the largest logit behind token t: what is generated greedily follows the trace too. N is at most the
+largest power of two in the hidden size. All sums are of multiples of 1/64 and exact: the bytes are the same everywhere.
 
 Not for models with biases (which RandomPacker makes ones), nor for routers that choose among groups of experts.
 """
@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import hadamard
 
 from benchmarks.random_weights import STD, RandomPacker
 from hetcomp.backends import packing
@@ -24,9 +25,9 @@ from hetcomp.ir.plan import Plan, Value
 from hetcomp.replay_routing import routing_of
 from hetcomp.routing_trace import RoutingTrace
 
-_EQUATIONS = 0.75  # of the hidden size
-# The score of a chosen expert of weight 1 above that of others; the smallest weight that is told apart.
-_SCORE, _LEAST_WEIGHT = 16.0, 1e-3
+# The score of a chosen expert of weight 1 above that of others; the smallest weight that is told apart; what scores are
+# multiples of.
+_SCORE, _LEAST_WEIGHT, _GRID = 16.0, 1e-3, 1 / 64
 _LAYERS = 1 / 16  # of RandomPacker's deviation: a layer adds less than a percent to the embedding
 
 _Floats = NDArray[np.float32]
@@ -40,13 +41,15 @@ class RoutedPacker(RandomPacker):
         Raises HetcompError if it is not of this model, or the model's output layer is its embedding."""
         super().__init__(STD * _LAYERS)
         trace = routing_of(routing, plan)
-        count = (
-            min(trace.tokens, plan.model.vocab, int(_EQUATIONS * plan.model.hidden)) // packing.PANEL * packing.PANEL
-        )
-        embedding = np.random.default_rng(1).standard_normal((count, plan.model.hidden), np.float32)
+        hidden = plan.model.hidden
+        order = 1 << (hidden.bit_length() - 1)
+        count = min(trace.tokens, plan.model.vocab, order) // packing.PANEL * packing.PANEL
+        embedding = np.zeros((count, hidden), np.float32)
+        embedding[:, :order] = hadamard(order)[:count]
         self._rows: dict[str, _Floats] = {}  # the first rows of a weight
         layer = 0
-        inverse = np.linalg.pinv(embedding / np.sqrt(np.mean(embedding**2, axis=1, keepdims=True)))
+        # Behind a norm an embedding's numbers are larger where others are zero.
+        scale = np.sqrt(order / hidden) / order
         for role, weight in _weights(plan):
             if role == "embed":
                 self._rows[weight] = embedding
@@ -55,7 +58,7 @@ class RoutedPacker(RandomPacker):
                     raise HetcompError(f"{plan.model.name} ties its output layer to the embedding; take another model.")
                 self._rows[weight] = np.roll(embedding, 1, axis=0) * np.float32(STD)
             elif role == "moe.router":
-                self._rows[weight] = (inverse @ _scores(trace, layer, count)).T.astype(np.float32)
+                self._rows[weight] = ((_scores(trace, layer, count).T @ embedding) * scale).astype(np.float32)
                 layer += 1
         self.trace = trace.first(count)
 
@@ -93,9 +96,10 @@ def _is_matrix(plan: Plan, name: str) -> bool:
     return value.kind.value == "weight" and len(value.type.shape) == 2
 
 
-def _scores(trace: RoutingTrace, layer: int, count: int) -> _Floats:
+def _scores(trace: RoutingTrace, layer: int, count: int) -> NDArray[np.float64]:
     """[count, experts]: what the layer's router is to give token t."""
-    scores = np.zeros((count, trace.n_experts), np.float32)
-    weights = np.maximum(trace.weights[:count, layer].astype(np.float32), _LEAST_WEIGHT)
-    np.put_along_axis(scores, trace.experts[:count, layer].astype(np.int64), _SCORE + np.log(weights), axis=1)
+    scores = np.zeros((count, trace.n_experts))
+    weights = np.log(np.maximum(trace.weights[:count, layer].astype(np.float64), _LEAST_WEIGHT))
+    wanted = np.round((_SCORE + weights) / _GRID) * _GRID
+    np.put_along_axis(scores, trace.experts[:count, layer].astype(np.int64), wanted, axis=1)
     return scores
