@@ -1,12 +1,13 @@
 """Artifacts of real shapes with random weights: speed needs no checkpoint of 60 GB.
 
 python -m benchmarks.random_artifact NAME OUT.hetc --formats q4 --isa amx_bf16 [--context 4096] [--vram 12G --pin ..]
-       [--defer 2]
-python -m benchmarks.random_artifact --weights-of OUT.hetc
+       [--defer 2 | --expert-cache lru] [--routing zipf:1.1,markov:0.9]
+python -m benchmarks.random_artifact --weights-of OUT.hetc [--routing ..]
 
 The first compiles the zoo's config NAME (--hollow: files of weights have their size, but nothing is written to them);
 the second only writes the weights of an artifact that was copied here without them (the same bytes: they follow from
-the plan).
+the plan). --routing: weights with which the model routes as a trace does (benchmarks/routed_weights.py), as far as
+OUT.routing.safetensors goes, which is written beside it for hetcomp bench --replay.
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ from __future__ import annotations
 import argparse
 import io
 import os
-from collections.abc import Generator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from benchmarks import models
+from benchmarks.random_weights import RandomPacker
+from benchmarks.routed_weights import RoutedPacker
 from hetcomp import compiler
 from hetcomp.artifact import weight_files
 from hetcomp.artifact.staging import staged_folder
@@ -32,40 +31,8 @@ from hetcomp.backends.gpu.gpu_program import lower_programs
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.build_artifact import write_artifact
 from hetcomp.cli.options import formats_of, wishes_of
-from hetcomp.ir.plan import Value, ValueKind
-from hetcomp.ir.types import DType, TensorType
+from hetcomp.ir.plan import Plan
 from hetcomp.progress import QuietProgress
-
-_PANELS = 8  # different panels that a weight is made of
-_CHUNK_BYTES = 64 << 20
-
-
-class RandomPacker:
-    """Packed bytes of normal numbers of standard deviation 0.02, repeated; norm weights are ones."""
-
-    not_finite: tuple[str, ...] = ()
-
-    def chunks(self, values: Sequence[Value]) -> Generator[tuple[Value, NDArray[np.uint8]]]:
-        """As :meth:`hetcomp.backends.pack_weights.WeightPacker.chunks`."""
-        for value in values:
-            if value.kind is ValueKind.CONST or value.type.layout == packing.ROW_MAJOR:
-                shape = [int(d) for d in value.type.shape]
-                numbers = np.ones(shape) if value.data is None else np.asarray(value.data).reshape(shape)
-                yield value, packing.pack(numbers.astype(np.float32), value)[0]
-                continue
-            pattern = _panels(int(value.type.shape[-1]), str(value.format))
-            size = packing.packed_bytes(value)
-            piece = np.tile(pattern, min(-(-size // pattern.size), max(1, _CHUNK_BYTES // pattern.size)))
-            for at in range(0, size, piece.size):
-                yield value, piece[: size - at]
-
-
-@cache
-def _panels(columns: int, weight_format: str) -> NDArray[np.uint8]:
-    shape = (_PANELS * packing.PANEL, columns)
-    value = Value("w", TensorType(DType.F32, shape, packing.PANELS), ValueKind.WEIGHT, fqn="w", format=weight_format)
-    numbers = np.random.default_rng(0).standard_normal(shape, np.float32) * np.float32(0.02)
-    return packing.pack(numbers, value, threads=1)[0]
 
 
 def build(
@@ -79,8 +46,10 @@ def build(
     kv_tokens: int | None = None,
     hw_profile: str,
     wishes: compiler.PlanWishes,
+    routing: str | None = None,
 ) -> Path:
-    """Compiles the zoo's config ``name`` with random weights; returns ``out``."""
+    """Compiles the zoo's config ``name`` with random weights, which route as ``routing`` says if it is given; returns
+    ``out``."""
     planned = compiler.plan_model(
         name,
         hw_profile=hw_profile,
@@ -91,9 +60,22 @@ def build(
         isa=isa,
         wishes=wishes,
     )
+    packer = packer_of(planned.plan, routing)
     with staged_folder(out) as staging:
-        write_artifact(planned, RandomPacker(), staging, QuietProgress())
+        write_artifact(planned, packer, staging, QuietProgress())
+    if packer.trace is not None:
+        packer.trace.write(followed_trace(out))
     return out
+
+
+def followed_trace(artifact: Path) -> Path:
+    """Where the trace lies that an artifact of :func:`build` follows."""
+    return artifact.with_name(f"{artifact.stem}.routing.safetensors")
+
+
+def packer_of(plan: Plan, routing: str | None) -> RandomPacker:
+    """The weights of an artifact of ``plan``."""
+    return RandomPacker() if routing is None else RoutedPacker(plan, routing)
 
 
 class Hollow(io.BufferedIOBase):
@@ -115,13 +97,14 @@ class Hollow(io.BufferedIOBase):
         super().close()
 
 
-def write_weights_of(artifact: Path) -> None:
+def write_weights_of(artifact: Path, routing: str | None) -> None:
     """Writes the weights of an artifact of :func:`build` into it."""
     plan = models.plan(artifact)
+    packer = packer_of(plan, routing)
     of_gpus = [(f"gpu{program.number}-weights", program.weights) for program in lower_programs(plan)]
     for stem, values in (("weights", ProgramLayout.of(plan).weights), *of_gpus):
         sizes = [packing.packed_bytes(value) for value in values]
-        write_weights(values, sizes, RandomPacker().chunks(values), artifact, lambda done, name: None, stem)
+        write_weights(values, sizes, packer.chunks(values), artifact, lambda done, name: None, stem)
 
 
 def main() -> None:
@@ -141,11 +124,14 @@ def main() -> None:
     parser.add_argument("--answer", type=int)
     parser.add_argument("--defer", default="0")
     parser.add_argument("--from-disk", action="store_true")
+    parser.add_argument("--stats")
+    parser.add_argument("--expert-cache", default="static")
+    parser.add_argument("--routing", help="a trace of hetcomp trace --routing, or zipf:1.1,markov:0.9")
     parser.add_argument("--hollow", action="store_true")
     parser.add_argument("--weights-of", type=Path)
     o = parser.parse_args()
     if o.weights_of:
-        write_weights_of(o.weights_of)
+        write_weights_of(o.weights_of, o.routing)
     elif o.name and o.out:
         if o.hollow:
             # All weights of this process go through it; a file's class serves as the function that opens one.
@@ -160,7 +146,19 @@ def main() -> None:
             batch=o.batch,
             kv_tokens=o.kv_tokens,
             hw_profile=o.hw,
-            wishes=wishes_of(o.prompt, o.answer, o.batch, o.vram, None, o.pin, None, o.defer, from_disk=o.from_disk),
+            wishes=wishes_of(
+                o.prompt,
+                o.answer,
+                o.batch,
+                o.vram,
+                None,
+                o.pin,
+                o.stats,
+                o.defer,
+                expert_cache=o.expert_cache,
+                from_disk=o.from_disk,
+            ),
+            routing=o.routing,
         )
     else:
         parser.error("give NAME and OUT, or --weights-of")

@@ -226,6 +226,7 @@ def bench(
     rounds: int = 3,
     seed: int = 0,
     text: Sequence[int] | None = None,
+    text_name: str = "text",
     progress: ProgressSink | None = None,
     bandwidth: Bandwidth = current_gb_per_s,
     settle: Callable[[Runtime], None] = settle_lanes,
@@ -234,9 +235,10 @@ def bench(
     and predicts the same steps on ``profile``.
 
     text: token ids of a text to take the prompts from (routing differs from that of random tokens, to which every
-    expert is about equally likely); None: random tokens by ``seed``. Cases that do not fit into the artifact's
-    context are left out with a note. bandwidth: measures the machine's read bandwidth, before each round, and settle
-    lets the lanes recover from it. Raises HetcompError if no case fits or the text is too short.
+    expert is about equally likely), which the record calls ``text_name``; None: random tokens by ``seed``. Cases that
+    do not fit into the artifact's context are left out with a note. bandwidth: measures the machine's read bandwidth,
+    before each round, and settle lets the lanes recover from it. Raises HetcompError if no case fits or the text is too
+    short.
     """
     plan, stats = exe.plan, exe.stats
     cases, notes = _fitting(KvPool.of(plan.max_dims()).longest, prompts, contexts, tokens)
@@ -278,7 +280,7 @@ def bench(
         notes=tuple(notes),
         read_gb_per_s=tuple(readings),
         profile_gb_per_s=profiled_gb_per_s(profile),
-        prompt="random tokens" if text is None else "text",
+        prompt="random tokens" if text is None else text_name,
         seed=seed,
         machine=_machine(),
     )

@@ -16,6 +16,7 @@ from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import CpuTarget, default_backends
 from hetcomp.build_artifact import all_cuts, write_artifact
+from hetcomp.choose_expert_cache import choose_expert_cache
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
@@ -34,6 +35,7 @@ from hetcomp.passes.stream_experts import step_tokens
 from hetcomp.planned import Planned
 from hetcomp.progress import ProgressSink, QuietProgress
 from hetcomp.replay import replay
+from hetcomp.routing_trace import RoutingTrace
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +53,17 @@ MAX_LOGIT_ROWS = 64
 # Largest step where a GPU takes part. FreeToken streams whole layers for chunks of 4,096 tokens and more.
 MAX_GPU_STEP_TOKENS = 16384
 
+# The expert cache that a routing trace decides about.
+AUTO_CACHE = "auto"
+
 
 @dataclass(frozen=True)
 class PlanWishes:
     """What a user may ask of placement. mix: prompt, answer and batch to optimise for. vram: bytes of each GPU that may
     be used, or one figure a GPU of the profile; pinned_bytes: of pinned host memory. pins: ``ROLE[@LAYERS]=DEVICE``
     each. statistics: path of a file of expert statistics, or ``PATH#DOMAIN``. expert_cache: ``static``, where experts
-    on a GPU stay there, or ``lru`` or ``lfu``, where it holds those that are hot while decoding.
+    on a GPU stay there, or ``lru`` or ``lfu``, where it holds those that are hot while decoding; or ``auto``, where
+    ``routing_trace`` (a file that ``hetcomp trace --routing`` wrote) decides which of them is fastest.
 
     from_disk: experts that do not fit into CPU memory stay on the disk.
 
@@ -74,6 +80,7 @@ class PlanWishes:
     max_kl: float = 0.01
     deferral_text: str | Path | None = None
     expert_cache: str = "static"
+    routing_trace: str | Path | None = None
     from_disk: bool = False
 
 
@@ -115,10 +122,10 @@ def plan_model(
         pinned_bytes=wishes.pinned_bytes,
         pins=tuple(parse_pin(pin) for pin in wishes.pins),
         statistics=_statistics(wishes.statistics),
-        expert_cache=_cache_policy(wishes.expert_cache),
+        expert_cache="static" if wishes.expert_cache == AUTO_CACHE else _cache_policy(wishes.expert_cache),
         from_disk=wishes.from_disk,
     )
-    mix = wishes.mix
+    mix, trace = wishes.mix, _routing_trace(wishes)
     progress.stage("trace")
     imported = frontend.load(
         model,
@@ -146,6 +153,13 @@ def plan_model(
             f"{len(imported.unused)} tensors of the checkpoint are not used, the first is {imported.unused[0]}"
         )
     progress.stage("plan")
+    if trace is not None:
+        chosen = choose_expert_cache(
+            trace, str(wishes.routing_trace), context, lambda c: _run_passes(imported, c, target, None, None)
+        )
+        if stop_after is None and dump_dir is None:
+            return chosen
+        context = chosen.context
     return _run_passes(imported, context, target, stop_after, dump_dir)
 
 
@@ -267,11 +281,27 @@ def _statistics(spec: str | None) -> ExpertStatistics | None:
     return parse_statistics(text, name, domain or None)
 
 
+def _routing_trace(wishes: PlanWishes) -> RoutingTrace | None:
+    """The trace that decides about the expert cache. Raises HetcompError if it is missing or cannot be read."""
+    if wishes.expert_cache != AUTO_CACHE:
+        if wishes.routing_trace is not None:
+            raise HetcompError("--routing-trace decides between expert caches; give --expert-cache auto with it.")
+        return None
+    if wishes.routing_trace is None:
+        raise HetcompError(
+            "--expert-cache auto needs recorded routing: record it with hetcomp trace MODEL.hetc --routing FILE --text "
+            "TEXT, and give --routing-trace FILE."
+        )
+    return RoutingTrace.read(Path(wishes.routing_trace))
+
+
 def _cache_policy(name: str) -> CachePolicy:
     """Raises HetcompError for a policy that is unknown."""
     found = next((policy for policy in CACHE_POLICIES if policy == name), None)
     if found is None:
-        raise HetcompError(f"Unknown expert cache '{name}'; the policies are {', '.join(CACHE_POLICIES)}.")
+        raise HetcompError(
+            f"Unknown expert cache '{name}'; the policies are {', '.join((*CACHE_POLICIES, AUTO_CACHE))}."
+        )
     return found
 
 

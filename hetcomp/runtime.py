@@ -318,6 +318,29 @@ class Runtime:
             refuse(f"Deferral is of generated tokens, of all, or of none, not {which!r}.")
         call("hetcomp_model_set_deferral", self._handle.pointer, _DEFERRAL[which])
 
+    def set_routing_callback(self, callback: Any) -> None:  # noqa: ANN401 - a function type of ctypes
+        """Tells ``callback`` (a ``RoutingCallback``) of the routing of every step from the next one on; a null one:
+        nobody any more. It must live, and must not use the model."""
+        call("hetcomp_model_set_routing_callback", self._handle.pointer, callback, None)
+
+    def set_lane_trace_callback(self, callback: Any) -> None:  # noqa: ANN401 - a function type of ctypes
+        """The same of what the lanes do in every step (a ``LaneTraceCallback``)."""
+        call("hetcomp_model_set_lane_trace_callback", self._handle.pointer, callback, None)
+
+    def replay_routing(self, experts: NDArray[np.int32] | None, weights: NDArray[np.float32] | None) -> None:
+        """From the next step on the experts get this routing, [layers, N, top_k], a token that of row position modulo
+        N; None: the routers' again. A step fails (RuntimeRefusal) where it is of another shape than the model's, or
+        the model's routers run on a GPU."""
+        if experts is None or weights is None:
+            call("hetcomp_model_replay_routing", self._handle.pointer, 0, 0, 0, None, None)
+            return
+        if experts.shape != weights.shape or experts.ndim != 3:
+            refuse(f"A routing has experts and weights of one shape with 3 dimensions, not {experts.shape}.")
+        ids, parts = np.ascontiguousarray(experts, np.int32), np.ascontiguousarray(weights, np.float32)
+        layers, tokens, top_k = ids.shape
+        pointers = (ids.ctypes.data, parts.ctypes.data)
+        call("hetcomp_model_replay_routing", self._handle.pointer, layers, tokens, top_k, *pointers)
+
     def tokenize(self, text: str, *, parse_special: bool = True, add_special: bool = True) -> list[int]:
         """Token ids of ``text``. parse_special: special tokens in the text count as such. add_special:
         add what the model puts around a text (BOS). Raises HetcompError for a model without tokenizer."""

@@ -35,3 +35,8 @@ def unsupported(name: str) -> str | None:
 def evaluation_texts() -> list[Path]:
     """Small texts of several domains (``models_zoo/eval``), held out of demo-moe's training; see DATA.md."""
     return sorted((_ROOT / "eval").glob("*.txt"))
+
+
+def routing_traces() -> dict[str, Path]:
+    """Recorded routing of demo-moe (files that ``RoutingTrace.read`` reads), by the name of the text of ``eval``."""
+    return {path.stem: path for path in sorted((_ROOT / "demo-moe" / "routing").glob("*.safetensors"))}

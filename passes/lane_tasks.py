@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
-from hetcomp.passes.routing import sample_deferral
+from hetcomp.passes.routing import ReplayedStep, sample_deferral
 from hetcomp.passes.step_placement import by_device, lane_shares, with_cached
 from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
 from hetcomp.passes.work import Work, activation_bytes, work_of
@@ -77,9 +77,10 @@ class StepTasks:
                 )
                 yield _Use(template, op, placements[op.id], call.layer, read, written)
 
-    def tasks(self, seed: int) -> list[Task]:
-        """The step's tasks in program order."""
-        self._tasks: list[Task] = []
+    def tasks(self, seed: int, replayed: ReplayedStep | None = None) -> list[Task]:
+        """The step's tasks in program order; ``replayed``: with this routing, of which nothing is deferred."""
+        self._replayed = replayed
+        self._tasks: list[Task] = list(self._cache_copies(replayed.copied_bytes)) if replayed is not None else []
         self._ready: dict[str, tuple[int, ...]] = defaultdict(tuple)
         self._streamed: dict[str, list[int]] = defaultdict(list)
         self._moe_layer = self._cached_layer = 0
@@ -91,6 +92,14 @@ class StepTasks:
             for name in use.written:
                 self._ready[name] = done
         return self._tasks
+
+    def _cache_copies(self, moved: int) -> Iterator[Task]:
+        """What the expert cache copies under the step, which waits for it in the end."""
+        if moved:
+            assert self.plan.expert_cache is not None
+            (slots,) = self.plan.expert_cache.gpus  # of several GPUs no trace is replayed
+            us = copy_us(self._gpu(slots.gpu), float(moved))
+            yield Task("expert cache", None, f"{slots.gpu} copy weights", us, (), moved / us / 1e3)
 
     def _add(
         self,
@@ -198,10 +207,14 @@ class StepTasks:
         deferred = placement.deferred if self.step.tokens == self.step.sequences else 0
         rows = self._work(template, op).rows
         on_cpu = np.array(experts_on_cpu(placement))
-        tokens, later = sample_deferral(shares, a.top_k, rows, on_cpu, deferred, generator)
+        if self._replayed is None:
+            tokens, later = sample_deferral(shares, a.top_k, rows, on_cpu, deferred, generator)
+        else:
+            tokens = self._replayed.tokens(self._moe_layer - 1, a.experts)
+            later = np.zeros_like(tokens)
         size = self._expert_bytes(template, op)
         if self.plan.expert_cache is not None and placement.device.startswith("gpu:"):
-            placement = with_cached(placement, self.plan.expert_cache.first[self._cached_layer])
+            placement = with_cached(placement, self._held())
             self._cached_layer += 1
         placement = self._with_streams(template, op, placement, tokens, size)
         done: list[int] = []
@@ -217,6 +230,13 @@ class StepTasks:
         done += self._cpu_experts(op, placement, layer, at_once, left, after)
         self._left = deferred > 0
         return tuple(done)
+
+    def _held(self) -> Sequence[int]:
+        """What the slots of the cached layer hold: what they begin with, or in the step that is replayed."""
+        assert self.plan.expert_cache is not None
+        if self._replayed is not None and self._replayed.held is not None:
+            return [int(e) for e in np.flatnonzero(self._replayed.held[self._cached_layer])]
+        return self.plan.expert_cache.first[self._cached_layer]
 
     def _with_streams(
         self, template: Template, op: Op, placement: Placement, tokens: NDArray[np.int64], size: float

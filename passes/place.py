@@ -131,8 +131,8 @@ def _write(plan: Plan, context: Context, problem: Problem, assignment: Assignmen
     for index, call in enumerate(plan.calls):
         order = [op.id for op in plan.template(call.template).ops]
         calls.append(replace(call, placements=tuple((op, placed[index][op]) for op in order)))
-    placed = replace(plan, calls=tuple(calls))
-    return replace(placed, disk=disk_reads(placed, context))
+    found = replace(plan, calls=tuple(calls))
+    return replace(found, disk=disk_reads(found, context))
 
 
 def _intermediate(plan: Plan, e: ExpertSet) -> int:

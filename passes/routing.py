@@ -1,14 +1,30 @@
-"""Sampled routings: how many tokens of a step each expert gets."""
+"""Sampled and recorded routings: how many tokens of a step each expert gets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 # Above this many tokens each expert's number is drawn on its own: the fixed sum over experts no longer matters.
 INDEPENDENT_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayedStep:
+    """A step with recorded routing: ``choices`` [MoE layers, tokens, top_k]. ``held`` bool [layers with an expert
+    cache, experts]: what the cache holds in it (None: what it holds at load); ``copied_bytes``: of experts that are
+    copied to it meanwhile."""
+
+    choices: NDArray[np.integer]
+    held: NDArray[np.bool_] | None = None
+    copied_bytes: int = 0
+
+    def tokens(self, moe_layer: int, experts: int) -> NDArray[np.int64]:
+        """Tokens by expert of the layer, i64 [experts]."""
+        return np.bincount(self.choices[moe_layer].ravel(), minlength=experts).astype(np.int64)
 
 
 def sample_tokens(

@@ -17,6 +17,7 @@ from hetcomp.passes.lane_engine import Run, Task, run_lanes
 from hetcomp.passes.lane_tasks import StepTasks
 from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.registry import plan_pass
+from hetcomp.passes.routing import ReplayedStep
 
 # Routings drawn for a step of few tokens, where lanes race; the mean's error is then about a percent.
 SAMPLES = 24
@@ -60,6 +61,14 @@ def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:
         low_us=float(np.percentile(totals, 10)),
         high_us=float(np.percentile(totals, 90)),
     )
+
+
+def replayed_us(
+    plan: Plan, phase: int, step: Phase, context: Context, replayed: Sequence[ReplayedStep]
+) -> tuple[float, ...]:
+    """Microseconds of the simulated step with each of the recorded routings."""
+    builder, joint = StepTasks(plan, phase, step, context), joint_gb_per_s(context.profile)
+    return tuple(run_lanes(builder.tasks(0, routing), joint).total_us for routing in replayed)
 
 
 def trace(plan: Plan, phase: int, step: Phase, context: Context) -> tuple[Event, ...]:

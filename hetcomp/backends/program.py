@@ -19,7 +19,7 @@ from hetcomp.ir.node_parts import Cut, NodePart, cut_weights, part_id, part_work
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 
-_WAITING = "wait for gpu"  # timer of what the lanes wait at hand-overs
+WAITING = "wait for gpu"  # timer of what the lanes wait at hand-overs
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ProgramLayout:
         for side in cpu_templates(plan).values():
             for op in side.template.ops:
                 if side.roles[op.id] is not CpuRole.COMPUTE:
-                    roles.setdefault(_WAITING)
+                    roles.setdefault(WAITING)
                 roles.setdefault(op.role or op.kind)
                 if deferring and side.roles[op.id] is CpuRole.EXPERTS:
                     roles.setdefault(deferred_role(op.role or op.kind))
@@ -78,7 +78,7 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
     for number, call in enumerate(plan.calls):
         if call.template in index:
             flag = _first_flag(exchange, number)
-            calls.append({"template": call.template, "index": index[call.template], "flag": flag})
+            calls.append({"template": call.template, "index": index[call.template], "flag": flag, "number": number})
             index[call.template] += 1
     return render(
         "program/program.cpp.j2",
@@ -95,7 +95,7 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         max_logit_rows=plan.dim("R").max,
         vocab=plan.model.vocab,
         timers=layout.timers,
-        waiting=layout.timers.index(_WAITING) if exchange.with_cpu() else 0,
+        waiting=layout.timers.index(WAITING) if exchange.with_cpu() else 0,
         n_nodes=len(layout.nodes),
         n_pinned=len(exchange.of_side(CPU)),
         n_flags=len(exchange.hand_overs) if exchange.with_cpu() else 0,
@@ -175,6 +175,7 @@ def _template(
             "flag": flags.get(op.id, 0),
             "parts": (),
             "deferral": None,
+            "routing": None,
         }
         if role is CpuRole.SEND:
             value = template.value(op.outputs[0])
@@ -183,6 +184,7 @@ def _template(
         elif role is CpuRole.EXPERTS:
             moved = {name: address[_pinned(op, part)] for name, part in zip(op.inputs, EXPERT_INPUTS, strict=False)}
             rendered["outputs"] = [address[_pinned(op, EXPERT_SUM)]]
+            rendered["routing"] = _routing(op, moved.__getitem__)
             if deferring:
                 rendered["deferral"] = {
                     "index": experts.index(op.id),
@@ -197,6 +199,7 @@ def _template(
             rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
         elif role is CpuRole.COMPUTE:
             rendered["outputs"] = [find(o, op) for o in op.outputs] or ["nullptr"]
+            rendered["routing"] = _routing(op, partial(find, op=op))
             if parts[op.id]:
                 where = partial(find, op=op)
                 rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
@@ -243,6 +246,14 @@ def _on_cpu(op: Op, parts: Sequence[NodePart]) -> Sequence[bool]:
     places = [part.places(op.attrs.experts) for part in parts]
     found = [any(place >= 0 for place in of_expert) for of_expert in zip(*places, strict=True)]
     return () if all(found) else found
+
+
+def _routing(op: Op, find: Callable[[str], str]) -> dict[str, Any] | None:
+    """Where the choices of experts are and their weights; None: the op has no experts."""
+    if not isinstance(op.attrs, MoeExperts):
+        return None
+    _, ids, weights = op.inputs[: len(EXPERT_INPUTS)]
+    return {"experts": op.attrs.experts, "top_k": op.attrs.top_k, "ids": find(ids), "weights": find(weights)}
 
 
 def _pinned(op: Op, part: str) -> str:

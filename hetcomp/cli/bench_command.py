@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,9 +15,10 @@ from hetcomp.cli.guard import guard
 from hetcomp.errors import HetcompError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from hetcomp.bench import BenchRecord, CaseResult
+    from hetcomp.executable import Executable
     from hetcomp.runtime import Runtime
 
 
@@ -29,6 +31,12 @@ def bench_command(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random tokens of the prompts.")] = 0,
     text: Annotated[
         Path | None, typer.Option("--text", help="Take prompts from this text: routing differs from random tokens'.")
+    ] = None,
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            "--replay", help="Route as a trace does: a file of hetcomp trace --routing, or zipf:1.1,markov:0.9."
+        ),
     ] = None,
     hw: Annotated[str, typer.Option("--hw", help="Profile to predict with: auto, or a file.")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", help="Record; default MODEL.bench.json beside it.")] = None,
@@ -47,9 +55,11 @@ def bench_command(
         target = out or record_path(artifact)
         lengths, positions = _lengths("--prompt", prompt), _lengths("--context", context)
         profile = load_profile(hw)
+        if text is not None and replay is not None:
+            raise HetcompError("--text and --replay both say how tokens are routed; give one of them.")
         exe = hetcomp.load(artifact)
         _refuse_unwritable(target)
-        with RichProgress(Console(stderr=True)) as progress:
+        with RichProgress(Console(stderr=True)) as progress, _prompts(exe, text, replay) as (ids, name):
             record = bench(
                 exe,
                 profile,
@@ -58,7 +68,8 @@ def bench_command(
                 tokens=tokens,
                 rounds=rounds,
                 seed=seed,
-                text=None if text is None else _text_ids(exe.runtime, text),
+                text=ids,
+                text_name=name,
                 progress=progress,
             )
         write_text(target, record.to_json())
@@ -78,6 +89,18 @@ def _refuse_unwritable(target: Path) -> None:
     """Raises HetcompError now rather than after minutes of measuring."""
     if target.is_dir() or not os.access(target.absolute().parent, os.W_OK):
         raise HetcompError(f"The record cannot be written to {target}; choose a file in another folder with --out.")
+
+
+@contextmanager
+def _prompts(exe: Executable, text: Path | None, replay: str | None) -> Iterator[tuple[Sequence[int] | None, str]]:
+    """The tokens to run, None for random ones, and what the record calls them."""
+    if replay is None:
+        yield (None, "random tokens") if text is None else (_text_ids(exe.runtime, text), "text")
+        return
+    from hetcomp.replay_routing import replayed_routing, routing_of
+
+    with replayed_routing(exe, routing_of(replay, exe.plan)) as replayed:
+        yield replayed.ids, replayed.note
 
 
 def _text_ids(runtime: Runtime, path: Path) -> list[int]:

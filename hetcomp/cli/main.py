@@ -1,4 +1,4 @@
-"""The command line: ``hetcomp compile | run | plan | importance | doctor`` and ``hetcomp-plan``."""
+"""The command line: ``hetcomp compile | run | plan | trace | bench | ..`` and ``hetcomp-plan``."""
 
 from __future__ import annotations
 
@@ -33,16 +33,19 @@ from hetcomp.cli.options import (
     PinList,
     Pinned,
     Prompt,
+    RoutingTraceFile,
     Stats,
     StopAfter,
     Vram,
     ccs_of,
     formats_of,
     isas_of,
+    token_ids,
     wishes_of,
 )
 from hetcomp.cli.plan_command import plan_command
 from hetcomp.cli.profile_command import profile_command
+from hetcomp.cli.trace_command import trace_command
 from hetcomp.errors import HetcompError
 
 app = typer.Typer(
@@ -75,6 +78,7 @@ def compile_command(
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
     expert_cache: ExpertCache = "static",
+    routing_trace: RoutingTraceFile = None,
     from_disk: FromDisk = False,
     cc: Annotated[
         str, typer.Option("--cc", help="GPU code for: auto (the profile's GPU), or a list: 80,86,89,90,120.")
@@ -117,6 +121,7 @@ def compile_command(
                 max_kl,
                 defer_text,
                 expert_cache,
+                routing_trace,
                 from_disk=from_disk,
             ),
         )
@@ -172,7 +177,7 @@ def run_command(
             raise HetcompError("Give the input with exactly one of --prompt TEXT and --ids 1,2,3.")
         exe = hetcomp.load(artifact, threads=threads)
         tokens = exe.generate(
-            prompt if prompt is not None else _ids(ids or ""),
+            prompt if prompt is not None else token_ids(ids or ""),
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -201,6 +206,7 @@ app.command("profile")(profile_command)
 app.command("importance")(importance_command)
 app.command("bench")(bench_command)
 app.command("explain")(explain_command)
+app.command("trace")(trace_command)
 
 
 @app.command("doctor")
@@ -216,13 +222,6 @@ def doctor_command(
         raise typer.Exit(doctor(as_json=as_json))
 
     guard(body, debug)
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise HetcompError(f"--ids {text} is not a list of integers such as 1,2,3.") from None
 
 
 def main() -> None:

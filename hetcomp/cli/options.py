@@ -48,7 +48,11 @@ DeferText = Annotated[
     ),
 ]
 ExpertCache = Annotated[
-    str, typer.Option("--expert-cache", help="static, or lru or lfu: hot experts move to the GPU while decoding.")
+    str, typer.Option("--expert-cache", help="static; lru or lfu: hot experts move to the GPU while decoding; or auto.")
+]
+RoutingTraceFile = Annotated[
+    Path | None,
+    typer.Option("--routing-trace", help="With --expert-cache auto: what hetcomp trace --routing wrote decides."),
 ]
 FromDisk = Annotated[
     bool,
@@ -82,6 +86,7 @@ def wishes_of(
     max_kl: float = DEFAULT_MAX_KL,
     defer_text: Path | None = None,
     expert_cache: str = "static",
+    routing_trace: Path | None = None,
     *,
     from_disk: bool = False,
 ) -> PlanWishes:
@@ -102,6 +107,7 @@ def wishes_of(
         max_kl=max_kl,
         deferral_text=defer_text,
         expert_cache=expert_cache,
+        routing_trace=routing_trace,
         from_disk=from_disk,
     )
 
@@ -134,3 +140,11 @@ def ccs_of(text: str) -> list[int]:
 def isas_of(text: str) -> list[str] | None:
     """Instruction sets, None for the profile's best."""
     return None if text == "auto" else [part.strip() for part in text.split(",")]
+
+
+def token_ids(text: str) -> list[int]:
+    """Token ids of a list as ``1,2,3``. Raises HetcompError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise HetcompError(f"--ids {text} is not a list of integers such as 1,2,3.") from None

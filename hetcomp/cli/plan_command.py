@@ -30,6 +30,7 @@ from hetcomp.cli.options import (
     PinList,
     Pinned,
     Prompt,
+    RoutingTraceFile,
     Stats,
     StopAfter,
     Vram,
@@ -62,6 +63,7 @@ def plan_command(
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
     expert_cache: ExpertCache = "static",
+    routing_trace: RoutingTraceFile = None,
     from_disk: FromDisk = False,
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
@@ -78,6 +80,9 @@ def plan_command(
     ] = True,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Write the plan as JSON.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write one page: roofline, memory, timeline.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--measured", help="With --html: draw this trace (hetcomp trace --out) beside it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Print the whole plan.")] = False,
     stop_after: StopAfter = None,
@@ -87,6 +92,7 @@ def plan_command(
     """Shows where each part of MODEL would live and run, and how fast, without reading a weight."""
 
     def body() -> None:
+        from hetcomp.cli.measured_steps import measured_steps
         from hetcomp.cli.plan_html import plan_html
         from hetcomp.cli.plan_json import plan_report_json
         from hetcomp.cli.plan_report import plan_report
@@ -121,6 +127,7 @@ def plan_command(
                         max_kl,
                         defer_text,
                         expert_cache,
+                        routing_trace,
                         from_disk=from_disk,
                     ),
                     planning=explore,
@@ -138,8 +145,11 @@ def plan_command(
             write_text(plan_out, to_json(plan))
         free = planned.profile.available_bytes() if planned else None
         figures = _figures(planned) if planned is not None and plan.timelines else None
+        if measured is not None and html is None:
+            raise HetcompError("--measured is drawn into the report; give --html FILE with it.")
         if html is not None:
-            write_text(html, plan_html(plan, _needed(figures)))
+            steps = measured_steps(measured, plan) if measured is not None else ()
+            write_text(html, plan_html(plan, _needed(figures), steps))
         if as_json:
             others = [(name, other.plan) for name, other in compared]
             typer.echo(plan_report_json(plan, free, figures, explored=explore, compared=others, gains=gains))

@@ -10,18 +10,23 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from hetcomp.backends.program import WAITING
 from hetcomp.cli.plan_figures import ClassPoint, DeviceMemory, Figures, Roof, Step
 from hetcomp.cli.plan_placement import layer_runs, solution_line
 from hetcomp.ir.deferral import whole_role
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
+from hetcomp.lane_trace import BARRIER
 
 # What colours stand for, in memory bars and timelines alike; the template has a colour for each.
-FAMILIES = ("experts", "attention", "dense", "router", "embedding", "KV cache", "transfer", "other")
+FAMILIES = ("experts", "attention", "dense", "router", "embedding", "KV cache", "transfer", "waiting", "other")
+
+# Roles of measured steps in which nothing is computed (hetcomp/lane_trace.py).
+_WAITING = (BARRIER, WAITING)
 
 
-def plan_html(plan: Plan, figures: Figures) -> str:
-    """The report as HTML."""
+def plan_html(plan: Plan, figures: Figures, measured: Sequence[Step] = ()) -> str:
+    """The report as HTML; ``measured``: steps of a real run, drawn below the predicted ones of their phase."""
     data = {
         "families": list(FAMILIES),
         "speeds": [_speed(plan, i) for i in range(len(plan.timelines))],
@@ -29,6 +34,7 @@ def plan_html(plan: Plan, figures: Figures) -> str:
         "points": [_point(p, figures.steps) for p in figures.points],
         "memory": [_memory(m) for m in figures.memory],
         "steps": [_step(s) for s in figures.steps],
+        "measured": [_step(s) for s in measured],
         "layers": [[run.layers, run.dense, run.experts] for run in layer_runs(plan)],
         "notes": list(plan.notes),
     }
@@ -61,6 +67,8 @@ def family(role: str) -> str:
         return "experts"
     if role == "transfer":
         return "transfer"
+    if role in _WAITING:
+        return "waiting"
     if role in ("embed", "lm_head"):
         return "embedding"
     if role in ("moe.router", "moe.route"):

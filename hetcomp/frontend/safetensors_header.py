@@ -38,6 +38,23 @@ _MAX_HEADER = 100_000_000  # safetensors' own limit
 
 def read_header(path: Path) -> dict[str, CheckpointTensor]:
     """Tensors of a safetensors file by name. Raises HetcompError naming the file and what is wrong."""
+    header, data_start, size = _json_header(path)
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, data_start) for name, entry in header.items()}
+    _check_extent(path, list(tensors.values()), size)
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself besides its tensors. Raises HetcompError as :func:`read_header` does."""
+    found = _json_header(path)[0].get("__metadata__", {})
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise HetcompError(f"{path}: the metadata of the safetensors header is not text by name")
+    return found
+
+
+def _json_header(path: Path) -> tuple[dict[str, object], int, int]:
+    """The header, where the data begins, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -56,10 +73,7 @@ def read_header(path: Path) -> dict[str, CheckpointTensor]:
         raise HetcompError(f"{path}: the safetensors header is not valid JSON") from error
     if not isinstance(header, dict):
         raise HetcompError(f"{path}: the safetensors header is not a JSON object")
-    header.pop("__metadata__", None)
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_extent(path, list(tensors.values()), size)
-    return tensors
+    return header, 8 + length, size
 
 
 def _tensor(path: Path, name: str, entry: object, data_start: int) -> CheckpointTensor:

@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
+from hetcomp.artifact.staged_file import write_whole
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.detect import Machine, detect_machine
 from hetcomp.hardware.figures import Gpu
@@ -73,19 +73,7 @@ def keep(profile: HardwareProfile, target: Path) -> None:
 
 def write_text(target: Path, text: str) -> None:
     """Writes a file whole or not at all. Raises HetcompError naming it."""
-    staged: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}-", delete=False) as file:
-            staged = Path(file.name)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(target)
-    except OSError as error:
-        raise HetcompError(f"{target} cannot be written: {error.strerror or error}.") from None
-    finally:
-        if staged is not None:
-            staged.unlink(missing_ok=True)
+    write_whole(target, text.encode())
 
 
 def read_cached(cached: Path) -> HardwareProfile | None:

@@ -154,6 +154,31 @@ class DiskReads:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheFigures:
+    """What a policy did with a routing trace: the part of its choices whose expert the GPU had, bytes copied a step in
+    the mean, and the simulated microseconds of a step of decoding."""
+
+    policy: str
+    hit_rate: float
+    bytes_per_step: float
+    step_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class CacheChoice:
+    """How ``expert_cache="auto"`` was decided: on ``steps`` steps of decoding of the routing trace ``trace``, behind
+    others of it that static placement was made from and the caches were warmed with. ``figures``: of the policies that
+    are possible, of which ``chosen`` is the fastest; ``refused``: why there is no cache among them (empty: there is).
+    """
+
+    trace: str
+    steps: int
+    figures: tuple[CacheFigures, ...]
+    chosen: str
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A placement that was considered: the method that found it, and the simulated time of the whole mix."""
 

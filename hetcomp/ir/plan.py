@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from hetcomp.ir.annotations import (
     ArenaSlot,
+    CacheChoice,
     Cost,
     DeferralQuality,
     DiskReads,
@@ -170,7 +171,8 @@ class Plan:
     invariants that the passes run so far have established. ``mix`` is the use that it is optimised for,
     ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill; ``expert_cache``:
     some of them are on the GPU, others from step to step. ``disk``: experts are read from the disk. ``deferral``: what
-    deferring experts was measured to cost, if it was."""
+    deferring experts was measured to cost, if it was; ``cache_choice``: how the policy of the expert cache was found,
+    if a routing trace decided."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -188,6 +190,7 @@ class Plan:
     deferral: DeferralQuality | None = None
     expert_cache: ExpertCache | None = None
     disk: DiskReads | None = None
+    cache_choice: CacheChoice | None = None
     notes: tuple[str, ...] = field(default=())
 
     def dim(self, name: str) -> Dim:

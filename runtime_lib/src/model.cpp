@@ -249,6 +249,8 @@ void Model::run(const StepRequest& request) {
       .hand_over = nullptr,
       .defer_experts = deferral_ == HETCOMP_DEFER_ALL ||
                        (deferral_ == HETCOMP_DEFER_GENERATED && request.phase == Phase::kDecode),
+      .routing = routing_callback_ || routing_.replays() ? routing_.begin(request.positions) : nullptr,
+      .trace = lane_trace_.begin(),
   };
   const auto start = std::chrono::steady_clock::now();
   kv_memory_->write(request.slots, request.positions, *kv_pool_);
@@ -263,10 +265,67 @@ void Model::run(const StepRequest& request) {
   phase.seconds += seconds_since(start);
   phase.steps += 1;
   phase.tokens += step.n_tokens;
+  if (lane_trace_callback_) tell_lane_trace(request, start);
   if (error != 0)
     throw Error(HETCOMP_COMPUTE,
                 "A kernel of the program reported error " + std::to_string(error) + "; report this bug.");
   if (logits != request.logits && logit_bytes != 0) std::memcpy(request.logits, logits, logit_bytes);
+  if (step.routing) tell_routing(request);
+}
+
+void Model::tell_routing(const StepRequest& request) const {
+  const Routing& routing = routing_.finish();
+  if (!routing_callback_) return;
+  const hetcomp_routing told{
+      .struct_size = sizeof(hetcomp_routing),
+      .decode = request.phase == Phase::kDecode,
+      .n_tokens = static_cast<std::int64_t>(request.ids.size()),
+      .n_layers = routing.layers,
+      .top_k = routing.top_k,
+      .positions = request.positions.data(),
+      .slots = request.slots.data(),
+      .experts = routing.experts.data(),
+      .weights = routing.weights.data(),
+  };
+  routing_callback_(&told, routing_user_);
+}
+
+void Model::tell_lane_trace(const StepRequest& request, std::chrono::steady_clock::time_point start) {
+  const auto ns = [](std::chrono::steady_clock::time_point time) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+  };
+  const std::int64_t end = ns(std::chrono::steady_clock::now());
+  const std::vector<hetcomp_lane_event>& events = lane_trace_.collect();
+  const hetcomp_step_trace told{
+      .struct_size = sizeof(hetcomp_step_trace),
+      .decode = request.phase == Phase::kDecode,
+      .n_tokens = static_cast<std::int64_t>(request.ids.size()),
+      .position = *std::ranges::max_element(request.positions) + 1,
+      .begin_ns = ns(start),
+      .end_ns = end,
+      .n_events = static_cast<std::int64_t>(events.size()),
+      .dropped = lane_trace_.dropped(),
+      .events = events.data(),
+  };
+  lane_trace_callback_(&told, lane_trace_user_);
+}
+
+void Model::set_lane_trace_callback(hetcomp_lane_trace_callback callback, void* user) {
+  const std::lock_guard lock(step_mutex_);
+  lane_trace_.resize(callback ? threads() : 0);
+  lane_trace_callback_ = callback;
+  lane_trace_user_ = user;
+}
+
+void Model::replay_routing(Routing routing, std::int64_t tokens) {
+  const std::lock_guard lock(step_mutex_);
+  routing_.replay(std::move(routing), tokens);
+}
+
+void Model::set_routing_callback(hetcomp_routing_callback callback, void* user) {
+  const std::lock_guard lock(step_mutex_);
+  routing_callback_ = callback;
+  routing_user_ = user;
 }
 
 void Model::set_deferral(hetcomp_deferral which) {

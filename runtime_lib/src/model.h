@@ -3,6 +3,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <filesystem>
 #include <memory>
 #include <mutex>
@@ -17,10 +18,12 @@
 #include "kv_memory.h"
 #include "kv_pool.h"
 #include "lane_threads.h"
+#include "lane_trace.h"
 #include "manifest.h"
 #include "memory.h"
 #include "node_map.h"
 #include "program_library.h"
+#include "routing_record.h"
 #include "statistics.h"
 #include "tokenizer.h"
 #include "weights.h"
@@ -85,6 +88,14 @@ class Model {
   // Of which tokens the plan's deferral of experts takes place from the next step on.
   void set_deferral(hetcomp_deferral which);
 
+  // Is told how each step from the next one on routed its tokens, by the thread that runs it; null: nobody.
+  void set_routing_callback(hetcomp_routing_callback callback, void* user);
+
+  // Is told what the lanes did in each step from the next one on; null: nobody.
+  void set_lane_trace_callback(hetcomp_lane_trace_callback callback, void* user);
+  // What the experts get from the next step on; see RoutingRecord::replay. Throws Error.
+  void replay_routing(Routing routing, std::int64_t tokens);
+
   // Whether a step may ask for `best`.
   bool offers_best() const { return gpu_ && gpu_->offers_best(); }
   // Whether some steps find candidates.
@@ -101,6 +112,8 @@ class Model {
  private:
   void load_gpus(const LoadOptions& options);
   void read_gpu_statistics();
+  void tell_lane_trace(const StepRequest& request, std::chrono::steady_clock::time_point start);
+  void tell_routing(const StepRequest& request) const;
   void stream_from_weights();
   void allocate(const LoadOptions& options);
   Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;
@@ -129,6 +142,12 @@ class Model {
 
   mutable std::mutex step_mutex_;
   hetcomp_deferral deferral_ = HETCOMP_DEFER_GENERATED;
+  hetcomp_routing_callback routing_callback_ = nullptr;
+  void* routing_user_ = nullptr;
+  RoutingRecord routing_;
+  hetcomp_lane_trace_callback lane_trace_callback_ = nullptr;
+  void* lane_trace_user_ = nullptr;
+  LaneTrace lane_trace_;
   Statistics statistics_;
 };
 

@@ -81,8 +81,8 @@ void in_parallel(std::deque<Queue>& queues, const Work& work) {
   if (failure) std::rethrow_exception(failure);
 }
 
-// Of weights that are read on demand a page that is touched must not bring megabytes of its neighbours with it
-// (the kernels ask for what they need); all others may be read ahead of their first use.
+// Of weights that are read on demand a page that is touched must not bring megabytes of its neighbours with
+// it (the kernels ask for what they need); all others may be read ahead of their first use.
 void advise(const std::vector<WeightRecord>& weights, const std::vector<const std::uint8_t*>& addresses) {
   if (std::ranges::none_of(weights, &WeightRecord::on_demand)) return;
   for (std::size_t i = 0; i < weights.size(); ++i)

@@ -142,6 +142,64 @@ typedef enum hetcomp_deferral {
  * effect on models that defer nothing. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral which);
 
+/* How one step routed its tokens, as the experts got it; valid during the callback. Layers whose experts lie
+ * on a GPU alone are left out: the CPU does not see their routing. */
+typedef struct hetcomp_routing {
+  uint32_t struct_size;
+  int32_t decode; /* 1: a step of decoding, one token of each sequence; 0: of a prompt */
+  int64_t n_tokens;
+  int32_t n_layers; /* MoE layers, in order */
+  int32_t top_k;
+  const int32_t* positions; /* [n_tokens] */
+  const int32_t* slots;     /* [n_tokens]: the sequence's place, as long as its session lives */
+  const int32_t* experts;   /* [n_layers][n_tokens][top_k] */
+  const float* weights;     /* likewise */
+} hetcomp_routing;
+
+/* Must not use the model. */
+typedef void (*hetcomp_routing_callback)(const hetcomp_routing* routing, void* user);
+/* Called at the end of every step from the next one on, by the thread that runs it; NULL: no more. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_set_routing_callback(hetcomp_model* model,
+                                                                 hetcomp_routing_callback callback,
+                                                                 void* user);
+
+/* For benchmarks: from the next step on the experts get this routing in place of the routers', a token that
+ * of row position % n_tokens; n_tokens 0: the routers' again. experts, weights: [n_layers][n_tokens][top_k],
+ * copied. A step fails with HETCOMP_INVALID_ARGUMENT where the routing is not of the model's shape, and in
+ * models whose routers run on a GPU. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_replay_routing(hetcomp_model* model, int32_t n_layers,
+                                                           int64_t n_tokens, int32_t top_k,
+                                                           const int32_t* experts, const float* weights);
+
+/* What a thread of the CPU's lanes does from a moment on, until its next event. */
+typedef struct hetcomp_lane_event {
+  int64_t ns; /* CLOCK_MONOTONIC */
+  int32_t thread;
+  int32_t call;  /* of the plan: which use of a template */
+  int32_t timer; /* as in hetcomp_model_stats; -1: waits for the other threads, -2: is done with the step */
+  int32_t reserved; /* 0 */
+} hetcomp_lane_event;
+
+/* What the lanes did in a step; valid during the callback. */
+typedef struct hetcomp_step_trace {
+  uint32_t struct_size;
+  int32_t decode; /* as in hetcomp_routing */
+  int64_t n_tokens;
+  int64_t position; /* behind the last token */
+  int64_t begin_ns;
+  int64_t end_ns;
+  int64_t n_events;
+  int64_t dropped;                  /* events for which there was no room */
+  const hetcomp_lane_event* events; /* by thread, then by time */
+} hetcomp_step_trace;
+
+/* Must not use the model. */
+typedef void (*hetcomp_lane_trace_callback)(const hetcomp_step_trace* trace, void* user);
+/* Called at the end of every step from the next one on, by the thread that runs it; NULL: no more. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_set_lane_trace_callback(hetcomp_model* model,
+                                                                    hetcomp_lane_trace_callback callback,
+                                                                    void* user);
+
 /* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------
  */
 

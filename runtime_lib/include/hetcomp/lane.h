@@ -196,6 +196,17 @@ inline bool await_gpu(Lane& lane, const hetcomp_step& step, std::uint32_t flag) 
   return await_gpu(lane, step, flag, [] {});
 }
 
+// Shows the routing of a MoE layer to who asks for it. The threads go on together, with what may have been
+// written to it; where it comes with hand-over `flag` of a GPU, they do so when that is awaited.
+inline void show_routing(Lane& lane, const hetcomp_step& step, std::int32_t experts, std::int32_t top_k,
+                         void* ids, void* weights, std::uint32_t flag = HETCOMP_NO_FLAG) {
+  if (step.routing == nullptr) return;
+  if (lane.thread == 0)
+    step.routing->routed(step.routing->host, flag, experts, top_k, static_cast<std::int32_t*>(ids),
+                         static_cast<float*>(weights));
+  if (flag == HETCOMP_NO_FLAG) barrier(lane);
+}
+
 // Whether there is nothing to compute for hand-over `flag`, which was awaited.
 inline bool nothing_to_do(const hetcomp_step& step, std::uint32_t flag) {
   return step.hand_over->skip != nullptr && step.hand_over->skip[flag] != 0;

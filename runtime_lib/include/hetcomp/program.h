@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define HETCOMP_PROGRAM_ABI 5
+#define HETCOMP_PROGRAM_ABI 6
 
 #ifdef __cplusplus
 namespace hetcomp {
@@ -32,6 +32,36 @@ typedef struct hetcomp_hand_over {
   uint32_t given_up;  // first flag at which the step was given up, UINT32_MAX: none; thread 0 alone writes it
 } hetcomp_hand_over;
 
+// Who wants to see a step's routing, or to replace it where the CPU alone computes the experts.
+typedef struct hetcomp_routing_hook {
+  void* host;
+  // Of each MoE layer whose experts the program computes, all or some, in the order of the step; by thread 0,
+  // before any of them is computed. ids, weights: [T][top_k], of so many experts. flag: of the hand-over that
+  // brings them, which was not yet waited for; HETCOMP_NO_FLAG: they are there, and what is written to them
+  // holds.
+  void (*routed)(void* host, uint32_t flag, int32_t experts, int32_t top_k, int32_t* ids, float* weights);
+  // By whoever waits for hand-over `flag` of a GPU, when it has come and before anything is changed in it.
+  void (*came)(void* host, uint32_t flag);
+} hetcomp_routing_hook;
+
+#define HETCOMP_NO_FLAG UINT32_MAX
+
+// From a moment on a thread of the lanes does something: the work of a timer, or one of these.
+#define HETCOMP_AT_BARRIER (-1)
+#define HETCOMP_AT_END (-2)
+typedef struct hetcomp_trace_event {
+  int64_t ns;    // CLOCK_MONOTONIC
+  int32_t call;  // of the plan
+  int32_t what;
+} hetcomp_trace_event;
+
+// Of one thread. n also counts events for which there was no room.
+typedef struct hetcomp_lane_trace {
+  hetcomp_trace_event* events;
+  int64_t capacity;
+  int64_t n;
+} hetcomp_lane_trace;
+
 // One forward pass over `n_tokens` tokens, which may belong to several sequences.
 // Tokens of one sequence are adjacent and in order of position; the pass appends them to the sequence's KV
 // cache at those positions and attends to positions 0 .. positions[t] of the same slot.
@@ -54,6 +84,8 @@ typedef struct hetcomp_step {
   // 1: a program whose plan defers experts does so in this step, of all its tokens. Nothing of it outlasts
   // the step: what a layer defers is added in the same step.
   int32_t defer_experts;
+  const hetcomp_routing_hook* routing;  // null: nobody asks
+  hetcomp_lane_trace* trace;            // null, or by thread of the lanes
 } hetcomp_step;
 
 typedef struct hetcomp_program {

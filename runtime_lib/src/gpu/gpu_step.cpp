@@ -28,12 +28,14 @@ std::vector<ProgramFile> program_files(const Manifest& manifest) {
 struct Host {
   HandShake& hand_shake;
   const ProgramSet& programs;
+  const hetcomp_routing_hook* routing;  // null: nobody asks
 };
 
 int wait_for_gpu(void* host, std::uint32_t flag) noexcept {
-  auto& [hand_shake, programs] = *static_cast<Host*>(host);
+  auto& [hand_shake, programs, routing] = *static_cast<Host*>(host);
   try {
     if (!hand_shake.wait_for_gpu(flag)) return 0;
+    if (routing != nullptr) routing->came(routing->host, flag);
     programs.route(flag);
     return 1;
   } catch (const std::exception& error) {
@@ -246,7 +248,7 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
   step.pinned = pinned_.data();
   const auto cpu_work = [&](HandShake& hand_shake) {
     if (!with_cpu_) return;
-    Host host{hand_shake, programs_};
+    Host host{hand_shake, programs_, step.routing};
     hetcomp_hand_over hand_over{&host, wait_for_gpu, answer, programs_.skip(),
                                 std::numeric_limits<std::uint32_t>::max()};
     step.hand_over = &hand_over;
