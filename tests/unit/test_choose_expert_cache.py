@@ -25,18 +25,18 @@ from tests.reference.plan_builder import avx2_machine, gpu
 MEGABYTE = 1_000_000
 
 
-def machine() -> HardwareProfile:
-    """A CPU whose memory is slow, beside a GPU."""
+def machine(gpus: int = 1) -> HardwareProfile:
+    """A CPU whose memory is slow, beside GPUs."""
     plain = avx2_machine(1)
     slow = BandwidthPoint(threads=4, gb_per_s=5.0)
     nodes = tuple(node.model_copy(update={"read_bandwidth": (slow,)}) for node in plain.nodes)
-    return plain.model_copy(update={"gpus": (gpu(),), "nodes": nodes})
+    return plain.model_copy(update={"gpus": (gpu(),) * gpus, "nodes": nodes})
 
 
-def plan(trace: Path | None, vram: int = 40, **wishes: object) -> Plan:
+def plan(trace: Path | None, vram: int = 40, gpus: int = 1, **wishes: object) -> Plan:
     """Of demo-moe, with so many MB of the GPU; at 40 a part of the experts fits there either way."""
     wish = PlanWishes(vram=GPU_RESERVE + vram * MEGABYTE, expert_cache="auto", routing_trace=trace, **wishes)  # type: ignore[arg-type]
-    return plan_model("demo-moe", hw_profile=machine(), context_length=1024, isa=("avx2",), wishes=wish).plan
+    return plan_model("demo-moe", hw_profile=machine(gpus), context_length=1024, isa=("avx2",), wishes=wish).plan
 
 
 def joined(folder: Path, *names: str) -> Path:
@@ -76,7 +76,14 @@ def test_where_it_changes_a_cache_follows(drifting):
     assert by_policy[choice.chosen].step_us == min(f.step_us for f in choice.figures)
     assert by_policy["lfu"].hit_rate > by_policy["static"].hit_rate
     assert 0 < by_policy["lfu"].bytes_per_step < by_policy["lru"].bytes_per_step
-    assert all(f.bytes_per_step <= drifting.expert_cache.bytes_per_step for f in choice.figures)
+    assert all(f.bytes_per_step <= drifting.expert_cache.gpus[0].bytes_per_step for f in choice.figures)
+
+
+def test_of_caches_on_several_gpus_no_trace_is_replayed():
+    apart = plan(routing_traces()["law"], gpus=2, pins=("*@0-2=gpu:0", "*@3-5=gpu:1"))
+    assert apart.cache_choice is not None and apart.cache_choice.chosen == "static"
+    assert "several GPUs are not replayed" in apart.cache_choice.refused
+    assert "no cache is possible: caches on several GPUs are not replayed" in apart.notes[-1]
 
 
 def test_the_hit_rate_of_static_placement_is_that_of_its_experts(steady):
