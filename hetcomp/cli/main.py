@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from hetcomp.cli.adapter_command import adapter_app
 from hetcomp.cli.bench_command import bench_command
 from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.guard import guard
@@ -181,6 +182,7 @@ def run_command(
     guard(body, debug)
 
 
+app.add_typer(adapter_app)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("importance")(importance_command)

@@ -49,6 +49,7 @@ DeferText = Annotated[
 ExpertCache = Annotated[
     str, typer.Option("--expert-cache", help="static, or lru or lfu: hot experts move to the GPU while decoding.")
 ]
+AllowRouter = Annotated[bool, typer.Option("--allow-router", help="Accept an adapter that changes routers.")]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

@@ -1,0 +1,84 @@
+"""What an adapter may be applied to: the matrices of a traced model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hetcomp import frontend
+from hetcomp.frontend.key_mapping import KeyMapping
+from hetcomp.ir.plan import Plan, ValueKind
+
+# The operands of ops that are matrices which activations are multiplied with.
+_MATRICES = {"linear": (1,), "head_linear": (1,), "moe_experts": (3, 4), "embed": (1,)}
+EMBEDDING, ROUTER = "embed", "moe.router"
+
+
+@dataclass(frozen=True)
+class BaseWeight:
+    """A parameter that the plan multiplies with. ``shape``: the parameter's own; ``transposed``: it is [.., in, out].
+    ``roles``: of all ops that use it. ``names``: all names that it has, tied parameters under more than one."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    transposed: bool
+    roles: frozenset[str]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """``weights`` by each of their names, ``parameters``: names of all parameters, in the order of the module's own."""
+
+    name: str
+    layers: int
+    weights: Mapping[str, BaseWeight]
+    parameters: tuple[str, ...]
+    mapping: KeyMapping
+
+    @staticmethod
+    def of(imported: frontend.Imported) -> BaseModel:
+        """The matrices of an imported model."""
+        plan, shapes = imported.plan, imported.parameter_shapes
+        roles = _roles(plan)
+        weights: dict[str, BaseWeight] = {}
+        for value in plan.values:
+            if value.kind is not ValueKind.WEIGHT or value.fqn is None or value.id not in roles:
+                continue
+            known = weights.get(value.fqn)
+            names = (value.fqn, *imported.aliases.get(value.fqn, ()))
+            transposed = value.view is not None and value.view.transpose
+            together = roles[value.id] | (known.roles if known else frozenset())
+            weight = BaseWeight(value.fqn, shapes[value.fqn], transposed, together, names)
+            weights |= dict.fromkeys(names, weight)
+        names = tuple(shapes)
+        return BaseModel(plan.model.name, plan.model.layers, weights, names, KeyMapping(names, plan.model.model_type))
+
+    def experts_in(self, module: str) -> list[BaseWeight]:
+        """The stacked matrices of experts that are parameters of ``module`` itself, in the order of the module."""
+        found = (self.weights.get(p) for p in self.parameters if p.rpartition(".")[0] == module)
+        return [weight for weight in found if weight is not None and len(weight.shape) == 3]
+
+    def modules(self) -> list[str]:
+        """Names of the modules that hold one matrix each."""
+        return [n.removesuffix(".weight") for n, w in self.weights.items() if len(w.shape) == 2]
+
+
+def _roles(plan: Plan) -> dict[str, frozenset[str]]:
+    """Roles of the ops that multiply with each weight, by the weight's id."""
+    roles: dict[str, frozenset[str]] = {}
+    for call in plan.calls:
+        template = plan.template(call.template)
+        actual = dict(zip(template.params, call.args, strict=True))
+        for op in template.ops:
+            for operand in _MATRICES.get(op.kind, ()):
+                name = actual.get(op.inputs[operand])
+                if name is not None:
+                    roles[name] = roles.get(name, frozenset()) | {EMBEDDING if op.kind == EMBEDDING else op.role}
+    return roles
+
+
+def import_base(model: str | Path) -> frontend.Imported:
+    """A model as far as an adapter needs it: no weight is read. Raises HetcompError as frontend.load."""
+    return frontend.load(model, context_length=None, max_batch=1, max_tokens=1, max_logit_rows=1)
