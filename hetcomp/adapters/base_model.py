@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hetcomp import frontend
 from hetcomp.frontend.key_mapping import KeyMapping
-from hetcomp.ir.plan import Plan, ValueKind
+from hetcomp.ir.plan import Plan, ValueKind, WeightSource
 
 # The operands of ops that are matrices which activations are multiplied with.
 _MATRICES = {"linear": (1,), "head_linear": (1,), "moe_experts": (3, 4), "embed": (1,)}
@@ -17,22 +18,27 @@ EMBEDDING, ROUTER = "embed", "moe.router"
 
 @dataclass(frozen=True)
 class BaseWeight:
-    """A parameter that the plan multiplies with. ``shape``: the parameter's own; ``transposed``: it is [.., in, out].
-    ``roles``: of all ops that use it. ``names``: all names that it has, tied parameters under more than one."""
+    """A parameter that the plan multiplies with. ``shape``: the parameter's own; ``transposed``: it is [.., in, out];
+    ``interleaved``: its gate and up rows come in turn. ``roles``: of all ops that use it. ``names``: all that it has,
+    tied parameters more than one."""
 
     fqn: str
     shape: tuple[int, ...]
     transposed: bool
+    interleaved: bool
     roles: frozenset[str]
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """``weights`` by each of their names, ``parameters``: names of all parameters, in the order of the module's own."""
+    """``weights`` by each of their names, ``parameters``: names of all parameters, in the order of the module's own.
+    ``config``: the model's, as written."""
 
     name: str
+    model_type: str
     layers: int
+    config: Mapping[str, Any]
     weights: Mapping[str, BaseWeight]
     parameters: tuple[str, ...]
     mapping: KeyMapping
@@ -48,12 +54,14 @@ class BaseModel:
                 continue
             known = weights.get(value.fqn)
             names = (value.fqn, *imported.aliases.get(value.fqn, ()))
-            transposed = value.view is not None and value.view.transpose
+            view = value.view or WeightSource("plain", ())
             together = roles[value.id] | (known.roles if known else frozenset())
-            weight = BaseWeight(value.fqn, shapes[value.fqn], transposed, together, names)
+            weight = BaseWeight(value.fqn, shapes[value.fqn], view.transpose, view.deinterleave, together, names)
             weights |= dict.fromkeys(names, weight)
         names = tuple(shapes)
-        return BaseModel(plan.model.name, plan.model.layers, weights, names, KeyMapping(names, plan.model.model_type))
+        info = plan.model
+        mapping = KeyMapping(names, info.model_type)
+        return BaseModel(info.name, info.model_type, info.layers, imported.config, weights, names, mapping)
 
     def experts_in(self, module: str) -> list[BaseWeight]:
         """The stacked matrices of experts that are parameters of ``module`` itself, in the order of the module."""

@@ -173,11 +173,12 @@ class _Binding:
         if (module.b.shape[0], module.a.shape[1]) != (rows, columns):
             raise self._misshaped(module, weight.fqn, (rows, columns))
         config = self.folder.config
-        rank = config.rank(module.path)
+        name = f"{module.path}.weight" if config.targets_parameter(f"{module.path}.weight") else module.path
+        rank = config.rank(name)
         if module.a.shape[0] != rank:
             raise HetcompError(f"{self._where(module)} has rank {module.a.shape[0]}; the config says {rank}.")
         part = (place.part * rows, (place.part + 1) * rows) if place.parts > 1 else None
-        factor = Factor(module.a, module.b, config.scale(config.alpha(module.path), rank), part)
+        factor = Factor(module.a, module.b, config.scale(config.alpha(name), rank), part)
         self._put(module, weight, max(place.expert, 0), place.part, factor)
 
     def _refuse_role(self, module: LoraModule, weight: BaseWeight) -> None:
@@ -211,7 +212,9 @@ class _Binding:
                     f"{self._made_for()}"
                 )
         factors = tuple(tuple(found[e][part] for part in sorted(found[e])) for e in range(count))
-        return AdaptedWeight(fqn, weight.shape, weight.transposed, " ".join(sorted(weight.roles)), factors)
+        return AdaptedWeight(
+            fqn, weight.shape, weight.transposed, weight.interleaved, " ".join(sorted(weight.roles)), factors
+        )
 
     def refuse_missing(self, adapted: Mapping[str, AdaptedWeight]) -> None:
         """Raises HetcompError if the config targets a weight of the base that the adapter has no tensors for."""

@@ -61,12 +61,14 @@ class Factor:
 @dataclass(frozen=True, eq=False)
 class AdaptedWeight:
     """The deltas of one parameter of the traced model, ``fqn`` as plan values carry it, of shape ``shape``: [out, in],
-    or [E, out, in] with a delta for every expert; ``transposed``: [in, out] and [E, in, out] instead. ``factors`` has
+    or [E, out, in] with a delta for every expert; ``transposed``: [in, out] and [E, in, out] instead;
+    ``interleaved``: gate and up rows in turn. ``factors`` has
     one entry for a matrix and one for every expert, of one pair, or of several for different rows (gate and up)."""
 
     fqn: str
     shape: tuple[int, ...]
     transposed: bool
+    interleaved: bool
     role: str
     factors: tuple[tuple[Factor, ...], ...]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from hetcomp.cli.guard import guard
 from hetcomp.cli.options import AllowRouter, Debug
+from hetcomp.errors import HetcompError
 
 if TYPE_CHECKING:
     from hetcomp.adapters.inspection import Inspection
@@ -49,6 +51,56 @@ def inspect_command(
             typer.echo(TypeAdapter(type(found)).dump_json(found, indent=1).decode())
         else:
             _show(found, Console(), applied_to=model)
+
+    guard(body, debug)
+
+
+class Form(StrEnum):
+    """What adapters are exported to."""
+
+    STACKED = "peft-stacked"
+    PER_EXPERT = "peft-per-expert"
+    MERGED = "merged"
+    GGUF = "gguf"
+
+
+@adapter_app.command("export")
+def export_command(
+    folder: Folder,
+    to: Annotated[Form, typer.Option("--to", help="PEFT in either form, a merged checkpoint, or llama.cpp's.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder (gguf: file) to write; must not exist.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Its base: HF folder or zoo name. Default: what the adapter names.")
+    ] = None,
+    allow_router: AllowRouter = False,
+    debug: Debug = False,
+) -> None:
+    """Writes an adapter in another form; what was read is applied whole or refused."""
+
+    def body() -> None:
+        from hetcomp.adapters.base_model import BaseModel, import_base
+        from hetcomp.adapters.bind_adapter import bind_adapter
+        from hetcomp.adapters.export_gguf import export_gguf
+        from hetcomp.adapters.export_merged import export_merged
+        from hetcomp.adapters.export_peft import export_per_expert, export_stacked
+        from hetcomp.adapters.peft_folder import read_folder
+
+        read = read_folder(folder)
+        named = model or read.config.base_model_name_or_path
+        if named is None or (model is None and not Path(named).is_dir()):
+            raise HetcompError(f"{folder} was made for {named or 'an unnamed base'}, which is not here; give --model.")
+        imported = import_base(named)
+        base = BaseModel.of(imported)
+        adapter = bind_adapter(read, base, allow_router=allow_router)
+        if to is Form.STACKED:
+            export_stacked(adapter, base, out)
+        elif to is Form.PER_EXPERT:
+            export_per_expert(adapter, base, out)
+        elif to is Form.MERGED:
+            export_merged(adapter, base, imported, out)
+        else:
+            export_gguf(adapter, base, out)
+        typer.echo(f"{out}")
 
     guard(body, debug)
 

@@ -16,6 +16,8 @@ from hetcomp.cli.guard import guard
 from hetcomp.cli.importance_command import importance_command
 from hetcomp.cli.options import (
     DEFAULT_MAX_KL,
+    Adapters,
+    AllowRouter,
     Answer,
     Batch,
     Context,
@@ -29,6 +31,7 @@ from hetcomp.cli.options import (
     IsaList,
     KvTokens,
     MaxKl,
+    Merge,
     Model,
     PinList,
     Pinned,
@@ -86,6 +89,9 @@ def compile_command(
     importance: Annotated[
         Path | None, typer.Option("--importance", help="safetensors with each weight's column importances (q4, mxfp4).")
     ] = None,
+    adapter: Adapters = None,
+    merge: Merge = False,
+    allow_router: AllowRouter = False,
     stop_after: StopAfter = None,
     dump_dir: DumpDir = None,
     debug: Debug = False,
@@ -105,6 +111,9 @@ def compile_command(
             formats=formats_of(formats),
             isa=isas_of(isa),
             wishes=wishes_of(prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text, expert_cache),
+            adapters=adapter or (),
+            merge=merge,
+            allow_router=allow_router,
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:

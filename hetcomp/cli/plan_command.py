@@ -12,6 +12,8 @@ from rich.table import Table
 from hetcomp.cli.guard import guard
 from hetcomp.cli.options import (
     DEFAULT_MAX_KL,
+    Adapters,
+    AllowRouter,
     Answer,
     Batch,
     Context,
@@ -25,6 +27,7 @@ from hetcomp.cli.options import (
     IsaList,
     KvTokens,
     MaxKl,
+    Merge,
     Model,
     PinList,
     Pinned,
@@ -61,6 +64,9 @@ def plan_command(
     max_kl: MaxKl = DEFAULT_MAX_KL,
     defer_text: DeferText = None,
     expert_cache: ExpertCache = "static",
+    adapter: Adapters = None,
+    merge: Merge = False,
+    allow_router: AllowRouter = False,
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
@@ -107,6 +113,9 @@ def plan_command(
                     wishes=wishes_of(
                         prompt, answer, batch, vram, pinned, pin, stats, defer, max_kl, defer_text, expert_cache
                     ),
+                    adapters=adapter or (),
+                    merge=merge,
+                    allow_router=allow_router,
                     planning=explore,
                     stop_after=stop_after,
                     dump_dir=dump_dir,

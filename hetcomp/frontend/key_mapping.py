@@ -68,6 +68,21 @@ class KeyMapping:
                 return tuple(str(p).removesuffix(".weight").rpartition(".")[2] for p in transform.source_patterns)
         return ()
 
+    def stored_names(self, parameter: str) -> tuple[str, ...]:
+        """Names under which checkpoints of transformers 4 had the parameter, * for the number of an expert: two for
+        gate and up in one; its own name where they had it as it is."""
+        names = [parameter]
+        for transform in self._transforms:
+            target = str(transform.target_patterns[0])
+            if getattr(transform, "operations", None) and parameter.endswith(target):
+                prefix = parameter.removesuffix(target)
+                names = [f"{prefix}{pattern}" for pattern in transform.source_patterns]
+        for transform in reversed(self._transforms):
+            if not getattr(transform, "operations", None):
+                back = transform.reverse_transform()
+                names = [back.rename_source_key(name)[0] for name in names]
+        return tuple(names)
+
 
 def map_checkpoint(names: Iterable[str], parameters: Iterable[str], model_type: str) -> dict[str, Parts]:
     """Parts by parameter name. Tensors that no rule concerns keep their names.

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from hetcomp.ir.annotations import (
     ArenaSlot,
+    AttachedAdapter,
     Cost,
     DeferralQuality,
     ExpertCache,
@@ -27,7 +28,7 @@ from hetcomp.ir.annotations import (
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 3)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 4)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):
@@ -169,7 +170,7 @@ class Plan:
     invariants that the passes run so far have established. ``mix`` is the use that it is optimised for,
     ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill; ``expert_cache``:
     some of them are on the GPU, others from step to step. ``deferral``: what deferring experts was measured to cost, if
-    it was."""
+    it was. ``adapters``: what changes the model's weights."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -186,6 +187,7 @@ class Plan:
     stream: ExpertStream | None = None
     deferral: DeferralQuality | None = None
     expert_cache: ExpertCache | None = None
+    adapters: tuple[AttachedAdapter, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     def dim(self, name: str) -> Dim:

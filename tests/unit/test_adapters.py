@@ -408,7 +408,7 @@ def test_parts_of_rows_become_one_pair(data, rank, out, columns, alike):
         )
         for i, scale in enumerate(scales)
     )
-    weight = AdaptedWeight("w", (2 * out, columns), False, "", (parts,))
+    weight = AdaptedWeight("w", (2 * out, columns), False, False, "", (parts,))
     wanted = np.concatenate([p.scale * p.b @ p.a for p in parts])
     np.testing.assert_allclose(weight.delta(), wanted, rtol=1e-4, atol=1e-5)
     assert weight.norm() == pytest.approx(np.linalg.norm(wanted), rel=1e-4, abs=1e-5)
