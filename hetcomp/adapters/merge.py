@@ -122,14 +122,14 @@ class MergedReader:
         return merged
 
 
-def report_line(merged: Sequence[MergedWeight]) -> str:
-    """How much the adapter changes, relative to the weights."""
-    shares = sorted(w.delta_norm / w.weight_norm for w in merged if w.weight_norm > 0)
-    if not shares:
-        return f"adapter merged into {len(merged)} weights, which were all zero"
+def report_line(artifact: Path) -> str:
+    """How much the adapter of an artifact changes its weights, in one line."""
+    document = json.loads((artifact / REPORT).read_text(encoding="utf-8"))
+    weights = [MergedWeight(**weight) for weight in document["weights"]]
+    shares = sorted(w.delta_norm / w.weight_norm for w in weights if w.weight_norm > 0) or [0.0]
     return (
-        f"adapter merged into {len(merged)} weights; norm of the delta / norm of the weight: median "
-        f"{shares[len(shares) // 2]:.3g}, {shares[0]:.3g} to {shares[-1]:.3g}"
+        f"adapter {document['name']} merged into {len(weights)} weights; norm of the delta by that of the weight: "
+        f"{shares[0]:.3g} to {shares[-1]:.3g}, median {shares[len(shares) // 2]:.3g}"
     )
 
 

@@ -132,6 +132,10 @@ def compile_command(
                     **options,
                 )
                 text = f"{exe.path}"
+                if adapter:
+                    from hetcomp.adapters.merge import report_line
+
+                    _err.print(report_line(exe.path), highlight=False, soft_wrap=True)
         typer.echo(text)
 
     guard(body, debug)

@@ -19,6 +19,7 @@ from hetcomp.backends.packing import unpack
 from hetcomp.models_zoo import find
 from tests.parity.test_families import CONTEXT, TOLERANCE, relative_error
 from tests.reference.peft_adapters import everything, make_adapter
+from tests.reference.plan_builder import avx2_machine
 from tests.reference.tiny_models import build, save_tiny, token_ids
 
 TENSORS = "adapter_model.safetensors"
@@ -69,6 +70,16 @@ def test_experts_in_another_order_give_other_logits(tmp_path):
     save_file(tensors, tmp_path / "permuted" / TENSORS)
     permuted = compiled(tmp_path / "hf", tmp_path / "permuted", tmp_path / "permuted.hetc")
     assert relative_error(permuted(ids), wanted) > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_cut_over_two_numa_nodes(tmp_path):
+    model = save_tiny("qwen3_moe", tmp_path / "hf", moe_intermediate_size=96, tie_word_embeddings=False)
+    ids = token_ids(model, 17)[0].tolist()
+    wanted = logits_of(make_adapter(model, tmp_path / "adapter", **everything("qwen3_moe")), ids)
+    options = dict(formats="f32", context_length=CONTEXT, adapters=[tmp_path / "adapter"], merge=True)
+    exe = hetcomp.compile(tmp_path / "hf", avx2_machine(2), out=tmp_path / "two.hetc", **options)
+    assert relative_error(exe(ids), wanted) < TOLERANCE
 
 
 @pytest.mark.slow
