@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,18 @@ class BaseModel:
         mapping = KeyMapping(names, info.model_type)
         return BaseModel(info.name, info.model_type, info.layers, imported.config, weights, names, mapping)
 
-    def experts_in(self, module: str) -> list[BaseWeight]:
-        """The stacked matrices of experts that are parameters of ``module`` itself, in the order of the module."""
-        found = (self.weights.get(p) for p in self.parameters if p.rpartition(".")[0] == module)
-        return [weight for weight in found if weight is not None and len(weight.shape) == 3]
+    @cached_property
+    def by_module(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the parameters that are each module's own, in its order."""
+        found: dict[str, list[str]] = {}
+        for parameter in self.parameters:
+            found.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+        return {module: tuple(own) for module, own in found.items()}
 
-    def modules(self) -> list[str]:
-        """Names of the modules that hold one matrix each."""
-        return [n.removesuffix(".weight") for n, w in self.weights.items() if len(w.shape) == 2]
+    def has_experts(self, module: str) -> bool:
+        """Whether stacked matrices of experts are parameters of ``module`` itself."""
+        own = (self.weights.get(parameter) for parameter in self.by_module.get(module, ()))
+        return any(weight is not None and len(weight.shape) == 3 for weight in own)
 
 
 def _roles(plan: Plan) -> dict[str, frozenset[str]]:

@@ -71,16 +71,14 @@ class _Binding:
         path = module.path
         while path.endswith(_WRAPPED):
             path = path.removesuffix(_WRAPPED)
-        container = next((p for p in (path, f"model.{path}", path.removeprefix("model.")) if self._experts(p)), None)
+        names = (path, f"model.{path}", path.removeprefix("model."))
+        container = next((name for name in names if self.base.has_experts(name)), None)
         if container is not None:
             self._add_stacked(module, container, depth=(len(module.path) - len(path)) // len(_WRAPPED))
         elif path == module.path:
             self._add_matrix(module)
         else:
             raise self._unknown(module)
-
-    def _experts(self, path: str) -> list[BaseWeight]:
-        return self.base.experts_in(path)
 
     # ------------------------------------------------ all experts in one pair
 
@@ -113,7 +111,7 @@ class _Binding:
 
     def _levels(self, container: str) -> list[str]:
         """The parameters of the module that the config targets, in the module's order."""
-        own = [p for p in self.base.parameters if p.rpartition(".")[0] == container]
+        own = self.base.by_module[container]
         config = self.folder.config
         if config.target_parameters:
             return [p for p in own if config.targets_parameter(p)]

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -77,7 +78,7 @@ class AdapterConfig(BaseModel):
 
     @staticmethod
     def _by_pattern(patterns: dict[str, _Number], name: str, default: _Number) -> _Number:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+        return next((value for key, value in patterns.items() if _ending(key).match(name)), default)
 
     def targets_module(self, name: str) -> bool:
         """Whether the module ``name`` is a target, as peft decides it (check_target_module_exists). Not to be asked
@@ -110,6 +111,11 @@ class AdapterConfig(BaseModel):
         forms = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(\d+)\."]
         found = next((m for form in forms if (m := re.match(form, name))), None)
         return found is not None and int(found.group(1)) in layers
+
+
+@cache
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _ends_in(name: str, ends: Iterable[str]) -> bool:

@@ -74,7 +74,7 @@ def _stacked(adapter: Adapter, base: BaseModel) -> Iterator[_Target]:
             yield _target(adapter, PREFIX + module, name, parameter, _itself(name), stack, 0)
             continue
         container = fqn.rpartition(".")[0]
-        inside = [p for p in base.parameters if p in adapter.weights and p.rpartition(".")[0] == container]
+        inside = [p for p in base.by_module[container] if p in adapter.weights]
         depth = len(inside) - 1 - inside.index(fqn)
         a = stack.a.reshape(-1, stack.a.shape[2])
         b = stack.b.transpose(1, 2, 0).reshape(stack.b.shape[1], -1)

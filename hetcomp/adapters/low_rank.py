@@ -37,6 +37,11 @@ class LowRank:
         a, b = self.a.astype(np.float64), self.b.astype(np.float64)
         return max(0.0, float(self.scale**2 * np.sum((b.T @ b) * (a @ a.T))))
 
+    def squared_terms(self) -> float:
+        """The sum of the squared norms of the r terms of the delta, which may cancel each other in it."""
+        a, b = self.a.astype(np.float64), self.b.astype(np.float64)
+        return float(self.scale**2 * np.sum(np.square(b).sum(0) * np.square(a).sum(1)))
+
 
 @dataclass(frozen=True, eq=False)
 class Factor:
@@ -121,6 +126,10 @@ class AdaptedWeight:
     def norm(self) -> float:
         """Frobenius norm of the delta, over all experts."""
         return float(np.sqrt(sum(self.pair(e).squared_norm() for e in range(len(self.factors)))))
+
+    def norm_of_terms(self) -> float:
+        """Frobenius norm of all terms of the delta taken by themselves: what its rounding errors are relative to."""
+        return float(np.sqrt(sum(self.pair(e).squared_terms() for e in range(len(self.factors)))))
 
 
 @dataclass(frozen=True, eq=False)

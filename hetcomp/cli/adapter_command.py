@@ -118,7 +118,7 @@ def _show(found: Inspection, console: Console, applied_to: str | None) -> None:
         "targets " + ", ".join(f"{target} (rank {rank})" for target, rank in kinds),
     ]
     lines += [f"every tensor can be applied to {applied_to}"] if applied_to else []
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     layers = Table("layer", "targets", "norm of the delta", title="Layers", title_justify="left")
     for layer, (count, norm) in norms_by_layer(found.targets).items():
         known = f"{norm:.6g}" if norm is not None else "give --model"

@@ -135,7 +135,7 @@ def compile_command(
                 if adapter:
                     from hetcomp.adapters.merge import report_line
 
-                    _err.print(report_line(exe.path), highlight=False, soft_wrap=True)
+                    _err.print(report_line(exe.path), highlight=False, markup=False, soft_wrap=True)
         typer.echo(text)
 
     guard(body, debug)

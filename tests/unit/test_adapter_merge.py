@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hetcomp.adapters.base_model import BaseModel, import_base
@@ -105,6 +108,25 @@ def test_a_delta_that_is_not_read_is_noticed(tiny):
             forgetful.read(value)
     with pytest.raises(HetcompError, match=r"not merged into all of model\.layers\.0\.mlp\.experts"):
         forgetful.report()
+
+
+def test_terms_that_cancel_each_other_are_no_missing_delta(tiny, tmp_path):
+    """B A = 0 from terms of norm one: what is added is the rounding of these, not nothing."""
+    shutil.copytree(tiny / "adapter", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for name in [n for n in tensors if "q_proj.lora_A" in n]:
+        other = name.replace("lora_A", "lora_B")
+        tensors[name] = tensors[name][:1].repeat(3, 1) * torch.tensor([[1.0], [1.0], [1.0]])
+        tensors[other] = tensors[other][:, :1] * torch.tensor([[1 / 3, 1 / 3, -2 / 3]])
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "a" / "adapter_model.safetensors")
+    imported = import_base(tiny / "hf")
+    adapter = read_adapter(tmp_path / "a", BaseModel.of(imported))
+    assert imported.checkpoint is not None
+    reader = MergedReader(imported.checkpoint, adapter)
+    for value in imported.plan.values:
+        if value.kind is ValueKind.WEIGHT:
+            reader.read(value)
+    assert len(reader.report()) == len(adapter.weights)
 
 
 def test_numbers_are_those_of_the_checkpoint_plus_the_delta(tiny):
