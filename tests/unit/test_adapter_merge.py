@@ -15,13 +15,21 @@ from typer.testing import CliRunner
 from hetcomp.adapters.base_model import BaseModel, import_base
 from hetcomp.adapters.bind_adapter import read_adapter
 from hetcomp.adapters.merge import MergedReader, adapter_to_merge
+from hetcomp.backends.cut_weights import CutReader
+from hetcomp.backends.gpu.gpu_program import lower_program
+from hetcomp.backends.gpu.tile_choices import choices_of
+from hetcomp.backends.pack_weights import WeightPacker
+from hetcomp.backends.program import ProgramLayout
+from hetcomp.build_artifact import all_cuts
 from hetcomp.cli.main import app
 from hetcomp.compiler import PlanWishes, plan_model
 from hetcomp.errors import HetcompError
+from hetcomp.hardware.figures import BandwidthPoint
 from hetcomp.ir.plan import ValueKind
 from hetcomp.ir.serialise import from_json, to_json
+from hetcomp.passes.memory_table import GPU_RESERVE
 from tests.reference.peft_adapters import everything, make_adapter
-from tests.reference.plan_builder import avx2_machine
+from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import build, save_tiny
 
 
@@ -108,6 +116,42 @@ def test_a_delta_that_is_not_read_is_noticed(tiny):
             forgetful.read(value)
     with pytest.raises(HetcompError, match=r"not merged into all of model\.layers\.0\.mlp\.experts"):
         forgetful.report()
+
+
+@pytest.mark.parametrize(
+    ("family", "pins", "vram"),
+    [
+        ("gpt_oss", (), GPU_RESERVE + 900_000),  # about half of the experts on the GPU
+        ("deepseek_v3", ("*=gpu:0", "moe.experts=cpu"), None),
+        ("deepseek_v3", ("*=cpu",), None),
+    ],
+)
+def test_nothing_is_left_out_where_weights_are_cut(family, pins, vram, tmp_path):
+    """Experts on both devices and weights cut over two NUMA nodes: all that is packed together has the whole delta."""
+    save_tiny(family, tmp_path / "hf")
+    make_adapter(build(family), tmp_path / "a", **everything(family))
+    plain = avx2_machine(2)
+    slow = BandwidthPoint(threads=4, gb_per_s=0.01)  # what is not pinned goes to the GPU
+    nodes = tuple(node.model_copy(update={"read_bandwidth": (slow,)}) for node in plain.nodes)
+    planned = plan_model(
+        tmp_path / "hf",
+        hw_profile=plain.model_copy(update={"gpus": (gpu(),), "nodes": nodes}),
+        context_length=32,
+        formats="f32",
+        wishes=PlanWishes(pins=pins, vram=vram),
+        adapters=[tmp_path / "a"],
+        merge=True,
+    )
+    program = lower_program(planned.plan, choices_of([]))
+    assert (program is None) == (pins == ("*=cpu",))
+    placements = [p for call in planned.plan.calls for _, p in call.placements]
+    assert bool(vram) == any(len({run.device.partition(":")[0] for run in p.experts}) > 1 for p in placements)
+    assert planned.imported.checkpoint is not None and planned.adapter is not None
+    reader = MergedReader(planned.imported.checkpoint, planned.adapter)
+    packer = WeightPacker(CutReader(reader, all_cuts(planned.plan)))
+    for _ in packer.chunks([*ProgramLayout.of(planned.plan).weights, *(program.weights if program else ())]):
+        pass
+    assert len(reader.report()) == len(planned.adapter.weights)
 
 
 def test_terms_that_cancel_each_other_are_no_missing_delta(tiny, tmp_path):
