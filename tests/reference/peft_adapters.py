@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+
+from hetcomp.adapters.low_rank import AdaptedWeight, Adapter
+
+TENSORS = "adapter_model.safetensors"
+# Sums of at most a dozen products of numbers below one, in float32 in another order.
+TOLERANCE = 1e-6
 
 ATTENTION = {
     "qwen3_moe": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -49,13 +61,11 @@ def make_adapter(
                 tensor.copy_(tensor.to(dtype))
     wrapped.save_pretrained(folder)
     if dtype is not torch.float32:
-        _store_as(folder / "adapter_model.safetensors", dtype)
+        _store_as(folder / TENSORS, dtype)
     return wrapped.eval()
 
 
 def _store_as(path: Path, dtype: torch.dtype) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
     save_file(tensors, path, metadata={"format": "pt"})
 
@@ -63,3 +73,41 @@ def _store_as(path: Path, dtype: torch.dtype) -> None:
 def merged_state(wrapped: peft.PeftModel) -> dict[str, torch.Tensor]:
     """Parameters of the base model after peft has merged the adapter. ``wrapped`` is used up."""
     return dict(wrapped.merge_and_unload().named_parameters())
+
+
+def whole_delta(weight: AdaptedWeight) -> np.ndarray:
+    """Of all experts."""
+    return weight.delta() if weight.experts is None else np.stack([weight.delta(e) for e in range(weight.experts)])
+
+
+def deltas_of(wrapped: peft.PeftModel, original: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What peft adds to each parameter that it changes."""
+    merged = merged_state(wrapped)
+    made = {name: (merged[name] - tensor).detach().numpy() for name, tensor in original.items()}
+    return {name: delta for name, delta in made.items() if delta.any()}
+
+
+def assert_same(adapter: Adapter, wanted: dict[str, np.ndarray]) -> None:
+    """The adapter changes these parameters, by these deltas, and nothing else."""
+    assert set(adapter.weights) == set(wanted)
+    for name, delta in wanted.items():
+        np.testing.assert_allclose(whole_delta(adapter.weights[name]), delta, atol=TOLERANCE, err_msg=name)
+        assert adapter.weights[name].norm() == pytest.approx(np.linalg.norm(delta), rel=1e-4)
+
+
+def damaged(
+    plain: Path,
+    tmp_path: Path,
+    config: dict[str, Any] | None = None,
+    tensors: Callable[[dict[str, torch.Tensor]], object] | None = None,
+) -> Path:
+    """A copy of the adapter with fields of its config replaced and its tensors changed by a function."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(plain, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
+    if tensors is not None:
+        loaded = load_file(folder / TENSORS)
+        tensors(loaded)
+        save_file({name: tensor.contiguous() for name, tensor in loaded.items()}, folder / TENSORS)
+    return folder

@@ -23,9 +23,17 @@ from hetcomp.adapters.tensor_file import NewTensor, new_file
 from hetcomp.cli.main import app
 from hetcomp.errors import HetcompError
 from hetcomp.models_zoo import find
-from tests.reference.peft_adapters import EXPERTS, everything, make_adapter, merged_state
+from tests.reference.peft_adapters import (
+    EXPERTS,
+    assert_same,
+    deltas_of,
+    everything,
+    make_adapter,
+    merged_state,
+    whole_delta,
+)
 from tests.reference.tiny_models import build, save_tiny
-from tests.unit.test_adapters import FAMILIES, assert_same, deltas_of, whole_delta, write_per_expert
+from tests.unit.test_adapters import FAMILIES, write_per_expert
 
 # Everything that is not split in GGUF; DeepSeek's kv_b_proj is.
 GGUF_MODULES = {"deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}
