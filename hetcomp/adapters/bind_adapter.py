@@ -172,6 +172,8 @@ class _Binding:
             raise self._misshaped(module, weight.fqn, (rows, columns))
         config = self.folder.config
         name = f"{module.path}.weight" if config.targets_parameter(f"{module.path}.weight") else module.path
+        if name == module.path and config.target_modules != ALL_LINEAR and not config.targets_module(name):
+            raise HetcompError(f"{self._where(module)} has tensors, but the config does not target it.")
         rank = config.rank(name)
         if module.a.shape[0] != rank:
             raise HetcompError(f"{self._where(module)} has rank {module.a.shape[0]}; the config says {rank}.")

@@ -58,7 +58,7 @@ def export_merged(adapter: Adapter, base: BaseModel, imported: Imported, out: Pa
 
 def _added(weight: AdaptedWeight, place: TensorPlace, tensor: CheckpointTensor, numbers: Stored) -> Stored:
     """The tensor with its part of the delta, in its own dtype."""
-    changed: Floats = np.array(to_f32(numbers))
+    changed: Floats = to_f32(numbers) if numbers.dtype == np.uint16 else numbers.astype(np.float32)
     if place.expert >= 0:
         delta = weight.delta(place.expert)
         rows = len(delta) // place.parts

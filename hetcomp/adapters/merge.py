@@ -87,7 +87,8 @@ class MergedReader:
     def _added(self, value: Value, expert: int, numbers: Numbers) -> Floats:
         weight = self._adapter.weights[value.fqn or ""]
         delta = viewed(weight.delta(expert), self._checkpoint.source(value))
-        merged = np.array(to_f32(numbers))
+        # A copy in each case: the checkpoint may be a module in memory.
+        merged = to_f32(numbers) if numbers.dtype == np.uint16 else numbers.astype(np.float32)
         squares = self._squares.setdefault(weight.fqn, {})
         squares[value.id, expert] = _square(merged), _square(delta)
         merged += delta

@@ -11,6 +11,8 @@ import peft
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -19,6 +21,8 @@ from hetcomp.adapters.bind_adapter import read_adapter
 from hetcomp.adapters.export_gguf import export_gguf
 from hetcomp.adapters.export_merged import export_merged
 from hetcomp.adapters.export_peft import export_per_expert, export_stacked
+from hetcomp.adapters.low_rank import AdaptedWeight, Factor
+from hetcomp.adapters.pair_stack import gate_and_up, stack_of
 from hetcomp.adapters.tensor_file import NewTensor, new_file
 from hetcomp.cli.main import app
 from hetcomp.errors import HetcompError
@@ -129,6 +133,32 @@ def test_merged_bf16_checkpoint_of_several_files(tmp_path):
         # Sums in another order may be rounded to a neighbour, 2^-8 away.
         torch.testing.assert_close(merged.get_parameter(name).float(), tensor.detach(), rtol=2**-8, atol=1e-6)
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("Hello").input_ids
+
+
+@given(data=st.data(), interleaved=st.booleans(), block_diagonal=st.booleans())
+def test_stacks_have_the_deltas_of_all_experts(data, interleaved, block_diagonal):
+    """Whatever ranks and scales the experts have; gate and up apart give their rows of it."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    experts, half, columns = (data.draw(st.integers(1, 4)) for _ in range(3))
+
+    def factor(rows: tuple[int, int] | None) -> Factor:
+        rank, scale = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([0.5, 2.0]))
+        out = half if rows else 2 * half
+        numbers = rng.standard_normal((rank, columns), np.float32), rng.standard_normal((out, rank), np.float32)
+        return Factor(*numbers, scale, rows)
+
+    parts = ((0, half), (half, 2 * half)) if block_diagonal else (None,)
+    factors = tuple(tuple(factor(rows) for rows in parts) for _ in range(experts))
+    weight = AdaptedWeight("experts.gate_up_proj", (experts, 2 * half, columns), False, interleaved, "", factors)
+    stack = stack_of(weight)
+    np.testing.assert_allclose(stack.scale * stack.b @ stack.a, whole_delta(weight), rtol=1e-4, atol=1e-5)
+    rows = (np.s_[0::2], np.s_[1::2]) if interleaved else (np.s_[:half], np.s_[half:])
+    for part, own in zip(gate_and_up(weight, stack), rows, strict=True):
+        filled = part.filled_up(part.rank + 2)
+        np.testing.assert_allclose(
+            filled.scale * filled.b @ filled.a, whole_delta(weight)[:, own], rtol=1e-4, atol=1e-5
+        )
+        assert not (block_diagonal and not interleaved) or part.rank < weight.rank
 
 
 def gguf_delta(tensors, alpha: float, name: str) -> np.ndarray:

@@ -81,6 +81,8 @@ def test_the_plan_says_what_is_merged(tiny, tmp_path):
     plan = from_json((tmp_path / "plan.json").read_text())
     assert plan.adapters[0].merged and len(plan.adapters[0].targets) == 18
     assert from_json(to_json(plan)) == plan
+    document = json.loads(run("plan", tiny / "hf", *options, "--no-improvements", "--json").stdout)
+    assert document["adapters"][0]["sha256"] == plan.adapters[0].sha256
     result = run("plan", tiny / "hf", *options, "--stop-after", "attach_lora")
     assert "merged into 18 weights" in result.output and "formats_chosen" not in result.output
     # The plan of one adapter is not compiled with another, or with none.

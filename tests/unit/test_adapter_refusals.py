@@ -31,6 +31,8 @@ from tests.reference.tiny_models import build
         ({"r": 0}, "r is 0"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0"),
         ({"r": 4}, "rank"),
+        ({"target_modules": ["k_proj", "v_proj", "o_proj"]}, r"q_proj has tensors, but the config does not target it"),
+        ({"layers_to_transform": [0]}, r"layers\.1\.self_attn\.\w+ has tensors, but"),
         ({"r": "many"}, "r is not valid"),
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"rank_pattern": {"(": 3}}, "regular expression"),
