@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hetcomp import installed_runtime
+from hetcomp.adapters.merge import MergedReader
 from hetcomp.artifact.chat_template import compile_chat_template, template_bytes
 from hetcomp.artifact.chat_template_parity import prove_chat_template_parity
 from hetcomp.artifact.gpu_program_file import write_gpu_program
@@ -55,9 +56,11 @@ def write_artifact(
     progress: ProgressSink,
     ccs: Sequence[int] = (),
     tune: bool | None = False,
+    merged: MergedReader | None = None,
 ) -> None:
     """Fills ``staging`` with the code, weights and documents of a planned model. ``tune``: whether the GPU's tiles are
-    measured; None: where this machine has a GPU that code is generated for."""
+    measured; None: where this machine has a GPU that code is generated for. ``merged``: what ``packer`` reads from, if
+    an adapter is merged."""
     plan = planned.plan
     layout = ProgramLayout.of(plan)
     documents = _documents(planned, progress)
@@ -85,6 +88,8 @@ def write_artifact(
             f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "
             "not be usable"
         )
+    if merged is not None and not any(weight.delta_norm for weight in merged.write_report(staging)):
+        progress.warn("the adapter changes nothing: all of its deltas are zero")
     write_documents(documents, staging)
     copy_runtime(staging)
     write_manifest(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hetcomp import frontend
+from hetcomp.adapters.merge import MergedReader, adapter_to_merge, attached
 from hetcomp.artifact.staging import staged_folder
 from hetcomp.backends.cut_weights import CutImportance, CutReader
 from hetcomp.backends.importance import Importance
@@ -94,6 +95,9 @@ def plan_model(
     formats: str | Mapping[str, str] = "auto",
     isa: Sequence[str] | None = None,
     wishes: PlanWishes | None = None,
+    adapters: Sequence[str | Path] = (),
+    merge: bool = False,
+    allow_router: bool = False,
     planning: bool = False,
     stop_after: str | None = None,
     dump_dir: Path | None = None,
@@ -135,6 +139,13 @@ def plan_model(
         max_tokens=_step_tokens(context, mix),
         max_logit_rows=MAX_LOGIT_ROWS,
     )
+    adapter = adapter_to_merge(adapters, merge, imported, allow_router=allow_router)
+    if adapter is not None:
+        context = replace(context, adapters=(attached(adapter),))
+        if wishes.deferral == "auto":
+            raise HetcompError(
+                f"--defer auto measures the model without adapter {adapter.name}; give a number beside --adapter."
+            )
     if wishes.deferral and wishes.expert_cache != "static":
         raise HetcompError(
             f"Deferred experts and --expert-cache {wishes.expert_cache} exclude each other: what a token defers must "
@@ -158,9 +169,9 @@ def plan_model(
             trace, str(wishes.routing_trace), context, lambda c: _run_passes(imported, c, target, None, None)
         )
         if stop_after is None and dump_dir is None:
-            return chosen
+            return replace(chosen, adapter=adapter)
         context = chosen.context
-    return _run_passes(imported, context, target, stop_after, dump_dir)
+    return replace(_run_passes(imported, context, target, stop_after, dump_dir), adapter=adapter)
 
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:
@@ -173,7 +184,7 @@ def replan(planned: Planned, profile: HardwareProfile) -> Planned:
     context = replace(planned.context, profile=profile, use_gpus=use_gpus, deferral=deferral)
     seconds: dict[str, float] = {}
     plan = run_pipeline(planned.imported.plan, context, seconds=seconds)
-    return Planned(plan, planned.imported, planned.target, profile, context, seconds)
+    return Planned(plan, planned.imported, planned.target, profile, context, seconds, planned.adapter)
 
 
 def _run_passes(
@@ -320,6 +331,9 @@ def compile(
     tune: bool | None = None,
     plan: str | Path | None = None,
     importance: str | Path | None = None,
+    adapters: Sequence[str | Path] = (),
+    merge: bool = False,
+    allow_router: bool = False,
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Executable:
@@ -339,6 +353,8 @@ def compile(
     whether tiles of GPU kernels are measured on this machine's first GPU, at most a minute and remembered (None: where
     it has one that code is generated for), or taken from tables.
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
+    adapters: a PEFT LoRA folder, which is merged into the float weights before they are packed (merge: must be True);
+    allow_router: it may change routers.
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
     the profile's memory, or the machine lacks a compiler.
@@ -353,6 +369,9 @@ def compile(
         formats=formats,
         isa=isa,
         wishes=wishes,
+        adapters=adapters,
+        merge=merge,
+        allow_router=allow_router,
         stop_after="lower" if plan is not None else None,
         dump_dir=dump_dir,
         progress=progress,
@@ -373,8 +392,9 @@ def compile(
     target = Path(out)
     with staged_folder(target) as staging:
         cuts = all_cuts(planned.plan)
-        packer = WeightPacker(CutReader(checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
-        write_artifact(planned, packer, staging, progress, ccs, tune)
+        merged = MergedReader(checkpoint, planned.adapter) if planned.adapter is not None else None
+        packer = WeightPacker(CutReader(merged or checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
+        write_artifact(planned, packer, staging, progress, ccs, tune, merged)
     return Executable(target, owner=owner)
 
 

@@ -12,6 +12,7 @@ from hetcomp.ir.node_parts import plan_parts
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 from hetcomp.ir.serialise import from_json
 from hetcomp.ir.verifier import verify
+from hetcomp.passes.attach_lora import attach_lora
 from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.context import FORMATS, KV_FORMATS, Context
 from hetcomp.passes.memory_table import refuse_if_too_large
@@ -40,7 +41,10 @@ def replay(path: Path, imported: Plan, context: Context) -> Plan:
         verify(plan)
     except HetcompError as error:
         raise HetcompError(f"{path}: {error}") from None
-    bound = bind_weights(_unbound(plan), context)
+    if plan.adapters != context.adapters:
+        names = " and ".join(", ".join(a.name for a in p.adapters) or "none" for p in (plan, context))
+        raise HetcompError(f"{path} is a plan with other adapters than those given ({names}); plan the model again.")
+    bound = attach_lora(bind_weights(_unbound(plan), context), context)
     refuse_if_too_large(bound, context)
     return bound
 

@@ -10,6 +10,7 @@ from hetcomp.ir.plan import Plan
 from hetcomp.ir.printer import print_plan
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.annotate_cost import annotate_cost
+from hetcomp.passes.attach_lora import attach_lora
 from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.cache_experts import cache_experts
 from hetcomp.passes.choose_formats import choose_formats
@@ -26,6 +27,7 @@ from hetcomp.passes.stream_experts import stream_experts
 
 PIPELINE: tuple[PlanPass, ...] = (
     bind_weights,  # first: a damaged checkpoint is refused before anything is decided
+    attach_lora,  # needs the checkpoint's dtypes; refuses what cannot be merged before anything is decided
     choose_formats,  # needs the checkpoint's dtypes; every byte count below depends on it
     annotate_cost,  # needs formats; placement minimises these times
     place,  # needs costs; refuses what does not fit before a weight is read

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from hetcomp.cli.adapter_command import adapter_app
 from hetcomp.cli.bench_command import bench_command
 from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.importance_command import importance_command
 from hetcomp.cli.options import (
     DEFAULT_MAX_KL,
+    Adapters,
+    AllowRouter,
     Answer,
     Batch,
     Context,
@@ -29,6 +32,7 @@ from hetcomp.cli.options import (
     IsaList,
     KvTokens,
     MaxKl,
+    Merge,
     Model,
     PinList,
     Pinned,
@@ -91,6 +95,9 @@ def compile_command(
     importance: Annotated[
         Path | None, typer.Option("--importance", help="safetensors with each weight's column importances (q4, mxfp4).")
     ] = None,
+    adapter: Adapters = None,
+    merge: Merge = False,
+    allow_router: AllowRouter = False,
     stop_after: StopAfter = None,
     dump_dir: DumpDir = None,
     debug: Debug = False,
@@ -124,6 +131,9 @@ def compile_command(
                 routing_trace,
                 from_disk=from_disk,
             ),
+            adapters=adapter or (),
+            merge=merge,
+            allow_router=allow_router,
         )
         with RichProgress(_err) as progress:
             if stop_after is not None:
@@ -142,6 +152,10 @@ def compile_command(
                     **options,
                 )
                 text = f"{exe.path}"
+                if adapter:
+                    from hetcomp.adapters.merge import report_line
+
+                    _err.print(report_line(exe.path), highlight=False, markup=False, soft_wrap=True)
         typer.echo(text)
 
     guard(body, debug)
@@ -201,6 +215,7 @@ def run_command(
     guard(body, debug)
 
 
+app.add_typer(adapter_app)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("importance")(importance_command)

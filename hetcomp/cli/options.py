@@ -58,6 +58,9 @@ FromDisk = Annotated[
     bool,
     typer.Option("--from-disk", help="Experts that do not fit into memory stay on the disk, read as they are chosen."),
 ]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="LoRA adapter (PEFT folder); with --merge.")]
+Merge = Annotated[bool, typer.Option("--merge", help="Add the adapter to the weights before they are packed.")]
+AllowRouter = Annotated[bool, typer.Option("--allow-router", help="Accept an adapter that changes routers.")]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

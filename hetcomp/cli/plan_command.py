@@ -12,6 +12,8 @@ from rich.table import Table
 from hetcomp.cli.guard import guard
 from hetcomp.cli.options import (
     DEFAULT_MAX_KL,
+    Adapters,
+    AllowRouter,
     Answer,
     Batch,
     Context,
@@ -26,6 +28,7 @@ from hetcomp.cli.options import (
     IsaList,
     KvTokens,
     MaxKl,
+    Merge,
     Model,
     PinList,
     Pinned,
@@ -65,6 +68,9 @@ def plan_command(
     expert_cache: ExpertCache = "static",
     routing_trace: RoutingTraceFile = None,
     from_disk: FromDisk = False,
+    adapter: Adapters = None,
+    merge: Merge = False,
+    allow_router: AllowRouter = False,
     what_if: Annotated[
         list[str] | None, typer.Option("--what-if", help="NAME=2x, +8G or VALUE, e.g. dram_bandwidth=2x.")
     ] = None,
@@ -130,6 +136,9 @@ def plan_command(
                         routing_trace,
                         from_disk=from_disk,
                     ),
+                    adapters=adapter or (),
+                    merge=merge,
+                    allow_router=allow_router,
                     planning=explore,
                     stop_after=stop_after,
                     dump_dir=dump_dir,

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from hetcomp.cli.plan_figures import Figures, Roof, device_memory
 from hetcomp.cli.plan_placement import layer_runs
 from hetcomp.cli.plan_summary import OpGroup, summarise
+from hetcomp.ir.annotations import AttachedAdapter
 from hetcomp.ir.plan import Plan
 
 SCHEMA = (2, 2)  # major: fields changed or went; minor: fields were added
@@ -169,6 +170,7 @@ class PlanDocument(_Part):
     solution: SolutionJson | None
     what_if: list[Variant]
     improvements: list[Improvement]
+    adapters: list[AttachedAdapter]
     notes: list[str]
 
 
@@ -218,6 +220,7 @@ def plan_document(
             for change, other in compared or []
         ],
         improvements=[Improvement(change=change, gain=gain) for change, gain in gains or []],
+        adapters=list(plan.adapters),
         notes=list(plan.notes),
     )
 

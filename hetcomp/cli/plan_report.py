@@ -14,6 +14,7 @@ from hetcomp.cli.plan_tables import device_memory_table, intensity_table, layer_
 from hetcomp.ir.annotations import Timeline
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
+from hetcomp.ir.printer import adapter_line
 
 GENERATED = "the plan that hetcomp compile generates code from (--explore: others, too)"
 EXPLORED = "explored: may stream weights and use several GPUs, for which hetcomp compile generates no code"
@@ -39,6 +40,7 @@ def plan_report(
     if plan.timelines:
         parts += [_speed_table(plan), critical_lines(plan)]
     parts += _memory_parts(plan, summary, available_bytes, figures)
+    parts.extend(Text(adapter_line(adapter)) for adapter in plan.adapters)
     if plan.solution is not None:
         parts.append(Text(solution_line(plan, plan.solution, figures.place_seconds if figures else None)))
     parts.extend(Text(f"note: {note}") for note in plan.notes)

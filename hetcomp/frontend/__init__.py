@@ -29,7 +29,8 @@ class Imported:
 
     ``plan`` is folded. ``checkpoint`` is None for a config without weights. ``config`` is the model's config
     as written. ``stages`` holds printed forms for dumps and docs: ``fx``, ``plan``. ``unused`` names tensors of the
-    checkpoint that the Plan does not use.
+    checkpoint that the Plan does not use. ``parameter_shapes``: the module's own parameters and buffers in the order in
+    which it has them; ``aliases``: further names of tied parameters by the name that the Plan knows.
     """
 
     plan: Plan
@@ -38,6 +39,8 @@ class Imported:
     folder: Path | None
     unused: tuple[str, ...] = ()
     stages: dict[str, str] = field(default_factory=dict)
+    parameter_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load(
@@ -88,6 +91,8 @@ def load(
         folder=source.folder,
         unused=unused,
         stages={"fx": traced.text(), "plan": print_plan(folded)},
+        parameter_shapes=traced.parameter_shapes,
+        aliases=traced.aliases,
     )
 
 

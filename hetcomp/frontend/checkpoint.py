@@ -112,11 +112,11 @@ class BaseCheckpoint(ABC):
         """The whole weight in the value's shape, in the checkpoint's f32, f16, or bf16 bits; in any strides."""
         source = self.source(value)
         if source.recipe == "plain":
-            return _viewed(self._numbers(source.tensors[0]), source)
+            return viewed(self._numbers(source.tensors[0]), source)
         if source.recipe in ("stack", "stack_pair"):
             count = len(source.tensors) // (2 if source.recipe == "stack_pair" else 1)
             return np.stack([self._expert(source, e) for e in range(count)])
-        return _viewed(_joined([self._numbers(t) for t in source.tensors]), source)
+        return viewed(_joined([self._numbers(t) for t in source.tensors]), source)
 
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
@@ -132,7 +132,7 @@ class BaseCheckpoint(ABC):
             part = _joined([self._numbers(t) for t in pair])
         else:
             raise HetcompError(f"{source.tensors[0].name} is no weight of experts")
-        return _viewed(part, source)
+        return viewed(part, source)
 
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw:
         raw = self._raw(tensor, row)
@@ -177,7 +177,7 @@ def _to_f32(numbers: _Raw) -> _Raw:
     return numbers.astype(np.float32)
 
 
-def _viewed(numbers: _Raw, source: WeightSource) -> _Raw:
+def viewed(numbers: _Raw, source: WeightSource) -> _Raw:
     """Applies the view to a whole weight or to one expert's part of it (then without the first axis). Nothing is moved
     that strides can say."""
     if source.transpose:

@@ -22,19 +22,30 @@ class Parts:
     names: tuple[str, ...]
 
 
-def map_checkpoint(names: Iterable[str], parameters: Iterable[str], model_type: str) -> dict[str, Parts]:
-    """Parts by parameter name. Tensors that no rule concerns keep their names.
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a checkpoint tensor belongs: all or a part of ``parameter``. ``expert``: which matrix along its first axis
+    (-1: no such axis); ``part`` of ``parts`` tensors that are joined along the rows."""
 
-    A name that lacks the base model's prefix (``model.``), or has it too much, is matched as well.
-    Raises HetcompError if experts are numbered with holes.
-    """
-    known = set(parameters)
-    transforms = get_checkpoint_conversion_mapping(model_type) or []
-    single: dict[str, str] = {}
-    joined: dict[str, tuple[WeightTransform, dict[tuple[int, int], str]]] = {}
-    for name in names:
+    parameter: str
+    expert: int = -1
+    part: int = 0
+    parts: int = 1
+    transform: WeightTransform | None = None
+
+
+class KeyMapping:
+    """Parameters by the names of checkpoint tensors, in every version of the names that transformers reads."""
+
+    def __init__(self, parameters: Iterable[str], model_type: str) -> None:
+        self._known = set(parameters)
+        self._transforms = get_checkpoint_conversion_mapping(model_type) or []
+
+    def place(self, name: str) -> TensorPlace:
+        """The place of the tensor ``name``; a tensor that no rule concerns is the parameter of its name. A name that
+        lacks the base model's prefix (``model.``), or has it too much, is found as well."""
         target, transform, pattern, matched = name, None, None, name
-        for candidate in transforms:
+        for candidate in self._transforms:
             converts = bool(getattr(candidate, "operations", None))
             if converts and transform is not None:
                 continue
@@ -42,13 +53,51 @@ def map_checkpoint(names: Iterable[str], parameters: Iterable[str], model_type: 
             if source is not None and converts:
                 transform, pattern, matched = candidate, source, target
             target = renamed
-        target = _prefixed(target, known)
+        target = _prefixed(target, self._known)
         if transform is None:
-            single[target] = name
-            continue
+            return TensorPlace(target)
+        patterns = list(transform.source_patterns)
         expert = _expert(matched, str(pattern))
-        index = list(transform.source_patterns).index(pattern)
-        joined.setdefault(target, (transform, {}))[1][expert, index] = name
+        return TensorPlace(target, expert, patterns.index(pattern), len(patterns), transform)
+
+    def joined_names(self, parameter: str) -> tuple[str, ...]:
+        """Last parts of the module names whose weights are joined to ``parameter``, in order: gate_proj, up_proj for a
+        gate_up_proj of experts; empty if it is stored as it is."""
+        for transform in self._transforms:
+            if getattr(transform, "operations", None) and parameter.endswith(str(transform.target_patterns[0])):
+                return tuple(str(p).removesuffix(".weight").rpartition(".")[2] for p in transform.source_patterns)
+        return ()
+
+    def stored_names(self, parameter: str) -> tuple[str, ...]:
+        """Names under which checkpoints of transformers 4 had the parameter, * for the number of an expert: two for
+        gate and up in one; its own name where they had it as it is."""
+        names = [parameter]
+        for transform in self._transforms:
+            target = str(transform.target_patterns[0])
+            if getattr(transform, "operations", None) and parameter.endswith(target):
+                prefix = parameter.removesuffix(target)
+                names = [f"{prefix}{pattern}" for pattern in transform.source_patterns]
+        for transform in reversed(self._transforms):
+            if not getattr(transform, "operations", None):
+                back = transform.reverse_transform()
+                names = [back.rename_source_key(name)[0] for name in names]
+        return tuple(names)
+
+
+def map_checkpoint(names: Iterable[str], parameters: Iterable[str], model_type: str) -> dict[str, Parts]:
+    """Parts by parameter name. Tensors that no rule concerns keep their names.
+
+    Raises HetcompError if experts are numbered with holes.
+    """
+    mapping = KeyMapping(parameters, model_type)
+    single: dict[str, str] = {}
+    joined: dict[str, tuple[WeightTransform, dict[tuple[int, int], str]]] = {}
+    for name in names:
+        place = mapping.place(name)
+        if place.transform is None:
+            single[place.parameter] = name
+        else:
+            joined.setdefault(place.parameter, (place.transform, {}))[1][place.expert, place.part] = name
     out = {target: Parts("plain", (name,)) for target, name in single.items()}
     for target, (transform, found) in joined.items():
         out[target] = _joined(target, transform, found)

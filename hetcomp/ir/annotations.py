@@ -217,6 +217,25 @@ class DeferralQuality:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterTarget:
+    """A weight that an adapter changes: its name, and the largest rank that the adapter gives a matrix of it."""
+
+    fqn: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedAdapter:
+    """A LoRA adapter that the plan's model is compiled with. ``sha256``: of its files. ``merged``: its deltas are added
+    to the weights before these are packed."""
+
+    name: str
+    sha256: str
+    merged: bool
+    targets: tuple[AdapterTarget, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """Order on a lane (``cpu:0``) and whether all threads of the lane must meet before the op starts."""
 

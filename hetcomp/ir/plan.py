@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from hetcomp.ir.annotations import (
     ArenaSlot,
+    AttachedAdapter,
     CacheChoice,
     Cost,
     DeferralQuality,
@@ -172,7 +173,7 @@ class Plan:
     ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill; ``expert_cache``:
     some of them are on the GPU, others from step to step. ``disk``: experts are read from the disk. ``deferral``: what
     deferring experts was measured to cost, if it was; ``cache_choice``: how the policy of the expert cache was found,
-    if a routing trace decided."""
+    if a routing trace decided. ``adapters``: what changes the model's weights."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -191,6 +192,7 @@ class Plan:
     expert_cache: ExpertCache | None = None
     disk: DiskReads | None = None
     cache_choice: CacheChoice | None = None
+    adapters: tuple[AttachedAdapter, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
     def dim(self, name: str) -> Dim:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 
+from hetcomp.ir.annotations import AttachedAdapter
 from hetcomp.ir.ops import Aten, AtenArg, AtenRef
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
 
@@ -27,6 +29,8 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield "  established " + ", ".join(plan.established)
     yield from _memory(plan)
     yield from _moving_experts(plan)
+    for adapter in plan.adapters:
+        yield f"  {adapter_line(adapter)}"
     for template in plan.templates:
         yield ""
         yield from _template(template)
@@ -53,6 +57,14 @@ def _lines(plan: Plan) -> Iterator[str]:
         )
     for note in plan.notes:
         yield f"note {note}"
+
+
+def adapter_line(adapter: AttachedAdapter) -> str:
+    """One line on an adapter: name, content, and what it changes."""
+    kinds = Counter(f"{t.fqn.removesuffix('.weight').rpartition('.')[2]} (rank {t.rank})" for t in adapter.targets)
+    changed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    merged = "merged into" if adapter.merged else "beside"
+    return f"adapter {adapter.name} (sha256 {adapter.sha256[:16]}) {merged} {len(adapter.targets)} weights: {changed}"
 
 
 def _memory(plan: Plan) -> Iterator[str]:

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 from hetcomp.errors import HetcompError
-from hetcomp.ir.annotations import ExpertPlacement, Placement
+from hetcomp.ir.annotations import AdapterTarget, AttachedAdapter, ExpertPlacement, Placement
 from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
 from hetcomp.ir.plan import Plan, ValueKind
+from hetcomp.ir.printer import print_plan
 from hetcomp.ir.types import DType
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.annotate_cost import annotate_cost
+from hetcomp.passes.attach_lora import attach_lora
 from hetcomp.passes.bind_weights import bind_weights
 from hetcomp.passes.choose_formats import choose_formats
 from hetcomp.passes.context import Context, FormatRequest
@@ -43,6 +45,28 @@ def test_bind_weights_gives_every_weight_a_source():
 def test_bind_weights_without_checkpoint_says_so():
     done = bind_weights(tiny_plan(), replace(context(), checkpoint=None))
     assert "cannot be compiled" in done.notes[0]
+
+
+def test_attach_lora_records_what_is_merged_and_changes_nothing_else():
+    plan = upto("bind_weights", context())
+    name = next(v.fqn for v in plan.values if v.kind is ValueKind.WEIGHT and v.fqn)
+    adapter = AttachedAdapter("tuned", "0" * 64, True, (AdapterTarget(name, 4),))
+    done = attach_lora(plan, replace(context(), adapters=(adapter,)))
+    assert done == replace(plan, adapters=(adapter,))
+    assert "adapter tuned" in print_plan(done)
+    other = replace(adapter, targets=(AdapterTarget("model.nothing.weight", 4),))
+    with pytest.raises(HetcompError, match=r"tuned changes model\.nothing\.weight"):
+        attach_lora(plan, replace(context(), adapters=(other,)))
+
+
+def test_attach_lora_refuses_weights_that_are_not_float():
+    plan = upto("bind_weights", context())
+    value = next(v for v in plan.values if v.kind is ValueKind.WEIGHT and v.fqn and v.source is not None)
+    coarse = replace(value.source, tensors=tuple(replace(t, dtype="F8_E4M3") for t in value.source.tensors))
+    plan = replace(plan, values=tuple(replace(v, source=coarse) if v is value else v for v in plan.values))
+    adapter = AttachedAdapter("tuned", "0" * 64, True, (AdapterTarget(value.fqn, 4),))
+    with pytest.raises(HetcompError, match=r"tuned cannot be merged: .* stored as F8_E4M3"):
+        attach_lora(plan, replace(context(), adapters=(adapter,)))
 
 
 def test_choose_formats_reaches_plan_and_template_alike():
@@ -206,9 +230,10 @@ def test_pipeline_order_and_dumps(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "00-lower.txt",
         "01-bind_weights.txt",
-        "02-choose_formats.txt",
-        "03-annotate_cost.txt",
-        "04-place.txt",
+        "02-attach_lora.txt",
+        "03-choose_formats.txt",
+        "04-annotate_cost.txt",
+        "05-place.txt",
     ]
     with pytest.raises(HetcompError, match="There is no pass 'plaice'"):
         run_pipeline(tiny_plan(), context(), stop_after="plaice")
