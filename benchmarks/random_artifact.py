@@ -44,6 +44,7 @@ class RandomPacker:
     """Packed bytes of normal numbers of standard deviation 0.02, repeated; norm weights are ones."""
 
     not_finite: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
 
     def chunks(self, values: Sequence[Value]) -> Generator[tuple[Value, NDArray[np.uint8]]]:
         """As :meth:`hetcomp.backends.pack_weights.WeightPacker.chunks`."""

@@ -82,6 +82,8 @@ def write_artifact(
             f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "
             "not be usable"
         )
+    for name in packer.rounded:
+        progress.warn(f"weight {name} has scales that fp16 cannot hold; they were rounded")
     write_documents(documents, staging)
     copy_runtime(staging)
     write_manifest(

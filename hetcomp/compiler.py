@@ -16,6 +16,7 @@ from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import CpuTarget, default_backends
 from hetcomp.build_artifact import all_cuts, write_artifact
+from hetcomp.conversion_error import conversion_notes
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
@@ -89,7 +90,8 @@ def plan_model(
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Planned:
-    """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
+    """Traces ``model`` and runs the passes, without reading a weight, but for one of each class of quantised weights
+    that the plan converts, to measure what that costs. Arguments as in :func:`compile`.
 
     planning: nothing will be generated from the plan, which may then use several GPUs and stream weights to them; else
     it is the one that :func:`compile` generates.
@@ -145,7 +147,9 @@ def plan_model(
             f"{len(imported.unused)} tensors of the checkpoint are not used, the first is {imported.unused[0]}"
         )
     progress.stage("plan")
-    return _run_passes(imported, context, target, stop_after, dump_dir)
+    planned = _run_passes(imported, context, target, stop_after, dump_dir)
+    notes = conversion_notes(planned.plan, imported.checkpoint)
+    return replace(planned, plan=replace(planned.plan, notes=(*planned.plan.notes, *notes)))
 
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:

@@ -80,7 +80,7 @@ def load(
     if checkpoint is not None:
         weights = [v for v in lowered.values if v.kind is ValueKind.WEIGHT]
         unused = tuple(checkpoint.unused(weights))
-    folded = fold_layers.fold_layers(lowered)
+    folded = fold_layers.fold_layers(lowered, _stored(lowered, checkpoint))
     return Imported(
         plan=folded,
         checkpoint=checkpoint,
@@ -104,7 +104,16 @@ def _checkpoint(source: ModelSource, traced: trace.TracedModel) -> BaseCheckpoin
     if source.folder is None or not has_weights(source.folder):
         return None
     model_type = str(source.config.model_type)
-    return FolderCheckpoint(source.folder, traced.parameter_names, model_type, traced.aliases)
+    return FolderCheckpoint(source.folder, traced.parameter_names, model_type, traced.aliases, source.quantisation)
+
+
+def _stored(plan: Plan, checkpoint: BaseCheckpoint | None) -> dict[str, str]:
+    """By id of every quantised weight how it is stored: layers that differ in this share no code."""
+    if not isinstance(checkpoint, FolderCheckpoint) or not checkpoint.quantised:
+        return {}
+    sources = {v.id: checkpoint.source(v) for v in plan.values if v.kind is ValueKind.WEIGHT}
+    labels = {name: dict.fromkeys(t.quantised.label for t in s.tensors if t.quantised) for name, s in sources.items()}
+    return {name: ", ".join(found) for name, found in labels.items()}
 
 
 def _context(info: ModelInfo, wanted: int | None, default: int) -> int:

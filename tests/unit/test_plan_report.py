@@ -74,7 +74,7 @@ def test_memory_adds_up(planned):
 
 def test_json_has_the_numbers_of_the_table(planned):
     document = json.loads(plan_report_json(planned, available_bytes=10**9))
-    assert document["schema"] == [2, 2]
+    assert document["schema"] == [2, 3]
     experts = next(g for g in document["groups"] if g["role"] == "moe.experts")
     decode = next(p for p in experts["phases"] if p["phase"] == "decode")
     assert decode["flops"] == LAYERS * 6 * TOP_K * HIDDEN * WIDTH

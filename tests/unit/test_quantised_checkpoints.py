@@ -1,0 +1,358 @@
+"""Quantised safetensors: packed weights are bit for bit the reference's numbers, and what contradicts is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hetcomp import frontend
+from hetcomp.backends import packing
+from hetcomp.backends.pack_weights import WeightPacker
+from hetcomp.compiler import plan_model
+from hetcomp.errors import HetcompError
+from hetcomp.importance_from_text import importance_from_text
+from hetcomp.ir.plan import Plan, ValueKind
+from hetcomp.ir.serialise import from_json, to_json
+from hetcomp.planned import Planned
+from tests.reference import quantised_checkpoints as made
+from tests.reference.plan_builder import profile
+
+# Sizes that are no multiples of 128, and experts whose two halves end within a block.
+SMALL = {"hidden_size": 128, "moe_intermediate_size": 96, "intermediate_size": 96, "head_dim": 32}
+BLOCKS = {"hidden_size": 256, "moe_intermediate_size": 160, "intermediate_size": 192, "head_dim": 64}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "modules_to_not_convert": ["gate"]}
+
+
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"symmetric": True, **weights}}
+    ignore = ["lm_head", "re:.*mlp.gate$"]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+    }
+
+
+def gptq(bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": True, "desc_act": False, **more}
+
+
+def int_pack(bits: int, group: int, symmetric: bool = True) -> dict[str, Any]:
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    return compressed("pack-quantized", num_bits=bits, type="int", **strategy, symmetric=symmetric)
+
+
+def planned(folder: Path, formats: str | Mapping[str, str] = "auto") -> Planned:
+    return plan_model(folder, hw_profile=profile(), context_length=32, formats=formats)
+
+
+def differences(quantised: Planned, twin: Path) -> dict[str, list[float]]:
+    """By format: relative RMS distances of the packed matrices of quantised weights from the twin's numbers."""
+    values = [
+        v for v in quantised.plan.values if v.kind is ValueKind.WEIGHT and v.source and v.source.tensors[0].quantised
+    ]
+    checkpoint = quantised.imported.checkpoint
+    assert checkpoint is not None
+    packer = WeightPacker(checkpoint)
+    chunks: dict[str, list[np.ndarray]] = {}
+    for value, chunk in packer.chunks(values):
+        chunks.setdefault(value.id, []).append(chunk)
+    assert not packer.not_finite
+    assert not packer.rounded
+    floats = frontend.load(twin, context_length=32, max_batch=1, max_tokens=32, max_logit_rows=8)
+    assert floats.checkpoint is not None
+    known, out = floats.plan.value_map(), {}
+    for value in values:
+        got = packing.unpack(np.concatenate(chunks[value.id]), value)
+        want = packing.to_f32(floats.checkpoint.read(known[value.id]))
+        assert want.any()
+        out.setdefault(str(value.format), []).append(float(np.linalg.norm(got - want) / np.linalg.norm(want)))
+    return out
+
+
+MLA = {
+    "hidden_size": 256,
+    "moe_intermediate_size": 160,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+EXACT: dict[str, tuple[str, str, Mapping[str, Any], made.Quantiser, Mapping[str, Any]]] = {
+    "fp8": ("fp8", "qwen3_moe", FP8, made.fp8(), BLOCKS),
+    "fp8, bf16 scales": ("fp8", "qwen3_moe", FP8, made.fp8(dtype=torch.bfloat16), BLOCKS),
+    "fp8, absorbed attention": ("fp8", "deepseek_v3", FP8, made.fp8(), MLA),
+    "fp8, a tensor": ("fp8", "qwen3_moe", {"quant_method": "fp8"}, made.fp8(None, flat=True), SMALL),
+    "compressed fp8, a tensor": (
+        "fp8",
+        "qwen3_moe",
+        compressed("float-quantized", num_bits=8, type="float", strategy="tensor"),
+        made.fp8(None, torch.bfloat16, "weight_scale", True),
+        SMALL,
+    ),
+    "compressed fp8, blocks": (
+        "fp8",
+        "qwen3_moe",
+        compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[128, 128]),
+        made.fp8(scale_name="weight_scale"),
+        BLOCKS,
+    ),
+    "compressed int4": ("q4", "qwen3_moe", int_pack(4, 32), made.packed_quantized(4, 32), SMALL),
+    "compressed int4, a row": ("q4", "mixtral", int_pack(4, 0), made.packed_quantized(4, 0), {}),
+    "compressed int4, zero points": (
+        "q8",
+        "qwen3_moe",
+        int_pack(4, 32, False),
+        made.packed_quantized(4, 32, False),
+        SMALL,
+    ),
+    "compressed int8, packed": ("q8", "qwen3_moe", int_pack(8, 32), made.packed_quantized(8, 32), SMALL),
+    "compressed int8": (
+        "q8",
+        "qwen3_moe",
+        compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
+        made.int8(),
+        SMALL,
+    ),
+    "gptq": ("q4", "qwen3_moe", gptq(), made.gptq(), SMALL),
+    "gptq, groups of 64": ("q4", "llama", gptq(group=64), made.gptq(group=64), {"intermediate_size": 128}),
+    "gptq, a row, order": ("q4", "qwen3_moe", gptq(group=-1, desc_act=True), made.gptq(group=0, act_order=True), SMALL),
+    "gptq, zero points": ("q8", "qwen3_moe", gptq(sym=False), made.gptq(symmetric=False), SMALL),
+    "gptq v2": (
+        "q8",
+        "qwen3_moe",
+        gptq(sym=False, checkpoint_format="gptq_v2"),
+        made.gptq(symmetric=False, version=2),
+        SMALL,
+    ),
+    "gptq, 8 bits": ("q8", "qwen3_moe", gptq(8), made.gptq(8), SMALL),
+    "awq": ("q8", "qwen3_moe", AWQ, made.awq(), SMALL),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_what_a_format_holds_is_taken_over_bit_for_bit(case, tmp_path):
+    form, family, config, quantiser, sizes = EXACT[case]
+    quantised, twin = made.write(tmp_path, family, config, quantiser, **sizes)
+    plan = planned(quantised)
+    found = differences(plan, twin)
+    assert set(found) == {form}
+    assert not any(found[form])
+    assert not any("converted" in note for note in plan.plan.notes)
+    assert plan.imported.unused == ()
+    assert from_json(to_json(plan.plan)) == plan.plan
+
+
+@pytest.mark.parametrize("intermediate", [64, 96])
+def test_gpt_oss_experts_are_taken_over_bit_for_bit(intermediate, tmp_path):
+    quantised, twin = made.write_gpt_oss(tmp_path, intermediate_size=intermediate)
+    plan = planned(quantised)
+    found = differences(plan, twin)
+    assert set(found) == {"mxfp4"}
+    assert not any(found["mxfp4"])
+    # Gate and up come in alternate rows, and were put apart.
+    assert any(v.view is not None and v.view.deinterleave for v in plan.plan.values)
+
+
+CONVERTED: dict[str, tuple[str, Mapping[str, Any], made.Quantiser, float]] = {
+    # q8's step is 1/127 of a group's largest number: an RMS error of 1/127 * 2.2 / sqrt(12) for normal numbers.
+    "fp8, a row": (
+        "do not share a scale",
+        compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
+        made.fp8((1, 10**6), torch.bfloat16, "weight_scale"),
+        7e-3,
+    ),
+    "gptq, order": ("no runs", gptq(desc_act=True), made.gptq(act_order=True), 7e-3),
+    "gptq, 8 bits, zero points": ("need 9", gptq(8, sym=False), made.gptq(8, symmetric=False), 7e-3),
+    # Rounding a scale to fp16: at most 2^-11 of it.
+    "int8, f32 scales": (
+        "fp16",
+        compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
+        made.int8(torch.float32),
+        2**-11,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONVERTED)
+def test_what_no_format_holds_goes_into_q8_and_the_plan_says_at_what_cost(case, tmp_path):
+    why, config, quantiser, bound = CONVERTED[case]
+    quantised, twin = made.write(tmp_path, "qwen3_moe", config, quantiser, **SMALL)
+    plan = planned(quantised)
+    found = differences(plan, twin)
+    assert set(found) == {"q8"}
+    assert 0 < max(found["q8"]) < bound
+    notes = [note for note in plan.plan.notes if "converted to q8" in note]
+    assert {note.split()[1] for note in notes} == {"attention", "experts"}
+    for note in notes:
+        assert why in note
+        measured = float(note.split("is ")[-1].split()[0])
+        assert max(found["q8"]) / 3 < measured < max(found["q8"]) * 3
+
+
+def test_another_format_only_where_asked_for_and_with_a_note(tmp_path):
+    quantised, twin = made.write(tmp_path, "qwen3_moe", FP8, made.fp8(), **BLOCKS)
+    plan = planned(quantised, {"experts": "q4"})
+    found = differences(plan, twin)
+    assert set(found) == {"q4", "fp8"}
+    assert not any(found["fp8"])
+    (note,) = [note for note in plan.plan.notes if "converted to q4" in note]
+    assert "experts" in note
+    assert "FP8, blocks of 128 x 128" in note
+    exact = planned(quantised, "f32")
+    assert not any(differences(exact, twin)["f32"])
+    assert all("is exact" in note for note in exact.plan.notes if "converted" in note)
+
+
+def test_short_memory_takes_no_larger_format_than_the_checkpoints(tmp_path):
+    """Where memory is short, auto goes from the checkpoint's formats to coarser ones: FP8 does not become q8."""
+    quantised, _ = made.write(tmp_path, "qwen3_moe", FP8, made.fp8(), **BLOCKS)
+    sizes = {}
+    for memory in (1 << 30, 7 << 20):
+        plan = plan_model(quantised, hw_profile=profile(memory=memory), context_length=32).plan
+        sizes[memory] = {v.format for v in plan.values if v.kind is ValueKind.WEIGHT and ".experts." in v.id}
+    assert sizes[1 << 30] == {"fp8"}
+    assert sizes[7 << 20] <= {"fp8", "q4"}
+
+
+def test_modules_that_stay_float_do(tmp_path):
+    """Of layer 0 the attention is excluded: it shares no code with the others, and is read as it is."""
+    chosen: Callable[[str], bool] = lambda name: name.endswith("_proj.weight") and "layers.0.self_attn" not in name  # noqa: E731
+    config = gptq(modules_to_not_convert=["model.layers.0.self_attn.q_proj"])
+    quantised, _ = made.write(tmp_path, "qwen3_moe", config, made.gptq(), chosen, **SMALL)
+    plan = planned(quantised).plan
+    forms = {v.id: v.format for v in plan.values if v.kind is ValueKind.WEIGHT}
+    assert forms["model.layers.0.self_attn.q_proj.weight"] == "f32"
+    assert forms["model.layers.1.self_attn.q_proj.weight"] == "q4"
+    assert forms["model.layers.0.mlp.experts.down_proj"] == "q4"
+    assert len({call.template for call in plan.calls if call.layer is not None}) == 2
+
+
+# ---------------------------------------------------------------- refused
+
+
+def rewrite(folder: Path, change: Callable[[made.Tensors], made.Tensors], **config: Any) -> None:
+    path = folder / "model.safetensors"
+    tensors = change(load_file(path))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] |= config
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(HetcompError) as caught:
+        differences(planned(folder), folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def without(end: str) -> Callable[[made.Tensors], made.Tensors]:
+    return lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(end)}
+
+
+def changed(end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[made.Tensors], made.Tensors]:
+    return lambda tensors: {k: change(v) if k.endswith(end) else v for k, v in tensors.items()}
+
+
+BAD: dict[str, tuple[Callable[[made.Tensors], made.Tensors], Mapping[str, Any], tuple[str, ...]]] = {
+    "no scales": (without("0.gate_proj.scales"), {}, ("gate_proj.qweight", "no scales")),
+    "no zero points": (without("q_proj.qzeros"), {}, ("q_proj", "zeros", "missing")),
+    "scales of another shape": (changed("k_proj.scales", lambda t: t[:1]), {}, ("k_proj.scales", "shape", "expected")),
+    "scales of another type": (changed("k_proj.scales", lambda t: t.int()), {}, ("k_proj.scales", "I32", "expected")),
+    "other groups than the config's": (lambda t: t, {"group_size": 16}, ("scales", "expected")),
+    "groups that do not divide": (lambda t: t, {"group_size": 56}, ("groups of 56",)),
+    "other bits than the config's": (lambda t: t, {"bits": 8}, ("48 columns", "qweight")),
+    "no quantised tensor": (
+        lambda t: {k: v for k, v in t.items() if "_proj" not in k},
+        {},
+        ("gptq", "no tensor is"),
+    ),
+    "columns of other groups": (changed("v_proj.g_idx", lambda t: t.flip(0)), {}, ("v_proj", "runs of columns")),
+    "zero points of a symmetric": (changed("v_proj.qzeros", lambda t: t + 1), {}, ("v_proj", "symmetric")),
+    "an excluded module": (lambda t: t, {"modules_to_not_convert": ["v_proj"]}, ("v_proj", "as it is")),
+    "three bits": (lambda t: t, {"bits": 3}, ("3 bits", "4 and 8")),
+    "a dynamic config": (lambda t: t, {"dynamic": {"+:.*": {"bits": 8}}}, ("dynamic",)),
+    "an unknown layout": (lambda t: t, {"checkpoint_format": "marlin"}, ("marlin",)),
+    "an unknown method": (lambda t: t, {"quant_method": "bitsandbytes"}, ("bitsandbytes", "gptq")),
+    "no bits": (lambda t: t, {"bits": None}, ("bits", "None")),
+    "a damaged list": (lambda t: t, {"modules_to_not_convert": "lm_head"}, ("modules_to_not_convert",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_contradictions_and_unknown_variants_are_refused_by_name(case, tmp_path):
+    change, config, words = BAD[case]
+    quantised, _ = made.write(tmp_path, "qwen3_moe", gptq(), made.gptq(), **SMALL)
+    rewrite(quantised, change, **config)
+    message = refusal(quantised)
+    for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (FP8 | {"fmt": "e5m2"}, ("e5m2",)),
+        (FP8 | {"weight_block_size": [128]}, ("blocks",)),
+        (FP8 | {"weight_block_size": [64, 128]}, ("weight_scale_inv", "shape")),
+        (AWQ | {"version": "gemv"}, ("gemv",)),
+        (AWQ | {"bits": 8}, ("8 bits",)),
+        (compressed("nvfp4-pack-quantized", num_bits=4, type="float"), ("nvfp4-pack-quantized",)),
+        (compressed("marlin-24", num_bits=4, type="int"), ("marlin-24",)),
+        (compressed("pack-quantized", num_bits=2, type="int"), ("2 bits",)),
+        (compressed("pack-quantized", num_bits=4, type="int", strategy="attn_head"), ("attn_head",)),
+        (compressed("dense") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, ("sparse",)),
+        (compressed("pack-quantized", num_bits=4) | {"ignore": ["re:("]}, ("pattern",)),
+        ({"quant_method": "compressed-tensors"}, ("config_groups",)),
+        ({"quant_method": "mxfp4"}, ("no tensor is",)),
+        ({"bits": 4}, ("unnamed",)),
+        ([1], ("no object",)),
+    ],
+)
+def test_configs_that_are_not_read_are_named(config, words, tmp_path):
+    quantised, _ = made.write(tmp_path, "qwen3_moe", FP8, made.fp8(), **BLOCKS)
+    raw = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
+    message = refusal(quantised)
+    for word in words:
+        assert word in message, message
+
+
+def test_a_truncated_quantised_file_is_refused(tmp_path):
+    quantised, _ = made.write(tmp_path, "qwen3_moe", FP8, made.fp8(), **BLOCKS)
+    with (quantised / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 1)
+    assert "truncated" in refusal(quantised)
+
+
+def test_nan_codes_are_reported(tmp_path):
+    quantised, _ = made.write(tmp_path, "qwen3_moe", FP8, made.fp8(), **BLOCKS)
+
+    def spoilt(tensor: torch.Tensor) -> torch.Tensor:
+        codes = tensor.view(torch.uint8).clone()
+        codes[3, 5] = 0x7F
+        return codes.view(torch.float8_e4m3fn)
+
+    rewrite(quantised, changed("layers.1.self_attn.q_proj.weight", spoilt))
+    plan: Plan = (whole := planned(quantised)).plan
+    assert whole.imported.checkpoint is not None
+    packer = WeightPacker(whole.imported.checkpoint)
+    for _ in packer.chunks([v for v in plan.values if v.kind is ValueKind.WEIGHT]):
+        pass
+    assert packer.not_finite == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+def test_importance_needs_the_checkpoint_in_float(tmp_path):
+    quantised, _ = made.write(tmp_path, "qwen3_moe", FP8, made.fp8(), **BLOCKS)
+    with pytest.raises(HetcompError, match=r"is quantised \(fp8\), but importance"):
+        importance_from_text(quantised, [[1, 2, 3]], tmp_path / "i.safetensors")
