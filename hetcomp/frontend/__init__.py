@@ -112,7 +112,10 @@ def _stored(plan: Plan, checkpoint: BaseCheckpoint | None) -> dict[str, str]:
     if not isinstance(checkpoint, FolderCheckpoint) or not checkpoint.quantised:
         return {}
     sources = {v.id: checkpoint.source(v) for v in plan.values if v.kind is ValueKind.WEIGHT}
-    labels = {name: dict.fromkeys(t.quantised.label for t in s.tensors if t.quantised) for name, s in sources.items()}
+    labels = {
+        name: dict.fromkeys(t.quantised.label if t.quantised else "" for t in source.tensors)
+        for name, source in sources.items()
+    }
     return {name: ", ".join(found) for name, found in labels.items()}
 
 

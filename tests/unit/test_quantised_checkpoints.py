@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hetcomp import frontend
 from hetcomp.backends import packing
 from hetcomp.backends.pack_weights import WeightPacker
+from hetcomp.cli.plan_weights import weight_classes
 from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.importance_from_text import importance_from_text
@@ -151,6 +152,23 @@ def test_what_a_format_holds_is_taken_over_bit_for_bit(case, tmp_path):
     assert from_json(to_json(plan.plan)) == plan.plan
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 0])
+def test_the_writer_of_compressed_tensors_is_what_its_library_reads(bits, symmetric, group):
+    """With scales in f32: the library rounds products to the scales' type."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    packed = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
+    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    weights = quantization.QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **strategy)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(bits))
+    stored, numbers = made.packed_quantized(bits, group, symmetric)(weight)
+    stored["weight_scale"] = stored["weight_scale"].float()
+    read = packed.PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
+    assert torch.equal(read, numbers)
+
+
 @pytest.mark.parametrize("intermediate", [64, 96])
 def test_gpt_oss_experts_are_taken_over_bit_for_bit(intermediate, tmp_path):
     quantised, twin = made.write_gpt_oss(tmp_path, intermediate_size=intermediate)
@@ -210,6 +228,18 @@ def test_another_format_only_where_asked_for_and_with_a_note(tmp_path):
     exact = planned(quantised, "f32")
     assert not any(differences(exact, twin)["f32"])
     assert all("is exact" in note for note in exact.plan.notes if "converted" in note)
+
+
+def test_the_report_names_what_weights_are_stored_and_computed_in(tmp_path):
+    quantised, _ = made.write(tmp_path, "qwen3_moe", AWQ, made.awq(), **SMALL)
+    classes = {one.role: one for one in weight_classes(planned(quantised).plan)}
+    experts = classes["experts"]
+    assert (experts.source, experts.format, experts.exact) == ("AWQ int4, groups of 32, zero points", "q8", True)
+    assert experts.source_bits == 4 + (16 + 4) / 32
+    assert experts.bits == pytest.approx(8.5, rel=0.01)  # panels are whole cache lines
+    assert (classes["embedding"].source, classes["embedding"].format) == ("F32", "f32")
+    requantised = {one.role: one for one in weight_classes(planned(quantised, {"experts": "q4"}).plan)}
+    assert not requantised["experts"].exact
 
 
 def test_short_memory_takes_no_larger_format_than_the_checkpoints(tmp_path):
