@@ -14,7 +14,7 @@ from hetcomp.ir.plan import Value
 from hetcomp.quantised_numbers import GROUPS, OFFSETS, QuantisedNumbers
 
 _ZERO = {"q4": 8, "q8": 128, "mxfp4": 0, "fp8": 0}  # the code of 0
-_ROWS = 8192  # at once: bounds the copies that are made on the way
+_ROWS = 256  # at once: the copies that are made on the way stay in the caches
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def _fill(out: packing.Bytes, form: str, codes: packing.Bytes, scales: npt.NDArr
     group = GROUPS[form]
     all_scales = _padded(scales, panels * packing.PANEL, scales.shape[1], 0)
     if form == "fp8":
-        pairs = padded.reshape(panels, packing.PANEL, width // 2, 2).transpose(0, 2, 1, 3)
-        out[:, : packing.PANEL * width] = pairs.reshape(panels, -1)
+        pairs = padded.view(np.uint16).reshape(panels, packing.PANEL, width // 2).transpose(0, 2, 1)
+        out[:, : packing.PANEL * width] = np.ascontiguousarray(pairs).view(np.uint8).reshape(panels, -1)
         start = packing.element_bytes(columns, form)
         shared = np.ascontiguousarray(scales[:: packing.PANEL], np.float32)
         out[:, start : start + shared.shape[1] * 4] = shared.view(np.uint8)

@@ -100,6 +100,8 @@ def _excluded(config: Mapping[str, Any], name: str, where: str) -> tuple[str, ..
 
 
 def _block(value: object, where: str) -> tuple[int, int]:
+    if isinstance(value, str) and re.fullmatch(r"\d+x\d+", value):  # compressed-tensors has both spellings
+        value = [int(number) for number in value.split("x")]
     if not (isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) and v > 0 for v in value)):
         raise HetcompError(f"{where}: quantization_config has blocks of {value!r}; two positive numbers are expected")
     return value[0], value[1]
@@ -126,7 +128,8 @@ def _gptq(config: Mapping[str, Any], where: str) -> QuantisationConfig:
         raise HetcompError(f"{where}: GPTQ with {bits} bits is not read; 4 and 8 are")
     if form not in ("gptq", "gptq_v2"):
         raise HetcompError(f"{where}: GPTQ checkpoints in the format {form} are not read; gptq and gptq_v2 are")
-    if config.get("dynamic"):
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(key.startswith("-:") for key in dynamic):
         raise HetcompError(f"{where}: GPTQ with settings of their own for some modules (dynamic) is not read")
     stored = Stored(
         "gptq",
@@ -136,7 +139,10 @@ def _gptq(config: Mapping[str, Any], where: str) -> QuantisationConfig:
         act_order=bool(config.get("desc_act", False)),
         zeros_less_one=form == "gptq",
     )
-    return QuantisationConfig("gptq", (("Linear", stored),), _excluded(config, "modules_to_not_convert", where))
+    # GPTQModel leaves out what a pattern behind a minus matches.
+    left_out = tuple(f"re:{re.compile(key[2:]).pattern}" for key in dynamic)
+    excluded = _excluded(config, "modules_to_not_convert", where)
+    return QuantisationConfig("gptq", (("Linear", stored),), (*excluded, *left_out))
 
 
 def _awq(config: Mapping[str, Any], where: str) -> QuantisationConfig:
@@ -187,7 +193,7 @@ def _compressed_weights(weights: Mapping[str, Any], form: str, where: str) -> St
         raise HetcompError(f"{where}: scales of weights by {strategy} are not read; tensor, channel, group, block are")
     if form == "naive-quantized":
         form = "int-quantized" if kind == "int" else "float-quantized"
-    order = weights.get("actorder") in ("group", True)
+    order = weights.get("actorder") in ("group", "dynamic", True)  # others leave groups runs of columns
     return Stored(form, bits, max(group, 0), block, bool(weights.get("symmetric", True)), order)
 
 

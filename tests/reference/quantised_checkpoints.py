@@ -211,12 +211,40 @@ def packed_quantized(
     return quantise
 
 
-def int8(dtype: torch.dtype = torch.bfloat16) -> Quantiser:
-    """compressed-tensors' int-quantized: a scale a row."""
+def int8(dtype: torch.dtype = torch.bfloat16, whole: bool = False) -> Quantiser:
+    """compressed-tensors' int-quantized: a scale a row, or of the ``whole`` tensor."""
 
     def quantise(weight: Tensor) -> tuple[Tensors, Tensor]:
-        codes, scales, _ = _groups(weight, 0, 8, True, dtype)
-        whole = (codes - 128).to(torch.int8)
-        return {"weight": whole, "weight_scale": scales}, whole.float() * scales.float()
+        codes, scales, _ = _groups(weight.reshape(1, -1) if whole else weight, 0, 8, True, dtype)
+        numbers = (codes - 128).reshape(weight.shape)
+        made = {"weight": numbers.to(torch.int8), "weight_scale": scales[0] if whole else scales}
+        return made, numbers * scales.float()
 
     return quantise
+
+
+def mxfp4_packed(weight: Tensor) -> tuple[Tensors, Tensor]:
+    """compressed-tensors' mxfp4-pack-quantized."""
+    blocks, scales, numbers = mxfp4_blocks(weight[None])
+    made = {"weight_packed": blocks[0].reshape(len(weight), -1), "weight_scale": scales[0]}
+    return made, numbers[0].T
+
+
+def with_fused_experts(tensors: Tensors) -> Tensors:
+    """The experts of each layer in one tensor, as a model of transformers has them in memory."""
+    fused: Tensors = {}
+    parts: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        before, found, behind = name.partition(".experts.")
+        if not found:
+            fused[name] = tensor
+            continue
+        expert, _, part = behind.partition(".")
+        parts.setdefault(f"{before}.experts", {}).setdefault(int(expert), {})[part] = tensor
+    for prefix, experts in parts.items():
+        for end, stored in (("", "weight"), ("_scale_inv", "weight_scale_inv")):
+            each = [experts[e] for e in range(len(experts))]
+            pairs = [[e[f"{half}_proj.{stored}"] for half in ("gate", "up")] for e in each]
+            fused[f"{prefix}.gate_up_proj{end}"] = torch.stack([torch.cat(pair) for pair in pairs])
+            fused[f"{prefix}.down_proj{end}"] = torch.stack([e[f"down_proj.{stored}"] for e in each])
+    return fused

@@ -18,6 +18,7 @@ from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.cli.plan_weights import weight_classes
 from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.quantisation_config import parse_quantisation
 from hetcomp.importance_from_text import importance_from_text
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.ir.serialise import from_json, to_json
@@ -123,6 +124,20 @@ EXACT: dict[str, tuple[str, str, Mapping[str, Any], made.Quantiser, Mapping[str,
         made.int8(),
         SMALL,
     ),
+    "compressed int8, a tensor": (
+        "q8",
+        "llama",
+        compressed("int-quantized", num_bits=8, type="int", strategy="tensor"),
+        made.int8(whole=True),
+        {},
+    ),
+    "compressed mxfp4": (
+        "mxfp4",
+        "qwen3_moe",
+        compressed("mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32),
+        made.mxfp4_packed,
+        SMALL,
+    ),
     "gptq": ("q4", "qwen3_moe", gptq(), made.gptq(), SMALL),
     "gptq, groups of 64": ("q4", "llama", gptq(group=64), made.gptq(group=64), {"intermediate_size": 128}),
     "gptq, a row, order": ("q4", "qwen3_moe", gptq(group=-1, desc_act=True), made.gptq(group=0, act_order=True), SMALL),
@@ -178,6 +193,18 @@ def test_gpt_oss_experts_are_taken_over_bit_for_bit(intermediate, tmp_path):
     assert not any(found["mxfp4"])
     # Gate and up come in alternate rows, and were put apart.
     assert any(v.view is not None and v.view.deinterleave for v in plan.plan.values)
+
+
+def test_fp8_experts_in_one_tensor_are_those_in_many(tmp_path):
+    """Blocks count from the first row of gate: those of up stay whole if gate ends with one."""
+    sizes = BLOCKS | {"moe_intermediate_size": 128}
+    quantised, twin = made.write(tmp_path, "qwen3_moe", FP8, made.fp8(), **sizes)
+    rewrite(quantised, made.with_fused_experts)
+    plan = planned(quantised)
+    found = differences(plan, twin)
+    assert set(found) == {"fp8"}
+    assert not any(found["fp8"])
+    assert plan.imported.unused == ()
 
 
 CONVERTED: dict[str, tuple[str, Mapping[str, Any], made.Quantiser, float]] = {
@@ -327,6 +354,44 @@ def test_contradictions_and_unknown_variants_are_refused_by_name(case, tmp_path)
     message = refusal(quantised)
     for word in words:
         assert word in message, message
+
+
+def test_spellings_of_configs():
+    """GPTQModel's exceptions, both spellings of compressed-tensors' blocks, orders that leave groups as they are."""
+    excluding = gptq(dynamic={"-:.*mlp\\.gate$": {}})
+    found = parse_quantisation({"quantization_config": excluding}, "here")
+    assert found is not None
+    assert found.excludes("model.layers.3.mlp.gate")
+    assert not found.excludes("model.layers.3.mlp.gate_proj")
+    block = compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure="128x64")
+    found = parse_quantisation({"quantization_config": block}, "here")
+    assert found is not None
+    stored = found.stored("model.layers.0.self_attn.q_proj")
+    assert stored is not None
+    assert stored.block == (128, 64)
+    for order, scattered in (("group", True), ("dynamic", True), ("weight", False), ("static", False), (None, False)):
+        config = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, actorder=order)
+        found = parse_quantisation({"quantization_config": config}, "here")
+        assert found is not None
+        stored = found.stored("m")
+        assert stored is not None
+        assert stored.act_order == scattered
+
+
+def test_groups_of_a_config_are_told_apart_by_module():
+    """A name or pattern goes before a class."""
+    config = compressed("pack-quantized", num_bits=4, type="int", strategy="channel")
+    eight = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    group = {"targets": ["re:.*self_attn.*", "lm_head"], "weights": eight, "format": "float-quantized"}
+    config["config_groups"]["group_1"] = group
+    found = parse_quantisation({"quantization_config": config}, "here")
+    assert found is not None
+    kinds = {name: found.stored(name) for name in ("layers.0.self_attn.q_proj", "lm_head", "layers.0.mlp.up_proj")}
+    assert [stored.kind for stored in kinds.values() if stored] == [
+        "float-quantized",
+        "float-quantized",
+        "pack-quantized",
+    ]
 
 
 @pytest.mark.parametrize(
