@@ -105,8 +105,8 @@ class WeightPacker:
                 yield _Part(value, self._reader.read(value))
 
     def pack(self, value: Value, numbers: Numbers | QuantisedNumbers) -> NDArray[np.uint8]:
-        """The packed bytes of a weight's numbers, or of one expert's, without anything that is known of its columns."""
-        return WeightPacker(self._reader)._packed(_Part(value, numbers))[1]
+        """The packed bytes of a plain weight's numbers, or of one expert's."""
+        return self._packed(_Part(value, numbers))[1]
 
     def _packed(self, part: _Part) -> tuple[Value, NDArray[np.uint8]]:
         if isinstance(part.numbers, QuantisedNumbers):

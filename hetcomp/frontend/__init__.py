@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,12 @@ def load(
         weights = [v for v in lowered.values if v.kind is ValueKind.WEIGHT]
         unused = tuple(checkpoint.unused(weights))
     folded = fold_layers.fold_layers(lowered, _stored(lowered, checkpoint))
+    if source.quantisation is not None and checkpoint is None:
+        note = (
+            f"config.json says that the checkpoint is quantised ({source.quantisation.method}); without its tensors "
+            "auto is bf16, give --formats for what it will be"
+        )
+        folded = replace(folded, notes=(*folded.notes, note))
     return Imported(
         plan=folded,
         checkpoint=checkpoint,

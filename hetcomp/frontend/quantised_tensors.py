@@ -110,7 +110,7 @@ class _Found:
         """Raises HetcompError if the part is missing or has another type or none of the shapes."""
         tensor = self.parts.get(part)
         if tensor is None:
-            raise HetcompError(f"{self.origin}: the {part} of tensor {self.codes.name} are missing")
+            raise HetcompError(f"{self.origin}: tensor {self.codes.name} in {self.codes.file} has no {part}")
         if tensor.dtype not in dtypes:
             raise HetcompError(
                 f"{self.origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; expected "
