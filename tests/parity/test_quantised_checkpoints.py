@@ -10,7 +10,9 @@ import torch
 import transformers
 
 import hetcomp
+from tests.parity.test_gpu_families import compile_tiny
 from tests.reference import quantised_checkpoints as made
+from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.tiny_models import token_ids
 from tests.unit.test_quantised_checkpoints import AWQ, BLOCKS, FP8, SMALL, gptq, int_pack
 
@@ -31,22 +33,51 @@ WRITTEN = {
 }
 
 
+def loaded(twin: Path) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        twin, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+
+
 @pytest.fixture(scope="module", params=WRITTEN)
 def written(request, tmp_path_factory) -> tuple[Path, torch.nn.Module, Path]:
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     quantised, twin = WRITTEN[request.param](folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        twin, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    return quantised, model.eval(), folder
+    return quantised, loaded(twin), folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("placement", "vram", "nodes", "bound"), [("gpu", 0, 1, 1e-4), ("split", 500_000, 2, 0.1)])
+@pytest.mark.parametrize("name", ["fp8", "mxfp4"])
+def test_on_a_gpu_and_cut_over_nodes(name, placement, vram, nodes, bound, tmp_path):
+    """Decoding, the GPU multiplies in float32 with the codes' own numbers; the CPU's experts round activations. Parts
+    on nodes and of a GPU are cut out of the codes."""
+    quantised, twin = WRITTEN[name](tmp_path)
+    (tmp_path / "hf").symlink_to(quantised)
+    model = loaded(twin)
+    with emulated_gpu(compute_capability=89):
+        exe = compile_tiny(tmp_path, placement, vram, formats="auto", max_batch=1, nodes=nodes)
+        assert {v.format for v in exe.plan.values if v.fqn and ".experts." in v.fqn and len(v.type.shape) == 3} == {
+            name
+        }
+        ids = token_ids(model, 6)
+        with exe.runtime.session() as session:
+            decoded = np.concatenate([exe.runtime.decode([session], [int(i)]) for i in ids[0]])
+        exe.runtime.close()
+    assert np.median(differences(model, ids, decoded)) < bound
 
 
 def errors(model: torch.nn.Module, exe: hetcomp.Executable) -> np.ndarray:
-    """Of each position the largest error of a logit, relative to the largest logit."""
+    """As :func:`differences`, of a prompt."""
     ids = token_ids(model, 33)
-    with torch.no_grad():
-        want = model(input_ids=ids, use_cache=False).logits[0].numpy()
-    return np.abs(exe(ids[0].tolist()) - want).max(-1) / np.abs(want).max()
+    return differences(model, ids, exe(ids[0].tolist()))
+
+
+@torch.no_grad()
+def differences(model: torch.nn.Module, ids: torch.Tensor, logits: np.ndarray) -> np.ndarray:
+    """Of each position the largest error of a logit, relative to the largest logit."""
+    want = model(input_ids=ids, use_cache=False).logits[0].numpy()
+    return np.abs(logits - want).max(-1) / np.abs(want).max()
 
 
 @pytest.mark.slow
