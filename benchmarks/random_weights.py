@@ -22,6 +22,7 @@ class RandomPacker:
     """Packed bytes of normal numbers of standard deviation ``std``, repeated; norm weights are ones."""
 
     not_finite: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
     trace: RoutingTrace | None = None  # that its models follow
 
     def __init__(self, std: float = STD) -> None:

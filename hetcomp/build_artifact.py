@@ -90,6 +90,8 @@ def write_artifact(
         )
     if merged is not None and not any(weight.delta_norm for weight in merged.write_report(staging)):
         progress.warn("the adapter changes nothing: all of its deltas are zero")
+    for name in packer.rounded:
+        progress.warn(f"weight {name} has scales that fp16 cannot hold; they were rounded")
     write_documents(documents, staging)
     copy_runtime(staging)
     write_manifest(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from hetcomp import frontend
+from hetcomp.adapters.low_rank import Adapter
 from hetcomp.adapters.merge import MergedReader, adapter_to_merge, attached
 from hetcomp.artifact.staging import staged_folder
 from hetcomp.backends.cut_weights import CutImportance, CutReader
@@ -18,6 +19,7 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import CpuTarget, default_backends
 from hetcomp.build_artifact import all_cuts, write_artifact
 from hetcomp.choose_expert_cache import choose_expert_cache
+from hetcomp.conversion_error import conversion_notes
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
@@ -103,7 +105,8 @@ def plan_model(
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Planned:
-    """Traces ``model`` and runs the passes, without reading a weight. Arguments as in :func:`compile`.
+    """Traces ``model`` and runs the passes, without reading a weight, but for one of each class of quantised weights
+    that the plan converts, to measure what that costs. Arguments as in :func:`compile`.
 
     planning: nothing will be generated from the plan, which may then stream weights to GPUs; else it is the one that
     :func:`compile` generates.
@@ -169,9 +172,15 @@ def plan_model(
             trace, str(wishes.routing_trace), context, lambda c: _run_passes(imported, c, target, None, None)
         )
         if stop_after is None and dump_dir is None:
-            return replace(chosen, adapter=adapter)
+            return _noted(chosen, adapter)
         context = chosen.context
-    return replace(_run_passes(imported, context, target, stop_after, dump_dir), adapter=adapter)
+    return _noted(_run_passes(imported, context, target, stop_after, dump_dir), adapter)
+
+
+def _noted(planned: Planned, adapter: Adapter | None) -> Planned:
+    """With the adapter that will be merged, and notes of what is converted out of a quantised checkpoint."""
+    notes = conversion_notes(planned.plan, planned.imported.checkpoint)
+    return replace(planned, adapter=adapter, plan=replace(planned.plan, notes=(*planned.plan.notes, *notes)))
 
 
 def replan(planned: Planned, profile: HardwareProfile) -> Planned:

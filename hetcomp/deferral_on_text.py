@@ -51,6 +51,7 @@ class DeferralOnText:
 
     def _measure(self, candidates: Sequence[tuple[LayerChoices, ...]]) -> tuple[DeferralQuality, ...]:
         source = resolve(self._model)
+        source.refuse_quantised("measuring deferral")
         files = [Path(self._text)] if self._text is not None else evaluation_texts()
         windows = spread_windows([token_ids(source, file) for file in files], self._tokens)
         name = files[0].name if self._text is not None else "the zoo's evaluation texts"

@@ -57,6 +57,7 @@ def importance_from_text(
     """
     progress = progress or QuietProgress()
     source = resolve(model)
+    source.refuse_quantised("importance")
     windows = all_windows([token_ids(source, Path(text))] if isinstance(text, str | Path) else text)
     progress.stage("trace")
     wanted = _matrices(model)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from hetcomp.errors import HetcompError
+from hetcomp.ir.native_format import native_format
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 from hetcomp.ir.types import DType
 from hetcomp.passes.context import Context, Role
@@ -30,21 +31,25 @@ def choose_formats(plan: Plan, context: Context) -> Plan:
     """Sets format and layout of weights (in the plan's values and in the templates' params alike).
 
     ``auto`` keeps what the checkpoint has: bf16 stays bf16 (nothing is lost), f32 and f16 become f32 if all of
-    it fits into 80 % of the free memory and bf16 otherwise, with a note. Without a checkpoint auto is bf16.
+    it fits into 80 % of the free memory and bf16 otherwise, with a note; what is quantised is taken over in the format
+    that holds it (see hetcomp.ir.native_format). Without a checkpoint auto is bf16.
     Where memory wants coarser formats than these, or the user allowed several, format_search decides which request
     comes here. One-dimensional weights stay f32 row-major. The KV cache is f32 if attention is, else bf16.
     Raises HetcompError if two ops want one weight in different formats.
     """
     chosen: dict[str, tuple[str, str]] = {}
     templates = {t.name: t for t in plan.templates}
+    values = plan.value_map()
     fallback, notes = _auto_format(plan, context)
     for call in plan.calls:
         template = templates[call.template]
         actual = dict(zip(template.params, call.args, strict=True))
         for op, operand, formal in _weight_operands(template):
             layout = context.target.weight_layout(op, operand)
-            wanted = context.formats.of(weight_role(op))
-            form = "f32" if layout == ROW_MAJOR else (fallback if wanted == "auto" else wanted)
+            if layout == ROW_MAJOR:
+                form = "f32"
+            else:
+                form = _format(values[actual[formal]], layout, weight_role(op), context) or fallback
             earlier = chosen.setdefault(actual[formal], (form, layout))
             if earlier != (form, layout):
                 raise HetcompError(
@@ -58,6 +63,13 @@ def choose_formats(plan: Plan, context: Context) -> Plan:
     return replace(_apply(plan, chosen, DType(kv)), notes=(*plan.notes, *notes))
 
 
+def _format(weight: Value, layout: str, role: Role, context: Context) -> str | None:
+    """None: what ``auto`` is for unquantised weights."""
+    native = native_format(weight, layout)
+    wanted = context.formats.of(role) if native is None else context.formats.of_quantised(role, native.format)
+    return None if wanted == "auto" else wanted
+
+
 def _weight_operands(template: Template) -> Iterator[tuple[Op, int, str]]:
     values = template.value_map()
     for op in template.ops:
@@ -67,10 +79,12 @@ def _weight_operands(template: Template) -> Iterator[tuple[Op, int, str]]:
 
 
 def _auto_format(plan: Plan, context: Context) -> tuple[str, tuple[str, ...]]:
-    sources = {t.dtype for v in plan.values if v.source is not None for t in v.source.tensors if len(t.shape) > 1}
+    tensors = [t for v in plan.values if v.source is not None for t in v.source.tensors]
+    sources = {t.dtype for t in tensors if len(t.shape) > 1 and t.quantised is None}
     if not sources or sources <= {"BF16", "bf16"}:
         return "bf16", ()
-    needed = sum(4 * v.type.numel({}) for v in plan.values if v.kind is ValueKind.WEIGHT)
+    quantised = {v.id for v in plan.values if v.source is not None and v.source.tensors[0].quantised is not None}
+    needed = sum(4 * v.type.numel({}) for v in plan.values if v.kind is ValueKind.WEIGHT and v.id not in quantised)
     free = 0.8 * context.profile.available_bytes()
     if needed <= free:
         return "f32", ()

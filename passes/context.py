@@ -29,9 +29,13 @@ _ROUTER = "f32"
 
 @dataclass(frozen=True)
 class FormatRequest:
-    """Formats the user asked for by role: one, several of which the planner may choose (``q4|q8``), or ``auto``."""
+    """Formats the user asked for by role: one, several of which the planner may choose (``q4|q8``), or ``auto``.
+
+    ``at_most``: roles whose format the planner chose where memory is short: quantised weights of the checkpoint keep
+    theirs if it is no larger."""
 
     by_role: Mapping[Role, str] = field(default_factory=dict)
+    at_most: frozenset[Role] = frozenset()
 
     @staticmethod
     def parse(formats: str | Mapping[str, str]) -> FormatRequest:
@@ -57,6 +61,14 @@ class FormatRequest:
     def of(self, role: Role) -> str:
         """The request for ``role``: a format or ``auto``. Where the user allowed several, the finest."""
         return self.allowed(role)[0]
+
+    def of_quantised(self, role: Role, native: str) -> str:
+        """The format of a weight that the checkpoint has quantised, which ``native`` takes over: that, unless the user
+        asked for another or memory is too short for it."""
+        wanted = self.of(role)
+        if wanted == "auto" or (role in self.at_most and FORMATS.index(native) >= FORMATS.index(wanted)):
+            return native
+        return wanted
 
     def allowed(self, role: Role) -> tuple[str, ...]:
         """The formats that the user allowed for ``role``, finest first, or ``auto`` alone."""

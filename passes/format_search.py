@@ -80,7 +80,7 @@ def _ladder(request: FormatRequest, automatic: Sequence[Role], context: Context)
         changed = {role: form for role in roles if role in automatic}
         if changed and all(form in formats_of(role) for role in changed):
             by_role |= changed
-            found.append(FormatRequest(dict(by_role)))
+            found.append(FormatRequest(dict(by_role), frozenset(automatic)))
     return found
 
 
@@ -92,7 +92,7 @@ def _combinations(base: FormatRequest) -> list[FormatRequest]:
             f"The formats allow {len(combinations)} combinations, each a plan of its own; allow at most "
             f"{MAX_COMBINATIONS}."
         )
-    return [FormatRequest(dict(zip(_SENSITIVE_FIRST, forms, strict=True))) for forms in combinations]
+    return [replace(base, by_role=dict(zip(_SENSITIVE_FIRST, forms, strict=True))) for forms in combinations]
 
 
 def _try(request: FormatRequest, context: Context, run: Planner) -> _Tried:

@@ -19,6 +19,7 @@ from hetcomp.frontend import Imported
 from hetcomp.frontend.checkpoint import BaseCheckpoint, viewed
 from hetcomp.ir.annotations import AdapterTarget, AttachedAdapter
 from hetcomp.ir.plan import Value
+from hetcomp.quantised_numbers import QuantisedNumbers
 
 REPORT = "merged_adapter.json"
 # Of norms in f32 over matrices of millions of numbers, and of deltas whose terms cancel each other.
@@ -67,7 +68,7 @@ class MergedReader:
         # By fqn, value and expert: the squared norms of the weight and the delta. A matrix may be read more than once.
         self._squares: dict[str, dict[tuple[str, int], tuple[float, float]]] = {}
 
-    def read(self, value: Value) -> Numbers:
+    def read(self, value: Value) -> Numbers | QuantisedNumbers:
         """The whole weight in the value's shape."""
         weight = self._adapter.weights.get(value.fqn or "")
         if weight is None:
@@ -76,16 +77,17 @@ class MergedReader:
             return self._added(value, 0, self._checkpoint.read(value))
         merged = np.empty([int(d) for d in value.type.shape], np.float32)
         for expert in range(weight.experts):
-            merged[expert] = self.read_expert(value, expert)
+            merged[expert] = self._added(value, expert, self._checkpoint.read_expert(value, expert))
         return merged
 
-    def read_expert(self, value: Value, expert: int) -> Numbers:
+    def read_expert(self, value: Value, expert: int) -> Numbers | QuantisedNumbers:
         """Matrix ``expert`` of a weight whose first axis counts experts."""
         numbers = self._checkpoint.read_expert(value, expert)
         return self._added(value, expert, numbers) if value.fqn in self._adapter.weights else numbers
 
-    def _added(self, value: Value, expert: int, numbers: Numbers) -> Floats:
+    def _added(self, value: Value, expert: int, numbers: Numbers | QuantisedNumbers) -> Floats:
         weight = self._adapter.weights[value.fqn or ""]
+        assert not isinstance(numbers, QuantisedNumbers)  # attach_lora refuses them
         delta = viewed(weight.delta(expert), self._checkpoint.source(value))
         # A copy in each case: the checkpoint may be a module in memory.
         merged = to_f32(numbers) if numbers.dtype == np.uint16 else numbers.astype(np.float32)

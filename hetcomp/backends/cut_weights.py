@@ -12,6 +12,7 @@ from hetcomp.backends.pack_weights import WeightReader
 from hetcomp.backends.quantiser import Numbers
 from hetcomp.ir.node_parts import Cut
 from hetcomp.ir.plan import Value
+from hetcomp.quantised_numbers import QuantisedNumbers
 
 
 class CutReader:
@@ -21,7 +22,7 @@ class CutReader:
         self._reader = reader
         self._cuts = cuts
 
-    def read(self, value: Value) -> Numbers:
+    def read(self, value: Value) -> Numbers | QuantisedNumbers:
         """The weight, or the part of one, in the value's shape."""
         if value.id not in self._cuts:
             return self._reader.read(value)
@@ -33,7 +34,7 @@ class CutReader:
             numbers = _cut(numbers, Cut(0, cut.experts))
         return _cut(numbers, cut)
 
-    def read_expert(self, value: Value, expert: int) -> Numbers:
+    def read_expert(self, value: Value, expert: int) -> Numbers | QuantisedNumbers:
         """Matrix ``expert`` of the weight, or of the part of one."""
         if value.id not in self._cuts:
             return self._reader.read_expert(value, expert)
@@ -81,7 +82,9 @@ def _whole_expert(cut: Cut, expert: int) -> int:
     return [e for start, stop in runs for e in range(start, stop)][expert] if runs else expert
 
 
-def _cut(numbers: Numbers, cut: Cut) -> Numbers:
+def _cut(numbers: Numbers | QuantisedNumbers, cut: Cut) -> Numbers | QuantisedNumbers:
+    if isinstance(numbers, QuantisedNumbers):
+        return numbers.cut(cut.axis, cut.runs)
     along = np.moveaxis(numbers, cut.axis, 0)
     pieces = [along[start:stop] for start, stop in cut.runs]
     joined = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -7,14 +7,14 @@ B = ceil(K/128) blocks, a line or two, behind its elements.
 
 ``f32``    elements [K][16]: one vector of 16 rows for every k
 ``bf16``   elements [K/2][16][2]: 64 bytes hold 16 rows of two adjacent k, the same bytes feed vdpbf16ps
-``q8``     elements u8 = q + 128, q in -127..127, a group [8][16][4]: 64 bytes hold four adjacent k; scales
-           fp16 [16]; w = scale * q
+``q8``     elements u8 = q + 128, q in -127..127 (-128 from checkpoints), a group [8][16][4]: 64 bytes hold four
+           adjacent k; scales fp16 [16]; w = scale * q
 ``q4``     elements 4-bit c = q + 8, q in -8..7: byte 64 j + 4 r + b of group g holds, of row r, k = 32 g + 8 j + b in
            its low half and k + 4 in its high half; scales fp16 [16], which may be negative; w = scale * q
 ``mxfp4``  elements as q4, the codes being e2m1 (bit 3 is the sign, magnitudes 0 .5 1 1.5 2 3 4 6); scales e8m0
            [16], the byte s meaning 2^(s - 127) (OCP Microscaling Formats 1.0)
-``fp8``    elements e4m3fn [K/2][16][2]; scales f32 [B], one for 128 columns, equal in the 8 panels of a block of
-           128 x 128; w = scale * e4m3
+``fp8``    elements e4m3fn [K/2][16][2]; scales f32 [B], one for 128 columns of the panel; as the quantiser makes them
+           equal in the 8 panels of a block of 128 x 128; w = scale * e4m3
 
 K is padded to whole loads (``padded_columns``) with codes of zero. Layout ``panels16`` is one such matrix, or several
 (experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1
@@ -36,6 +36,7 @@ import numpy.typing as npt
 from hetcomp.backends.quantiser import Numbers, quantise
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value
+from hetcomp.quantised_numbers import E2M1, E4M3, e8m0
 
 PANEL = 16
 ALIGNMENT = 64
@@ -278,18 +279,12 @@ class _Form:
     scales: Callable[[Bytes], _Floats] = lambda raw: raw.view(np.float32)
 
 
-# The 128 codes of e4m3fn without the sign, the last being NaN, and the 8 of e2m1.
-_E4M3 = np.array([np.ldexp(m / 8 + (e > 0), max(e, 1) - 7) for e in range(16) for m in range(8)], np.float32)
-_E4M3[127] = np.nan
-_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-
-
 def _fp16_scales(raw: Bytes) -> _Floats:
     return raw.view(np.float16).astype(np.float32)
 
 
 def _e8m0_scales(raw: Bytes) -> _Floats:
-    return np.ldexp(np.float32(1), raw.astype(np.int32) - 127)
+    return e8m0(raw)
 
 
 def _decode_f32(elements: Bytes, width: int) -> _Floats:
@@ -309,11 +304,11 @@ def _decode_q4(elements: Bytes, width: int) -> _Floats:
 
 
 def _decode_mxfp4(elements: Bytes, width: int) -> _Floats:
-    return np.concatenate([_E2M1, -_E2M1])[_from_nibbles(elements, width)]
+    return E2M1[_from_nibbles(elements, width)]
 
 
 def _decode_fp8(elements: Bytes, width: int) -> _Floats:
-    numbers: _Floats = np.concatenate([_E4M3, -_E4M3])[_from_steps(elements, 2)]
+    numbers: _Floats = E4M3[_from_steps(elements, 2)]
     return numbers
 
 

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from hetcomp.cli.plan_figures import Figures, Roof, device_memory
 from hetcomp.cli.plan_placement import layer_runs
 from hetcomp.cli.plan_summary import OpGroup, summarise
+from hetcomp.cli.plan_weights import weight_classes
 from hetcomp.ir.annotations import AttachedAdapter
 from hetcomp.ir.plan import Plan
 
-SCHEMA = (2, 2)  # major: fields changed or went; minor: fields were added
+SCHEMA = (2, 3)  # major: fields changed or went; minor: fields were added
 
 
 class _Part(BaseModel):
@@ -153,6 +154,21 @@ class Improvement(_Part):
     gain: float
 
 
+class Matrices(_Part):
+    """Weights of a role that are stored alike in the checkpoint (``source``; ``source_bits`` a weight, null without a
+    checkpoint) and computed in one format; ``exact``: that holds the same numbers. ``bits``: a weight's in memory."""
+
+    role: str
+    source: str
+    source_bits: float | None
+    format: str
+    exact: bool
+    weights: int
+    numbers: int
+    bytes: int
+    bits: float
+
+
 class PlanDocument(_Part):
     """The document; null and empty lists stand for what no pass has filled in yet."""
 
@@ -171,6 +187,7 @@ class PlanDocument(_Part):
     what_if: list[Variant]
     improvements: list[Improvement]
     adapters: list[AttachedAdapter]
+    matrices: list[Matrices]
     notes: list[str]
 
 
@@ -221,6 +238,7 @@ def plan_document(
         ],
         improvements=[Improvement(change=change, gain=gain) for change, gain in gains or []],
         adapters=list(plan.adapters),
+        matrices=[Matrices(**asdict(one), bits=one.bits) for one in weight_classes(plan)],
         notes=list(plan.notes),
     )
 

@@ -11,6 +11,7 @@ from hetcomp.cli.plan_figures import Figures, device_memory
 from hetcomp.cli.plan_placement import critical_lines, solution_line
 from hetcomp.cli.plan_summary import OpGroup, PlanSummary, summarise
 from hetcomp.cli.plan_tables import device_memory_table, intensity_table, layer_table
+from hetcomp.cli.plan_weights import weight_table
 from hetcomp.ir.annotations import Timeline
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
@@ -39,6 +40,8 @@ def plan_report(
         parts.append(intensities)
     if plan.timelines:
         parts += [_speed_table(plan), critical_lines(plan)]
+    if (matrices := weight_table(plan)) is not None:
+        parts.append(matrices)
     parts += _memory_parts(plan, summary, available_bytes, figures)
     parts.extend(Text(adapter_line(adapter)) for adapter in plan.adapters)
     if plan.solution is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,13 @@ def load(
     if checkpoint is not None:
         weights = [v for v in lowered.values if v.kind is ValueKind.WEIGHT]
         unused = tuple(checkpoint.unused(weights))
-    folded = fold_layers.fold_layers(lowered)
+    folded = fold_layers.fold_layers(lowered, _stored(lowered, checkpoint))
+    if source.quantisation is not None and checkpoint is None:
+        note = (
+            f"config.json says that the checkpoint is quantised ({source.quantisation.method}); without its tensors "
+            "auto is bf16, give --formats for what it will be"
+        )
+        folded = replace(folded, notes=(*folded.notes, note))
     return Imported(
         plan=folded,
         checkpoint=checkpoint,
@@ -109,7 +115,19 @@ def _checkpoint(source: ModelSource, traced: trace.TracedModel) -> BaseCheckpoin
     if source.folder is None or not has_weights(source.folder):
         return None
     model_type = str(source.config.model_type)
-    return FolderCheckpoint(source.folder, traced.parameter_names, model_type, traced.aliases)
+    return FolderCheckpoint(source.folder, traced.parameter_names, model_type, traced.aliases, source.quantisation)
+
+
+def _stored(plan: Plan, checkpoint: BaseCheckpoint | None) -> dict[str, str]:
+    """By id of every quantised weight how it is stored: layers that differ in this share no code."""
+    if not isinstance(checkpoint, FolderCheckpoint) or not checkpoint.quantised:
+        return {}
+    sources = {v.id: checkpoint.source(v) for v in plan.values if v.kind is ValueKind.WEIGHT}
+    labels = {
+        name: dict.fromkeys(t.quantised.label if t.quantised else "" for t in source.tensors)
+        for name, source in sources.items()
+    }
+    return {name: ", ".join(found) for name, found in labels.items()}
 
 
 def _context(info: ModelInfo, wanted: int | None, default: int) -> int:

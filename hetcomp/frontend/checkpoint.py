@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,28 @@ import torch
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.key_mapping import Parts, map_checkpoint
+from hetcomp.frontend.quantisation_config import QuantisationConfig
+from hetcomp.frontend.quantised_codes import read_quantised
+from hetcomp.frontend.quantised_tensors import quantised_tensors
 from hetcomp.frontend.safetensors_header import read_header
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
+from hetcomp.quantised_numbers import QuantisedNumbers, joined
 
 # bf16 comes as its bits in uint16: numpy has no such type.
-Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16]
+Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16] | QuantisedNumbers
 # Numbers while they are cut and joined; numpy's types lose track of a union there.
 _Raw = npt.NDArray[Any]
 
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
+# What quantised weights are stored in besides.
+_CODES = {
+    "F8_E4M3": np.uint8,
+    "F8_E8M0": np.uint8,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I32": np.int32,
+    "I64": np.int64,
+}
 _INDEX = "model.safetensors.index.json"
 _UNUSED_BY_DESIGN = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 
@@ -57,12 +70,15 @@ class BaseCheckpoint(ABC):
         parts = self._find(value)
         tensors = tuple(self._tensors[name] for name in parts.names)
         for tensor in tensors:
-            if tensor.dtype not in _NUMPY:
+            if tensor.dtype not in _NUMPY and tensor.quantised is None:
                 raise HetcompError(
                     f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
                     "expected F32, F16 or BF16"
                 )
         view = value.view or WeightSource("plain", ())
+        # MXFP4 is stored with the columns of a row side by side, whatever the parameter's own order is.
+        if view.transpose and all(t.quantised is not None and t.quantised.scheme == "mxfp4" for t in tensors):
+            view = replace(view, transpose=False)
         source = replace(view, recipe=parts.recipe, tensors=tensors)
         self._check_shape(value, source)
         return source
@@ -109,20 +125,21 @@ class BaseCheckpoint(ABC):
     # ------------------------------------------------ numbers
 
     def read(self, value: Value) -> Numbers:
-        """The whole weight in the value's shape, in the checkpoint's f32, f16, or bf16 bits; in any strides."""
+        """The whole weight in the value's shape, in the checkpoint's f32, f16, or bf16 bits; in any strides. What is
+        quantised comes as its codes, or in f32 where no weight format has such codes."""
         source = self.source(value)
         if source.recipe == "plain":
-            return viewed(self._numbers(source.tensors[0]), source)
+            return _viewed(self._numbers(source.tensors[0]), source)
         if source.recipe in ("stack", "stack_pair"):
             count = len(source.tensors) // (2 if source.recipe == "stack_pair" else 1)
-            return np.stack([self._expert(source, e) for e in range(count)])
-        return viewed(_joined([self._numbers(t) for t in source.tensors]), source)
+            return _joined([self._expert(source, e)[None] for e in range(count)])
+        return _viewed(_joined([self._numbers(t) for t in source.tensors]), source)
 
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
         return self._expert(self.source(value), expert)
 
-    def _expert(self, source: WeightSource, expert: int) -> _Raw:
+    def _expert(self, source: WeightSource, expert: int) -> _Raw | QuantisedNumbers:
         if source.recipe == "plain":
             part = self._numbers(source.tensors[0], expert)
         elif source.recipe == "stack":
@@ -132,9 +149,9 @@ class BaseCheckpoint(ABC):
             part = _joined([self._numbers(t) for t in pair])
         else:
             raise HetcompError(f"{source.tensors[0].name} is no weight of experts")
-        return viewed(part, source)
+        return _viewed(part, source)
 
-    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw:
+    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
         raw = self._raw(tensor, row)
         return raw.astype(np.float32) if raw.dtype == np.float64 else raw
 
@@ -165,10 +182,14 @@ def viewed_shape(source: WeightSource) -> tuple[int, ...] | None:
     return shape
 
 
-def _joined(parts: list[_Raw]) -> _Raw:
-    if len({p.dtype for p in parts}) > 1:
-        return np.concatenate([_to_f32(p) for p in parts])
-    return np.concatenate(parts)
+def _joined(parts: Sequence[_Raw | QuantisedNumbers]) -> _Raw | QuantisedNumbers:
+    coded = [p for p in parts if isinstance(p, QuantisedNumbers)]
+    if len(coded) == len(parts):
+        return joined(coded)
+    plain = [p.to_f32() if isinstance(p, QuantisedNumbers) else p for p in parts]
+    if len({p.dtype for p in plain}) > 1:
+        return np.concatenate([_to_f32(p) for p in plain])
+    return np.concatenate(plain)
 
 
 def _to_f32(numbers: _Raw) -> _Raw:
@@ -195,6 +216,24 @@ def viewed(numbers: _Raw, source: WeightSource) -> _Raw:
     return numbers
 
 
+def _viewed(numbers: _Raw | QuantisedNumbers, source: WeightSource) -> _Raw | QuantisedNumbers:
+    if not isinstance(numbers, QuantisedNumbers):
+        return viewed(numbers, source)
+    if source.transpose:
+        turned = numbers.transposed()
+        if not isinstance(turned, QuantisedNumbers):
+            return viewed(turned, replace(source, transpose=False))
+        numbers = turned
+    if source.deinterleave:
+        order = np.arange(numbers.shape[-2])
+        numbers = numbers.rows(np.concatenate([order[::2], order[1::2]]))
+    if source.head_split is not None:
+        numbers = numbers.heads(*source.head_split)
+        if source.head_transpose:
+            return numbers.transposed()
+    return numbers
+
+
 def _is_matrix(source: WeightSource) -> bool:
     shape = viewed_shape(source)
     return shape is not None and len(shape) >= 3
@@ -209,16 +248,33 @@ class FolderCheckpoint(BaseCheckpoint):
         parameters: Iterable[str],
         model_type: str,
         aliases: Mapping[str, tuple[str, ...]] | None = None,
+        quantisation: QuantisationConfig | None = None,
     ) -> None:
-        """Raises HetcompError naming a file that is missing, truncated or damaged."""
+        """Raises HetcompError naming a file that is missing, truncated or damaged, or a tensor that contradicts
+        ``quantisation``."""
         tensors = _folder_tensors(folder)
+        if quantisation is not None:
+            tensors = quantised_tensors(tensors, quantisation, str(folder))
         names = [*parameters, *(a for other in (aliases or {}).values() for a in other)]
         parts = map_checkpoint(tensors, names, model_type)
         super().__init__(str(folder), tensors, parts, aliases or {})
         self._folder = folder
+        self._quantisation = quantisation
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the config says so."""
+        return self._quantisation is not None
+
+    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
+        if tensor.quantised is None or self._quantisation is None:
+            return super()._numbers(tensor, row)
+        stored = self._quantisation.stored(tensor.name.removesuffix(".weight"))
+        assert stored is not None
+        return read_quantised(tensor, stored, lambda part: self._raw(part, row))
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> _Raw:
-        dtype = np.dtype(_NUMPY[tensor.dtype])
+        dtype = np.dtype((_NUMPY | _CODES)[tensor.dtype])
         shape = tensor.shape if row is None else tensor.shape[1:]
         count = math.prod(shape)
         offset = tensor.offset + (row or 0) * count * dtype.itemsize

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hetcomp.frontend.plan_builder import assemble
@@ -24,17 +25,21 @@ class _Segment:
     results: tuple[str, ...]
 
 
-def fold_layers(plan: Plan) -> Plan:
+def fold_layers(plan: Plan, stored: Mapping[str, str] | None = None) -> Plan:
     """``plan`` (one template, one call) with a template for every kind of layer, and one each for what comes
-    before and after them. Templates are named ``layer_0``, ``layer_1``, ... in the order of first use."""
+    before and after them. Templates are named ``layer_0``, ``layer_1``, ... in the order of first use.
+
+    stored: by id of a weight how the checkpoint stores it, where that matters; layers are equal only if theirs are
+    stored alike."""
     (model,) = plan.templates
     values = model.value_map()
     segments = _segments(model)
-    templates: dict[Template, str] = {}
+    templates: dict[tuple[Template, tuple[str, ...]], str] = {}
+    kinds = stored or {}
     calls: list[Call] = []
     layers = 0
     for index, segment in enumerate(segments):
-        shape = _template(segment, values)
+        shape = _template(segment, values), tuple(kinds.get(param, "") for param in segment.params)
         if shape not in templates:
             if segment.layer is not None:
                 name, layers = f"layer_{layers}", layers + 1
@@ -47,7 +52,7 @@ def fold_layers(plan: Plan) -> Plan:
     return replace(
         plan,
         values=tuple(values[v] for v in used),
-        templates=tuple(replace(t, name=name) for t, name in templates.items()),
+        templates=tuple(replace(t, name=name) for (t, _), name in templates.items()),
         calls=tuple(calls),
     )
 

@@ -14,12 +14,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hetcomp import models_zoo
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.quantisation_config import QUANTISED, QuantisationConfig, parse_quantisation
 
 
 @dataclass(frozen=True)
 class ModelSource:
     """``raw`` is config.json as written, or what the module's config says. ``module`` holds the weights of a
-    model given in memory; otherwise they are in ``folder``, if anywhere."""
+    model given in memory; otherwise they are in ``folder``, if anywhere, quantised as ``quantisation`` says."""
 
     name: str
     config: PreTrainedConfig
@@ -27,6 +28,15 @@ class ModelSource:
     model_class: type[PreTrainedModel]
     folder: Path | None
     module: PreTrainedModel | None
+    quantisation: QuantisationConfig | None = None
+
+    def refuse_quantised(self, purpose: str) -> None:
+        """Raises HetcompError if the weights are quantised: ``purpose`` runs the model in transformers, in float32."""
+        if self.quantisation is not None:
+            raise HetcompError(
+                f"{self.folder} is quantised ({self.quantisation.method}), but {purpose} runs the model in float32; "
+                "give the checkpoint that it was made from"
+            )
 
 
 def resolve(model: str | Path | nn.Module) -> ModelSource:
@@ -69,7 +79,8 @@ def _from_module(module: nn.Module) -> ModelSource:
         )
     config = module.config
     raw = config.to_dict()
-    _refuse_quantised(raw, type(module).__name__)
+    if raw.get("quantization_config"):
+        raise HetcompError(f"{type(module).__name__} in memory is quantised; give the folder of its checkpoint instead")
     name = Path(str(getattr(config, "_name_or_path", "") or "")).name or str(config.model_type)
     return ModelSource(name, config, raw, type(module), None, module)
 
@@ -90,10 +101,10 @@ def _from_folder(folder: Path) -> ModelSource:
             "models with their own code (trust_remote_code) are not run"
         )
     model_class = _model_class(path, architectures)
-    _refuse_quantised(raw, str(path))
-    config = _config(path, raw, model_type)
+    quantisation = parse_quantisation(raw, str(path))
+    config = _config(path, {k: v for k, v in raw.items() if k not in QUANTISED}, model_type)
     name = folder.resolve().name
-    return ModelSource(name, config, raw, model_class, folder, None)
+    return ModelSource(name, config, raw, model_class, folder, None, quantisation)
 
 
 def _model_class(path: Path, architectures: list[str]) -> type[PreTrainedModel]:
@@ -120,16 +131,6 @@ def _config(path: Path, raw: dict[str, Any], model_type: str) -> PreTrainedConfi
     if not isinstance(made, PreTrainedConfig):
         raise HetcompError(f"{path} is no valid {model_type} config")
     return made
-
-
-def _refuse_quantised(raw: dict[str, Any], where: str) -> None:
-    found = raw.get("quantization_config")
-    if found:
-        method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-        raise HetcompError(
-            f"{where}: the checkpoint is quantised ({method}); hetcomp reads f32, f16 and bf16 checkpoints, "
-            "give an unquantised one"
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -45,8 +45,31 @@ class ValueKind(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Quantised:
+    """How a quantised tensor [.., rows, columns] is stored, from the checkpoint's config and headers.
+
+    ``scheme`` and ``label`` name it, for the reader and for people (``FP8, blocks of 128 x 128``). ``block``: rows and
+    columns that share a scale. ``parts``: what is stored, by what it is for (``codes``, ``scales``, ``zeros``, ...).
+    ``format`` is the weight format that holds it; where that is not exact, ``inexact`` says why. ``bits`` of a weight,
+    scales included."""
+
+    scheme: str
+    label: str
+    block: tuple[int, int]
+    parts: tuple[tuple[str, CheckpointTensor], ...]
+    format: str
+    inexact: str
+    bits: float
+
+    def part(self, name: str) -> CheckpointTensor:
+        """What is stored for ``name``; KeyError if there is none."""
+        return dict(self.parts)[name]
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointTensor:
-    """One tensor of the checkpoint, found from the headers alone. ``offset`` counts from the file's start."""
+    """One tensor of the checkpoint, found from the headers alone. ``offset`` counts from the file's start. Of a
+    quantised one, shape and name are those of the numbers that it stands for, the others those of its codes."""
 
     file: str
     name: str
@@ -54,6 +77,7 @@ class CheckpointTensor:
     shape: tuple[int, ...]
     offset: int
     bytes: int
+    quantised: Quantised | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,9 @@ import torch
 
 from hetcomp.backends import packing
 from hetcomp.backends.cpu_isa import CpuIsa, Gemm
+from hetcomp.backends.repacking import repack
 from hetcomp.ir.plan import Value
+from hetcomp.quantised_numbers import GROUPS, QuantisedNumbers
 
 Doubles = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
@@ -29,6 +31,28 @@ def packed(numbers: Floats, value: Value) -> tuple[npt.NDArray[np.uint8], Floats
     data, finite = packing.pack(numbers, value)
     assert finite
     return data, packing.unpack(data, value)
+
+
+def packed_extremes(rng: np.random.Generator, value: Value) -> tuple[npt.NDArray[np.uint8], Floats]:
+    """The packed bytes of [N, K] codes as only checkpoints have them, and their numbers: the largest of both signs, q8
+    of -128 among them, and in fp8 scales that differ from panel to panel of a block."""
+    form = str(value.format)
+    rows, columns = (int(d) for d in value.type.shape)
+    ends = {"q4": (0, 15), "q8": (0, 255), "mxfp4": (7, 15), "fp8": (0x7E, 0xFE)}[form]
+    codes = np.where(rng.random((rows, columns)) < 0.5, *np.array(ends, np.uint8))
+    codes[::2] = ends[0]
+    groups = -(-columns // GROUPS[form])
+    if form == "mxfp4":
+        scales = rng.integers(118, 122, (rows, groups)).astype(np.uint8)
+    elif form == "fp8":
+        scales = np.repeat(rng.random((-(-rows // 16), groups), np.float32), 16, axis=0)[:rows]
+    else:
+        scales = rng.random((rows, groups)).astype(np.float16).astype(np.float32)
+    numbers = QuantisedNumbers(form, codes, scales)
+    done = repack(numbers, value)
+    assert done is not None
+    assert done.exact
+    return done.data, numbers.to_f32()
 
 
 def to_q8_cache(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

@@ -71,7 +71,13 @@ def test_unknown_architecture(tmp_path):
 
 
 def test_quantised_checkpoint(tmp_path):
-    refused(write_config(tmp_path, quantization_config={"quant_method": "fp8"}), "fp8", "bf16")
+    refused(write_config(tmp_path, quantization_config={"quant_method": "eetq"}), "eetq", "fp8")
+
+
+def test_quantised_model_in_memory():
+    model = tiny_models.build("qwen3")
+    model.config.quantization_config = {"quant_method": "fp8"}
+    refused(model, "in memory is quantised", "folder")
 
 
 def test_config_that_transformers_cannot_build(tmp_path):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from hetcomp.backends import packing
 from hetcomp.ir.ops import Embed, HeadLinear, Linear
+from hetcomp.ir.plan import Value
 from hetcomp.ir.types import DType, TensorType
 from tests.reference.kernel_harness import activation, weight
-from tests.reference.kernel_numbers import Doubles, Floats, dot_error, draw, packed
+from tests.reference.kernel_numbers import Doubles, Floats, dot_error, draw, packed, packed_extremes
 from tests.reference.triton_harness import request, run
 
 DIMS = {"T": 150, "R": 150, "slots": 1, "context": 16}
@@ -27,14 +30,23 @@ def multiplied(numbers: Floats, weight_format: str, rows: int, exact: bool) -> D
 
 
 def _check_linear(
-    weight_format: str, out: int, k: int, bias: bool, rows: int, exact: bool, tokens: int = 150, narrow: bool = False
+    weight_format: str,
+    out: int,
+    k: int,
+    bias: bool,
+    rows: int,
+    exact: bool,
+    tokens: int = 150,
+    narrow: bool = False,
+    weights: Callable[[np.random.Generator, Value], tuple[npt.NDArray[np.uint8], Floats]] | None = None,
 ) -> None:
-    """tokens: most rows that a step may have. narrow: activations are bf16 already."""
+    """tokens: most rows that a step may have. narrow: activations are bf16 already. weights: draws them, packed and as
+    numbers."""
     rng = np.random.default_rng(rows)
     x, b = draw(rng, (rows, k)), draw(rng, (out,))
     bits = packing.to_bf16_bits(x)
     value = weight("w", (out, k), weight_format, packing.PANELS)
-    data, w = packed(draw(rng, (out, k)), value)
+    data, w = weights(rng, value) if weights else packed(draw(rng, (out, k)), value)
     its_type = TensorType(DType.BF16 if narrow else DType.F32, ("T", k))
     operands = [replace(activation("x", "T", k), type=its_type), value, *([activation("b", out)] if bias else [])]
     dims = {**DIMS, "T": tokens}
@@ -51,6 +63,12 @@ def _check_linear(
 @pytest.mark.parametrize("weight_format", packing.FORMATS)
 def test_linear(weight_format, rows, exact):
     _check_linear(weight_format, 80, 300, True, rows, exact)
+
+
+@pytest.mark.parametrize(("rows", "exact"), [(2, True), (20, False)])
+@pytest.mark.parametrize("weight_format", ["q4", "q8", "fp8", "mxfp4"])
+def test_linear_takes_codes_that_only_checkpoints_have(weight_format, rows, exact):
+    _check_linear(weight_format, 80, 300, True, rows, exact, weights=packed_extremes)
 
 
 @pytest.mark.parametrize(("rows", "exact"), [(2, True), (20, False)])

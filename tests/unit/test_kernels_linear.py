@@ -28,7 +28,16 @@ from tests.reference.kernel_harness import (
     thorough_isas,
     weight,
 )
-from tests.reference.kernel_numbers import dot_error, draw, family, packed, rounding_of, seen, weight_rounding
+from tests.reference.kernel_numbers import (
+    dot_error,
+    draw,
+    family,
+    packed,
+    packed_extremes,
+    rounding_of,
+    seen,
+    weight_rounding,
+)
 
 ROWS = 64
 DIMS = {"T": ROWS, "R": ROWS, "slots": 1, "context": 16}
@@ -71,6 +80,25 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     assert (exact <= bound + rounding_of(x.astype(np.float64), by) @ np.abs(w64.T)).all()
     (alone,) = kernel(inputs, [(rows, out)], rows=rows, threads=1)
     np.testing.assert_array_equal(y, alone)
+
+
+@pytest.mark.parametrize("isa", isas_to_test())
+@pytest.mark.parametrize("weight_format", ["q4", "q8", "fp8", "mxfp4"])
+@pytest.mark.parametrize("rows", [1, 5, ROWS])
+def test_linear_takes_codes_that_only_checkpoints_have(isa, weight_format, rows):
+    """Weights and activations are the largest that there are, of all signs: sums of two products in 16 bits must not
+    saturate."""
+    out, k = 80, 600
+    rng = np.random.default_rng(rows)
+    data, w = packed_extremes(rng, weight("w", (out, k), weight_format, packing.PANELS))
+    x = np.where(rng.random((rows, k)) < 0.9, 1.0, -1.0).astype(np.float32)
+    (y,) = _linear(out, k, False, weight_format, isa)([x, data], [(rows, out)], rows=rows, threads=1)
+    facts = cpu_isa(isa)
+    by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
+    w64, x64 = w.astype(np.float64), seen(x, by)
+    magnitude = np.abs(x64) @ np.abs(w64.T)
+    bound = dot_error(k, magnitude) + weight_rounding(weight_format, by) * magnitude
+    assert (np.abs(y - x64 @ w64.T) <= bound).all()
 
 
 @pytest.mark.parametrize("isa", thorough_isas())

@@ -12,6 +12,7 @@ from rich.console import Console
 from hetcomp.cli.plan_json import plan_report_json
 from hetcomp.cli.plan_report import count, plan_report, size
 from hetcomp.cli.plan_summary import summarise
+from hetcomp.cli.plan_weights import weight_classes
 from hetcomp.passes.pipeline import run_pipeline
 from tests.reference.plan_builder import EXPERTS, HIDDEN, TOP_K, VOCAB, WIDTH, context, tiny_plan
 
@@ -72,9 +73,21 @@ def test_memory_adds_up(planned):
     assert summary.memory_bytes == sum(items.values())
 
 
+def test_matrices_are_named_with_what_they_are_stored_and_computed_in(planned):
+    experts = next(one for one in weight_classes(planned) if one.role == "experts")
+    assert (experts.source, experts.source_bits, experts.format, experts.exact) == ("BF16", 16, "bf16", True)
+    assert experts.numbers == LAYERS * EXPERTS * 3 * HIDDEN * WIDTH
+    assert experts.bits == 16
+    rounded = weight_classes(run_pipeline(tiny_plan(LAYERS), context("q8")))
+    assert {one.exact for one in rounded if one.role == "experts"} == {False}
+    assert "bf16" in text_of(planned)
+    document = json.loads(plan_report_json(planned))
+    assert sum(one["bytes"] for one in document["matrices"]) == sum(one.bytes for one in weight_classes(planned))
+
+
 def test_json_has_the_numbers_of_the_table(planned):
     document = json.loads(plan_report_json(planned, available_bytes=10**9))
-    assert document["schema"] == [2, 2]
+    assert document["schema"] == [2, 3]
     experts = next(g for g in document["groups"] if g["role"] == "moe.experts")
     decode = next(p for p in experts["phases"] if p["phase"] == "decode")
     assert decode["flops"] == LAYERS * 6 * TOP_K * HIDDEN * WIDTH

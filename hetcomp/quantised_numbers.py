@@ -1,0 +1,121 @@
+"""Numbers as codes and scales, as a quantised checkpoint has them: what is packed without being quantised anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float32]
+
+# Columns that share a scale in each format.
+GROUPS = {"q4": 32, "q8": 32, "mxfp4": 32, "fp8": 128}
+# What is added to a whole number to make its code.
+OFFSETS = {"q4": 8, "q8": 128}
+
+# The 256 codes of e4m3fn and the 16 of e2m1 (OCP 8-bit Floating Point 1.0, Microscaling Formats 1.0).
+_HALF_E4M3 = np.array([np.ldexp(m / 8 + (e > 0), max(e, 1) - 7) for e in range(16) for m in range(8)], np.float32)
+_HALF_E4M3[127] = np.nan
+E4M3: _Floats = np.concatenate([_HALF_E4M3, -_HALF_E4M3])
+_HALF_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+E2M1: _Floats = np.concatenate([_HALF_E2M1, -_HALF_E2M1])
+
+
+def e8m0(scales: npt.NDArray[np.uint8]) -> _Floats:
+    """The powers of two that e8m0 bytes stand for; NaN for 255."""
+    powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+    return np.where(scales == 255, np.float32(np.nan), powers)
+
+
+@dataclass(frozen=True)
+class QuantisedNumbers:
+    """A matrix [N, K], or several [E, N, K], in a weight format of hetcomp.backends.packing, not packed.
+
+    codes: u8 [.., N, K], one a byte: q + 8 (q4), q + 128 (q8; q may be -128), e2m1 (mxfp4), e4m3fn (fp8). scales
+    [.., N, ceil(K / group)]: f32, or the e8m0 bytes of mxfp4. A group is 32 columns, in fp8 128."""
+
+    format: str
+    codes: npt.NDArray[np.uint8]
+    scales: npt.NDArray[Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the numbers."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self.codes.ndim
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: int | None) -> QuantisedNumbers:
+        """One matrix of several; with None one of one."""
+        return QuantisedNumbers(self.format, self.codes[index], self.scales[index])
+
+    def rows(self, order: npt.NDArray[np.int64]) -> QuantisedNumbers:
+        """Rows in this order."""
+        take = [np.take(part, order, axis=-2) for part in (self.codes, self.scales)]
+        return QuantisedNumbers(self.format, take[0], take[1])
+
+    def heads(self, heads: int, start: int, stop: int) -> QuantisedNumbers:
+        """[heads * n, K] as [heads, stop - start, K]: of every head's rows those from start to stop."""
+        split = [part.reshape(heads, -1, part.shape[-1])[:, start:stop] for part in (self.codes, self.scales)]
+        return QuantisedNumbers(self.format, split[0], split[1])
+
+    def transposed(self) -> QuantisedNumbers | _Floats:
+        """Rows and columns swapped; as f32 where the transpose has groups whose numbers share no scale."""
+        group = GROUPS[self.format]
+        each = np.swapaxes(np.repeat(self.scales, group, axis=-1)[..., : self.shape[-1]], -1, -2)
+        firsts = each[..., ::group]
+        if np.array_equal(np.repeat(firsts, group, axis=-1)[..., : each.shape[-1]], each):
+            return QuantisedNumbers(self.format, np.swapaxes(self.codes, -1, -2), firsts)
+        return np.swapaxes(self.to_f32(), -1, -2)
+
+    def cut(self, axis: int, runs: Sequence[tuple[int, int]]) -> QuantisedNumbers | _Floats:
+        """The runs (start, stop) of an axis, one after the other; as f32 where a run of columns cuts a group."""
+        of_columns = axis in (-1, self.ndim - 1)
+        group = GROUPS[self.format] if of_columns else 1
+        if any(start % group for start, _ in runs) or any(stop % group for _, stop in runs[:-1]):
+            return _taken(self.to_f32(), axis, runs)
+        of_groups = [(start // group, -(-stop // group)) for start, stop in runs]
+        return QuantisedNumbers(self.format, _taken(self.codes, axis, runs), _taken(self.scales, axis, of_groups))
+
+    def in_format(self, weight_format: str | None) -> QuantisedNumbers | None:
+        """The same numbers in another format, exactly; None if that does not go without rounding."""
+        if self.format == weight_format:
+            return self
+        if (self.format, weight_format) == ("q4", "q8"):
+            return QuantisedNumbers("q8", self.codes + np.uint8(OFFSETS["q8"] - OFFSETS["q4"]), self.scales)
+        return None
+
+    def to_f32(self) -> _Floats:
+        """The numbers: a code's value times its scale, rounded once to f32."""
+        if self.format == "fp8":
+            values = E4M3[self.codes]
+        elif self.format == "mxfp4":
+            values = E2M1[self.codes]
+        else:
+            values = self.codes.astype(np.float32) - np.float32(OFFSETS[self.format])
+        scales = e8m0(self.scales) if self.format == "mxfp4" else self.scales.astype(np.float32)
+        values *= np.repeat(scales, GROUPS[self.format], axis=-1)[..., : self.shape[-1]]
+        return values
+
+
+def _taken(array: npt.NDArray[Any], axis: int, runs: Sequence[tuple[int, int]]) -> npt.NDArray[Any]:
+    along = np.moveaxis(array, axis, 0)
+    pieces = [along[start:stop] for start, stop in runs]
+    return np.moveaxis(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), 0, axis)
+
+
+def joined(parts: Sequence[QuantisedNumbers]) -> QuantisedNumbers | _Floats:
+    """One after the other along the first axis; as f32 where their formats differ."""
+    if len({part.format for part in parts}) > 1:
+        return np.concatenate([part.to_f32() for part in parts])
+    codes = np.concatenate([part.codes for part in parts])
+    return QuantisedNumbers(parts[0].format, codes, np.concatenate([part.scales for part in parts]))

@@ -1,0 +1,148 @@
+"""Codes and scales in panels, cut and turned, against the numbers that they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetcomp.backends import packing
+from hetcomp.backends.cut_weights import CutReader
+from hetcomp.backends.repacking import repack
+from hetcomp.errors import HetcompError
+from hetcomp.ir.node_parts import Cut, cut_value
+from hetcomp.ir.plan import Value, ValueKind
+from hetcomp.ir.types import DType, TensorType
+from hetcomp.quantised_numbers import GROUPS, QuantisedNumbers, joined
+
+FORMATS = ("q4", "q8", "mxfp4", "fp8")
+
+
+def drawn(form: str, shape: tuple[int, ...], seed: int, rows_alike: int = 1) -> QuantisedNumbers:
+    """Codes of all kinds but NaN. rows_alike: so many rows in turn have their scales in common."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16 if form in ("q4", "mxfp4") else 256, shape).astype(np.uint8)
+    if form == "fp8":
+        codes[(codes & 127) == 127] = 0x80
+    grid = (*shape[:-2], -(-shape[-2] // rows_alike), -(-shape[-1] // GROUPS[form]))
+    if form == "mxfp4":
+        scales = rng.integers(90, 160, grid).astype(np.uint8)
+    else:
+        scales = rng.standard_normal(grid).astype(np.float16).astype(np.float32)
+    return QuantisedNumbers(form, codes, np.repeat(scales, rows_alike, axis=-2)[..., : shape[-2], :])
+
+
+def weight(form: str, shape: tuple[int, ...], layout: str) -> Value:
+    return Value("w", TensorType(DType.F32, shape, layout), ValueKind.WEIGHT, fqn="m.w", format=form)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    form=st.sampled_from(FORMATS),
+    layout=st.sampled_from([packing.PANELS, packing.PANELS_GLU]),
+    experts=st.integers(1, 3),
+    half=st.integers(1, 40),
+    columns=st.integers(1, 300),
+    seed=st.integers(0, 99),
+)
+def test_panels_hold_the_codes_and_scales(form, layout, experts, half, columns, seed):
+    shape = (experts, 2 * half, columns)
+    alike = 1 if form != "fp8" else half if layout == packing.PANELS_GLU else 16
+    numbers, value = drawn(form, shape, seed, alike), weight(form, shape, layout)
+    done = repack(numbers, value)
+    assert done is not None
+    assert done.finite
+    assert done.exact
+    np.testing.assert_array_equal(packing.unpack(done.data, value), numbers.to_f32())
+    # The same bytes as the quantiser's padding: what lies beyond the matrix stands for zeros.
+    panels = packing.unpack_panels(done.data, columns, form).reshape(
+        experts, -1, 16, packing.padded_columns(columns, form)
+    )
+    assert not panels[..., columns:].any()
+
+
+def test_rows_of_a_panel_in_fp8_share_their_scales():
+    numbers = drawn("fp8", (32, 200), 0, rows_alike=8)
+    assert repack(numbers, weight("fp8", (32, 200), packing.PANELS)) is None
+    # Halves of 24 rows: the second begins within the second panel of the whole.
+    halves = drawn("fp8", (48, 200), 0, rows_alike=24)
+    assert repack(halves, weight("fp8", (48, 200), packing.PANELS)) is None
+    assert repack(halves, weight("fp8", (48, 200), packing.PANELS_GLU)) is not None
+
+
+def test_scales_that_fp16_rounds_or_cannot_hold_are_told():
+    numbers, value = drawn("q4", (16, 64), 0), weight("q4", (16, 64), packing.PANELS)
+    for scale, finite, exact in ((0.1, True, False), (2.0**-26, True, False), (7e4, False, False), (0.5, True, True)):
+        scales = numbers.scales.copy()
+        scales[3, 1] = scale
+        done = repack(QuantisedNumbers("q4", numbers.codes, scales), value)
+        assert done is not None
+        assert (done.finite, done.exact) == (finite, exact)
+
+
+def test_codes_of_another_shape_or_format_are_refused():
+    with pytest.raises(HetcompError, match=r"m\.w is q8 \[16, 64\], but its codes are q4 \[16, 64\]"):
+        repack(drawn("q4", (16, 64), 0), weight("q8", (16, 64), packing.PANELS))
+    with pytest.raises(HetcompError, match=r"\[16, 96\]"):
+        repack(drawn("q4", (16, 64), 0), weight("q4", (16, 96), packing.PANELS))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("axis", "runs"), [(0, ((1, 2), (3, 4))), (-2, ((16, 32), (80, 96))), (-1, ((128, 300),)), (-1, ((64, 256),))]
+)
+def test_cuts_are_those_of_the_numbers(form, axis, runs):
+    numbers = drawn(form, (4, 96, 300), 1)
+    cut = numbers.cut(axis, runs)
+    want = np.concatenate([np.take(numbers.to_f32(), range(*run), axis) for run in runs], axis)
+    np.testing.assert_array_equal(cut.to_f32() if isinstance(cut, QuantisedNumbers) else cut, want)
+    assert isinstance(cut, QuantisedNumbers) == (form != "fp8" or runs != ((64, 256),))
+
+
+def test_parts_of_experts_are_read_as_codes():
+    whole, numbers = weight("q4", (4, 96, 128), packing.PANELS_GLU), drawn("q4", (4, 96, 128), 2)
+
+    class Reader:
+        def read(self, value: Value) -> QuantisedNumbers:
+            return numbers
+
+        def read_expert(self, value: Value, expert: int) -> QuantisedNumbers:
+            return numbers[expert]
+
+    cut = Cut(-2, ((16, 32), (64, 80)), experts=((1, 3),))
+    part = cut_value(whole, cut, 1)
+    reader = CutReader(Reader(), {part.id: (whole, cut)})
+    want = numbers.to_f32()[1:3][:, [*range(16, 32), *range(64, 80)]]
+    read = reader.read(part)
+    assert isinstance(read, QuantisedNumbers)
+    np.testing.assert_array_equal(read.to_f32(), want)
+    expert = reader.read_expert(part, 1)
+    assert isinstance(expert, QuantisedNumbers)
+    np.testing.assert_array_equal(expert.to_f32(), want[1])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_transposes_keep_codes_only_where_blocks_stay_blocks(form):
+    for alike, blocks in ((128, True), (1, False)):
+        numbers = drawn(form, (2, 256, 130), 3, rows_alike=alike)
+        turned = numbers.transposed()
+        assert isinstance(turned, QuantisedNumbers) == blocks
+        got = turned.to_f32() if isinstance(turned, QuantisedNumbers) else turned
+        np.testing.assert_array_equal(got, np.swapaxes(numbers.to_f32(), -1, -2))
+
+
+def test_q4_is_q8_exactly_and_nothing_else_is_anything_else():
+    numbers = drawn("q4", (16, 64), 4)
+    wider = numbers.in_format("q8")
+    assert wider is not None
+    np.testing.assert_array_equal(wider.to_f32(), numbers.to_f32())
+    assert numbers.in_format("mxfp4") is None
+    assert drawn("q8", (16, 64), 4).in_format("q4") is None
+
+
+def test_joined_codes_of_two_formats_are_numbers():
+    first, second = drawn("q4", (16, 64), 5), drawn("q8", (16, 64), 6)
+    both = joined([first, second])
+    assert isinstance(both, np.ndarray)
+    np.testing.assert_array_equal(both, np.concatenate([first.to_f32(), second.to_f32()]))
