@@ -16,7 +16,7 @@ from hetcomp.adapters.base_model import BaseModel, import_base
 from hetcomp.adapters.bind_adapter import read_adapter
 from hetcomp.adapters.merge import MergedReader, adapter_to_merge
 from hetcomp.backends.cut_weights import CutReader
-from hetcomp.backends.gpu.gpu_program import lower_program
+from hetcomp.backends.gpu.gpu_program import lower_programs
 from hetcomp.backends.gpu.tile_choices import choices_of
 from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.program import ProgramLayout
@@ -30,6 +30,7 @@ from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.passes.memory_table import GPU_RESERVE
 from tests.reference.peft_adapters import everything, make_adapter
 from tests.reference.plan_builder import avx2_machine, gpu
+from tests.reference.quantised_checkpoints import write
 from tests.reference.tiny_models import build, save_tiny
 
 
@@ -65,11 +66,12 @@ def test_compile_refuses(options, named, tiny, tmp_path):
 
 
 def test_quantised_checkpoints_are_refused(tiny, tmp_path):
-    save_tiny("qwen3_moe", tmp_path / "hf")
-    config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(HetcompError, match="the checkpoint is quantised"):
-        plan_model(tmp_path / "hf", hw_profile=avx2_machine(1), adapters=[tiny / "adapter"], merge=True)
+    def codes(weight: torch.Tensor):
+        return {"weight": weight.to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 1)}, weight
+
+    quantised, _ = write(tmp_path, "qwen3_moe", {"quant_method": "fp8", "weight_block_size": [128, 128]}, codes)
+    with pytest.raises(HetcompError, match=r"adapter cannot be merged: .*q_proj\.weight in .* is stored as F8_E4M3"):
+        plan_model(quantised, hw_profile=avx2_machine(1), adapters=[tiny / "adapter"], merge=True)
 
 
 def test_the_plan_says_what_is_merged(tiny, tmp_path):
@@ -144,14 +146,16 @@ def test_nothing_is_left_out_where_weights_are_cut(family, pins, vram, tmp_path)
         adapters=[tmp_path / "a"],
         merge=True,
     )
-    program = lower_program(planned.plan, choices_of([]))
-    assert (program is None) == (pins == ("*=cpu",))
+    programs = lower_programs(planned.plan, choices_of([]))
+    assert (not programs) == (pins == ("*=cpu",))
     placements = [p for call in planned.plan.calls for _, p in call.placements]
     assert bool(vram) == any(len({run.device.partition(":")[0] for run in p.experts}) > 1 for p in placements)
     assert planned.imported.checkpoint is not None and planned.adapter is not None
     reader = MergedReader(planned.imported.checkpoint, planned.adapter)
     packer = WeightPacker(CutReader(reader, all_cuts(planned.plan)))
-    for _ in packer.chunks([*ProgramLayout.of(planned.plan).weights, *(program.weights if program else ())]):
+    for _ in packer.chunks(
+        [*ProgramLayout.of(planned.plan).weights, *(w for program in programs for w in program.weights)]
+    ):
         pass
     assert len(reader.report()) == len(planned.adapter.weights)
 
