@@ -8,9 +8,9 @@ from __future__ import annotations
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import DiskReads
 from hetcomp.ir.deferral import moe_layers
+from hetcomp.ir.expert_matrices import expert_matrices
 from hetcomp.ir.homes import CPU, memory_of, read_in
 from hetcomp.ir.kv_pool import KvPool
-from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.passes.context import Context
 from hetcomp.passes.memory_table import expert_weight_bytes, gpu_limit, memory_table, workspace_estimate
@@ -49,14 +49,7 @@ def disk_reads(plan: Plan, context: Context) -> DiskReads | None:
 
 def resident_bytes(plan: Plan, context: Context) -> int:
     """What all but experts take of the CPU's memory, of a placed plan."""
-    experts = {
-        dict(zip(plan.template(call.template).params, call.args, strict=True)).get(name, name)
-        for call in plan.calls
-        for op in plan.template(call.template).ops
-        if isinstance(op.attrs, MoeExperts)
-        for name in op.inputs[3:5]
-    }
-    readers, pool = read_in(plan), KvPool.of(plan.max_dims())
+    experts, readers, pool = expert_matrices(plan), read_in(plan), KvPool.of(plan.max_dims())
     size = workspace_estimate(plan)
     for value in plan.values:
         if CPU not in readers[value.id] or value.id in experts:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from hetcomp.errors import DoesNotFit
 from hetcomp.hardware.figures import Gpu
+from hetcomp.ir.expert_matrices import expert_matrices
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
@@ -24,16 +25,9 @@ class MemoryRow:
 
 
 def expert_weight_bytes(plan: Plan, context: Context) -> int:
-    """Bytes of the packed weights of all routed experts."""
-    ids: set[str] = set()
-    for call in plan.calls:
-        template = plan.template(call.template)
-        actual = dict(zip(template.params, call.args, strict=True))
-        for op in template.ops:
-            if weight_role(op) == "experts":
-                ids |= {actual[name] for name in op.inputs if name in actual}
-    weights = (v for v in plan.values if v.id in ids and v.kind is ValueKind.WEIGHT)
-    return sum(context.target.packed_bytes(v) for v in weights)
+    """Bytes of the packed matrices of all routed experts; their biases stay in memory."""
+    ids = expert_matrices(plan)
+    return sum(context.target.packed_bytes(v) for v in plan.values if v.id in ids)
 
 
 def memory_table(plan: Plan, context: Context) -> tuple[MemoryRow, ...]:

@@ -14,8 +14,8 @@ from hetcomp import installed_runtime
 from hetcomp.artifact.weight_files import WeightRecord
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.backends.protocol import Isa
+from hetcomp.ir.expert_matrices import expert_matrices
 from hetcomp.ir.kv_pool import KvPool, row_runs
-from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Plan, Value
 
 MANIFEST_SCHEMA = (1, 2)
@@ -66,7 +66,7 @@ def write_manifest(
 ) -> None:
     """Writes manifest.json over everything that is already in ``folder``. ``isas``: best first. ``gpus``: an entry for
     each GPU's program. ``pinned``: names of the buffers that CPU and GPUs share, in the order of the CPU's program."""
-    dims, on_demand = plan.max_dims(), _on_demand(plan)
+    dims, on_demand = plan.max_dims(), expert_matrices(plan) if plan.disk is not None else set()
     manifest: dict[str, Any] = {
         "schema": list(MANIFEST_SCHEMA),
         "hetcomp": version,
@@ -97,20 +97,6 @@ def write_manifest(
     if gpus:
         manifest |= {"gpus": list(gpus), "pinned": list(pinned)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-
-def _on_demand(plan: Plan) -> set[str]:
-    """Ids of the weights that are read from the disk when they are chosen."""
-    if plan.disk is None:
-        return set()
-    found: set[str] = set()
-    for call in plan.calls:
-        template = plan.template(call.template)
-        actual = dict(zip(template.params, call.args, strict=True))
-        for op in template.ops:
-            if isinstance(op.attrs, MoeExperts):
-                found |= {actual[name] for name in op.inputs[3:5]}
-    return found
 
 
 def _weight(record: WeightRecord, value: Value, layout: ProgramLayout, on_demand: set[str]) -> dict[str, Any]:
