@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -241,11 +242,19 @@ def doctor_command(
 
 def main() -> None:
     """Entry point of ``hetcomp``."""
+    _collect_rarely()
     app()
 
 
 def plan_main() -> None:
     """Entry point of ``hetcomp-plan``."""
+    _collect_rarely()
     alone = typer.Typer(name="hetcomp-plan", add_completion=False, pretty_exceptions_enable=False)
     alone.command()(plan_command)
     alone()
+
+
+def _collect_rarely() -> None:
+    """Python's collector walks all that torch and transformers are made of, several times while they are imported: 0.5
+    to 2 s of a compile. A command ends soon; mypy's thresholds."""
+    gc.set_threshold(200_000, 30, 30)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.file_bytes import read_bytes
 from hetcomp.frontend.key_mapping import Parts, map_checkpoint
 from hetcomp.frontend.quantisation_config import QuantisationConfig
 from hetcomp.frontend.quantised_codes import read_quantised
@@ -133,7 +134,7 @@ class BaseCheckpoint(ABC):
         if source.recipe in ("stack", "stack_pair"):
             count = len(source.tensors) // (2 if source.recipe == "stack_pair" else 1)
             return _joined([self._expert(source, e)[None] for e in range(count)])
-        return _viewed(_joined([self._numbers(t) for t in source.tensors]), source)
+        return _viewed(self._together(source.tensors), source)
 
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
@@ -145,11 +146,14 @@ class BaseCheckpoint(ABC):
         elif source.recipe == "stack":
             part = self._numbers(source.tensors[expert])
         elif source.recipe == "stack_pair":
-            pair = source.tensors[2 * expert : 2 * expert + 2]
-            part = _joined([self._numbers(t) for t in pair])
+            part = self._together(source.tensors[2 * expert : 2 * expert + 2])
         else:
             raise HetcompError(f"{source.tensors[0].name} is no weight of experts")
         return _viewed(part, source)
+
+    def _together(self, tensors: Sequence[CheckpointTensor]) -> _Raw | QuantisedNumbers:
+        """The tensors' numbers, one after the other along the first axis."""
+        return _joined([self._numbers(t) for t in tensors])
 
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
         raw = self._raw(tensor, row)
@@ -239,6 +243,13 @@ def _is_matrix(source: WeightSource) -> bool:
     return shape is not None and len(shape) >= 3
 
 
+def _follows(first: CheckpointTensor, second: CheckpointTensor) -> bool:
+    """Whether ``second`` goes on where ``first`` ends, with numbers of the same kind."""
+    place, end = (second.file, second.offset), (first.file, first.offset + first.bytes)
+    alike = (first.dtype, first.shape[1:]) == (second.dtype, second.shape[1:])
+    return place == end and alike and first.quantised is None and second.quantised is None
+
+
 class FolderCheckpoint(BaseCheckpoint):
     """safetensors files of a folder. Only headers are read before ``read``."""
 
@@ -266,6 +277,13 @@ class FolderCheckpoint(BaseCheckpoint):
         """Whether the config says so."""
         return self._quantisation is not None
 
+    def _together(self, tensors: Sequence[CheckpointTensor]) -> _Raw | QuantisedNumbers:
+        first = tensors[0]
+        if not all(map(_follows, tensors, tensors[1:])):
+            return super()._together(tensors)
+        rows = sum(t.shape[0] for t in tensors)
+        return self._numbers(replace(first, shape=(rows, *first.shape[1:]), bytes=sum(t.bytes for t in tensors)))
+
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
         if tensor.quantised is None or self._quantisation is None:
             return super()._numbers(tensor, row)
@@ -280,12 +298,14 @@ class FolderCheckpoint(BaseCheckpoint):
         offset = tensor.offset + (row or 0) * count * dtype.itemsize
         path = self._folder / tensor.file
         try:
-            data = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+            data = read_bytes(path, offset, count * dtype.itemsize)
         except OSError as error:
             raise HetcompError(f"cannot read {path}: {error.strerror or error}") from error
-        if data.size != count:
+        if data.size != count * dtype.itemsize:
             raise HetcompError(f"{path} was truncated while it was read: tensor {tensor.name} is incomplete")
-        return data.reshape(shape)
+        if data.ctypes.data % dtype.itemsize:  # a header of another length than safetensors writes
+            data = data.copy()
+        return data.view(dtype).reshape(shape)
 
 
 class ModuleCheckpoint(BaseCheckpoint):
