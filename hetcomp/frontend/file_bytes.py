@@ -53,6 +53,8 @@ _MEMORY = _Memory()
 
 def read_bytes(path: Path, offset: int, size: int) -> npt.NDArray[np.uint8]:
     """``size`` bytes from ``offset`` on, fewer where the file ends before. Raises OSError."""
+    if size == 0:
+        return np.empty(0, np.uint8)
     begin = offset // _PAGE * _PAGE
     memory = _MEMORY.take(-(-(offset + size - begin) // _PAGE) * _PAGE)
     with path.open("rb", buffering=0) as file:

@@ -26,6 +26,21 @@ std::map<std::size_t, std::size_t> pairs(const GraphRecord& graph) {
   return result;
 }
 
+// Whether every node awaits the one before it.
+bool is_line(const GraphRecord& graph) {
+  for (std::size_t i = 1; i < graph.order.size(); ++i) {
+    const std::vector<std::size_t>& after = graph.nodes[graph.order[i]].after;
+    if (std::ranges::find(after, graph.order[i - 1]) == after.end()) return false;
+  }
+  return true;
+}
+
+std::uint64_t scratch_bytes(const GraphParts& parts, const KernelNode& node) {
+  const double blocks = static_cast<double>(node.grid[0]) * node.grid[1] * node.grid[2];
+  const double bytes = blocks * static_cast<double>(parts.kernels[node.kernel].record.global_scratch_bytes);
+  return bytes < static_cast<double>(kMostScratch) ? static_cast<std::uint64_t>(bytes) : kMostScratch;
+}
+
 CUstreamBatchMemOpParams operation(const HandShake& hand_shake, const HandOver& hand_over) {
   if (!hand_over.raises) return await_flag(hand_shake.to_gpu_address(hand_over.flag));
   return raise_flag(hand_over.with_cpu() ? hand_shake.to_cpu_address(hand_over.flag)
@@ -46,15 +61,12 @@ KernelLaunch ProgramGraph::launch_of(const GraphParts& parts, const KernelNode& 
     void operator()(float value) const { launch.add_float32(value); }
   };
   for (const ArgumentValue& value : node.arguments) std::visit(Add{launch, parts.buffers}, value);
-  CUdeviceptr scratch = 0;
-  if (kernel.record.global_scratch_bytes > 0) {
-    const double blocks = static_cast<double>(node.grid[0]) * node.grid[1] * node.grid[2];
-    const double bytes = blocks * static_cast<double>(kernel.record.global_scratch_bytes);
-    const std::uint64_t size =
-        bytes < static_cast<double>(kMostScratch) ? static_cast<std::uint64_t>(bytes) : kMostScratch;
+  const std::uint64_t bytes = scratch_bytes(parts, node);
+  if (bytes > 0 && !(shared_scratch_ && !scratch_.empty())) {
+    const std::uint64_t size = std::max(bytes, shared_scratch_);
     scratch_.emplace_back(parts.driver, budget, parts.stream, size, "the scratch memory of " + node.kernel);
-    scratch = scratch_.back().address();
   }
+  const CUdeviceptr scratch = bytes > 0 ? scratch_.back().address() : 0;
   // Triton's entries take two pointers more: scratch memory, and memory of its profiler, which is not
   // compiled in.
   launch.add_pointer(scratch);
@@ -64,6 +76,11 @@ KernelLaunch ProgramGraph::launch_of(const GraphParts& parts, const KernelNode& 
 
 ProgramGraph::ProgramGraph(const GraphParts& parts, const GraphRecord& record, DeviceBudget& budget) {
   Graph graph(parts.driver);
+  if (is_line(record)) {
+    for (const NodeRecord& node : record.nodes)
+      if (const auto* kernel = std::get_if<KernelNode>(&node.work))
+        shared_scratch_ = std::max(shared_scratch_, scratch_bytes(parts, *kernel));
+  }
   const std::map<std::size_t, std::size_t> paired = pairs(record);
   std::vector<CUgraphNode> nodes(record.nodes.size());
   for (const std::size_t i : record.order) {

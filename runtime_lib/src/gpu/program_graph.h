@@ -1,6 +1,7 @@
 // The CUDA graph of one batch size of a program.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
 #include "device_memory.h"
@@ -33,7 +34,8 @@ class ProgramGraph {
  private:
   KernelLaunch launch_of(const GraphParts& parts, const KernelNode& node, DeviceBudget& budget);
 
-  std::vector<DeviceMemory> scratch_;  // one a node: nodes may run side by side
+  std::vector<DeviceMemory> scratch_;  // one a node, or one for all where no two run side by side
+  std::uint64_t shared_scratch_ = 0;   // its size in that case
   GraphExecHandle exec_;
 };
 
