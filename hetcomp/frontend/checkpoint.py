@@ -48,6 +48,9 @@ class BaseCheckpoint(ABC):
     ``aliases``: other names of tied parameters; used where the checkpoint has only one of them.
     """
 
+    # The types of tensors that are read, for messages.
+    readable = "F32, F16 or BF16"
+
     def __init__(
         self,
         origin: str,
@@ -65,6 +68,11 @@ class BaseCheckpoint(ABC):
         """Folder or description for messages."""
         return self._origin
 
+    @property
+    def quantised(self) -> bool:
+        """Whether there may be quantised weights."""
+        return False
+
     def source(self, value: Value) -> WeightSource:
         """See ir.target.Checkpoint."""
         parts = self._find(value)
@@ -73,15 +81,17 @@ class BaseCheckpoint(ABC):
             if tensor.dtype not in _NUMPY and tensor.quantised is None:
                 raise HetcompError(
                     f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
-                    "expected F32, F16 or BF16"
+                    f"expected {self.readable}"
                 )
+        return self._checked(value, replace(self._view(value, tensors), recipe=parts.recipe, tensors=tensors))
+
+    def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
+        """How the weight is cut out of what is stored."""
         view = value.view or WeightSource("plain", ())
         # MXFP4 is stored with the columns of a row side by side, whatever the parameter's own order is.
         if view.transpose and all(t.quantised is not None and t.quantised.scheme == "mxfp4" for t in tensors):
-            view = replace(view, transpose=False)
-        source = replace(view, recipe=parts.recipe, tensors=tensors)
-        self._check_shape(value, source)
-        return source
+            return replace(view, transpose=False)
+        return view
 
     def _find(self, value: Value) -> Parts:
         name = value.fqn or value.id
@@ -93,7 +103,8 @@ class BaseCheckpoint(ABC):
             f"{[int(d) for d in value.type.shape]}); is a shard missing?"
         )
 
-    def _check_shape(self, value: Value, source: WeightSource) -> None:
+    def _checked(self, value: Value, source: WeightSource) -> WeightSource:
+        """The source. Raises HetcompError if its tensors' shapes do not fit the value."""
         first = source.tensors[0]
         for index, tensor in enumerate(source.tensors):
             twin = source.tensors[index % 2 if source.recipe == "stack_pair" else 0]
@@ -110,6 +121,7 @@ class BaseCheckpoint(ABC):
                 f"gives {value.fqn or value.id} the shape {list(got or first.shape)}; expected "
                 f"{list(expected)}"
             )
+        return source
 
     def unused(self, weights: Iterable[Value]) -> list[str]:
         """Tensors of the checkpoint that none of ``weights`` comes from, sorted."""
