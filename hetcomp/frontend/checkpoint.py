@@ -336,10 +336,10 @@ def has_weights(folder: Path) -> bool:
         return True
     other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
     if other:
-        raise HetcompError(
-            f"{folder} has weights as {other[0]} only; hetcomp reads safetensors (save the model again with "
-            "save_pretrained)"
-        )
+        advice = "save the model again with save_pretrained"
+        if other[0].endswith(".gguf"):
+            advice = "give that file instead of the folder"
+        raise HetcompError(f"{folder} has weights as {other[0]} only; hetcomp reads safetensors ({advice})")
     return False
 
 

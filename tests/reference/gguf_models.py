@@ -17,6 +17,8 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hetcomp.artifact.tokenizer import _byte_characters
+
 ARCHITECTURES = {
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
@@ -66,6 +68,15 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path if path.is_file() else min(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
+
+
+def add_words(writer: gguf.GGUFWriter) -> None:
+    """A tokenizer whose tokens are the bytes, but the last: ``ab``."""
+    characters = {byte: character for character, byte in _byte_characters().items()}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*(characters[chr(byte)] for byte in range(255)), "ab"])
+    writer.add_token_merges(["a b"])
 
 
 def _add(writer: gguf.GGUFWriter, name: str, view: Tensor, choose: Choose) -> None:

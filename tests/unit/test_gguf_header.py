@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+import hetcomp
 from hetcomp import frontend
 from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
@@ -161,6 +162,9 @@ def test_truncated_data_and_a_big_endian_file(small, tmp_path):
     cut.write_bytes(small.read_bytes()[:-40])
     with pytest.raises(HetcompError, match=r"truncated: tensor blk\.0\.attn_q\.weight ends at byte"):
         open_model(cut)
+    with pytest.raises(HetcompError, match="truncated"):
+        hetcomp.compile(cut, out=tmp_path / "m.hetc")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.gguf"]
     with pytest.raises(HetcompError, match="big-endian"):
         open_model(write_small(tmp_path / "big.gguf", endianess=gguf.GGUFEndian.BIG))
 

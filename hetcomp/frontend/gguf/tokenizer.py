@@ -21,9 +21,12 @@ _SPACE = "\u2581"  # SentencePiece's
 
 
 def write_tokenizer(files: ModelFiles, folder: Path) -> None:
-    """Writes tokenizer_config.json, with the chat template, and tokenizer.json. Raises HetcompError, with the former
-    written, for a tokenizer of another kind than byte-level BPE and SentencePiece's BPE, and for a damaged one."""
+    """Writes tokenizer_config.json, with the chat template, and, if the file has a tokenizer, tokenizer.json. Raises
+    HetcompError, with the former written, for a tokenizer of another kind than byte-level BPE and SentencePiece's BPE,
+    and for a damaged one."""
     (folder / "tokenizer_config.json").write_text(json.dumps(_config(files)), encoding="utf-8")
+    if "tokenizer.ggml.model" not in files.facts:
+        return
     original = files.get("tokenizer.huggingface.json", str)
     text = original or json.dumps(_tokenizer(files), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
