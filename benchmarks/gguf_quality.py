@@ -1,4 +1,4 @@
-"""Perplexity of demo-moe out of one GGUF file, ours and llama.cpp's: how far two programs are apart on the same weights.
+"""Perplexity of demo-moe out of one GGUF file, ours and llama.cpp's: how far the two are apart on the same weights.
 
 python -m benchmarks.gguf_quality --peer-python .venv-peers/bin/python [--types "F16;Q8_0;Q4_0;Q4_K_M"] [--windows 4]
 

@@ -119,6 +119,25 @@ def test_layers_behind_the_last_predict_further_tokens_and_are_left_out(tmp_path
     assert got.unused == ("blk.3.nextn.enorm.weight",)
 
 
+def test_deepseek_files_from_before_the_key_projection_was_split(tmp_path):
+    model = tiny_models.build("deepseek_v3", num_hidden_layers=2)
+    config = model.config
+
+    def facts(writer):
+        writer.add_key_length(config.qk_nope_head_dim + config.qk_rope_head_dim)
+        writer.add_value_length(config.v_head_dim)
+        for key in ("key_length_mla", "value_length_mla"):
+            del writer.kv_data[0][f"deepseek2.attention.{key}"]
+        for layer in (0, 1):
+            whole = model.get_parameter(f"model.layers.{layer}.self_attn.kv_b_proj.weight")
+            writer.add_tensor(f"blk.{layer}.attn_kv_b.weight", whole.detach().numpy())
+
+    path = gguf_models.write(tmp_path / "m.gguf", model, facts=facts)
+    assert_same_config(path, model)
+    got = assert_same_weights(path, model)
+    assert {name.split(".")[2] for name in got.unused} == {"attn_k_b", "attn_v_b"}
+
+
 def test_fused_gate_and_up(tmp_path):
     model = tiny_models.build("qwen3_moe")
     path = gguf_models.write(tmp_path / "qwen3_moe.gguf", model, fused=True)
