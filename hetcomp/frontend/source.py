@@ -125,7 +125,7 @@ def _from_gguf(path: Path) -> ModelSource:
     files = open_model(path)
     raw = model_config(files)
     config = _config(path, raw, raw["model_type"])
-    return ModelSource(path.stem, config, raw, _model_class(path, raw["architectures"]), None, None, gguf=files)
+    return ModelSource(files.name, config, raw, _model_class(path, raw["architectures"]), None, None, gguf=files)
 
 
 def _model_class(path: Path, architectures: list[str]) -> type[PreTrainedModel]:

@@ -102,6 +102,7 @@ def test_split_files_are_one_model(tmp_path):
     parts = sorted(tmp_path.glob("split-*.gguf"))
     assert len(parts) > 2
     assert open_model(parts[2]).tensors == open_model(parts[0]).tensors
+    assert open_model(parts[2]).name == "split"
     assert_same_weights(parts[2], model)
 
 
@@ -136,6 +137,21 @@ def test_deepseek_files_from_before_the_key_projection_was_split(tmp_path):
     assert_same_config(path, model)
     got = assert_same_weights(path, model)
     assert {name.split(".")[2] for name in got.unused} == {"attn_k_b", "attn_v_b"}
+
+
+def test_tokens_that_end_an_answer(tmp_path):
+    """Those that the metadata names, and control tokens that are known by their texts."""
+
+    def facts(writer):
+        writer.add_token_list(["a", "<|im_end|>", "</s>", "<|endoftext|>", "<|call|>"])
+        writer.add_token_types([1, 3, 1, 3, 3])
+        writer.add_eos_token_id(3)
+        writer.add_eot_token_id(0)
+        writer.add_bos_token_id(1 << 20)
+
+    path = gguf_models.write(tmp_path / "m.gguf", tiny_models.build("qwen3_moe", num_hidden_layers=1), facts=facts)
+    config = resolve(path).config
+    assert (config.eos_token_id, config.bos_token_id) == ([3, 0, 1, 4], None)
 
 
 def test_fused_gate_and_up(tmp_path):

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.gguf.header import Fact, shown
+from hetcomp.frontend.gguf.header import shown
+from hetcomp.frontend.gguf.model_facts import ModelFacts
 from hetcomp.frontend.gguf.model_files import ModelFiles
-from hetcomp.ir.plan import CheckpointTensor
 
 Json = dict[str, Any]
-_Scalar = TypeVar("_Scalar", int, float, str, bool)
 
 # expert_gating_func, LLAMA_EXPERT_GATING_FUNC_TYPE_*.
 _SOFTMAX, _SIGMOID = 1, 2
+_ENDS = frozenset(
+    "<|eot_id|> <|im_end|> <|return|> <|call|> <|endoftext|> <|eom_id|> <EOT> [EOT] [EOS] <|end_of_text|> </s> <eos> "
+    "<end_of_turn> <end_of_utterance> <｜end▁of▁sentence｜>".split()
+)
 # Frequency factors of Llama 3's rope: what a converter that took them from a config writes (all of Meta's models).
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -39,85 +41,48 @@ def model_config(files: ModelFiles) -> Json:
             f"{files.path}: architecture {shown(files.architecture)} is not read from GGUF files; known are "
             f"{', '.join(FAMILIES)}"
         )
-    return family(_Model(files))
+    return family(ModelFacts(files))
 
 
-@dataclass(frozen=True)
-class _Model:
-    """The facts of one model, without the architecture in front of their keys."""
-
-    files: ModelFiles
-
-    def get(self, key: str, kind: type[_Scalar]) -> _Scalar | None:
-        return self.files.get(f"{self.files.architecture}.{key}", kind)
-
-    def need(self, key: str, kind: type[_Scalar]) -> _Scalar:
-        return self.files.need(f"{self.files.architecture}.{key}", kind)
-
-    def whole(self, key: str, default: int) -> int:
-        found = self.get(key, int)
-        return default if found is None else found
-
-    def tensor(self, name: str) -> CheckpointTensor:
-        if name not in self.files.tensors:
-            raise HetcompError(f"{self.files.path} has no tensor {name}")
-        return self.files.tensors[name]
-
-    def has(self, name: str) -> bool:
-        return name in self.files.tensors
-
-    def columns(self, name: str) -> int:
-        """Of the first layer's tensor that is called so."""
-        for layer in range(self.layers):
-            if self.has(f"blk.{layer}.{name}"):
-                return self.tensor(f"blk.{layer}.{name}").shape[-1]
-        raise HetcompError(f"{self.files.path} has no tensor blk.*.{name}")
-
-    @property
-    def layers(self) -> int:
-        """Without those that only predict further tokens, which lie behind the others."""
-        return self.need("block_count", int) - self.whole("nextn_predict_layers", 0)
-
-    @property
-    def heads(self) -> int:
-        return self.need("attention.head_count", int)
-
-    @property
-    def head_dim(self) -> int:
-        return self.whole("attention.key_length", self.need("embedding_length", int) // max(1, self.heads))
-
-    def refuse(self, key: str, found: Fact | None, expected: str) -> HetcompError:
-        return HetcompError(
-            f"{self.files.path}: {self.files.architecture}.{key} is {shown(found)}; expected {expected}"
-        )
-
-
-def _common(model: _Model, prefix: str, model_type: str) -> Json:
-    ids = [model.files.get(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
+def _common(model: ModelFacts, prefix: str, model_type: str) -> Json:
     vocabulary = model.tensor("token_embd.weight").shape[0]
-    pad = model.files.get("tokenizer.ggml.padding_token_id", int)
+
+    def token(name: str) -> int | None:
+        found = model.files.get(f"tokenizer.ggml.{name}_token_id", int)
+        return found if found is not None and 0 <= found < vocabulary else None
+
+    ends = [i for i in map(token, ("eos", "eot", "eom")) if i is not None]
+    ends += [i for i in _end_tokens(model.files) if i < vocabulary]
     return {
         "architectures": [f"{prefix}ForCausalLM"],
         "model_type": model_type,
         "vocab_size": vocabulary,
-        "hidden_size": model.need("embedding_length", int),
+        "hidden_size": model.width("embedding_length"),
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "num_key_value_heads": model.whole("attention.head_count_kv", model.heads),
+        "num_key_value_heads": model.width("attention.head_count_kv", model.heads),
         "max_position_embeddings": model.need("context_length", int),
         "rms_norm_eps": model.need("attention.layer_norm_rms_epsilon", float),
         "rope_theta": model.get("rope.freq_base", float) or 10000.0,
         "rope_scaling": _rope_scaling(model),
         "hidden_act": "silu",
         "tie_word_embeddings": not model.has("output.weight"),
-        "bos_token_id": model.files.get("tokenizer.ggml.bos_token_id", int),
-        "eos_token_id": list(dict.fromkeys(i for i in ids if i is not None)) or None,
-        # transformers wants a row of the embedding for it.
-        "pad_token_id": pad if pad is None or 0 <= pad < vocabulary else None,
+        "bos_token_id": token("bos"),
+        "eos_token_id": list(dict.fromkeys(ends)) or None,
+        "pad_token_id": token("padding"),
     }
 
 
-def _rope_scaling(model: _Model) -> Json | None:
+def _end_tokens(files: ModelFiles) -> list[int]:
+    """Control tokens that end an answer by their texts, since the metadata has room for one or two: what llama.cpp adds
+    (llama-vocab.cpp), without <|end|>, which ends parts of answers of GPT-OSS."""
+    tokens, types = files.facts.get("tokenizer.ggml.tokens"), files.numbers("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or types is None:
+        return []
+    return [i for i, (text, kind) in enumerate(zip(tokens, types, strict=False)) if kind == 3 and text in _ENDS]
+
+
+def _rope_scaling(model: ModelFacts) -> Json | None:
     linear = model.get("rope.scale_linear", float)  # the key before rope.scaling.*
     kind = model.get("rope.scaling.type", str) or ("linear" if linear else "none")
     if kind == "none":
@@ -140,25 +105,25 @@ def _rope_scaling(model: _Model) -> Json | None:
     }
 
 
-def _dense_layers(model: _Model) -> list[int]:
+def _dense_layers(model: ModelFacts) -> list[int]:
     return [layer for layer in range(model.layers) if model.has(f"blk.{layer}.ffn_gate.weight")]
 
 
-def _gating(model: _Model, default: int) -> int:
+def _gating(model: ModelFacts, default: int) -> int:
     found = model.whole("expert_gating_func", 0) or default
     if found not in (_SOFTMAX, _SIGMOID):
         raise model.refuse("expert_gating_func", found, f"{_SOFTMAX} (softmax) or {_SIGMOID} (sigmoid)")
     return found
 
 
-def _only(model: _Model, gating: int) -> None:
+def _only(model: ModelFacts, gating: int) -> None:
     """Raises HetcompError if the router is of another kind than the family's."""
     found = _gating(model, gating)
     if found != gating:
         raise model.refuse("expert_gating_func", found, str(gating))
 
 
-def _norm_topk(model: _Model, default: bool) -> bool:
+def _norm_topk(model: ModelFacts, default: bool) -> bool:
     found = model.get("expert_weights_norm", bool)
     return default if found is None else found
 
@@ -166,16 +131,16 @@ def _norm_topk(model: _Model, default: bool) -> bool:
 # ---------------------------------------------------------------- families
 
 
-def _llama(model: _Model) -> Json:
+def _llama(model: ModelFacts) -> Json:
     """Llama, and Mixtral, which llama.cpp holds to be a Llama with experts."""
     experts = model.whole("expert_count", 0)
     config = _common(model, "Mixtral" if experts else "Llama", "mixtral" if experts else "llama")
-    config["intermediate_size"] = model.need("feed_forward_length", int)
-    config["head_dim"] = model.whole("rope.dimension_count", model.head_dim)
+    config["intermediate_size"] = model.width("feed_forward_length")
+    config["head_dim"] = model.rotary(model.head_dim, model.head_dim)
     if experts:
         return config | {
             "num_local_experts": experts,
-            "num_experts_per_tok": model.need("expert_used_count", int),
+            "num_experts_per_tok": model.used_experts,
             "sliding_window": None,
         }
     if model.has("rope_freqs.weight"):
@@ -185,7 +150,7 @@ def _llama(model: _Model) -> Json:
     return config
 
 
-def _llama3_rope(model: _Model, config: Mapping[str, Any]) -> Json:
+def _llama3_rope(model: ModelFacts, config: Mapping[str, Any]) -> Json:
     """The parameters that the tensor of frequency factors was made from. Raises HetcompError if it was made from other
     ones than those of Llama 3."""
     tensor = model.tensor("rope_freqs.weight")
@@ -211,33 +176,32 @@ def _llama3_factors(theta: float, head_dim: int, rope: Mapping[str, Any]) -> npt
     return factors
 
 
-def _qwen2(model: _Model) -> Json:
-    return _common(model, "Qwen2", "qwen2") | {"intermediate_size": model.need("feed_forward_length", int)}
+def _qwen2(model: ModelFacts) -> Json:
+    return _common(model, "Qwen2", "qwen2") | {"intermediate_size": model.width("feed_forward_length")}
 
 
-def _qwen3(model: _Model) -> Json:
+def _qwen3(model: ModelFacts) -> Json:
     return _common(model, "Qwen3", "qwen3") | {
-        "intermediate_size": model.need("feed_forward_length", int),
+        "intermediate_size": model.width("feed_forward_length"),
         "head_dim": model.head_dim,
         "attention_bias": model.has("blk.0.attn_q.bias"),
     }
 
 
-def _qwen_moe(model: _Model) -> Json:
-    used = model.need("expert_used_count", int)
+def _qwen_moe(model: ModelFacts) -> Json:
     return {
-        "intermediate_size": model.whole("feed_forward_length", 1),
-        "moe_intermediate_size": model.whole("expert_feed_forward_length", model.columns("ffn_down_exps.weight")),
-        "num_experts": model.need("expert_count", int),
-        "num_experts_per_tok": used,
+        "intermediate_size": model.width("feed_forward_length", 1),
+        "moe_intermediate_size": model.width("expert_feed_forward_length", model.columns("ffn_down_exps.weight")),
+        "num_experts": model.width("expert_count"),
+        "num_experts_per_tok": model.used_experts,
         "decoder_sparse_step": 1,
         "mlp_only_layers": _dense_layers(model),
     }
 
 
-def _qwen2_moe(model: _Model) -> Json:
+def _qwen2_moe(model: ModelFacts) -> Json:
     _only(model, _SOFTMAX)
-    shared = model.whole("expert_shared_feed_forward_length", model.columns("ffn_down_shexp.weight"))
+    shared = model.width("expert_shared_feed_forward_length", model.columns("ffn_down_shexp.weight"))
     return (
         _common(model, "Qwen2Moe", "qwen2_moe")
         | _qwen_moe(model)
@@ -245,7 +209,7 @@ def _qwen2_moe(model: _Model) -> Json:
     )
 
 
-def _qwen3_moe(model: _Model) -> Json:
+def _qwen3_moe(model: ModelFacts) -> Json:
     _only(model, _SOFTMAX)
     return (
         _common(model, "Qwen3Moe", "qwen3_moe")
@@ -258,44 +222,44 @@ def _qwen3_moe(model: _Model) -> Json:
     )
 
 
-def _olmoe(model: _Model) -> Json:
+def _olmoe(model: ModelFacts) -> Json:
     _only(model, _SOFTMAX)
     clip = model.get("attention.clamp_kqv", float)
     return _common(model, "Olmoe", "olmoe") | {
-        "intermediate_size": model.need("feed_forward_length", int),
-        "num_experts": model.need("expert_count", int),
-        "num_experts_per_tok": model.need("expert_used_count", int),
+        "intermediate_size": model.width("feed_forward_length"),
+        "num_experts": model.width("expert_count"),
+        "num_experts_per_tok": model.used_experts,
         "norm_topk_prob": _norm_topk(model, False),
         "clip_qkv": clip or None,
     }
 
 
-def _shared_and_grouped(model: _Model) -> Json:
+def _shared_and_grouped(model: ModelFacts) -> Json:
     """What DeepSeek and GLM have besides routed experts. Files without groups were written before llama.cpp knew
     them, and it chooses among all experts then."""
-    groups = model.whole("expert_group_count", 1)
+    groups = model.width("expert_group_count", 1)
     return {
-        "intermediate_size": model.need("feed_forward_length", int),
-        "moe_intermediate_size": model.need("expert_feed_forward_length", int),
-        "n_routed_experts": model.need("expert_count", int),
-        "num_experts_per_tok": model.need("expert_used_count", int),
+        "intermediate_size": model.width("feed_forward_length"),
+        "moe_intermediate_size": model.width("expert_feed_forward_length"),
+        "n_routed_experts": model.width("expert_count"),
+        "num_experts_per_tok": model.used_experts,
         "n_shared_experts": model.whole("expert_shared_count", 0),
         "first_k_dense_replace": model.whole("leading_dense_block_count", 0),
         "routed_scaling_factor": model.get("expert_weights_scale", float) or 1.0,
         "n_group": groups,
-        "topk_group": model.whole("expert_group_used_count", groups),
+        "topk_group": model.width("expert_group_used_count", groups),
     }
 
 
-def _glm4_moe(model: _Model) -> Json:
+def _glm4_moe(model: ModelFacts) -> Json:
     _only(model, _SIGMOID)
-    rotary = model.whole("rope.dimension_count", model.head_dim // 2)
+    rotary = model.rotary(model.head_dim, model.head_dim // 2)
     return (
         _common(model, "Glm4Moe", "glm4_moe")
         | _shared_and_grouped(model)
         | {
             "head_dim": model.head_dim,
-            "partial_rotary_factor": rotary / max(1, model.head_dim),
+            "partial_rotary_factor": rotary / model.head_dim,
             "norm_topk_prob": _norm_topk(model, False),
             "use_qk_norm": model.has("blk.0.attn_q_norm.weight"),
             "attention_bias": model.has("blk.0.attn_q.bias"),
@@ -303,22 +267,23 @@ def _glm4_moe(model: _Model) -> Json:
     )
 
 
-def _deepseek2(model: _Model) -> Json:
+def _deepseek2(model: ModelFacts) -> Json:
     if model.get("attention.temperature_length", int):
         raise model.refuse("attention.temperature_length", model.get("attention.temperature_length", int), "none")
     sigmoid = _gating(model, _SOFTMAX) == _SIGMOID
     config = _common(model, *(("DeepseekV3", "deepseek_v3") if sigmoid else ("DeepseekV2", "deepseek_v2")))
     config |= _shared_and_grouped(model)
-    rotary = model.need("rope.dimension_count", int)
     # Before llama.cpp absorbed the key projection, key_length and value_length were those of the heads.
-    keys = model.get("attention.key_length_mla", int) or model.need("attention.key_length", int)
+    split = model.get("attention.key_length_mla", int) is not None
+    keys, values = (model.width(f"attention.{name}_length{'_mla' * split}") for name in ("key", "value"))
+    rotary = model.rotary(keys, keys)
     config |= {
         "num_key_value_heads": config["num_attention_heads"],
-        "q_lora_rank": model.get("attention.q_lora_rank", int),
-        "kv_lora_rank": model.need("attention.kv_lora_rank", int),
+        "q_lora_rank": None if model.has("blk.0.attn_q.weight") else model.width("attention.q_lora_rank"),
+        "kv_lora_rank": model.width("attention.kv_lora_rank"),
         "qk_rope_head_dim": rotary,
         "qk_nope_head_dim": keys - rotary,
-        "v_head_dim": model.get("attention.value_length_mla", int) or model.need("attention.value_length", int),
+        "v_head_dim": values,
         "norm_topk_prob": _norm_topk(model, False),
     }
     if config["rope_scaling"] is not None and config["rope_scaling"]["rope_type"] == "yarn":
@@ -332,21 +297,21 @@ def _deepseek2(model: _Model) -> Json:
     return config
 
 
-def _gpt_oss(model: _Model) -> Json:
+def _gpt_oss(model: ModelFacts) -> Json:
     config = _common(model, "GptOss", "gpt_oss")
     if config["rope_scaling"] is not None:
         config["rope_scaling"]["truncate"] = False  # of the architecture; no key says it
     return config | {
         "head_dim": model.head_dim,
-        "intermediate_size": model.need("expert_feed_forward_length", int),
-        "num_local_experts": model.need("expert_count", int),
-        "num_experts_per_tok": model.need("expert_used_count", int),
+        "intermediate_size": model.width("expert_feed_forward_length"),
+        "num_local_experts": model.width("expert_count"),
+        "num_experts_per_tok": model.used_experts,
         "sliding_window": model.need("attention.sliding_window", int),
         "layer_types": _layer_types(model),
     }
 
 
-def _layer_types(model: _Model) -> list[str]:
+def _layer_types(model: ModelFacts) -> list[str]:
     """Of every period of layers the last attends to all, or as the file says layer by layer."""
     key = f"{model.files.architecture}.attention.sliding_window_pattern"
     if isinstance(model.files.facts.get(key), int):
@@ -360,19 +325,19 @@ def _layer_types(model: _Model) -> list[str]:
     return ["sliding_attention" if s else "full_attention" for s in sliding[: model.layers]]
 
 
-def _minimax_m2(model: _Model) -> Json:
+def _minimax_m2(model: ModelFacts) -> Json:
     _only(model, _SIGMOID)
     return _common(model, "MiniMaxM2", "minimax_m2") | {
         "head_dim": model.head_dim,
-        "rotary_dim": model.need("rope.dimension_count", int),
-        "intermediate_size": model.need("expert_feed_forward_length", int),
-        "num_local_experts": model.need("expert_count", int),
-        "num_experts_per_tok": model.need("expert_used_count", int),
+        "rotary_dim": model.rotary(model.head_dim, model.head_dim),
+        "intermediate_size": model.width("expert_feed_forward_length"),
+        "num_local_experts": model.width("expert_count"),
+        "num_experts_per_tok": model.used_experts,
     }
 
 
 # By llama.cpp's name of the architecture.
-FAMILIES: dict[str, Callable[[_Model], Json]] = {
+FAMILIES: dict[str, Callable[[ModelFacts], Json]] = {
     "qwen3moe": _qwen3_moe,
     "qwen2moe": _qwen2_moe,
     "llama": _llama,

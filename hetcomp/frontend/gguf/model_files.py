@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ class ModelFiles:
     tensors: Mapping[str, CheckpointTensor]
 
     @property
+    def name(self) -> str:
+        """The file's, without what says which of several it is."""
+        split = _SPLIT.fullmatch(self.path.name)
+        return split[1] if split else self.path.stem
+
+    @property
     def architecture(self) -> str:
         """llama.cpp's name of it. Raises HetcompError if the file does not say."""
         return self.need("general.architecture", str)
@@ -36,6 +43,8 @@ class ModelFiles:
         found = self.facts.get(key)
         if kind is float and isinstance(found, int) and not isinstance(found, bool):
             found = float(found)
+        if isinstance(found, float) and not math.isfinite(found):
+            raise HetcompError(f"{self.path}: {key} is {found}; expected a finite number")
         if found is not None and (not isinstance(found, kind) or (kind is int and isinstance(found, bool))):
             raise HetcompError(f"{self.path}: {key} is {shown(found)}; expected {_KINDS[kind]}")
         return found
