@@ -77,12 +77,6 @@ class BaseCheckpoint(ABC):
         """See ir.target.Checkpoint."""
         parts = self._find(value)
         tensors = tuple(self._tensors[name] for name in parts.names)
-        for tensor in tensors:
-            if tensor.dtype not in _NUMPY and tensor.quantised is None:
-                raise HetcompError(
-                    f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
-                    f"expected {self.readable}"
-                )
         return self._checked(value, replace(self._view(value, tensors), recipe=parts.recipe, tensors=tensors))
 
     def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
@@ -104,7 +98,13 @@ class BaseCheckpoint(ABC):
         )
 
     def _checked(self, value: Value, source: WeightSource) -> WeightSource:
-        """The source. Raises HetcompError if its tensors' shapes do not fit the value."""
+        """The source. Raises HetcompError if its tensors cannot be read, or their shapes do not fit the value."""
+        for tensor in source.tensors:
+            if tensor.dtype not in _NUMPY and tensor.quantised is None:
+                raise HetcompError(
+                    f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
+                    f"expected {self.readable}"
+                )
         first = source.tensors[0]
         for index, tensor in enumerate(source.tensors):
             twin = source.tensors[index % 2 if source.recipe == "stack_pair" else 0]

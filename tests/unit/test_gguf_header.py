@@ -20,6 +20,7 @@ from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.gguf.header import parse_header, read_header
 from hetcomp.frontend.gguf.model_files import open_model
+from hetcomp.importance_from_text import importance_from_text
 from tests.reference import gguf_models, tiny_models
 
 DATA = 3 * 32 * 4 + 4 * 2 * 34
@@ -253,3 +254,14 @@ def test_a_file_cut_while_it_is_read(tmp_path):
     path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(HetcompError, match=r"truncated while it was read: tensor output_norm\.weight"):
         imported.checkpoint.read(value)
+
+
+def test_what_needs_a_checkpoint_refuses_a_file(tmp_path):
+    path = gguf_models.write(tmp_path / "m.gguf", tiny_models.build("qwen3_moe", num_hidden_layers=1))
+    with pytest.raises(HetcompError, match=r"m\.gguf is a GGUF file, but importance runs the model in transformers"):
+        importance_from_text(path, tmp_path / "text", tmp_path / "out")
+    with pytest.raises(HetcompError, match="Adapters are not merged into GGUF files"):
+        hetcomp.compile(path, hw_profile="preset:9950x-64gb", adapters=[tmp_path], merge=True, out=tmp_path / "m.hetc")
+    with pytest.raises(HetcompError, match=r"words has no tokenizer\.json"):
+        hetcomp.compile(path, tokenizer=tmp_path / "words", out=tmp_path / "m.hetc")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
