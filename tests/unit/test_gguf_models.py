@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from gguf import GGMLQuantizationType as Type
 
 from hetcomp import frontend
@@ -137,6 +139,21 @@ def test_deepseek_files_from_before_the_key_projection_was_split(tmp_path):
     assert_same_config(path, model)
     got = assert_same_weights(path, model)
     assert {name.split(".")[2] for name in got.unused} == {"attn_k_b", "attn_v_b"}
+
+
+def test_dense_qwen2(tmp_path):
+    """Which no other test has: its q, k and v have biases, its output has none."""
+    config = transformers.Qwen2Config(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, use_sliding_window=False,
+    )  # fmt: skip
+    config.architectures = ["Qwen2ForCausalLM"]
+    model = transformers.Qwen2ForCausalLM(config).float()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    path = gguf_models.write(tmp_path / "m.gguf", model)
+    assert assert_same_weights(path, model).unused == ()
+    assert resolve(path).config.rope_parameters == config.rope_parameters
 
 
 def test_tokens_that_end_an_answer(tmp_path):
