@@ -39,6 +39,11 @@ def adapter_to_merge(
         raise HetcompError("Adapters are merged into the weights at compile time for now: add --merge (merge=True).")
     if len(folders) > 1:
         raise HetcompError(f"One adapter can be merged, {len(folders)} were given; compile an artifact for each.")
+    if imported.gguf is not None:
+        raise HetcompError(
+            f"Adapters are not merged into GGUF files ({imported.gguf.path}); give the folder of the checkpoint that "
+            "it was made from."
+        )
     return read_adapter(folders[0], BaseModel.of(imported), allow_router=allow_router)
 
 

@@ -99,6 +99,9 @@ def compile_command(
     adapter: Adapters = None,
     merge: Merge = False,
     allow_router: AllowRouter = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Folder of the tokenizer and chat template to take.")
+    ] = None,
     stop_after: StopAfter = None,
     dump_dir: DumpDir = None,
     debug: Debug = False,
@@ -148,6 +151,7 @@ def compile_command(
                     tune=tune,
                     plan=plan,
                     importance=importance,
+                    tokenizer=tokenizer,
                     dump_dir=dump_dir,
                     progress=progress,
                     **options,

@@ -49,6 +49,9 @@ class BaseCheckpoint(ABC):
     ``aliases``: other names of tied parameters; used where the checkpoint has only one of them.
     """
 
+    # The types of tensors that are read, for messages.
+    readable = "F32, F16 or BF16"
+
     def __init__(
         self,
         origin: str,
@@ -66,23 +69,24 @@ class BaseCheckpoint(ABC):
         """Folder or description for messages."""
         return self._origin
 
+    @property
+    def quantised(self) -> bool:
+        """Whether there may be quantised weights."""
+        return False
+
     def source(self, value: Value) -> WeightSource:
         """See ir.target.Checkpoint."""
         parts = self._find(value)
         tensors = tuple(self._tensors[name] for name in parts.names)
-        for tensor in tensors:
-            if tensor.dtype not in _NUMPY and tensor.quantised is None:
-                raise HetcompError(
-                    f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
-                    "expected F32, F16 or BF16"
-                )
+        return self._checked(value, replace(self._view(value, tensors), recipe=parts.recipe, tensors=tensors))
+
+    def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
+        """How the weight is cut out of what is stored."""
         view = value.view or WeightSource("plain", ())
         # MXFP4 is stored with the columns of a row side by side, whatever the parameter's own order is.
         if view.transpose and all(t.quantised is not None and t.quantised.scheme == "mxfp4" for t in tensors):
-            view = replace(view, transpose=False)
-        source = replace(view, recipe=parts.recipe, tensors=tensors)
-        self._check_shape(value, source)
-        return source
+            return replace(view, transpose=False)
+        return view
 
     def _find(self, value: Value) -> Parts:
         name = value.fqn or value.id
@@ -94,7 +98,14 @@ class BaseCheckpoint(ABC):
             f"{[int(d) for d in value.type.shape]}); is a shard missing?"
         )
 
-    def _check_shape(self, value: Value, source: WeightSource) -> None:
+    def _checked(self, value: Value, source: WeightSource) -> WeightSource:
+        """The source. Raises HetcompError if its tensors cannot be read, or their shapes do not fit the value."""
+        for tensor in source.tensors:
+            if tensor.dtype not in _NUMPY and tensor.quantised is None:
+                raise HetcompError(
+                    f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
+                    f"expected {self.readable}"
+                )
         first = source.tensors[0]
         for index, tensor in enumerate(source.tensors):
             twin = source.tensors[index % 2 if source.recipe == "stack_pair" else 0]
@@ -111,6 +122,7 @@ class BaseCheckpoint(ABC):
                 f"gives {value.fqn or value.id} the shape {list(got or first.shape)}; expected "
                 f"{list(expected)}"
             )
+        return source
 
     def unused(self, weights: Iterable[Value]) -> list[str]:
         """Tensors of the checkpoint that none of ``weights`` comes from, sorted."""
@@ -344,10 +356,10 @@ def has_weights(folder: Path) -> bool:
         return True
     other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
     if other:
-        raise HetcompError(
-            f"{folder} has weights as {other[0]} only; hetcomp reads safetensors (save the model again with "
-            "save_pretrained)"
-        )
+        advice = "save the model again with save_pretrained"
+        if other[0].endswith(".gguf"):
+            advice = "give that file instead of the folder"
+        raise HetcompError(f"{folder} has weights as {other[0]} only; hetcomp reads safetensors ({advice})")
     return False
 
 
