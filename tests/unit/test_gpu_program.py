@@ -218,8 +218,11 @@ def ends_of(graph) -> list[tuple[int, str, str]]:
     return [(h["flag"], h["from"], h["to"]) for h in handed]
 
 
-def test_what_one_gpu_gives_the_other_awaits_at_the_same_place_of_the_order(on_two_gpus):
-    first, second = lower_programs(on_two_gpus.plan)
+@pytest.mark.parametrize("at_once", [32, 9])
+def test_what_one_gpu_gives_the_other_awaits_at_the_same_place_of_the_order(on_two_gpus, at_once):
+    plan = on_two_gpus.plan
+    assert plan.stream is not None
+    first, second = lower_programs(replace(plan, stream=replace(plan.stream, slots=at_once)))
     assert (first.device, second.device) == ("gpu:0", "gpu:1")
     everything = first.exchange.hand_overs
     assert [h.flag for h in everything] == list(range(len(everything)))
@@ -230,7 +233,8 @@ def test_what_one_gpu_gives_the_other_awaits_at_the_same_place_of_the_order(on_t
         ours, theirs = ends_of(a), ends_of(b)
         assert [h for h in ours if h[2] == "gpu:1"] == [h for h in theirs if h[1] == "gpu:0"] == between
         streams = [p.stream for p in (first, second) if p.stream is not None and not a.rows.exact]
-        streamed = [layer.flag for stream in streams for layer in stream.layers]
+        layers = [layer for stream in streams for layer in stream.layers]
+        streamed = [layer.flag + wave for layer in layers for wave in range(layer.waves)]
         behind = range(len(everything), len(everything) + len(streamed))
         assert streamed == list(behind)
         assert {flag for flag, _, _ in (*ours, *theirs)} == {*(h.flag for h in everything), *behind}
