@@ -13,7 +13,7 @@ constexpr double kRescaleAfter = 512;
 
 }  // namespace
 
-CachePolicy::CachePolicy(CacheRule rule, std::vector<CachedLayer> layers, std::int32_t slots,
+CachePolicy::CachePolicy(CacheRule rule, const std::vector<CachedLayer>& layers, std::int32_t slots,
                          std::uint64_t bytes_per_step)
     : rule_(rule), bytes_per_step_(bytes_per_step), most_credit_(bytes_per_step) {
   for (const CachedLayer& shape : layers) {

@@ -43,7 +43,7 @@ class CachePolicy {
   static constexpr int kMostOfLayer = 4;
 
   // Each layer has so many slots, all empty; bytes_per_step: what may be copied under a step of decoding.
-  CachePolicy(CacheRule rule, std::vector<CachedLayer> layers, std::int32_t slots,
+  CachePolicy(CacheRule rule, const std::vector<CachedLayer>& layers, std::int32_t slots,
               std::uint64_t bytes_per_step);
 
   // Before the first step: the expert lies in that slot, which is empty.
