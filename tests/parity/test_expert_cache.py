@@ -134,7 +134,8 @@ def test_a_long_decode_under_swaps_gives_the_logits_of_transformers(case: Case, 
     if case.slots is None:
         assert stats["misses"] == stats["swaps"] == 0
     else:
-        assert stats["hits"] > 0 and stats["misses"] > 0 and stats["swaps"] >= 3
+        # What stayed behind the prompt needs no swap.
+        assert stats["hits"] > 0 and stats["misses"] > 0 and stats["swaps"] > 0 and stats["swaps"] + stats["kept"] >= 3
         assert exe.plan.expert_cache is not None
         per_expert = stats["bytes"] / stats["swaps"]
         # Panels of 16 rows make a slot no smaller than an expert's numbers.
