@@ -210,6 +210,15 @@ ENTRY cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t bytes, 
   stream->enqueue([=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), CUDA_SUCCESS; });
   return CUDA_SUCCESS;
 }
+ENTRY cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, std::size_t bytes, CUstream stream) {
+  COUNTED;
+  if (!reaches(stream->device, to, true) || !reaches(stream->device, from, true))
+    return CUDA_ERROR_INVALID_VALUE;
+  stream->enqueue([=] {
+    return std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes), CUDA_SUCCESS;
+  });
+  return CUDA_SUCCESS;
+}
 ENTRY cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t bytes, CUstream stream) {
   COUNTED;
   if (!reaches(stream->device, from, true)) return CUDA_ERROR_INVALID_VALUE;
@@ -290,6 +299,17 @@ ENTRY cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr at, std::uint32_t val
   if (!reaches(stream->device, at, true)) return CUDA_ERROR_INVALID_VALUE;
   stream->enqueue([=] {
     std::atomic_ref(*reinterpret_cast<std::uint32_t*>(at)).store(value, std::memory_order_release);
+    return CUDA_SUCCESS;
+  });
+  return CUDA_SUCCESS;
+}
+ENTRY cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr at, std::uint32_t value, unsigned) {
+  COUNTED;
+  if (!reaches(stream->device, at, true)) return CUDA_ERROR_INVALID_VALUE;
+  stream->enqueue([=] {
+    const std::atomic_ref flag(*reinterpret_cast<std::uint32_t*>(at));
+    while (static_cast<std::int32_t>(flag.load(std::memory_order_acquire) - value) < 0)
+      std::this_thread::yield();
     return CUDA_SUCCESS;
   });
   return CUDA_SUCCESS;
