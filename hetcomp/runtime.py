@@ -257,7 +257,7 @@ class Runtime:
         self._handle.close()
 
     def session(self, adapter: str | None = None) -> Session:
-        """A new, empty sequence. ``adapter``: one that was loaded. Raises HetcompError if all ``max_batch`` are in use."""
+        """A new, empty sequence, maybe with an adapter. Raises HetcompError if all ``max_batch`` are in use."""
         session = Session(self)
         try:
             session.set_adapter(adapter)

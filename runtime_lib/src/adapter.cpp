@@ -19,6 +19,7 @@ constexpr char kMagic[8] = {'H', 'E', 'T', 'L', 'O', 'R', 'A', 1};
 constexpr int kSchemaMajor = 1;
 // A weight takes some 150 bytes of it.
 constexpr std::uint64_t kLargestHeader = 64U << 20;
+constexpr std::uint64_t kLargestData = std::uint64_t{1} << 40;
 constexpr std::int64_t kPanelRows = 16;
 
 struct Preamble {
@@ -92,7 +93,7 @@ Adapter::Adapter(const std::filesystem::path& path, const Manifest& manifest,
     refuse(file, "was packed for another compiled model than " + manifest.model.name +
                      " as it is here: pack the adapter for this one (hetcomp adapter pack).");
   const std::uint64_t begin = padded(sizeof(Preamble) + text.size());
-  const std::uint64_t bytes = header["bytes"].number(1, file.size());
+  const std::uint64_t bytes = header["bytes"].number(1, kLargestData);
   if (begin > file.size() || bytes != file.size() - begin)
     refuse(file, "has " + std::to_string(file.size()) + " bytes, its header says " +
                      std::to_string(begin + bytes) + ": truncated or damaged; pack the adapter again.");
