@@ -81,6 +81,17 @@ def pack_adapter(
     a GPU or has the weights of a target otherwise than as matrices, or ``out`` exists.
     """
     artifact = Path(artifact)
+    base = artifact_base(artifact)
+    return pack_bound(artifact, read_adapter(folder, base, name=name, allow_router=allow_router), out)
+
+
+def artifact_base(artifact: Path) -> BaseModel:
+    """The model that ``artifact`` was compiled from, as far as an adapter needs it. Raises HetcompError."""
+    return BaseModel.from_json(_read(artifact, ARTIFACT_FILE))
+
+
+def pack_bound(artifact: Path, adapter: Adapter, out: str | Path) -> PackedAdapter:
+    """As :func:`pack_adapter`, of an adapter that is bound to the artifact's base."""
     plan_json = _read(artifact, "plan.json")
     plan = from_json(plan_json)
     if on_gpu(plan):
@@ -88,8 +99,6 @@ def pack_adapter(
             f"A GPU computes a part of {artifact}, beside which adapters cannot be loaded at run time; compile the "
             "model with --adapter FOLDER --merge, or for the CPU alone (--vram 0)."
         )
-    base = BaseModel.from_json(_read(artifact, ARTIFACT_FILE))
-    adapter = read_adapter(folder, base, name=name, allow_router=allow_router)
     targets = list(_targets(plan, adapter))
     digest = hashlib.sha256(plan_json.encode()).hexdigest()
     return _write(Path(out), targets, adapter, digest)
