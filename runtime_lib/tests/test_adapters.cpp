@@ -8,7 +8,6 @@
 
 #include "fake_adapter.h"
 #include "fake_artifact.h"
-#include "fake_hybrid.h"
 #include "fake_program.h"
 #include "hetcomp/hetcomp.h"
 

@@ -60,6 +60,22 @@ def test_logits_as_peft_has_them(family, odd, tmp_path):
         exe(ids, adapter="adapter")
 
 
+@pytest.mark.slow
+def test_output_layer_and_router(tmp_path):
+    """The output layer has rows of its own; a changed router changes which experts a token gets."""
+    model = save_tiny("qwen3_moe", tmp_path / "hf", odd=True)
+    ids = token_ids(model, 17)[0].tolist()
+    fields = {"target_modules": ["lm_head", "k_proj"], "target_parameters": ["mlp.gate.weight"]}
+    wanted = logits_of(make_adapter(model, tmp_path / "adapter", **fields), ids)
+    exe = compiled(tmp_path / "hf", tmp_path / "tiny.hetc")
+    assert relative_error(exe(ids), wanted) > 0.05
+    with pytest.raises(HetcompError, match="changes a router"):
+        exe.load_adapter(tmp_path / "adapter")
+    exe.load_adapter(tmp_path / "adapter", allow_router=True)
+    assert relative_error(exe(ids, adapter="adapter"), wanted) < TOLERANCE
+    assert relative_error(decoded(exe, ids, "adapter"), wanted[4:]) < TOLERANCE
+
+
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     """A tiny model on all formats' base, its folder, five adapters of different ranks and targets, and ids."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from hetcomp.adapters.pack_adapter import artifact_base, pack_adapter
 from hetcomp.backends.adapted_ops import AdaptableWeight, adaptable_weights
 from hetcomp.backends.packing import to_f32
 from hetcomp.backends.program import ProgramLayout
-from hetcomp.compiler import plan_model
+from hetcomp.compiler import PlanWishes, plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import WeightSource
 from hetcomp.ir.serialise import from_json, to_json
 from tests.reference.peft_adapters import everything, make_adapter
-from tests.reference.plan_builder import avx2_machine
+from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import build, save_tiny
 
 
@@ -207,3 +208,12 @@ def test_parts_of_numa_nodes_have_parts_of_pairs(tmp_path):
             deltas = {fqn: found[0] for fqn, found in parts.items()}
         else:
             assert cuts > 0 and parts.keys() == deltas.keys()
+
+
+def test_a_model_of_a_gpu_is_refused(tiny, tmp_path):
+    machine = avx2_machine(1).model_copy(update={"gpus": (gpu(),)})
+    planned = plan_model(tiny / "hf", hw_profile=machine, context_length=32, wishes=PlanWishes(pins=("*=gpu:0",)))
+    artifact, out = tmp_path / "documents", tmp_path / "a.hetlora"
+    shutil.copytree(tiny / "documents", artifact)
+    (artifact / "plan.json").write_text(to_json(planned.plan))
+    refused("A GPU computes a part of", artifact, tiny / "adapter", out)
