@@ -145,12 +145,13 @@ def _write(out: Path, targets: list[_Target], adapter: Adapter, digest: str) -> 
     position = 0
     for target in targets:
         rank, a, b = _sizes(target)
+        scale = common_scale(target.adapted)
         weights.append(
             {
                 "weight": target.index,
                 "name": tensor_name(target.value),
                 "rank": rank,
-                "scale": common_scale(target.adapted) or 1.0,
+                "scale": 1.0 if scale is None else scale,
                 "a": position,
                 "b": position + a,
             }

@@ -167,6 +167,13 @@ def test_what_cannot_be_packed_is_refused(tiny, tmp_path):
     refused("exists and is left alone", artifact, tiny / "adapter", out)
 
 
+def test_an_alpha_of_zero_changes_nothing(tiny, tmp_path):
+    make_adapter(build("qwen3_moe"), tmp_path / "zero", target_modules=["q_proj"], lora_alpha=0)
+    pack_adapter(tiny / "documents", tmp_path / "zero", tmp_path / "zero.hetlora")
+    header, _ = read_packed(tmp_path / "zero.hetlora")
+    assert [entry["scale"] for entry in header["weights"]] == [0.0] * 3
+
+
 def test_damaged_documents_are_refused(tiny, tmp_path):
     (tmp_path / "plan.json").write_text((tiny / "documents" / "plan.json").read_text())
     out = tmp_path / "out" / "a.hetlora"
