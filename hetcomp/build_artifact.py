@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hetcomp import installed_runtime
+from hetcomp.adapters.base_model import ARTIFACT_FILE, BaseModel
 from hetcomp.adapters.merge import MergedReader
 from hetcomp.artifact.chat_template import compile_chat_template, template_bytes
 from hetcomp.artifact.chat_template_parity import prove_chat_template_parity
@@ -98,6 +99,7 @@ def write_artifact(
     for name in packer.rounded:
         progress.warn(f"weight {name} has scales that fp16 cannot hold; they were rounded")
     write_documents(documents, staging)
+    (staging / ARTIFACT_FILE).write_text(BaseModel.of(planned.imported).to_json(), encoding="utf-8")
     copy_runtime(staging)
     write_manifest(
         plan,

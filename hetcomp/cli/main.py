@@ -180,6 +180,11 @@ def run_command(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     threads: Annotated[int, typer.Option("--threads", min=0, help="0: all that this process may use.")] = 0,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="NAME=PATH: a PEFT folder or a packed file; repeatable, the last one answers."),
+    ] = None,
+    allow_router: AllowRouter = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
     print_ids: Annotated[bool, typer.Option("--print-ids", help="Print token ids instead of text.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speeds to stderr.")] = False,
@@ -195,6 +200,12 @@ def run_command(
         if (prompt is None) == (ids is None):
             raise HetcompError("Give the input with exactly one of --prompt TEXT and --ids 1,2,3.")
         exe = hetcomp.load(artifact, threads=threads)
+        chosen = None
+        for spec in adapter or ():
+            name, equals, path = spec.rpartition("=")
+            if equals and not name:
+                raise HetcompError(f"'{spec}' is no NAME=PATH of an adapter.")
+            chosen = exe.load_adapter(path, name or None, allow_router=allow_router)
         tokens = exe.generate(
             prompt if prompt is not None else token_ids(ids or ""),
             max_new_tokens=max_new_tokens,
@@ -206,6 +217,7 @@ def run_command(
             seed=seed,
             stop=stop or (),
             ignore_eos=ignore_eos,
+            adapter=chosen,
         )
         if print_ids:
             typer.echo(",".join(str(token.id) for token in tokens))

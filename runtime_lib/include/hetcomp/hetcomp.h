@@ -200,6 +200,26 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_set_lane_trace_callback(hetcomp_mode
                                                                     hetcomp_lane_trace_callback callback,
                                                                     void* user);
 
+/* ---- adapters: LoRA, chosen by each session ---------------------------------------------------------------
+ */
+
+/* Makes an adapter available by a name of the caller's choice. path: a file that `hetcomp adapter pack` wrote
+ * for this artifact; it is read and checked whole, while steps go on. Up to 32 are in memory; one more takes
+ * the place of the one whose last use is longest ago and that no session has, which is read again when it is
+ * wanted. Refused (HETCOMP_BAD_ARTIFACT) if the file is damaged, made for another artifact, or has numbers
+ * that are not finite; HETCOMP_INVALID_ARGUMENT if the name is taken or a GPU computes a part of the model.
+ */
+HETCOMP_EXPORT hetcomp_status hetcomp_adapter_load(hetcomp_model* model, const char* path, const char* name);
+/* Refused while a session has it. */
+HETCOMP_EXPORT hetcomp_status hetcomp_adapter_unload(hetcomp_model* model, const char* name);
+/* A JSON array, one object an adapter: name, file, resident, sha256 (of the adapter that was packed),
+ * sessions (that have it), and where it is in memory bytes, rank and weights. Freed with hetcomp_free. */
+HETCOMP_EXPORT hetcomp_status hetcomp_adapter_list(const hetcomp_model* model, char** json);
+/* The adapter of all that the session computes from here on; NULL: none, the model as it was compiled. If it
+ * is another than before, the session forgets its tokens, as their keys and values are the other adapter's.
+ * Sessions of one step may have different adapters. */
+HETCOMP_EXPORT hetcomp_status hetcomp_session_set_adapter(hetcomp_session* session, const char* name);
+
 /* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------
  */
 
