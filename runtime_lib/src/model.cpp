@@ -12,6 +12,7 @@
 #include "cpu_budget.h"
 #include "cpu_isa.h"
 #include "file.h"
+#include "read_faults.h"
 #include "status.h"
 
 namespace hetcomp {
@@ -255,10 +256,14 @@ void Model::run(const StepRequest& request) {
   const auto start = std::chrono::steady_clock::now();
   kv_memory_->write(request.slots, request.positions, *kv_pool_);
   std::int32_t error = 0;
-  const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
+  const BusErrorsUnblocked unblocked;
+  // Before anything of the step is used: what failed reads have left is zeros.
+  const auto run_lanes = [&](const hetcomp_step& s) {
+    error = lanes_->run(library_->program(), s);
+    weights_->require_good(manifest_);
+  };
   if (gpu_) {
-    statistics_.gpu->steps[gpu_->run(step, request.best, request.candidates, run_lanes)] += 1;
-    read_gpu_statistics();
+    run_gpus(step, request, run_lanes);
   } else {
     run_lanes(step);
   }
@@ -271,6 +276,20 @@ void Model::run(const StepRequest& request) {
                 "A kernel of the program reported error " + std::to_string(error) + "; report this bug.");
   if (logits != request.logits && logit_bytes != 0) std::memcpy(request.logits, logits, logit_bytes);
   if (step.routing) tell_routing(request);
+}
+
+void Model::run_gpus(const hetcomp_step& step, const StepRequest& request,
+                     const gpu::GpuStep::Lanes& run_lanes) {
+  std::int32_t batch = 0;
+  try {
+    batch = gpu_->run(step, request.best, request.candidates, run_lanes);
+  } catch (const Error&) {
+    weights_->require_good(manifest_);  // says more than that the step was given up
+    throw;
+  }
+  weights_->require_good(manifest_);  // copies for the next step included
+  statistics_.gpu->steps[batch] += 1;
+  read_gpu_statistics();
 }
 
 void Model::tell_routing(const StepRequest& request) const {
