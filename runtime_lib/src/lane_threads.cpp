@@ -4,13 +4,13 @@
 
 #include <algorithm>
 #include <chrono>
-#include <csignal>
 #include <cstdlib>
 #include <map>
 #include <memory>
 #include <utility>
 
 #include "cpu_affinity.h"
+#include "thread_signals.h"
 
 namespace hetcomp {
 namespace {
@@ -140,11 +140,7 @@ LaneThreads::LaneThreads(const std::vector<LaneGroup>& groups, const std::vector
   const auto elsewhere = [&](const LaneGroup& group) { return group.cpus != groups.front().cpus; };
   if (std::ranges::any_of(groups, elsewhere)) callers_cpus_ = groups[static_cast<std::size_t>(nodes[0])].cpus;
   own_cpus_ = cpu_of_each(groups, nodes);
-  // Ctrl-C and the host's other signals are for the host's threads.
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  const OwnFaultsOnly signals;
   try {
     for (std::size_t i = 1; i < nodes.size(); ++i) {
       workers_.emplace_back([this, i, cpus = groups[static_cast<std::size_t>(nodes[i])].cpus] {
@@ -154,11 +150,9 @@ LaneThreads::LaneThreads(const std::vector<LaneGroup>& groups, const std::vector
       });
     }
   } catch (...) {
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     shut_down();
     throw;
   }
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 LaneThreads::~LaneThreads() { shut_down(); }

@@ -68,19 +68,6 @@ Memory& Memory::operator=(Memory&& other) noexcept {
   return *this;
 }
 
-MappedFile::MappedFile(const File& file) : base_(nullptr), size_(file.size()) {
-  if (size_ == 0) return;
-  base_ = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.descriptor(), 0);
-  if (base_ == MAP_FAILED) {
-    base_ = nullptr;
-    throw Error(HETCOMP_IO, "Cannot map " + file.path().string() + ": " + std::strerror(errno) + ".");
-  }
-}
-
-MappedFile::~MappedFile() {
-  if (base_ != nullptr) munmap(base_, size_);
-}
-
 std::uint64_t available_memory() { return std::min(system_available(), cgroup_memory_left()); }
 
 }  // namespace hetcomp

@@ -6,7 +6,6 @@
 #include <string>
 #include <utility>
 
-#include "file.h"
 #include "numa.h"
 
 namespace hetcomp {
@@ -43,23 +42,6 @@ class Memory {
   std::uint8_t* data_ = nullptr;
   std::size_t size_ = 0;
   bool bound_ = true;
-};
-
-// A whole file, mapped for reading.
-class MappedFile {
- public:
-  explicit MappedFile(const File& file);
-  ~MappedFile();
-  MappedFile(MappedFile&& other) noexcept
-      : base_(std::exchange(other.base_, nullptr)), size_(std::exchange(other.size_, 0)) {}
-  MappedFile& operator=(MappedFile&&) = delete;
-
-  const std::uint8_t* data() const { return static_cast<const std::uint8_t*>(base_); }
-  std::size_t size() const { return size_; }
-
- private:
-  void* base_;
-  std::size_t size_;
 };
 
 // Bytes this process can still use: the system's available memory, and what is left under the limits of its

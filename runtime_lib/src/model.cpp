@@ -12,6 +12,7 @@
 #include "cpu_budget.h"
 #include "cpu_isa.h"
 #include "file.h"
+#include "read_faults.h"
 #include "status.h"
 
 namespace hetcomp {
@@ -259,10 +260,14 @@ void Model::run(const StepRequest& request) {
   const auto start = std::chrono::steady_clock::now();
   kv_memory_->write(request.slots, request.positions, *kv_pool_);
   std::int32_t error = 0;
-  const auto run_lanes = [&](const hetcomp_step& s) { error = lanes_->run(library_->program(), s); };
+  const BusErrorsUnblocked unblocked;
+  // Before anything of the step is used: what failed reads have left is zeros.
+  const auto run_lanes = [&](const hetcomp_step& s) {
+    error = lanes_->run(library_->program(), s);
+    weights_->require_good(manifest_);
+  };
   if (gpu_) {
-    statistics_.gpu->steps[gpu_->run(step, request.best, request.candidates, run_lanes)] += 1;
-    read_gpu_statistics();
+    run_gpus(step, request, run_lanes);
   } else {
     run_lanes(step);
   }
@@ -295,6 +300,20 @@ void Model::load_adapter(const std::filesystem::path& file, const std::string& n
 void Model::unload_adapter(const std::string& name) { require_adapters().unload(name); }
 
 ResidentAdapters::Use Model::use_adapter(const std::string& name) { return require_adapters().use(name); }
+
+void Model::run_gpus(const hetcomp_step& step, const StepRequest& request,
+                     const gpu::GpuStep::Lanes& run_lanes) {
+  std::int32_t batch = 0;
+  try {
+    batch = gpu_->run(step, request.best, request.candidates, run_lanes);
+  } catch (const Error&) {
+    weights_->require_good(manifest_);  // says more than that the step was given up
+    throw;
+  }
+  weights_->require_good(manifest_);  // copies for the next step included
+  statistics_.gpu->steps[batch] += 1;
+  read_gpu_statistics();
+}
 
 void Model::tell_routing(const StepRequest& request) const {
   const Routing& routing = routing_.finish();

@@ -122,6 +122,7 @@ class Model {
  private:
   void load_gpus(const LoadOptions& options);
   void read_gpu_statistics();
+  void run_gpus(const hetcomp_step& step, const StepRequest& request, const gpu::GpuStep::Lanes& run_lanes);
   void tell_lane_trace(const StepRequest& request, std::chrono::steady_clock::time_point start);
   void tell_routing(const StepRequest& request) const;
   void stream_from_weights();

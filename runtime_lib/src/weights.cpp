@@ -90,6 +90,13 @@ void advise(const std::vector<WeightRecord>& weights, const std::vector<const st
                  weights[i].on_demand ? MADV_RANDOM : MADV_WILLNEED);
 }
 
+std::string weight_at(const Manifest& manifest, const std::string& file, std::uint64_t offset) {
+  for (const WeightRecord& weight : manifest.weights)
+    if (weight.file == file && offset >= weight.offset && offset - weight.offset < weight.bytes)
+      return "The weight " + weight.name;
+  return "What lies between weights";
+}
+
 std::uint64_t aligned(std::uint64_t bytes) {
   return (bytes + Manifest::kAlignment - 1) / Manifest::kAlignment * Manifest::kAlignment;
 }
@@ -105,8 +112,27 @@ std::vector<std::uint64_t> Weights::ram_bytes(const Manifest& manifest) {
 std::vector<std::span<const std::uint8_t>> Weights::regions() const {
   std::vector<std::span<const std::uint8_t>> regions;
   for (const Memory& memory : ram_) regions.emplace_back(memory.data(), memory.size());
-  for (const MappedFile& file : mapped_) regions.emplace_back(file.data(), file.size());
+  for (const auto& [name, file] : mapped_) regions.emplace_back(file.data(), file.size());
   return regions;
+}
+
+bool Weights::good() const {
+  return std::ranges::none_of(mapped_, [](const auto& file) { return file.second.fault().has_value(); });
+}
+
+void Weights::require_good(const Manifest& manifest) {
+  if (good()) return;
+  std::exception_ptr first;
+  for (auto& [name, file] : mapped_) {
+    if (!file.fault()) continue;
+    try {
+      file.refuse(weight_at(manifest, name, *file.fault()));
+    } catch (const Error&) {
+      if (!first) first = std::current_exception();
+    }
+  }
+  advise(manifest.weights, addresses_);
+  std::rethrow_exception(first);
 }
 
 std::uint64_t Weights::bytes() const {
@@ -119,12 +145,10 @@ Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest
                  bool verify, const std::vector<NodePlace>& nodes)
     : residency_(residency), node_bytes_(nodes.size()) {
   std::map<std::string, File> files;
-  std::map<std::string, const std::uint8_t*> bases;
   for (const WeightRecord& weight : manifest.weights) {
     node_bytes_[weight.node] += weight.bytes;
     const auto [file, added] = files.try_emplace(weight.file, locate(artifact, manifest, weight.file));
-    if (added && residency == Residency::kMapped)
-      bases[weight.file] = mapped_.emplace_back(file->second).data();
+    if (added && residency == Residency::kMapped) mapped_.try_emplace(weight.file, file->second.path());
   }
   std::vector<std::uint8_t*> next(nodes.size());  // place of a node's next weight in RAM
   if (residency == Residency::kRam) {
@@ -139,7 +163,7 @@ Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest
   for (const WeightRecord& weight : manifest.weights) {
     std::uint8_t*& home = next[weight.node];
     homes.push_back(home);
-    addresses_.push_back(home != nullptr ? home : bases.at(weight.file) + weight.offset);
+    addresses_.push_back(home != nullptr ? home : mapped_.at(weight.file).data() + weight.offset);
     if (home != nullptr) home += aligned(weight.bytes);
   }
   if (residency == Residency::kMapped) advise(manifest.weights, addresses_);

@@ -3,10 +3,13 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "manifest.h"
+#include "mapped_file.h"
 #include "memory.h"
 #include "node_map.h"
 
@@ -36,11 +39,17 @@ class Weights {
   // Bytes that kRam needs for each node's weights.
   static std::vector<std::uint64_t> ram_bytes(const Manifest& manifest);
 
+  // Whether all that was read of mapped weights is what the files have. Any thread may ask.
+  bool good() const;
+  // Throws Error(HETCOMP_IO) naming the weight if not; later reads see the file as it is then. Nobody may be
+  // reading. manifest: the constructor's.
+  void require_good(const Manifest& manifest);
+
  private:
   Residency residency_;
   std::vector<std::uint64_t> node_bytes_;
   std::vector<Memory> ram_;
-  std::vector<MappedFile> mapped_;
+  std::map<std::string, MappedFile> mapped_;  // by name in the manifest
   std::vector<const std::uint8_t*> addresses_;
 };
 

@@ -3,7 +3,7 @@
 #include <xxhash.h>
 
 #include "../file.h"
-#include "../memory.h"
+#include "../mapped_file.h"
 #include "../status.h"
 
 namespace hetcomp::gpu {
@@ -17,29 +17,31 @@ std::uint64_t aligned(std::uint64_t bytes) { return (bytes + kAlignment - 1) / k
 // A file that buffers are filled from, mapped.
 class SourceFile {
  public:
-  SourceFile(const std::filesystem::path& artifact, const std::string& name)
-      : SourceFile(File(inside(artifact, name))) {}
+  SourceFile(const std::filesystem::path& artifact, const std::string& name) : map_(inside(artifact, name)) {}
 
-  const std::uint8_t* piece(const BufferSource& source, const std::string& buffer, bool verify) const {
-    if (source.offset > size_ || source.bytes > size_ - source.offset) {
-      throw Error(HETCOMP_BAD_ARTIFACT, path_ + " has " + std::to_string(size_) + " bytes, " + buffer +
+  const std::uint8_t* piece(const BufferSource& source, const std::string& buffer, bool verify) {
+    const std::string path = map_.path().string();
+    if (source.offset > map_.size() || source.bytes > map_.size() - source.offset) {
+      throw Error(HETCOMP_BAD_ARTIFACT, path + " has " + std::to_string(map_.size()) + " bytes, " + buffer +
                                             " lies beyond: truncated or replaced; copy the artifact anew.");
     }
     const std::uint8_t* data = map_.data() + source.offset;
-    if (verify && XXH3_64bits(data, source.bytes) != source.xxh3_64) {
+    const bool as_written = !verify || XXH3_64bits(data, source.bytes) == source.xxh3_64;
+    require_good();
+    if (!as_written) {
       throw Error(HETCOMP_BAD_ARTIFACT,
-                  buffer + " in " + path_ +
+                  buffer + " in " + path +
                       " does not have the hash in program.json: it is damaged; copy the "
                       "artifact anew.");
     }
     return data;
   }
+  // Throws Error if a read of it failed. Nobody may be reading.
+  void require_good() {
+    if (map_.fault()) map_.refuse("What a GPU's buffers are filled with");
+  }
 
  private:
-  explicit SourceFile(const File& file) : path_(file.path().string()), size_(file.size()), map_(file) {}
-
-  std::string path_;
-  std::uint64_t size_;
   MappedFile map_;
 };
 
@@ -100,6 +102,7 @@ void ProgramBuffers::load(const std::filesystem::path& artifact, const GpuProgra
       }
     }
     driver_.stream_synchronize(stream);
+    for (auto& [name, file] : files) file.require_good();
   } catch (...) {
     driver_.stream_synchronize.raw(stream);  // the files must stay mapped until the last byte has left them
     throw;
