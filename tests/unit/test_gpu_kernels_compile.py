@@ -241,7 +241,8 @@ def test_compiles_ahead_of_time(family):
     for m in made:
         assert m.cubin.read_bytes()[:4] == b"\x7fELF", m
         assert m.shared_bytes <= shared_limit(m.cc)
-        assert m.global_scratch_bytes == 0
+        copied = dict(m.kernel.constants).get("DESCRIPTORS", False) and m.cc >= 90
+        assert m.global_scratch_bytes == (256 if copied else 0)  # a tensor map of 128 bytes for keys, one for values
         resources = _resources(m.cubin)
         # A few registers that do not fit cost little; arrays in local memory would.
         assert resources["STACK"] + resources["LOCAL"] <= 192, (m.kernel.name, m.cc, resources)
