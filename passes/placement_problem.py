@@ -174,15 +174,19 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
 
 
 def _caches_first(groups: Sequence[Group], rooms: Sequence[int]) -> tuple[Group, ...]:
-    """The groups, those with KV caches pinned to the GPUs if all that are not pinned elsewhere fit there, into
-    ``rooms`` bytes of each.
+    """The groups, those with KV caches pinned to the GPUs if all that are not pinned elsewhere fit there, each
+    into the first of ``rooms`` (bytes) that has space for it.
 
     The mix that a plan is made for has one length of prompts; attention's time grows with their square, and an expert
     more on the GPU is not worth prompts of 16,000 tokens whose attention the CPU computes."""
     mine = [g for g in groups if g.state_bytes and g.pin is None]
     usable = [i for i, room in enumerate(rooms) if room > 0]
-    if sum(g.bytes for g in mine) > sum(rooms[i] for i in usable):
-        return tuple(groups)
+    left = [rooms[i] for i in usable]
+    for group in mine:
+        room = next((i for i, free in enumerate(left) if group.bytes <= free), None)
+        if room is None:
+            return tuple(groups)
+        left[room] -= group.bytes
     pin = "gpu" if len(usable) > 1 else f"gpu:{usable[0] if usable else 0}"
     return tuple(replace(g, pin=pin) if g.state_bytes and g.pin is None else g for g in groups)
 

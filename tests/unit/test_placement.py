@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hetcomp.errors import HetcompError
@@ -367,6 +367,7 @@ def test_a_value_that_crosses_between_gpus_leaves_the_one_and_enters_the_other()
 
 @settings(max_examples=15, deadline=None)
 @given(first=st.integers(0, SCRATCH), second=st.integers(0, SCRATCH))
+@example(first=49921, second=228095)  # room for all KV caches together, but for a byte that lies on the other GPU
 def test_plans_for_code_keep_each_gpus_limit_and_experts_with_their_layer(first, second):
     ctx = for_code(first, second)
     plan = run_pipeline(tiny_plan(LAYERS), ctx)
