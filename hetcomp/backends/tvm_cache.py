@@ -7,13 +7,13 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
+from hetcomp.artifact.staged_file import write_whole
 from hetcomp.backends.native_compiler import cache_folder
 from hetcomp.backends.protocol import Kernel
 
@@ -27,10 +27,8 @@ def cached_kernel(name: str, make: Callable[[], Kernel]) -> Kernel:
     except (OSError, ValueError, KeyError, TypeError, binascii.Error):  # not there yet, or not ours
         kernel = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_suffix(f".{os.getpid()}.tmp")
     objects = [(stem, base64.b64encode(data).decode()) for stem, data in kernel.objects]
-    staged.write_text(json.dumps({**asdict(kernel), "objects": objects}))
-    staged.replace(path)
+    write_whole(path, json.dumps({**asdict(kernel), "objects": objects}).encode())
     return kernel
 
 

@@ -262,6 +262,20 @@ def _follows(first: CheckpointTensor, second: CheckpointTensor) -> bool:
     return place == end and alike and first.quantised is None and second.quantised is None
 
 
+def read_tensor(path: Path, name: str, offset: int, dtype: np.dtype[Any], count: int) -> _Raw:
+    """``count`` numbers of the tensor ``name`` from byte ``offset`` of its file on. Raises HetcompError if they cannot
+    be read or are not there."""
+    try:
+        data = read_bytes(path, offset, count * dtype.itemsize)
+    except OSError as error:
+        raise HetcompError(f"cannot read {path}: {error.strerror or error}") from error
+    if data.size != count * dtype.itemsize:
+        raise HetcompError(f"{path} was truncated while it was read: tensor {name} is incomplete")
+    if data.ctypes.data % dtype.itemsize:  # a header of another length than safetensors writes
+        data = data.copy()
+    return data.view(dtype)
+
+
 class FolderCheckpoint(BaseCheckpoint):
     """safetensors files of a folder. Only headers are read before ``read``."""
 
@@ -308,16 +322,7 @@ class FolderCheckpoint(BaseCheckpoint):
         shape = tensor.shape if row is None else tensor.shape[1:]
         count = math.prod(shape)
         offset = tensor.offset + (row or 0) * count * dtype.itemsize
-        path = self._folder / tensor.file
-        try:
-            data = read_bytes(path, offset, count * dtype.itemsize)
-        except OSError as error:
-            raise HetcompError(f"cannot read {path}: {error.strerror or error}") from error
-        if data.size != count * dtype.itemsize:
-            raise HetcompError(f"{path} was truncated while it was read: tensor {tensor.name} is incomplete")
-        if data.ctypes.data % dtype.itemsize:  # a header of another length than safetensors writes
-            data = data.copy()
-        return data.view(dtype).reshape(shape)
+        return read_tensor(self._folder / tensor.file, tensor.name, offset, dtype, count).reshape(shape)
 
 
 class ModuleCheckpoint(BaseCheckpoint):

@@ -48,4 +48,4 @@ def test_what_is_no_kernel_is_made_again(tmp_path: Path, text: str) -> None:
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         cached_kernel("k", _never)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -182,7 +182,6 @@ def _prefill(request: GpuRequest) -> GpuCode:
     assert isinstance(a, Attention)
     dtype = request.inputs[1].type.dtype
     key = f"{_stem(a, dtype)}_prefill, window {a.window}, up to {request.max_rows()} rows"
-    shape = _shape(a, request)
     tile, choice = request.tiles.pick(key, _prefill_tiles(a, dtype, request.block_elements(dtype)))
     group = a.heads // a.kv_heads
     heads = min(power_of_two(group), tile.rows)
@@ -202,7 +201,13 @@ def _prefill(request: GpuRequest) -> GpuCode:
             "y": (NUMBER_TYPES[request.outputs[0].type.dtype], Operand("output", 0)),
             "slot_blocks": ("i32", Operand("slot_blocks")),
         },
-        {**shape, "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": tile.keys, "DESCRIPTORS": tile.descriptors},
+        {
+            **_shape(a, request),
+            "TOKENS": tokens,
+            "HEAD_TILE": heads,
+            "KEYS": tile.keys,
+            "DESCRIPTORS": tile.descriptors,
+        },
         warps=tile.warps,
         stages=tile.stages,
         tile=choice,

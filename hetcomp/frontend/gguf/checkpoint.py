@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.checkpoint import BaseCheckpoint
+from hetcomp.frontend.checkpoint import BaseCheckpoint, read_tensor
 from hetcomp.frontend.gguf.block_types import BY_NAME
 from hetcomp.frontend.gguf.blocks import QUANTISED, decode
 from hetcomp.frontend.gguf.model_files import ModelFiles
@@ -88,16 +88,12 @@ class GgufCheckpoint(BaseCheckpoint):
         kind = BY_NAME[tensor.dtype]
         shape = tensor.shape if row is None else tensor.shape[1:]
         size = math.prod(shape) // kind.size * kind.bytes
-        path = self._folder / tensor.file
-        try:
-            data = np.fromfile(path, np.uint8, size, offset=tensor.offset + (row or 0) * size)
-        except OSError as error:
-            raise HetcompError(f"cannot read {path}: {error.strerror or error}") from error
-        if data.size != size:
-            raise HetcompError(f"{path} was truncated while it was read: tensor {tensor.name} is incomplete")
+        dtype = np.dtype(_FLOATS.get(tensor.dtype, np.uint8))
+        offset = tensor.offset + (row or 0) * size
+        data = read_tensor(self._folder / tensor.file, tensor.name, offset, dtype, size // dtype.itemsize)
         if tensor.quantised is not None:
             return data.reshape(*shape[:-1], -1)
-        numbers = data.view(_FLOATS[tensor.dtype]).reshape(shape)
+        numbers = data.reshape(shape)
         return numbers.astype(np.float32) if tensor.dtype == "F64" else numbers
 
 
