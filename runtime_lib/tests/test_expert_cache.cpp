@@ -114,7 +114,8 @@ class ExpertCaches : public testing::Test {
                        std::chrono::milliseconds(1000), [] { return std::string(); }};
   ProgramBuffers buffers_{driver_, device_, ".", program_, shared_, budget_, stream_.get(), false};
   std::array<std::array<std::uint8_t, kExperts * kBytes>, kLayers> host_{};
-  ExpertCache cache_{driver_, program_, buffers_, shared_, stream_.get()};
+  ExpertCopies copies_{driver_, context_};
+  ExpertCache cache_{driver_, program_, buffers_, shared_, stream_.get(), copies_};
 };
 
 TEST_F(ExpertCaches, BeginsWithTheFirstExpertsAndSkipsWhatTheyServe) {

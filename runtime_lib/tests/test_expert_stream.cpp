@@ -2,8 +2,10 @@
 // are told, faults, and files that are refused. Meant to be run under ThreadSanitizer too.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <stdexcept>
 
 #include "fake_gpu.h"
@@ -58,6 +60,7 @@ class ExpertStreams : public testing::Test {
   }
   ~ExpertStreams() override {
     fake_.refuse_pinning = false;
+    fake_.most_pinned = SIZE_MAX;
     EXPECT_EQ(fake_.live(), 0);
   }
 
@@ -109,7 +112,7 @@ class ExpertStreams : public testing::Test {
   HostWeights host_weights() const {
     const std::span all(reinterpret_cast<const std::uint8_t*>(weights_.data()),
                         weights_.size() * sizeof(float));
-    return {{all, all, all}, {all}};
+    return {.weights = {all, all, all}, .regions = {all}};
   }
 
   // The CPU's part: the routing comes from the GPU, the layer is decided, and `seen` looks at what is left.
@@ -129,6 +132,11 @@ class ExpertStreams : public testing::Test {
       }
     };
     program.run(1, cpu, kTokens);
+  }
+  void attach(ProgramSet& program) const {
+    const Attachment attachment = program.attach(host_weights());
+    EXPECT_EQ(attachment.not_pinned.empty(), !fake_.refuse_pinning);
+    EXPECT_EQ(attachment.not_staged, "");
   }
   // y - x of the last step.
   static float added(const ProgramSet& program) {
@@ -161,7 +169,7 @@ class ExpertStreams : public testing::Test {
 
 TEST_F(ExpertStreams, WhatTheCpuIsTooSlowForIsCopied) {
   ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
-  ASSERT_EQ(program.attach(host_weights()), "");
+  attach(program);
   for (int n = 0; n < 20; ++n) {
     step(program, {3, 1, 2, 0}, [](int, std::span<const std::int32_t> ids, std::uint8_t skip) {
       EXPECT_EQ(skip, 1);
@@ -176,7 +184,7 @@ TEST_F(ExpertStreams, WhatTheCpuIsTooSlowForIsCopied) {
 TEST_F(ExpertStreams, TheRestIsLeftToTheCpu) {
   write(1e6, 2);  // two slots: of the four experts the first two are expected, whatever the routing is
   ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
-  ASSERT_EQ(program.attach(host_weights()), "");
+  attach(program);
   step(program, {3, 1, 2, 0}, [](int, std::span<const std::int32_t> ids, std::uint8_t skip) {
     EXPECT_EQ(skip, 0);
     const std::vector<std::int32_t> wanted{3, -1, 2, -1};
@@ -188,7 +196,7 @@ TEST_F(ExpertStreams, TheRestIsLeftToTheCpu) {
 TEST_F(ExpertStreams, AFastCpuGetsNothingCopied) {
   write(0.0);
   ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
-  ASSERT_EQ(program.attach(host_weights()), "");
+  attach(program);
   step(program, {3, 1, 2, 0}, [](int, std::span<const std::int32_t> ids, std::uint8_t skip) {
     EXPECT_EQ(skip, 0);
     EXPECT_EQ(ids[0], 3);
@@ -196,15 +204,96 @@ TEST_F(ExpertStreams, AFastCpuGetsNothingCopied) {
   EXPECT_EQ(program.stream_statistics().experts_copied, 0);
 }
 
-TEST_F(ExpertStreams, WhereMemoryCannotBePinnedTheCpuComputesAll) {
+TEST_F(ExpertStreams, WhereMemoryCannotBePinnedThereIsARing) {
   fake_.refuse_pinning = true;
   ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
-  EXPECT_NE(program.attach(host_weights()), "");
+  attach(program);
+  for (int n = 0; n < 20; ++n) {
+    step(program, {3, 1, 2, 0},
+         [](int, std::span<const std::int32_t>, std::uint8_t skip) { EXPECT_EQ(skip, 1); });
+    ASSERT_EQ(added(program), 100.0F);
+  }
+  EXPECT_EQ(program.stream_statistics().bytes, 20 * kLayers * static_cast<std::int64_t>(kHalf));
+}
+
+TEST_F(ExpertStreams, WithoutMemoryForTheRingTheCpuComputesAll) {
+  fake_.refuse_pinning = true;
+  fake_.most_pinned = 1 << 20;
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
+  const Attachment attachment = program.attach(host_weights());
+  EXPECT_NE(attachment.not_pinned, "");
+  EXPECT_NE(attachment.not_staged.find("refuses 16"), std::string::npos) << attachment.not_staged;
   step(program, {3, 1, 2, 0}, [](int, std::span<const std::int32_t> ids, std::uint8_t skip) {
     EXPECT_EQ(skip, 0);
     EXPECT_EQ(ids[0], 3);
   });
   EXPECT_EQ(program.stream_statistics().experts_copied, 0);
+}
+
+// Whatever the driver refuses the thread that fills the ring: the step is given up and the next one is right.
+TEST_F(ExpertStreams, ARingThatTheDriverRefusesSomethingGivesTheStepUp) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "a graph that is given up reads slots while copies to them run; nobody reads its results";
+#endif
+  fake_.refuse_pinning = true;
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
+  attach(program);
+  const auto nothing = [](int, std::span<const std::int32_t>, std::uint8_t) {};
+  const int before = fake_.calls;
+  step(program, {3, 1, 2, 0}, nothing);
+  const int calls = fake_.calls - before;
+  int refused = 0;
+  for (int call = 1; call <= calls; ++call) {
+    fake_.fail_call = fake_.calls + call;
+    try {
+      step(program, {3, 1, 2, 0}, nothing);
+    } catch (const Error& error) {
+      ++refused;
+      EXPECT_NE(std::string(error.what()).find("failed"), std::string::npos) << error.what();
+    }
+    fake_.fail_call = 0;
+    step(program, {3, 1, 2, 0}, nothing);
+    ASSERT_EQ(added(program), 100.0F);
+  }
+  EXPECT_GT(refused, 0);
+}
+
+// With times and without, from memory that is pinned and through the ring: the same step.
+TEST_F(ExpertStreams, TimesAreTakenOfKernelsHandOversAndCopies) {
+  for (const bool refused : {false, true}) {
+    fake_.refuse_pinning = refused;
+    ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
+    attach(program);
+    const auto nothing = [](int, std::span<const std::int32_t>, std::uint8_t) {};
+    for (const bool timed : {true, false, true}) {
+      program.set_timed(timed);
+      const std::int64_t before = std::chrono::steady_clock::now().time_since_epoch().count();
+      step(program, {3, 1, 2, 0}, nothing);
+      const std::int64_t after = std::chrono::steady_clock::now().time_since_epoch().count();
+      ASSERT_EQ(added(program), 100.0F);
+      std::map<GpuEvent::Kind, int> found;
+      std::size_t bytes = 0;
+      for (const GpuEvent& event : program[0].read_times()) {
+        ++found[event.kind];
+        bytes += event.bytes;
+        EXPECT_EQ(event.kernel != nullptr, event.kind == GpuEvent::Kind::kKernel);
+        EXPECT_LE(event.begin_ns, event.end_ns);
+        // The clocks are put beside each other to some microseconds, on a machine that does other work too.
+        EXPECT_GT(event.begin_ns, before - 1'000'000);
+        EXPECT_LT(event.end_ns, after + 1'000'000);
+      }
+      if (!timed) {
+        EXPECT_TRUE(program[0].read_times().empty());
+        continue;
+      }
+      int kernels = 0;
+      for (const NodeRecord& node : program[0].record().graphs[0].nodes)
+        kernels += std::holds_alternative<KernelNode>(node.work) ? 1 : 0;
+      EXPECT_EQ(found[GpuEvent::Kind::kKernel], kernels);
+      EXPECT_GE(found[GpuEvent::Kind::kHandOver], 2 * kLayers);
+      EXPECT_EQ(bytes, kLayers * kHalf);
+    }
+  }
 }
 
 TEST_F(ExpertStreams, AStepThatIsGivenUpLeavesTheNextOneRight) {
@@ -212,7 +301,7 @@ TEST_F(ExpertStreams, AStepThatIsGivenUpLeavesTheNextOneRight) {
   GTEST_SKIP() << "a graph that is given up reads slots while copies to them run; nobody reads its results";
 #endif
   ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
-  ASSERT_EQ(program.attach(host_weights()), "");
+  attach(program);
   for (int layer = 0; layer < kLayers; ++layer) {
     EXPECT_THROW(step(program, {3, 1},
                       [&](int at, std::span<const std::int32_t>, std::uint8_t) {

@@ -11,6 +11,7 @@
 
 #include "cache_policy.h"
 #include "device_memory.h"
+#include "expert_copies.h"
 #include "expert_sources.h"
 #include "expert_statistics.h"
 #include "program_buffers.h"
@@ -39,10 +40,10 @@ class ExpertCache {
   // program: with a cache; all must outlive this. The context must be current when this is made, when it ends
   // and during fill(), begin() and end().
   ExpertCache(const CudaDriver& driver, const GpuProgramRecord& program, const ProgramBuffers& buffers,
-              const SharedMemory& shared, CUstream step_stream);
+              const SharedMemory& shared, CUstream step_stream, ExpertCopies& copies);
 
   // Fills the slots from the CPU's weights in the manifest's order, which must stay where they are. swaps:
-  // they are pinned, and experts may change places. Throws Error.
+  // experts may change places. Throws Error.
   void fill(std::span<const std::span<const std::uint8_t>> weights, bool swaps);
 
   // Before the graph of a step of so many tokens is launched: sends the table, and begins to copy what the
@@ -75,7 +76,7 @@ class ExpertCache {
 
   std::span<std::int32_t> choices(std::size_t layer) const;
   void send_table();
-  void copy(const CacheArrival& arrival, CUstream stream);
+  void copy(const CacheArrival& arrival);
 
   const CudaDriver& driver_;
   const GpuProgramRecord& program_;
@@ -84,7 +85,7 @@ class ExpertCache {
   const ProgramBuffers& buffers_;
   const SharedMemory& shared_;
   CUstream step_stream_;
-  StreamHandle copies_;
+  ExpertCopies& copies_;
   PinnedMemory table_;
   CachePolicy policy_;
   std::vector<std::size_t> layer_of_;  // by hand-over

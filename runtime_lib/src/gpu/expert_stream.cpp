@@ -22,7 +22,8 @@ std::vector<std::int32_t> tokens_of_experts(std::span<const std::int32_t> ids, s
 
 ExpertStream::ExpertStream(const CudaDriver& driver, const DeviceContext& context,
                            const GpuProgramRecord& program, const ProgramBuffers& buffers,
-                           const SharedMemory& shared, CUstream step_stream, const ExpertCache* cache)
+                           const SharedMemory& shared, CUstream step_stream, ExpertCopies& copies,
+                           const ExpertCache* cache)
     : driver_(driver),
       context_(context),
       program_(program),
@@ -30,8 +31,8 @@ ExpertStream::ExpertStream(const CudaDriver& driver, const DeviceContext& contex
       buffers_(buffers),
       shared_(shared),
       step_stream_(step_stream),
+      copies_(copies),
       cache_(cache),
-      stream_(create_stream(driver)),
       rows_(driver, (record_.layers.size() + 1) * record_.row_bytes, "the tables of streamed experts"),
       layers_(record_.layers.size()) {}
 
@@ -60,9 +61,14 @@ std::int32_t& ExpertStream::word(std::size_t row, std::uint64_t offset) const {
   return *reinterpret_cast<std::int32_t*>(rows_.bytes().data() + row * record_.row_bytes + offset);
 }
 
-void ExpertStream::send_row(std::size_t row, CUstream stream) {
-  driver_.copy_to_device(buffers_.address({record_.tables, row * record_.row_bytes}),
-                         rows_.bytes().data() + row * record_.row_bytes, record_.row_bytes, stream);
+BufferAddress ExpertStream::place_of(std::size_t row) const {
+  return {record_.tables, row * record_.row_bytes};
+}
+
+// Of the tables the first rows, before the graph that reads them.
+void ExpertStream::send_with_step(std::size_t rows) {
+  driver_.copy_to_device(buffers_.address(place_of(0)), rows_.bytes().data(), rows * record_.row_bytes,
+                         step_stream_);
 }
 
 void ExpertStream::begin(std::int64_t tokens) {
@@ -70,15 +76,15 @@ void ExpertStream::begin(std::int64_t tokens) {
     for (std::size_t i = 0; i <= layers_.size(); ++i) {
       std::ranges::fill(row(i), -1);
       word(i, record_.part_offset) = word(i, record_.ask_offset) = 1;
-      send_row(i, step_stream_);
     }
+    send_with_step(layers_.size() + 1);
     for (std::size_t i = 0; i < layers_.size(); ++i)
       shared_.hand_shake().answer(record_.first_flag + static_cast<std::uint32_t>(i));
     return;
   }
   tokens_ = tokens;
   const std::size_t first = expect(0);
-  send_row(0, step_stream_);
+  send_with_step(1);
   copy(layers_[0], first);
 }
 
@@ -87,7 +93,7 @@ void ExpertStream::end() noexcept {
   if (tokens_ == 0) return;
   tokens_ = 0;
   for (const StreamLayer& layer : record_.layers) shared_.skip()[layer.hand_over] = 0;
-  driver_.stream_synchronize.raw(stream_.get());
+  copies_.finish();
 }
 
 // How many of the layer's experts are worth copying before its routing is known, and whether the CPU will
@@ -128,6 +134,9 @@ std::size_t ExpertStream::split(const Layer& layer, std::span<const std::int32_t
 
 // Copies experts of the order until `to` of them are on their way; neighbours in memory together.
 void ExpertStream::copy(Layer& layer, std::size_t to) {
+  const std::size_t bytes = (to - layer.copied) * layer.expert_bytes;
+  if (bytes == 0) return;
+  copies_.begin_batch(bytes);
   for (const Operand& operand : layer.operands) {
     const auto source = [&](std::size_t slot) {
       return operand.sources[static_cast<std::size_t>(layer.order[slot])];
@@ -135,13 +144,14 @@ void ExpertStream::copy(Layer& layer, std::size_t to) {
     for (std::size_t first = layer.copied; first < to;) {
       std::size_t end = first + 1;
       while (end < to && source(end) == source(end - 1) + operand.expert_bytes) ++end;
-      driver_.copy_to_device(operand.slots + first * operand.expert_bytes, source(first),
-                             (end - first) * operand.expert_bytes, stream_.get());
+      copies_.copy(operand.slots + first * operand.expert_bytes, source(first),
+                   (end - first) * operand.expert_bytes);
       first = end;
     }
   }
+  copies_.end_batch();
   statistics_.experts_copied += static_cast<std::int64_t>(to - layer.copied);
-  statistics_.bytes += static_cast<std::int64_t>((to - layer.copied) * layer.expert_bytes);
+  statistics_.bytes += static_cast<std::int64_t>(bytes);
   layer.copied = to;
 }
 
@@ -158,10 +168,10 @@ void ExpertStream::route(std::uint32_t flag) {
   const bool last = index + 1 == layers_.size();
   // The row also says whether the next layer's input is wanted.
   const std::size_t ahead = last ? 0 : expect(index + 1);
-  send_row(index + 1, stream_.get());
+  copies_.send(buffers_.address(place_of(index + 1)), rows_.bytes().data() + place_of(index + 1).offset,
+               record_.row_bytes);
   const auto raised = record_.first_flag + static_cast<std::uint32_t>(index);
-  driver_.stream_write(stream_.get(), shared_.hand_shake().to_gpu_address(raised), HandShake::kRaised,
-                       CU_STREAM_WRITE_VALUE_DEFAULT);
+  copies_.raise(shared_.hand_shake().to_gpu_address(raised));
   if (!last) copy(layers_[index + 1], ahead);
 }
 

@@ -13,6 +13,7 @@
 #include "device_context.h"
 #include "device_memory.h"
 #include "expert_cache.h"
+#include "expert_copies.h"
 #include "expert_sources.h"
 #include "program_buffers.h"
 #include "program_record.h"
@@ -41,9 +42,9 @@ class ExpertStream {
   // this. The context must be current when this is made, when it ends and during begin() and end().
   ExpertStream(const CudaDriver& driver, const DeviceContext& context, const GpuProgramRecord& program,
                const ProgramBuffers& buffers, const SharedMemory& shared, CUstream step_stream,
-               const ExpertCache* cache);
+               ExpertCopies& copies, const ExpertCache* cache);
 
-  // The CPU's weights in the manifest's order, pinned, which must stay where they are. Until then nothing is
+  // The CPU's weights in the manifest's order, which must stay where they are. Until then nothing is
   // copied: the CPU computes all that the GPU has not got. Throws Error: a source lies beyond its weight.
   void attach(std::span<const std::span<const std::uint8_t>> weights);
   bool attached() const { return attached_; }
@@ -83,7 +84,8 @@ class ExpertStream {
                     double resident_us) const;
   void copy(Layer& layer, std::size_t to);
   void leave_to_cpu(std::size_t index, std::span<std::int32_t> ids, std::size_t streamed);
-  void send_row(std::size_t row, CUstream stream);
+  BufferAddress place_of(std::size_t row) const;
+  void send_with_step(std::size_t rows);
   std::span<std::int32_t> row(std::size_t index) const;
   std::int32_t& word(std::size_t row, std::uint64_t offset) const;
 
@@ -94,8 +96,8 @@ class ExpertStream {
   const ProgramBuffers& buffers_;
   const SharedMemory& shared_;
   CUstream step_stream_;
+  ExpertCopies& copies_;
   const ExpertCache* cache_;
-  StreamHandle stream_;
   PinnedMemory rows_;
   std::vector<Layer> layers_;
   StreamStatistics statistics_;

@@ -1,7 +1,6 @@
 #include "program_graph.h"
 
 #include <algorithm>
-#include <map>
 
 namespace hetcomp::gpu {
 namespace {
@@ -34,9 +33,24 @@ CUstreamBatchMemOpParams operation(const HandShake& hand_shake, const HandOver& 
 
 }  // namespace
 
-KernelLaunch ProgramGraph::launch_of(const GraphParts& parts, const KernelNode& node, DeviceBudget& budget) {
-  const LoadedKernel& kernel = parts.kernels[node.kernel];
-  KernelLaunch launch(kernel, node.grid);
+void ProgramGraph::take_scratch(DeviceBudget& budget) {
+  for (std::size_t i = 0; i < record_.nodes.size(); ++i) {
+    const auto* node = std::get_if<KernelNode>(&record_.nodes[i].work);
+    const std::uint64_t block =
+        node == nullptr ? 0 : parts_.kernels[node->kernel].record.global_scratch_bytes;
+    if (block == 0) continue;
+    const double blocks = static_cast<double>(node->grid[0]) * node->grid[1] * node->grid[2];
+    const double bytes = blocks * static_cast<double>(block);
+    const std::uint64_t size =
+        bytes < static_cast<double>(kMostScratch) ? static_cast<std::uint64_t>(bytes) : kMostScratch;
+    scratch_.try_emplace(i, parts_.driver, budget, parts_.stream, size,
+                         "the scratch memory of " + node->kernel);
+  }
+}
+
+KernelLaunch ProgramGraph::launch_of(std::size_t index) const {
+  const auto& node = std::get<KernelNode>(record_.nodes[index].work);
+  KernelLaunch launch(parts_.kernels[node.kernel], node.grid);
   struct Add {
     KernelLaunch& launch;
     const ProgramBuffers& buffers;
@@ -45,46 +59,87 @@ KernelLaunch ProgramGraph::launch_of(const GraphParts& parts, const KernelNode& 
     void operator()(std::int64_t value) const { launch.add_int64(value); }
     void operator()(float value) const { launch.add_float32(value); }
   };
-  for (const ArgumentValue& value : node.arguments) std::visit(Add{launch, parts.buffers}, value);
-  CUdeviceptr scratch = 0;
-  if (kernel.record.global_scratch_bytes > 0) {
-    const double blocks = static_cast<double>(node.grid[0]) * node.grid[1] * node.grid[2];
-    const double bytes = blocks * static_cast<double>(kernel.record.global_scratch_bytes);
-    const std::uint64_t size =
-        bytes < static_cast<double>(kMostScratch) ? static_cast<std::uint64_t>(bytes) : kMostScratch;
-    scratch_.emplace_back(parts.driver, budget, parts.stream, size, "the scratch memory of " + node.kernel);
-    scratch = scratch_.back().address();
-  }
+  for (const ArgumentValue& value : node.arguments) std::visit(Add{launch, parts_.buffers}, value);
   // Triton's entries take two pointers more: scratch memory, and memory of its profiler, which is not
   // compiled in.
-  launch.add_pointer(scratch);
+  const auto scratch = scratch_.find(index);
+  launch.add_pointer(scratch != scratch_.end() ? scratch->second.address() : 0);
   launch.add_pointer(0);
   return launch;
 }
 
-ProgramGraph::ProgramGraph(const GraphParts& parts, const GraphRecord& record, DeviceBudget& budget) {
-  Graph graph(parts.driver);
-  const std::map<std::size_t, std::size_t> paired = pairs(record);
-  std::vector<CUgraphNode> nodes(record.nodes.size());
-  for (const std::size_t i : record.order) {
+// One node for the node `index`, or for it and the `second` behind it.
+CUgraphNode ProgramGraph::add(Graph& graph, std::size_t index, std::optional<std::size_t> second,
+                              const std::vector<CUgraphNode>& after) const {
+  if (std::holds_alternative<KernelNode>(record_.nodes[index].work)) {
+    KernelLaunch launch = launch_of(index);
+    return graph.add_kernel(launch, after);
+  }
+  std::vector operations{operation(parts_.hand_shake, std::get<HandOver>(record_.nodes[index].work))};
+  if (second)
+    operations.push_back(operation(parts_.hand_shake, std::get<HandOver>(record_.nodes[*second].work)));
+  return graph.add_memory_operations(parts_.context.get(), operations, after);
+}
+
+// events: none, or one for the begin and one behind each node.
+GraphExecHandle ProgramGraph::build(const std::vector<EventHandle>& events) const {
+  Graph graph(parts_.driver);
+  const std::map<std::size_t, std::size_t> paired = pairs(record_);
+  std::vector<CUgraphNode> nodes(record_.nodes.size());
+  const bool timed = !events.empty();
+  const CUgraphNode begin = timed ? graph.add_event(events[0].get(), {}) : nullptr;
+  for (const std::size_t i : record_.order) {
     if (nodes[i] != nullptr) continue;  // the second of a pair
     std::vector<CUgraphNode> after;
-    for (const std::size_t before : record.nodes[i].after) after.push_back(nodes[before]);
+    for (const std::size_t before : record_.nodes[i].after) after.push_back(nodes[before]);
+    if (timed && after.empty()) after.push_back(begin);
     std::ranges::sort(after);
     after.erase(std::ranges::unique(after).begin(), after.end());
-    if (const auto* kernel = std::get_if<KernelNode>(&record.nodes[i].work)) {
-      KernelLaunch launch = launch_of(parts, *kernel, budget);
-      nodes[i] = graph.add_kernel(launch, after);
+    const auto pair = paired.find(i);
+    const auto second = pair == paired.end() ? std::nullopt : std::optional(pair->second);
+    nodes[i] = add(graph, i, second, after);
+    if (timed) nodes[i] = graph.add_event(events[i + 1].get(), {nodes[i]});
+    if (second) nodes[*second] = nodes[i];
+  }
+  return graph.instantiate();
+}
+
+ProgramGraph::ProgramGraph(const GraphParts& parts, const GraphRecord& record, DeviceBudget& budget)
+    : parts_(parts), record_(record) {
+  take_scratch(budget);
+  exec_ = build({});
+}
+
+CUgraphExec ProgramGraph::timed() {
+  if (events_.empty()) {
+    std::vector<EventHandle> events;
+    for (std::size_t i = 0; i <= record_.nodes.size(); ++i) events.push_back(create_event(parts_.driver));
+    timed_ = build(events);
+    events_ = std::move(events);
+  }
+  return timed_.get();
+}
+
+void ProgramGraph::read_times(const EventClock& clock, std::vector<GpuEvent>& events) const {
+  if (events_.empty()) return;
+  const std::optional<std::int64_t> start = clock.nanoseconds(events_[0].get());
+  const std::map<std::size_t, std::size_t> paired = pairs(record_);
+  std::vector<std::optional<std::int64_t>> ended(record_.nodes.size());
+  std::vector<bool> seconds(record_.nodes.size());
+  for (const auto& [first, second] : paired) seconds[second] = true;
+  for (const std::size_t i : record_.order) {
+    if (seconds[i]) {
+      ended[i] = ended[record_.nodes[i].after.front()];
       continue;
     }
-    std::vector operations{operation(parts.hand_shake, std::get<HandOver>(record.nodes[i].work))};
-    const auto pair = paired.find(i);
-    if (pair != paired.end())
-      operations.push_back(operation(parts.hand_shake, std::get<HandOver>(record.nodes[pair->second].work)));
-    nodes[i] = graph.add_memory_operations(parts.context.get(), operations, after);
-    if (pair != paired.end()) nodes[pair->second] = nodes[i];
+    ended[i] = clock.nanoseconds(events_[i + 1].get());
+    std::optional<std::int64_t> begin = start;
+    for (const std::size_t before : record_.nodes[i].after) begin = std::max(begin, ended[before]);
+    if (!begin || !ended[i]) continue;
+    const auto* kernel = std::get_if<KernelNode>(&record_.nodes[i].work);
+    const auto kind = kernel != nullptr ? GpuEvent::Kind::kKernel : GpuEvent::Kind::kHandOver;
+    events.push_back({kind, *begin, *ended[i], kernel, 0});
   }
-  exec_ = graph.instantiate();
 }
 
 }  // namespace hetcomp::gpu

@@ -1,10 +1,14 @@
 // The CUDA graph of one batch size of a program.
 #pragma once
 
+#include <cstdint>
+#include <map>
+#include <optional>
 #include <vector>
 
 #include "device_memory.h"
 #include "driver.h"
+#include "gpu_times.h"
 #include "graph.h"
 #include "hand_shake.h"
 #include "loaded_kernels.h"
@@ -25,16 +29,30 @@ struct GraphParts {
 
 class ProgramGraph {
  public:
-  // budget: pays for the scratch memory of kernels. Throws Error. The context must be current.
+  // record must outlive this; budget: pays for the scratch memory of kernels. Throws Error. The context must
+  // be current, as for all that follows.
   ProgramGraph(const GraphParts& parts, const GraphRecord& record, DeviceBudget& budget);
 
   CUgraphExec get() const { return exec_.get(); }
+  // The same with an event before the first node and behind each, which takes longer; made when it is asked
+  // for first. Throws Error.
+  CUgraphExec timed();
+  // Of timed(), when it has come to its end.
+  void read_times(const EventClock& clock, std::vector<GpuEvent>& events) const;
 
  private:
-  KernelLaunch launch_of(const GraphParts& parts, const KernelNode& node, DeviceBudget& budget);
+  void take_scratch(DeviceBudget& budget);
+  KernelLaunch launch_of(std::size_t index) const;
+  CUgraphNode add(Graph& graph, std::size_t index, std::optional<std::size_t> second,
+                  const std::vector<CUgraphNode>& after) const;
+  GraphExecHandle build(const std::vector<EventHandle>& events) const;
 
-  std::vector<DeviceMemory> scratch_;  // one a node: nodes may run side by side
+  GraphParts parts_;
+  const GraphRecord& record_;
+  std::map<std::size_t, DeviceMemory> scratch_;  // by node: nodes may run side by side
   GraphExecHandle exec_;
+  std::vector<EventHandle> events_;
+  GraphExecHandle timed_;
 };
 
 }  // namespace hetcomp::gpu
