@@ -257,6 +257,7 @@ TEST_F(ReadFaults, AThreadThatHadSignalsBlockedGoesOn) {
 }
 
 TEST_F(ReadFaults, WithoutAHandlerOfBeforeSignalsThatAreNotOursEndTheProcess) {
+  testing::GTEST_FLAG(death_test_style) = "threadsafe";  // the process has threads
   handle_bus(SIG_DFL);
   const CutFile file(kPage);
   const MappedFile map(file.path());
