@@ -3,19 +3,18 @@ how soon the artifact's first token comes.
 
 python -m benchmarks.compile_cost [--model qwen3moe-1b [--layers N] | --checkpoint FOLDER] [--formats q4] [--rounds 3]
 
-Each sample is a process of its own. The checkpoint leaves the page cache before each compile, as after a download that
-was larger than memory, and the disk is read and written (past the page cache, and up to fsync) before each compile as
-well. The memory to hold against: the largest tensor of the checkpoint plus 1 GB. First tokens are those of hetcomp-run
-with the weights in the page cache, mapped and copied to memory, from the start of the process to its end.
+Each sample is `hetcomp compile` in a process of its own. The checkpoint leaves the page cache before each, as after a
+download that was larger than memory, and the disk is read and written (past the page cache, and up to fsync) before
+each as well. The memory to hold against: the largest tensor of the checkpoint plus 1 GB. First tokens are those of
+hetcomp-run with the weights in the page cache, mapped and copied to memory, from the start of the process to its end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,16 +32,6 @@ from hetcomp.profiler.disk import measure_disk
 
 _WRITTEN = 2 << 30
 _BLOCK = 64 << 20
-
-
-def _measure_here(checkpoint: Path, formats: str, out: Path) -> dict[str, float]:
-    import hetcomp
-
-    start = time.perf_counter()
-    hetcomp.compile(checkpoint, formats=formats, context_length=1024, out=out)
-    seconds = time.perf_counter() - start
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return {"seconds": seconds, "max_rss_gb": usage.ru_maxrss * 1024 / 1e9}
 
 
 def _largest_tensor_gb(checkpoint: Path) -> float:
@@ -76,13 +65,21 @@ def _write_gb_per_s(folder: Path) -> float:
         return _WRITTEN / (time.perf_counter() - start) / 1e9
 
 
-def _compile(checkpoint: Path, formats: str, out: Path, cache: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.compile_cost", "--checkpoint", str(checkpoint), "--formats", formats]
-    environment = {**os.environ, "HETCOMP_CACHE": str(cache)}
-    done = subprocess.run(
-        [*command, "--here", str(out)], check=True, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+def _compile(checkpoint: Path, formats: str, out: Path, cache: Path) -> tuple[float, float]:
+    """Seconds, and the largest memory of the process or of one that it started, in GB."""
+    shutil.rmtree(out, ignore_errors=True)
+    program = [sys.executable, "-c", "from hetcomp.cli.main import main; main()"]
+    command = [*program, "compile", str(checkpoint), "--formats", formats, "--context", "1024", "-o", str(out)]
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env={**os.environ, "HETCOMP_CACHE": str(cache)}
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return seconds, usage.ru_maxrss * 1024 / 1e9
 
 
 def _first_token(artifact: Path, weights: str) -> float:
@@ -108,11 +105,7 @@ def main() -> None:
     parser.add_argument("--formats", default="q4")
     parser.add_argument("--rounds", type=int, default=3, help="compiles with kernels from the cache")
     parser.add_argument("--checkpoint", type=Path, help="an existing folder instead of a model of the zoo")
-    parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.here:
-        print(json.dumps(_measure_here(options.checkpoint, options.formats, options.here)))
-        return
     with tempfile.TemporaryDirectory(dir=models.FOLDER) as folder:
         if options.checkpoint:
             checkpoint = options.checkpoint
@@ -138,9 +131,9 @@ def _run(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
         _leave_page_cache(checkpoint)
         record.add("disk, read", "GB/s", measure_disk(folder)[0].gb_per_s)
         record.add("disk, write", "GB/s", _write_gb_per_s(folder))
-        sample = _compile(checkpoint, options.formats, out, folder / "cache")
-        record.add(f"time, {'kernels cached' if number else 'cold'}", "s", sample["seconds"], higher_is_better=False)
-        record.add("max RSS", "GB", sample["max_rss_gb"], higher_is_better=False)
+        seconds, memory = _compile(checkpoint, options.formats, out, folder / "cache")
+        record.add(f"time, {'kernels cached' if number else 'cold'}", "s", seconds, higher_is_better=False)
+        record.add("max RSS", "GB", memory, higher_is_better=False)
     _warm(out)
     for _ in range(max(3, options.rounds)):
         for weights in ("mmap", "ram"):

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hetcomp import installed_runtime
+from hetcomp.adapters.base_model import ARTIFACT_FILE, BaseModel
 from hetcomp.adapters.merge import MergedReader
 from hetcomp.artifact.chat_template import compile_chat_template, template_bytes
 from hetcomp.artifact.chat_template_parity import prove_chat_template_parity
@@ -32,6 +33,7 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import select_kernels
 from hetcomp.backends.tvm import support_source
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.gguf.tokenizer import write_tokenizer
 from hetcomp.ir.homes import CPU, on_gpu
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value
@@ -41,6 +43,8 @@ from hetcomp.passes.memory_table import gpu_limit
 from hetcomp.passes.placement_assignment import number
 from hetcomp.planned import Planned
 from hetcomp.progress import ProgressSink
+
+_IDS_ONLY = "The artifact takes token ids only (--ids)."
 
 
 def all_cuts(plan: Plan) -> dict[str, tuple[Value, Cut]]:
@@ -57,13 +61,15 @@ def write_artifact(
     ccs: Sequence[int] = (),
     tune: bool | None = False,
     merged: MergedReader | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Fills ``staging`` with the code, weights and documents of a planned model. ``tune``: whether the GPU's tiles are
     measured; None: where this machine has a GPU that code is generated for. ``merged``: what ``packer`` reads from, if
-    an adapter is merged."""
+    an adapter is merged. ``tokenizer``: the folder whose tokenizer and chat template are taken instead of the model's
+    own."""
     plan = planned.plan
     layout = ProgramLayout.of(plan)
-    documents = _documents(planned, progress)
+    documents = _documents(planned, tokenizer, progress)
     digest = hashlib.sha256(documents.plan_json.encode()).hexdigest()
     # Code first: it fails early and cheaply, weights are the long part.
     wanted = sorted(set(ccs) or _capabilities(planned))
@@ -93,6 +99,7 @@ def write_artifact(
     for name in packer.rounded:
         progress.warn(f"weight {name} has scales that fp16 cannot hold; they were rounded")
     write_documents(documents, staging)
+    (staging / ARTIFACT_FILE).write_text(BaseModel.of(planned.imported).to_json(), encoding="utf-8")
     copy_runtime(staging)
     write_manifest(
         plan,
@@ -175,28 +182,43 @@ def _compile_gpus(
     return compiled
 
 
-def _documents(planned: Planned, progress: ProgressSink) -> Documents:
-    """Plan texts, and the tokenizer and chat template whose C++ twins are proven equal to the originals here."""
-    words: bytes | None = None
-    template: bytes | None = None
-    folder = planned.imported.folder
-    if folder is not None:
+def _documents(planned: Planned, tokenizer: Path | None, progress: ProgressSink) -> Documents:
+    """Plan texts, and the tokenizer and chat template, those of the folder ``tokenizer`` before the model's own."""
+    plan, imported = planned.plan, planned.imported
+    words, template = None, None
+    folder = tokenizer or imported.folder
+    if folder is not None or imported.gguf is not None:
         progress.stage("tokenizer")
-        try:
-            compiled = compile_tokenizer(folder)
-            if compiled is not None:
-                prove_parity(compiled, folder)
-                words = compiled.data
-        except HetcompError as error:
-            progress.warn(f"{error} The artifact takes token ids only (--ids).")
-        try:
-            tree = compile_chat_template(folder)
-            if tree is not None:
-                prove_chat_template_parity(tree, folder)
-                template = template_bytes(tree)
-        except HetcompError as error:
-            progress.warn(f"{error} The artifact has no chat template (--chat will be refused).")
-    return Documents(to_json(planned.plan), print_plan(planned.plan), words, template)
+    if folder is not None:
+        words, template = _words(folder, progress)
+    elif imported.gguf is not None:
+        with tempfile.TemporaryDirectory(prefix="hetcomp-") as temporary:
+            try:
+                write_tokenizer(imported.gguf, Path(temporary))
+            except HetcompError as error:
+                progress.warn(f"{error} {_IDS_ONLY}")
+            words, template = _words(Path(temporary), progress)
+    return Documents(to_json(plan), print_plan(plan), words, template)
+
+
+def _words(folder: Path, progress: ProgressSink) -> tuple[bytes | None, bytes | None]:
+    """The tokenizer and chat template of a folder, whose C++ twins are proven equal to the originals here."""
+    words, template = None, None
+    try:
+        compiled = compile_tokenizer(folder)
+        if compiled is not None:
+            prove_parity(compiled, folder)
+            words = compiled.data
+    except HetcompError as error:
+        progress.warn(f"{error} {_IDS_ONLY}")
+    try:
+        tree = compile_chat_template(folder)
+        if tree is not None:
+            prove_chat_template_parity(tree, folder)
+            template = template_bytes(tree)
+    except HetcompError as error:
+        progress.warn(f"{error} The artifact has no chat template (--chat will be refused).")
+    return words, template
 
 
 def _build_program(planned: Planned, isa: Isa, digest: str, staging: Path, progress: ProgressSink) -> None:

@@ -343,12 +343,14 @@ def compile(
     adapters: Sequence[str | Path] = (),
     merge: bool = False,
     allow_router: bool = False,
+    tokenizer: str | Path | None = None,
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Executable:
     """Compiles a model to native code and returns it, loaded on first use.
 
-    model: a Hugging Face folder (config.json and safetensors), a transformers module, or a zoo name.
+    model: a Hugging Face folder (config.json and safetensors), a GGUF file (any of a split model's), a transformers
+    module, or a zoo name.
     hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
     max_batch: sequences kept at once. kv_tokens: positions that they hold together, which is what the KV cache takes
@@ -363,12 +365,16 @@ def compile(
     it has one that code is generated for), or taken from tables.
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
     adapters: a PEFT LoRA folder, which is merged into the float weights before they are packed (merge: must be True);
-    allow_router: it may change routers.
+    allow_router: it may change routers. tokenizer: a folder whose tokenizer and chat template are taken instead of the
+    model's own.
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
     the profile's memory, or the machine lacks a compiler.
     """
     progress = progress or QuietProgress()
+    words = Path(tokenizer) if tokenizer is not None else None
+    if words is not None and not (words / "tokenizer.json").is_file():
+        raise HetcompError(f"{words} has no tokenizer.json; give the folder of a Hugging Face tokenizer.")
     planned = plan_model(
         model,
         hw_profile=hw_profile,
@@ -391,7 +397,7 @@ def compile(
     if checkpoint is None:
         raise HetcompError(
             f"{planned.plan.model.name} is a config without weights: it can be planned (hetcomp plan), "
-            "not compiled. Give a folder with safetensors files."
+            "not compiled. Give a folder with safetensors files, or a GGUF file."
         )
     columns = Importance.load(Path(importance), planned.plan.values) if importance is not None else None
     owner = None
@@ -403,7 +409,7 @@ def compile(
         cuts = all_cuts(planned.plan)
         merged = MergedReader(checkpoint, planned.adapter) if planned.adapter is not None else None
         packer = WeightPacker(CutReader(merged or checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
-        write_artifact(planned, packer, staging, progress, ccs, tune, merged)
+        write_artifact(planned, packer, staging, progress, ccs, tune, merged, words)
     return Executable(target, owner=owner)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from hetcomp.backends import packing
 from hetcomp.backends.pack_weights import WeightPacker, WeightReader
@@ -12,6 +14,9 @@ from hetcomp.ir.native_format import Native, native_format
 from hetcomp.ir.plan import Plan, Value, ValueKind
 from hetcomp.passes.choose_formats import weight_role
 from hetcomp.quantised_numbers import QuantisedNumbers
+
+_Floats = npt.NDArray[np.float32]
+_ROWS = 1024  # whole panels
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,27 @@ def _measured(value: Value, reader: WeightReader) -> str:
     stacked = len(value.type.shape) == 3 and (value.view is None or value.view.head_split is None)
     numbers = reader.read_expert(value, 0) if stacked else reader.read(value)
     want = numbers.to_f32() if isinstance(numbers, QuantisedNumbers) else packing.to_f32(numbers)
-    data = WeightPacker(reader).pack(value, numbers)
-    rows, columns = (int(d) for d in value.type.shape[-2:])
-    assert value.format is not None
-    each = packing.matrix_bytes(rows, columns, value.format, value.type.layout)
-    parts = [
-        packing.unpack_matrix(data[i : i + each], rows, columns, value.format, value.type.layout)
-        for i in range(0, len(data), each)
-    ]
-    got = np.stack(parts).reshape(want.shape)
-    norm = float(np.linalg.norm(want.astype(np.float64)))
-    error = float(np.linalg.norm((got - want).astype(np.float64))) / norm if norm else 0.0
+    squares = np.zeros(2)  # of the error, of the numbers
+    for exact, got in _pieces(value, want, WeightPacker(reader).pack(value, numbers)):
+        squares += [float(np.square(part, dtype=np.float64).sum()) for part in (got - exact, exact)]
+    error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
     where = f"{value.fqn or value.id}{' (expert 0)' if stacked else ''}"
     return f"the error of {where} is {error:.2e} (relative RMS)" if error else f"{where} is exact"
+
+
+def _pieces(value: Value, want: _Floats, data: packing.Bytes) -> Iterator[tuple[_Floats, _Floats]]:
+    """Rows of ``want`` and what is packed for them: few at a time, since an embedding's would take several times the
+    memory of the matrix."""
+    assert value.format is not None
+    rows, columns = (int(d) for d in value.type.shape[-2:])
+    form, layout = value.format, value.type.layout
+    each, panel = packing.matrix_bytes(rows, columns, form, layout), packing.panel_bytes(columns, form)
+    # In the other layout, of experts, panels of gate and up alternate: those are taken whole.
+    step = _ROWS if layout == packing.PANELS else rows
+    for number, matrix in enumerate(want.reshape(-1, rows, columns)):
+        for start in range(0, rows, step):
+            exact = matrix[start : start + step]
+            at = number * each + start // packing.PANEL * panel
+            end = (number + 1) * each
+            packed = data[at : min(at + step // packing.PANEL * panel, end) if layout == packing.PANELS else end]
+            yield exact, packing.unpack_matrix(packed, len(exact), columns, form, layout)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,6 @@ from hetcomp.ir.serialise import from_json
 from hetcomp.passes.expert_statistics import moe_layers
 from hetcomp.runtime import Runtime, Token
 
-if TYPE_CHECKING:
-    from tempfile import TemporaryDirectory
-
 
 class Executable:
     """An artifact loaded into this process. Made by :func:`hetcomp.compile` and :func:`hetcomp.load`."""
@@ -29,13 +27,14 @@ class Executable:
         self,
         path: Path,
         *,
-        owner: TemporaryDirectory[str] | None = None,
+        owner: tempfile.TemporaryDirectory[str] | None = None,
         threads: int = 0,
         weights: str = "auto",
         gpus: Sequence[int] = (),
     ) -> None:
         self.path = path
         self._owner = owner  # keeps an artifact without a name alive
+        self._packed: tempfile.TemporaryDirectory[str] | None = None  # adapters that were given as folders
         self._threads = threads
         self._weights = weights
         self._gpus = gpus
@@ -67,13 +66,37 @@ class Executable:
             )
         return self.runtime.expert_statistics()
 
-    def __call__(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
-        """Logits of every position of a sequence.
+    def load_adapter(self, path: str | Path, name: str | None = None, *, allow_router: bool = False) -> str:
+        """Makes a LoRA adapter available to :meth:`__call__` and :meth:`generate` while requests run; returns its name.
+
+        path: a PEFT folder, which is packed for this artifact (``hetcomp adapter pack`` does it once for all), or a
+        packed file. ``name``: the folder's or file's by default. Raises HetcompError if the adapter is refused.
+        """
+        path = Path(path)
+        name = name or (path.resolve().name if path.is_dir() else path.stem)
+        if path.is_dir():
+            from hetcomp.adapters.pack_adapter import pack_adapter
+
+            if self._packed is None:
+                self._packed = tempfile.TemporaryDirectory(prefix="hetcomp-adapters-")
+            file = Path(tempfile.mkdtemp(dir=self._packed.name)) / f"{path.name}.hetlora"
+            path = pack_adapter(self.path, path, file, name=name, allow_router=allow_router).path
+        self.runtime.load_adapter(path, name)
+        return name
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter. Raises HetcompError while a request uses it."""
+        self.runtime.unload_adapter(name)
+
+    def __call__(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, adapter: str | None = None
+    ) -> NDArray[np.float32]:
+        """Logits of every position of a sequence, with an adapter that was loaded, or without.
 
         ids: T token ids (0 .. vocab - 1), T <= context. Returns float32 [T, vocab].
-        Raises HetcompError if an id or the length is out of range.
+        Raises HetcompError if an id or the length is out of range, or there is no such adapter.
         """
-        return self.runtime.forward(ids)
+        return self.runtime.forward(ids, adapter=adapter)
 
     def generate(
         self,
@@ -87,8 +110,9 @@ class Executable:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         repetition_penalty: float = 1.0,
+        adapter: str | None = None,
     ) -> Iterator[Token]:
-        """Generates tokens one by one.
+        """Generates tokens one by one, with an adapter that was loaded, or without.
 
         prompt: text, or token ids. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. Ends after
         ``max_new_tokens``, at an end-of-sequence token (unless ``ignore_eos``), before a ``stop`` string, or when
@@ -98,6 +122,7 @@ class Executable:
         ids = self.runtime.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         return self.runtime.generate(
             ids,
+            adapter=adapter,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,

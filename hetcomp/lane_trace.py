@@ -36,8 +36,9 @@ _LANES, _STEPS = 1, 2  # processes of the file
 
 @dataclass(frozen=True)
 class GpuEvent:
-    """What GPU number ``gpu`` of the plan's did from ``begin_ns`` to ``end_ns``: ``kernel`` for an op of ``role`` in
-    ``layer`` (-1: none), or without a kernel a copy of ``bytes``, or a hand-over."""
+    """What GPU number ``gpu`` of the plan's did from ``begin_ns`` to ``end_ns``: ``launches`` (nodes of its graph) one
+    behind the other, of which the first is ``kernel`` for an op of ``role`` in ``layer`` (-1: none); or without a
+    kernel a copy of ``bytes``, or a hand-over."""
 
     begin_ns: int
     end_ns: int
@@ -45,11 +46,14 @@ class GpuEvent:
     kernel: str
     role: str
     layer: int
+    launches: int
     bytes: int
 
     def facts(self) -> dict[str, Any]:
         """What a file tells of it beside the op."""
-        return {"kernel": self.kernel} if self.kernel else {"bytes": self.bytes} if self.bytes else {}
+        if self.kernel:
+            return {"kernel": self.kernel, "launches": self.launches}
+        return {"bytes": self.bytes} if self.bytes else {}
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def _step(told: Any) -> TracedStep:  # noqa: ANN401 - a structure of ctypes
 
 def _gpu_event(told: Any) -> GpuEvent:  # noqa: ANN401 - a structure of ctypes
     kernel, role = told.kernel.decode(), told.role.decode()
-    return GpuEvent(told.begin_ns, told.end_ns, told.gpu, kernel, role, told.layer, told.bytes)
+    return GpuEvent(told.begin_ns, told.end_ns, told.gpu, kernel, role, told.layer, told.launches, told.bytes)
 
 
 def step_events(step: TracedStep, plan: Plan, timers: Sequence[str]) -> list[Event]:

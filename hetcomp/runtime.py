@@ -107,6 +107,11 @@ class Session:
         call("hetcomp_session_length", self._handle.pointer, ctypes.byref(length))
         return length.value
 
+    def set_adapter(self, name: str | None) -> None:
+        """The adapter of all that follows; None: the model as it was compiled. If it is another than before, all tokens
+        are forgotten. Raises HetcompError if there is none of that name."""
+        call("hetcomp_session_set_adapter", self._handle.pointer, None if name is None else _name(name))
+
     def reset(self) -> None:
         """Forgets all tokens."""
         self.truncate(0)
@@ -251,13 +256,35 @@ class Runtime:
         """Frees the model when its last session is closed."""
         self._handle.close()
 
-    def session(self) -> Session:
-        """A new, empty sequence. Raises HetcompError if all ``max_batch`` are in use."""
-        return Session(self)
+    def session(self, adapter: str | None = None) -> Session:
+        """A new, empty sequence, maybe with an adapter. Raises HetcompError if all ``max_batch`` are in use."""
+        session = Session(self)
+        try:
+            session.set_adapter(adapter)
+        except BaseException:
+            session.close()
+            raise
+        return session
 
-    def forward(self, ids: IdsLike) -> NDArray[np.float32]:
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Makes an adapter available: a file that ``hetcomp adapter pack`` wrote for this artifact. Raises HetcompError
+        if it is refused; running requests are not concerned."""
+        call("hetcomp_adapter_load", self._handle.pointer, str(path).encode(), _name(name))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter. Raises HetcompError while a session has it."""
+        call("hetcomp_adapter_unload", self._handle.pointer, _name(name))
+
+    def adapters(self) -> list[dict[str, Any]]:
+        """The adapters that can be chosen; see ``hetcomp_adapter_list`` in hetcomp.h."""
+        out = ctypes.c_void_p()
+        call("hetcomp_adapter_list", self._handle.pointer, ctypes.byref(out))
+        found: list[dict[str, Any]] = json.loads(owned_bytes(out, -1))
+        return found
+
+    def forward(self, ids: IdsLike, *, adapter: str | None = None) -> NDArray[np.float32]:
         """Logits of a sequence of T token ids, float32 [T, vocab]. Raises HetcompError."""
-        with self.session() as session:
+        with self.session(adapter) as session:
             return session.forward(ids)
 
     def decode(self, sessions: Sequence[Session], ids: IdsLike) -> NDArray[np.float32]:
@@ -277,9 +304,9 @@ class Runtime:
         )
         return logits
 
-    def generate(self, ids: IdsLike, **params: Any) -> Iterator[Token]:  # noqa: ANN401 - Session.generate's
+    def generate(self, ids: IdsLike, *, adapter: str | None = None, **params: Any) -> Iterator[Token]:  # noqa: ANN401 - Session.generate's
         """Generates in a new session, which is closed at the end; parameters of :meth:`Session.generate`."""
-        session = self.session()
+        session = self.session(adapter)
         try:
             tokens = session.generate(ids, **params)
         except BaseException:
@@ -400,6 +427,13 @@ class Runtime:
 def _closing(session: Session, tokens: Iterator[Token]) -> Iterator[Token]:
     with session:
         yield from tokens
+
+
+def _name(text: str) -> bytes:
+    """A string of C. Raises RuntimeRefusal if it cannot be one."""
+    if "\0" in text:
+        refuse("A name contains a NUL character.")
+    return _utf8(text)
 
 
 def _utf8(text: str) -> bytes:

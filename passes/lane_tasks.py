@@ -145,8 +145,7 @@ class StepTasks:
         shares = lane_shares(placement)
         # The partial sums of experts that are cut over nodes are added after one more barrier.
         barrier *= meet + (len(shares) > 1 and isinstance(op.attrs, ops.MoeExperts))
-        took = us * max(shares.values()) + barrier
-        moved = 0.0
+        took, moved = us * max(shares.values()) + barrier, 0.0
         if op.cost is not None:
             cost = op.cost.phases[self.phase]
             moved = cost.weight_bytes + cost.act_bytes + cost.state_bytes
@@ -253,7 +252,8 @@ class StepTasks:
         given = SplitInput(
             tokens=[int(tokens[e]) for e in order],
             copied=0,
-            slots=stream.slots,
+            most=len(order),
+            slots=stream.ring,
             step_tokens=self.step.tokens,
             resident_us=sum(time_at(stream.rates.gpu_expert_us, int(tokens[e])) for e in mine if tokens[e]),
             expert_bytes=size,
@@ -287,14 +287,14 @@ class StepTasks:
             return after
         if placement.device != device:
             after = self._cross(op, layer, device, "in", after)
-        us = launch_us(self._gpu(device))
-        done = after
+        us, done = launch_us(self._gpu(device)), after
         if resident.any():
             # While they are computed the first of the others arrive.
             done = self._add(op, layer, device, us + self._sum_us(template, op, resident, size, device), after)
             us = 0.0
-        for start in range(0, passing.size, STAGED_EXPERTS):
-            part = passing[start : start + STAGED_EXPERTS]
+        wave = self.plan.stream.slots if self.plan.stream is not None else STAGED_EXPERTS
+        for start in range(0, passing.size, wave):
+            part = passing[start : start + wave]
             work = us + self._sum_us(template, op, part, size, device)
             done = self._stream(op, layer, device, part.size * size, work, after)
             us = 0.0
@@ -367,8 +367,7 @@ class StepTasks:
         return float(sum(c * self._one_expert(template, op, n, size, device) for n, c in enumerate(counts) if n and c))
 
     def _one_expert(self, template: Template, op: Op, tokens: int, size: float, device: str) -> float:
-        key = (template.name, op.id, tokens, device)
-        if key not in self._expert_us:
+        if (key := (template.name, op.id, tokens, device)) not in self._expert_us:
             work = expert_work(op, self._work(template, op), size, float(tokens))
             if device.startswith("cpu:"):
                 us = expert_cpu_us(op, work, self.step, self.context)
@@ -380,16 +379,14 @@ class StepTasks:
     def _expert_bytes(self, template: Template, op: Op) -> float:
         a = op.attrs
         assert isinstance(a, ops.MoeExperts)
-        key = (template.name, op.id)
-        if key not in self._sizes:
+        if (key := (template.name, op.id)) not in self._sizes:
             values = [template.value(name) for name in op.inputs]
             whole = sum(self.context.target.packed_bytes(v) for v in values if v.kind is ValueKind.WEIGHT)
             self._sizes[key] = whole / a.experts
         return self._sizes[key]
 
     def _work(self, template: Template, op: Op) -> Work:
-        key = (template.name, op.id)
-        if key not in self._works:
+        if (key := (template.name, op.id)) not in self._works:
             self._works[key] = work_of(op, template.value_map(), self.step, self.context.target)
         return self._works[key]
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.annotations import Curve, ExpertStream, StreamRates
-from hetcomp.ir.deferral import moe_layers
+from hetcomp.ir.deferral import experts_on_cpu, moe_layers
 from hetcomp.ir.homes import memory_of, read_in
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.node_parts import gpu_cut_weights
@@ -28,7 +28,7 @@ from hetcomp.passes.work import Work, work_of
 # Memory for experts on their way is worth no more than this part of the GPU's: what it holds is used in prompts only,
 # resident experts in decode as well.
 _STREAM_PART = 8
-# Fewer at once would be too small a part of a layer to matter (or of a layer that has fewer: all).
+# Of a layer's experts at once: with fewer (unless it has fewer) its waves would be many launches of little work.
 _LEAST_SLOTS = 8
 # The arena takes about so many times less than all activations (Qwen3-30B-A3B: 0.68 of 1.2 GB at 8,192 tokens).
 _SHARED = 2
@@ -58,11 +58,17 @@ def stream_experts(plan: Plan, context: Context) -> Plan:
         return replace(plan, notes=(*plan.notes, note))
     gpu = context.profile.gpus[0]
     first = found[0]
-    return replace(plan, stream=ExpertStream(slots, _rates(plan, context, gpu, first.op, first.template, len(found))))
+    stream = ExpertStream(slots, _rates(plan, context, gpu, first.op, first.template, len(found)))
+    most = max(sum(experts_on_cpu(layer.placement)) for layer in found)
+    note = (
+        f"prompts: up to {most} experts of a layer are streamed to {', '.join(sorted(homes))}, in waves of {slots} "
+        f"({stream.ring} slots, {stream.ring * largest_expert(plan, context) / 1e9:.2f} GB)"
+    )
+    return replace(plan, stream=stream, notes=(*plan.notes, note))
 
 
 def _slots_on(plan: Plan, context: Context, gpu: str, room: int) -> int:
-    """Experts that may be on their way to ``gpu`` at once, within its ``room`` bytes and beside what lies on it."""
+    """Half of the slots of ``gpu`` for experts on their way, within its ``room`` bytes and beside what lies on it."""
     readers, cuts = read_in(plan), gpu_cut_weights(plan, gpu)
     pool = KvPool.of(plan.max_dims())
     used = GPU_RESERVE + pool.granule_waste + workspace_estimate(plan)
@@ -95,7 +101,8 @@ def step_tokens(plan: Plan, context: Context) -> int:
 
 
 def stream_slots(plan: Plan, context: Context, room: int) -> int:
-    """Experts of a layer that may be on their way at once within a GPU's ``room`` bytes; 0: none."""
+    """Experts of a layer that may be computed at once within a GPU's ``room`` bytes, while as many are on their way; 0:
+    none."""
     ops = [(op, t) for t in plan.templates for op in t.ops if isinstance(op.attrs, MoeExperts)]
     if not ops:
         return 0

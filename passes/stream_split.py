@@ -14,11 +14,13 @@ from hetcomp.ir.annotations import Curve, StreamRates
 @dataclass(frozen=True)
 class SplitInput:
     """``tokens`` of each expert that the GPU has not got, in the order to copy them; ``copied``: so many are, whatever
-    is decided; ``slots``: so many can be. ``resident_us``: of the experts that the GPU has; ``expert_bytes``: to copy
-    one; ``activation_bytes``: of a row that CPU and GPU hand to each other."""
+    is decided; ``most``: so many can be; ``slots``: more of them must wait until some are computed. ``resident_us``: of
+    the experts that the GPU has; ``expert_bytes``: to copy one; ``activation_bytes``: of a row that CPU and GPU hand to
+    each other."""
 
     tokens: Sequence[int]
     copied: int
+    most: int
     slots: int
     step_tokens: int
     resident_us: float
@@ -39,7 +41,8 @@ def split_experts(given: SplitInput, rates: StreamRates) -> int:
     """How many of the experts, from the first on, are copied: so many that a layer takes least in a prompt of many
     layers, where the copies of one layer run while the layer before is computed."""
     link = rates.link_gb_per_s * 1e3
-    most = min(len(given.tokens), given.slots)
+    most = min(len(given.tokens), given.most)
+    copy = given.expert_bytes / link
     spine = time_at(rates.spine_us, given.step_tokens)
     exchange = given.step_tokens * given.activation_bytes / link
     cpu_us = [0.0] * (len(given.tokens) + 1)
@@ -53,7 +56,9 @@ def split_experts(given: SplitInput, rates: StreamRates) -> int:
         if count < min(given.copied, most):
             continue
         shared = exchange if cpu_us[count] > 0 else 0.0
-        us = max(count * given.expert_bytes / link + shared, spine + 2 * shared + max(gpu, cpu_us[count]))
+        # What has no slot is copied when the GPU has come to those that have: the layer's first slots are free.
+        late = spine + given.resident_us + (count - given.slots) * copy if count > given.slots else 0.0
+        us = max(count * copy + shared, late, spine + 2 * shared + max(gpu, cpu_us[count]))
         # Of equals the one that copies most: the CPU is free for others.
         if us <= best_us:
             best, best_us = count, us

@@ -9,7 +9,7 @@ of log 2, which is what exp2 takes.
 import triton
 import triton.language as tl
 
-from hetcomp.codegen_templates.gpu.cache import cache_block, cache_row, from_cache, to_cache
+from hetcomp.codegen_templates.gpu.cache import cache_block, cache_block_row, cache_row, from_cache, to_cache
 from hetcomp.codegen_templates.gpu.functions import tanh
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -112,6 +112,17 @@ def _attend(
         rest = _rows_of_cache(v, j, end, V_ROW, V_FIRST, V_SECOND, V_DIM, WHOLE)
         new_sums = new_sums + (_product(p, rest, sums[1] * shrink[:, None]),)
     return new_top, total, new_sums
+
+
+@triton.jit
+def _attend_all(queries, keys, values, top, total, sums, SCALE: tl.constexpr):
+    """_attend for keys [keys, FIRST] that all rows see and their values [keys, V_FIRST], without a softcap."""
+    scores = tl.dot(queries, tl.trans(keys))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * (SCALE * _LOG2_E))
+    p = tl.exp2(scores * (SCALE * _LOG2_E) - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(p, axis=1)
+    return new_top, total, tl.dot(p.to(tl.bfloat16), values, sums * shrink[:, None])
 
 
 @triton.jit
@@ -280,10 +291,13 @@ def attention_prefill(
     HEAD_TILE: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """TOKENS tokens x HEAD_TILE query heads of one kv head walk over the keys together; operands as those of
     attention_decode and attention_combine. Tokens of a tile may be of several slots: the tile then walks over the keys
-    of one slot after the other. q and y f32 or bf16. Grid: (token tiles, KV_HEADS * head tiles)."""
+    of one slot after the other. q and y f32 or bf16. DESCRIPTORS: keys that all see come by tensor copies; for bf16
+    caches of rows of DIM = V_ROW numbers, a power of two up to 128 that divides BLOCK, and for plain causal attention.
+    Grid: (token tiles, KV_HEADS * head tiles)."""
     rows = tl.load(n_rows)
     # The last tokens first: they have the most keys.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -313,20 +327,31 @@ def attention_prefill(
     first_slot = tl.min(tl.where(token < rows, slot, 0x7FFFFFFF), axis=0)
     last_slot = tl.max(slot, axis=0)
     seen_by_all = tl.min(tl.where(token < rows, position, 0x7FFFFFFE), axis=0) + 1
+    if DESCRIPTORS:
+        cache_rows = (last_slot + 1) * slot_blocks * (BLOCK // DIM)
+        all_keys = tl.make_tensor_descriptor(k, [cache_rows, DIM], [DIM, 1], [KEYS, DIM])
+        all_values = tl.make_tensor_descriptor(v, [cache_rows, DIM], [DIM, 1], [KEYS, DIM])
     for s in tl.range(first_slot, last_slot + 1):
         mine = slot == s
         end = tl.max(tl.where(mine, position, -1), axis=0) + 1
         begin = tl.min(tl.where(mine, _first_tile(position, WINDOW, KEYS), 0x7FFFFFFF), axis=0)
         if WINDOW == 0 and SOFTCAP == 0:  # with a softcap, two loops take too many registers
             begin = tl.where(first_slot == last_slot, seen_by_all // KEYS * KEYS, 0)
-            for first in tl.range(0, begin, KEYS, num_stages=STAGES):
-                j = first + tl.arange(0, KEYS)
-                its_k = k + cache_block(s, kv_head, first, slot_blocks, BLOCK, DIM)
-                its_v = v + cache_block(s, kv_head, first, slot_blocks, BLOCK, V_ROW)
-                top, total, sums = _attend(
-                    queries, its_k, its_v, j, end, mine, top, total, sums,
-                    SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, True,
-                )  # fmt: skip
+            if DESCRIPTORS:
+                for first in tl.range(0, begin, KEYS, num_stages=STAGES):
+                    at = cache_block_row(s, kv_head, first, slot_blocks, BLOCK, DIM)
+                    keys, values = all_keys.load([at, 0]), all_values.load([at, 0])
+                    top, total, first_sums = _attend_all(queries[0], keys, values, top, total, sums[0], SCALE)
+                    sums = (first_sums,)
+            else:
+                for first in tl.range(0, begin, KEYS, num_stages=STAGES):
+                    j = first + tl.arange(0, KEYS)
+                    its_k = k + cache_block(s, kv_head, first, slot_blocks, BLOCK, DIM)
+                    its_v = v + cache_block(s, kv_head, first, slot_blocks, BLOCK, V_ROW)
+                    top, total, sums = _attend(
+                        queries, its_k, its_v, j, end, mine, top, total, sums,
+                        SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, True,
+                    )  # fmt: skip
         for first in tl.range(begin, end, KEYS, num_stages=1 if WINDOW == 0 and SOFTCAP == 0 else STAGES):
             j = first + tl.arange(0, KEYS)
             visible = mine[:, None] & (j[None, :] <= position[:, None])

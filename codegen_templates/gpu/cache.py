@@ -29,6 +29,13 @@ def cache_block(slot, head, position, slot_blocks, BLOCK: tl.constexpr, DIM: tl.
 
 
 @triton.jit
+def cache_block_row(slot, head, position, slot_blocks, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """The row of a head at a position, counted in rows of DIM elements, which divides BLOCK, from the state's first."""
+    block = position // BLOCK_POSITIONS
+    return (slot_blocks * slot + block) * (BLOCK // DIM) + (head - block) * BLOCK_POSITIONS + position
+
+
+@triton.jit
 def from_cache(stored):
     """What was read of a cache as numbers, bf16 or f32: codes of e4m3, which u8 stands for, become bf16, exactly."""
     if stored.dtype == tl.uint8:

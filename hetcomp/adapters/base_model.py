@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from hetcomp import frontend
+from hetcomp.errors import HetcompError
 from hetcomp.frontend.key_mapping import KeyMapping
 from hetcomp.ir.plan import Plan, ValueKind, WeightSource
 
 # The operands of ops that are matrices which activations are multiplied with.
 _MATRICES = {"linear": (1,), "head_linear": (1,), "moe_experts": (3, 4), "embed": (1,)}
 EMBEDDING, ROUTER = "embed", "moe.router"
+# What an artifact keeps of its base, so that adapters can be packed for it without the base's files.
+ARTIFACT_FILE = "base_model.json"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,52 @@ class BaseModel:
         info = plan.model
         mapping = KeyMapping(names, info.model_type)
         return BaseModel(info.name, info.model_type, info.layers, imported.config, weights, names, mapping)
+
+    def to_json(self) -> str:
+        """All of it but the mapping, which follows from the rest."""
+        distinct = {weight.fqn: weight for weight in self.weights.values()}
+        document = {
+            "name": self.name,
+            "model_type": self.model_type,
+            "layers": self.layers,
+            "config": self.config,
+            "parameters": self.parameters,
+            "weights": [
+                {
+                    "fqn": weight.fqn,
+                    "shape": weight.shape,
+                    "transposed": weight.transposed,
+                    "interleaved": weight.interleaved,
+                    "roles": sorted(weight.roles),
+                    "names": weight.names,
+                }
+                for weight in distinct.values()
+            ],
+        }
+        return json.dumps(document, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> BaseModel:
+        """Reads what :meth:`to_json` wrote. Raises HetcompError if it is damaged."""
+        try:
+            document = json.loads(text)
+            weights: dict[str, BaseWeight] = {}
+            for entry in document["weights"]:
+                weight = BaseWeight(
+                    entry["fqn"],
+                    tuple(int(d) for d in entry["shape"]),
+                    bool(entry["transposed"]),
+                    bool(entry["interleaved"]),
+                    frozenset(entry["roles"]),
+                    tuple(entry["names"]),
+                )
+                weights |= dict.fromkeys(weight.names, weight)
+            parameters = tuple(document["parameters"])
+            model_type = str(document["model_type"])
+            name, layers, config = str(document["name"]), int(document["layers"]), dict(document["config"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise HetcompError(f"{ARTIFACT_FILE} of the model is damaged ({error}); compile it again.") from None
+        return BaseModel(name, model_type, layers, config, weights, parameters, KeyMapping(parameters, model_type))
 
     @cached_property
     def by_module(self) -> Mapping[str, tuple[str, ...]]:

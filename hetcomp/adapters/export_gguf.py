@@ -7,7 +7,6 @@ multiplied with adapter.lora.alpha / r.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,53 +20,15 @@ from hetcomp.adapters.low_rank import AdaptedWeight, Adapter
 from hetcomp.adapters.pair_stack import PairStack, gate_and_up, stack_of
 from hetcomp.adapters.tensor_file import NewTensor
 from hetcomp.errors import HetcompError
-
-# llama.cpp's architecture by model_type.
-_ARCHITECTURES = {
-    "deepseek_v3": "deepseek2",
-    "glm4_moe": "glm4moe",
-    "gpt_oss": "gpt-oss",
-    "llama": "llama",
-    "minimax_m2": "minimax-m2",
-    "mixtral": "llama",
-    "olmoe": "olmoe",
-    "qwen2_moe": "qwen2moe",
-    "qwen3": "qwen3",
-    "qwen3_moe": "qwen3moe",
-}
-# Whose rows of q and k llama.cpp has in the order of its own rope (LlamaModel.permute of convert_hf_to_gguf.py).
-_PERMUTED = ("llama", "mixtral")
-# A block's tensor by the module's name in the layer; gate and up of experts in one are written apart.
-_TENSORS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.router": "ffn_gate_inp",
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-    "mlp.experts.down_proj": "ffn_down_exps",
-} | {
-    f"mlp.{module}.{name}_proj": f"ffn_{name}_shexp"
-    for module in ("shared_expert", "shared_experts")
-    for name in ("gate", "up", "down")
-}
-_GATE_UP = "mlp.experts.gate_up_proj"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+from hetcomp.frontend.gguf.tensor_names import ARCHITECTURES, GATE_UP, LAYER, MODULES, PERMUTED
 
 
 def export_gguf(adapter: Adapter, base: BaseModel, out: Path) -> None:
     """Writes the adapter to the file ``out``, in f32. Raises HetcompError naming the model or the weight that llama.cpp
     has no adapters for, and as new_file."""
-    architecture = _ARCHITECTURES.get(base.model_type)
+    architecture = ARCHITECTURES.get(base.model_type)
     if architecture is None:
-        raise HetcompError(f"There are no GGUF names for {base.model_type}; known are {', '.join(_ARCHITECTURES)}.")
+        raise HetcompError(f"There are no GGUF names for {base.model_type}; known are {', '.join(ARCHITECTURES)}.")
     named = [pair for weight in adapter.weights.values() for pair in _named(weight, base)]
     # One alpha for all: what a tensor's own rank and scale differ from it by is in its b.
     alpha = named[0][1].scale * named[0][1].rank
@@ -94,19 +55,19 @@ def _named(weight: AdaptedWeight, base: BaseModel) -> Iterator[tuple[str, PairSt
     if module == "lm_head":
         yield "output", stack, True
         return
-    found = _LAYER.fullmatch(module)
+    found = LAYER.fullmatch(module)
     layer, inside = found.groups() if found else ("", module)
-    if inside == _GATE_UP:
+    if inside == GATE_UP:
         gate, up = gate_and_up(weight, stack)
         yield f"blk.{layer}.ffn_gate_exps", gate, False
         yield f"blk.{layer}.ffn_up_exps", up, False
         return
-    name = _TENSORS.get(inside)
+    name = MODULES.get(inside)
     if name is None:
         raise HetcompError(
             f"GGUF has no tensor that is {weight.fqn} of {base.model_type}, so an adapter of it cannot be exported."
         )
-    if base.model_type in _PERMUTED and name in ("attn_q", "attn_k"):
+    if base.model_type in PERMUTED and name in ("attn_q", "attn_k"):
         heads = base.config["num_attention_heads"]
         stack = _permuted(stack, heads if name == "attn_q" else base.config.get("num_key_value_heads") or heads)
     yield f"blk.{layer}.{name}", stack, weight.experts is None

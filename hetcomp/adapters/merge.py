@@ -36,9 +36,17 @@ def adapter_to_merge(
             raise HetcompError("There is no adapter to merge; name its folder (--adapter FOLDER, adapters=[folder]).")
         return None
     if not merge:
-        raise HetcompError("Adapters are merged into the weights at compile time for now: add --merge (merge=True).")
+        raise HetcompError(
+            "An adapter that a model is compiled with is merged into its weights: add --merge (merge=True); or compile "
+            "without it, and load it at run time (hetcomp adapter pack)."
+        )
     if len(folders) > 1:
         raise HetcompError(f"One adapter can be merged, {len(folders)} were given; compile an artifact for each.")
+    if imported.gguf is not None:
+        raise HetcompError(
+            f"Adapters are not merged into GGUF files ({imported.gguf.path}); give the folder of the checkpoint that "
+            "it was made from."
+        )
     return read_adapter(folders[0], BaseModel.of(imported), allow_router=allow_router)
 
 

@@ -33,15 +33,21 @@ class PairStack:
 def stack_of(weight: AdaptedWeight) -> PairStack:
     """The pairs of a weight; smaller ranks are filled up with zeros, different scales multiplied into b."""
     count, rank = len(weight.factors), weight.rank
-    scales = {factor.scale for factors in weight.factors for factor in factors}
-    alike = len(scales) == 1
+    scale = common_scale(weight)
+    alike = scale is not None
     a = np.zeros((count, rank, weight.in_features), np.float32)
     b = np.zeros((count, weight.out_features, rank), np.float32)
     for expert in range(count):
         pair = weight.pair(expert)
         a[expert, : pair.rank] = pair.a
         b[expert, :, : pair.rank] = pair.b if alike else np.float32(pair.scale) * pair.b
-    return PairStack(a, b, scales.pop() if alike else 1.0, alike)
+    return PairStack(a, b, scale if scale is not None else 1.0, alike)
+
+
+def common_scale(weight: AdaptedWeight) -> float | None:
+    """The scale of all of the weight's pairs; None: they have different ones."""
+    scales = {factor.scale for factors in weight.factors for factor in factors}
+    return scales.pop() if len(scales) == 1 else None
 
 
 def gate_and_up(weight: AdaptedWeight, stack: PairStack) -> tuple[PairStack, PairStack]:

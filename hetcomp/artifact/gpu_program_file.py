@@ -18,7 +18,7 @@ from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.gpu_program import CONSTANTS, STATES, WEIGHTS, GpuBuffer, GpuProgram
 from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES
 
-_SCHEMA = [2, 0]
+_SCHEMA = [3, 0]
 
 
 def write_gpu_program(
@@ -80,10 +80,10 @@ def _stream(stream: StreamLayout, program: GpuProgram, cpu_weights: Sequence[str
             "top_k": layer.top_k,
             "hidden": layer.hidden,
             "ids": routing[layer.hand_over],
+            "waves": layer.waves,
             "operands": [
                 {
                     "buffer": operand.buffer,
-                    "offset": operand.offset,
                     "expert_bytes": operand.bytes,
                     "sources": [{"weight": number[s.weight], "experts": s.experts} for s in operand.sources],
                 }
@@ -94,6 +94,7 @@ def _stream(stream: StreamLayout, program: GpuProgram, cpu_weights: Sequence[str
     ]
     return {
         "slots": stream.slots,
+        "wave": stream.wave,
         "first_flag": stream.first_flag,
         "tables": {
             "buffer": TABLES,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from hetcomp.backends.adapted_ops import OPERANDS, AdaptedOps, adaptable_weights
 from hetcomp.backends.decode_flow import OpFlow, decode_flow
 from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
 from hetcomp.backends.protocol import Isa, Kernel
@@ -14,7 +15,7 @@ from hetcomp.backends.templates import render
 from hetcomp.errors import HetcompError
 from hetcomp.ir.cpu_side import CpuRole, CpuTemplate, cpu_plan, cpu_templates
 from hetcomp.ir.deferral import CHOICES_LATER, CHOICES_NOW, DEFERRED_SUM, deferrals, deferred_role
-from hetcomp.ir.homes import CPU, read_in
+from hetcomp.ir.homes import CPU, on_gpu, read_in
 from hetcomp.ir.node_parts import Cut, NodePart, cut_weights, part_id, part_workspace, plan_nodes, plan_parts
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
@@ -67,12 +68,12 @@ class ProgramLayout:
 def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: Isa, plan_hash: str) -> str:
     """C++ source of the program. ``plan`` is scheduled and has its memory planned; ``kernels`` holds the kernel
     of every (template, op). Raises HetcompError if a value has no home (a bug in a pass)."""
-    layout, exchange = ProgramLayout.of(plan), Exchange.of(plan)
+    layout, exchange, adapted = ProgramLayout.of(plan), Exchange.of(plan), AdaptedOps.of(plan)
     homes = _plan_homes(plan, layout)
     parts = plan_parts(plan)
     flow = decode_flow(cpu_plan(plan, exchange.sides))
     sides = [side for side in exchange.sides.values() if side.template.ops]
-    templates = [_template(plan, side, kernels, homes, layout, parts, flow, exchange) for side in sides]
+    templates = [_template(plan, side, kernels, homes, layout, parts, flow, exchange, adapted) for side in sides]
     index = {t["name"]: 0 for t in templates}
     calls = []
     for number, call in enumerate(plan.calls):
@@ -99,6 +100,9 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         n_nodes=len(layout.nodes),
         n_pinned=len(exchange.of_side(CPU)),
         n_flags=len(exchange.hand_overs) if exchange.with_cpu() else 0,
+        adaptable=() if on_gpu(plan) else adaptable_weights(plan, layout.weights, layout.cuts),
+        adapter_floats=adapted.floats,
+        adapter_rows=adapted.rows,
         deferring=bool(deferrals(plan)),
         sum_place=homes[DEFERRED_SUM][1] if DEFERRED_SUM in homes else 0,
         now_place=homes[CHOICES_NOW][1] if CHOICES_NOW in homes else 0,
@@ -129,6 +133,7 @@ def _template(
     all_parts: Mapping[tuple[str, str], Sequence[NodePart]],
     flow: Mapping[tuple[str, str], OpFlow],
     exchange: Exchange,
+    adapted: AdaptedOps,
 ) -> dict[str, Any]:
     template = side.template
     parts = {op.id: all_parts.get((template.name, op.id), ()) for op in template.ops}
@@ -176,6 +181,7 @@ def _template(
             "parts": (),
             "deferral": None,
             "routing": None,
+            "adapted": _adapted(adapted, template, op, None, formals),
         }
         if role is CpuRole.SEND:
             value = template.value(op.outputs[0])
@@ -196,13 +202,13 @@ def _template(
                 }
                 moved[op.inputs[1]], rendered["outputs"] = "chosen", ["sum"]
             where = partial(_find_moved, moved, partial(find, op=op))
-            rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
+            rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where, adapted, formals)
         elif role is CpuRole.COMPUTE:
             rendered["outputs"] = [find(o, op) for o in op.outputs] or ["nullptr"]
             rendered["routing"] = _routing(op, partial(find, op=op))
             if parts[op.id]:
                 where = partial(find, op=op)
-                rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where)
+                rendered |= _parts(plan, template, op, parts[op.id], kernels, layout, rendered, where, adapted, formals)
             else:
                 inputs = [find(i, op) for i in op.inputs] or ["nullptr"]
                 rendered |= {"inputs": inputs, "kernel": kernels[template.name, op.id].name}
@@ -322,6 +328,8 @@ def _parts(
     layout: ProgramLayout,
     rendered: Mapping[str, Any],
     find: Callable[[str], str],
+    adapted: AdaptedOps,
+    formals: Sequence[str],
 ) -> dict[str, Any]:
     """What the template needs of an op in parts: a call for every node, and the partial sums to add up."""
     chosen = [kernels[template.name, part_id(op.id, part.node)] for part in parts]
@@ -341,6 +349,7 @@ def _parts(
             output = scratch(space.partials[i - 1])
         call = {"node": layout.nodes.index(part.node), "kernel": kernel.name, "output": output, "inputs": inputs}
         call["local"] = ()
+        call["adapted"] = _adapted(adapted, template, op, part, formals)
         if (
             isinstance(part.attrs, MoeExperts)
             and isinstance(op.attrs, MoeExperts)
@@ -353,6 +362,24 @@ def _parts(
     a = part.attrs
     width, top_k = (a.hidden, a.top_k) if isinstance(a, MoeExperts) else (0, 0)
     return {"parts": calls, "partials": [scratch(offset) for offset in space.partials], "width": width, "top_k": top_k}
+
+
+def _adapted(
+    adapted: AdaptedOps, template: Template, op: Op, part: NodePart | None, formals: Sequence[str]
+) -> dict[str, Any] | None:
+    """What the template needs of an op, or of a node's part of it, whose weights adapters may change: the places of
+    their homes among ``formals``, and of its scratch memory; None: adapters do not concern it."""
+    place = adapted.places.get((template.name, op.id if part is None else part_id(op.id, part.node)))
+    if place is None:
+        return None
+    names = [op.inputs[operand] for operand in OPERANDS[op.kind]]
+    weights = [formals.index(name if part is None else part_id(name, part.node)) for name in names]
+    return {
+        "weights": (weights[0], weights[-1]),
+        "logit_rows": _rows(template, op) == "s.n_logit_rows",
+        "floats": place.floats,
+        "rows": place.rows,
+    }
 
 
 def _cut_names(names: Iterable[str], cut: Mapping[str, Sequence[int]]) -> list[str]:

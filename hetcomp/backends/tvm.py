@@ -6,13 +6,15 @@ what they leave open is in `support_source`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
 from hetcomp.backends.templates import render
+from hetcomp.backends.tvm_cache import cached_kernel
 from hetcomp.backends.tvm_kinds import BUILDERS, check_types, place_of
-from hetcomp.backends.tvm_rowwise import emit_rowwise, kernel_name
+from hetcomp.backends.tvm_rowwise import RowKernel, emit_rowwise, kernel_name
 from hetcomp.backends.tvm_toolchain import load_tvm
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
@@ -27,6 +29,11 @@ _LINEAR_SCORE = 1
 def support_source() -> str:
     """C++ source of what the kernel objects leave open; linked exactly once into a program that has any."""
     return render("tvm/support.cpp.j2")
+
+
+def _compiled(name: str, build: Callable[[KernelRequest], RowKernel], request: KernelRequest) -> Kernel:
+    load_tvm()
+    return emit_rowwise(name, request.isa, build(request))
 
 
 class TvmBackend:
@@ -73,8 +80,7 @@ class TvmBackend:
         }
         name = kernel_name(attrs.kind, request.isa, facts)
         if name not in self._kernels:
-            load_tvm()
-            self._kernels[name] = emit_rowwise(name, request.isa, build(request))
+            self._kernels[name] = cached_kernel(name, lambda: _compiled(name, build, request))
         return self._kernels[name]
 
     def _emit_region(self, request: KernelRequest) -> Kernel:

@@ -55,6 +55,27 @@ def inspect_command(
     guard(body, debug)
 
 
+@adapter_app.command("pack")
+def pack_command(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The compiled model, MODEL.hetc.")],
+    folder: Folder,
+    out: Annotated[Path, typer.Option("-o", "--out", help="File to write, e.g. NAME.hetlora; must not exist.")],
+    name: Annotated[str | None, typer.Option("--name", help="Default: the folder's.")] = None,
+    allow_router: AllowRouter = False,
+    debug: Debug = False,
+) -> None:
+    """Packs an adapter for a compiled model, which loads it at run time (run --adapter, hetcomp_adapter_load)."""
+
+    def body() -> None:
+        from hetcomp.adapters.pack_adapter import pack_adapter
+        from hetcomp.cli.plan_report import size
+
+        packed = pack_adapter(artifact, folder, out, name=name, allow_router=allow_router)
+        typer.echo(f"{packed.path}: {packed.weights} weights, rank {packed.rank}, {size(packed.bytes)} in memory")
+
+    guard(body, debug)
+
+
 class Form(StrEnum):
     """What adapters are exported to."""
 

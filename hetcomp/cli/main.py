@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,6 +99,9 @@ def compile_command(
     adapter: Adapters = None,
     merge: Merge = False,
     allow_router: AllowRouter = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Folder of the tokenizer and chat template to take.")
+    ] = None,
     stop_after: StopAfter = None,
     dump_dir: DumpDir = None,
     debug: Debug = False,
@@ -147,6 +151,7 @@ def compile_command(
                     tune=tune,
                     plan=plan,
                     importance=importance,
+                    tokenizer=tokenizer,
                     dump_dir=dump_dir,
                     progress=progress,
                     **options,
@@ -175,6 +180,11 @@ def run_command(
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     threads: Annotated[int, typer.Option("--threads", min=0, help="0: all that this process may use.")] = 0,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="NAME=PATH: a PEFT folder or a packed file; repeatable, the last one answers."),
+    ] = None,
+    allow_router: AllowRouter = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos")] = False,
     print_ids: Annotated[bool, typer.Option("--print-ids", help="Print token ids instead of text.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print speeds to stderr.")] = False,
@@ -190,6 +200,12 @@ def run_command(
         if (prompt is None) == (ids is None):
             raise HetcompError("Give the input with exactly one of --prompt TEXT and --ids 1,2,3.")
         exe = hetcomp.load(artifact, threads=threads)
+        chosen = None
+        for spec in adapter or ():
+            name, equals, path = spec.rpartition("=")
+            if equals and not name:
+                raise HetcompError(f"'{spec}' is no NAME=PATH of an adapter.")
+            chosen = exe.load_adapter(path, name or None, allow_router=allow_router)
         tokens = exe.generate(
             prompt if prompt is not None else token_ids(ids or ""),
             max_new_tokens=max_new_tokens,
@@ -201,6 +217,7 @@ def run_command(
             seed=seed,
             stop=stop or (),
             ignore_eos=ignore_eos,
+            adapter=chosen,
         )
         if print_ids:
             typer.echo(",".join(str(token.id) for token in tokens))
@@ -241,11 +258,19 @@ def doctor_command(
 
 def main() -> None:
     """Entry point of ``hetcomp``."""
+    _collect_rarely()
     app()
 
 
 def plan_main() -> None:
     """Entry point of ``hetcomp-plan``."""
+    _collect_rarely()
     alone = typer.Typer(name="hetcomp-plan", add_completion=False, pretty_exceptions_enable=False)
     alone.command()(plan_command)
     alone()
+
+
+def _collect_rarely() -> None:
+    """Python's collector walks all that torch and transformers are made of, several times while they are imported: 0.5
+    to 2 s of a compile. A command ends soon; mypy's thresholds."""
+    gc.set_threshold(200_000, 30, 30)

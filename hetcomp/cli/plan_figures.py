@@ -12,7 +12,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu, Source
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir.annotations import Placement
-from hetcomp.ir.deferral import whole_role
+from hetcomp.ir.deferral import experts_on_cpu, whole_role
 from hetcomp.ir.events import Event
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Op, Plan, ValueKind
@@ -254,11 +254,13 @@ def device_memory(
     ``vram``: bytes that may be used of each GPU, or one figure a GPU (None: what is free).
     """
     parts: dict[str, Counter[str]] = defaultdict(Counter)
-    largest_expert, streams = 0, set()
+    largest_expert, streams, rings = 0, set(), set()
     values, seen, pool = plan.value_map(), set(), KvPool.of(plan.max_dims())
     for call, op, placement in placed_ops(plan):
         actual = dict(zip(plan.template(call.template).params, call.args, strict=True))
         streams |= {run.streamed_to for run in placement.experts if run.streamed_to}
+        if plan.stream is not None and any(experts_on_cpu(placement)):
+            rings.add(placement.device)
         experts = 0
         for name in op.inputs:
             value = values.get(actual.get(name, ""))
@@ -281,6 +283,8 @@ def device_memory(
         parts[gpu][GPU_RUNTIME] += GPU_RESERVE
         if gpu in streams:
             parts[gpu][RING] += 2 * STAGED_EXPERTS * largest_expert
+        if plan.stream is not None and gpu in rings:
+            parts[gpu][RING] += plan.stream.ring * largest_expert
         if plan.expert_cache is not None and (cache := plan.expert_cache.on(gpu)) is not None:
             parts[gpu][CACHE] += cache.bytes
     main = next((p.device for _, _, p in placed_ops(plan) if p.device.startswith("cpu")), "cpu:0")

@@ -15,6 +15,8 @@ from hetcomp.errors import HetcompError
 # As modules: their main functions have the same names.
 from hetcomp.frontend import fold_layers, trace
 from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, ModuleCheckpoint, has_weights
+from hetcomp.frontend.gguf.checkpoint import GgufCheckpoint
+from hetcomp.frontend.gguf.model_files import ModelFiles
 from hetcomp.frontend.lower import lower_to_plan
 from hetcomp.frontend.source import ModelSource, resolve
 from hetcomp.ir.plan import ModelInfo, Plan, ValueKind
@@ -30,7 +32,8 @@ class Imported:
     ``plan`` is folded. ``checkpoint`` is None for a config without weights. ``config`` is the model's config
     as written. ``stages`` holds printed forms for dumps and docs: ``fx``, ``plan``. ``unused`` names tensors of the
     checkpoint that the Plan does not use. ``parameter_shapes``: the module's own parameters and buffers in the order in
-    which it has them; ``aliases``: further names of tied parameters by the name that the Plan knows.
+    which it has them; ``aliases``: further names of tied parameters by the name that the Plan knows. ``gguf``: the
+    GGUF files that it comes from.
     """
 
     plan: Plan
@@ -41,6 +44,7 @@ class Imported:
     stages: dict[str, str] = field(default_factory=dict)
     parameter_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gguf: ModelFiles | None = None
 
 
 def load(
@@ -52,7 +56,7 @@ def load(
     max_logit_rows: int,
     default_context: int = DEFAULT_CONTEXT,
 ) -> Imported:
-    """Imports a folder, a transformers module or a zoo name, without reading a weight.
+    """Imports a folder, a GGUF file, a transformers module or a zoo name, without reading a weight.
 
     ``context_length``: positions of the KV cache; None: the model's maximum, at most ``default_context``.
     Raises HetcompError for what is missing, damaged, unknown or not compiled, naming it.
@@ -99,6 +103,7 @@ def load(
         stages={"fx": traced.text(), "plan": print_plan(folded)},
         parameter_shapes=traced.parameter_shapes,
         aliases=traced.aliases,
+        gguf=source.gguf,
     )
 
 
@@ -112,6 +117,8 @@ def _checkpoint(source: ModelSource, traced: trace.TracedModel) -> BaseCheckpoin
                     "config describes; adapters and changed modules are not compiled, merge them first"
                 )
         return ModuleCheckpoint(source.module, traced.aliases)
+    if source.gguf is not None:
+        return GgufCheckpoint(source.gguf, source.raw, traced.parameter_shapes, traced.aliases)
     if source.folder is None or not has_weights(source.folder):
         return None
     model_type = str(source.config.model_type)
@@ -120,7 +127,7 @@ def _checkpoint(source: ModelSource, traced: trace.TracedModel) -> BaseCheckpoin
 
 def _stored(plan: Plan, checkpoint: BaseCheckpoint | None) -> dict[str, str]:
     """By id of every quantised weight how it is stored: layers that differ in this share no code."""
-    if not isinstance(checkpoint, FolderCheckpoint) or not checkpoint.quantised:
+    if checkpoint is None or not checkpoint.quantised:
         return {}
     sources = {v.id: checkpoint.source(v) for v in plan.values if v.kind is ValueKind.WEIGHT}
     labels = {

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.file_bytes import read_bytes
 from hetcomp.frontend.key_mapping import Parts, map_checkpoint
 from hetcomp.frontend.quantisation_config import QuantisationConfig
 from hetcomp.frontend.quantised_codes import read_quantised
@@ -48,6 +49,9 @@ class BaseCheckpoint(ABC):
     ``aliases``: other names of tied parameters; used where the checkpoint has only one of them.
     """
 
+    # The types of tensors that are read, for messages.
+    readable = "F32, F16 or BF16"
+
     def __init__(
         self,
         origin: str,
@@ -65,23 +69,24 @@ class BaseCheckpoint(ABC):
         """Folder or description for messages."""
         return self._origin
 
+    @property
+    def quantised(self) -> bool:
+        """Whether there may be quantised weights."""
+        return False
+
     def source(self, value: Value) -> WeightSource:
         """See ir.target.Checkpoint."""
         parts = self._find(value)
         tensors = tuple(self._tensors[name] for name in parts.names)
-        for tensor in tensors:
-            if tensor.dtype not in _NUMPY and tensor.quantised is None:
-                raise HetcompError(
-                    f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
-                    "expected F32, F16 or BF16"
-                )
+        return self._checked(value, replace(self._view(value, tensors), recipe=parts.recipe, tensors=tensors))
+
+    def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
+        """How the weight is cut out of what is stored."""
         view = value.view or WeightSource("plain", ())
         # MXFP4 is stored with the columns of a row side by side, whatever the parameter's own order is.
         if view.transpose and all(t.quantised is not None and t.quantised.scheme == "mxfp4" for t in tensors):
-            view = replace(view, transpose=False)
-        source = replace(view, recipe=parts.recipe, tensors=tensors)
-        self._check_shape(value, source)
-        return source
+            return replace(view, transpose=False)
+        return view
 
     def _find(self, value: Value) -> Parts:
         name = value.fqn or value.id
@@ -93,7 +98,14 @@ class BaseCheckpoint(ABC):
             f"{[int(d) for d in value.type.shape]}); is a shard missing?"
         )
 
-    def _check_shape(self, value: Value, source: WeightSource) -> None:
+    def _checked(self, value: Value, source: WeightSource) -> WeightSource:
+        """The source. Raises HetcompError if its tensors cannot be read, or their shapes do not fit the value."""
+        for tensor in source.tensors:
+            if tensor.dtype not in _NUMPY and tensor.quantised is None:
+                raise HetcompError(
+                    f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
+                    f"expected {self.readable}"
+                )
         first = source.tensors[0]
         for index, tensor in enumerate(source.tensors):
             twin = source.tensors[index % 2 if source.recipe == "stack_pair" else 0]
@@ -110,6 +122,7 @@ class BaseCheckpoint(ABC):
                 f"gives {value.fqn or value.id} the shape {list(got or first.shape)}; expected "
                 f"{list(expected)}"
             )
+        return source
 
     def unused(self, weights: Iterable[Value]) -> list[str]:
         """Tensors of the checkpoint that none of ``weights`` comes from, sorted."""
@@ -133,7 +146,7 @@ class BaseCheckpoint(ABC):
         if source.recipe in ("stack", "stack_pair"):
             count = len(source.tensors) // (2 if source.recipe == "stack_pair" else 1)
             return _joined([self._expert(source, e)[None] for e in range(count)])
-        return _viewed(_joined([self._numbers(t) for t in source.tensors]), source)
+        return _viewed(self._together(source.tensors), source)
 
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
@@ -145,11 +158,14 @@ class BaseCheckpoint(ABC):
         elif source.recipe == "stack":
             part = self._numbers(source.tensors[expert])
         elif source.recipe == "stack_pair":
-            pair = source.tensors[2 * expert : 2 * expert + 2]
-            part = _joined([self._numbers(t) for t in pair])
+            part = self._together(source.tensors[2 * expert : 2 * expert + 2])
         else:
             raise HetcompError(f"{source.tensors[0].name} is no weight of experts")
         return _viewed(part, source)
+
+    def _together(self, tensors: Sequence[CheckpointTensor]) -> _Raw | QuantisedNumbers:
+        """The tensors' numbers, one after the other along the first axis."""
+        return _joined([self._numbers(t) for t in tensors])
 
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
         raw = self._raw(tensor, row)
@@ -239,6 +255,13 @@ def _is_matrix(source: WeightSource) -> bool:
     return shape is not None and len(shape) >= 3
 
 
+def _follows(first: CheckpointTensor, second: CheckpointTensor) -> bool:
+    """Whether ``second`` goes on where ``first`` ends, with numbers of the same kind."""
+    place, end = (second.file, second.offset), (first.file, first.offset + first.bytes)
+    alike = (first.dtype, first.shape[1:]) == (second.dtype, second.shape[1:])
+    return place == end and alike and first.quantised is None and second.quantised is None
+
+
 class FolderCheckpoint(BaseCheckpoint):
     """safetensors files of a folder. Only headers are read before ``read``."""
 
@@ -266,6 +289,13 @@ class FolderCheckpoint(BaseCheckpoint):
         """Whether the config says so."""
         return self._quantisation is not None
 
+    def _together(self, tensors: Sequence[CheckpointTensor]) -> _Raw | QuantisedNumbers:
+        first = tensors[0]
+        if not all(map(_follows, tensors, tensors[1:])):
+            return super()._together(tensors)
+        rows = sum(t.shape[0] for t in tensors)
+        return self._numbers(replace(first, shape=(rows, *first.shape[1:]), bytes=sum(t.bytes for t in tensors)))
+
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
         if tensor.quantised is None or self._quantisation is None:
             return super()._numbers(tensor, row)
@@ -280,12 +310,14 @@ class FolderCheckpoint(BaseCheckpoint):
         offset = tensor.offset + (row or 0) * count * dtype.itemsize
         path = self._folder / tensor.file
         try:
-            data = np.fromfile(path, dtype=dtype, count=count, offset=offset)
+            data = read_bytes(path, offset, count * dtype.itemsize)
         except OSError as error:
             raise HetcompError(f"cannot read {path}: {error.strerror or error}") from error
-        if data.size != count:
+        if data.size != count * dtype.itemsize:
             raise HetcompError(f"{path} was truncated while it was read: tensor {tensor.name} is incomplete")
-        return data.reshape(shape)
+        if data.ctypes.data % dtype.itemsize:  # a header of another length than safetensors writes
+            data = data.copy()
+        return data.view(dtype).reshape(shape)
 
 
 class ModuleCheckpoint(BaseCheckpoint):
@@ -324,10 +356,10 @@ def has_weights(folder: Path) -> bool:
         return True
     other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
     if other:
-        raise HetcompError(
-            f"{folder} has weights as {other[0]} only; hetcomp reads safetensors (save the model again with "
-            "save_pretrained)"
-        )
+        advice = "save the model again with save_pretrained"
+        if other[0].endswith(".gguf"):
+            advice = "give that file instead of the folder"
+        raise HetcompError(f"{folder} has weights as {other[0]} only; hetcomp reads safetensors ({advice})")
     return False
 
 

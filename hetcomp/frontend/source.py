@@ -1,4 +1,4 @@
-"""Finds out what the user gave: a folder, a transformers module or the name of a zoo config."""
+"""Finds out what the user gave: a folder, a GGUF file, a transformers module or the name of a zoo config."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hetcomp import models_zoo
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.gguf.config import model_config
+from hetcomp.frontend.gguf.model_files import ModelFiles, open_model
 from hetcomp.frontend.quantisation_config import QUANTISED, QuantisationConfig, parse_quantisation
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``raw`` is config.json as written, or what the module's config says. ``module`` holds the weights of a
-    model given in memory; otherwise they are in ``folder``, if anywhere, quantised as ``quantisation`` says."""
+    """``raw`` is config.json as written, or what the module's config or a GGUF file says. ``module`` holds the weights
+    of a model given in memory, ``gguf`` has those of GGUF files; otherwise they are in ``folder``, if anywhere,
+    quantised as ``quantisation`` says."""
 
     name: str
     config: PreTrainedConfig
@@ -29,9 +32,16 @@ class ModelSource:
     folder: Path | None
     module: PreTrainedModel | None
     quantisation: QuantisationConfig | None = None
+    gguf: ModelFiles | None = None
 
     def refuse_quantised(self, purpose: str) -> None:
-        """Raises HetcompError if the weights are quantised: ``purpose`` runs the model in transformers, in float32."""
+        """Raises HetcompError if the weights are quantised or in a GGUF file: ``purpose`` runs the model in
+        transformers, in float32."""
+        if self.gguf is not None:
+            raise HetcompError(
+                f"{self.gguf.path} is a GGUF file, but {purpose} runs the model in transformers; give the folder of "
+                "the checkpoint that it was made from"
+            )
         if self.quantisation is not None:
             raise HetcompError(
                 f"{self.folder} is quantised ({self.quantisation.method}), but {purpose} runs the model in float32; "
@@ -45,8 +55,12 @@ def resolve(model: str | Path | nn.Module) -> ModelSource:
         return _from_module(model)
     folder = Path(model)
     if not folder.is_dir():
+        if folder.is_file() and folder.suffix == ".gguf":
+            return _from_gguf(folder)
         if folder.is_file():
-            raise HetcompError(f"{folder} is a file; give the folder that holds config.json and the safetensors files")
+            raise HetcompError(
+                f"{folder} is a file; give a .gguf file or the folder that holds config.json and the safetensors files"
+            )
         folder = _from_zoo(str(model))
     return _from_folder(folder)
 
@@ -62,7 +76,7 @@ def _from_zoo(name: str) -> Path:
     if Path(name).parent.name in ("models_zoo", "configs") and tail in models_zoo.names():
         return models_zoo.find(tail)
     raise HetcompError(
-        f"{name} is neither a folder nor a model of the zoo; the zoo has {', '.join(models_zoo.names())}"
+        f"{name} is neither a folder, a .gguf file nor a model of the zoo; the zoo has {', '.join(models_zoo.names())}"
     )
 
 
@@ -105,6 +119,13 @@ def _from_folder(folder: Path) -> ModelSource:
     config = _config(path, {k: v for k, v in raw.items() if k not in QUANTISED}, model_type)
     name = folder.resolve().name
     return ModelSource(name, config, raw, model_class, folder, None, quantisation)
+
+
+def _from_gguf(path: Path) -> ModelSource:
+    files = open_model(path)
+    raw = model_config(files)
+    config = _config(path, raw, raw["model_type"])
+    return ModelSource(files.name, config, raw, _model_class(path, raw["architectures"]), None, None, gguf=files)
 
 
 def _model_class(path: Path, architectures: list[str]) -> type[PreTrainedModel]:

@@ -101,11 +101,20 @@ class StreamRates:
 
 @dataclass(frozen=True, slots=True)
 class ExpertStream:
-    """Experts in CPU memory may be copied to the GPU in a step of a prompt: up to ``slots`` of a layer, while up to as
-    many of the next one are on their way."""
+    """Experts in CPU memory may be copied to the GPU in a step of a prompt, in waves: up to ``slots`` of a layer are
+    computed together, while up to as many are on their way into the other half of the slots."""
 
     slots: int
     rates: StreamRates
+
+    @property
+    def ring(self) -> int:
+        """Slots in all."""
+        return 2 * self.slots
+
+    def waves(self, experts: int) -> int:
+        """Of a layer that streams up to so many experts."""
+        return max(1, -(-experts // self.slots))
 
 
 @dataclass(frozen=True, slots=True)

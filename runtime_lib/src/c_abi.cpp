@@ -9,12 +9,6 @@
 #include "c_abi_guard.h"
 #include "c_abi_model.h"
 #include "generation.h"
-#include "session.h"
-
-struct hetcomp_session {
-  explicit hetcomp_session(const hetcomp_model& owner) : session(owner.model) {}
-  hetcomp::Session session;
-};
 
 struct hetcomp_generation {
   hetcomp_generation(hetcomp::Session& session, std::span<const std::int32_t> ids,

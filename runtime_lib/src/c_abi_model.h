@@ -1,4 +1,4 @@
-// What the C ABI's handle of a model holds.
+// What the C ABI's handles of a model and of a session hold.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 
 #include "hetcomp/hetcomp.h"
 #include "model.h"
+#include "session.h"
 
 struct hetcomp_model {
   explicit hetcomp_model(std::shared_ptr<hetcomp::Model> loaded) : model(std::move(loaded)) {
@@ -22,4 +23,9 @@ struct hetcomp_model {
   std::vector<hetcomp_gpu_use> gpus;
   std::string gpu_names;
   std::int64_t gpu_bytes = 0;
+};
+
+struct hetcomp_session {
+  explicit hetcomp_session(const hetcomp_model& owner) : session(owner.model) {}
+  hetcomp::Session session;
 };

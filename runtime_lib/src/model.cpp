@@ -45,6 +45,8 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
   verify_files(artifact, manifest_);
   library_ = std::make_unique<ProgramLibrary>(locate(artifact, manifest_, program.file), program, manifest_);
   kv_pool_ = std::make_unique<KvPool>(facts().max_batch, facts().kv_tokens);
+  if (manifest_.gpus.empty() && library_->program().adaptable != nullptr)
+    adapters_ = std::make_unique<ResidentAdapters>(manifest_, library_->program());
   if (!manifest_.gpus.empty()) load_gpus(options);
   tokenizer_ = load_text<Tokenizer>(artifact, manifest_, manifest_.tokenizer);
   chat_template_ = load_text<ChatTemplate>(artifact, manifest_, manifest_.chat_template);
@@ -256,6 +258,8 @@ void Model::run(const StepRequest& request) {
                        (deferral_ == HETCOMP_DEFER_GENERATED && request.phase == Phase::kDecode),
       .routing = routing_callback_ || routing_.replays() ? routing_.begin(request.positions) : nullptr,
       .trace = lane_trace_.begin(),
+      .adapters =
+          request.adapters.empty() ? nullptr : step_adapters_.fill(request.adapters, request.logit_rows),
   };
   const auto start = std::chrono::steady_clock::now();
   kv_memory_->write(request.slots, request.positions, *kv_pool_);
@@ -281,6 +285,25 @@ void Model::run(const StepRequest& request) {
   if (logits != request.logits && logit_bytes != 0) std::memcpy(request.logits, logits, logit_bytes);
   if (step.routing) tell_routing(request);
 }
+
+ResidentAdapters& Model::require_adapters() {
+  if (adapters_) return *adapters_;
+  throw Error(HETCOMP_INVALID_ARGUMENT,
+              "A GPU computes a part of the model " + facts().name +
+                  ", beside which adapters cannot be loaded: compile the model with the adapter merged "
+                  "(--adapter FOLDER --merge), or for the CPU alone (--vram 0).");
+}
+
+void Model::load_adapter(const std::filesystem::path& file, const std::string& name) {
+  require_adapters().load(file, name, [&](const Adapter& adapter) {
+    const std::lock_guard lock(step_mutex_);
+    step_adapters_.reserve(library_->program(), adapter.rank());
+  });
+}
+
+void Model::unload_adapter(const std::string& name) { require_adapters().unload(name); }
+
+ResidentAdapters::Use Model::use_adapter(const std::string& name) { return require_adapters().use(name); }
 
 void Model::run_gpus(const hetcomp_step& step, const StepRequest& request,
                      const gpu::GpuStep::Lanes& run_lanes) {

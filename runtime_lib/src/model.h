@@ -23,8 +23,10 @@
 #include "memory.h"
 #include "node_map.h"
 #include "program_library.h"
+#include "resident_adapters.h"
 #include "routing_record.h"
 #include "statistics.h"
+#include "step_adapters.h"
 #include "tokenizer.h"
 #include "weights.h"
 
@@ -50,6 +52,8 @@ struct StepRequest {
   std::int32_t* best = nullptr;
   // Not null: asked first; where it chooses a token, logits are left as they are.
   const CandidateRequest* candidates = nullptr;
+  // By token, null where it has none; empty: no token has one. Of this model's use_adapter().
+  std::span<const Adapter* const> adapters = {};
 };
 
 // Thread safe.
@@ -78,6 +82,12 @@ class Model {
   KvPool& kv_pool() { return *kv_pool_; }
   // A sequence that no step is running for keeps its first `length` positions; the others are free.
   void keep_positions(std::int32_t slot, std::int64_t length);
+
+  // Adapters by name, which sessions choose from. The first three throw Error.
+  void load_adapter(const std::filesystem::path& file, const std::string& name);
+  void unload_adapter(const std::string& name);
+  ResidentAdapters::Use use_adapter(const std::string& name);
+  std::string adapters_json() const { return adapters_ ? adapters_->json() : "[]"; }
 
   // Sizes must be within the program's limits and every value in range. Throws Error.
   void run(const StepRequest& request);
@@ -117,6 +127,7 @@ class Model {
   void tell_routing(const StepRequest& request) const;
   void stream_from_weights();
   void allocate(const LoadOptions& options);
+  ResidentAdapters& require_adapters();
   Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;
   void describe_nodes();
 
@@ -124,6 +135,7 @@ class Model {
   std::filesystem::path artifact_;
   std::string isa_;
   std::unique_ptr<ProgramLibrary> library_;
+  std::unique_ptr<ResidentAdapters> adapters_;  // null: the program takes none
   std::vector<GpuUse> gpu_uses_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<ChatTemplate> chat_template_;
@@ -149,6 +161,7 @@ class Model {
   hetcomp_lane_trace_callback lane_trace_callback_ = nullptr;
   void* lane_trace_user_ = nullptr;
   LaneTrace lane_trace_;
+  StepAdapters step_adapters_;
   Statistics statistics_;
 };
 

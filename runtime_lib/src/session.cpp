@@ -59,6 +59,13 @@ void Session::truncate(std::int64_t length) {
   model_->keep_positions(slot_, length);
 }
 
+void Session::set_adapter(const char* name) {
+  ResidentAdapters::Use adapter = name == nullptr ? nullptr : model_->use_adapter(name);
+  if (adapter == adapter_) return;
+  truncate(0);
+  adapter_ = std::move(adapter);
+}
+
 std::int64_t Session::reuse(std::span<const std::int32_t> ids) {
   if (ids.empty())
     throw Error(HETCOMP_INVALID_ARGUMENT, "The prompt is empty: at least one token is needed.");
@@ -90,7 +97,8 @@ void Session::step(Phase phase, std::span<const std::int32_t> ids, std::span<con
   std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(length()));
   const std::vector<std::int32_t> slots(ids.size(), slot_);
   tokens_.reserve(tokens_.size() + ids.size());
-  model_->run({phase, ids, positions, slots, logit_rows, logits, best, candidates});
+  const std::vector<const Adapter*> adapters(adapter_ ? ids.size() : 0, adapter_.get());
+  model_->run({phase, ids, positions, slots, logit_rows, logits, best, candidates, adapters});
   tokens_.insert(tokens_.end(), ids.begin(), ids.end());
 }
 
@@ -149,14 +157,16 @@ void Session::decode(Model& model, std::span<Session* const> sessions, std::span
     std::vector<std::int32_t> positions;
     std::vector<std::int32_t> slots;
     std::vector<std::int32_t> rows(n);
+    std::vector<const Adapter*> adapters;
     std::iota(rows.begin(), rows.end(), 0);
     for (Session* session : sessions.subspan(at, n)) {
       positions.push_back(static_cast<std::int32_t>(session->length()));
       slots.push_back(session->slot_);
+      adapters.push_back(session->adapter_.get());
       session->tokens_.reserve(session->tokens_.size() + 1);
     }
     float* out = logits + at * static_cast<std::size_t>(model.facts().vocab);
-    model.run({Phase::kDecode, ids.subspan(at, n), positions, slots, rows, out});
+    model.run({Phase::kDecode, ids.subspan(at, n), positions, slots, rows, out, nullptr, nullptr, adapters});
     for (std::size_t i = 0; i < n; ++i) sessions[at + i]->tokens_.push_back(ids[at + i]);
   }
 }

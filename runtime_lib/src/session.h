@@ -26,6 +26,10 @@ class Session {
 
   void truncate(std::int64_t length);
 
+  // The adapter of the tokens from here on; null: none, the model as it is. Where it is another than before,
+  // the session forgets its tokens: their keys and values are the other's. Throws Error.
+  void set_adapter(const char* name);
+
   // Truncates to the longest common prefix with `ids`, at most ids.size() - 1, and returns its length.
   std::int64_t reuse(std::span<const std::int32_t> ids);
 
@@ -58,6 +62,7 @@ class Session {
   std::shared_ptr<Model> model_;
   std::int32_t slot_;
   std::vector<std::int32_t> tokens_;
+  ResidentAdapters::Use adapter_;  // null: none
 };
 
 }  // namespace hetcomp

@@ -47,7 +47,8 @@ nlohmann::ordered_json gpu_json(const GpuStatistics& gpu) {
     json["cache"] = {{"hits", gpu.cache->hits},
                      {"misses", gpu.cache->misses},
                      {"swaps", gpu.cache->swaps},
-                     {"bytes", gpu.cache->bytes}};
+                     {"bytes", gpu.cache->bytes},
+                     {"kept", gpu.cache->kept}};
   }
   return json;
 }

@@ -29,6 +29,8 @@ class FakeArtifact {
 
   // Logits after the last of `ids`.
   std::vector<float> expected(const std::vector<std::int32_t>& ids) const;
+  // What the head is multiplied with, [kWidth].
+  std::vector<float> sums(const std::vector<std::int32_t>& ids) const;
   // What greedy decoding must choose after them.
   std::int32_t expected_next(const std::vector<std::int32_t>& ids) const;
 

@@ -66,8 +66,12 @@ struct CUevent_st {
              .count();
   }
 };
+// A device hangs that is given more, beside hand-overs.
+constexpr int kMostGraphEvents = 110;
+
 struct CUgraph_st {
   Nodes nodes;
+  int events = 0;
 };
 struct CUgraphExec_st {
   Nodes nodes;
@@ -222,6 +226,15 @@ ENTRY cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, std::size_t bytes, 
   stream->enqueue([=] { return std::memcpy(reinterpret_cast<void*>(to), from, bytes), CUDA_SUCCESS; });
   return CUDA_SUCCESS;
 }
+ENTRY cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, std::size_t bytes, CUstream stream) {
+  COUNTED;
+  if (!reaches(stream->device, to, true) || !reaches(stream->device, from, true))
+    return CUDA_ERROR_INVALID_VALUE;
+  stream->enqueue([=] {
+    return std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes), CUDA_SUCCESS;
+  });
+  return CUDA_SUCCESS;
+}
 ENTRY cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t bytes, CUstream stream) {
   COUNTED;
   if (!reaches(stream->device, from, true)) return CUDA_ERROR_INVALID_VALUE;
@@ -333,9 +346,21 @@ ENTRY cuEventElapsedTime(float* milliseconds, CUevent begin, CUevent end) {
 ENTRY cuGraphAddEventRecordNode(CUgraphNode* result, CUgraph graph, const CUgraphNode* after,
                                 std::size_t count, CUevent event) {
   COUNTED;
+  if (++graph->events > kMostGraphEvents) return CUDA_ERROR_NOT_SUPPORTED;
   Node node;
   node.kernel = [event] { return event->record(), CUDA_SUCCESS; };
   return add_node(result, graph, after, count, std::move(node));
+}
+ENTRY cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr at, std::uint32_t value, unsigned) {
+  COUNTED;
+  if (!reaches(stream->device, at, true)) return CUDA_ERROR_INVALID_VALUE;
+  stream->enqueue([=] {
+    const std::atomic_ref flag(*reinterpret_cast<std::uint32_t*>(at));
+    while (static_cast<std::int32_t>(flag.load(std::memory_order_acquire) - value) < 0)
+      std::this_thread::yield();
+    return CUDA_SUCCESS;
+  });
+  return CUDA_SUCCESS;
 }
 ENTRY cuGraphCreate(CUgraph* graph, unsigned) {
   COUNTED;

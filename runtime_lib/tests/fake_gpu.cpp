@@ -136,7 +136,7 @@ FakeGpuArtifact::FakeGpuArtifact(int layers) : layers_(layers) {
   path_ = name;
   fs::create_directories(path_ / "gpu" / "sm_90");
   const fs::path cubin = path_ / "gpu" / "sm_90" / "a.cubin";
-  write_cubin(cubin, "add_one add scale fault");
+  write_cubin(cubin, "add_one add scale gather fault");
   const std::string hash = File(cubin).sha256();
   const Json x = argument("x", "ptr");
   const Json y = argument("y", "ptr");
@@ -147,6 +147,10 @@ FakeGpuArtifact::FakeGpuArtifact(int layers) : layers_(layers) {
           {kernel_record("add_one", {x, y, n}, hash),
            kernel_record("add", {argument("a", "ptr"), x, y, n}, hash),
            kernel_record("scale", {x, y, n, argument("factor", "f32"), argument("shift", "i64")}, hash),
+           kernel_record("gather",
+                         {argument("table", "ptr"), argument("slots", "ptr"), argument("sums", "ptr"),
+                          argument("experts", "i32"), argument("width", "i32")},
+                         hash),
            kernel_record("fault", Json::array({x}), hash)}}});
   Json buffers = Json::array();
   for (const auto& [buffer_name, kind] : {std::pair{"input", "step"},
@@ -162,7 +166,7 @@ FakeGpuArtifact::FakeGpuArtifact(int layers) : layers_(layers) {
   Json graphs = Json::array();
   for (const int batch : {1, 2})
     graphs.push_back({{"batch", batch}, {"exact", true}, {"nodes", nodes(batch == 1 ? layers : 0)}});
-  write("program.json", {{"schema", {2, 0}},
+  write("program.json", {{"schema", {3, 0}},
                          {"device", "gpu:0"},
                          {"device_bytes", 1 << 20},
                          {"flags", layers},

@@ -53,6 +53,9 @@ constexpr hetcomp_program kProgram = {
     .n_nodes = 1,
     .n_pinned = 4,
     .n_flags = 2,
+    .adaptable = nullptr,
+    .adapter_floats = 0,
+    .adapter_rows = 0,
     .run = run,
 };
 

@@ -63,6 +63,14 @@ inline const std::map<std::string, FakeKernel>& kernels() {
                 pointer<float>(v, 5)[i] + static_cast<float>(static_cast<std::int64_t>(v[4]));
           return CUDA_SUCCESS;
         }}},
+      {"gather",  // sums[e] += the first number of expert e's slot, for every expert that has one
+       {{8, 8, 8, 4, 4},
+        [](const Values& v) {
+          for (std::size_t e = 0; e < v[3]; ++e)
+            if (const std::int32_t slot = pointer<std::int32_t>(v, 0)[e]; slot >= 0)
+              pointer<float>(v, 2)[e] += pointer<float>(v, 1)[static_cast<std::size_t>(slot) * v[4]];
+          return CUDA_SUCCESS;
+        }}},
       {"fault", {{8}, [](const Values&) { return CUDA_ERROR_ILLEGAL_ADDRESS; }}},
   };
   return kKernels;

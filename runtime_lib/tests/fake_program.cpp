@@ -36,6 +36,27 @@ void sum_up(Lane& lane, const hetcomp_step& s) {
   });
 }
 
+const hetcomp_pair* pair_of(const hetcomp_step& s, std::int64_t row) {
+  const std::int32_t adapter = s.adapters == nullptr ? -1 : s.adapters->of_logit_row[row];
+  return adapter < 0 ? nullptr : s.adapters->tables[adapter][1];
+}
+
+// h = scale a x of the rows that have an adapter.
+void shrink(Lane& lane, const hetcomp_step& s) {
+  const auto* sums = reinterpret_cast<const float*>(s.arena);
+  parallel_for(lane, s.n_logit_rows, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      const hetcomp_pair* pair = pair_of(s, row);
+      for (std::int64_t r = 0; pair != nullptr && r < pair->rank; ++r) {
+        const auto* a = reinterpret_cast<const float*>(pair->a) + r * HETCOMP_PAIR_COLUMNS;
+        float sum = 0;
+        for (std::int64_t d = 0; d < kWidth; ++d) sum += a[d] * sums[row * kWidth + d];
+        s.adapters->scratch[row * s.adapters->rank + r] = pair->scale * sum;
+      }
+    }
+  });
+}
+
 void logits(Lane& lane, const hetcomp_step& s) {
   const auto* head = reinterpret_cast<const float*>(s.weights[1]);
   const auto* sums = reinterpret_cast<const float*>(s.arena);
@@ -45,6 +66,12 @@ void logits(Lane& lane, const hetcomp_step& s) {
       float sum = 0;
       for (std::int64_t d = 0; d < kWidth; ++d)
         sum += sums[i / kVocab * kWidth + d] * head[i % kVocab * kWidth + d];
+      const hetcomp_pair* pair = pair_of(s, i / kVocab);
+      for (std::int64_t r = 0; pair != nullptr && r < pair->rank; ++r) {
+        const std::int64_t row = i % kVocab;
+        const auto* b = reinterpret_cast<const float*>(pair->b) + (row / 16 * pair->rank + r) * 16;
+        sum += b[row % 16] * s.adapters->scratch[i / kVocab * s.adapters->rank + r];
+      }
       s.logits[i] = sum;
     }
   });
@@ -56,9 +83,15 @@ void run(Lane* lane, const hetcomp_step* s) {
   if (lane->thread == 0 && s->lane_ns != nullptr) s->lane_ns[0] += 1'000'000;
   sum_up(*lane, *s);
   barrier(*lane);
+  if (s->adapters != nullptr) {
+    shrink(*lane, *s);
+    barrier(*lane);
+  }
   logits(*lane, *s);
   barrier(*lane);
 }
+
+constexpr hetcomp_adaptable kAdaptable[] = {{}, {1, kVocab, kWidth, 1, 4}};
 
 constexpr hetcomp_program kProgram = {
     .abi = HETCOMP_PROGRAM_ABI,
@@ -75,6 +108,9 @@ constexpr hetcomp_program kProgram = {
     .n_nodes = 1,
     .n_pinned = 0,
     .n_flags = 0,
+    .adaptable = kAdaptable,
+    .adapter_floats = 0,
+    .adapter_rows = kMaxLogitRows,
     .run = run,
 };
 

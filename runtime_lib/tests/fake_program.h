@@ -1,6 +1,7 @@
 // The model of fake_program.cpp. All values are small whole numbers, so its results are exact in any order.
 //   state[slot][p] = embed[ids[p]]
 //   logits[v] = sum over p <= position, d of (p % 5 + 1) * state[slot][p][d] * head[v][d]
+// Adapters may change the head (fake_adapter.h).
 #pragma once
 
 #include <cstdint>

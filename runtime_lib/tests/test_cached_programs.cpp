@@ -33,8 +33,8 @@ class CachedPrograms : public testing::Test {
            {"top_k", 1},
            {"hidden", kWidth},
            {"ids", "routing"},
-           {"operands",
-            {{{"buffer", "ring"}, {"offset", 0}, {"expert_bytes", kExpertBytes}, {"sources", {source}}}}}});
+           {"waves", kExperts - kSlots},
+           {"operands", {{{"buffer", "ring"}, {"expert_bytes", kExpertBytes}, {"sources", {source}}}}}});
       cached.push_back({{"sum", "in"},
                         {"first", {0, 1}},
                         {"operands", {{{"buffer", "slots"}, {"offset", i * kSlots * kExpertBytes}}}}});
@@ -42,6 +42,7 @@ class CachedPrograms : public testing::Test {
     const Json curve = Json::array({Json::array({1, 1.0})});
     program["stream"] = {
         {"slots", 1},
+        {"wave", 1},
         {"first_flag", kLayers},
         {"tables", {{"buffer", "tables"}, {"row_bytes", 48}, {"part_offset", 16}, {"ask_offset", 32}}},
         {"rates",
@@ -56,7 +57,7 @@ class CachedPrograms : public testing::Test {
       program["buffers"].push_back({{"name", name}, {"bytes", bytes}, {"kind", kind}});
     };
     buffer("ring", kExpertBytes, "stream");
-    buffer("tables", 48 * (kLayers + 1), "stream");
+    buffer("tables", 48 * (3 * kLayers + 1), "stream");
     buffer("slots", kLayers * kSlots * kExpertBytes, "stream");
     buffer("cached", 16 * kLayers, "stream");
     buffer("routing", 16, "pinned_out");

@@ -22,16 +22,17 @@ GpuProgramRecord program_record() {
   program.device = "gpu:0";
   program.device_bytes = 1 << 16;
   program.flags = kLayers;
-  program.buffers = {{"slots", kLayers * kSlots * kBytes, BufferKind::kStream, {}, {}},
+  program.buffers = {{"slots", (kLayers * kSlots + 1) * kBytes, BufferKind::kStream, {}, {}},
                      {"table", kLayers * kRow, BufferKind::kStream, {}, {}},
                      {"ids", 64, BufferKind::kPinnedOut, {}, {}},
                      {"sum", 256, BufferKind::kPinnedIn, {}, {}}};
   const TimeCurve curve({{1, 1.0}});
-  program.stream = StreamRecord{1, kLayers, kTable, kRow, 0, 0, {1.0, curve, curve, curve}, {}};
+  program.stream = StreamRecord{1, 1, kLayers, kTable, kRow, 0, 0, {1.0, curve, curve, curve}, {}};
   program.expert_cache = ExpertCacheRecord{CacheRule::kLru, kSlots, kBytes, kTable, kRow, {}};
   for (std::size_t i = 0; i < kLayers; ++i) {
-    const StreamOperand operand{kSlotBuffer, 0, kBytes, {{i, {0, 1, 2, 3}}}};
-    program.stream->layers.push_back({static_cast<std::uint32_t>(i), kExperts, 1, kHidden, kIds, {operand}});
+    const StreamOperand operand{kSlotBuffer, kBytes, {{i, {0, 1, 2, 3}}}};
+    const auto number = static_cast<std::uint32_t>(i);
+    program.stream->layers.push_back({number, kExperts, 1, kHidden, kIds, 1, number, 1 + 2 * i, {operand}});
     program.expert_cache->layers.push_back({{{kSlotBuffer, i * kSlots * kBytes}}, {0, 1}, kSum});
   }
   return program;
@@ -91,7 +92,7 @@ class ExpertCaches : public testing::Test {
   // As GpuProgram does: when the GPU is at rest.
   void end_step() {
     driver_.stream_synchronize(stream_.get());
-    cache_.end();
+    cache_.end(true);
   }
 
   void step(std::int32_t first, std::int32_t second) {
@@ -161,6 +162,60 @@ TEST_F(ExpertCaches, AStepThatIsGivenUpKeepsWhatHasCome) {
   end_step();  // no layer was reached
   EXPECT_TRUE(cache_.holds(0, 3));
   step(3, 0);
+}
+
+// Expert 3 of layer 0 is used by every token of a prompt; its bytes stand in for what was streamed.
+class ExpertsThatPass : public ExpertCaches {
+ protected:
+  static constexpr std::int64_t kTokens = 16;  // as many as the buffer of ids has room for
+
+  std::vector<CacheArrival> prompt(const std::vector<std::int32_t>& streamed) {
+    for (std::int64_t i = 0; i < CachePolicy::kLruMargin; ++i) step(0, 0);
+    cache_.begin(kTokens, false);
+    auto* const ids = reinterpret_cast<std::int32_t*>(shared_.host("ids").data());
+    for (std::int64_t t = 0; t < kTokens; ++t) ids[t] = 3;
+    cache_.count(0);
+    return cache_.keep(0, streamed);
+  }
+  void take(const CacheArrival& arrival) {
+    const CUdeviceptr from = buffers_.address({kSlotBuffer, kLayers * kSlots * kBytes});
+    const auto expert = static_cast<std::size_t>(arrival.expert);
+    copies_.copy(from, host_[arrival.layer].data() + expert * kBytes, kBytes);
+    cache_.take(arrival, std::array{from});
+    EXPECT_TRUE(copies_.finish());
+  }
+};
+
+TEST_F(ExpertsThatPass, StayWhereTheyAreHotterFromTheNextStepOn) {
+  const std::vector<CacheArrival> kept = prompt({2, 3});
+  ASSERT_EQ(kept.size(), 1U);
+  EXPECT_EQ(kept[0].expert, 3);
+  EXPECT_TRUE(cache_.holds(0, 0) && cache_.holds(0, 1));  // until the step is over
+  take(kept[0]);
+  end_step();
+  EXPECT_TRUE(cache_.holds(0, 0) && cache_.holds(0, 3) && !cache_.holds(0, 1));
+  EXPECT_EQ(cache_.statistics().kept, 1);
+  EXPECT_EQ(cache_.statistics().swaps, 0);
+  EXPECT_EQ(cache_.statistics().bytes, 0);
+  step(3, 0);
+  EXPECT_EQ(cache_.statistics().misses, 0);
+}
+
+TEST_F(ExpertsThatPass, DoNotStayWhereTheStepIsGivenUpBeforeTheyAreThere) {
+  prompt({3});
+  end_step();
+  EXPECT_FALSE(cache_.holds(0, 3) || cache_.holds(0, 1));
+  EXPECT_EQ(cache_.statistics().kept, 0);
+  step(0, 0);
+  step(0, 0);  // the empty slot is filled as any other
+  EXPECT_TRUE(cache_.holds(0, 3));
+}
+
+TEST_F(ExpertsThatPass, DoNotStayWhereACopyFailed) {
+  take(prompt({3})[0]);
+  cache_.end(false);
+  EXPECT_FALSE(cache_.holds(0, 3) || cache_.holds(0, 1));
+  step(0, 0);
 }
 
 TEST_F(ExpertCaches, PromptsCountAndChangeNothingUntilTheyAreOver) {

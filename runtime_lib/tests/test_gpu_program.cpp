@@ -76,6 +76,22 @@ TEST_F(GpuPrograms, TakesNoMoreThanItsFigure) {
   EXPECT_EQ(program.device_bytes(), 8 * FakeGpuArtifact::kWidth * sizeof(float));
 }
 
+TEST_F(GpuPrograms, NodesInALineShareTheirScratch) {
+  nlohmann::json json = artifact_.read("program.json");
+  for (nlohmann::json& graph : json["graphs"]) {
+    nlohmann::json before = nlohmann::json::array();
+    for (std::size_t i = 0; i < graph["nodes"].size(); ++i) {
+      graph["nodes"][i]["after"] = before;
+      before = {i};
+    }
+  }
+  artifact_.write("program.json", json);
+  ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
+  // As above, but one scratch instead of three.
+  EXPECT_EQ(program.device_bytes(), 6 * FakeGpuArtifact::kWidth * sizeof(float));
+  EXPECT_TRUE(artifact_.step_is_right(program, 1));
+}
+
 TEST_F(GpuPrograms, AskingAndAwaitingInOneNodeWhereNothingIsBetween) {
   nlohmann::json json = artifact_.read("program.json");
   auto& nodes = json["graphs"][0]["nodes"];

@@ -193,7 +193,7 @@ TEST_F(GpuRefusals, KernelsFile) {
   bad("schema", [](Json& j) { j.erase("schema"); });
   bad("schema", [](Json& j) { j["schema"] = {0, 3}; });
   bad("kernels must be a list", [](Json& j) { j["kernels"] = 5; });
-  bad("kernels[4].name must be the only one", [](Json& j) { j["kernels"].push_back(j["kernels"][0]); });
+  bad("kernels[5].name must be the only one", [](Json& j) { j["kernels"].push_back(j["kernels"][0]); });
   expect_bad_kernel("kernels[0].name must be present", [](Json& k) { k.erase("name"); });
   expect_bad_kernel("kernels[0].entry", [](Json& k) { k["entry"] = ""; });
   expect_bad_kernel("kernels[0].cc", [](Json& k) { k["cc"] = "90"; });

@@ -110,6 +110,18 @@ TEST(HybridRefusalsDeathTest, MachineWithoutADriver) {
   unsetenv(kArtifact);
 }
 
+TEST_F(HybridRefusals, AdaptersAtRunTime) {
+  hetcomp_model* model = nullptr;
+  ASSERT_EQ(hetcomp_load(artifact_.path().c_str(), nullptr, &model), HETCOMP_OK) << hetcomp_last_error();
+  EXPECT_EQ(hetcomp_adapter_load(model, "any.hetlora", "any"), HETCOMP_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(hetcomp_last_error()).find("with the adapter merged"), std::string::npos);
+  char* json = nullptr;
+  ASSERT_EQ(hetcomp_adapter_list(model, &json), HETCOMP_OK);
+  EXPECT_STREQ(json, "[]");
+  hetcomp_free(json);
+  hetcomp_model_free(model);
+}
+
 TEST_F(HybridRefusals, StepBuffers) {
   for (const char* name :
        {"ids", "positions", "slots", "logit_rows", "rows", "logit_row_count", "inverse_temperatures"}) {

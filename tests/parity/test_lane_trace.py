@@ -23,6 +23,7 @@ from tests.reference.plan_builder import avx2_machine
 from tests.reference.tiny_models import save_tiny
 
 IDS = [5, 17, 99, 3, 42, 7]
+MOST_GPU_EVENTS = 109  # of a step: one moment less than its graph records
 
 
 @pytest.mark.slow
@@ -75,10 +76,12 @@ def test_beside_a_gpu_its_kernels_and_hand_overs_have_a_line(tmp_path):
     (step,) = steps
     layers = len(moe_layers(exe.plan))
     kernels = [e for e in step.gpu_events if e.kernel]
-    assert len(kernels) == launches and all(e.role for e in kernels)
+    assert all(e.role and e.launches > 0 for e in kernels)
     launched = [e for e in step.gpu_events if not e.bytes]
     # A layer is asked for and waited for as far as it is streamed, then for the CPU's part of it.
-    assert len(launched) - len(kernels) == 2 * layers
+    hand_overs = 2 * layers
+    assert sum(e.launches for e in launched) == launches + hand_overs
+    assert len(launched) == min(launches + hand_overs, MOST_GPU_EVENTS)
     # One line of launches: each begins when the one before it is over, within the step.
     for before, event in pairwise(launched):
         assert before.begin_ns <= before.end_ns == event.begin_ns <= event.end_ns

@@ -9,10 +9,11 @@
 #include "hetcomp/kernel.h"
 
 // kernel: address of a KernelFn. Calls it `calls` times on `threads` threads, call c with the inputs
-// in[c % sets][0 .. n_in), and returns the seconds of all calls as thread 0 sees them.
+// in[c % sets][0 .. n_in), and returns the seconds of all calls as thread 0 sees them. adapted: null, or the
+// adapters of the op's rows.
 extern "C" double hetcomp_harness_run(void* kernel, int threads, int calls, const hetcomp_step* step,
                                       std::int64_t rows, int sets, int n_in, const void* const* in,
-                                      void* const* out, void* workspace) {
+                                      void* const* out, void* workspace, const hetcomp::AdaptedOp* adapted) {
   using namespace hetcomp;
   // AMX: the process asks for its tiles (ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA); elsewhere that fails.
   syscall(SYS_arch_prctl, 0x1023, 18);
@@ -25,7 +26,7 @@ extern "C" double hetcomp_harness_run(void* kernel, int threads, int calls, cons
     timespec begin{}, end{};
     clock_gettime(CLOCK_MONOTONIC, &begin);
     for (int c = 0; c < calls; ++c) {
-      fn(lane, KernelArgs{step, rows, in + c % sets * n_in, out, workspace});
+      fn(lane, KernelArgs{step, rows, in + c % sets * n_in, out, workspace, adapted});
       barrier(lane);
     }
     clock_gettime(CLOCK_MONOTONIC, &end);

@@ -158,6 +158,67 @@ def build(
     return CompiledKernel(CpuBackend().emit(request), isa)
 
 
+class _Pair(ctypes.Structure):
+    _fields_ = (("rank", ctypes.c_int64), ("scale", ctypes.c_float), ("a", ctypes.c_void_p), ("b", ctypes.c_void_p))
+
+
+class _Adapters(ctypes.Structure):
+    _fields_ = (
+        ("of_token", ctypes.c_void_p),
+        ("of_logit_row", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("tables", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class _AdaptedOp(ctypes.Structure):
+    _fields_ = (
+        ("adapters", ctypes.c_void_p),
+        ("weights", ctypes.c_int64 * 2),
+        ("of_row", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class AdaptedRows:
+    """Adapters of an op's rows. ``pairs``: of each adapter, by weight of the op (one or two), (rank, scale, the bytes
+    of a, of b), or None. ``of_row``: each row's adapter, -1: none. ``scratch``: numbers of scratch memory."""
+
+    def __init__(
+        self,
+        pairs: Sequence[Sequence[tuple[int, float, npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None]],
+        of_row: npt.NDArray[np.int32],
+        scratch: int,
+    ) -> None:
+        self._of_row = np.ascontiguousarray(of_row, np.int32)
+        self._scratch = _Guarded(4 * scratch)
+        self._held: list[Any] = []
+        tables = [(ctypes.c_void_p * 2)(*[self._pair(pair) for pair in (*adapter, None)[:2]]) for adapter in pairs]
+        self._held += tables
+        array = (ctypes.c_void_p * max(1, len(tables)))(*[ctypes.addressof(table) for table in tables])
+        rank = max((pair[0] for adapter in pairs for pair in adapter if pair is not None), default=0)
+        rows, numbers = self._of_row.ctypes.data, self._scratch.body.ctypes.data
+        adapters = _Adapters(rows, rows, len(tables), ctypes.addressof(array), rank, numbers)
+        self._held += [array, adapters]
+        last = len(pairs[0]) - 1 if pairs else 0
+        self.op = _AdaptedOp(ctypes.addressof(adapters), (ctypes.c_int64 * 2)(0, last), rows, numbers)
+
+    def _pair(self, pair: tuple[int, float, npt.NDArray[np.uint8], npt.NDArray[np.uint8]] | None) -> int | None:
+        if pair is None:
+            return None
+        rank, scale, *parts = pair
+        copies = [_guarded_copy(part) for part in parts]
+        struct = _Pair(rank, scale, *[copy.ctypes.data for copy in copies])
+        self._held += [copies, struct]
+        return ctypes.addressof(struct)
+
+    def check(self) -> None:
+        """Asserts that the kernel stayed inside the scratch memory."""
+        self._scratch.check()
+
+
 class CompiledKernel:
     """A kernel compiled for one instruction set, with the harness's lane set. Tiles are emulated where this machine
     lacks them, or, if not ``emulate``, compiled all the same."""
@@ -186,6 +247,7 @@ class CompiledKernel:
         threads: int = 1,
         step: Step | None = None,
         in_place: Container[int] = (),
+        adapted: AdaptedRows | None = None,
     ) -> list[npt.NDArray[np.float32]]:
         """Runs the kernel and returns its f32 outputs; asserts that it stays inside outputs and workspace.
 
@@ -195,7 +257,7 @@ class CompiledKernel:
         held = [a if i in in_place else _guarded_copy(a) for i, a in enumerate(inputs)]
         guarded = [_Guarded(4 * int(np.prod(s))) for s in output_shapes]
         workspace = _Guarded(self.kernel.workspace_bytes)
-        self._call([held], [g.body for g in guarded], workspace.body, rows, threads, 1, step or Step())
+        self._call([held], [g.body for g in guarded], workspace.body, rows, threads, 1, step or Step(), adapted)
         for region in (*guarded, workspace):
             region.check()
         return [g.body.view(np.float32).reshape(s).copy() for g, s in zip(guarded, output_shapes, strict=True)]
@@ -224,6 +286,7 @@ class CompiledKernel:
         threads: int,
         calls: int,
         step: Step,
+        adapted: AdaptedRows | None = None,
     ) -> float:
         struct, alive = _step(step, rows)
         flat = [a.ctypes.data for inputs in input_sets for a in inputs]
@@ -238,8 +301,11 @@ class CompiledKernel:
             (ctypes.c_void_p * len(flat))(*flat),
             (ctypes.c_void_p * max(1, len(outputs)))(*[o.ctypes.data for o in outputs]),
             ctypes.c_void_p(workspace.ctypes.data),
+            ctypes.byref(adapted.op) if adapted is not None else None,
         )
         del alive
+        if adapted is not None:
+            adapted.check()
         return seconds
 
 

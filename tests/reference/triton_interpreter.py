@@ -44,9 +44,9 @@ def _convert_as_gpus(data: Any, given: Any, wanted: Any, rounding_mode: Any) -> 
     return _given_convert(data, given, wanted, rounding_mode)
 
 
-def _checked_load(builder: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+def _checked_load(builder: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
     _check("reads", ptrs, mask)
-    return _given_load(builder, ptrs, mask, *rest)
+    return _given_load(builder, ptrs, mask, *rest, **named)
 
 
 def _checked_store(builder: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:

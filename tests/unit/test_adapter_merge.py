@@ -51,7 +51,7 @@ def run(*arguments: object):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--adapter", "adapter"), "merged into the weights at compile time for now"),
+        (("--adapter", "adapter"), "is merged into its weights: add --merge"),
         (("--merge",), "no adapter to merge"),
         (("--adapter", "adapter", "--adapter", "adapter", "--merge"), "One adapter can be merged, 2"),
         (("--adapter", "adapter", "--merge", "--defer", "auto"), "without adapter adapter"),

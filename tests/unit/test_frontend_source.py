@@ -44,8 +44,8 @@ def test_a_zoo_name_and_its_path_are_the_same():
 def test_unknown_names(tmp_path):
     refused("no-such-model", "no-such-model", "demo-moe")
     refused(tmp_path / "nowhere", "nowhere")
-    (tmp_path / "file.gguf").write_text("x")
-    refused(tmp_path / "file.gguf", "is a file")
+    (tmp_path / "file.bin").write_text("x")
+    refused(tmp_path / "file.bin", "is a file")
 
 
 def test_folder_without_config(tmp_path):

@@ -106,7 +106,9 @@ def test_decode(name, runs):
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize(
-    "runs", [((1, 0, 33),), ((2, 500, 11), (0, 0, 3), (1, 240, 6))], ids=["one prompt", "three slots"]
+    "runs",
+    [((1, 0, 33),), ((2, 300, 40),), ((2, 500, 11), (0, 0, 3), (1, 240, 6))],
+    ids=["one prompt", "behind many keys", "three slots"],
 )
 def test_prefill(name, runs):
     _check(name, _step(*runs), False)

@@ -78,9 +78,11 @@ def test_every_graph_asks_and_awaits_every_hand_over_once_in_the_cpus_order(pins
     assert everything == list(range(len(everything))) and everything
     answered = [h.flag for h in program.exchange.hand_overs if h.answered or h.giver == "cpu"]
     for graph in program.graphs:
-        assert flags_of(graph, "cpu") == everything
-        streamed = [layer.flag for layer in program.stream.layers] if program.stream and not graph.rows.exact else []
+        layers = program.stream.layers if program.stream and not graph.rows.exact else ()
+        streamed = [layer.flag + wave for layer in layers for wave in range(layer.waves)]
+        assert sorted(flags_of(graph, "cpu")) == [*everything, *streamed]
         assert sorted(flags_of(graph, "gpu:0")) == [*answered, *streamed]
+        assert [flag for flag in flags_of(graph, "cpu") if flag in everything] == everything
         assert [flag for flag in flags_of(graph, "gpu:0") if flag in answered] == answered
         # In line, so that the arena's reuse is right.
         assert [node["after"] for node in graph.nodes] == [[], *([i] for i in range(len(graph.nodes) - 1))]
@@ -216,8 +218,11 @@ def ends_of(graph) -> list[tuple[int, str, str]]:
     return [(h["flag"], h["from"], h["to"]) for h in handed]
 
 
-def test_what_one_gpu_gives_the_other_awaits_at_the_same_place_of_the_order(on_two_gpus):
-    first, second = lower_programs(on_two_gpus.plan)
+@pytest.mark.parametrize("at_once", [32, 9])
+def test_what_one_gpu_gives_the_other_awaits_at_the_same_place_of_the_order(on_two_gpus, at_once):
+    plan = on_two_gpus.plan
+    assert plan.stream is not None
+    first, second = lower_programs(replace(plan, stream=replace(plan.stream, slots=at_once)))
     assert (first.device, second.device) == ("gpu:0", "gpu:1")
     everything = first.exchange.hand_overs
     assert [h.flag for h in everything] == list(range(len(everything)))
@@ -228,7 +233,8 @@ def test_what_one_gpu_gives_the_other_awaits_at_the_same_place_of_the_order(on_t
         ours, theirs = ends_of(a), ends_of(b)
         assert [h for h in ours if h[2] == "gpu:1"] == [h for h in theirs if h[1] == "gpu:0"] == between
         streams = [p.stream for p in (first, second) if p.stream is not None and not a.rows.exact]
-        streamed = [layer.flag for stream in streams for layer in stream.layers]
+        layers = [layer for stream in streams for layer in stream.layers]
+        streamed = [layer.flag + wave for layer in layers for wave in range(layer.waves)]
         behind = range(len(everything), len(everything) + len(streamed))
         assert streamed == list(behind)
         assert {flag for flag, _, _ in (*ours, *theirs)} == {*(h.flag for h in everything), *behind}
@@ -262,7 +268,7 @@ def test_the_cpu_has_no_part_in_what_gpus_hand_to_each_other(on_two_gpus):
     source = render_program(on_two_gpus.plan, kernels, Isa.AVX2, "0" * 64)
     flags = [h.flag for h in exchange.hand_overs if h.taker == "cpu"]
     assert len(flags) == 2 and all(f"std::uint32_t{{{flag}}}" in source for flag in flags)
-    assert f"4, {len(exchange.hand_overs)}, run," in source  # buffers, hand-overs
+    assert f"4, {len(exchange.hand_overs)}, nullptr, 0, 0, run," in source  # buffers, hand-overs
 
 
 def test_without_the_cpu_its_program_has_no_hand_overs():
@@ -270,7 +276,7 @@ def test_without_the_cpu_its_program_has_no_hand_overs():
     exchange = Exchange.of(plan.plan)
     assert exchange.hand_overs and not exchange.with_cpu() and exchange.of_side("cpu") == {}
     source = render_program(plan.plan, select_kernels(plan.plan, plan.target, Isa.AVX2), Isa.AVX2, "0" * 64)
-    assert "0, 0, run," in source and "await_gpu" not in source
+    assert "0, 0, nullptr, 0, 0, run," in source and "await_gpu" not in source
 
 
 def test_vram_needs_one_figure_or_one_a_gpu():

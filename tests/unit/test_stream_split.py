@@ -25,9 +25,9 @@ rates_of = st.builds(StreamRates, st.floats(1.0, 100.0), curves, curves, curves)
 @st.composite
 def inputs(draw: st.DrawFn) -> SplitInput:
     tokens = draw(st.lists(st.integers(0, 300), max_size=20))
-    slots = draw(st.integers(0, 24))
-    copied = draw(st.integers(0, min(slots, len(tokens))))
-    return SplitInput(tokens, copied, slots, draw(st.integers(17, 9000)), draw(st.floats(0, 1e4)), 2.6e6, 8192.0)
+    most = draw(st.integers(0, 24))
+    copied, slots = draw(st.integers(0, min(most, len(tokens)))), draw(st.integers(1, 24))
+    return SplitInput(tokens, copied, most, slots, draw(st.integers(17, 9000)), draw(st.floats(0, 1e4)), 2.6e6, 8192.0)
 
 
 def layer_us(given: SplitInput, rates: StreamRates, count: int) -> float:
@@ -37,13 +37,15 @@ def layer_us(given: SplitInput, rates: StreamRates, count: int) -> float:
     gpu = given.resident_us + sum(time_at(rates.gpu_expert_us, n) for n in given.tokens[:count] if n)
     exchange = given.step_tokens * given.activation_bytes / link if cpu else 0.0
     spine = time_at(rates.spine_us, given.step_tokens)
-    return max(count * given.expert_bytes / link + exchange, spine + 2 * exchange + max(gpu, cpu))
+    copy = given.expert_bytes / link
+    late = spine + given.resident_us + (count - given.slots) * copy if count > given.slots else 0.0
+    return max(count * copy + exchange, late, spine + 2 * exchange + max(gpu, cpu))
 
 
 @given(inputs(), rates_of)
 def test_no_other_number_of_copies_is_faster(given_input, rates):
     found = split_experts(given_input, rates)
-    choices = range(given_input.copied, max(given_input.copied, min(len(given_input.tokens), given_input.slots)) + 1)
+    choices = range(given_input.copied, max(given_input.copied, min(len(given_input.tokens), given_input.most)) + 1)
     assert found in choices
     best = min(layer_us(given_input, rates, n) for n in choices)
     assert layer_us(given_input, rates, found) <= best * (1 + 1e-9)
@@ -67,10 +69,10 @@ def write_cases() -> None:
             tuple((n, draw.uniform(20, 60) * (1 + n / 256)) for n in (32, 512, 8192)),
         )
         tokens = sorted((draw.randrange(0, 200) for _ in range(draw.randrange(0, 130))), reverse=True)
-        slots = draw.randrange(0, 140)
-        copied = draw.randrange(0, min(slots, len(tokens)) + 1) if draw.random() < 0.5 else 0
+        most, slots = draw.randrange(0, 140), draw.choice((4, 16, 64, 256))
+        copied = draw.randrange(0, min(most, slots, len(tokens)) + 1) if draw.random() < 0.5 else 0
         given_input = SplitInput(
-            tokens, copied, slots, draw.randrange(17, 8193), draw.uniform(0, 500), 2654208.0, 8192.0
+            tokens, copied, most, slots, draw.randrange(17, 8193), draw.uniform(0, 500), 2654208.0, 8192.0
         )
         found = split_experts(given_input, rates)
         cases.append({"input": asdict(given_input), "rates": asdict(rates), "copied": found})

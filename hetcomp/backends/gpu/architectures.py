@@ -22,3 +22,8 @@ def shared_limit(cc: int) -> int:
 def has_deep_memory(cc: int) -> bool:
     """Whether a block has room for the deeper pipelines (``GpuKernel.stages``)."""
     return shared_limit(cc) >= 160 * 1024
+
+
+def has_tensor_copies(cc: int) -> bool:
+    """Whether tiles are copied to shared memory by a unit of their own (PTX ISA, cp.async.bulk.tensor)."""
+    return cc >= 90

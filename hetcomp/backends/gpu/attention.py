@@ -70,22 +70,32 @@ def _keys(a: Attention, dtype: DType) -> tuple[int, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """Rows of queries (tokens times heads of a group), keys of a block, warps, pipeline depths."""
+    """Rows of queries (tokens times heads of a group), keys of a block, warps, pipeline depths; whether keys come by
+    tensor copies, where the architecture has them."""
 
     rows: int
     keys: int
     warps: int
     stages: tuple[int, int]
+    descriptors: bool = False
 
 
-def _prefill_tiles(a: Attention, dtype: DType) -> tuple[PrefillTile, ...]:
-    """First the fastest on an H100, then what was close. Queries, scores and sums stay in registers."""
+def _has_descriptors(a: Attention, dtype: DType, block: int) -> bool:
+    """Whether attention_prefill can have its keys by tensor copies. block: elements of a block of the cache."""
+    rows = a.head_dim == a.v_head_dim == power_of_two(a.head_dim) and 16 <= a.head_dim <= 128
+    return rows and block % a.head_dim == 0 and dtype is DType.BF16 and not a.window and not a.softcap
+
+
+def _prefill_tiles(a: Attention, dtype: DType, block: int) -> tuple[PrefillTile, ...]:
+    """First the fastest on an H200, then what was close. Queries, scores and sums stay in registers."""
     keys, stages = _keys(a, dtype)
     if a.head_dim > 256 or dtype is DType.F32:
         return (PrefillTile(32, keys, 8 if a.head_dim > 128 else 4, stages),)
     if a.head_dim > 128:
         return PrefillTile(64, keys, 8, stages), PrefillTile(64, keys, 4, stages), PrefillTile(64, keys, 8, (3, 2))
+    copied = (PrefillTile(64, keys, 4, stages, True),) if _has_descriptors(a, dtype, block) else ()
     return (
+        *copied,
         PrefillTile(128, keys, 8, stages),
         PrefillTile(128, keys, 8, (4, 2)),
         PrefillTile(64, keys, 4, stages),
@@ -172,7 +182,8 @@ def _prefill(request: GpuRequest) -> GpuCode:
     assert isinstance(a, Attention)
     dtype = request.inputs[1].type.dtype
     key = f"{_stem(a, dtype)}_prefill, window {a.window}, up to {request.max_rows()} rows"
-    tile, choice = request.tiles.pick(key, _prefill_tiles(a, dtype))
+    shape = _shape(a, request)
+    tile, choice = request.tiles.pick(key, _prefill_tiles(a, dtype, request.block_elements(dtype)))
     group = a.heads // a.kv_heads
     heads = min(power_of_two(group), tile.rows)
     tokens = tile.rows // heads
@@ -191,7 +202,7 @@ def _prefill(request: GpuRequest) -> GpuCode:
             "y": (NUMBER_TYPES[request.outputs[0].type.dtype], Operand("output", 0)),
             "slot_blocks": ("i32", Operand("slot_blocks")),
         },
-        {**_shape(a, request), "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": tile.keys},
+        {**shape, "TOKENS": tokens, "HEAD_TILE": heads, "KEYS": tile.keys, "DESCRIPTORS": tile.descriptors},
         warps=tile.warps,
         stages=tile.stages,
         tile=choice,

@@ -23,7 +23,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hetcomp.backends.gpu.architectures import has_deep_memory, shared_limit
+from hetcomp.backends.gpu.architectures import has_deep_memory, has_tensor_copies, shared_limit
 from hetcomp.backends.gpu.kernels import GpuKernel
 from hetcomp.backends.native_compiler import cache_folder
 from hetcomp.errors import HetcompError
@@ -126,6 +126,8 @@ def _job(kernel: GpuKernel, cc: int) -> dict[str, Any]:
     constants = dict(kernel.constants)
     if kernel.stages is not None:
         constants["STAGES"] = kernel.stages[0 if has_deep_memory(cc) else 1]
+    if constants.get("DESCRIPTORS"):
+        constants["DESCRIPTORS"] = has_tensor_copies(cc)
     return {
         "module": kernel.module,
         "function": kernel.function,

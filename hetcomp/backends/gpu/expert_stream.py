@@ -1,8 +1,9 @@
 """Experts that are copied from CPU memory to GPUs in a step of a prompt: where they come from and where they go.
 
-Each GPU has its own few slots, in two halves that take turns: one layer's experts are computed from one half while the
-next layer's come into the other. Which experts are copied is decided in the step (runtime_lib/src/gpu/expert_stream.h);
-a table of each layer says which slot an expert is in. See docs/decisions/expert-streaming.md.
+Each GPU has its own few slots, which are filled in turns. A layer's experts are computed in waves, each of no more than
+half of the slots, while those of the next wave, or of the next layer, come into others. Which experts are copied is
+decided in the step (runtime_lib/src/gpu/expert_stream.h); a table of each wave says which slot an expert is in. See
+docs/decisions/expert-streaming.md.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from dataclasses import dataclass, replace
 
 from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
+from hetcomp.ir.annotations import Placement
+from hetcomp.ir.deferral import experts_on_cpu
+from hetcomp.ir.hand_overs import HandOver
 from hetcomp.ir.node_parts import NodePart, Runs, node_parts, part_id
 from hetcomp.ir.ops import MoeExperts
-from hetcomp.ir.plan import Op, Plan, Value
+from hetcomp.ir.plan import Call, Op, Plan, Value
 
 TABLES = "stream_tables"
 _WORD = 16  # bytes between numbers that kernels get pointers to
@@ -30,26 +34,27 @@ class ExpertSource:
 
 @dataclass(frozen=True)
 class StreamedOperand:
-    """One operand of a layer's experts: ``bytes`` of an expert; its slots are the rows of ``slots``, a weight in
-    ``buffer``, of which this layer has the half that begins at ``offset``."""
+    """One operand of a layer's experts: ``bytes`` of an expert; its slots are the rows of ``slots``, the weight that
+    ``buffer`` holds."""
 
     operand: int
     bytes: int
     buffer: str
-    offset: int
     slots: Value
     sources: tuple[ExpertSource, ...]
 
 
 @dataclass(frozen=True)
 class StreamedLayer:
-    """The experts op ``op`` of a call. ``hand_over``: where the CPU gets its routing; ``flag``: raised when what is
-    streamed has come; ``row``: of the tables."""
+    """The experts op ``op`` of a call. ``hand_over``: where the CPU gets its routing; ``flag``: of the first of
+    ``waves``, raised when its experts have come, and by the GPU when they may be overwritten; ``row``: of the tables,
+    the first wave's."""
 
     call: int
     op: str
     hand_over: int
     flag: int
+    waves: int
     row: int
     experts: int
     top_k: int
@@ -59,13 +64,16 @@ class StreamedLayer:
 
 @dataclass(frozen=True)
 class StreamLayout:
-    """What is streamed to one GPU. ``first_flag``: of its layers, behind those of hand-overs and of other GPUs' layers.
+    """What is streamed to one GPU. ``wave``: experts of one, at most; ``first_flag``: of its layers' waves, behind
+    those of hand-overs and of other GPUs' layers.
 
-    ``tables``: a row of i32 for every layer and one before them: the slot of each expert (-1: none); from
-    ``part_offset`` on whether the CPU has a part in the layer's sum, from ``ask_offset`` on whether the input of the
-    next layer is wanted by the CPU. ``row_bytes``, offsets in bytes; ``buffers``: bytes of those with slots."""
+    ``tables``: one row of i32, then for every layer one for each wave and one for all of them: the slot of each expert
+    (-1: none). The layer's last row has from ``part_offset`` on whether the CPU has a part in the layer's sum, and from
+    ``ask_offset`` on whether the input of the next layer is wanted by the CPU (of the first layer: the first row).
+    ``row_bytes``, offsets in bytes; ``buffers``: bytes of those with slots."""
 
     slots: int
+    wave: int
     first_flag: int
     layers: tuple[StreamedLayer, ...]
     row_bytes: int
@@ -73,13 +81,17 @@ class StreamLayout:
     ask_offset: int
     buffers: tuple[tuple[str, int], ...]
 
-    def table(self, layer: StreamedLayer) -> int:
-        """Offset in the tables of the slots of a layer's experts."""
-        return layer.row * self.row_bytes
+    def table(self, layer: StreamedLayer, wave: int) -> int:
+        """Offset in the tables of the slots of the experts of a layer's wave."""
+        return (layer.row + wave) * self.row_bytes
+
+    def table_of_all(self, layer: StreamedLayer) -> int:
+        """Offset in the tables of the slots of all waves' experts."""
+        return self.table(layer, layer.waves)
 
     def part(self, layer: StreamedLayer) -> int:
         """Offset in the tables of the number that says whether the CPU has a part."""
-        return layer.row * self.row_bytes + self.part_offset
+        return self.table_of_all(layer) + self.part_offset
 
     def ask(self, layer: StreamedLayer) -> int:
         """Offset in the tables of the number that says whether the CPU wants the layer's input: it stands in the row
@@ -89,65 +101,69 @@ class StreamLayout:
     @property
     def tables_bytes(self) -> int:
         """Of the buffer of tables."""
-        return (len(self.layers) + 1) * self.row_bytes
+        last = self.layers[-1]
+        return (last.row + last.waves + 1) * self.row_bytes
 
     @staticmethod
     def of(plan: Plan, exchange: Exchange, gpu: str) -> StreamLayout | None:
         """None where the plan streams nothing to ``gpu``."""
         if plan.stream is None:
             return None
-        slots = plan.stream.slots
         layers: list[StreamedLayer] = []
         sizes: dict[str, int] = {}
         values = plan.value_map()
-        first_flag = len(exchange.hand_overs) + sum(h.answered and h.giver < gpu for h in exchange.hand_overs)
-        for hand_over in exchange.hand_overs:
-            if not hand_over.answered or hand_over.giver != gpu:
+        given = [h for h in exchange.hand_overs if h.answered]
+        first_flag = len(exchange.hand_overs) + sum(_waves(plan, h) for h in given if h.giver < gpu)
+        flag, row = first_flag, 1
+        for hand_over in given:
+            if hand_over.giver != gpu:
                 continue
-            call = plan.calls[hand_over.call]
-            template = plan.template(call.template)
-            op = next(op for op in template.ops if op.id == hand_over.op)
-            placement = dict(call.placements)[op.id]
+            call, op, placement = _experts(plan, hand_over)
             assert isinstance(op.attrs, MoeExperts)
-            actual = dict(zip(template.params, call.args, strict=True))
+            actual = dict(zip(plan.template(call.template).params, call.args, strict=True))
             weights = {i: values[actual[name]] for i, name in enumerate(op.inputs) if i >= 3 and name in actual}
-            half = len(layers) % 2
-            operands = [
-                _operand(i, v, op, node_parts(op, placement), slots, half, sizes) for i, v in sorted(weights.items())
-            ]
-            layers.append(
-                StreamedLayer(
-                    hand_over.call,
-                    op.id,
-                    hand_over.flag,
-                    first_flag + len(layers),
-                    len(layers) + 1,
-                    op.attrs.experts,
-                    op.attrs.top_k,
-                    op.attrs.hidden,
-                    tuple(operands),
-                )
-            )
+            parts = node_parts(op, placement)
+            operands = tuple(_operand(i, v, op, parts, plan.stream.ring, sizes) for i, v in sorted(weights.items()))
+            waves = _waves(plan, hand_over)
+            shape = op.attrs.experts, op.attrs.top_k, op.attrs.hidden
+            layers.append(StreamedLayer(hand_over.call, op.id, hand_over.flag, flag, waves, row, *shape, operands))
+            flag, row = flag + waves, row + waves + 1
         if not layers:
             return None
         part = _aligned(4 * max(layer.experts for layer in layers), _WORD)
-        row = _aligned(part + 2 * _WORD, 64)
-        return StreamLayout(slots, first_flag, tuple(layers), row, part, part + _WORD, tuple(sizes.items()))
+        row_bytes = _aligned(part + 2 * _WORD, 64)
+        slots, buffers = plan.stream.ring, tuple(sizes.items())
+        return StreamLayout(slots, plan.stream.slots, first_flag, tuple(layers), row_bytes, part, part + _WORD, buffers)
+
+
+def _experts(plan: Plan, hand_over: HandOver) -> tuple[Call, Op, Placement]:
+    call = plan.calls[hand_over.call]
+    op = next(op for op in plan.template(call.template).ops if op.id == hand_over.op)
+    return call, op, dict(call.placements)[op.id]
+
+
+def _waves(plan: Plan, hand_over: HandOver) -> int:
+    """Enough for all experts of the layer that the GPU has not got at load."""
+    assert plan.stream is not None
+    _, op, placement = _experts(plan, hand_over)
+    assert isinstance(op.attrs, MoeExperts)
+    missing = sum(experts_on_cpu(placement)) if placement.experts else op.attrs.experts
+    cached = plan.expert_cache.on(hand_over.giver) if plan.expert_cache is not None else None
+    return plan.stream.waves(missing - (cached.slots if cached is not None else 0))
 
 
 def _operand(
-    index: int, weight: Value, op: Op, parts: Iterable[NodePart], slots: int, half: int, sizes: dict[str, int]
+    index: int, weight: Value, op: Op, parts: Iterable[NodePart], slots: int, sizes: dict[str, int]
 ) -> StreamedOperand:
     assert isinstance(op.attrs, MoeExperts)
     size = _expert_bytes(weight, op.attrs.experts)
     everyone = ((0, op.attrs.experts),)
     sources = tuple(ExpertSource(part_id(weight.id, part.node), part.experts or everyone) for part in parts)
     buffer = f"stream_{index}_{size}"
-    half_bytes = _aligned(slots * size, 256)
-    sizes[buffer] = 2 * half_bytes
+    sizes[buffer] = slots * size
     shape = (slots, *weight.type.shape[1:])
-    rows = replace(weight, id=f"{buffer} {half}", type=replace(weight.type, shape=shape), source=None, view=None)
-    return StreamedOperand(index, size, buffer, half * half_bytes, rows, sources)
+    rows = replace(weight, id=buffer, type=replace(weight.type, shape=shape), source=None, view=None)
+    return StreamedOperand(index, size, buffer, rows, sources)
 
 
 def _expert_bytes(weight: Value, experts: int) -> int:

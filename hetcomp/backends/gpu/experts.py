@@ -13,11 +13,23 @@ from hetcomp.backends.gpu.gemv import (
     norm_argument,
     norm_constants,
 )
-from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
-from hetcomp.backends.gpu.linear import GemmTile, rounded
+from hetcomp.backends.gpu.kernels import (
+    NUMBER_TYPES,
+    ONE,
+    ROWS,
+    Constant,
+    GpuCode,
+    GpuRequest,
+    GridAxis,
+    Launch,
+    Operand,
+    launch,
+)
+from hetcomp.backends.gpu.linear import GemmTile, round_rows, rounded
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
 from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
 from hetcomp.ir.ops import MoeExperts
+from hetcomp.ir.types import DType, TensorType
 
 _SORT_ENTRIES = 4096  # entries, at most, that a program of the sort looks at in a turn
 _COMBINE_COLUMNS = 1024
@@ -35,6 +47,37 @@ def fused_experts(request: GpuRequest, rows: int, norm: Norm | None, added: Sequ
     """``moe_experts`` of the norm of its first input for exactly ``rows`` rows, at most GEMV_ROWS; ``added``, at most
     two, is added to the result."""
     return _Experts(request).decode(rows, norm, added)
+
+
+def rounded_rows(request: GpuRequest) -> GpuCode:
+    """The op's first input, f32, as bf16: what the products round it to."""
+    assert isinstance(request.op.attrs, MoeExperts)
+    return GpuCode((round_rows(request, request.op.attrs.hidden, Operand("output", 0)),))
+
+
+def entries_type(attrs: MoeExperts, weight_format: str) -> TensorType:
+    """Of the results of all choices, each times its weight."""
+    return TensorType(_number(weight_format), ("T", attrs.top_k, attrs.hidden))
+
+
+def wave_of_experts(request: GpuRequest) -> GpuCode:
+    """The results of the choices of some experts: with ``resident``, of those that are here; the output is of
+    :func:`entries_type`, of which nothing else is written. The first input is what the products read."""
+    return _Experts(request).wave(request)
+
+
+def combined_experts(attrs: MoeExperts, weight_format: str) -> GpuCode:
+    """The sums of such results, from inputs: those, ids, and the table of all experts that are here."""
+    return GpuCode((_combine(attrs, (_pointer(weight_format), Operand("input", 0)), ("*i32", Operand("input", 2))),))
+
+
+def _number(weight_format: str) -> DType:
+    """What is stored between the products and behind them."""
+    return DType.F32 if weight_format == "f32" else DType.BF16
+
+
+def _pointer(weight_format: str) -> str:
+    return NUMBER_TYPES[_number(weight_format)]
 
 
 class _Experts:
@@ -127,30 +170,33 @@ class _Experts:
         return GpuCode((up, down), aligned(4 * rows * a.top_k * a.intermediate))
 
     def grouped(self, request: GpuRequest) -> GpuCode:
-        a, rows = self.attrs, request.max_rows()
-        entries = rows * a.top_k
-        narrow = self.weight_format != "f32"
-        size = 2 if narrow else 4
-        offsets, end = _regions(
-            4 * (self.here + 1), 4 * entries, size * entries * a.intermediate, size * entries * a.hidden
-        )
-        number = "*bf16" if narrow else "*fp32"
-        kinds = ("*i32", "*i32", number, number)
-        regions = [(kind, Operand("workspace", offset=at)) for kind, at in zip(kinds, offsets, strict=True)]
-        starts, order, h, out = regions
         before: tuple[Launch, ...] = ()
         x: tuple[str, Operand] = ("*fp32", Operand("input", 0))
-        if narrow:
-            before, x, end = rounded(request, a.hidden, end)
-        return GpuCode(
-            (
-                *before,
-                self._sort(starts, order, entries),
-                *self._products(rows, x, starts, order, h, out),
-                self._combine(out),
-            ),
-            end,
+        size = _number(self.weight_format).row_bytes(1) * request.max_rows() * self.attrs.top_k * self.attrs.hidden
+        out, end = (_pointer(self.weight_format), Operand("workspace")), aligned(size)
+        if self.weight_format != "f32":
+            before, x, end = rounded(request, self.attrs.hidden, end)
+        launches, end = self._entries(request, x, out, end)
+        return GpuCode((*before, *launches, _combine(self.attrs, out, self.resident)), end)
+
+    def wave(self, request: GpuRequest) -> GpuCode:
+        x = (_pointer(self.weight_format), Operand("input", 0))
+        return GpuCode(*self._entries(request, x, (_pointer(self.weight_format), Operand("output", 0)), 0))
+
+    def _entries(
+        self, request: GpuRequest, x: tuple[str, Operand], out: tuple[str, Operand], at: int
+    ) -> tuple[tuple[Launch, ...], int]:
+        """Launches that write the results of the choices to ``out``, and the end of the workspace, which they use from
+        ``at`` on."""
+        a, rows = self.attrs, request.max_rows()
+        entries = rows * a.top_k
+        offsets, end = _regions(
+            at, 4 * (self.here + 1), 4 * entries, _number(self.weight_format).row_bytes(1) * entries * a.intermediate
         )
+        kinds = ("*i32", "*i32", _pointer(self.weight_format))
+        regions = [(kind, Operand("workspace", offset=at)) for kind, at in zip(kinds, offsets, strict=True)]
+        starts, order, h = regions
+        return (self._sort(starts, order, entries), *self._products(rows, x, starts, order, h, out)), end
 
     def _sort(self, starts: _Argument, order: _Argument, entries: int) -> Launch:
         turn = min(max(power_of_two(entries), 256), _SORT_ENTRIES)
@@ -206,7 +252,7 @@ class _Experts:
 
         def row_tiles(height: int) -> GridAxis:
             # Each expert's last tile may be part of one.
-            return GridAxis(tile=height, scale=a.top_k, extra=self.here)
+            return GridAxis(tile=height, scale=a.top_k, extra=min(self.here, a.experts))
 
         runs: dict[str, Constant] = {"EXPERTS": self.here, "EXPERTS_PADDED": power_of_two(self.here)}
         matrices, constants = self._gate_up()
@@ -235,23 +281,23 @@ class _Experts:
         )
         return up, down
 
-    def _combine(self, out: _Argument) -> Launch:
-        a = self.attrs
-        columns = min(power_of_two(a.hidden), _COMBINE_COLUMNS)
-        return launch(
-            "experts_prefill",
-            "experts_combine",
-            f"experts_combine_{a.hidden}",
-            (ROWS, GridAxis(-(-a.hidden // columns)), ONE),
-            {
-                "out": out,
-                "ids": self.ids,
-                "resident": self.resident,
-                "n_rows": ("*i32", Operand("step", name="rows")),
-                "y": ("*fp32", Operand("output", 0)),
-            },
-            {"HIDDEN": a.hidden, "TOP_K": a.top_k, "COLUMNS": columns},
-        )
+
+def _combine(attrs: MoeExperts, out: _Argument, resident: _Argument) -> Launch:
+    columns = min(power_of_two(attrs.hidden), _COMBINE_COLUMNS)
+    return launch(
+        "experts_prefill",
+        "experts_combine",
+        f"experts_combine_{attrs.hidden}",
+        (ROWS, GridAxis(-(-attrs.hidden // columns)), ONE),
+        {
+            "out": out,
+            "ids": ("*i32", Operand("input", 1)),
+            "resident": resident,
+            "n_rows": ("*i32", Operand("step", name="rows")),
+            "y": ("*fp32", Operand("output", 0)),
+        },
+        {"HIDDEN": attrs.hidden, "TOP_K": attrs.top_k, "COLUMNS": columns},
+    )
 
 
 def _first(dim: int | str) -> int:
@@ -259,10 +305,10 @@ def _first(dim: int | str) -> int:
     return dim
 
 
-def _regions(*sizes: int) -> tuple[list[int], int]:
-    """Offsets of regions one after the other, multiples of 64, and their total."""
-    offsets, total = [], 0
+def _regions(start: int, *sizes: int) -> tuple[list[int], int]:
+    """Offsets of regions one after the other from ``start`` on, multiples of 64, and their end."""
+    offsets, end = [], start
     for size in sizes:
-        offsets.append(total)
-        total += aligned(size)
-    return offsets, total
+        offsets.append(end)
+        end += aligned(size)
+    return offsets, end

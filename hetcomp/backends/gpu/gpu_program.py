@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import struct
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,13 +80,14 @@ class GpuProgram:
 
     def device_bytes(self, compiled: Sequence[CompiledKernel]) -> int:
         """Device memory of all buffers, and of the kernels' scratch."""
-        scratch = {made.kernel.name: made.global_scratch_bytes for made in compiled}
+        scratch: dict[str, int] = defaultdict(int)  # a block
+        for made in compiled:
+            scratch[made.kernel.name] = max(scratch[made.kernel.name], made.global_scratch_bytes)
         size = sum(_aligned(b.bytes) for b in self.buffers() if b.kind not in ("state", "pinned_in", "pinned_out"))
         size += _aligned(self.cache.bytes)
         for graph in self.graphs:
-            for node in graph.nodes:
-                x, y, z = node.get("grid", (0, 0, 0))
-                size += x * y * z * scratch.get(node.get("kernel", ""), 0)
+            each = [math.prod(node["grid"]) * scratch[node["kernel"]] for node in graph.nodes if "kernel" in node]
+            size += max(each, default=0)  # nodes run one after the other
         return size
 
     def buffers(self) -> tuple[GpuBuffer, ...]:

@@ -91,7 +91,8 @@ class GpuKernel:
 
     ``arguments``: name and Triton type (``*fp32``, ``i32``) of what a launch passes, in order. ``stages``: of how many
     turns of its loop a kernel with the constant STAGES holds the loads at once: first where a block may have 160 KB of
-    shared memory, then elsewhere. None: it has no such constant. Neither this nor ``warps`` moves the grid.
+    shared memory, then elsewhere. None: it has no such constant. A constant DESCRIPTORS is False on architectures
+    without tensor copies. None of these, nor ``warps``, moves the grid.
     """
 
     stem: str

@@ -91,17 +91,21 @@ def rounded(request: GpuRequest, width: int, offset: int) -> tuple[tuple[Launch,
     ``offset`` on if it is f32, its argument, and the end of the workspace."""
     if request.inputs[0].type.dtype is DType.BF16:
         return (), ("*bf16", Operand("input", 0)), offset
-    y = ("*bf16", Operand("workspace", offset=offset))
+    made = round_rows(request, width, Operand("workspace", offset=offset))
+    return (made,), ("*bf16", Operand("workspace", offset=offset)), offset + aligned(2 * request.max_rows() * width)
+
+
+def round_rows(request: GpuRequest, width: int, y: Operand) -> Launch:
+    """Rounds the op's first input, f32 of ``width`` elements a row, to bf16."""
     columns = min(power_of_two(width), _COLUMNS)
-    made = launch(
+    return launch(
         "elementwise",
         "round_rows",
         f"round_rows_{width}",
         (ROWS, GridAxis(-(-width // columns)), ONE),
-        {"x": ("*fp32", Operand("input", 0)), "n_rows": n_rows(request), "y": y},
+        {"x": ("*fp32", Operand("input", 0)), "n_rows": n_rows(request), "y": ("*bf16", y)},
         {"WIDTH": width, "COLUMNS": columns},
     )
-    return (made,), y, offset + aligned(2 * request.max_rows() * width)
 
 
 def linear(request: GpuRequest) -> GpuCode:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,9 +11,10 @@ from hetcomp.backends.gpu.argmax import argmax
 from hetcomp.backends.gpu.candidates import CANDIDATES_FROM, candidates
 from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CachedLayer, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamedLayer, StreamLayout
+from hetcomp.backends.gpu.experts import combined_experts, entries_type, rounded_rows, wave_of_experts
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
 from hetcomp.backends.gpu.hand_out import add_parts, add_sums, hand_out
-from hetcomp.backends.gpu.kernels import GpuKernel, GpuRequest, Launch, Operand
+from hetcomp.backends.gpu.kernels import GpuCode, GpuKernel, GpuRequest, Launch, Operand
 from hetcomp.backends.gpu.step_events import (
     AskExperts,
     AwaitExperts,
@@ -234,26 +235,54 @@ class StepLowering:
         self._experts_of(op, weights, table, f"{op.outputs[0]} here")
 
     def _streamed_experts(self, op: Op, layer: StreamedLayer) -> None:
-        """Those that have come to the layer's half of the slots."""
-        assert self.stream is not None
+        """Those that come to slots, wave after wave; the GPU says when a wave's may be overwritten. A choice's result
+        has a place of its own, and a token's are added up when all are there: in the order of its choices, whatever
+        wave each was in."""
+        assert self.stream is not None and isinstance(op.attrs, MoeExperts)
         slots = {operand.operand: operand for operand in layer.operands}
-        weights = [slots[i].slots if i in slots else self.values[name] for i, name in enumerate(op.inputs)]
         for operand in layer.operands:
-            self.places[operand.slots.id] = Place(operand.buffer, operand.offset)
-        table = self._table_value("slots", TABLES, self.stream.table(layer), layer.experts)
-        self.steps.append(Await(layer.flag, CPU))
-        self._experts_of(op, weights, table, f"{op.outputs[0]} streamed")
+            self.places[operand.slots.id] = Place(operand.buffer)
+        form = str(slots[3].slots.format)
+        x, ids, *others = self.values[op.inputs[0]], *(self.values[name] for name in op.inputs[1:])
+        if form != "f32" and x.type.dtype is DType.F32:
+            x = self._rounded(op, x)
+        weights = [slots[i].slots if i in slots else v for i, v in enumerate((x, ids, *others)) if i >= 2]
+        entries = Value(f"{op.outputs[0]} entries", entries_type(op.attrs, form), ValueKind.ACT)
+        total = replace(self.values[op.outputs[0]], id=f"{op.outputs[0]} streamed")
+        self.values |= {v.id: v for v in (*weights, entries, total)}
+        for wave in range(layer.waves):
+            if wave > 0:
+                self.steps.append(Raise(layer.flag + wave - 1, CPU))
+            self.steps.append(Await(layer.flag + wave, CPU))
+            offset = self.stream.table(layer, wave)
+            table = self._table_value("slots", TABLES, offset, layer.experts)
+            self._add(wave_of_experts, op, (x, ids, *weights, table), entries)
+        table = self._table_value("slots", TABLES, self.stream.table_of_all(layer), layer.experts)
+        part_op = replace(op, outputs=(total.id,))
+        code = combined_experts(op.attrs, form)
+        self.steps.append(GpuGroup((part_op,), (entries.id, ids.id, table.id), (total.id,), code))
+        self.steps.append(Raise(layer.flag + layer.waves - 1, CPU))
+
+    def _rounded(self, op: Op, x: Value) -> Value:
+        """What experts' products read of x, f32, written once for all waves."""
+        rounded = replace(x, id=f"{op.outputs[0]} input", type=replace(x.type, dtype=DType.BF16), kind=ValueKind.ACT)
+        self.values[rounded.id] = rounded
+        self._add(rounded_rows, op, (x,), rounded)
+        return rounded
+
+    def _add(self, emit: Callable[[GpuRequest], GpuCode], op: Op, operands: Sequence[Value], result: Value) -> None:
+        """Launches of a part of an op of experts."""
+        part_op = replace(op, outputs=(result.id,))
+        dims = self.rows.dims(self.dims)
+        request = GpuRequest(part_op, tuple(operands), (result,), dims, self._exact, resident=True, tiles=self.tiles)
+        names = tuple(v.id for v in operands)
+        self.steps.append(GpuGroup((part_op,), names, (result.id,), emit(request)))
 
     def _experts_of(self, op: Op, weights: Sequence[Value], table: Value, name: str) -> None:
         """The sum ``name`` over those experts that ``table`` has a place of among ``weights``."""
         total = replace(self.values[op.outputs[0]], id=name)
         self.values |= {v.id: v for v in (*weights, table, total)}
-        part_op = replace(op, outputs=(total.id,))
-        dims = self.rows.dims(self.dims)
-        operands = (*weights, table)
-        request = GpuRequest(part_op, operands, (total,), dims, self._exact, resident=True, tiles=self.tiles)
-        names = tuple(v.id for v in request.inputs)
-        self.steps.append(GpuGroup((part_op,), names, (total.id,), TritonBackend().emit(request)))
+        self._add(TritonBackend().emit, op, (*weights, table), total)
 
     def _await_experts(self, index: int, event: AwaitExperts) -> None:
         op = event.op

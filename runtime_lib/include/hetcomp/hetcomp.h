@@ -6,9 +6,9 @@
  * Threads: a model may be used from several threads; its steps run one after another, each on all lanes.
  * A session or a generation may be used from one thread at a time. A process that forked must load again.
  *
- * Signals: while a model is open whose weights are mapped from files, the process has a handler for SIGBUS,
- * by which a page that cannot be read fails the request (HETCOMP_IO). What is not of those files is passed on
- * to the handler that was there before; one that is installed later must pass on likewise.
+ * Signals: while a model is open whose weights are mapped from files, the process has a handler for SIGBUS, by
+ * which a page that cannot be read fails the request (HETCOMP_IO). What is not of those files is passed on to
+ * the handler that was there before; one that is installed later must pass on likewise.
  *
  * Strings are UTF-8. Memory that a function hands out is freed with hetcomp_free(), unless it says otherwise.
  */
@@ -190,14 +190,15 @@ typedef enum hetcomp_gpu_work {
   HETCOMP_GPU_COPY = 2       /* experts come from the CPU's memory */
 } hetcomp_gpu_work;
 
-/* What a GPU did from one moment to another. */
+/* What a GPU did from one moment to another: a copy, a hand-over, or launches one behind the other, which are
+ * told by their first kernel. */
 typedef struct hetcomp_gpu_event {
   int64_t begin_ns; /* CLOCK_MONOTONIC, by the GPU's clock, which is put beside it anew in every step */
   int64_t end_ns;
   int32_t gpu;        /* as in hetcomp_model_info */
   int32_t work;       /* hetcomp_gpu_work */
   int32_t layer;      /* of a kernel: of the plan; -1: none */
-  int32_t reserved;   /* 0 */
+  int32_t launches;   /* in this time; of a copy: 0 */
   int64_t bytes;      /* of a copy */
   const char* kernel; /* its name; "": none */
   const char* role;   /* of the kernel's op in the plan */
@@ -221,10 +222,30 @@ typedef struct hetcomp_step_trace {
 /* Must not use the model. */
 typedef void (*hetcomp_lane_trace_callback)(const hetcomp_step_trace* trace, void* user);
 /* Called at the end of every step from the next one on, by the thread that runs it; NULL: no more. Steps of
- * GPUs take longer meanwhile: an event is recorded behind each of their kernels. */
+ * GPUs take longer meanwhile: their graphs record events. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_set_lane_trace_callback(hetcomp_model* model,
                                                                     hetcomp_lane_trace_callback callback,
                                                                     void* user);
+
+/* ---- adapters: LoRA, chosen by each session ---------------------------------------------------------------
+ */
+
+/* Makes an adapter available by a name of the caller's choice. path: a file that `hetcomp adapter pack` wrote
+ * for this artifact; it is read and checked whole, while steps go on. Up to 32 are in memory; one more takes
+ * the place of the one whose last use is longest ago and that no session has, which is read again when it is
+ * wanted. Refused (HETCOMP_BAD_ARTIFACT) if the file is damaged, made for another artifact, or has numbers
+ * that are not finite; HETCOMP_INVALID_ARGUMENT if the name is taken or a GPU computes a part of the model.
+ */
+HETCOMP_EXPORT hetcomp_status hetcomp_adapter_load(hetcomp_model* model, const char* path, const char* name);
+/* Refused while a session has it. */
+HETCOMP_EXPORT hetcomp_status hetcomp_adapter_unload(hetcomp_model* model, const char* name);
+/* A JSON array, one object an adapter: name, file, resident, sha256 (of the adapter that was packed),
+ * sessions (that have it), and where it is in memory bytes, rank and weights. Freed with hetcomp_free. */
+HETCOMP_EXPORT hetcomp_status hetcomp_adapter_list(const hetcomp_model* model, char** json);
+/* The adapter of all that the session computes from here on; NULL: none, the model as it was compiled. If it
+ * is another than before, the session forgets its tokens, as their keys and values are the other adapter's.
+ * Sessions of one step may have different adapters. */
+HETCOMP_EXPORT hetcomp_status hetcomp_session_set_adapter(hetcomp_session* session, const char* name);
 
 /* ---- sessions: one sequence each, with its place in the KV cache ----------------------------------------
  */

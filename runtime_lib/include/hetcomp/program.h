@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define HETCOMP_PROGRAM_ABI 6
+#define HETCOMP_PROGRAM_ABI 7
 
 #ifdef __cplusplus
 namespace hetcomp {
@@ -62,6 +62,40 @@ typedef struct hetcomp_lane_trace {
   int64_t n;
 } hetcomp_lane_trace;
 
+// A weight that adapters may change: matrices w[out, in], one or several (experts, heads).
+typedef struct hetcomp_adaptable {
+  int64_t matrices;      // 0: no adapter can change the weight
+  int64_t out;           // rows of a matrix
+  int64_t in;            // its columns
+  int32_t halves;        // 2: gate and up rows lie in panels of their own, in turn; else 1
+  int32_t number_bytes;  // of a number of its pairs: 4 (f32) or 2 (bf16)
+} hetcomp_adaptable;
+
+#define HETCOMP_RANK_STEP 4      // ranks of pairs are multiples of it
+#define HETCOMP_PAIR_COLUMNS 16  // so are the columns of a as they are stored, zero beyond `in`
+
+// What an adapter adds to a weight: scale b a to each matrix.
+// a: [matrices][rank][in, padded]. b: [matrices][panels of 16 rows, those of a half by themselves, as in the
+// weight][rank][16], zero beyond the rows. Both begin at multiples of 64 bytes.
+typedef struct hetcomp_pair {
+  int64_t rank;
+  float scale;
+  const uint8_t* a;
+  const uint8_t* b;
+} hetcomp_pair;
+
+// The adapters of a step's tokens.
+typedef struct hetcomp_adapters {
+  const int32_t* of_token;      // [T] index into tables; -1: the token has none
+  const int32_t* of_logit_row;  // [R] the same of the logit rows' tokens
+  int64_t n;
+  // [n][program.n_weights]; null: the adapter leaves the weight as it is. Not null only where the program's
+  // weight is adaptable.
+  const hetcomp_pair* const* const* tables;
+  int64_t rank;    // the greatest of them
+  float* scratch;  // program.adapter_floats + program.adapter_rows * rank numbers, 64-byte aligned
+} hetcomp_adapters;
+
 // One forward pass over `n_tokens` tokens, which may belong to several sequences.
 // Tokens of one sequence are adjacent and in order of position; the pass appends them to the sequence's KV
 // cache at those positions and attends to positions 0 .. positions[t] of the same slot.
@@ -86,6 +120,7 @@ typedef struct hetcomp_step {
   int32_t defer_experts;
   const hetcomp_routing_hook* routing;  // null: nobody asks
   hetcomp_lane_trace* trace;            // null, or by thread of the lanes
+  const hetcomp_adapters* adapters;     // null: no token has one
 } hetcomp_step;
 
 typedef struct hetcomp_program {
@@ -103,6 +138,9 @@ typedef struct hetcomp_program {
   int64_t n_nodes;   // NUMA nodes that its weights are cut for; lanes carry `own` where it is more than 1
   int64_t n_pinned;  // buffers that it shares with GPUs
   int64_t n_flags;   // hand-overs of a step; 0 beside GPUs: it has no part in any, and nobody calls run
+  const hetcomp_adaptable* adaptable;  // [n_weights]; null: adapters cannot be used with the program
+  int64_t adapter_floats;              // see hetcomp_adapters::scratch
+  int64_t adapter_rows;
   // Runs one step. Called by every thread of the lane set with its own lane and the same step.
   void (*run)(hetcomp_lane* lane, const hetcomp_step* step);
 } hetcomp_program;

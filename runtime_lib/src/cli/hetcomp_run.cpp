@@ -84,14 +84,22 @@ std::string stream(hetcomp_generation* generation, const RunOptions& options) {
   return whole;
 }
 
-SessionPtr new_session(hetcomp_model* model) {
-  hetcomp_session* session = nullptr;
-  check(hetcomp_session_create(model, &session));
-  return SessionPtr(session);
+void load_adapters(hetcomp_model* model, const RunOptions& options) {
+  for (const auto& [name, path] : options.adapters)
+    check(hetcomp_adapter_load(model, path.c_str(), name.c_str()));
+}
+
+SessionPtr new_session(hetcomp_model* model, const RunOptions& options) {
+  hetcomp_session* created = nullptr;
+  check(hetcomp_session_create(model, &created));
+  SessionPtr session(created);
+  if (!options.adapters.empty())
+    check(hetcomp_session_set_adapter(created, options.adapters.back().first.c_str()));
+  return session;
 }
 
 void complete(hetcomp_model* model, const RunOptions& options) {
-  const SessionPtr session = new_session(model);
+  const SessionPtr session = new_session(model, options);
   const std::vector<std::int32_t> ids = options.prompt ? tokenize(model, *options.prompt, true) : options.ids;
   stream(start(session.get(), ids, options).get(), options);
 }
@@ -113,7 +121,7 @@ std::string reply(hetcomp_model* model, hetcomp_session* session, const nlohmann
 }
 
 void chat(hetcomp_model* model, const RunOptions& options) {
-  const SessionPtr session = new_session(model);
+  const SessionPtr session = new_session(model, options);
   const bool terminal = isatty(STDIN_FILENO) != 0;
   nlohmann::json messages = nlohmann::json::array();
   std::string line;
@@ -163,6 +171,7 @@ int run(int argc, char** argv) {
   if (const auto code = parse(argc, argv, &options)) return *code;
   const ModelPtr model = load(options);
   print_notes(model.get());
+  load_adapters(model.get(), options);
   catch_interrupt();
   options.chat ? chat(model.get(), options) : complete(model.get(), options);
   if (options.numa_report) print_numa_report(model.get());

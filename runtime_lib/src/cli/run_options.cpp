@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <charconv>
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <string_view>
@@ -35,6 +36,16 @@ std::vector<std::int32_t> parse_ids(const std::string& text) {
   return ids;
 }
 
+// "name=path"; without a name the file's.
+std::pair<std::string, std::string> parse_adapter(const std::string& text) {
+  const std::size_t equals = text.find('=');
+  std::string path = equals == std::string::npos ? text : text.substr(equals + 1);
+  std::string name =
+      equals == std::string::npos ? std::filesystem::path(path).stem().string() : text.substr(0, equals);
+  if (name.empty() || path.empty()) throw CLI::ValidationError("--adapter", "'" + text + "' is no NAME=FILE");
+  return {std::move(name), std::move(path)};
+}
+
 void add_options(CLI::App& app, RunOptions* options, std::string* ids) {
   app.add_option("artifact", options->artifact, "Folder of a compiled model")
       ->required()
@@ -56,6 +67,15 @@ void add_options(CLI::App& app, RunOptions* options, std::string* ids) {
   app.add_option("--seed", options->seed, "Seed of the sampler")->capture_default_str()->type_name("SEED");
   app.add_option("--stop", options->stop, "End before this text; may be repeated")
       ->type_name("TEXT")
+      ->expected(1)
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+  app.add_option_function<std::vector<std::string>>(
+         "--adapter",
+         [options](const std::vector<std::string>& all) {
+           for (const std::string& text : all) options->adapters.push_back(parse_adapter(text));
+         },
+         "A packed adapter (hetcomp adapter pack); may be repeated, the last one answers")
+      ->type_name("NAME=FILE")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_flag("--ignore-eos", options->ignore_eos, "Go on after end-of-sequence tokens");

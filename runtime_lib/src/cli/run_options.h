@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace hetcomp::cli {
@@ -23,6 +24,9 @@ struct RunOptions {
   std::uint64_t seed = 0;
   bool ignore_eos = false;
   std::vector<std::string> stop;
+
+  // Packed adapters by name; the last is the one that answers.
+  std::vector<std::pair<std::string, std::string>> adapters;
 
   std::int32_t threads = 0;
   std::string isa;

@@ -13,7 +13,7 @@ constexpr double kRescaleAfter = 512;
 
 }  // namespace
 
-CachePolicy::CachePolicy(CacheRule rule, std::vector<CachedLayer> layers, std::int32_t slots,
+CachePolicy::CachePolicy(CacheRule rule, const std::vector<CachedLayer>& layers, std::int32_t slots,
                          std::uint64_t bytes_per_step)
     : rule_(rule), bytes_per_step_(bytes_per_step), most_credit_(bytes_per_step) {
   for (const CachedLayer& shape : layers) {
@@ -72,20 +72,27 @@ double CachePolicy::heat(const Layer& layer, std::int32_t expert) const {
   return rule_ == CacheRule::kLru ? static_cast<double>(layer.used[e]) : layer.uses[e];
 }
 
+bool CachePolicy::may_leave(const Layer& layer, std::int32_t slot) const {
+  const std::int32_t e = layer.held[static_cast<std::size_t>(slot)];
+  return e == kNone || layer.used[static_cast<std::size_t>(e)] != now_;
+}
+
+bool CachePolicy::hotter(double newcomer, double victim) const {
+  const bool lru = rule_ == CacheRule::kLru;
+  const double margin = lru ? static_cast<double>(kLruMargin) : kLfuMargin * unit(now_);
+  return newcomer > 0 && newcomer >= (lru ? 1.0 : kLfuFactor) * victim + margin;
+}
+
 // The layer's best swaps, each of the hottest expert outside against the coldest inside that are left.
 void CachePolicy::find_swaps(std::size_t index, std::vector<Swap>& found) const {
   const Layer& layer = layers_[index];
-  const bool lru = rule_ == CacheRule::kLru;
-  const double factor = lru ? 1.0 : kLfuFactor;
-  const double margin = lru ? static_cast<double>(kLruMargin) : kLfuMargin * unit(now_);
   std::vector<std::int32_t> in, out;
   while (in.size() < static_cast<std::size_t>(kMostOfLayer)) {
     std::int32_t victim = kNone;
     double coldest = std::numeric_limits<double>::infinity();
     for (std::int32_t slot = 0; slot < static_cast<std::int32_t>(layer.held.size()); ++slot) {
+      if (std::ranges::count(out, slot) || !may_leave(layer, slot)) continue;
       const std::int32_t e = layer.held[static_cast<std::size_t>(slot)];
-      if (std::ranges::count(out, slot) || (e != kNone && layer.used[static_cast<std::size_t>(e)] == now_))
-        continue;
       if (const double h = e == kNone ? kEmpty : heat(layer, e); victim == kNone || h < coldest) {
         victim = slot;
         coldest = h;
@@ -100,7 +107,7 @@ void CachePolicy::find_swaps(std::size_t index, std::vector<Swap>& found) const 
         hottest = h;
       }
     }
-    if (victim == kNone || newcomer == kNone || hottest < factor * coldest + margin) return;
+    if (victim == kNone || newcomer == kNone || !hotter(hottest, coldest)) return;
     found.push_back({{index, newcomer, victim}, hottest - coldest});
     in.push_back(newcomer);
     out.push_back(victim);
@@ -124,7 +131,35 @@ std::vector<CacheArrival> CachePolicy::choose() {
   return coming_;
 }
 
+std::vector<CacheArrival> CachePolicy::keep(std::size_t index, std::span<const std::int32_t> passing) {
+  Layer& layer = layers_[index];
+  const auto heat_in = [&](std::int32_t slot) {
+    const std::int32_t e = layer.held[static_cast<std::size_t>(slot)];
+    return e == kNone ? kEmpty : heat(layer, e);
+  };
+  std::vector<std::int32_t> newcomers(passing.begin(), passing.end()), victims;
+  for (std::int32_t slot = 0; slot < static_cast<std::int32_t>(layer.held.size()); ++slot)
+    if (may_leave(layer, slot)) victims.push_back(slot);
+  std::ranges::sort(newcomers);
+  std::ranges::stable_sort(newcomers,
+                           [&](std::int32_t a, std::int32_t b) { return heat(layer, a) > heat(layer, b); });
+  std::ranges::stable_sort(victims, [&](std::int32_t a, std::int32_t b) { return heat_in(a) < heat_in(b); });
+  std::vector<CacheArrival> kept;
+  for (std::size_t i = 0; i < std::min(newcomers.size(), victims.size()); ++i) {
+    if (!hotter(heat(layer, newcomers[i]), heat_in(victims[i]))) break;
+    std::int32_t& held = layer.held[static_cast<std::size_t>(victims[i])];
+    if (held != kNone) leaving_.emplace_back(index, held);
+    held = newcomers[i];
+    kept.push_back({index, newcomers[i], victims[i]});
+  }
+  coming_.insert(coming_.end(), kept.begin(), kept.end());
+  return kept;
+}
+
 void CachePolicy::arrived(bool all) {
+  for (const auto& [layer, expert] : leaving_)
+    layers_[layer].slot_of[static_cast<std::size_t>(expert)] = kNone;
+  leaving_.clear();
   for (const CacheArrival& arrival : coming_) {
     Layer& layer = layers_[arrival.layer];
     if (all) {

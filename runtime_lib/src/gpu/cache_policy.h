@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace hetcomp::gpu {
@@ -42,7 +43,7 @@ class CachePolicy {
   static constexpr int kMostOfLayer = 4;
 
   // Each layer has so many slots, all empty; bytes_per_step: what may be copied under a step of decoding.
-  CachePolicy(CacheRule rule, std::vector<CachedLayer> layers, std::int32_t slots,
+  CachePolicy(CacheRule rule, const std::vector<CachedLayer>& layers, std::int32_t slots,
               std::uint64_t bytes_per_step);
 
   // Before the first step: the expert lies in that slot, which is empty.
@@ -56,6 +57,10 @@ class CachePolicy {
   // Between steps: what to copy under the next step of decoding. Those that lay in these slots are no longer
   // in the tables; an expert that the last step has used stays. arrived() must come before the next call.
   std::vector<CacheArrival> choose();
+  // In a step of a prompt, whose experts of the layer were counted: which of those that pass through the
+  // GPU's memory anyway are so much hotter than what is in slots that they stay in their place, the same
+  // margins taken. No budget counts. The tables remain as they are until arrived().
+  std::vector<CacheArrival> keep(std::size_t layer, std::span<const std::int32_t> passing);
   // When the copies are over: those experts are in the tables now, or else their slots are empty.
   void arrived(bool all);
 
@@ -82,6 +87,8 @@ class CachePolicy {
   };
 
   double heat(const Layer& layer, std::int32_t expert) const;  // ticks, or units of uses
+  bool may_leave(const Layer& layer, std::int32_t slot) const;
+  bool hotter(double newcomer, double victim) const;  // by the margins
   void find_swaps(std::size_t index, std::vector<Swap>& found) const;
   double unit(std::int64_t tick) const;  // what a use at that tick counts
   void rescale();
@@ -96,6 +103,7 @@ class CachePolicy {
   std::int64_t base_ = 0;     // tick at which a use counts 1
   bool decode_ = false;
   std::vector<CacheArrival> coming_;
+  std::vector<std::pair<std::size_t, std::int32_t>> leaving_;  // layer and expert: in tables until arrived()
 };
 
 }  // namespace hetcomp::gpu

@@ -104,6 +104,8 @@ class CudaDriver {
   DriverCall<CUdeviceptr, unsigned char, std::size_t, CUstream> memory_set{library_, "cuMemsetD8Async"};
   DriverCall<CUdeviceptr, const void*, std::size_t, CUstream> copy_to_device{library_,
                                                                              "cuMemcpyHtoDAsync_v2"};
+  DriverCall<CUdeviceptr, CUdeviceptr, std::size_t, CUstream> copy_on_device{library_,
+                                                                             "cuMemcpyDtoDAsync_v2"};
   DriverCall<void*, CUdeviceptr, std::size_t, CUstream> copy_to_host{library_, "cuMemcpyDtoHAsync_v2"};
   DriverCall<void**, std::size_t, unsigned> host_allocate{library_, "cuMemHostAlloc"};
   DriverCall<void*> host_free{library_, "cuMemFreeHost"};
@@ -125,6 +127,7 @@ class CudaDriver {
   DriverCall<CUevent, CUstream> event_record{library_, "cuEventRecord"};
   DriverCall<CUevent> event_synchronize{library_, "cuEventSynchronize"};
   DriverCall<float*, CUevent, CUevent> event_elapsed{library_, "cuEventElapsedTime"};  // milliseconds
+  DriverCall<CUstream, CUdeviceptr, std::uint32_t, unsigned> stream_wait{library_, "cuStreamWaitValue32_v2"};
   DriverCall<CUgraph*, unsigned> graph_create{library_, "cuGraphCreate"};
   DriverCall<CUgraph> graph_destroy{library_, "cuGraphDestroy"};
   DriverCall<CUgraphNode*, CUgraph, const CUgraphNode*, std::size_t, const CUDA_KERNEL_NODE_PARAMS*>

@@ -57,15 +57,30 @@ void ExpertCache::fill(std::span<const std::span<const std::uint8_t>> weights, b
   swaps_ = swaps;
 }
 
+CUdeviceptr ExpertCache::slot(const CacheArrival& arrival, std::size_t operand) const {
+  const std::uint64_t bytes = stream_record_.layers[arrival.layer].operands[operand].expert_bytes;
+  const CacheOperand& slots = record_.layers[arrival.layer].operands[operand];
+  return buffers_.address({slots.buffer, slots.offset + static_cast<std::uint64_t>(arrival.slot) * bytes});
+}
+
 void ExpertCache::copy(const CacheArrival& arrival) {
   const StreamLayer& layer = stream_record_.layers[arrival.layer];
-  for (std::size_t o = 0; o < layer.operands.size(); ++o) {
-    const std::uint64_t bytes = layer.operands[o].expert_bytes;
-    const CacheOperand& slots = record_.layers[arrival.layer].operands[o];
-    const auto to = slots.offset + static_cast<std::uint64_t>(arrival.slot) * bytes;
-    copies_.copy(buffers_.address({slots.buffer, to}),
-                 sources_[arrival.layer][o][static_cast<std::size_t>(arrival.expert)], bytes);
-  }
+  for (std::size_t o = 0; o < layer.operands.size(); ++o)
+    copies_.copy(slot(arrival, o), sources_[arrival.layer][o][static_cast<std::size_t>(arrival.expert)],
+                 layer.operands[o].expert_bytes);
+}
+
+std::vector<CacheArrival> ExpertCache::keep(std::size_t layer, std::span<const std::int32_t> streamed) {
+  std::vector<CacheArrival> kept = policy_.keep(layer, streamed);
+  coming_.insert(coming_.end(), kept.begin(), kept.end());
+  return kept;
+}
+
+void ExpertCache::take(const CacheArrival& arrival, std::span<const CUdeviceptr> from) {
+  const StreamLayer& layer = stream_record_.layers[arrival.layer];
+  for (std::size_t o = 0; o < layer.operands.size(); ++o)
+    copies_.copy_on_device(slot(arrival, o), from[o], layer.operands[o].expert_bytes);
+  ++taken_;
 }
 
 void ExpertCache::send_table() {
@@ -81,17 +96,13 @@ void ExpertCache::begin(std::int64_t tokens, bool decode) {
   tokens_ = tokens;
   decode_ = decode;
   all_begun_ = false;
+  taken_ = 0;
   if (swaps_ && decode) coming_ = policy_.choose();
   if (!coming_.empty()) table_is_old_ = true;
   policy_.begin_step(tokens, decode);
   if (table_is_old_) send_table();
-  if (!coming_.empty()) {
-    std::size_t bytes = 0;
-    for (const CacheArrival& arrival : coming_) bytes += policy_.shape(arrival.layer).expert_bytes;
-    copies_.begin_batch(bytes);
-    for (const CacheArrival& arrival : coming_) copy(arrival);
-    copies_.end_batch();
-  }
+  for (const CacheArrival& arrival : coming_) copy(arrival);
+  copies_.end_batch();
   all_begun_ = true;
 }
 
@@ -132,17 +143,17 @@ void ExpertCache::leave_to_cpu(std::uint32_t flag) {
   std::ranges::fill(sum.first(std::min(sum.size(), static_cast<std::size_t>(tokens_) * row)), std::byte{0});
 }
 
-void ExpertCache::end() noexcept {
+void ExpertCache::end(bool streamed) noexcept {
   if (tokens_ == 0) return;
   tokens_ = 0;
   for (const StreamLayer& layer : stream_record_.layers) shared_.skip()[layer.hand_over] = 0;
   if (coming_.empty()) return;
-  const bool all = copies_.finish() && all_begun_;
+  const bool all = decode_ ? copies_.finish() && all_begun_ : streamed && taken_ == coming_.size();
   policy_.arrived(all);
-  for (const CacheArrival& arrival : coming_) {
-    statistics_.swaps += all ? 1 : 0;
-    statistics_.bytes += static_cast<std::int64_t>(policy_.shape(arrival.layer).expert_bytes);
-  }
+  const auto arrived = static_cast<std::int64_t>(all ? coming_.size() : 0);
+  (decode_ ? statistics_.swaps : statistics_.kept) += arrived;
+  for (const CacheArrival& arrival : coming_)
+    if (decode_) statistics_.bytes += static_cast<std::int64_t>(policy_.shape(arrival.layer).expert_bytes);
   coming_.clear();
   table_is_old_ = true;
 }

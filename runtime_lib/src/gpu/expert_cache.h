@@ -1,8 +1,9 @@
 // Keeps the hot experts of a GPU's layers in slots of its memory, while all of them stay in the host's.
 //
 // Which experts are in slots changes between steps of decoding: a slot that gets another expert is in no
-// table during the next step, under which the copy runs, and in the table of the step after it. The CPU
-// computes what is in no slot. See docs/decisions/expert-cache.md.
+// table during the next step, under which the copy runs, and in the table of the step after it. In a step of
+// a prompt experts that are streamed to the GPU may stay in slots. The CPU computes what is in no slot. See
+// docs/decisions/expert-cache.md.
 #pragma once
 
 #include <cstdint>
@@ -23,14 +24,16 @@ namespace hetcomp::gpu {
 struct CacheStatistics {
   std::int64_t hits = 0;  // choices of decoded tokens whose expert was in a slot
   std::int64_t misses = 0;
-  std::int64_t swaps = 0;  // experts that came into slots
-  std::int64_t bytes = 0;  // copied for it
+  std::int64_t swaps = 0;  // experts that came into slots in steps of decoding
+  std::int64_t bytes = 0;  // copied to the GPU for it
+  std::int64_t kept = 0;   // experts that stayed in slots after they were streamed
 
   CacheStatistics& operator+=(const CacheStatistics& other) {
     hits += other.hits;
     misses += other.misses;
     swaps += other.swaps;
     bytes += other.bytes;
+    kept += other.kept;
     return *this;
   }
 };
@@ -54,8 +57,15 @@ class ExpertCache {
   // Then: takes from the CPU what the GPU has in slots, whose choices become -1. Where nothing is left in a
   // step of decoding, the CPU skips the layer and its sum is set to zero.
   void leave_to_cpu(std::uint32_t flag);
-  // When the GPU is at rest: waits for the copies. Without a begin() nothing happens.
-  void end() noexcept;
+  // In a step of a prompt, when the layer was counted: which of its experts that are streamed stay, and in
+  // which slots.
+  std::vector<CacheArrival> keep(std::size_t layer, std::span<const std::int32_t> streamed);
+  // Copies one of them to its slot: `from` has its operands, in the layer's order. The GPU must have computed
+  // the layer.
+  void take(const CacheArrival& arrival, std::span<const CUdeviceptr> from);
+  // When the GPU is at rest: waits for the copies. streamed: whether those of take() are over, without a
+  // fault. Without a begin() nothing happens.
+  void end(bool streamed) noexcept;
 
   // In this step.
   bool holds(std::size_t layer, std::int32_t expert) const {
@@ -76,6 +86,7 @@ class ExpertCache {
 
   std::span<std::int32_t> choices(std::size_t layer) const;
   void send_table();
+  CUdeviceptr slot(const CacheArrival& arrival, std::size_t operand) const;
   void copy(const CacheArrival& arrival);
 
   const CudaDriver& driver_;
@@ -97,6 +108,7 @@ class ExpertCache {
   bool table_is_old_ = true;          // the GPU's
   std::vector<CacheArrival> coming_;  // experts whose copies are on their way, if all_begun_
   bool all_begun_ = false;
+  std::size_t taken_ = 0;                  // of those that stay in this step
   std::int64_t tokens_ = 0;                // of the step; 0: none runs
   std::vector<std::int64_t> tokens_seen_;  // by layer, since the last reset
 };

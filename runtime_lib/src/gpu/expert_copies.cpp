@@ -22,6 +22,10 @@ void ExpertCopies::stage(std::function<void(const std::string&)> failed) {
 }
 
 void ExpertCopies::copy(CUdeviceptr to, const void* from, std::size_t bytes) {
+  if (timed_) {
+    begin_batch();
+    batches_[n_batches_ - 1].bytes += bytes;
+  }
   add({.kind = Task::Kind::kCopy, .to = to, .from = from, .bytes = bytes});
 }
 
@@ -29,25 +33,41 @@ void ExpertCopies::send(CUdeviceptr to, const void* from, std::size_t bytes) {
   add({.kind = Task::Kind::kSend, .to = to, .from = from, .bytes = bytes});
 }
 
-void ExpertCopies::raise(CUdeviceptr flag) { add({.kind = Task::Kind::kRaise, .to = flag}); }
+void ExpertCopies::copy_on_device(CUdeviceptr to, CUdeviceptr from, std::size_t bytes) {
+  add({.kind = Task::Kind::kCopyOnDevice, .to = to, .from_device = from, .bytes = bytes});
+}
 
-void ExpertCopies::begin_batch(std::size_t bytes) {
-  if (!timed_) return;
+void ExpertCopies::raise(CUdeviceptr flag) {
+  end_batch();
+  add({.kind = Task::Kind::kRaise, .to = flag});
+}
+
+void ExpertCopies::await(CUdeviceptr flag) {
+  end_batch();
+  add({.kind = Task::Kind::kAwait, .to = flag});
+}
+
+void ExpertCopies::begin_batch() {
+  if (in_batch_) return;
   if (n_batches_ == batches_.size()) batches_.push_back({create_event(driver_), create_event(driver_), 0});
-  batches_[n_batches_].bytes = bytes;
+  batches_[n_batches_].bytes = 0;
   add({.kind = Task::Kind::kRecord, .event = batches_[n_batches_++].begin.get()});
+  in_batch_ = true;
 }
 
 void ExpertCopies::end_batch() {
-  if (timed_ && n_batches_ > 0)
-    add({.kind = Task::Kind::kRecord, .event = batches_[n_batches_ - 1].end.get()});
+  if (!in_batch_) return;
+  in_batch_ = false;
+  add({.kind = Task::Kind::kRecord, .event = batches_[n_batches_ - 1].end.get()});
 }
 
 void ExpertCopies::read_times(const EventClock& clock, std::vector<GpuEvent>& events) const {
   for (std::size_t i = 0; i < n_batches_; ++i) {
     const auto begin = clock.nanoseconds(batches_[i].begin.get());
     const auto end = clock.nanoseconds(batches_[i].end.get());
-    if (begin && end) events.push_back({GpuEvent::Kind::kCopy, *begin, *end, nullptr, batches_[i].bytes});
+    if (begin && end)
+      events.push_back(
+          {.kind = GpuEvent::Kind::kCopy, .begin_ns = *begin, .end_ns = *end, .bytes = batches_[i].bytes});
   }
 }
 
@@ -63,8 +83,12 @@ void ExpertCopies::perform(const Task& task) const {
     case Task::Kind::kCopy:
     case Task::Kind::kSend:
       return driver_.copy_to_device(task.to, task.from, task.bytes, stream_.get());
+    case Task::Kind::kCopyOnDevice:
+      return driver_.copy_on_device(task.to, task.from_device, task.bytes, stream_.get());
     case Task::Kind::kRaise:
       return driver_.stream_write(stream_.get(), task.to, HandShake::kRaised, CU_STREAM_WRITE_VALUE_DEFAULT);
+    case Task::Kind::kAwait:
+      return driver_.stream_wait(stream_.get(), task.to, HandShake::kRaised, CU_STREAM_WAIT_VALUE_GEQ);
     case Task::Kind::kRecord:
       return driver_.event_record(task.event, stream_.get());
   }

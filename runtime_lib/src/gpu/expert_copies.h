@@ -47,20 +47,25 @@ class ExpertCopies {
   void copy(CUdeviceptr to, const void* from, std::size_t bytes);
   // Of pinned memory.
   void send(CUdeviceptr to, const void* from, std::size_t bytes);
+  // Within the GPU's memory.
+  void copy_on_device(CUdeviceptr to, CUdeviceptr from, std::size_t bytes);
   // What is asked for before is there when the flag is.
   void raise(CUdeviceptr flag);
+  // What is asked for behind it begins when the GPU has raised the flag.
+  void await(CUdeviceptr flag);
 
   // good: of what copy() reads, asked by finish().
   void check_by(std::function<bool()> good) { good_ = std::move(good); }
   // Waits until all of it is there; false: something is not, or was not good.
   bool finish() noexcept;
 
-  // Copies between the two belong together, in times of a step: of so many bytes.
-  void begin_batch(std::size_t bytes);
+  // In times of a step, what is copied from the host's memory up to here belongs together. A batch also ends
+  // where flags are raised or awaited.
   void end_batch();
   // Before a step: whether times are taken of its batches.
   void set_timed(bool timed) {
     timed_ = timed;
+    in_batch_ = false;
     n_batches_ = 0;
   }
   // Those of the step, when all of its batches are there.
@@ -68,10 +73,11 @@ class ExpertCopies {
 
  private:
   struct Task {
-    enum class Kind { kCopy, kSend, kRaise, kRecord };
+    enum class Kind { kCopy, kSend, kCopyOnDevice, kRaise, kAwait, kRecord };
     Kind kind;
-    CUdeviceptr to = 0;
+    CUdeviceptr to = 0;  // or the flag
     const void* from = nullptr;
+    CUdeviceptr from_device = 0;
     std::size_t bytes = 0;
     CUevent event = nullptr;
   };
@@ -101,6 +107,7 @@ class ExpertCopies {
     std::thread thread;
   };
 
+  void begin_batch();
   void add(const Task& task);
   void perform(const Task& task) const;
 
@@ -109,6 +116,7 @@ class ExpertCopies {
   StreamHandle stream_;
   std::function<bool()> good_ = [] { return true; };
   bool timed_ = false;
+  bool in_batch_ = false;
   std::vector<Batch> batches_;  // the first n_batches_ are of this step
   std::size_t n_batches_ = 0;
   std::unique_ptr<Ring> ring_;

@@ -159,8 +159,8 @@ void GpuProgram::end_step() noexcept {
   if (!resources_->experts) return;  // nothing is cached either
   try {
     const CurrentContext current(driver_, context_);
-    resources_->experts->end();
-    if (resources_->cache) resources_->cache->end();
+    const bool streamed = resources_->experts->end();
+    if (resources_->cache) resources_->cache->end(streamed);
   } catch (const Error&) {
     // The context can no longer be entered: the driver has dropped all that was in it.
   }

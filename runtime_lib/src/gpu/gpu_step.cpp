@@ -277,7 +277,7 @@ std::vector<hetcomp_gpu_event> GpuStep::events() const {
                         .gpu = static_cast<std::int32_t>(i),
                         .work = static_cast<std::int32_t>(event.kind),
                         .layer = kernel != nullptr ? kernel->layer : -1,
-                        .reserved = 0,
+                        .launches = event.launches,
                         .bytes = static_cast<std::int64_t>(event.bytes),
                         .kernel = kernel != nullptr ? kernel->kernel.c_str() : "",
                         .role = kernel != nullptr ? kernel->role.c_str() : ""});

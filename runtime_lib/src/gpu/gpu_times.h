@@ -13,10 +13,11 @@ namespace hetcomp::gpu {
 struct GpuEvent {
   enum class Kind { kKernel, kHandOver, kCopy };  // as hetcomp_gpu_work
   Kind kind;
-  std::int64_t begin_ns;  // CLOCK_MONOTONIC
-  std::int64_t end_ns;
-  const KernelNode* kernel = nullptr;
-  std::size_t bytes = 0;  // of a copy
+  std::int64_t begin_ns = 0;  // CLOCK_MONOTONIC
+  std::int64_t end_ns = 0;
+  const KernelNode* kernel = nullptr;  // of a run of launches: the first
+  std::int32_t launches = 0;           // of a graph: its nodes in the run; a copy has none
+  std::size_t bytes = 0;               // of a copy
 };
 
 // Times of events that a stream, or a graph on any stream of the device, has come to.

@@ -66,6 +66,8 @@ bool HandShake::wait_patiently(std::atomic_ref<std::uint32_t> raised, std::uint3
 
 void HandShake::answer(std::uint32_t flag) { line(flags_ + flag).store(kRaised, std::memory_order_release); }
 
+void HandShake::raise_to_cpu(std::uint32_t flag) { line(flag).store(kRaised, std::memory_order_release); }
+
 void HandShake::abort(const std::string& reason) {
   const std::lock_guard lock(mutex_);
   if (!running_ || aborted()) return;

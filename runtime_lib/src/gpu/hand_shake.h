@@ -28,6 +28,8 @@ class HandShake {
   // matters.
   bool wait_for_gpu(std::uint32_t flag);
   void answer(std::uint32_t flag);
+  // A flag to the CPU in the GPU's place: what waits for it on other streams goes on.
+  void raise_to_cpu(std::uint32_t flag);
   bool aborted() const { return aborted_.load(std::memory_order_acquire); }
 
   // Gives the running step up: raises all flags that GPUs wait for, so that their graphs come to an end.

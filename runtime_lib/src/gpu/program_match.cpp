@@ -75,7 +75,8 @@ std::size_t count_hand_overs(std::span<const GpuProgramRecord* const> programs, 
     for (const GraphRecord& graph : program->graphs)
       for (const NodeRecord& node : graph.nodes)
         if (const auto* hand_over = std::get_if<HandOver>(&node.work);
-            hand_over != nullptr && graph.batch == batch && hand_over->raises)
+            hand_over != nullptr && graph.batch == batch && hand_over->raises &&
+            hand_over->flag < program->flags)
           made.insert(hand_over->flag);
   return made.size();
 }

@@ -144,19 +144,22 @@ HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
   const bool raises = from == program.device;
   const std::string& other = raises ? to : from;
   if (other != "cpu" && !device_number(other)) node[raises ? "to" : "from"].refuse("cpu, or gpu:N");
-  if (flag >= program.flags && from != "cpu") node["from"].refuse("cpu: only it gives what is streamed");
+  if (flag >= program.flags && other != "cpu")
+    node[raises ? "to" : "from"].refuse("cpu: it gives what is streamed");
   return {flag, raises, other};
 }
 
-// A graph waits for all that is streamed or for none.
+// A graph waits for all that is streamed and says when it has computed it, or has nothing to do with it.
 void check_stream(const CheckedJson& node, GraphRecord& graph, const GpuProgramRecord& program) {
-  std::uint32_t waits = 0;
+  std::uint32_t waits = 0, raises = 0;
   for (const NodeRecord& record : graph.nodes) {
-    const auto* await = std::get_if<HandOver>(&record.work);
-    waits += await != nullptr && await->flag >= program.flags ? 1 : 0;
+    const auto* hand_over = std::get_if<HandOver>(&record.work);
+    if (hand_over == nullptr || hand_over->flag < program.flags) continue;
+    ++(hand_over->raises ? raises : waits);
   }
-  if (waits != 0 && waits != program.stream->layers.size())
-    node.refuse("with a wait for each of the stream's layers, or none");
+  const std::uint32_t wanted = waits + raises == 0 ? 0 : program.stream->waves();
+  if (waits != wanted || raises != wanted)
+    node.refuse("with a wait for each of the stream's waves and a hand-over behind it, or none");
   graph.streams = waits != 0;
 }
 

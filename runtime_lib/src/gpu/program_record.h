@@ -76,7 +76,7 @@ struct KernelNode {
 };
 
 // This GPU raises the flag for the other side, or waits until the other side has raised it; or, of flags of
-// its stream, until what is streamed has come.
+// its stream, until what is streamed has come, and raises it when that may be overwritten.
 struct HandOver {
   std::uint32_t flag;
   bool raises;
@@ -103,7 +103,7 @@ struct GraphRecord {
 std::optional<int> device_number(const std::string& device);
 
 struct GpuProgramRecord {
-  static constexpr int kSchemaMajor = 2;
+  static constexpr int kSchemaMajor = 3;
   static constexpr std::uint64_t kAlignment = 16;  // of addresses: kernels are compiled for it
 
   // kernels: those chosen for the device. where: the file's name, for messages. Throws Error.
@@ -120,12 +120,10 @@ struct GpuProgramRecord {
 
   // Whether the flag is of a layer that is streamed to this GPU.
   bool of_stream(std::uint32_t flag) const {
-    return stream && flag >= stream->first_flag && flag - stream->first_flag < stream->layers.size();
+    return stream && flag >= stream->first_flag && flag - stream->first_flag < stream->waves();
   }
   // Flags of hand-overs, and those up to the last of what is streamed to this GPU.
-  std::uint32_t all_flags() const {
-    return stream ? stream->first_flag + static_cast<std::uint32_t>(stream->layers.size()) : flags;
-  }
+  std::uint32_t all_flags() const { return stream ? stream->first_flag + stream->waves() : flags; }
 };
 
 }  // namespace hetcomp::gpu

@@ -20,6 +20,7 @@ constexpr std::int32_t kMostExperts = 1 << 14;
 constexpr std::int32_t kMostWidth = 1 << 24;
 constexpr std::uint64_t kMostBytes = 1ULL << 46;
 constexpr std::size_t kMostPoints = 64;
+constexpr std::uint32_t kMostWaves = 1U << 14;  // of all layers
 
 TimeCurve time_curve(const CheckedJson& node) {
   std::vector<std::pair<std::int64_t, double>> points;
@@ -60,32 +61,37 @@ ExpertSource expert_source(const CheckedJson& node, std::int32_t experts, std::s
 
 StreamOperand stream_operand(const CheckedJson& node, const std::vector<BufferRecord>& buffers,
                              std::size_t slots, std::int32_t experts, std::set<std::int32_t>& seen) {
-  StreamOperand operand{
-      buffer_index(node["buffer"], buffers, BufferKind::kStream, "of kind stream"), 0, 0, {}};
+  StreamOperand operand{buffer_index(node["buffer"], buffers, BufferKind::kStream, "of kind stream"), 0, {}};
   const std::uint64_t bytes = buffers[operand.buffer].bytes;
-  operand.offset = node["offset"].number(0, bytes);
-  if (operand.offset % GpuProgramRecord::kAlignment != 0) node["offset"].refuse("a multiple of 16");
   operand.expert_bytes = node["expert_bytes"].number(1, bytes);
-  if (operand.expert_bytes > (bytes - operand.offset) / slots)
+  if (operand.expert_bytes > bytes / slots)
     node["expert_bytes"].refuse("so few that all slots lie inside the buffer");
   for (const CheckedJson& source : node["sources"].elements())
     operand.sources.push_back(expert_source(source, experts, seen));
   return operand;
 }
 
-StreamLayer stream_layer(const CheckedJson& node, const std::vector<BufferRecord>& buffers, std::size_t slots,
-                         std::uint32_t first_flag, std::uint32_t flags) {
+// Behind the layers that the record has already.
+StreamLayer stream_layer(const CheckedJson& node, const std::vector<BufferRecord>& buffers,
+                         const StreamRecord& record, std::uint32_t flags) {
+  const bool first_layer = record.layers.empty();
+  const std::uint32_t first_flag = first_layer ? 0 : record.layers.back().hand_over + 1;
   if (first_flag >= flags) node["hand_over"].refuse("absent: there are no hand-overs left for it");
   StreamLayer layer{static_cast<std::uint32_t>(node["hand_over"].number(first_flag, flags - 1)),
                     node["experts"].count(1, kMostExperts),
                     node["top_k"].count(1, kMostExperts),
                     node["hidden"].count(1, kMostWidth),
                     buffer_index(node["ids"], buffers, BufferKind::kPinnedOut, "of kind pinned_out"),
+                    static_cast<std::uint32_t>(node["waves"].number(1, kMostWaves)),
+                    first_layer ? 0 : record.waves(),
+                    first_layer ? 1 : record.rows(),
                     {}};
+  if (layer.waves > kMostWaves - layer.first_wave)
+    node["waves"].refuse("so few that all layers have at most " + std::to_string(kMostWaves));
   std::set<std::int32_t> first;
   for (const CheckedJson& entry : node["operands"].elements()) {
     std::set<std::int32_t> seen;
-    layer.operands.push_back(stream_operand(entry, buffers, slots, layer.experts, seen));
+    layer.operands.push_back(stream_operand(entry, buffers, record.slots, layer.experts, seen));
     if (layer.operands.size() == 1) first = seen;
     if (seen != first) entry["sources"].refuse("the same experts as the other operands");
   }
@@ -98,7 +104,9 @@ StreamLayer stream_layer(const CheckedJson& node, const std::vector<BufferRecord
 StreamRecord StreamRecord::parse(const CheckedJson& node, const std::vector<BufferRecord>& buffers,
                                  std::uint32_t flags, std::uint64_t most_flags) {
   const CheckedJson tables = node["tables"];
-  StreamRecord record{node["slots"].number(1, kMostExperts),
+  const std::size_t slots = node["slots"].number(1, kMostExperts);
+  StreamRecord record{slots,
+                      node["wave"].number(1, slots),
                       static_cast<std::uint32_t>(node["first_flag"].number(flags, flags + most_flags)),
                       buffer_index(tables["buffer"], buffers, BufferKind::kStream, "of kind stream"),
                       tables["row_bytes"].number(1, 1U << 20),
@@ -107,8 +115,7 @@ StreamRecord StreamRecord::parse(const CheckedJson& node, const std::vector<Buff
                       stream_rates(node["rates"]),
                       {}};
   for (const CheckedJson& entry : node["layers"].elements()) {
-    const std::uint32_t after = record.layers.empty() ? 0 : record.layers.back().hand_over + 1;
-    record.layers.push_back(stream_layer(entry, buffers, record.slots, after, flags));
+    record.layers.push_back(stream_layer(entry, buffers, record, flags));
     if (4 * static_cast<std::uint64_t>(record.layers.back().experts) > record.part_offset)
       tables["part_offset"].refuse("behind the slots of all experts");
   }
@@ -119,8 +126,8 @@ StreamRecord StreamRecord::parse(const CheckedJson& node, const std::vector<Buff
   if (!inside(record.part_offset) || !inside(record.ask_offset) || record.ask_offset <= record.part_offset)
     tables.refuse("rows with part_offset and ask_offset inside, multiples of 16");
   if (record.row_bytes % GpuProgramRecord::kAlignment != 0 ||
-      (record.layers.size() + 1) * record.row_bytes > buffers[record.tables].bytes)
-    tables["row_bytes"].refuse("so few that a row for every layer and one more lie inside the buffer");
+      record.rows() * record.row_bytes > buffers[record.tables].bytes)
+    tables["row_bytes"].refuse("so few that the rows of all layers lie inside the buffer");
   return record;
 }
 

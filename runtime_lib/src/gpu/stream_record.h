@@ -27,8 +27,7 @@ struct ExpertSource {
 };
 
 struct StreamOperand {
-  std::size_t buffer;
-  std::uint64_t offset;  // of slot 0 of the layer's half
+  std::size_t buffer;  // with the slots
   std::uint64_t expert_bytes;
   std::vector<ExpertSource> sources;
 };
@@ -38,15 +37,20 @@ struct StreamLayer {
   std::int32_t experts;
   std::int32_t top_k;
   std::int32_t hidden;
-  std::size_t ids;  // the pinned buffer with the routing
+  std::size_t ids;           // the pinned buffer with the routing
+  std::uint32_t waves;       // groups of experts that are computed one after the other
+  std::uint32_t first_wave;  // in the count of all layers' waves
+  std::size_t row;           // of the tables: of the first wave
   std::vector<StreamOperand> operands;
 };
 
-// Flag `first_flag + i`, behind those of hand-overs and of other programs' streams, is raised when the
-// experts of layer i that are copied are there. Row i + 1 of the tables has layer i's slots by expert, and
-// whether the CPU has a part in its sum; row i also whether the CPU wants its input.
+// Flag `first_flag + w`, behind those of hand-overs and of other programs' streams, is raised to the GPU when
+// the experts of wave w are there, and by the GPU when it has computed them. The tables have rows of slots by
+// expert: for every layer those of each wave, then one of all waves, with whether the CPU has a part in the
+// layer's sum, and whether it wants the next layer's input. Row 0 has the latter for the first layer.
 struct StreamRecord {
-  std::size_t slots;
+  std::size_t slots;  // in each buffer; they are filled in turns
+  std::size_t wave;   // experts of one, at most; no more than slots
   std::uint32_t first_flag;
   std::size_t tables;  // the buffer
   std::uint64_t row_bytes;
@@ -54,6 +58,9 @@ struct StreamRecord {
   std::uint64_t ask_offset;
   StreamRates rates;
   std::vector<StreamLayer> layers;
+
+  std::uint32_t waves() const { return layers.back().first_wave + layers.back().waves; }
+  std::size_t rows() const { return layers.back().row + layers.back().waves + 1; }
 
   static StreamRecord parse(const CheckedJson& node, const std::vector<BufferRecord>& buffers,
                             std::uint32_t flags, std::uint64_t most_flags);

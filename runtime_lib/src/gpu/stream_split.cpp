@@ -16,11 +16,12 @@ double TimeCurve::at(double tokens) const {
 }
 
 std::size_t split_experts(const SplitInput& input, const StreamRates& rates) {
-  const std::size_t most = std::min(input.tokens.size(), input.slots);
+  const std::size_t most = std::min(input.tokens.size(), input.most);
   const double spine = rates.spine_us.at(static_cast<double>(input.step_tokens));
   // One direction of what a layer's experts on the CPU cost beside their work: their input, or their sum.
   const double exchange =
       static_cast<double>(input.step_tokens) * input.activation_bytes / rates.link_bytes_per_us;
+  const double copy = input.expert_bytes / rates.link_bytes_per_us;
   std::vector<double> cpu_us(input.tokens.size() + 1);  // of the experts from i on
   for (std::size_t i = input.tokens.size(); i-- > 0;) {
     const std::int32_t tokens = input.tokens[i];
@@ -32,12 +33,14 @@ std::size_t split_experts(const SplitInput& input, const StreamRates& rates) {
   for (std::size_t n = 0; n <= most; ++n) {
     if (n > 0 && input.tokens[n - 1] > 0) gpu += rates.gpu_expert_us.at(input.tokens[n - 1]);
     if (n < std::min(input.copied, most)) continue;
-    const bool cpu = cpu_us[n] > 0;
-    const double link =
-        static_cast<double>(n) * input.expert_bytes / rates.link_bytes_per_us + (cpu ? exchange : 0.0);
-    const double compute = spine + (cpu ? 2 * exchange : 0.0) + std::max(gpu, cpu_us[n]);
+    const double shared = cpu_us[n] > 0 ? exchange : 0.0;
+    const double link = static_cast<double>(n) * copy + shared;
+    // What has no slot is copied when the GPU has come to those that have: the layer's first slots are free.
+    const double late =
+        n > input.slots ? spine + input.resident_us + static_cast<double>(n - input.slots) * copy : 0.0;
+    const double compute = spine + 2 * shared + std::max(gpu, cpu_us[n]);
     // Of equals the one that copies most: the CPU is free for others.
-    if (const double us = std::max(link, compute); us <= best_us) {
+    if (const double us = std::max({link, late, compute}); us <= best_us) {
       best_us = us;
       best = n;
     }

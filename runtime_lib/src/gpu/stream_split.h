@@ -31,7 +31,8 @@ struct StreamRates {
 struct SplitInput {
   std::span<const std::int32_t> tokens;  // of each expert that the GPU has not got, in the order to copy them
   std::size_t copied;                    // so many are, or will be, whatever is decided
-  std::size_t slots;                     // at most so many can be; at least `copied`
+  std::size_t most;                      // at most so many can be; at least `copied`
+  std::size_t slots;                     // for copies: more of them must wait until some are computed
   std::int64_t step_tokens;
   double resident_us;       // of the experts that the GPU has
   double expert_bytes;      // to copy one

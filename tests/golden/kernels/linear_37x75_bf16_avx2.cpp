@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "hetcomp/kernel.h"
@@ -446,6 +447,120 @@ using GemmFew = GemmFloat;   // for few tokens a weight
 using GemmMany = GemmFloat;  // for kManyRows and more
 constexpr std::int64_t kManyRows = 64;
 
+constexpr std::int64_t kPairBytes = 2;  // of a number of a pair
+constexpr std::int64_t kRankStep = HETCOMP_RANK_STEP;
+static_assert(kRankStep == 4 && HETCOMP_PAIR_COLUMNS == kPanel);
+
+// 16 adjacent numbers of a pair.
+inline V16 pair_numbers(const std::uint8_t* p) {
+
+  return load_bf16(reinterpret_cast<const std::uint16_t*>(p));
+
+}
+
+// What the adapters of a step's tokens add to products with matrices of kIn columns and kPanels panels: first every
+// product's h = scale a x is made (shrink), then b h is added to its panels (expand).
+template <std::int64_t kIn, std::int64_t kPanels>
+class LowRank {
+ public:
+  // `h`: of the step's greatest rank for every product. `apart`: between the two halves stands no barrier of the op's;
+  // then settle() is called behind shrink(), and await() before expand().
+  LowRank(Lane& lane, const AdaptedOp& op, int which, float* h, bool apart)
+      : op_(op),
+        weight_(op.weights[which]),
+        h_(h),
+        by_task_(apart && lane.threads() > 1 && lane.set->quiet),
+        progress_(lane, by_task_ ? 1 : 0) {
+    for (std::int64_t i = 0; i < op.adapters->n; ++i) any_ = any_ || op.adapters->tables[i][weight_] != nullptr;
+  }
+
+  // What is added for a row of the op; null: nothing.
+  const hetcomp_pair* of(std::int64_t row) const {
+    const std::int32_t adapter = op_.of_row[row];
+    return adapter < 0 ? nullptr : op_.adapters->tables[adapter][weight_];
+  }
+
+  // Makes h of `products` products; find(i) says which: the row, the matrix (-1: there is no such product), where
+  // h goes, and x, which is asked for only where it is needed.
+  template <class Find>
+  void shrink(Lane& lane, std::int64_t products, Find&& find) {
+    if (!any_) return;
+    const std::int64_t steps = op_.adapters->rank / kRankStep;
+    tasks_ = products * steps;
+    parallel_for(lane, tasks_, grain_for(lane, tasks_), [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const auto product = find(i / steps);
+        const hetcomp_pair* const pair = product.matrix < 0 ? nullptr : of(product.row);
+        const std::int64_t first = i % steps * kRankStep;
+        if (pair != nullptr && first < pair->rank)
+          shrink_step(*pair, product.matrix, first, product.x(), place(product.h) + first);
+        if (by_task_) progress_.done(0);
+      }
+    });
+  }
+  void settle(Lane& lane) const {
+    if (any_ && !by_task_) barrier(lane);
+  }
+  void await() const {
+    if (any_ && by_task_) progress_.await(0, tasks_);
+  }
+
+  // Has the rows of b come that expand() will read for `panels` panels, while the weight's own are multiplied.
+  void fetch(const hetcomp_pair& pair, std::int64_t matrix, std::int64_t panel, std::int64_t panels = 1) const {
+    const std::int64_t bytes = pair.rank * kPanel * kPairBytes;
+    const std::uint8_t* const b = pair.b + (matrix * kPanels + panel) * bytes;
+    for (std::int64_t at = 0; at < panels * bytes; at += 64) prefetch<64, true>(b + at);
+  }
+
+  // b h for 16 rows of a matrix, of the product with h at `h`.
+  V16 expand(const hetcomp_pair& pair, std::int64_t matrix, std::int64_t panel, std::int64_t h) const {
+    const std::uint8_t* b = pair.b + (matrix * kPanels + panel) * pair.rank * kPanel * kPairBytes;
+    const float* const x = place(h);
+    V16 sums[kRankStep] = {zero(), zero(), zero(), zero()};
+    for (std::int64_t r = 0; r < pair.rank; r += kRankStep)
+      HETCOMP_UNROLL
+      for (int j = 0; j < kRankStep; ++j)
+        sums[j] = fma(set1(x[r + j]), pair_numbers(b + (r + j) * kPanel * kPairBytes), sums[j]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+ private:
+  float* place(std::int64_t h) const { return h_ + h * op_.adapters->rank; }
+
+  static void shrink_step(const hetcomp_pair& pair, std::int64_t matrix, std::int64_t first, const float* x, float* h) {
+    constexpr std::int64_t kRowBytes = ceil_div(kIn, kPanel) * kPanel * kPairBytes;
+    const std::uint8_t* const a = pair.a + (matrix * pair.rank + first) * kRowBytes;
+    Partial sums[2][kRankStep];  // two sets: independent sums hide the latency of the multiply-add
+    for (auto& set : sums) std::fill_n(set, kRankStep, no_products());
+    const auto add = [&](V16 v, std::int64_t column, Partial (&set)[kRankStep]) {
+      HETCOMP_UNROLL
+      for (int j = 0; j < kRankStep; ++j) set[j] = fma(v, pair_numbers(a + j * kRowBytes + column * kPairBytes), set[j]);
+    };
+    constexpr std::int64_t kPairs = kIn / (2 * kPanel) * 2 * kPanel;
+    for (std::int64_t c = 0; c < kPairs; c += 2 * kPanel) {
+      add(load(x + c), c, sums[0]);
+      add(load(x + c + kPanel), c + kPanel, sums[1]);
+    }
+    for (std::int64_t c = kPairs; c < kIn; c += kPanel) {
+      alignas(64) float rest[kPanel] = {};  // x ends at kIn
+      std::copy(x + c, x + std::min(c + kPanel, kIn), rest);
+      add(load(rest), c, sums[0]);
+    }
+    float second[kRankStep];
+    store_sums(h, sums[0]);
+    store_sums(second, sums[1]);
+    for (int j = 0; j < kRankStep; ++j) h[j] = pair.scale * (h[j] + second[j]);
+  }
+
+  const AdaptedOp& op_;
+  const std::int64_t weight_;
+  float* const h_;
+  const bool by_task_;
+  const Progress progress_;
+  bool any_ = false;
+  std::int64_t tasks_ = 0;
+};
+
 constexpr std::int64_t kHeads = 1;  // matrices; each has its own part of a row of x and y
 constexpr std::int64_t kIn = 75, kOut = 37;
 constexpr std::int64_t kPanels = ceil_div(kOut, kPanel);
@@ -460,8 +575,37 @@ inline void finish(float* y, const float* sums, std::int64_t width, [[maybe_unus
 
 }
 
+using Added = LowRank<kIn, kPanels>;
+
+void shrink(Lane& lane, Added& added, std::int64_t rows, const float* x) {
+  struct Product {
+    std::int64_t row, matrix, h;
+    const float* at;
+    const float* x() const { return at; }
+  };
+  added.shrink(lane, rows * kHeads, [&](std::int64_t i) {
+    return Product{i / kHeads, i % kHeads, i, x + i * kIn};
+  });
+}
+
+// Adds to `width` columns of panel `panel` of a result row what the row's adapter adds.
+void add(const Added& added, std::int64_t row, std::int64_t head, std::int64_t panel, std::int64_t width, float* y) {
+  const hetcomp_pair* const pair = added.of(row);
+  if (pair == nullptr) return;
+  float sums[kPanel];
+  store(sums, added.expand(*pair, head, panel, row * kHeads + head));
+  for (std::int64_t j = 0; j < width; ++j) y[j] += sums[j];
+}
+
+// Has what add() will read of a panel come.
 template <int kRows>
-void gemv(Lane& lane, const float* x, const std::uint8_t* w, const float* bias, float* y) {
+void fetch(const Added& added, std::int64_t head, std::int64_t panel) {
+  for (int m = 0; m < kRows; ++m)
+    if (const hetcomp_pair* const pair = added.of(m)) added.fetch(*pair, head, panel);
+}
+
+template <int kRows>
+void gemv(Lane& lane, const float* x, const std::uint8_t* w, const float* bias, float* y, const Added* added) {
 
   stream_for(lane, kTasks, stream_shares(lane, kTasks, kPanelBytes), [&](std::int64_t begin, std::int64_t end,
                                                                          std::int64_t onward) {
@@ -473,6 +617,7 @@ void gemv(Lane& lane, const float* x, const std::uint8_t* w, const float* bias, 
 
       const std::uint8_t* panel = w + i * kPanelBytes;
       const std::int64_t next = i + 1 < end ? i + 1 : onward < kTasks ? onward : i;
+      if (added != nullptr) [[unlikely]] fetch<kRows>(*added, head, i % kPanels);
       V16 sums[kRows];
       dot<kRows>([&](int m) { return rows + m * kStride; }, panel, kIn, w + next * kPanelBytes, sums);
       const std::int64_t width = std::min<std::int64_t>(kPanel, kOut - column);
@@ -481,11 +626,14 @@ void gemv(Lane& lane, const float* x, const std::uint8_t* w, const float* bias, 
         store(row, sums[m]);
         finish(y + m * kOutRow + head * kOut + column, row, width, bias);
       }
+      if (added == nullptr) [[likely]] continue;
+      added->await();
+      for (int m = 0; m < kRows; ++m) add(*added, m, head, i % kPanels, width, y + m * kOutRow + head * kOut + column);
     }
   });
 }
 
-using Gemv = void (*)(Lane&, const float*, const std::uint8_t*, const float*, float*);
+using Gemv = void (*)(Lane&, const float*, const std::uint8_t*, const float*, float*, const Added*);
 
 template <int... kIndex>
 constexpr std::array<Gemv, sizeof...(kIndex)> gemvs(std::integer_sequence<int, kIndex...>) {
@@ -496,7 +644,7 @@ constexpr auto kGemvs = gemvs(std::make_integer_sequence<int, kGemvRows>());
 
 template <class Gemm>
 void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, const float* bias, float* y,
-          std::uint8_t* packed) {
+          std::uint8_t* packed, Added* added) {
   const Blocks blocks = Blocks::of<Gemm>(rows);
   constexpr std::int64_t kPaddedIn = Gemm::padded_columns(kIn);
   const auto block_at = [&](std::int64_t head, std::int64_t b) {
@@ -514,6 +662,7 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
                 std::min(c + kChunk, kPaddedIn), kIn, [&](int m) { return x + (first + m) * kInRow + head * kIn; });
     }
   });
+  if (added != nullptr) shrink(lane, *added, rows, x);
   barrier(lane);
 
   // Wide tasks read their tokens from afar less often; narrow ones keep all threads busy.
@@ -530,9 +679,13 @@ void gemm(Lane& lane, std::int64_t rows, const float* x, const std::uint8_t* w, 
         const std::int64_t column = (panel + 2 * pair) * kPanel, row = (first + b) * blocks.height;
         const std::int64_t columns = std::min<std::int64_t>(kTileWidth, kOut - column);
         const std::int64_t valid = std::min<std::int64_t>(blocks.height, rows - row);
-        for (std::int64_t m = 0; m < valid; ++m)
-          finish(y + (row + m) * kOutRow + head * kOut + column, sums + m * kTileWidth, columns,
-                 bias);
+        for (std::int64_t m = 0; m < valid; ++m) {
+          float* const out = y + (row + m) * kOutRow + head * kOut + column;
+          finish(out, sums + m * kTileWidth, columns, bias);
+          if (added == nullptr) [[likely]] continue;
+          for (std::int64_t c = 0; c < columns; c += kPanel)
+            add(*added, row + m, head, (column + c) / kPanel, std::min<std::int64_t>(kPanel, columns - c), out + c);
+        }
       };
       multiply_pairs(product, block_at(head, first), blocks.part(first, chunks.blocks),
                      w + (head * kPanels + panel) * kPanelBytes, std::min(2 * width, kPanels - panel), kIn, put);
@@ -548,12 +701,20 @@ void linear_37x75_bf16_avx2(Lane& lane, const KernelArgs& args) {
   const float* bias = nullptr;
   auto* y = static_cast<float*>(args.out[0]);
   if (args.rows <= 0) return;
-  if (args.rows > kGemvRows) {
+  const bool few = args.rows <= kGemvRows;
+  std::optional<Added> pairs;
+  if (args.adapted != nullptr) [[unlikely]] pairs.emplace(lane, *args.adapted, 0, args.adapted->scratch, few);
+  Added* const added = pairs ? &*pairs : nullptr;
+  if (!few) {
     auto* workspace = static_cast<std::uint8_t*>(args.workspace);
-    return args.rows >= kManyRows ? gemm<GemmMany>(lane, args.rows, x, w, bias, y, workspace)
-                                  : gemm<GemmFew>(lane, args.rows, x, w, bias, y, workspace);
+    return args.rows >= kManyRows ? gemm<GemmMany>(lane, args.rows, x, w, bias, y, workspace, added)
+                                  : gemm<GemmFew>(lane, args.rows, x, w, bias, y, workspace, added);
   }
-  kGemvs[static_cast<std::size_t>(args.rows - 1)](lane, x, w, bias, y);
+  if (added != nullptr) {
+    shrink(lane, *added, args.rows, x);
+    added->settle(lane);
+  }
+  kGemvs[static_cast<std::size_t>(args.rows - 1)](lane, x, w, bias, y, added);
 }
 
 }  // namespace hetcomp

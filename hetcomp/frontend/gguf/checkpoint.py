@@ -1,0 +1,158 @@
+"""The weights of a GGUF model, by transformers' parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hetcomp.errors import HetcompError
+from hetcomp.frontend.checkpoint import BaseCheckpoint
+from hetcomp.frontend.gguf.block_types import BY_NAME
+from hetcomp.frontend.gguf.blocks import QUANTISED, decode
+from hetcomp.frontend.gguf.model_files import ModelFiles
+from hetcomp.frontend.gguf.tensor_names import ARCHITECTURES, GATE_UP, KV_B, PERMUTED, stored_as
+from hetcomp.frontend.key_mapping import Parts
+from hetcomp.ir.plan import CheckpointTensor, Quantised, Value, WeightSource
+from hetcomp.quantised_numbers import QuantisedNumbers
+
+_FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
+# Of parts: DeepSeek's key projection, transposed, and value projection, [heads, .., ..] each.
+_SPLIT_KV_B = "split_kv_b"
+# What configs are made from.
+_NOT_WEIGHTS = ("rope_freqs.weight",)
+
+
+class GgufCheckpoint(BaseCheckpoint):
+    """Tensors of GGUF files. Only headers are read before ``read``."""
+
+    readable = f"F32, F16, BF16, {', '.join(QUANTISED)}"
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        config: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        aliases: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        """config: what model_config made of the files. shapes: of the model's parameters. Raises HetcompError if gate
+        and up projections of experts do not fit together."""
+        self._folder = files.path.parent
+        self._heads = _permuted_heads(config)
+        tensors = {name: _described(t) for name, t in files.tensors.items() if name not in _NOT_WEIGHTS}
+        parts: dict[str, Parts] = {}
+        for parameter, shape in shapes.items():
+            names = next((n for n in stored_as(parameter) if all(name in tensors for name in n)), None)
+            if names is None:
+                continue
+            if len(names) == 1:
+                tensors[names[0]] = _with_unit_axes(tensors[names[0]], shape)
+                parts[parameter] = Parts("plain", names)
+            elif KV_B in parameter:
+                parts[parameter] = Parts(_SPLIT_KV_B, names)
+            else:
+                assert GATE_UP in parameter
+                parts[parameter] = _pairs(tensors, names, str(files.path))
+        super().__init__(str(files.path), tensors, parts, aliases)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any tensor is."""
+        return any(t.quantised is not None for t in self._tensors.values())
+
+    def source(self, value: Value) -> WeightSource:
+        """See ir.target.Checkpoint."""
+        parts = self._find(value)
+        if parts.recipe != _SPLIT_KV_B:
+            return super().source(value)
+        # The file has both views of the parameter as tensors of their own.
+        assert value.view is not None and value.view.head_split is not None
+        name = parts.names[0 if value.view.head_transpose else 1]
+        return self._checked(value, WeightSource("plain", (self._tensors[name],)))
+
+    def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
+        # GGUF has all matrices as [out, in], and gate and up apart, whatever the parameter's own order is.
+        return replace(value.view or WeightSource("plain", ()), transpose=False, deinterleave=False)
+
+    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic] | QuantisedNumbers:
+        raw = self._raw(tensor, row)
+        numbers = raw if tensor.quantised is None else decode(tensor.dtype, raw)
+        heads = next((n for end, n in self._heads.items() if f".{end}." in tensor.name), 0)
+        return _in_halves(numbers, heads) if heads else numbers
+
+    def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[Any]:
+        kind = BY_NAME[tensor.dtype]
+        shape = tensor.shape if row is None else tensor.shape[1:]
+        size = math.prod(shape) // kind.size * kind.bytes
+        path = self._folder / tensor.file
+        try:
+            data = np.fromfile(path, np.uint8, size, offset=tensor.offset + (row or 0) * size)
+        except OSError as error:
+            raise HetcompError(f"cannot read {path}: {error.strerror or error}") from error
+        if data.size != size:
+            raise HetcompError(f"{path} was truncated while it was read: tensor {tensor.name} is incomplete")
+        if tensor.quantised is not None:
+            return data.reshape(*shape[:-1], -1)
+        numbers = data.view(_FLOATS[tensor.dtype]).reshape(shape)
+        return numbers.astype(np.float32) if tensor.dtype == "F64" else numbers
+
+
+def _described(tensor: CheckpointTensor) -> CheckpointTensor:
+    """The tensor; of a block type, with what it is quantised as."""
+    kind = QUANTISED.get(tensor.dtype)
+    if kind is None:
+        return tensor
+    quantised = Quantised(
+        tensor.dtype,
+        f"GGUF {tensor.dtype}",
+        (1, kind.group),
+        (("codes", tensor),),
+        kind.format,
+        kind.inexact,
+        BY_NAME[tensor.dtype].bits,
+    )
+    return replace(tensor, quantised=quantised)
+
+
+def _with_unit_axes(tensor: CheckpointTensor, shape: tuple[int, ...]) -> CheckpointTensor:
+    """GGUF drops axes of length 1, as of the gate of Qwen's shared expert, [1, hidden]."""
+    same = [d for d in tensor.shape if d != 1] == [d for d in shape if d != 1]
+    return replace(tensor, shape=shape) if same else tensor
+
+
+def _pairs(tensors: dict[str, CheckpointTensor], names: tuple[str, ...], origin: str) -> Parts:
+    """Gate and up of all experts, which become tensors of their own in ``tensors``."""
+    pair = [tensors[name] for name in names]
+    experts = pair[0].shape[0]
+    if any(len(t.shape) < 2 or t.shape[0] != experts for t in pair):
+        raise HetcompError(
+            f"{origin}: tensor {names[0]} has shape {list(pair[0].shape)}, {names[1]} has {list(pair[1].shape)}; "
+            "expected those of as many experts"
+        )
+    for tensor in pair:
+        tensors.pop(tensor.name, None)
+        each = tensor.bytes // experts
+        for expert in range(experts):
+            name = f"{tensor.name}[{expert}]"
+            offset = tensor.offset + expert * each
+            tensors[name] = replace(tensor, name=name, shape=tensor.shape[1:], offset=offset, bytes=each)
+    return Parts("stack_pair", tuple(f"{name}[{expert}]" for expert in range(experts) for name in names))
+
+
+def _permuted_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    """Of the tensors whose rows llama.cpp has in the order of its rope, the number of heads."""
+    assert config["model_type"] in ARCHITECTURES
+    if config["model_type"] not in PERMUTED:
+        return {}
+    return {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+
+
+def _in_halves(numbers: Any, heads: int) -> Any:  # noqa: ANN401  (an array or QuantisedNumbers)
+    """Rows with the halves of each head one behind the other, out of llama.cpp's order: a row of each half in turn."""
+    rows = numbers.shape[0]
+    order = np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
+    return numbers.rows(order) if isinstance(numbers, QuantisedNumbers) else numbers[order]

@@ -1,0 +1,139 @@
+#include "adapter.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <span>
+
+#include "checked_json.h"
+#include "file.h"
+#include "status.h"
+
+namespace hetcomp {
+namespace {
+
+constexpr char kMagic[8] = {'H', 'E', 'T', 'L', 'O', 'R', 'A', 1};
+constexpr int kSchemaMajor = 1;
+// A weight takes some 150 bytes of it.
+constexpr std::uint64_t kLargestHeader = 64U << 20;
+constexpr std::uint64_t kLargestData = std::uint64_t{1} << 40;
+constexpr std::int64_t kPanelRows = 16;
+
+struct Preamble {
+  char magic[8];
+  std::uint64_t header_bytes;
+  std::uint64_t header_xxh3;
+};
+
+std::uint64_t padded(std::uint64_t bytes) {
+  return (bytes + Manifest::kAlignment - 1) / Manifest::kAlignment * Manifest::kAlignment;
+}
+
+[[noreturn]] void refuse(const File& file, const std::string& what) {
+  throw Error(HETCOMP_BAD_ARTIFACT, file.path().string() + " " + what);
+}
+
+std::string read_header(const File& file) {
+  Preamble preamble{};
+  if (file.size() < sizeof preamble) refuse(file, "is no adapter that hetcomp packed: it is too short.");
+  file.read(0, std::as_writable_bytes(std::span(&preamble, 1)));
+  if (std::memcmp(preamble.magic, kMagic, sizeof kMagic) != 0)
+    refuse(file, "is no adapter that hetcomp packed: make one with hetcomp adapter pack.");
+  if (preamble.header_bytes > std::min(kLargestHeader, file.size() - sizeof preamble))
+    refuse(file, "is truncated or damaged: its header does not fit; pack the adapter again.");
+  std::string header(preamble.header_bytes, '\0');
+  file.read(sizeof preamble, std::as_writable_bytes(std::span(header)));
+  if (XXH3_64bits(header.data(), header.size()) != preamble.header_xxh3)
+    refuse(file, "is damaged: its header does not have its hash; pack the adapter again.");
+  return header;
+}
+
+template <class Bits>
+bool finite(const std::uint8_t* numbers, std::uint64_t bytes, Bits exponent) {
+  bool all = true;
+  for (std::uint64_t i = 0; i < bytes; i += sizeof(Bits)) {
+    Bits bits;
+    std::memcpy(&bits, numbers + i, sizeof bits);
+    all &= (bits & exponent) != exponent;
+  }
+  return all;
+}
+
+// One part of a weight's pairs. The product of its sizes cannot overflow: the program's are those of a weight
+// in memory, the rank is bounded.
+const std::uint8_t* part(const CheckedJson& offset, const Memory& data, std::int64_t numbers,
+                         std::int32_t number_bytes) {
+  const std::uint64_t at = offset.number(0, data.size());
+  const auto bytes = static_cast<std::uint64_t>(numbers) * static_cast<std::uint64_t>(number_bytes);
+  if (at % Manifest::kAlignment != 0 || bytes > data.size() - at)
+    offset.refuse("a multiple of 64, with " + std::to_string(bytes) + " bytes of the data behind it");
+  const std::uint8_t* const found = data.data() + at;
+  const bool usable =
+      number_bytes == 4 ? finite(found, bytes, 0x7f800000U) : finite(found, bytes, std::uint16_t{0x7f80});
+  if (!usable) offset.refuse("where finite numbers are; there are NaN or infinite ones");
+  return found;
+}
+
+}  // namespace
+
+Adapter::Adapter(const std::filesystem::path& path, const Manifest& manifest,
+                 const hetcomp_program& program) {
+  const File file(path);
+  const std::string where = path.string();
+  const std::string text = read_header(file);
+  const nlohmann::json json = parse_json(text, where);
+  const CheckedJson header(json, "", where);
+  check_schema(header, kSchemaMajor, where);
+  name_ = header["name"].text();
+  sha256_ = header["sha256"].hex(64);
+  if (header["plan"].hex(64) != program.plan_hash)
+    refuse(file, "was packed for another compiled model than " + manifest.model.name +
+                     " as it is here: pack the adapter for this one (hetcomp adapter pack).");
+  const std::uint64_t begin = padded(sizeof(Preamble) + text.size());
+  const std::uint64_t bytes = header["bytes"].number(1, kLargestData);
+  if (begin > file.size() || bytes != file.size() - begin)
+    refuse(file, "has " + std::to_string(file.size()) + " bytes, its header says " +
+                     std::to_string(begin + bytes) + ": truncated or damaged; pack the adapter again.");
+  if (bytes > available_memory())
+    throw Error(HETCOMP_OUT_OF_MEMORY, "The adapter " + where + " takes " + in_words(bytes) + ", but " +
+                                           in_words(available_memory()) + " of memory are available.");
+  data_ = Memory(bytes, "the adapter " + where);
+  file.read(begin, std::as_writable_bytes(std::span(data_.data(), bytes)));
+  if (XXH3_64bits(data_.data(), bytes) != header["xxh3_64"].hash_value())
+    refuse(file, "is damaged: its data do not have their hash; pack the adapter again.");
+  read_pairs(header, manifest, program);
+}
+
+void Adapter::read_pairs(const CheckedJson& header, const Manifest& manifest,
+                         const hetcomp_program& program) {
+  const std::vector<CheckedJson> weights = header["weights"].elements();
+  if (weights.empty()) header["weights"].refuse("a list of at least one weight");
+  table_.assign(static_cast<std::size_t>(program.n_weights), nullptr);
+  pairs_.reserve(weights.size());  // the table points into it
+  for (const CheckedJson& entry : weights) {
+    const auto index = entry["weight"].number(0, static_cast<std::uint64_t>(program.n_weights) - 1);
+    const hetcomp_adaptable& shape = program.adaptable[index];
+    if (shape.matrices == 0) entry["weight"].refuse("a weight that adapters can change");
+    if (table_[index] != nullptr) entry["weight"].refuse("named once");
+    if (entry["name"].text() != manifest.weights[index].name)
+      entry["name"].refuse(manifest.weights[index].name + ", which is weight " + std::to_string(index));
+    hetcomp_pair pair{};
+    pair.rank = entry["rank"].integer(HETCOMP_RANK_STEP, kLargestRank);
+    if (pair.rank % HETCOMP_RANK_STEP != 0) entry["rank"].refuse("a multiple of 4");
+    pair.scale = static_cast<float>(entry["scale"].real());
+    if (!std::isfinite(pair.scale)) entry["scale"].refuse("a finite number");
+    const auto up = [](std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; };
+    const std::int64_t a = shape.matrices * pair.rank * up(shape.in, HETCOMP_PAIR_COLUMNS);
+    const std::int64_t b =
+        shape.matrices * pair.rank * shape.halves * up(shape.out / shape.halves, kPanelRows);
+    pair.a = part(entry["a"], data_, a, shape.number_bytes);
+    pair.b = part(entry["b"], data_, b, shape.number_bytes);
+    rank_ = std::max(rank_, pair.rank);
+    table_[index] = &pairs_.emplace_back(pair);
+  }
+}
+
+}  // namespace hetcomp
