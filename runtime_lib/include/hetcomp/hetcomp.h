@@ -6,9 +6,9 @@
  * Threads: a model may be used from several threads; its steps run one after another, each on all lanes.
  * A session or a generation may be used from one thread at a time. A process that forked must load again.
  *
- * Signals: while a model is open whose weights are mapped from files, the process has a handler for SIGBUS, by
- * which a page that cannot be read fails the request (HETCOMP_IO). What is not of those files is passed on to
- * the handler that was there before; one that is installed later must pass on likewise.
+ * Signals: while a model is open whose weights are mapped from files, the process has a handler for SIGBUS,
+ * by which a page that cannot be read fails the request (HETCOMP_IO). What is not of those files is passed on
+ * to the handler that was there before; one that is installed later must pass on likewise.
  *
  * Strings are UTF-8. Memory that a function hands out is freed with hetcomp_free(), unless it says otherwise.
  */
