@@ -1,7 +1,6 @@
-"""What the CPU's lanes did when, in steps of a real run; as a file that Perfetto and chrome://tracing show.
+"""What lanes of the CPU and GPUs did when, in steps of a real run; as a file that Perfetto and chrome://tracing show.
 
-Beside a GPU its line has the times in which lanes waited for it, at hand-overs and at the end of the step: what its
-kernels do within a graph has no clock on the host.
+A GPU has two lines: its kernels and hand-overs, and the experts that are copied to it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetcomp.artifact.staged_file import write_whole
-from hetcomp.backends.program import WAITING
 from hetcomp.errors import HetcompError
 from hetcomp.ir.events import Event
 from hetcomp.ir.homes import on_gpu
@@ -30,15 +28,39 @@ from hetcomp.step_callbacks import collected
 
 FORMAT = "hetcomp lane trace 1"
 BARRIER = "barrier"  # what a thread does that waits for the others
+HAND_OVER = "hand-over"  # what a GPU does that tells the CPU or another one something, or waits for it
+COPY = "transfer"
 _AT_BARRIER, _AT_END = -1, -2
 _LANES, _STEPS = 1, 2  # processes of the file
+
+
+@dataclass(frozen=True)
+class GpuEvent:
+    """What GPU number ``gpu`` of the plan's did from ``begin_ns`` to ``end_ns``: ``launches`` (nodes of its graph) one
+    behind the other, of which the first is ``kernel`` for an op of ``role`` in ``layer`` (-1: none); or without a
+    kernel a copy of ``bytes``, or a hand-over."""
+
+    begin_ns: int
+    end_ns: int
+    gpu: int
+    kernel: str
+    role: str
+    layer: int
+    launches: int
+    bytes: int
+
+    def facts(self) -> dict[str, Any]:
+        """What a file tells of it beside the op."""
+        if self.kernel:
+            return {"kernel": self.kernel, "launches": self.launches}
+        return {"bytes": self.bytes} if self.bytes else {}
 
 
 @dataclass(frozen=True)
 class TracedStep:
     """``begin_ns`` and ``end_ns`` by the machine's clock; ``position``: behind the step's last token. ``events``:
     ``ns`` i64, ``thread``, ``call`` (of the plan) and ``timer`` i32, by thread and then by time: from ``ns`` on the
-    thread worked for that timer (-1: waited at a barrier, -2: was done)."""
+    thread worked for that timer (-1: waited at a barrier, -2: was done). ``gpu_events`` by the same clock."""
 
     decode: bool
     tokens: int
@@ -46,6 +68,7 @@ class TracedStep:
     begin_ns: int
     end_ns: int
     events: NDArray[np.void]
+    gpu_events: tuple[GpuEvent, ...] = ()
 
 
 @contextmanager
@@ -63,13 +86,27 @@ def _step(told: Any) -> TracedStep:  # noqa: ANN401 - a structure of ctypes
         )
     events = np.ctypeslib.as_array(told.events, (told.n_events,)) if told.n_events else np.zeros(0, LaneEventStruct)
     return TracedStep(
-        bool(told.decode), told.n_tokens, told.position, told.begin_ns, told.end_ns, np.array(events, copy=True)
+        bool(told.decode),
+        told.n_tokens,
+        told.position,
+        told.begin_ns,
+        told.end_ns,
+        np.array(events, copy=True),
+        tuple(_gpu_event(told.gpu_events[i]) for i in range(told.n_gpu_events)),
     )
+
+
+def _gpu_event(told: Any) -> GpuEvent:  # noqa: ANN401 - a structure of ctypes
+    kernel, role = told.kernel.decode(), told.role.decode()
+    return GpuEvent(told.begin_ns, told.end_ns, told.gpu, kernel, role, told.layer, told.launches, told.bytes)
 
 
 def step_events(step: TracedStep, plan: Plan, timers: Sequence[str]) -> list[Event]:
     """The step's events, times from its begin; ``timers``: the names of the plan's timers."""
-    gpus = on_gpu(plan)
+    return _lane_events(step, plan, timers) + _gpu_events(step, plan)
+
+
+def _lane_events(step: TracedStep, plan: Plan, timers: Sequence[str]) -> list[Event]:
     found: list[Event] = []
     for thread in np.unique(step.events["thread"]).tolist():
         mine = step.events[step.events["thread"] == thread].tolist()
@@ -79,12 +116,21 @@ def step_events(step: TracedStep, plan: Plan, timers: Sequence[str]) -> list[Eve
                 continue
             role = BARRIER if timer == _AT_BARRIER else timers[timer]
             found.append(_event(role, plan.calls[call].layer, lane, ns - step.begin_ns, until - ns))
-            if thread == 0 and role == WAITING and gpus:
-                found.append(_event("waited for", plan.calls[call].layer, gpus[0], ns - step.begin_ns, until - ns))
-        if thread == 0 and gpus:
-            done = mine[-1][0]
-            found.append(_event("end of the step", None, gpus[0], done - step.begin_ns, step.end_ns - done))
     return found
+
+
+def _gpu_events(step: TracedStep, plan: Plan) -> list[Event]:
+    gpus = on_gpu(plan)
+    return [_on_gpu(event, step, gpus[event.gpu]) for event in step.gpu_events]
+
+
+def _on_gpu(event: GpuEvent, step: TracedStep, gpu: str) -> Event:
+    begin, took = event.begin_ns - step.begin_ns, event.end_ns - event.begin_ns
+    if event.bytes:
+        return _event(COPY, None, f"{gpu} copy weights", begin, took)
+    if not event.kernel:
+        return _event(HAND_OVER, None, gpu, begin, took)
+    return _event(event.role or event.kernel, event.layer if event.layer >= 0 else None, gpu, begin, took)
 
 
 def _event(role: str, layer: int | None, lane: str, ns: int, took: int) -> Event:
@@ -107,9 +153,12 @@ def write_trace(path: Path, steps: Sequence[TracedStep], plan: Plan, timers: Seq
         arguments = {"tokens": step.tokens, "position": step.position}
         took = (step.end_ns - step.begin_ns) / 1e3
         events.append(_complete(_STEPS, 0, "decode" if step.decode else "prefill", "step", start, took, arguments))
-        for event in step_events(step, plan, timers):
+        timed = [(event, dict[str, Any]()) for event in _lane_events(step, plan, timers)]
+        timed += zip(_gpu_events(step, plan), (event.facts() for event in step.gpu_events), strict=True)
+        for event, told in timed:
             lane = lanes.setdefault(event.lane, len(lanes))
-            told = {"layer": event.layer} if event.layer is not None else {}
+            if event.layer is not None:
+                told["layer"] = event.layer
             events.append(_complete(_LANES, lane, event.name, event.role, start + event.start_us, event.us, told))
     names = [_name("process_name", _LANES, 0, "lanes"), _name("process_name", _STEPS, 0, "steps")]
     names += [_name("thread_name", _LANES, number, lane) for lane, number in lanes.items()]

@@ -149,6 +149,22 @@ class LaneEventStruct(ctypes.Structure):
     )
 
 
+class GpuEventStruct(ctypes.Structure):
+    """hetcomp_gpu_event."""
+
+    _fields_ = (
+        ("begin_ns", ctypes.c_int64),
+        ("end_ns", ctypes.c_int64),
+        ("gpu", ctypes.c_int32),
+        ("work", ctypes.c_int32),
+        ("layer", ctypes.c_int32),
+        ("launches", ctypes.c_int32),
+        ("bytes", ctypes.c_int64),
+        ("kernel", ctypes.c_char_p),
+        ("role", ctypes.c_char_p),
+    )
+
+
 class StepTraceStruct(ctypes.Structure):
     """hetcomp_step_trace."""
 
@@ -162,6 +178,8 @@ class StepTraceStruct(ctypes.Structure):
         ("n_events", ctypes.c_int64),
         ("dropped", ctypes.c_int64),
         ("events", ctypes.POINTER(LaneEventStruct)),
+        ("n_gpu_events", ctypes.c_int64),
+        ("gpu_events", ctypes.POINTER(GpuEventStruct)),
     )
 
 

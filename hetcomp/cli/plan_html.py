@@ -16,13 +16,13 @@ from hetcomp.cli.plan_placement import layer_runs, solution_line
 from hetcomp.ir.deferral import whole_role
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
-from hetcomp.lane_trace import BARRIER
+from hetcomp.lane_trace import BARRIER, HAND_OVER
 
 # What colours stand for, in memory bars and timelines alike; the template has a colour for each.
 FAMILIES = ("experts", "attention", "dense", "router", "embedding", "KV cache", "transfer", "waiting", "other")
 
 # Roles of measured steps in which nothing is computed (hetcomp/lane_trace.py).
-_WAITING = (BARRIER, WAITING)
+_WAITING = (BARRIER, HAND_OVER, WAITING)
 
 
 def plan_html(plan: Plan, figures: Figures, measured: Sequence[Step] = ()) -> str:

@@ -38,6 +38,7 @@ std::unique_ptr<Text> load_text(const std::filesystem::path& artifact, const Man
 
 Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
     : manifest_(Manifest::read(artifact)), artifact_(artifact), process_(getpid()) {
+  const BusErrorsUnblocked unblocked;
   const auto start = std::chrono::steady_clock::now();
   const ProgramRecord& program = choose_program(manifest_, available_isas(), options.isa);
   isa_ = program.isa;
@@ -73,16 +74,19 @@ void Model::stream_from_weights() {
   for (std::size_t i = 0; i < manifest_.weights.size(); ++i)
     weights.weights.emplace_back(weights_->addresses()[i], manifest_.weights[i].bytes);
   weights.regions = weights_->regions();
-  std::string refused;
+  weights.good = [this] { return weights_->good(); };
   if (residency() == Residency::kMapped && weights_->bytes() > available_memory() / 5 * 4)
-    refused = "they are mapped from files that are larger than the memory";
-  else
-    refused = gpu_->attach(weights);
-  gpu_->fill_caches(weights);
-  if (refused.empty()) return;
-  const std::string and_cache = gpu_->caches() ? ", nor those in its slots exchanged" : "";
-  statistics_.notes.push_back("Experts are not streamed to the GPU in prompts" + and_cache +
-                              ", because the CPU's weights cannot be pinned (" + refused + ").");
+    weights.pageable = "they are mapped from files that are larger than the memory";
+  gpu::Attachment attachment;
+  try {
+    attachment = gpu_->attach(weights);
+    gpu_->fill_caches(weights);
+  } catch (const Error&) {
+    weights_->require_good(manifest_);
+    throw;
+  }
+  weights_->require_good(manifest_);
+  if (!attachment.not_pinned.empty()) statistics_.notes.push_back(attachment.note(gpu_->caches()));
 }
 
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
@@ -338,6 +342,7 @@ void Model::tell_lane_trace(const StepRequest& request, std::chrono::steady_cloc
   };
   const std::int64_t end = ns(std::chrono::steady_clock::now());
   const std::vector<hetcomp_lane_event>& events = lane_trace_.collect();
+  const std::vector<hetcomp_gpu_event> of_gpus = gpu_ ? gpu_->events() : std::vector<hetcomp_gpu_event>();
   const hetcomp_step_trace told{
       .struct_size = sizeof(hetcomp_step_trace),
       .decode = request.phase == Phase::kDecode,
@@ -348,6 +353,8 @@ void Model::tell_lane_trace(const StepRequest& request, std::chrono::steady_cloc
       .n_events = static_cast<std::int64_t>(events.size()),
       .dropped = lane_trace_.dropped(),
       .events = events.data(),
+      .n_gpu_events = static_cast<std::int64_t>(of_gpus.size()),
+      .gpu_events = of_gpus.data(),
   };
   lane_trace_callback_(&told, lane_trace_user_);
 }
@@ -355,6 +362,7 @@ void Model::tell_lane_trace(const StepRequest& request, std::chrono::steady_cloc
 void Model::set_lane_trace_callback(hetcomp_lane_trace_callback callback, void* user) {
   const std::lock_guard lock(step_mutex_);
   lane_trace_.resize(callback ? threads() : 0);
+  if (gpu_) gpu_->set_timed(callback != nullptr);
   lane_trace_callback_ = callback;
   lane_trace_user_ = user;
 }

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -15,6 +17,7 @@
 #include <mutex>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda_api.h"
@@ -54,8 +57,21 @@ struct CUfunc_st {
 struct CUmod_st {
   std::map<std::string, CUfunc_st> functions;
 };
+struct CUevent_st {
+  std::atomic<std::int64_t> ns{0};  // 0: never recorded
+  std::atomic<int> coming{0};       // records that streams have not come to
+  void record() {
+    ns = std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+             .count();
+  }
+};
+// A device hangs that is given more, beside hand-overs.
+constexpr int kMostGraphEvents = 110;
+
 struct CUgraph_st {
   Nodes nodes;
+  int events = 0;
 };
 struct CUgraphExec_st {
   Nodes nodes;
@@ -228,6 +244,7 @@ ENTRY cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, std::size_t bytes, CUstre
 ENTRY cuMemHostAlloc(void** at, std::size_t bytes, unsigned flags) {
   COUNTED;
   if (current_contexts.empty()) return kInvalidContext;
+  if (bytes > fake.most_pinned) return CUDA_ERROR_OUT_OF_MEMORY;
   ++fake.host_memories;
   const bool portable = (flags & CU_MEMHOSTALLOC_PORTABLE) != 0;
   return *at = allocated(4096, bytes, portable ? kEveryDevice : current_device()), CUDA_SUCCESS;
@@ -302,6 +319,37 @@ ENTRY cuStreamWriteValue32_v2(CUstream stream, CUdeviceptr at, std::uint32_t val
     return CUDA_SUCCESS;
   });
   return CUDA_SUCCESS;
+}
+ENTRY cuEventCreate(CUevent* event, unsigned) {
+  COUNTED;
+  return ++fake.events, *event = new CUevent_st, CUDA_SUCCESS;
+}
+ENTRY cuEventDestroy_v2(CUevent event) {
+  return synchronize_all(), --fake.events, delete event, CUDA_SUCCESS;
+}
+ENTRY cuEventRecord(CUevent event, CUstream stream) {
+  COUNTED;
+  ++event->coming;
+  stream->enqueue([event] { return event->record(), --event->coming, CUDA_SUCCESS; });
+  return CUDA_SUCCESS;
+}
+ENTRY cuEventSynchronize(CUevent event) {
+  COUNTED;
+  while (event->coming > 0) std::this_thread::yield();
+  return CUDA_SUCCESS;
+}
+ENTRY cuEventElapsedTime(float* milliseconds, CUevent begin, CUevent end) {
+  if (begin->ns == 0 || end->ns == 0) return static_cast<CUresult>(400);  // CUDA_ERROR_INVALID_HANDLE
+  *milliseconds = static_cast<float>(static_cast<double>(end->ns - begin->ns) / 1e6);
+  return CUDA_SUCCESS;
+}
+ENTRY cuGraphAddEventRecordNode(CUgraphNode* result, CUgraph graph, const CUgraphNode* after,
+                                std::size_t count, CUevent event) {
+  COUNTED;
+  if (++graph->events > kMostGraphEvents) return CUDA_ERROR_NOT_SUPPORTED;
+  Node node;
+  node.kernel = [event] { return event->record(), CUDA_SUCCESS; };
+  return add_node(result, graph, after, count, std::move(node));
 }
 ENTRY cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr at, std::uint32_t value, unsigned) {
   COUNTED;

@@ -21,6 +21,7 @@ struct FakeCuda {
   std::atomic<bool> memory_operations{true};
   std::atomic<bool> refuse_pinning{false};  // of memory that others have allocated
   std::atomic<bool> memory_mapping{true};
+  std::atomic<std::size_t> most_pinned{SIZE_MAX};  // bytes of one allocation of pinned memory
 
   // The call with this number, counted from 1, returns fail_result instead of doing anything; calls that only
   // ask or destroy are not counted. 0: none.
@@ -34,10 +35,11 @@ struct FakeCuda {
 
   // Objects that live.
   std::atomic<int> contexts{0}, streams{0}, modules{0}, memories{0}, host_memories{0}, graphs{0}, execs{0};
-  std::atomic<int> granules{0}, reservations{0};
+  std::atomic<int> granules{0}, reservations{0}, events{0};
   std::atomic<std::size_t> device_bytes{0};
   int live() const {
-    return contexts + streams + modules + memories + host_memories + graphs + execs + granules + reservations;
+    return contexts + streams + modules + memories + host_memories + graphs + execs + granules +
+           reservations + events;
   }
   // Granules that are mapped, and calls that mapped or unmapped.
   std::atomic<int> mapped{0}, mappings{0};

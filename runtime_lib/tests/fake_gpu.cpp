@@ -106,6 +106,7 @@ FakeCuda& healthy_fake_cuda() {
   fake.taken_of_others = 0;
   fake.out_of_memory = false;
   fake.memory_operations = fake.memory_mapping = true;
+  fake.most_pinned = SIZE_MAX;
   fake.fail_call = 0;
   fake.fail_result = 999;
   fake.calls = 0;

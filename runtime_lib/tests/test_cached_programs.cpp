@@ -65,17 +65,18 @@ class CachedPrograms : public testing::Test {
   }
   ~CachedPrograms() override {
     fake_.refuse_pinning = false;
+    fake_.most_pinned = SIZE_MAX;
     EXPECT_EQ(fake_.live(), 0);
   }
 
   HostWeights host_weights() const {
     const std::span all(weights_.data(), weights_.size());
-    return {{all, all, all}, {all}};
+    return {.weights = {all, all, all}, .regions = {all}};
   }
   std::unique_ptr<ProgramSet> load() const {
     auto programs =
         std::make_unique<ProgramSet>(driver_, artifact_.path(), FakeGpuArtifact::programs(), GpuOptions{});
-    EXPECT_EQ(programs->attach(host_weights()).empty(), !fake_.refuse_pinning);
+    EXPECT_EQ(programs->attach(host_weights()).not_pinned.empty(), !fake_.refuse_pinning);
     programs->fill_caches(host_weights());
     return programs;
   }
@@ -147,8 +148,36 @@ TEST_F(CachedPrograms, AStepThatIsGivenUpLeavesNoLayerSkipped) {
   }
 }
 
-TEST_F(CachedPrograms, WhereMemoryCannotBePinnedTheSlotsKeepWhatTheyHave) {
+TEST_F(CachedPrograms, WhereMemoryCannotBePinnedExpertsComeThroughARing) {
   fake_.refuse_pinning = true;
+  const auto programs = load();
+  for (std::int64_t n = 0; n <= CachePolicy::kLruMargin; ++n) step(*programs, 3);
+  EXPECT_EQ(step(*programs, 3), 0);
+  EXPECT_EQ(programs->cache_statistics().swaps, kLayers);
+}
+
+// A copy of a mapped file that could not be read is no expert.
+TEST_F(CachedPrograms, ExpertsThatWereNotReadDoNotComeIntoSlots) {
+  ProgramSet programs(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});
+  HostWeights weights = host_weights();
+  bool good = true;
+  weights.good = [&] { return good; };
+  programs.attach(weights);
+  programs.fill_caches(weights);
+  for (std::int64_t n = 0; n < CachePolicy::kLruMargin; ++n) step(programs, 3);
+  good = false;
+  step(programs, 3);  // under which they are copied
+  good = true;
+  EXPECT_EQ(programs.cache_statistics().swaps, 0);
+  EXPECT_EQ(step(programs, 3), kLayers);
+  EXPECT_EQ(step(programs, 3), 0);
+  good = false;
+  EXPECT_THROW(programs.fill_caches(weights), Error);
+}
+
+TEST_F(CachedPrograms, WithoutMemoryForTheRingTheSlotsKeepWhatTheyHave) {
+  fake_.refuse_pinning = true;
+  fake_.most_pinned = 1 << 20;
   const auto programs = load();
   for (int n = 0; n < 40; ++n) EXPECT_EQ(step(*programs, 3), kLayers);
   EXPECT_EQ(step(*programs, 0), 0);

@@ -115,7 +115,8 @@ class ExpertCaches : public testing::Test {
                        std::chrono::milliseconds(1000), [] { return std::string(); }};
   ProgramBuffers buffers_{driver_, device_, ".", program_, shared_, budget_, stream_.get(), false};
   std::array<std::array<std::uint8_t, kExperts * kBytes>, kLayers> host_{};
-  ExpertCache cache_{driver_, program_, buffers_, shared_, stream_.get()};
+  ExpertCopies copies_{driver_, context_};
+  ExpertCache cache_{driver_, program_, buffers_, shared_, stream_.get(), copies_};
 };
 
 TEST_F(ExpertCaches, BeginsWithTheFirstExpertsAndSkipsWhatTheyServe) {
@@ -179,8 +180,9 @@ class ExpertsThatPass : public ExpertCaches {
   void take(const CacheArrival& arrival) {
     const CUdeviceptr from = buffers_.address({kSlotBuffer, kLayers * kSlots * kBytes});
     const auto expert = static_cast<std::size_t>(arrival.expert);
-    driver_.copy_to_device(from, host_[arrival.layer].data() + expert * kBytes, kBytes, stream_.get());
-    cache_.take(arrival, std::array{from}, stream_.get());
+    copies_.copy(from, host_[arrival.layer].data() + expert * kBytes, kBytes);
+    cache_.take(arrival, std::array{from});
+    EXPECT_TRUE(copies_.finish());
   }
 };
 
@@ -211,7 +213,6 @@ TEST_F(ExpertsThatPass, DoNotStayWhereTheStepIsGivenUpBeforeTheyAreThere) {
 
 TEST_F(ExpertsThatPass, DoNotStayWhereACopyFailed) {
   take(prompt({3})[0]);
-  driver_.stream_synchronize(stream_.get());
   cache_.end(false);
   EXPECT_FALSE(cache_.holds(0, 3) || cache_.holds(0, 1));
   step(0, 0);

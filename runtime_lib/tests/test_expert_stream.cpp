@@ -2,11 +2,14 @@
 // are told, faults, and files that are refused. Meant to be run under ThreadSanitizer too.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <random>
 #include <stdexcept>
 
+#include "gpu/event_places.h"
 #include "gpu/stream_split.h"
 #include "status.h"
 #include "streaming_artifact.h"
@@ -54,6 +57,7 @@ class ExpertStreams : public testing::Test {
 
   ~ExpertStreams() override {
     fake_.refuse_pinning = false;
+    fake_.most_pinned = SIZE_MAX;
     EXPECT_EQ(fake_.live(), 0);
   }
 
@@ -97,7 +101,15 @@ class ExpertStreams : public testing::Test {
   StreamingArtifact artifact_{{}};
 };
 
-TEST_F(ExpertStreams, WhatTheCpuIsTooSlowForIsCopied) {
+// With weights that are pinned, and with those that come through the ring.
+class PinnedOrNot : public ExpertStreams, public testing::WithParamInterface<bool> {
+ protected:
+  PinnedOrNot() { fake_.refuse_pinning = !GetParam(); }
+};
+INSTANTIATE_TEST_SUITE_P(Both, PinnedOrNot, testing::Bool(),
+                         [](const auto& info) { return info.param ? "pinned" : "ring"; });
+
+TEST_P(PinnedOrNot, WhatTheCpuIsTooSlowForIsCopied) {
   const auto programs = artifact_.load(driver_);
   for (int n = 0; n < 20; ++n) {
     for (const Ids& left : prompt(*programs, always({3, 1, 2, 0}))) EXPECT_TRUE(left.empty());
@@ -109,7 +121,7 @@ TEST_F(ExpertStreams, WhatTheCpuIsTooSlowForIsCopied) {
   EXPECT_EQ(found.bytes, 20 * kLayers * 4 * 64);
 }
 
-TEST_F(ExpertStreams, ASlotIsUsedAgainWithinALayer) {
+TEST_P(PinnedOrNot, ASlotIsUsedAgainWithinALayer) {
   for (const auto& [slots, wave] : {std::pair{4, 2}, {1, 1}, {5, 2}, {3, 3}, {24, 12}}) {
     artifact_.write({.experts = 13, .slots = slots, .wave = wave, .waves = (13 + wave - 1) / wave});
     const auto programs = artifact_.load(driver_);
@@ -141,18 +153,21 @@ TEST_F(ExpertStreams, AFastCpuGetsNothingCopied) {
   EXPECT_EQ(programs->stream_statistics().experts_copied, 0);
 }
 
-TEST_F(ExpertStreams, WhereMemoryCannotBePinnedTheCpuComputesAll) {
+TEST_F(ExpertStreams, WithoutMemoryForTheRingTheCpuComputesAll) {
   fake_.refuse_pinning = true;
+  fake_.most_pinned = 1 << 20;
   artifact_.write({.slots = 2, .wave = 1, .waves = 4});
   const auto programs = artifact_.load(driver_, false);
-  EXPECT_NE(programs->attach(artifact_.host_weights()), "");
+  const Attachment attachment = programs->attach(artifact_.host_weights());
+  EXPECT_NE(attachment.not_pinned, "");
+  EXPECT_NE(attachment.not_staged.find("refuses 16"), std::string::npos) << attachment.not_staged;
   for (const Ids& left : prompt(*programs, always({3, 1, 2, 0}))) EXPECT_EQ(left.at(0), 3);
   EXPECT_EQ(programs->stream_statistics().experts_copied, 0);
 }
 
 // Random routings, sizes and speeds, with a cache and without: what a token chose is computed exactly once,
 // by the GPU from the cache or a wave, or by the CPU.
-TEST_F(ExpertStreams, EveryChoiceIsComputedOnceWhateverTheRouting) {
+TEST_P(PinnedOrNot, EveryChoiceIsComputedOnceWhateverTheRouting) {
   std::mt19937 random(7);
   const auto draw = [&](int low, int high) { return std::uniform_int_distribution(low, high)(random); };
   std::int64_t kept = 0, copied = 0;
@@ -199,7 +214,7 @@ TEST_F(ExpertStreams, EveryChoiceIsComputedOnceWhateverTheRouting) {
   EXPECT_GT(copied, 500);
 }
 
-TEST_F(ExpertStreams, WhatPassesThroughStaysInTheCacheForDecoding) {
+TEST_P(PinnedOrNot, WhatPassesThroughStaysInTheCacheForDecoding) {
   artifact_.write({.experts = 12, .slots = 4, .wave = 2, .waves = 6, .cached = 3});
   const auto programs = artifact_.load(driver_);
   // At load the slots have experts 0 to 2. The prompt's last tokens choose others: those of layer n stay.
@@ -222,7 +237,80 @@ TEST_F(ExpertStreams, WhatPassesThroughStaysInTheCacheForDecoding) {
   EXPECT_EQ(programs->cache_statistics().misses, 0);
 }
 
-TEST_F(ExpertStreams, AStepThatIsGivenUpLeavesTheNextOneRight) {
+// Whatever the driver refuses the thread that fills the ring: the step is given up and the next one is right.
+TEST_F(ExpertStreams, ARingThatTheDriverRefusesSomethingGivesTheStepUp) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "a graph that is given up reads slots while copies to them run; nobody reads its results";
+#endif
+  fake_.refuse_pinning = true;
+  artifact_.write({.experts = 7, .slots = 2, .wave = 1, .waves = 7, .cached = 2});
+  const auto programs = artifact_.load(driver_);
+  const auto step = [&] { prompt(*programs, always({0, 1, 2, 3, 4, 5, 6})); };
+  const int before = fake_.calls;
+  step();
+  const int calls = fake_.calls - before;
+  int refused = 0;
+  for (int call = 1; call <= calls; ++call) {
+    fake_.fail_call = fake_.calls + call;
+    try {
+      step();
+    } catch (const Error& error) {
+      ++refused;
+      EXPECT_NE(std::string(error.what()).find("failed"), std::string::npos) << error.what();
+    }
+    fake_.fail_call = 0;
+    step();
+    for (int layer = 0; layer < kLayers; ++layer) expect_sums(*programs, layer, [](int) { return 1; });
+  }
+  EXPECT_GT(refused, calls / 2);
+}
+
+// With times and without: the same step. The second graph has more nodes than a graph may have events.
+TEST_P(PinnedOrNot, TimesAreTakenOfKernelsHandOversAndCopies) {
+  for (const int waves : {1, 40}) {
+    const int experts = 4 * waves;
+    artifact_.write({.experts = experts, .waves = waves});
+    const auto programs = artifact_.load(driver_);
+    Ids all(static_cast<std::size_t>(StreamingArtifact::kTokens * StreamingArtifact::kTopK));
+    for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int>(i) % experts;
+    for (const bool timed : {true, false, true}) {
+      programs->set_timed(timed);
+      const std::int64_t before = std::chrono::steady_clock::now().time_since_epoch().count();
+      const std::int64_t bytes_before = programs->stream_statistics().bytes;
+      prompt(*programs, always(all));
+      const std::int64_t after = std::chrono::steady_clock::now().time_since_epoch().count();
+      for (int layer = 0; layer < kLayers; ++layer)
+        expect_sums(*programs, layer,
+                    [&](int expert) { return expert < std::min<int>(experts, 40) ? 1 : 0; });
+      const std::vector<GpuEvent> events = (*programs)[0].read_times();
+      if (!timed) {
+        EXPECT_TRUE(events.empty());
+        continue;
+      }
+      std::map<GpuEvent::Kind, std::size_t> found;
+      std::int64_t bytes = 0, launches = 0;
+      for (const GpuEvent& event : events) {
+        ++found[event.kind];
+        bytes += static_cast<std::int64_t>(event.bytes);
+        launches += event.launches;
+        EXPECT_EQ(event.launches > 0, event.kind != GpuEvent::Kind::kCopy);
+        EXPECT_EQ(event.kernel != nullptr, event.kind == GpuEvent::Kind::kKernel);
+        EXPECT_LE(event.begin_ns, event.end_ns);
+        // The clocks are put beside each other to some microseconds, on a machine that does other work too.
+        EXPECT_GT(event.begin_ns, before - 1'000'000);
+        EXPECT_LT(event.end_ns, after + 1'000'000);
+      }
+      EXPECT_EQ(bytes, programs->stream_statistics().bytes - bytes_before);
+      // A layer raises a flag and awaits wave 0 at once, and so at the end of each wave.
+      const int nodes = kLayers * (2 * waves + 1);
+      EXPECT_EQ(launches, nodes) << waves;
+      const std::size_t of_graph = found[GpuEvent::Kind::kKernel] + found[GpuEvent::Kind::kHandOver];
+      EXPECT_EQ(of_graph, std::min<std::size_t>(nodes, kMostEvents - 1));
+    }
+  }
+}
+
+TEST_P(PinnedOrNot, AStepThatIsGivenUpLeavesTheNextOneRight) {
 #ifdef __SANITIZE_THREAD__
   GTEST_SKIP() << "a graph that is given up reads slots while copies to them run; nobody reads its results";
 #endif

@@ -229,11 +229,24 @@ def test_experts_that_a_prompt_streams_stay_for_the_tokens_behind_it(policy: str
     assert stats["kept"] == after["kept"] and stats["hits"] > stats["misses"]
 
 
-def test_where_pinning_is_refused_the_experts_in_slots_stay(tmp_path: Path, slots):
+def test_where_pinning_is_refused_experts_come_through_a_ring(tmp_path: Path, slots):
+    slots(3)
+    model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
+    ids = token_ids(model, PROMPT + DECODED)[0].numpy()
+    found = []
+    for refuse in (False, True):
+        with emulated_gpu(compute_capability=89, refuse_pinning=refuse):
+            exe = hetcomp.load(tmp_path / "lru.hetc") if found else build(tmp_path, "lru")
+            found.append((decoded(exe, ids).tobytes(), exe.stats["gpu"]["cache"]))
+            exe.runtime.close()
+    assert found[0] == found[1] and found[0][1]["swaps"] > 0
+
+
+def test_where_nothing_can_be_pinned_the_experts_in_slots_stay(tmp_path: Path, slots):
     slots(3)
     model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
     ids = token_ids(model, PROMPT + DECODED)
-    with emulated_gpu(compute_capability=89, refuse_pinning=True):
+    with emulated_gpu(compute_capability=89, refuse_pinning=True, most_pinned=1 << 20):
         exe = build(tmp_path, "lru")
         rows = decoded(exe, ids[0].numpy())
         stats = exe.stats

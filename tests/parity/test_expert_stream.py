@@ -15,6 +15,7 @@ from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
 from hetcomp.ir.annotations import ExpertStream, StreamRates
 from hetcomp.ir.plan import Plan
+from hetcomp.lane_trace import traced_steps
 from hetcomp.passes import stream_experts
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
 from tests.reference.emulated_gpu import emulated_gpu
@@ -150,3 +151,36 @@ def test_the_same_prompt_gives_the_same_bytes_and_copies(tmp_path: Path, rates):
             found.append((exe(ids).tobytes(), exe.stats["gpu"]["streamed"]))
         exe.runtime.close()
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("rate", [ALL, SOME], ids=["all", "some"])
+def test_through_the_ring_come_the_bytes_of_pinned_memory(rate: StreamRates, tmp_path: Path, rates):
+    rates(rate, None)
+    found = []
+    with emulated_gpu(compute_capability=89):
+        model, exe = build(tmp_path, "qwen3_moe", ("moe.experts=cpu",))
+        path, ids = exe.path, token_ids(model, TOKENS)[0].tolist()
+        exe.runtime.close()
+    for refuse in (False, True):
+        with emulated_gpu(compute_capability=89, refuse_pinning=refuse):
+            exe = hetcomp.load(path)
+            with traced_steps(exe.runtime) as steps:
+                found.append((exe(ids).tobytes(), exe.stats["gpu"]["streamed"]))
+            copied = sum(e.bytes for e in steps[0].gpu_events)
+            notes = [note for note in exe.stats["notes"] if "cannot be pinned" in note]
+            exe.runtime.close()
+        assert copied == found[-1][1]["bytes"] > 0
+        assert len(notes) == refuse and all("A thread copies experts to the GPU through 16" in note for note in notes)
+    assert found[0] == found[1]
+
+
+def test_without_pinned_memory_for_the_ring_the_cpu_computes_all(tmp_path: Path, rates):
+    rates(ALL, None)
+    with emulated_gpu(compute_capability=89, refuse_pinning=True, most_pinned=1 << 20):
+        model, exe = build(tmp_path, "qwen3_moe", ("moe.experts=cpu",))
+        ids = token_ids(model, TOKENS)
+        assert relative_error(exe(ids[0]), reference_logits(model, ids)) < TOLERANCE
+        stats = exe.stats
+        exe.runtime.close()
+    assert stats["gpu"]["streamed"]["experts_copied"] == 0
+    assert any("not streamed" in note and "refuses 16" in note for note in stats["notes"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hetcomp.backends.program import WAITING
 from hetcomp.cli.measured_steps import measured_steps
 from hetcomp.cli.plan_html import family
 from hetcomp.ir.deferral import moe_layers
-from hetcomp.lane_trace import BARRIER, step_events, traced_steps
+from hetcomp.lane_trace import BARRIER, HAND_OVER, step_events, traced_steps, write_trace
 from tests.e2e.command_line import refusal, run
 from tests.parity.test_deferral import EXPERTS_ON_CPU
 from tests.parity.test_record_routing import build
@@ -23,6 +23,7 @@ from tests.reference.plan_builder import avx2_machine
 from tests.reference.tiny_models import save_tiny
 
 IDS = [5, 17, 99, 3, 42, 7]
+MOST_GPU_EVENTS = 109  # of a step: one moment less than its graph records
 
 
 @pytest.mark.slow
@@ -59,18 +60,40 @@ def test_every_thread_tells_what_it_does(tmp_path, threads):
 
 
 @pytest.mark.slow
-def test_beside_a_gpu_its_waits_have_a_line(tmp_path):
+def test_beside_a_gpu_its_kernels_and_hand_overs_have_a_line(tmp_path):
     save_tiny("qwen3_moe", tmp_path / "hf")
-    with emulated_gpu(compute_capability=89):
+    with emulated_gpu(compute_capability=89) as emulated:
         exe = build(tmp_path, on_gpu=True, pins=EXPERTS_ON_CPU)
+        plain = exe.runtime.forward(IDS)
+        emulated.launches.clear()
         with traced_steps(exe.runtime) as steps:
-            exe.runtime.forward(IDS)
-        events = step_events(steps[0], exe.plan, list(exe.stats["decode"]["timers_ms"]))
+            np.testing.assert_array_equal(exe.runtime.forward(IDS), plain)
+        launches = emulated.launches.total()
+        timers = list(exe.stats["decode"]["timers_ms"])
+        write_trace(tmp_path / "trace.json", steps, exe.plan, timers)
+        exe.runtime.forward(IDS)  # nobody asks any more
         exe.runtime.close()
+    (step,) = steps
     layers = len(moe_layers(exe.plan))
-    assert [e.role for e in events if e.lane == "gpu:0"] == ["waited for"] * layers + ["end of the step"]
-    waits = [e for e in events if e.lane == "cpu thread 0" and e.role == WAITING]
-    assert len(waits) == layers and family(WAITING) == family(BARRIER) == "waiting"
+    kernels = [e for e in step.gpu_events if e.kernel]
+    assert all(e.role and e.launches > 0 for e in kernels)
+    launched = [e for e in step.gpu_events if not e.bytes]
+    # A layer is asked for and waited for as far as it is streamed, then for the CPU's part of it.
+    hand_overs = 2 * layers
+    assert sum(e.launches for e in launched) == launches + hand_overs
+    assert len(launched) == min(launches + hand_overs, MOST_GPU_EVENTS)
+    # One line of launches: each begins when the one before it is over, within the step.
+    for before, event in pairwise(launched):
+        assert before.begin_ns <= before.end_ns == event.begin_ns <= event.end_ns
+    slack = 2e6  # ns between two clocks that are one here, read by threads that others may interrupt
+    assert step.begin_ns - slack < launched[0].begin_ns < launched[-1].end_ns < step.end_ns + slack
+    line = [e for e in step_events(step, exe.plan, timers) if e.lane == "gpu:0"]
+    assert {e.layer for e in line if e.role.startswith("attn.")} == set(range(exe.plan.model.layers))
+    waits = [e for e in step_events(step, exe.plan, timers) if e.lane == "cpu thread 0" and e.role == WAITING]
+    assert len(waits) == layers and family(WAITING) == family(BARRIER) == family(HAND_OVER) == "waiting"
+    document = json.loads((tmp_path / "trace.json").read_text())
+    drawn = {e["args"]["kernel"] for e in document["traceEvents"] if "kernel" in e["args"]}
+    assert drawn == {e.kernel for e in kernels}
 
 
 @pytest.mark.slow

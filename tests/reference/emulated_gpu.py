@@ -51,6 +51,8 @@ class _FakeCuda(ctypes.Structure):
         ("out_of_memory", ctypes.c_bool),
         ("memory_operations", ctypes.c_bool),
         ("refuse_pinning", ctypes.c_bool),
+        ("memory_mapping", ctypes.c_bool),
+        ("most_pinned", ctypes.c_size_t),
     )
 
 
@@ -172,12 +174,14 @@ def emulated_gpu(
     devices: int = 1,
     taken_of_others: int = 0,
     refuse_pinning: bool = False,
+    most_pinned: int = 1 << 62,
 ) -> Iterator[EmulatedGpu]:
     """This machine has ``devices`` GPUs meanwhile; of ``free_bytes``, other processes have ``taken_of_others`` on all
-    but the first. refuse_pinning: of memory that others have allocated. Raises what a kernel raised."""
+    but the first. refuse_pinning: of memory that others have allocated; most_pinned: bytes of one allocation of pinned
+    memory. Raises what a kernel raised."""
     fake: _FakeCuda = _library().fake_cuda().contents
     fake.devices, fake.compute_capability, fake.free_bytes = devices, compute_capability, free_bytes
-    fake.taken_of_others, fake.refuse_pinning = taken_of_others, refuse_pinning
+    fake.taken_of_others, fake.refuse_pinning, fake.most_pinned = taken_of_others, refuse_pinning, most_pinned
     _GPU.launches.clear()
     _GPU.failures.clear()
     importers = [m for m in list(sys.modules.values()) if getattr(m, "compile_kernels", None) is real.compile_kernels]
@@ -189,6 +193,6 @@ def emulated_gpu(
     finally:
         for patch in patches:
             patch.stop()
-        fake.devices, fake.taken_of_others, fake.refuse_pinning = 0, 0, False
+        fake.devices, fake.taken_of_others, fake.refuse_pinning, fake.most_pinned = 0, 0, False, 1 << 62
         if _GPU.failures:  # what the runtime reported has its reason here
             raise _GPU.failures[0]

@@ -32,7 +32,7 @@ from hetcomp.ir.hand_overs import HandOver
 from hetcomp.ir.homes import CPU
 from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
 from hetcomp.ir.node_parts import cut_value
-from hetcomp.ir.ops import MoeExperts
+from hetcomp.ir.ops import MoeExperts, RmsNorm
 from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
@@ -89,6 +89,11 @@ class StepGraph:
     arena_bytes: int
     groups: tuple[GpuGroup, ...] = ()
     values: Mapping[str, Value] = field(default_factory=dict)
+
+
+def named_by(group: GpuGroup) -> Op:
+    """The op that a trace calls the group's launches by: the first that is no norm on the way to another."""
+    return next((op for op in group.ops if not isinstance(op.attrs, RmsNorm)), group.ops[0])
 
 
 @dataclass
@@ -348,8 +353,12 @@ class StepLowering:
     def _node(self, group: GpuGroup, launch: Launch, slots: Mapping[str, int], index: int) -> dict[str, Any]:
         shape = self.values[(group.ops[0].outputs or group.ops[0].inputs)[0]].type.shape
         rows = self.rows.logit_rows if shape[0] == "R" else self.rows.count
+        op = named_by(group)
+        layer = {} if op.layer is None else {"layer": op.layer}
         return {
             "kernel": launch.kernel.name,
+            "role": op.role,
+            **layer,
             "grid": [axis.programs(rows) for axis in launch.grid],
             "arguments": [self._argument(operand, group, slots, index) for operand in launch.operands],
         }

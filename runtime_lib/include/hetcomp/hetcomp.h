@@ -6,9 +6,9 @@
  * Threads: a model may be used from several threads; its steps run one after another, each on all lanes.
  * A session or a generation may be used from one thread at a time. A process that forked must load again.
  *
- * Signals: while a model is open whose weights are mapped from files, the process has a handler for SIGBUS, by
- * which a page that cannot be read fails the request (HETCOMP_IO). What is not of those files is passed on to
- * the handler that was there before; one that is installed later must pass on likewise.
+ * Signals: while a model is open whose weights are mapped from files, the process has a handler for SIGBUS,
+ * by which a page that cannot be read fails the request (HETCOMP_IO). What is not of those files is passed on
+ * to the handler that was there before; one that is installed later must pass on likewise.
  *
  * Strings are UTF-8. Memory that a function hands out is freed with hetcomp_free(), unless it says otherwise.
  */
@@ -184,7 +184,27 @@ typedef struct hetcomp_lane_event {
   int32_t reserved; /* 0 */
 } hetcomp_lane_event;
 
-/* What the lanes did in a step; valid during the callback. */
+typedef enum hetcomp_gpu_work {
+  HETCOMP_GPU_KERNEL = 0,
+  HETCOMP_GPU_HAND_OVER = 1, /* tells the CPU or another GPU something, or waits for it */
+  HETCOMP_GPU_COPY = 2       /* experts come from the CPU's memory */
+} hetcomp_gpu_work;
+
+/* What a GPU did from one moment to another: a copy, a hand-over, or launches one behind the other, which are
+ * told by their first kernel. */
+typedef struct hetcomp_gpu_event {
+  int64_t begin_ns; /* CLOCK_MONOTONIC, by the GPU's clock, which is put beside it anew in every step */
+  int64_t end_ns;
+  int32_t gpu;        /* as in hetcomp_model_info */
+  int32_t work;       /* hetcomp_gpu_work */
+  int32_t layer;      /* of a kernel: of the plan; -1: none */
+  int32_t launches;   /* in this time; of a copy: 0 */
+  int64_t bytes;      /* of a copy */
+  const char* kernel; /* its name; "": none */
+  const char* role;   /* of the kernel's op in the plan */
+} hetcomp_gpu_event;
+
+/* What lanes and GPUs did in a step; valid during the callback. */
 typedef struct hetcomp_step_trace {
   uint32_t struct_size;
   int32_t decode; /* as in hetcomp_routing */
@@ -195,11 +215,14 @@ typedef struct hetcomp_step_trace {
   int64_t n_events;
   int64_t dropped;                  /* events for which there was no room */
   const hetcomp_lane_event* events; /* by thread, then by time */
+  int64_t n_gpu_events;
+  const hetcomp_gpu_event* gpu_events; /* by GPU */
 } hetcomp_step_trace;
 
 /* Must not use the model. */
 typedef void (*hetcomp_lane_trace_callback)(const hetcomp_step_trace* trace, void* user);
-/* Called at the end of every step from the next one on, by the thread that runs it; NULL: no more. */
+/* Called at the end of every step from the next one on, by the thread that runs it; NULL: no more. Steps of
+ * GPUs take longer meanwhile: their graphs record events. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_set_lane_trace_callback(hetcomp_model* model,
                                                                     hetcomp_lane_trace_callback callback,
                                                                     void* user);

@@ -39,4 +39,10 @@ StreamHandle create_stream(const CudaDriver& driver) {
   return {driver, stream};
 }
 
+EventHandle create_event(const CudaDriver& driver) {
+  CUevent event = nullptr;
+  driver.event_create(&event, CU_EVENT_DEFAULT);
+  return {driver, event};
+}
+
 }  // namespace hetcomp::gpu

@@ -56,5 +56,7 @@ class CurrentContext {
 
 // A stream that does not wait for the default stream, which other users of the context may fill.
 StreamHandle create_stream(const CudaDriver& driver);
+// One that has a time.
+EventHandle create_event(const CudaDriver& driver);
 
 }  // namespace hetcomp::gpu

@@ -122,6 +122,11 @@ class CudaDriver {
   DriverCall<CUstream> stream_synchronize{library_, "cuStreamSynchronize"};
   DriverCall<CUstream, CUdeviceptr, std::uint32_t, unsigned> stream_write{library_,
                                                                           "cuStreamWriteValue32_v2"};
+  DriverCall<CUevent*, unsigned> event_create{library_, "cuEventCreate"};
+  DriverCall<CUevent> event_destroy{library_, "cuEventDestroy_v2"};
+  DriverCall<CUevent, CUstream> event_record{library_, "cuEventRecord"};
+  DriverCall<CUevent> event_synchronize{library_, "cuEventSynchronize"};
+  DriverCall<float*, CUevent, CUevent> event_elapsed{library_, "cuEventElapsedTime"};  // milliseconds
   DriverCall<CUstream, CUdeviceptr, std::uint32_t, unsigned> stream_wait{library_, "cuStreamWaitValue32_v2"};
   DriverCall<CUgraph*, unsigned> graph_create{library_, "cuGraphCreate"};
   DriverCall<CUgraph> graph_destroy{library_, "cuGraphDestroy"};
@@ -130,6 +135,8 @@ class CudaDriver {
   DriverCall<CUgraphNode*, CUgraph, const CUgraphNode*, std::size_t, const CUDA_BATCH_MEM_OP_NODE_PARAMS*>
       graph_add_memory_operations{library_, "cuGraphAddBatchMemOpNode",
                                   decltype(graph_add_memory_operations)::Need::kIfThere};
+  DriverCall<CUgraphNode*, CUgraph, const CUgraphNode*, std::size_t, CUevent> graph_add_event{
+      library_, "cuGraphAddEventRecordNode"};
   DriverCall<CUgraphExec*, CUgraph, unsigned long long> graph_instantiate{library_,
                                                                           "cuGraphInstantiateWithFlags"};
   DriverCall<CUgraphExec, CUstream> graph_launch{library_, "cuGraphLaunch"};
@@ -161,6 +168,7 @@ class Handle {
 };
 
 using StreamHandle = Handle<CUstream, &CudaDriver::stream_destroy>;
+using EventHandle = Handle<CUevent, &CudaDriver::event_destroy>;
 using ModuleHandle = Handle<CUmodule, &CudaDriver::module_unload>;
 using GraphHandle = Handle<CUgraph, &CudaDriver::graph_destroy>;
 using GraphExecHandle = Handle<CUgraphExec, &CudaDriver::graph_exec_destroy>;

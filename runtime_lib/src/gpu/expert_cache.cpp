@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../status.h"
+
 namespace hetcomp::gpu {
 namespace {
 
@@ -19,7 +21,8 @@ std::vector<CachedLayer> shapes(const StreamRecord& record) {
 }  // namespace
 
 ExpertCache::ExpertCache(const CudaDriver& driver, const GpuProgramRecord& program,
-                         const ProgramBuffers& buffers, const SharedMemory& shared, CUstream step_stream)
+                         const ProgramBuffers& buffers, const SharedMemory& shared, CUstream step_stream,
+                         ExpertCopies& copies)
     : driver_(driver),
       program_(program),
       stream_record_(*program.stream),
@@ -27,7 +30,7 @@ ExpertCache::ExpertCache(const CudaDriver& driver, const GpuProgramRecord& progr
       buffers_(buffers),
       shared_(shared),
       step_stream_(step_stream),
-      copies_(create_stream(driver)),
+      copies_(copies),
       table_(driver, record_.layers.size() * record_.row_bytes, "the table of cached experts"),
       policy_(record_.rule, shapes(stream_record_), record_.slots, record_.bytes_per_step),
       layer_of_(program.flags, kNoLayer),
@@ -44,11 +47,13 @@ void ExpertCache::fill(std::span<const std::span<const std::uint8_t>> weights, b
   for (std::size_t i = 0; i < record_.layers.size(); ++i) {
     const std::vector<std::int32_t>& first = record_.layers[i].first;
     for (std::size_t slot = 0; slot < first.size(); ++slot) {
-      copy({i, first[slot], static_cast<std::int32_t>(slot)}, step_stream_);
+      copy({i, first[slot], static_cast<std::int32_t>(slot)});
       policy_.place(i, first[slot], static_cast<std::int32_t>(slot));
     }
   }
-  driver_.stream_synchronize(step_stream_);
+  if (!copies_.finish())
+    throw Error(HETCOMP_COMPUTE, "The experts for the slots of " + program_.device +
+                                     " could not be copied to it; nvidia-smi shows the state of the GPU.");
   swaps_ = swaps;
 }
 
@@ -58,12 +63,11 @@ CUdeviceptr ExpertCache::slot(const CacheArrival& arrival, std::size_t operand) 
   return buffers_.address({slots.buffer, slots.offset + static_cast<std::uint64_t>(arrival.slot) * bytes});
 }
 
-void ExpertCache::copy(const CacheArrival& arrival, CUstream stream) {
+void ExpertCache::copy(const CacheArrival& arrival) {
   const StreamLayer& layer = stream_record_.layers[arrival.layer];
   for (std::size_t o = 0; o < layer.operands.size(); ++o)
-    driver_.copy_to_device(slot(arrival, o),
-                           sources_[arrival.layer][o][static_cast<std::size_t>(arrival.expert)],
-                           layer.operands[o].expert_bytes, stream);
+    copies_.copy(slot(arrival, o), sources_[arrival.layer][o][static_cast<std::size_t>(arrival.expert)],
+                 layer.operands[o].expert_bytes);
 }
 
 std::vector<CacheArrival> ExpertCache::keep(std::size_t layer, std::span<const std::int32_t> streamed) {
@@ -72,10 +76,10 @@ std::vector<CacheArrival> ExpertCache::keep(std::size_t layer, std::span<const s
   return kept;
 }
 
-void ExpertCache::take(const CacheArrival& arrival, std::span<const CUdeviceptr> from, CUstream stream) {
+void ExpertCache::take(const CacheArrival& arrival, std::span<const CUdeviceptr> from) {
   const StreamLayer& layer = stream_record_.layers[arrival.layer];
   for (std::size_t o = 0; o < layer.operands.size(); ++o)
-    driver_.copy_on_device(slot(arrival, o), from[o], layer.operands[o].expert_bytes, stream);
+    copies_.copy_on_device(slot(arrival, o), from[o], layer.operands[o].expert_bytes);
   ++taken_;
 }
 
@@ -97,7 +101,8 @@ void ExpertCache::begin(std::int64_t tokens, bool decode) {
   if (!coming_.empty()) table_is_old_ = true;
   policy_.begin_step(tokens, decode);
   if (table_is_old_) send_table();
-  for (const CacheArrival& arrival : coming_) copy(arrival, copies_.get());
+  for (const CacheArrival& arrival : coming_) copy(arrival);
+  copies_.end_batch();
   all_begun_ = true;
 }
 
@@ -143,8 +148,7 @@ void ExpertCache::end(bool streamed) noexcept {
   tokens_ = 0;
   for (const StreamLayer& layer : stream_record_.layers) shared_.skip()[layer.hand_over] = 0;
   if (coming_.empty()) return;
-  const bool all = decode_ ? driver_.stream_synchronize.raw(copies_.get()) == CUDA_SUCCESS && all_begun_
-                           : streamed && taken_ == coming_.size();
+  const bool all = decode_ ? copies_.finish() && all_begun_ : streamed && taken_ == coming_.size();
   policy_.arrived(all);
   const auto arrived = static_cast<std::int64_t>(all ? coming_.size() : 0);
   (decode_ ? statistics_.swaps : statistics_.kept) += arrived;

@@ -12,6 +12,7 @@
 
 #include "cache_policy.h"
 #include "device_memory.h"
+#include "expert_copies.h"
 #include "expert_sources.h"
 #include "expert_statistics.h"
 #include "program_buffers.h"
@@ -42,10 +43,10 @@ class ExpertCache {
   // program: with a cache; all must outlive this. The context must be current when this is made, when it ends
   // and during fill(), begin() and end().
   ExpertCache(const CudaDriver& driver, const GpuProgramRecord& program, const ProgramBuffers& buffers,
-              const SharedMemory& shared, CUstream step_stream);
+              const SharedMemory& shared, CUstream step_stream, ExpertCopies& copies);
 
   // Fills the slots from the CPU's weights in the manifest's order, which must stay where they are. swaps:
-  // they are pinned, and experts may change places. Throws Error.
+  // experts may change places. Throws Error.
   void fill(std::span<const std::span<const std::uint8_t>> weights, bool swaps);
 
   // Before the graph of a step of so many tokens is launched: sends the table, and begins to copy what the
@@ -61,7 +62,7 @@ class ExpertCache {
   std::vector<CacheArrival> keep(std::size_t layer, std::span<const std::int32_t> streamed);
   // Copies one of them to its slot: `from` has its operands, in the layer's order. The GPU must have computed
   // the layer.
-  void take(const CacheArrival& arrival, std::span<const CUdeviceptr> from, CUstream stream);
+  void take(const CacheArrival& arrival, std::span<const CUdeviceptr> from);
   // When the GPU is at rest: waits for the copies. streamed: whether those of take() are over, without a
   // fault. Without a begin() nothing happens.
   void end(bool streamed) noexcept;
@@ -86,7 +87,7 @@ class ExpertCache {
   std::span<std::int32_t> choices(std::size_t layer) const;
   void send_table();
   CUdeviceptr slot(const CacheArrival& arrival, std::size_t operand) const;
-  void copy(const CacheArrival& arrival, CUstream stream);
+  void copy(const CacheArrival& arrival);
 
   const CudaDriver& driver_;
   const GpuProgramRecord& program_;
@@ -95,7 +96,7 @@ class ExpertCache {
   const ProgramBuffers& buffers_;
   const SharedMemory& shared_;
   CUstream step_stream_;
-  StreamHandle copies_;
+  ExpertCopies& copies_;
   PinnedMemory table_;
   CachePolicy policy_;
   std::vector<std::size_t> layer_of_;  // by hand-over

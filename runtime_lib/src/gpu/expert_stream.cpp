@@ -22,7 +22,8 @@ std::vector<std::int32_t> tokens_of_experts(std::span<const std::int32_t> ids, s
 
 ExpertStream::ExpertStream(const CudaDriver& driver, const DeviceContext& context,
                            const GpuProgramRecord& program, const ProgramBuffers& buffers,
-                           const SharedMemory& shared, CUstream step_stream, ExpertCache* cache)
+                           const SharedMemory& shared, CUstream step_stream, ExpertCopies& copies,
+                           ExpertCache* cache)
     : driver_(driver),
       context_(context),
       program_(program),
@@ -30,8 +31,8 @@ ExpertStream::ExpertStream(const CudaDriver& driver, const DeviceContext& contex
       buffers_(buffers),
       shared_(shared),
       step_stream_(step_stream),
+      copies_(copies),
       cache_(cache),
-      stream_(create_stream(driver)),
       rows_(driver, record_.rows() * record_.row_bytes, "the tables of streamed experts"),
       layers_(record_.layers.size()),
       slots_(record_.slots) {}
@@ -61,9 +62,13 @@ std::int32_t& ExpertStream::word(std::size_t row, std::uint64_t offset) const {
   return *reinterpret_cast<std::int32_t*>(rows_.bytes().data() + row * record_.row_bytes + offset);
 }
 
-void ExpertStream::send_rows(std::size_t first, std::size_t count, CUstream stream) {
-  driver_.copy_to_device(buffers_.address({record_.tables, first * record_.row_bytes}),
-                         rows_.bytes().data() + first * record_.row_bytes, count * record_.row_bytes, stream);
+CUdeviceptr ExpertStream::table(std::size_t row) const {
+  return buffers_.address({record_.tables, row * record_.row_bytes});
+}
+
+// Of the tables the first rows, before the graph that reads them.
+void ExpertStream::send_with_step(std::size_t rows) {
+  driver_.copy_to_device(table(0), rows_.bytes().data(), rows * record_.row_bytes, step_stream_);
 }
 
 void ExpertStream::begin(std::int64_t tokens) {
@@ -72,7 +77,7 @@ void ExpertStream::begin(std::int64_t tokens) {
       std::ranges::fill(row(i), -1);
       word(i, record_.part_offset) = word(i, record_.ask_offset) = 1;
     }
-    send_rows(0, record_.rows(), step_stream_);
+    send_with_step(record_.rows());
     for (std::uint32_t wave = 0; wave < record_.waves(); ++wave)
       shared_.hand_shake().answer(record_.first_flag + wave);
     return;
@@ -82,7 +87,7 @@ void ExpertStream::begin(std::int64_t tokens) {
   std::ranges::fill(slots_, Slot{});
   layers_[0].first_slot = 0;
   const std::size_t first = expect(0);
-  send_rows(0, 1, step_stream_);
+  send_with_step(1);
   copy_ahead(0, first);
 }
 
@@ -100,7 +105,7 @@ bool ExpertStream::end() noexcept {
   } catch (const Error&) {
     good = false;
   }
-  return driver_.stream_synchronize.raw(stream_.get()) == CUDA_SUCCESS && good;
+  return copies_.finish() && good;
 }
 
 // How many of the layer's experts are worth copying before its routing is known, and whether the CPU will
@@ -150,6 +155,7 @@ void ExpertStream::copy(std::size_t index, std::size_t to) {
     while (end < to && adjoins(index, end)) ++end;
     copy_run(index, end);
   }
+  copies_.end_batch();
 }
 
 // Whether the expert at place `next` of the order is copied together with the one before it: it lies behind
@@ -171,8 +177,7 @@ void ExpertStream::make_room(std::size_t number) {
   Slot& slot = slots_[number];
   if (slot.reader > computed_) {
     const auto flag = record_.first_flag + static_cast<std::uint32_t>(slot.reader);
-    driver_.stream_wait(stream_.get(), shared_.hand_shake().to_cpu_address(flag), HandShake::kRaised,
-                        CU_STREAM_WAIT_VALUE_GEQ);
+    copies_.await(shared_.hand_shake().to_cpu_address(flag));
     computed_ = slot.reader;
   }
   stay(slot, number);
@@ -183,7 +188,7 @@ void ExpertStream::stay(Slot& slot, std::size_t number) {
   std::vector<CUdeviceptr> from;
   for (const Operand& operand : layers_[slot.stays->layer].operands)
     from.push_back(operand.slots + number * operand.expert_bytes);
-  cache_->take(*slot.stays, from, stream_.get());
+  cache_->take(*slot.stays, from);
   slot.stays.reset();
 }
 
@@ -191,9 +196,8 @@ void ExpertStream::copy_run(std::size_t index, std::size_t end) {
   Layer& layer = layers_[index];
   const std::size_t first = layer.copied, count = end - first;
   for (const Operand& operand : layer.operands)
-    driver_.copy_to_device(operand.slots + slot_of(layer, first) * operand.expert_bytes,
-                           operand.sources[static_cast<std::size_t>(layer.order[first])],
-                           count * operand.expert_bytes, stream_.get());
+    copies_.copy(operand.slots + slot_of(layer, first) * operand.expert_bytes,
+                 operand.sources[static_cast<std::size_t>(layer.order[first])], count * operand.expert_bytes);
   for (std::size_t place = first; place < end; ++place) fill_slot(index, place);
   statistics_.experts_copied += static_cast<std::int64_t>(count);
   statistics_.bytes += static_cast<std::int64_t>(count * layer.expert_bytes);
@@ -240,7 +244,8 @@ void ExpertStream::route(std::uint32_t flag) {
 // The layer's rows of the tables, then its experts, wave by wave.
 void ExpertStream::send_waves(std::size_t index, std::size_t streamed) {
   const StreamLayer& record = record_.layers[index];
-  send_rows(record.row, record.waves + 1, stream_.get());
+  copies_.send(table(record.row), rows_.bytes().data() + record.row * record_.row_bytes,
+               (record.waves + 1) * record_.row_bytes);
   for (std::uint32_t wave = 0; wave < record.waves; ++wave) {
     const std::uint32_t raised = record_.first_flag + record.first_wave + wave;
     const std::size_t first = wave * record_.wave;
@@ -250,8 +255,7 @@ void ExpertStream::send_waves(std::size_t index, std::size_t streamed) {
       continue;
     }
     copy(index, std::min(streamed, first + record_.wave));
-    driver_.stream_write(stream_.get(), shared_.hand_shake().to_gpu_address(raised), HandShake::kRaised,
-                         CU_STREAM_WRITE_VALUE_DEFAULT);
+    copies_.raise(shared_.hand_shake().to_gpu_address(raised));
   }
 }
 

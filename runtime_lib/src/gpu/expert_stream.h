@@ -16,6 +16,7 @@
 #include "device_context.h"
 #include "device_memory.h"
 #include "expert_cache.h"
+#include "expert_copies.h"
 #include "expert_sources.h"
 #include "program_buffers.h"
 #include "program_record.h"
@@ -45,9 +46,9 @@ class ExpertStream {
   // begin() and end().
   ExpertStream(const CudaDriver& driver, const DeviceContext& context, const GpuProgramRecord& program,
                const ProgramBuffers& buffers, const SharedMemory& shared, CUstream step_stream,
-               ExpertCache* cache);
+               ExpertCopies& copies, ExpertCache* cache);
 
-  // The CPU's weights in the manifest's order, pinned, which must stay where they are. Until then nothing is
+  // The CPU's weights in the manifest's order, which must stay where they are. Until then nothing is
   // copied: the CPU computes all that the GPU has not got. Throws Error: a source lies beyond its weight.
   void attach(std::span<const std::span<const std::uint8_t>> weights);
   bool attached() const { return attached_; }
@@ -103,8 +104,9 @@ class ExpertStream {
   void stay(Slot& slot, std::size_t number);
   void copy_ahead(std::size_t index, std::size_t wanted);
   void leave_to_cpu(std::size_t index, std::span<std::int32_t> ids, std::size_t streamed);
+  CUdeviceptr table(std::size_t row) const;
+  void send_with_step(std::size_t rows);
   void send_waves(std::size_t index, std::size_t streamed);
-  void send_rows(std::size_t first, std::size_t count, CUstream stream);
   std::size_t slot_of(const Layer& layer, std::size_t place) const {
     return (layer.first_slot + place) % record_.slots;
   }
@@ -122,8 +124,8 @@ class ExpertStream {
   const ProgramBuffers& buffers_;
   const SharedMemory& shared_;
   CUstream step_stream_;
+  ExpertCopies& copies_;
   ExpertCache* cache_;
-  StreamHandle stream_;
   PinnedMemory rows_;
   std::vector<Layer> layers_;
   std::vector<Slot> slots_;

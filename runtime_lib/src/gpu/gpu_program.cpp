@@ -58,11 +58,12 @@ struct GpuProgram::Resources {
         stream((require_free_memory(driver, budget), create_stream(driver))),
         kernels(driver, files.device, artifact, files.kernels, called(program)),
         buffers(driver, files.device, artifact, program, shared, budget, stream.get(), verify) {
+    if (program.stream) copies = std::make_unique<ExpertCopies>(driver, context);
     if (program.expert_cache)
-      cache = std::make_unique<ExpertCache>(driver, program, buffers, shared, stream.get());
+      cache = std::make_unique<ExpertCache>(driver, program, buffers, shared, stream.get(), *copies);
     if (program.stream)
       experts = std::make_unique<ExpertStream>(driver, context, program, buffers, shared, stream.get(),
-                                               cache.get());
+                                               *copies, cache.get());
     const GraphParts parts{driver, context, stream.get(), kernels, buffers, shared.hand_shake()};
     for (const GraphRecord& graph : program.graphs)
       graphs.emplace(graph.batch, ProgramGraph(parts, graph, budget));
@@ -73,6 +74,7 @@ struct GpuProgram::Resources {
   StreamHandle stream;
   LoadedKernels kernels;
   ProgramBuffers buffers;
+  std::unique_ptr<ExpertCopies> copies;  // where experts are streamed
   std::unique_ptr<ExpertCache> cache;
   std::unique_ptr<ExpertStream> experts;
   std::map<std::int32_t, ProgramGraph> graphs;  // by batch size
@@ -81,7 +83,7 @@ struct GpuProgram::Resources {
 GpuProgram::GpuProgram(const CudaDriver& driver, const std::filesystem::path& artifact,
                        const ProgramFiles& files, const DeviceContext& context, const SharedMemory& shared,
                        bool verify)
-    : driver_(driver), context_(context), device_(files.device), record_(files.record) {
+    : driver_(driver), context_(context), shared_(shared), device_(files.device), record_(files.record) {
   const CurrentContext current(driver, context);
   resources_ = std::make_unique<Resources>(driver, artifact, files, context, shared, record_, verify);
 }
@@ -95,17 +97,30 @@ GpuProgram::~GpuProgram() {
   }
 }
 
-void GpuProgram::attach(std::span<const std::span<const std::uint8_t>> weights) {
-  if (resources_->experts) resources_->experts->attach(weights);
+void GpuProgram::stage() {
+  if (!resources_->copies) return;
+  const CurrentContext current(driver_, context_);
+  resources_->copies->stage([this](const std::string& reason) { shared_.hand_shake().abort(reason); });
+}
+
+void GpuProgram::unstage() {
+  if (!resources_->copies) return;
+  const CurrentContext current(driver_, context_);
+  resources_->copies->unstage();
+}
+
+void GpuProgram::attach(const HostWeights& weights) {
+  if (resources_->experts) resources_->experts->attach(weights.weights);
 }
 
 ExpertStream* GpuProgram::expert_stream() const { return resources_->experts.get(); }
 ExpertCache* GpuProgram::expert_cache() const { return resources_->cache.get(); }
 
-void GpuProgram::fill_cache(std::span<const std::span<const std::uint8_t>> weights) {
+void GpuProgram::fill_cache(const HostWeights& weights) {
   if (!resources_->cache) return;
   const CurrentContext current(driver_, context_);
-  resources_->cache->fill(weights, resources_->experts->attached());
+  resources_->copies->check_by(weights.good);
+  resources_->cache->fill(weights.weights, resources_->experts->attached());
 }
 
 void GpuProgram::require_graph(std::int32_t batch) const {
@@ -121,10 +136,23 @@ void GpuProgram::launch(std::int32_t batch, std::int64_t tokens, bool may_stream
   const CurrentContext current(driver_, context_);
   const bool waits = std::ranges::find(record_.graphs, batch, &GraphRecord::batch)->streams;
   resources_->buffers.send_step(resources_->stream.get());
+  timed_batch_ = timed_ ? batch : 0;
+  if (resources_->copies) resources_->copies->set_timed(timed_);
   // What is streamed is what the cache does not hold in this step. Prompts stream, steps of decoding do not.
   if (resources_->cache) resources_->cache->begin(tokens, !waits);
   if (waits) resources_->experts->begin(may_stream ? tokens : 0);
-  driver_.graph_launch(resources_->graphs.at(batch).get(), resources_->stream.get());
+  ProgramGraph& graph = resources_->graphs.at(batch);
+  driver_.graph_launch(timed_ ? graph.timed() : graph.get(), resources_->stream.get());
+}
+
+std::vector<GpuEvent> GpuProgram::read_times() const {
+  std::vector<GpuEvent> times;
+  if (timed_batch_ == 0) return times;
+  const CurrentContext current(driver_, context_);
+  const EventClock clock(driver_, resources_->stream.get());
+  resources_->graphs.at(timed_batch_).read_times(clock, times);
+  if (resources_->copies) resources_->copies->read_times(clock, times);
+  return times;
 }
 
 void GpuProgram::end_step() noexcept {

@@ -7,9 +7,12 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "device_context.h"
 #include "expert_stream.h"
+#include "gpu_times.h"
+#include "host_weights.h"
 #include "program_record.h"
 #include "shared_memory.h"
 
@@ -40,12 +43,15 @@ class GpuProgram {
   GpuProgram(const GpuProgram&) = delete;
   GpuProgram& operator=(const GpuProgram&) = delete;
 
-  // Lets experts be copied from the CPU's weights, which are pinned, where the program streams some; see
-  // ExpertStream::attach.
-  void attach(std::span<const std::span<const std::uint8_t>> weights);
+  // Where the program streams experts: they are copied through pinned memory from now on, or no longer; see
+  // ExpertCopies. Throws Error.
+  void stage();
+  void unstage();
+  // Lets experts be copied from the CPU's weights, where the program streams some; see ExpertStream::attach.
+  void attach(const HostWeights& weights);
   // Fills the slots of cached experts from the CPU's weights, where the program has some; they may change
   // places if the weights are attached. Throws Error.
-  void fill_cache(std::span<const std::span<const std::uint8_t>> weights);
+  void fill_cache(const HostWeights& weights);
   // Null where nothing is streamed, or cached.
   ExpertStream* expert_stream() const;
   ExpertCache* expert_cache() const;
@@ -57,6 +63,10 @@ class GpuProgram {
   void launch(std::int32_t batch, std::int64_t tokens, bool may_stream);
   // Behind every step, when the GPU is at rest.
   void end_step() noexcept;
+  // Whether steps take the times of what the GPU does from the next one on, which makes them longer.
+  void set_timed(bool timed) { timed_ = timed; }
+  // Of the last step, when the GPU is at rest; empty where it took none. Throws Error.
+  std::vector<GpuEvent> read_times() const;
   // Of what was launched. Any thread may ask.
   State state() const { return state_of(query()); }
   // Why the GPU failed, in the driver's words.
@@ -86,9 +96,12 @@ class GpuProgram {
 
   const CudaDriver& driver_;
   const DeviceContext& context_;
+  const SharedMemory& shared_;
   Device device_;
   GpuProgramRecord record_;
   std::string broken_;
+  bool timed_ = false;
+  std::int32_t timed_batch_ = 0;  // of the last step's graph, if it took times
   std::unique_ptr<Resources> resources_;
 };
 

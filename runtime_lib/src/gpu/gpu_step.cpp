@@ -267,4 +267,23 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
   return graph.batch;
 }
 
+std::vector<hetcomp_gpu_event> GpuStep::events() const {
+  std::vector<hetcomp_gpu_event> events;
+  for (std::size_t i = 0; i < programs_.size(); ++i) {
+    for (const GpuEvent& event : programs_[i].read_times()) {
+      const KernelNode* const kernel = event.kernel;
+      events.push_back({.begin_ns = event.begin_ns,
+                        .end_ns = event.end_ns,
+                        .gpu = static_cast<std::int32_t>(i),
+                        .work = static_cast<std::int32_t>(event.kind),
+                        .layer = kernel != nullptr ? kernel->layer : -1,
+                        .launches = event.launches,
+                        .bytes = static_cast<std::int64_t>(event.bytes),
+                        .kernel = kernel != nullptr ? kernel->kernel.c_str() : "",
+                        .role = kernel != nullptr ? kernel->role.c_str() : ""});
+    }
+  }
+  return events;
+}
+
 }  // namespace hetcomp::gpu

@@ -13,6 +13,7 @@
 #include "../manifest.h"
 #include "candidate_rows.h"
 #include "driver.h"
+#include "hetcomp/hetcomp.h"
 #include "hetcomp/program.h"
 #include "program_set.h"
 
@@ -37,7 +38,7 @@ class GpuStep {
                    const Lanes& lanes);
 
   // Lets experts be copied from the CPU's weights; what ProgramSet::attach returns.
-  std::string attach(const HostWeights& weights) { return programs_.attach(weights); }
+  Attachment attach(const HostWeights& weights) { return programs_.attach(weights); }
   // Then, attached or not: what ProgramSet::fill_caches does.
   void fill_caches(const HostWeights& weights) { programs_.fill_caches(weights); }
   bool streams() const { return programs_.streams(); }
@@ -57,6 +58,10 @@ class GpuStep {
   bool offers_candidates() const { return !candidates_.empty(); }
   // Whether a GPU computes the logits; else the CPU's program does, into the step's.
   bool gives_logits() const { return logits_ != nullptr; }
+
+  void set_timed(bool timed) { programs_.set_timed(timed); }
+  // Of the last step, where times are taken; strings of this object. Throws Error.
+  std::vector<hetcomp_gpu_event> events() const;
 
   const ProgramSet& programs() const { return programs_; }
 

@@ -55,6 +55,12 @@ CUgraphNode Graph::add_memory_operations(CUcontext context, std::vector<CUstream
   return node;
 }
 
+CUgraphNode Graph::add_event(CUevent event, const std::vector<CUgraphNode>& after) {
+  CUgraphNode node = nullptr;
+  driver_.graph_add_event(&node, handle_.get(), after.data(), after.size(), event);
+  return node;
+}
+
 GraphExecHandle Graph::instantiate() const {
   CUgraphExec exec = nullptr;
   driver_.graph_instantiate(&exec, handle_.get(), 0);

@@ -42,6 +42,7 @@ class Graph {
   // Throws Error(HETCOMP_MISSING_ISA) if the driver or the device has no such nodes.
   CUgraphNode add_memory_operations(CUcontext context, std::vector<CUstreamBatchMemOpParams> operations,
                                     const std::vector<CUgraphNode>& after);
+  CUgraphNode add_event(CUevent event, const std::vector<CUgraphNode>& after);
   GraphExecHandle instantiate() const;
 
  private:

@@ -1,7 +1,8 @@
 #include "program_graph.h"
 
 #include <algorithm>
-#include <map>
+
+#include "event_places.h"
 
 namespace hetcomp::gpu {
 namespace {
@@ -49,9 +50,28 @@ CUstreamBatchMemOpParams operation(const HandShake& hand_shake, const HandOver& 
 
 }  // namespace
 
-KernelLaunch ProgramGraph::launch_of(const GraphParts& parts, const KernelNode& node, DeviceBudget& budget) {
-  const LoadedKernel& kernel = parts.kernels[node.kernel];
-  KernelLaunch launch(kernel, node.grid);
+// Where no two nodes run side by side, they share what the largest needs.
+void ProgramGraph::take_scratch(DeviceBudget& budget) {
+  std::uint64_t shared = 0;
+  if (is_line(record_)) {
+    for (const NodeRecord& node : record_.nodes)
+      if (const auto* kernel = std::get_if<KernelNode>(&node.work))
+        shared = std::max(shared, scratch_bytes(parts_, *kernel));
+  }
+  for (const std::size_t i : record_.order) {
+    const auto* node = std::get_if<KernelNode>(&record_.nodes[i].work);
+    const std::uint64_t bytes = node == nullptr ? 0 : scratch_bytes(parts_, *node);
+    if (bytes == 0) continue;
+    if (shared == 0 || scratch_.empty())
+      scratch_.emplace_back(parts_.driver, budget, parts_.stream, std::max(bytes, shared),
+                            "the scratch memory of " + node->kernel);
+    scratch_of_[i] = scratch_.back().address();
+  }
+}
+
+KernelLaunch ProgramGraph::launch_of(std::size_t index) const {
+  const auto& node = std::get<KernelNode>(record_.nodes[index].work);
+  KernelLaunch launch(parts_.kernels[node.kernel], node.grid);
   struct Add {
     KernelLaunch& launch;
     const ProgramBuffers& buffers;
@@ -60,48 +80,97 @@ KernelLaunch ProgramGraph::launch_of(const GraphParts& parts, const KernelNode& 
     void operator()(std::int64_t value) const { launch.add_int64(value); }
     void operator()(float value) const { launch.add_float32(value); }
   };
-  for (const ArgumentValue& value : node.arguments) std::visit(Add{launch, parts.buffers}, value);
-  const std::uint64_t bytes = scratch_bytes(parts, node);
-  if (bytes > 0 && !(shared_scratch_ && !scratch_.empty())) {
-    const std::uint64_t size = std::max(bytes, shared_scratch_);
-    scratch_.emplace_back(parts.driver, budget, parts.stream, size, "the scratch memory of " + node.kernel);
-  }
-  const CUdeviceptr scratch = bytes > 0 ? scratch_.back().address() : 0;
+  for (const ArgumentValue& value : node.arguments) std::visit(Add{launch, parts_.buffers}, value);
   // Triton's entries take two pointers more: scratch memory, and memory of its profiler, which is not
   // compiled in.
-  launch.add_pointer(scratch);
+  const auto scratch = scratch_of_.find(index);
+  launch.add_pointer(scratch != scratch_of_.end() ? scratch->second : 0);
   launch.add_pointer(0);
   return launch;
 }
 
-ProgramGraph::ProgramGraph(const GraphParts& parts, const GraphRecord& record, DeviceBudget& budget) {
-  Graph graph(parts.driver);
-  if (is_line(record)) {
-    for (const NodeRecord& node : record.nodes)
-      if (const auto* kernel = std::get_if<KernelNode>(&node.work))
-        shared_scratch_ = std::max(shared_scratch_, scratch_bytes(parts, *kernel));
+CUgraphNode ProgramGraph::add(Graph& graph, const Step& step, const std::vector<CUgraphNode>& after) const {
+  if (std::holds_alternative<KernelNode>(record_.nodes[step.node].work)) {
+    KernelLaunch launch = launch_of(step.node);
+    return graph.add_kernel(launch, after);
   }
-  const std::map<std::size_t, std::size_t> paired = pairs(record);
-  std::vector<CUgraphNode> nodes(record.nodes.size());
-  for (const std::size_t i : record.order) {
-    if (nodes[i] != nullptr) continue;  // the second of a pair
+  std::vector operations{operation(parts_.hand_shake, std::get<HandOver>(record_.nodes[step.node].work))};
+  if (step.second)
+    operations.push_back(operation(parts_.hand_shake, std::get<HandOver>(record_.nodes[*step.second].work)));
+  return graph.add_memory_operations(parts_.context.get(), operations, after);
+}
+
+// events: none, or as events_.
+GraphExecHandle ProgramGraph::build(const std::vector<EventHandle>& events) const {
+  Graph graph(parts_.driver);
+  std::vector<CUgraphNode> nodes(record_.nodes.size());
+  const CUgraphNode begin = events.empty() ? nullptr : graph.add_event(events[0].get(), {});
+  std::size_t recorded = 0;
+  for (std::size_t i = 0; i < steps_.size(); ++i) {
+    const auto& [node, second] = steps_[i];
     std::vector<CUgraphNode> after;
-    for (const std::size_t before : record.nodes[i].after) after.push_back(nodes[before]);
+    for (const std::size_t before : record_.nodes[node].after) after.push_back(nodes[before]);
+    if (begin != nullptr && after.empty()) after.push_back(begin);
     std::ranges::sort(after);
     after.erase(std::ranges::unique(after).begin(), after.end());
-    if (const auto* kernel = std::get_if<KernelNode>(&record.nodes[i].work)) {
-      KernelLaunch launch = launch_of(parts, *kernel, budget);
-      nodes[i] = graph.add_kernel(launch, after);
-      continue;
-    }
-    std::vector operations{operation(parts.hand_shake, std::get<HandOver>(record.nodes[i].work))};
-    const auto pair = paired.find(i);
-    if (pair != paired.end())
-      operations.push_back(operation(parts.hand_shake, std::get<HandOver>(record.nodes[pair->second].work)));
-    nodes[i] = graph.add_memory_operations(parts.context.get(), operations, after);
-    if (pair != paired.end()) nodes[pair->second] = nodes[i];
+    nodes[node] = add(graph, steps_[i], after);
+    if (begin != nullptr && places_[recorded] == i)
+      nodes[node] = graph.add_event(events[++recorded].get(), {nodes[node]});
+    if (second) nodes[*second] = nodes[node];
   }
-  exec_ = graph.instantiate();
+  return graph.instantiate();
+}
+
+ProgramGraph::ProgramGraph(const GraphParts& parts, const GraphRecord& record, DeviceBudget& budget)
+    : parts_(parts), record_(record) {
+  const std::map<std::size_t, std::size_t> paired = pairs(record);
+  std::vector<bool> seconds(record.nodes.size());
+  for (const auto& [first, second] : paired) seconds[second] = true;
+  std::vector<bool> hand_overs;
+  for (const std::size_t i : record.order) {
+    if (seconds[i]) continue;
+    const auto pair = paired.find(i);
+    steps_.push_back({i, pair == paired.end() ? std::nullopt : std::optional(pair->second)});
+    hand_overs.push_back(std::holds_alternative<HandOver>(record.nodes[i].work));
+  }
+  places_ = event_places(hand_overs);
+  take_scratch(budget);
+  exec_ = build({});
+}
+
+CUgraphExec ProgramGraph::timed() {
+  if (events_.empty()) {
+    std::vector<EventHandle> events;
+    for (std::size_t i = 0; i <= places_.size(); ++i) events.push_back(create_event(parts_.driver));
+    timed_ = build(events);
+    events_ = std::move(events);
+  }
+  return timed_.get();
+}
+
+// Of the steps from the first to the last; without times.
+GpuEvent ProgramGraph::run_of(std::size_t first, std::size_t last) const {
+  GpuEvent run{.kind = GpuEvent::Kind::kHandOver, .launches = static_cast<std::int32_t>(last - first + 1)};
+  for (std::size_t i = first; i <= last && run.kernel == nullptr; ++i)
+    run.kernel = std::get_if<KernelNode>(&record_.nodes[steps_[i].node].work);
+  if (run.kernel != nullptr) run.kind = GpuEvent::Kind::kKernel;
+  return run;
+}
+
+// Where nodes run side by side, which the compiler's do not, a run ends with its last node.
+void ProgramGraph::read_times(const EventClock& clock, std::vector<GpuEvent>& events) const {
+  if (events_.empty()) return;
+  std::optional<std::int64_t> begin = clock.nanoseconds(events_[0].get());
+  std::size_t first = 0;
+  for (std::size_t i = 0; i < places_.size(); ++i) {
+    const std::optional<std::int64_t> end = clock.nanoseconds(events_[i + 1].get());
+    if (!begin || !end) return;  // the graph did not come to its end
+    GpuEvent& run = events.emplace_back(run_of(first, places_[i]));
+    run.begin_ns = std::min(*begin, *end);
+    run.end_ns = *end;
+    begin = std::max(begin, end);
+    first = places_[i] + 1;
+  }
 }
 
 }  // namespace hetcomp::gpu

@@ -114,6 +114,8 @@ ArgumentValue argument_value(const CheckedJson& node, const KernelArgument& argu
 KernelNode kernel_node(const CheckedJson& node, const KernelsByName& kernels, const GpuProgramRecord& program,
                        const BufferIndex& index) {
   KernelNode result{node["kernel"].text(), {}, {}};
+  if (node.has("role")) result.role = node["role"].text();
+  if (node.has("layer")) result.layer = node["layer"].count(0);
   const auto kernel = kernels.find(result.kernel);
   if (kernel == kernels.end()) node["kernel"].refuse("a kernel that kernels.json has for this GPU");
   const auto grid = node["grid"].elements();

@@ -71,6 +71,8 @@ struct KernelNode {
   std::string kernel;
   std::array<std::uint32_t, 3> grid;  // blocks
   std::vector<ArgumentValue> arguments;
+  std::string role{};       // of the op that it is for, as traces call it; empty: nobody said
+  std::int32_t layer = -1;  // of the plan; -1: none
 };
 
 // This GPU raises the flag for the other side, or waits until the other side has raised it; or, of flags of

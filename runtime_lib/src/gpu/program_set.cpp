@@ -34,6 +34,17 @@ std::vector<int> ordinals(const std::vector<std::string>& devices, const std::ve
 
 }  // namespace
 
+std::string Attachment::note(bool caches) const {
+  constexpr std::size_t kRing = ExpertCopies::kPieces * ExpertCopies::kPieceBytes;
+  const std::string because = "because the CPU's weights cannot be pinned (" + not_pinned + ")";
+  if (not_staged.empty())
+    return "A thread copies experts to the GPU through " + in_words(kRing) + " of pinned memory, " + because +
+           ": prompts take longer.";
+  const std::string and_slots = caches ? ", nor those in its slots exchanged, " : ", ";
+  return "Experts are not streamed to the GPU in prompts" + and_slots + because +
+         " and there is no pinned memory to copy them through: " + not_staged;
+}
+
 ProgramSet::ProgramSet(const CudaDriver& driver, const std::filesystem::path& artifact,
                        const std::vector<ProgramFile>& files, const GpuOptions& options)
     : options_(options) {
@@ -71,16 +82,29 @@ ProgramSet::~ProgramSet() {
   for (auto& context : contexts_) std::ignore = context.release();
 }
 
-std::string ProgramSet::attach(const HostWeights& weights) {
+Attachment ProgramSet::attach(const HostWeights& weights) {
   if (!streams()) return {};
-  std::string refused = shared_->pin(weights.regions);
-  if (!refused.empty()) return refused;
-  for (const auto& program : programs_) program->attach(weights.weights);
-  return {};
+  Attachment attachment{weights.pageable, {}};
+  if (attachment.not_pinned.empty()) attachment.not_pinned = shared_->pin(weights.regions);
+  if (!attachment.not_pinned.empty()) attachment.not_staged = stage();
+  if (attachment.not_staged.empty())
+    for (const auto& program : programs_) program->attach(weights);
+  return attachment;
+}
+
+// Returns why there is no memory for it on every GPU, or "".
+std::string ProgramSet::stage() {
+  try {
+    for (const auto& program : programs_) program->stage();
+    return {};
+  } catch (const Error& error) {
+    for (const auto& program : programs_) program->unstage();
+    return error.what();
+  }
 }
 
 void ProgramSet::fill_caches(const HostWeights& weights) {
-  for (const auto& program : programs_) program->fill_cache(weights.weights);
+  for (const auto& program : programs_) program->fill_cache(weights);
 }
 
 bool ProgramSet::streams() const {
@@ -134,6 +158,10 @@ void ProgramSet::reset_statistics() {
       experts->reset_statistics();
     if (ExpertCache* const cache = program->expert_cache(); cache != nullptr) cache->reset_statistics();
   }
+}
+
+void ProgramSet::set_timed(bool timed) {
+  for (const auto& program : programs_) program->set_timed(timed);
 }
 
 void ProgramSet::provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool) {

@@ -27,10 +27,13 @@ struct GpuOptions {
   std::chrono::milliseconds drain{5'000};
 };
 
-// The CPU's weights in memory: `regions` is what they lie in.
-struct HostWeights {
-  std::vector<std::span<const std::uint8_t>> weights;  // in the manifest's order
-  std::vector<std::span<const std::uint8_t>> regions;
+// How experts come from the CPU's weights.
+struct Attachment {
+  std::string not_pinned;  // why the weights are not; then they come through pinned memory beside them
+  std::string not_staged;  // why there is no such memory either: none comes
+
+  // The two in a sentence. caches: GPUs keep experts in slots.
+  std::string note(bool caches) const;
 };
 
 // A program in an artifact: the plan's name of its GPU, and its file.
@@ -50,10 +53,10 @@ class ProgramSet {
   ProgramSet(const ProgramSet&) = delete;
   ProgramSet& operator=(const ProgramSet&) = delete;
 
-  // Lets experts be copied from the CPU's weights, which must stay where they are. Returns why the system
-  // refuses to pin them, or "". Until then, and if it refuses, nothing is copied: the CPU computes all that
-  // GPUs have not got. Throws Error: a program streams what the weights have not got.
-  std::string attach(const HostWeights& weights);
+  // Lets experts be copied from the CPU's weights, which must stay where they are. Until then, and where
+  // there is no way, nothing is copied: the CPU computes all that GPUs have not got. Throws Error: a program
+  // streams what the weights have not got.
+  Attachment attach(const HostWeights& weights);
   // Then, attached or not: fills the slots of cached experts from the same weights. They change places where
   // the weights are attached. Throws Error.
   void fill_caches(const HostWeights& weights);
@@ -71,6 +74,10 @@ class ProgramSet {
   // As a file of the compiler. There must be a cache.
   std::string expert_statistics_json() const;
   void reset_statistics();
+
+  // Whether steps take the times of what GPUs do from the next one on, which makes them longer; see
+  // GpuProgram::read_times.
+  void set_timed(bool timed);
 
   // Before a step that reads and writes the caches below these positions, by slot. Throws Error.
   void provide_cache(const std::map<std::int32_t, std::int64_t>& positions, const KvPool& pool);
@@ -98,6 +105,7 @@ class ProgramSet {
   std::uint64_t device_bytes() const;  // of all GPUs
 
  private:
+  std::string stage();
   std::string health() const;
   void end_step() noexcept;
   void wait_for_end();
