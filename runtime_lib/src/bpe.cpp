@@ -24,14 +24,14 @@ struct Symbol {
   bool alive;
 };
 
-struct Candidate {
+struct Merge {
   std::int32_t rank;
   std::int32_t at;
   std::int32_t id;
 };
 
-struct LaterCandidate {
-  bool operator()(const Candidate& a, const Candidate& b) const {
+struct LaterMerge {
+  bool operator()(const Merge& a, const Merge& b) const {
     return a.rank != b.rank ? a.rank > b.rank : a.at > b.at;
   }
 };
@@ -114,7 +114,7 @@ std::vector<std::int32_t> Bpe::start_symbols(std::string_view piece) const {
 void Bpe::merge(std::vector<std::int32_t>* symbols) const {
   const auto count = static_cast<std::int32_t>(symbols->size());
   std::vector<Symbol> list(symbols->size());
-  std::priority_queue<Candidate, std::vector<Candidate>, LaterCandidate> queue;
+  std::priority_queue<Merge, std::vector<Merge>, LaterMerge> queue;
   const auto offer = [&](std::int32_t at) {
     if (at < 0 || list[static_cast<std::size_t>(at)].next < 0) return;
     const Symbol& left = list[static_cast<std::size_t>(at)];
@@ -127,7 +127,7 @@ void Bpe::merge(std::vector<std::int32_t>* symbols) const {
   }
   for (std::int32_t i = 0; i < count; ++i) offer(i);
   while (!queue.empty()) {
-    const Candidate top = queue.top();
+    const Merge top = queue.top();
     queue.pop();
     Symbol& left = list[static_cast<std::size_t>(top.at)];
     if (!left.alive || left.next < 0) continue;

@@ -8,8 +8,6 @@
 
 namespace hetcomp {
 
-using Json = nlohmann::json;
-
 void CheckedJson::refuse(const std::string& expected) const {
   std::string path = path_.empty() ? "it" : path_;
   std::ranges::replace(path, '\0', '?');  // a NUL would end the message
@@ -22,7 +20,7 @@ CheckedJson CheckedJson::operator[](const std::string& key) const {
   const auto found = json_.find(key);
   const std::string path = path_.empty() ? key : path_ + "." + key;
   if (found == json_.end()) {
-    static const Json kMissing = "missing";
+    static const nlohmann::json kMissing = "missing";
     CheckedJson(kMissing, path, where_).refuse("present");
   }
   return {*found, path, where_};
@@ -118,8 +116,8 @@ bool stays_inside(const std::string& file) {
 
 nlohmann::json parse_json(std::string_view text, const std::string& where) {
   try {
-    return Json::parse(text);
-  } catch (const Json::exception&) {
+    return nlohmann::json::parse(text);
+  } catch (const nlohmann::json::exception&) {
     throw Error(HETCOMP_BAD_ARTIFACT,
                 where + " is not valid JSON: it is damaged or truncated; copy the artifact anew.");
   }

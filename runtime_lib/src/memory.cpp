@@ -15,7 +15,6 @@ namespace hetcomp {
 namespace {
 
 constexpr std::size_t kHugePage = 2U << 20;
-constexpr std::size_t kPage = 4096;  // on x86
 
 std::uint64_t system_available() {
   std::ifstream info("/proc/meminfo");
@@ -54,8 +53,8 @@ Memory::~Memory() {
 }
 
 void Memory::give_back(std::size_t begin, std::size_t end) {
-  begin = (begin + kPage - 1) / kPage * kPage;
-  end = end / kPage * kPage;
+  begin = (begin + kPageBytes - 1) / kPageBytes * kPageBytes;
+  end = end / kPageBytes * kPageBytes;
   if (begin < end) madvise(data_ + begin, end - begin, MADV_DONTNEED);
 }
 

@@ -10,6 +10,8 @@
 
 namespace hetcomp {
 
+inline constexpr std::size_t kPageBytes = 4096;  // on x86
+
 // Small: where what is touched must not bring much of its neighbourhood with it.
 enum class Pages { kHuge, kSmall };
 

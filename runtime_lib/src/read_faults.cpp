@@ -11,10 +11,10 @@
 #include <thread>
 #include <vector>
 
+#include "memory.h"
+
 namespace hetcomp {
 namespace {
-
-constexpr std::size_t kPage = 4096;  // on x86
 
 struct Watched {
   std::uintptr_t begin;
@@ -135,7 +135,7 @@ WatchedMapping::WatchedMapping(std::span<const std::uint8_t> mapping) : mapping_
   const Table* const before = table.load();
   auto files = std::make_unique<Table>(before != nullptr ? *before : Table());
   const auto begin = reinterpret_cast<std::uintptr_t>(mapping.data());
-  files->push_back({begin, begin + (mapping.size() + kPage - 1) / kPage * kPage, &fault_});
+  files->push_back({begin, begin + (mapping.size() + kPageBytes - 1) / kPageBytes * kPageBytes, &fault_});
   replace(std::move(files));
   install();
 }

@@ -19,14 +19,12 @@ namespace {
 namespace fs = std::filesystem;
 using Json = nlohmann::json;
 
-constexpr std::size_t kWidth = FakeGpuArtifact::kWidth;
-constexpr std::size_t kBytes = kWidth * sizeof(float);
+constexpr std::size_t kBytes = FakeGpuArtifact::kWidth * sizeof(float);
 
 void write_text(const fs::path& path, const std::string& text) {
   std::ofstream(path, std::ios::binary) << text;
 }
 
-Json buffer(const std::string& name) { return {{"buffer", name}, {"offset", 0}}; }
 Json ask(int layer, const Json& after) {
   return {{"hand_over", {{"flag", layer}, {"from", "gpu:0"}, {"to", "cpu"}}}, {"after", after}};
 }
@@ -38,7 +36,7 @@ Json kernel(const std::string& name, const Json& arguments, const Json& after) {
 }
 
 Json nodes(int layers) {
-  const Json width{{"i32", kWidth}};
+  const Json width{{"i32", FakeGpuArtifact::kWidth}};
   Json list = Json::array();
   Json last = Json::array();
   for (int layer = 0; layer < layers; ++layer) {
@@ -73,8 +71,8 @@ Json kernel_record(const std::string& name, const Json& arguments, const std::st
 float weight(std::size_t i) { return static_cast<float>(i % 5); }
 
 Json weight_source(const fs::path& path) {
-  std::array<float, kWidth> values{};
-  for (std::size_t i = 0; i < kWidth; ++i) values[i] = weight(i);
+  std::array<float, FakeGpuArtifact::kWidth> values{};
+  for (std::size_t i = 0; i < FakeGpuArtifact::kWidth; ++i) values[i] = weight(i);
   std::string bytes(64 + kBytes, '\0');
   std::memcpy(bytes.data() + 64, values.data(), kBytes);
   write_text(path / "weights.safetensors", bytes);
@@ -198,7 +196,7 @@ std::span<float> floats(const gpu::ProgramSet& program, const std::string& name)
 void FakeGpuArtifact::compute(const gpu::ProgramSet& program, int) {
   const std::span<float> out = floats(program, "out");
   const std::span<float> in = floats(program, "in");
-  for (std::size_t i = 0; i < kWidth; ++i) in[i] = 3 * out[i];
+  for (std::size_t i = 0; i < FakeGpuArtifact::kWidth; ++i) in[i] = 3 * out[i];
 }
 
 void FakeGpuArtifact::answer_all(const gpu::ProgramSet& program, gpu::HandShake& hand_shake) const {
@@ -211,13 +209,13 @@ void FakeGpuArtifact::answer_all(const gpu::ProgramSet& program, gpu::HandShake&
 
 bool FakeGpuArtifact::step_is_right(gpu::ProgramSet& program, float first, std::int32_t batch) const {
   const std::span<float> input = floats(program, "input");
-  for (std::size_t i = 0; i < kWidth; ++i) input[i] = first + static_cast<float>(i);
+  for (std::size_t i = 0; i < FakeGpuArtifact::kWidth; ++i) input[i] = first + static_cast<float>(i);
   // Batch size 2 has no layers: it adds the weight to what x still holds.
   program.run(batch, [&](gpu::HandShake& hand_shake) {
     if (batch == 1) answer_all(program, hand_shake);
   });
   const std::span<float> y = floats(program, "y");
-  for (std::size_t i = 0; i < kWidth; ++i) {
+  for (std::size_t i = 0; i < FakeGpuArtifact::kWidth; ++i) {
     float x = first + static_cast<float>(i);
     for (int layer = 0; layer < layers_; ++layer) x = 3 * (x + 1) + (2 * x - 1);
     if (y[i] != x + weight(i)) return false;

@@ -46,6 +46,9 @@ class FakeGpuArtifact {
   std::filesystem::path path_;
 };
 
+// An argument of a kernel in gpu/program.json: the address of a buffer.
+inline nlohmann::json buffer(const std::string& name) { return {{"buffer", name}, {"offset", 0}}; }
+
 // A file that the fake driver loads, with these kernels.
 void write_cubin(const std::filesystem::path& file, const std::string& names);
 

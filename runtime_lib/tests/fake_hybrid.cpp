@@ -147,8 +147,6 @@ int launch(int id, const unsigned*, int n, const std::uint64_t* values) {
   return 0;
 }
 
-Json buffer(const std::string& name) { return {{"buffer", name}, {"offset", 0}}; }
-
 // rows: those of an exact graph; 0: as many as the step has.
 Json kernel(const std::string& name, const std::vector<std::string>& pointers, int rows,
             const std::string& count) {

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "cli/handles.h"
 #include "fake_adapter.h"
 #include "fake_artifact.h"
 #include "fake_program.h"
@@ -14,16 +15,11 @@
 namespace hetcomp {
 namespace {
 
+using cli::ModelPtr;
+using cli::SessionPtr;
 using fake::FakeAdapter;
 using fake::FakeArtifact;
 using Ids = std::vector<std::int32_t>;
-
-struct Free {
-  void operator()(hetcomp_model* m) const { hetcomp_model_free(m); }
-  void operator()(hetcomp_session* s) const { hetcomp_session_free(s); }
-};
-using ModelPtr = std::unique_ptr<hetcomp_model, Free>;
-using SessionPtr = std::unique_ptr<hetcomp_session, Free>;
 
 const Ids kIds{20, 51, 33, 8};
 

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
+#include "cli/handles.h"
 #include "fake_artifact.h"
 #include "fake_program.h"
 #include "hetcomp/hetcomp.h"
@@ -16,16 +17,10 @@
 namespace hetcomp {
 namespace {
 
+using cli::ModelPtr;
+using cli::SessionPtr;
 using fake::FakeArtifact;
 using Ids = std::vector<std::int32_t>;
-
-struct Free {
-  void operator()(hetcomp_model* m) const { hetcomp_model_free(m); }
-  void operator()(hetcomp_session* s) const { hetcomp_session_free(s); }
-  void operator()(hetcomp_generation* g) const { hetcomp_generation_free(g); }
-};
-using ModelPtr = std::unique_ptr<hetcomp_model, Free>;
-using SessionPtr = std::unique_ptr<hetcomp_session, Free>;
 
 std::string last_error() { return hetcomp_last_error(); }
 
@@ -288,7 +283,7 @@ TEST_P(Model, GenerationStepByStep) {
   hetcomp_generation* raw = nullptr;
   const Ids prompt = range(16);  // three steps of at most 7 tokens
   ASSERT_EQ(hetcomp_generation_start(s.get(), prompt.data(), 16, &params, &raw), HETCOMP_OK) << last_error();
-  const std::unique_ptr<hetcomp_generation, Free> generation(raw);
+  const cli::GenerationPtr generation(raw);
   Ids ids;
   std::vector<std::int32_t> finishes;
   for (int i = 0; i < 6; ++i) {

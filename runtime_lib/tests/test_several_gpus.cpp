@@ -13,25 +13,25 @@
 namespace hetcomp::gpu {
 namespace {
 
+using fake::buffer;
 using fake::FakeGpuArtifact;
 using Json = nlohmann::json;
 using std::chrono::milliseconds;
 
-constexpr std::size_t kWidth = FakeGpuArtifact::kWidth;
-constexpr std::size_t kBytes = kWidth * sizeof(float);
+constexpr std::size_t kRowBytes = FakeGpuArtifact::kWidth * sizeof(float);
 
-Json buffer(const std::string& name) { return {{"buffer", name}, {"offset", 0}}; }
 Json hand_over(int flag, const std::string& from, const std::string& to) {
   return {{"hand_over", {{"flag", flag}, {"from", from}, {"to", to}}}};
 }
 Json add_one(const std::string& x, const std::string& y) {
-  return {
-      {"kernel", "add_one"}, {"grid", {1, 1, 1}}, {"arguments", {buffer(x), buffer(y), {{"i32", kWidth}}}}};
+  return {{"kernel", "add_one"},
+          {"grid", {1, 1, 1}},
+          {"arguments", {buffer(x), buffer(y), {{"i32", FakeGpuArtifact::kWidth}}}}};
 }
 Json add(const std::string& a, const std::string& b, const std::string& y) {
   return {{"kernel", "add"},
           {"grid", {1, 1, 1}},
-          {"arguments", {buffer(a), buffer(b), buffer(y), {{"i32", kWidth}}}}};
+          {"arguments", {buffer(a), buffer(b), buffer(y), {{"i32", FakeGpuArtifact::kWidth}}}}};
 }
 
 Json program(const std::string& device, const std::vector<std::pair<std::string, std::string>>& buffers,
@@ -40,7 +40,7 @@ Json program(const std::string& device, const std::vector<std::pair<std::string,
     nodes[i]["after"] = i == 0 ? Json::array() : Json::array({i - 1});
   Json list = Json::array();
   for (const auto& [name, kind] : buffers)
-    list.push_back({{"name", name}, {"bytes", kBytes}, {"kind", kind}});
+    list.push_back({{"name", name}, {"bytes", kRowBytes}, {"kind", kind}});
   return {{"schema", {3, 0}},        {"device", device},
           {"device_bytes", 1 << 20}, {"flags", 3},
           {"buffers", list},         {"graphs", {{{"batch", 1}, {"exact", true}, {"nodes", nodes}}}}};
@@ -87,17 +87,17 @@ class SeveralGpus : public testing::Test {
   }
   static void answer(const ProgramSet& programs, HandShake& hand_shake) {
     if (!hand_shake.wait_for_gpu(1)) return;
-    for (std::size_t i = 0; i < kWidth; ++i)
+    for (std::size_t i = 0; i < FakeGpuArtifact::kWidth; ++i)
       floats(programs.host("in"))[i] = 3 * floats(programs.host("out"))[i];
     hand_shake.answer(1);
   }
   static bool step_is_right(ProgramSet& programs, float first) {
-    for (std::size_t i = 0; i < kWidth; ++i) {
+    for (std::size_t i = 0; i < FakeGpuArtifact::kWidth; ++i) {
       floats(programs[0].host("input"))[i] = first + static_cast<float>(i);
       floats(programs[1].host("input"))[i] = 2 * first;
     }
     programs.run(1, [&](HandShake& hand_shake) { answer(programs, hand_shake); });
-    for (std::size_t i = 0; i < kWidth; ++i) {
+    for (std::size_t i = 0; i < FakeGpuArtifact::kWidth; ++i) {
       const float zero = first + static_cast<float>(i);
       const float there = zero + 1;
       const float back = 3 * (there + 2 * first) + there + 2 * first;
@@ -193,7 +193,7 @@ TEST_F(SeveralGpus, ProgramsThatDoNotFitEachOther) {
   expect_bad("program.json", "hand-over 1 of batch size 1 is made twice",
              [&](Json& p) { nodes(p)[1]["hand_over"] = {{"flag", 1}, {"from", "gpu:0"}, {"to", "cpu"}}; });
   expect_bad("program-1.json", "do not agree on the size of the buffer there",
-             [](Json& p) { p["buffers"][1]["bytes"] = 2 * kBytes; });
+             [](Json& p) { p["buffers"][1]["bytes"] = 2 * kRowBytes; });
 }
 
 TEST_F(SeveralGpus, FaultOfOneEndsTheStepOfAll) {

@@ -12,6 +12,9 @@
 
 namespace hetcomp::gpu {
 
+// What an allocation of `bytes` takes: as cuMemAlloc gives it, from an address that suits any kernel.
+constexpr std::uint64_t allocated(std::uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+
 // The bytes of device memory that a plan gives to a program. What was taken is not given back: all memory
 // lives as long as the program.
 class DeviceBudget {

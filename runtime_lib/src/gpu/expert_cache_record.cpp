@@ -7,8 +7,6 @@
 namespace hetcomp::gpu {
 namespace {
 
-constexpr std::uint64_t kMostBytes = 1ULL << 46;
-
 CacheRule cache_rule(const CheckedJson& node) {
   const std::string rule = node.text();
   if (rule == "lru") return CacheRule::kLru;
@@ -62,7 +60,7 @@ ExpertCacheRecord ExpertCacheRecord::parse(const CheckedJson& node, const std::v
   ExpertCacheRecord record{
       cache_rule(node["policy"]),
       node["slots"].count(1, fewest),
-      node["bytes_per_step"].number(0, kMostBytes),
+      node["bytes_per_step"].number(0, GpuProgramRecord::kMostBytes),
       buffer_index(node["table"]["buffer"], buffers, BufferKind::kStream, "of kind stream"),
       node["table"]["row_bytes"].number(1, 1U << 20),
       {}};

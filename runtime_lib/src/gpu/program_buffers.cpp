@@ -9,10 +9,7 @@
 namespace hetcomp::gpu {
 namespace {
 
-constexpr std::uint64_t kAlignment = 256;  // as cuMemAlloc gives
-
 bool is_step(BufferKind kind) { return kind == BufferKind::kStep; }
-std::uint64_t aligned(std::uint64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 // A file that buffers are filled from, mapped.
 class SourceFile {
@@ -75,7 +72,7 @@ void ProgramBuffers::place_step(const GpuProgramRecord& program, DeviceBudget& b
   for (std::size_t i = 0; i < program.buffers.size(); ++i) {
     if (!is_step(program.buffers[i].kind)) continue;
     addresses_[i] = end;
-    end += aligned(program.buffers[i].bytes);
+    end += allocated(program.buffers[i].bytes);
     if (end > std::numeric_limits<std::uint64_t>::max() / 4)
       throw Error(HETCOMP_OUT_OF_MEMORY, "A step's inputs are larger than the address space.");
   }

@@ -10,7 +10,6 @@
 namespace hetcomp::gpu {
 namespace {
 
-constexpr std::uint64_t kMostBytes = 1ULL << 46;  // beyond any device; sums of a few stay in range
 constexpr std::uint64_t kMostFlags = 4096;
 constexpr std::int32_t kMostSlots = 1 << 20;
 constexpr std::size_t kMostNodes = 1U << 16;
@@ -38,7 +37,7 @@ std::vector<BufferSource> buffer_sources(const CheckedJson& node, const BufferRe
   std::vector<BufferSource> sources;
   std::uint64_t end = 0;
   for (const CheckedJson& entry : node.elements()) {
-    BufferSource source{entry["file"].inner_path(), entry["offset"].number(0, kMostBytes),
+    BufferSource source{entry["file"].inner_path(), entry["offset"].number(0, GpuProgramRecord::kMostBytes),
                         entry["bytes"].number(1, buffer.bytes), entry["to"].number(end, buffer.bytes),
                         entry["xxh3_64"].hash_value()};
     if (source.bytes > buffer.bytes - source.to)
@@ -52,10 +51,12 @@ std::vector<BufferSource> buffer_sources(const CheckedJson& node, const BufferRe
 
 CacheRecord cache_record(const CheckedJson& node, std::uint64_t bytes) {
   constexpr std::uint64_t kMostGranules = 1U << 24;
-  const CacheRecord cache{
-      node["slots"].count(1, kMostSlots),          node["slot_bytes"].number(1, bytes),
-      node["block_bytes"].number(1, bytes),        node["block_positions"].number(1, bytes),
-      node["granule_bytes"].number(1, kMostBytes), node["granules"].number(0, kMostGranules)};
+  const CacheRecord cache{node["slots"].count(1, kMostSlots),
+                          node["slot_bytes"].number(1, bytes),
+                          node["block_bytes"].number(1, bytes),
+                          node["block_positions"].number(1, bytes),
+                          node["granule_bytes"].number(1, GpuProgramRecord::kMostBytes),
+                          node["granules"].number(0, kMostGranules)};
   const std::uint64_t of_slots = static_cast<std::uint64_t>(cache.slots) * cache.slot_bytes;
   if (cache.slot_bytes % cache.block_bytes != 0) node["slot_bytes"].refuse("whole blocks");
   if (of_slots > bytes || cache.block_bytes > bytes - of_slots)
@@ -66,8 +67,11 @@ CacheRecord cache_record(const CheckedJson& node, std::uint64_t bytes) {
 }
 
 BufferRecord buffer_record(const CheckedJson& node) {
-  BufferRecord buffer{
-      node["name"].text(), node["bytes"].number(1, kMostBytes), buffer_kind(node["kind"]), {}, {}};
+  BufferRecord buffer{node["name"].text(),
+                      node["bytes"].number(1, GpuProgramRecord::kMostBytes),
+                      buffer_kind(node["kind"]),
+                      {},
+                      {}};
   if (node.has("cache")) {
     if (buffer.kind != BufferKind::kState) node["cache"].refuse("absent: only a state has it");
     buffer.cache = cache_record(node["cache"], buffer.bytes);
@@ -207,7 +211,7 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
   GpuProgramRecord program;
   program.device = root["device"].text();
   if (!device_number(program.device)) root["device"].refuse("gpu:N");
-  program.device_bytes = root["device_bytes"].number(0, kMostBytes);
+  program.device_bytes = root["device_bytes"].number(0, GpuProgramRecord::kMostBytes);
   program.flags = static_cast<std::uint32_t>(root["flags"].number(0, kMostFlags));
   BufferIndex index;
   bool has_cache = false;

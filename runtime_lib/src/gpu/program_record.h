@@ -104,7 +104,8 @@ std::optional<int> device_number(const std::string& device);
 
 struct GpuProgramRecord {
   static constexpr int kSchemaMajor = 3;
-  static constexpr std::uint64_t kAlignment = 16;  // of addresses: kernels are compiled for it
+  static constexpr std::uint64_t kMostBytes = 1ULL << 46;  // beyond any device; sums of a few stay in range
+  static constexpr std::uint64_t kAlignment = 16;          // of addresses: kernels are compiled for it
 
   // kernels: those chosen for the device. where: the file's name, for messages. Throws Error.
   static GpuProgramRecord parse(std::string_view json, const std::string& where,

@@ -5,12 +5,6 @@
 #include "../status.h"
 
 namespace hetcomp::gpu {
-namespace {
-
-constexpr std::uint64_t kAlignment = 256;  // as cuMemAlloc gives
-constexpr std::uint64_t kMostBytes = 1ULL << 46;
-
-}  // namespace
 
 SharedMemory::SharedMemory(const CudaDriver& driver, const DeviceContext& context,
                            std::span<const GpuProgramRecord* const> programs,
@@ -26,8 +20,8 @@ SharedMemory::SharedMemory(const CudaDriver& driver, const DeviceContext& contex
       if (!is_new && place->second.bytes != buffer.bytes)
         throw Error(HETCOMP_BAD_ARTIFACT, "The GPU programs do not agree on the size of the buffer " +
                                               buffer.name + ": compile the model again.");
-      if (is_new) end += (buffer.bytes + kAlignment - 1) / kAlignment * kAlignment;
-      if (end > kMostBytes)
+      if (is_new) end += allocated(buffer.bytes);
+      if (end > GpuProgramRecord::kMostBytes)
         throw Error(HETCOMP_OUT_OF_MEMORY,
                     "The buffers between CPU and GPUs are larger than the address space.");
     }

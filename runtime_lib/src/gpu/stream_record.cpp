@@ -18,7 +18,6 @@ namespace {
 
 constexpr std::int32_t kMostExperts = 1 << 14;
 constexpr std::int32_t kMostWidth = 1 << 24;
-constexpr std::uint64_t kMostBytes = 1ULL << 46;
 constexpr std::size_t kMostPoints = 64;
 constexpr std::uint32_t kMostWaves = 1U << 14;  // of all layers
 
