@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from hetcomp.backends.precompiled_header import precompiled_header
 from hetcomp.backends.protocol import Isa
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.compilers import CxxCompiler, find_cxx
@@ -87,13 +88,23 @@ def compile_objects(
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
 
-    def one(source: Source) -> Path:
+    def object_of(source: Source) -> Path:
         key = hashlib.sha256(
             "\0".join((compiler.identity, " ".join(flags[:-1]), contract, source.text)).encode()
         ).hexdigest()
-        target = folder / f"{key}.o"
-        if not target.exists():
-            _compile(compiler, flags, source, target)
+        return folder / f"{key}.o"
+
+    # One after the other, as most sources share one.
+    headers = {
+        source: precompiled_header(compiler, flags[:-1], source.text, folder.parent / "headers")
+        for source in sources
+        if not object_of(source).exists()
+    }
+
+    def one(source: Source) -> Path:
+        target = object_of(source)
+        if source in headers:
+            _compile(compiler, (*headers[source], *flags), source, target)
         if progress:
             progress(source.stem)
         return target

@@ -1,7 +1,8 @@
 """Triton's interpreter, repaired, and fast enough for whole models: importing this module patches it for the process.
 
 Triton patches its language anew for every launch and every call of a device function, which costs more than small
-kernels themselves; here it is patched once.
+kernels themselves; here it is patched once. What it works out again for every value of a kernel from the value's type
+(the shape as a tuple of constants, numpy's type) is kept by type.
 """
 
 from __future__ import annotations
@@ -72,6 +73,30 @@ def _check(verb: str, ptrs: Any, mask: Any) -> None:
         raise IndexError(f"the kernel {verb} outside of its memory, {place - near.start} bytes into {len(near)} bytes")
 
 
+def _block_type(self: Any, element_ty: Any, shape: Any) -> None:
+    key = (element_ty.name, *[s.value if isinstance(s, tl.constexpr) else s for s in shape])
+    self.element_ty = element_ty
+    if key not in _blocks:
+        _given_block_type(self, element_ty, shape)
+        _blocks[key] = (self.shape, self.numel, self.name)
+    self.shape, self.numel, self.name = _blocks[key]
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:
+    key = type.name if type.is_block() else ""
+    if key not in _shapes:
+        _given_tensor(self, handle, type)
+        _shapes[key] = (self.shape, self.numel)
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _shapes[key]
+
+
+def _np_dtype(type: Any) -> Any:
+    if type.name not in _np_dtypes:
+        _np_dtypes[type.name] = _given_np_dtype(type)
+    return _np_dtypes[type.name]
+
+
 def _patched_once(_: Any) -> Any:
     """Stands in for interpreter._patch_lang, whose answer only undoes what it did."""
     return SimpleNamespace(restore=lambda: None)
@@ -86,6 +111,15 @@ _given_store = interpreter.InterpreterBuilder.create_masked_store
 interpreter.InterpreterBuilder.create_masked_store = _checked_store
 _given_convert = interpreter._convert_float
 interpreter._convert_float = _convert_as_gpus
+_blocks: dict[tuple[Any, ...], tuple[Any, Any, str]] = {}
+_given_block_type = tl.block_type.__init__
+tl.block_type.__init__ = _block_type
+_shapes: dict[str, tuple[Any, Any]] = {}
+_given_tensor = tl.tensor.__init__
+tl.tensor.__init__ = _tensor
+_np_dtypes: dict[str, Any] = {}
+_given_np_dtype = interpreter._get_np_dtype
+interpreter._get_np_dtype = _np_dtype
 # Our kernels see triton.language, Triton's own functions (tl.zeros, tl.max) see triton.language.core.
 interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
 interpreter._patch_lang = _patched_once

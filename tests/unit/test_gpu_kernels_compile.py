@@ -198,7 +198,7 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
     "attention-wide": [_attention(WIDE, rows) for rows in (1, 4, None)],
     "small": _small(None),
     "sampling": [argmax(151936, 64, False), candidates(151936, 1), candidates(8192, 4)],
-    **{f"groups-{form}": [g for rows in (1, 8) for g in _grouped(form, rows)] for form in ("q4", "fp8")},
+    **{f"groups-{form}-{rows}": _grouped(form, rows) for form in ("q4", "fp8") for rows in (1, 8)},
     "groups-heads": [
         *_grouped_heads(GQA, ops.Rope(32, 128, 128), 1, 1),
         *_grouped_heads(GQA, ops.Rope(32, 128, 64, style="interleaved"), 32, None),
@@ -209,7 +209,7 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
 }
 ALL_CCS = {
     *("linear-q4", "experts-q4", "attention-gqa", "attention-gpt-oss", "attention-mla", "small", "sampling"),
-    *("groups-q4", "groups-heads"),
+    *("groups-q4-1", "groups-heads"),
 }
 
 
