@@ -36,6 +36,7 @@ from tests.reference.kernel_numbers import (
     packed_extremes,
     rounding_of,
     seen,
+    terms,
     weight_rounding,
 )
 
@@ -64,7 +65,8 @@ def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> Compi
 def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     rng = np.random.default_rng(seed)
     x = draw(rng, (rows, k))
-    data, w = packed(draw(rng, (out, k)), weight("w", (out, k), weight_format, packing.PANELS))
+    value = weight("w", (out, k), weight_format, packing.PANELS)
+    data, w = packed(draw(rng, (out, k)), value)
     b = draw(rng, (out,)) if bias else np.zeros(out, np.float32)
     kernel = _linear(out, k, bias, weight_format, isa)
     inputs = [x, data, b] if bias else [x, data]
@@ -72,7 +74,7 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     facts = cpu_isa(isa)
     by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
     w64, x64 = w.astype(np.float64), seen(x, by)
-    magnitude = np.abs(x64) @ np.abs(w64.T)
+    magnitude = np.abs(x64) @ terms(data, value).T
     bound = dot_error(k, magnitude + np.abs(b)) + weight_rounding(weight_format, by) * magnitude
     assert (np.abs(y - (x64 @ w64.T + b)) <= bound).all()
     # Against activations that were not rounded: each term is off by its activation's rounding at most.
@@ -83,20 +85,21 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
 
 
 @pytest.mark.parametrize("isa", isas_to_test())
-@pytest.mark.parametrize("weight_format", ["q4", "q8", "fp8", "mxfp4"])
+@pytest.mark.parametrize("weight_format", ["q4", "q8", "fp8", "mxfp4", "q4k", "q6k"])
 @pytest.mark.parametrize("rows", [1, 5, ROWS])
 def test_linear_takes_codes_that_only_checkpoints_have(isa, weight_format, rows):
     """Weights and activations are the largest that there are, of all signs: sums of two products in 16 bits must not
     saturate."""
     out, k = 80, 600
     rng = np.random.default_rng(rows)
-    data, w = packed_extremes(rng, weight("w", (out, k), weight_format, packing.PANELS))
+    value = weight("w", (out, k), weight_format, packing.PANELS)
+    data, w = packed_extremes(rng, value)
     x = np.where(rng.random((rows, k)) < 0.9, 1.0, -1.0).astype(np.float32)
     (y,) = _linear(out, k, False, weight_format, isa)([x, data], [(rows, out)], rows=rows, threads=1)
     facts = cpu_isa(isa)
     by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
     w64, x64 = w.astype(np.float64), seen(x, by)
-    magnitude = np.abs(x64) @ np.abs(w64.T)
+    magnitude = np.abs(x64) @ terms(data, value).T
     bound = dot_error(k, magnitude) + weight_rounding(weight_format, by) * magnitude
     assert (np.abs(y - x64 @ w64.T) <= bound).all()
 
@@ -109,14 +112,15 @@ def test_head_linear(isa, weight_format, rows, threads, seed):
     heads, k, out = 3, 21, 37
     rng = np.random.default_rng(seed)
     x = draw(rng, (rows, heads, k))
-    data, w = packed(draw(rng, (heads, out, k)), weight("w", (heads, out, k), weight_format, packing.PANELS))
+    value = weight("w", (heads, out, k), weight_format, packing.PANELS)
+    data, w = packed(draw(rng, (heads, out, k)), value)
     kernel = _head_linear(heads, k, out, weight_format, isa)
     (y,) = kernel([x, data], [(rows, heads, out)], rows=rows, threads=threads)
     facts = cpu_isa(isa)
     by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
     x64, w64 = seen(x, by), w.astype(np.float64)
     want = np.einsum("thk,hnk->thn", x64, w64)
-    magnitude = np.einsum("thk,hnk->thn", np.abs(x64), np.abs(w64))
+    magnitude = np.einsum("thk,hnk->thn", np.abs(x64), terms(data, value))
     bound = dot_error(k, magnitude) + weight_rounding(weight_format, by) * magnitude
     assert (np.abs(y - want) <= bound).all()
 

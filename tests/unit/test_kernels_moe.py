@@ -48,7 +48,8 @@ def _kernel(a: MoeExperts, weight_format: str, isa: Isa) -> CompiledKernel:
 
 
 def _case(a: MoeExperts, weight_format: str, rows: int, hot: bool, seed: int, isa: Isa, away: float = 0) -> ExpertsCase:
-    by = family(weight_format, cpu_isa(isa), rows * a.top_k / a.experts, rows <= cpu_isa(isa).few_tokens)
+    form = weight_format.partition("+")[0]
+    by = family(form, cpu_isa(isa), rows * a.top_k / a.experts, rows <= cpu_isa(isa).few_tokens)
     return ExpertsCase(a, weight_format, rows, hot, seed, by, away)
 
 
@@ -68,7 +69,10 @@ def _check(a: MoeExperts, weight_format: str, isa: Isa, case: ExpertsCase, threa
         *(
             (isa, attrs, form)
             for isa in thorough_isas()
-            for attrs, form in ((EVEN, "bf16"), (OAI, "bf16"), (OAI, "mxfp4"), (EVEN, "q4"))
+            for attrs, form in (
+                *((EVEN, "bf16"), (OAI, "bf16"), (OAI, "mxfp4"), (EVEN, "q4")),
+                *((OAI, "q4k+q6k"), (SILU, "q6k+q8")),
+            )
         ),
     ],
     ids=lambda v: v if isinstance(v, str) else f"{v.experts}x{v.intermediate}x{v.hidden}",
