@@ -386,11 +386,11 @@ HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const 
   constexpr int kChains = kRows <= 1 ? 2 : 1;  // independent sums hide the latency of a product
   constexpr int kSteps = Weights::kGroupColumns / 4;
   const std::int64_t n = groups(k);
-  const std::uint8_t* const end = w + units_bytes(n);
-  // Loads ahead follow the stream to its next panel instead of fetching what nobody asked for.
-  const auto ahead = [&](std::int64_t bytes) {
-    const std::uint8_t* at = w + bytes / kUnitStride * kUnitStride;
-    return at < end ? at : next + (at - end);
+  // Loads ahead follow the stream to its next panel instead of fetching what nobody asked for. Heads between here and there
+  // are not counted: that leaves a line or two at the end of a panel.
+  const auto ahead = [&](std::int64_t u, std::int64_t bytes) {
+    const std::int64_t at = u + bytes / kUnitStride;
+    return at < n ? w + (at - u) * kUnitStride : next + (at - n) * kUnitStride;
   };
   HETCOMP_UNROLL
   for (int m = 0; m < kRows; ++m) out[m] = zero();
@@ -398,13 +398,13 @@ HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const 
   for (std::int64_t u = 0; u < n; ++u) {
     if constexpr (Weights::kHeadBytes > 0) {
       if (u % kBlockUnits == 0) {
-        prefetch<Weights::kHeadBytes, kViaL2>(ahead(kPrefetch));
+        prefetch<Weights::kHeadBytes, kViaL2>(ahead(u, kPrefetch));
         head = Weights::head(w);
         w += Weights::kHeadBytes;
       }
     }
-    prefetch<kUnitStride, kViaL2>(ahead(kPrefetch));
-    if constexpr (kViaL2) prefetch<kUnitStride>(ahead(kFromL2));
+    prefetch<kUnitStride, kViaL2>(ahead(u, kPrefetch));
+    if constexpr (kViaL2) prefetch<kUnitStride>(ahead(u, kFromL2));
     HETCOMP_UNROLL
     for (int p = 0; p < kParts; ++p) {
       const auto correction = [&](int m) { return row(m) + n * (kUnit + 4) + (u * kParts + p) * 4; };
