@@ -24,7 +24,7 @@ from tests.reference.kernel_harness import (
     build,
     clang_here,
     isas_here,
-    isas_to_test,
+    isas_of,
     thorough_isas,
     weight,
 )
@@ -52,13 +52,13 @@ def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> Compi
 
 
 @pytest.mark.parametrize(
-    ("isa", "out", "k", "bias"),
+    ("weight_format", "isa", "out", "k", "bias"),
     [
-        *((isa, 80, 600, False) for isa in isas_to_test()),
-        *((isa, *shape) for isa in thorough_isas() for shape in ((17, 33, True), (1, 1, False))),
+        *((form, isa, 80, 600, False) for form in FORMATS for isa in isas_of(form)),
+        *((form, isa, 17, 33, True) for form in FORMATS for isa in thorough_isas()),
+        *((form, isa, 1, 1, False) for form in packing.FORMATS for isa in thorough_isas()),
     ],
 )
-@pytest.mark.parametrize("weight_format", FORMATS)
 @settings(max_examples=12, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
 @example(rows=ROWS, threads=3, seed=0)  # as many as the families for many tokens are for
@@ -84,8 +84,10 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     np.testing.assert_array_equal(y, alone)
 
 
-@pytest.mark.parametrize("isa", isas_to_test())
-@pytest.mark.parametrize("weight_format", ["q4", "q8", "fp8", "mxfp4", "q4k", "q6k"])
+@pytest.mark.parametrize(
+    ("weight_format", "isa"),
+    [(form, isa) for form in ("q4", "q8", "fp8", "mxfp4", "q4k", "q6k") for isa in isas_of(form)],
+)
 @pytest.mark.parametrize("rows", [1, 5, ROWS])
 def test_linear_takes_codes_that_only_checkpoints_have(isa, weight_format, rows):
     """Weights and activations are the largest that there are, of all signs: sums of two products in 16 bits must not
@@ -104,8 +106,13 @@ def test_linear_takes_codes_that_only_checkpoints_have(isa, weight_format, rows)
     assert (np.abs(y - x64 @ w64.T) <= bound).all()
 
 
-@pytest.mark.parametrize("isa", thorough_isas())
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize(
+    ("weight_format", "isa"),
+    [
+        *((form, isa) for form in packing.FORMATS for isa in thorough_isas()),
+        *((form, isas_here()[-1]) for form in packing.TAKEN_OVER),
+    ],
+)
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
 def test_head_linear(isa, weight_format, rows, threads, seed):
