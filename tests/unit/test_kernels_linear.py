@@ -173,7 +173,7 @@ def _select_rows(width: int) -> CompiledKernel:
 def test_infinite_and_nan_activations_stay_in_their_row():
     isa = isas_here()[-1]
     out, k = 80, 600
-    for weight_format, bad in itertools.product(("bf16", "q8", "q4"), (np.nan, np.inf)):
+    for weight_format, bad in itertools.product(("bf16", "q8", "q4", "q4k"), (np.nan, np.inf)):
         data, _ = packed(draw(np.random.default_rng(0), (out, k)), weight("w", (out, k), weight_format, packing.PANELS))
         for rows in (2, 30):
             x = draw(np.random.default_rng(1), (rows, k))

@@ -13,6 +13,7 @@ from hetcomp.backends import packing
 from hetcomp.backends.cpu import FORMATS
 from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Isa
+from hetcomp.errors import HetcompError
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value
 from tests.reference.experts_case import ExpertsCase, expert_weights
@@ -155,6 +156,11 @@ def test_many_tokens_and_columns(isa, weight_format):
 def test_kernels_of_other_cpus_compile(isa, weight_format):
     """Not run here; with warnings as errors. A format of each family of tiles: linear kernels take all."""
     CompiledKernel(_kernel(OAI, weight_format, isa).kernel, isa, emulate=False)
+
+
+def test_floats_and_whole_numbers_in_one_expert_are_refused():
+    with pytest.raises(HetcompError, match="gate_up and down are bf16 and q4k, which are multiplied in different ways"):
+        _kernel(EVEN, "q4k+bf16", isas_here()[0])
 
 
 def test_a_token_may_name_one_expert_twice():
