@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hetcomp.backends import packing
 from hetcomp.backends.cut_weights import CutReader
+from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.repacking import repack
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.gguf.blocks import decode
@@ -167,6 +168,21 @@ def test_parts_of_experts_are_read_as_codes():
     expert = reader.read_expert(part, 1)
     assert isinstance(expert, QuantisedNumbers)
     np.testing.assert_array_equal(expert.to_f32(), want[1])
+
+
+@pytest.mark.parametrize("form", K_SCALES)
+def test_a_nodes_columns_of_blocks_are_taken_over(form):
+    whole, numbers = weight(form, (2, 48, 768), packing.PANELS), drawn(form, (2, 48, 768), 7)
+
+    class Reader:
+        def read_expert(self, value: Value, expert: int) -> QuantisedNumbers:
+            return numbers[expert]
+
+    cut = Cut(-1, ((512, 768),))
+    part = cut_value(whole, cut, 1)
+    packer = WeightPacker(CutReader(Reader(), {part.id: (whole, cut)}))
+    data = np.concatenate([chunk for _, chunk in packer.chunks([part])])
+    np.testing.assert_array_equal(packing.unpack(data, part), numbers.to_f32()[:, :, 512:])
 
 
 @pytest.mark.parametrize("form", FORMATS)
