@@ -49,20 +49,26 @@ def peers(model: str, form: str, peer_python: Path, threads: int) -> Iterator[tu
 
 def run_format(record: Record, o: argparse.Namespace, form: str, artifact: Path) -> None:
     """Measures one format beside its peers."""
+    others = dict(peers(o.model, form, o.peer_python, o.threads)) if o.peer_python and form in PEER_TYPES else {}
+    if o.transformers and form == "bf16":
+        checkpoint = models.checkpoint(o.model)
+        others["transformers"] = Worker(sys.executable, "transformers_worker", checkpoint, "--threads", str(o.threads))
+    run_beside(record, o, form, artifact, others, _LEAST_COSINE.get(form, 0.0))
+
+
+def run_beside(
+    record: Record, o: argparse.Namespace, form: str, artifact: Path, others: dict[str, Worker], least_cosine: float
+) -> None:
+    """Measures an artifact, ``form`` in the record, beside other engines whose logits' cosine to its own is at least
+    ``least_cosine``."""
     plan = models.plan(artifact)
     with ExitStack() as stack:
         engines = {f"hetcomp {form}": Worker(sys.executable, "hetcomp_worker", artifact, "--threads", str(o.threads))}
-        if o.peer_python and form in PEER_TYPES:
-            engines |= dict(peers(o.model, form, o.peer_python, o.threads))
-        if o.transformers and form == "bf16":
-            checkpoint = models.checkpoint(o.model)
-            engines["transformers"] = Worker(
-                sys.executable, "transformers_worker", checkpoint, "--threads", str(o.threads)
-            )
+        engines |= others
         for worker in engines.values():
             stack.enter_context(worker)
         ids = random.Random(0).choices(range(plan.model.vocab), k=max(o.prompts))
-        _check_agreement(record, engines, form, ids[:16])
+        _check_agreement(record, engines, least_cosine, ids[:16])
         for worker in engines.values():  # warm-up, not recorded
             worker.call("prefill", prompt=ids[: o.prompts[0]])
             worker.call("decode", prompt=ids[:16], tokens=4)
@@ -82,7 +88,7 @@ def run_format(record: Record, o: argparse.Namespace, form: str, artifact: Path)
     _derive(record, o, form, list(engines), models.decode_bytes(plan))
 
 
-def _check_agreement(record: Record, engines: dict[str, Worker], form: str, ids: list[int]) -> None:
+def _check_agreement(record: Record, engines: dict[str, Worker], least_cosine: float, ids: list[int]) -> None:
     """All engines must compute the same model: cosine of their logits to ours, recorded."""
     logits = {name: np.array(worker.call("logits", prompt=ids)) for name, worker in engines.items()}
     own, *others = logits
@@ -92,7 +98,7 @@ def _check_agreement(record: Record, engines: dict[str, Worker], form: str, ids:
         scale = np.linalg.norm(logits[name]) * np.linalg.norm(logits[own])
         cosine = float(logits[name] @ logits[own] / scale)
         record.derived[f"{name} logits, cosine to {own}"] = cosine
-        if not cosine > _LEAST_COSINE[form]:
+        if not cosine > least_cosine:
             raise SystemExit(f"{name} computes something else than {own}: cosine of the logits {cosine:.4f}")
 
 

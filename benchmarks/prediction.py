@@ -19,10 +19,10 @@ from pathlib import Path
 import hetcomp
 from benchmarks import models
 from benchmarks.record import Record, Series
+from hetcomp.backends.packing import FORMATS
 from hetcomp.bench import BenchRecord, read_record, record_path
 from hetcomp.hardware.detect import detect_machine
 from hetcomp.models_zoo import find
-from hetcomp.passes.context import FORMATS
 from hetcomp.profiler.measure_machine import measure_machine
 
 # A round counts as in the profile's state if plain reads before it were within this of the profile's.

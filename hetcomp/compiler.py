@@ -179,7 +179,7 @@ def plan_model(
 
 def _noted(planned: Planned, adapter: Adapter | None) -> Planned:
     """With the adapter that will be merged, and notes of what is converted out of a quantised checkpoint."""
-    notes = conversion_notes(planned.plan, planned.imported.checkpoint)
+    notes = conversion_notes(planned.plan, planned.imported.checkpoint, planned.context.use_gpus)
     return replace(planned, adapter=adapter, plan=replace(planned.plan, notes=(*planned.plan.notes, *notes)))
 
 
@@ -355,10 +355,10 @@ def compile(
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
     max_batch: sequences kept at once. kv_tokens: positions that they hold together, which is what the KV cache takes
     memory for; by default max_batch x context_length. formats: ``auto`` (the checkpoint's, coarser where memory
-    requires it), one of f32, bf16, q8, fp8, q4, mxfp4, or a mapping by role (experts, attention, dense, router,
-    embedding; kv: f32, bf16, q8, fp8) to one, or to several to choose from: ``q4|q8``. out: the artifact's folder; by
-    default a temporary one that lives as long as the Executable. isa: instruction sets to build for, best first; by
-    default the profile's best.
+    requires it), one of f32, bf16, q8, fp8, q4, mxfp4 (q6k and q4k of a file that has them), or a mapping by role
+    (experts, attention, dense, router, embedding; kv: f32, bf16, q8, fp8) to one, or to several to choose from:
+    ``q4|q8``. out: the artifact's folder; by default a temporary one that lives as long as the Executable. isa:
+    instruction sets to build for, best first; by default the profile's best.
     wishes: what placement shall keep to; the profile's GPUs take part unless ``wishes.vram`` is 0. ccs: compute
     capabilities (80, 90, ..) that GPU code is generated for; by default those of the GPUs that the plan uses. tune:
     whether tiles of GPU kernels are measured on this machine's first GPU, at most a minute and remembered (None: where

@@ -12,9 +12,16 @@ import numpy.typing as npt
 _Floats = npt.NDArray[np.float32]
 
 # Columns that share a scale in each format.
-GROUPS = {"q4": 32, "q8": 32, "mxfp4": 32, "fp8": 128}
+GROUPS = {"q4": 32, "q8": 32, "mxfp4": 32, "fp8": 128, "q4k": 32, "q6k": 16}
 # What is added to a whole number to make its code.
-OFFSETS = {"q4": 8, "q8": 128}
+OFFSETS = {"q4": 8, "q8": 128, "q4k": 0, "q6k": 32}
+# The K blocks of llama.cpp (block_q4_K and block_q6_K of ggml-common.h): groups whose scales are small whole numbers
+# times an fp16 number that BLOCK columns share.
+BLOCK = 256
+K_SCALES = {
+    "q4k": np.dtype([("d", "<f2"), ("d_minimum", "<f2"), ("scale", "u1"), ("minimum", "u1")]),
+    "q6k": np.dtype([("d", "<f2"), ("scale", "i1")]),
+}
 
 # The 256 codes of e4m3fn and the 16 of e2m1 (OCP 8-bit Floating Point 1.0, Microscaling Formats 1.0).
 _HALF_E4M3 = np.array([np.ldexp(m / 8 + (e > 0), max(e, 1) - 7) for e in range(16) for m in range(8)], np.float32)
@@ -34,8 +41,10 @@ def e8m0(scales: npt.NDArray[np.uint8]) -> _Floats:
 class QuantisedNumbers:
     """A matrix [N, K], or several [E, N, K], in a weight format of hetcomp.backends.packing, not packed.
 
-    codes: u8 [.., N, K], one a byte: q + 8 (q4), q + 128 (q8; q may be -128), e2m1 (mxfp4), e4m3fn (fp8). scales
-    [.., N, ceil(K / group)]: f32, or the e8m0 bytes of mxfp4. A group is 32 columns, in fp8 128."""
+    codes: u8 [.., N, K], one a byte: q + 8 (q4), q + 128 (q8; q may be -128), e2m1 (mxfp4), e4m3fn (fp8), q (q4k),
+    q + 32 (q6k). scales [.., N, ceil(K / group)]: f32, the e8m0 bytes of mxfp4, or records of K_SCALES, whose fp16
+    numbers are equal in all groups of a block of 256 columns. A group is 32 columns, in fp8 128, in q6k 16. A number is
+    its code's value times the scale; in q4k d * scale * q - d_minimum * minimum, in q6k d * scale * q."""
 
     format: str
     codes: npt.NDArray[np.uint8]
@@ -70,6 +79,8 @@ class QuantisedNumbers:
 
     def transposed(self) -> QuantisedNumbers | _Floats:
         """Rows and columns swapped; as f32 where the transpose has groups whose numbers share no scale."""
+        if self.format in K_SCALES:
+            return np.swapaxes(self.to_f32(), -1, -2)
         group = GROUPS[self.format]
         each = np.swapaxes(np.repeat(self.scales, group, axis=-1)[..., : self.shape[-1]], -1, -2)
         firsts = each[..., ::group]
@@ -78,10 +89,11 @@ class QuantisedNumbers:
         return np.swapaxes(self.to_f32(), -1, -2)
 
     def cut(self, axis: int, runs: Sequence[tuple[int, int]]) -> QuantisedNumbers | _Floats:
-        """The runs (start, stop) of an axis, one after the other; as f32 where a run of columns cuts a group."""
+        """The runs (start, stop) of an axis, one after the other; as f32 where one of columns cuts a group or block."""
         of_columns = axis in (-1, self.ndim - 1)
         group = GROUPS[self.format] if of_columns else 1
-        if any(start % group for start, _ in runs) or any(stop % group for _, stop in runs[:-1]):
+        whole = BLOCK if of_columns and self.format in K_SCALES else group
+        if any(start % whole for start, _ in runs) or any(stop % whole for _, stop in runs[:-1]):
             return _taken(self.to_f32(), axis, runs)
         of_groups = [(start // group, -(-stop // group)) for start, stop in runs]
         return QuantisedNumbers(self.format, _taken(self.codes, axis, runs), _taken(self.scales, axis, of_groups))
@@ -95,16 +107,32 @@ class QuantisedNumbers:
         return None
 
     def to_f32(self) -> _Floats:
-        """The numbers: a code's value times its scale, rounded once to f32."""
+        """The numbers, rounded once to f32."""
         if self.format == "fp8":
             values = E4M3[self.codes]
         elif self.format == "mxfp4":
             values = E2M1[self.codes]
         else:
             values = self.codes.astype(np.float32) - np.float32(OFFSETS[self.format])
-        scales = e8m0(self.scales) if self.format == "mxfp4" else self.scales.astype(np.float32)
-        values *= np.repeat(scales, GROUPS[self.format], axis=-1)[..., : self.shape[-1]]
+        values *= self._each(self._scales())
+        if self.format == "q4k":
+            values -= self._each(_product(self.scales, "d_minimum", "minimum"))
         return values
+
+    def _scales(self) -> _Floats:
+        if self.format in K_SCALES:
+            return _product(self.scales, "d", "scale")
+        return e8m0(self.scales) if self.format == "mxfp4" else self.scales.astype(np.float32)
+
+    def _each(self, of_groups: _Floats) -> _Floats:
+        """[.., G] of the groups as [.., K] of their columns."""
+        return np.repeat(of_groups, GROUPS[self.format], axis=-1)[..., : self.shape[-1]]
+
+
+def _product(records: npt.NDArray[Any], factor: str, whole: str) -> _Floats:
+    """An fp16 number of each K_SCALES record times a whole one: exact in f32."""
+    numbers: _Floats = records[factor].astype(np.float32) * records[whole].astype(np.float32)
+    return numbers
 
 
 def _taken(array: npt.NDArray[Any], axis: int, runs: Sequence[tuple[int, int]]) -> npt.NDArray[Any]:

@@ -9,7 +9,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.ir.native_format import native_format
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 from hetcomp.ir.types import DType
-from hetcomp.passes.context import Context, Role
+from hetcomp.passes.context import TAKEN_OVER, Context, Role
 from hetcomp.passes.registry import plan_pass
 
 ROW_MAJOR = "row_major"
@@ -35,7 +35,8 @@ def choose_formats(plan: Plan, context: Context) -> Plan:
     that holds it (see hetcomp.ir.native_format). Without a checkpoint auto is bf16.
     Where memory wants coarser formats than these, or the user allowed several, format_search decides which request
     comes here. One-dimensional weights stay f32 row-major. The KV cache is f32 if attention is, else bf16.
-    Raises HetcompError if two ops want one weight in different formats.
+    Raises HetcompError if two ops want one weight in different formats, or a weight is to have a format that the
+    checkpoint does not have it in and that none is converted to.
     """
     chosen: dict[str, tuple[str, str]] = {}
     templates = {t.name: t for t in plan.templates}
@@ -66,8 +67,23 @@ def choose_formats(plan: Plan, context: Context) -> Plan:
 def _format(weight: Value, layout: str, role: Role, context: Context) -> str | None:
     """None: what ``auto`` is for unquantised weights."""
     native = native_format(weight, layout)
-    wanted = context.formats.of(role) if native is None else context.formats.of_quantised(role, native.format)
+    if native is None:
+        wanted = context.formats.of(role)
+    else:
+        wanted = context.formats.of_quantised(role, _held(native.format, context))
+    if wanted in TAKEN_OVER and (native is None or native.format != wanted or native.inexact):
+        stored = "is not quantised" if native is None else f"is stored as {native.label}"
+        raise HetcompError(
+            f"Weights are not converted to {wanted}, and {weight.fqn or weight.id} {stored}; give auto or another "
+            f"format for {role}."
+        )
     return None if wanted == "auto" else wanted
+
+
+def _held(native: str, context: Context) -> str:
+    """The format that takes over ``native`` where a GPU takes part, which has no kernels for K blocks: q8, which is the
+    nearest that it has."""
+    return "q8" if context.use_gpus and native in TAKEN_OVER else native
 
 
 def _weight_operands(template: Template) -> Iterator[tuple[Op, int, str]]:

@@ -13,14 +13,16 @@ from hetcomp.ir.target import Checkpoint, DeferralMeasure, KernelTarget
 from hetcomp.ir.types import CACHE_DTYPES
 from hetcomp.passes.expert_statistics import ExpertStatistics
 from hetcomp.passes.pins import Pin
+from hetcomp.quantised_numbers import K_SCALES
 
 # How experts get to a GPU that has no room for all: placed once, or kept in slots whose experts change.
 CachePolicy = Literal["static", "lru", "lfu"]
 CACHE_POLICIES: tuple[CachePolicy, ...] = ("static", "lru", "lfu")
 Role = Literal["experts", "attention", "dense", "router", "embedding", "kv"]
 ROLES: tuple[Role, ...] = ("experts", "attention", "dense", "router", "embedding", "kv")
-# Weight formats by falling size, and those of the KV cache.
-FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")
+# Weight formats by falling size, those of them that only checkpoints are made in, and those of the KV cache.
+FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q4k", "q4", "mxfp4")
+TAKEN_OVER = tuple(K_SCALES)
 KV_FORMATS = tuple(d.value for d in CACHE_DTYPES)
 # A router decides which experts run; in a coarser format than f32 it flips near ties for nothing saved (0.03 % of the
 # bytes of a Qwen3-30B-A3B).

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu, KernelCurve, KernelName, Source, interpolate
-from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.hardware.profile import KIN, HardwareProfile
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
 from hetcomp.passes.gpu_kernel_time import compute_us, joining_us, matrix_rate
@@ -205,6 +205,19 @@ _ELEMENTWISE_KIN = {"rope_table": "rope", "activation": "glu"}
 
 
 def _matrix_us(
+    kernel: KernelName, work: Work, profile: HardwareProfile, isa: str | None, cached: float
+) -> float | None:
+    us = _by_curves(kernel, work, profile, isa, cached)
+    if us is not None or work.weight_format not in KIN:
+        return us
+    kin, bits = KIN[work.weight_format]
+    us = _by_curves(kernel, replace(work, weight_format=kin), profile, isa, cached)
+    if us is None or work.group > MEMORY_BOUND_TOKENS:
+        return us
+    return us * 8 * work.weight_bytes / (work.weights * bits)
+
+
+def _by_curves(
     kernel: KernelName, work: Work, profile: HardwareProfile, isa: str | None, cached: float
 ) -> float | None:
     large = profile.curve(kernel, "dram", work.weight_format, isa)

@@ -10,7 +10,7 @@ from hetcomp.ir.expert_matrices import expert_matrices
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
-from hetcomp.passes.context import FORMATS, Context
+from hetcomp.passes.context import FORMATS, TAKEN_OVER, Context
 
 # CUDA context, module code and the graph's own nodes on every GPU in use (300 to 500 MB seen with R570 drivers).
 GPU_RESERVE = 600 << 20
@@ -117,7 +117,7 @@ def _lines(rows: list[MemoryRow]) -> str:
 def _nearest(plan: Plan, context: Context, need: int, free: int) -> str:
     """The smallest changes with which the sum would fit: another format, a shorter context, more memory."""
     ways = []
-    for form in FORMATS:
+    for form in (form for form in FORMATS if form not in TAKEN_OVER):
         size = _bytes_in(plan, context, form)
         if size < need and size <= free:
             ways.append(f"with --formats {form} ({size / 1e9:.1f} GB)")

@@ -11,10 +11,12 @@ from hetcomp.ir.node_parts import shared_weights
 from hetcomp.ir.plan import Call, Op, Plan, Template
 from hetcomp.passes.context import Context
 from hetcomp.passes.registry import plan_pass
+from hetcomp.quantised_numbers import K_SCALES
 
 PANEL = 16  # rows of a packed panel: the smallest piece that a kernel streams
 GROUP = 32  # columns that share a scale in the quantised formats
 BLOCK = 128  # rows and columns that share a scale in fp8
+K_BLOCK = 256  # columns that share one in q4k and q6k
 
 
 @plan_pass(requires=("placed",), establishes=("sliced",))
@@ -65,9 +67,11 @@ def _slice(op: Op, template: Template, placement: Placement, profile: HardwarePr
     if placement.slices or len(homes) > 1 or (main is None and not homes):
         return placement  # experts that place put on nodes as a whole, or nothing of it on the CPU
     values = template.value_map()
-    blocks = any(values[name].format == "fp8" for name in op.inputs)
+    formats = {values[name].format for name in op.inputs}
     if isinstance(op.attrs, ops.MoeExperts):
-        return replace(placement, slices=node_slices(op.attrs.intermediate, profile, BLOCK if blocks else GROUP))
+        step = K_BLOCK if formats & set(K_SCALES) else BLOCK if "fp8" in formats else GROUP
+        return replace(placement, slices=node_slices(op.attrs.intermediate, profile, step))
     if isinstance(op.attrs, ops.Linear):
-        return replace(placement, slices=node_slices(op.attrs.out_features, profile, BLOCK if blocks else PANEL))
+        step = BLOCK if "fp8" in formats else PANEL
+        return replace(placement, slices=node_slices(op.attrs.out_features, profile, step))
     return placement

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ class Work:
     """Of one op in one step. ``weights``: elements of weight matrices passed over (of the experts that get tokens);
     ``borders``: their rows and columns added up (activations that a row of work reads and writes). ``group``: rows that
     each of them meets (tokens an expert for moe_experts, else the op's rows); ``written``: elements of its outputs.
-    ``weight_format`` is the matrices', ``state_format`` the KV cache's."""
+    ``weight_format`` is the matrices' (most numbers', where an op's have two), ``state_format`` the KV cache's."""
 
     rows: int
     flops: float
@@ -43,7 +44,8 @@ def work_of(op: Op, values: Values, step: Phase, target: KernelTarget) -> Work:
     """The work of ``op`` in ``step``; experts are assumed to be chosen uniformly."""
     rows = _rows(op, values, step)
     dims = {"T": step.tokens, "R": rows, "slots": step.sequences, "context": step.position}
-    weight_bytes, states, acts, weights, form, state_form = 0.0, 0.0, 0.0, 0.0, "f32", "f32"
+    weight_bytes, states, acts, weights, state_form = 0.0, 0.0, 0.0, 0.0, "f32"
+    formats = Counter({"f32": 0})
     for i, name in enumerate((*op.inputs, *op.outputs)):
         value = values[name]
         if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
@@ -51,7 +53,8 @@ def work_of(op: Op, values: Values, step: Phase, target: KernelTarget) -> Work:
             weight_bytes += target.packed_bytes(value) * share
             if len(value.type.shape) > 1:
                 weights += value.type.numel({}) * share
-            form = value.format if value.format not in (None, "f32") else form
+            if value.format not in (None, "f32"):
+                formats[value.format] += value.type.numel({})
         elif value.kind is ValueKind.STATE:
             states += _state_bytes(op, value, step)
             state_form = value.type.dtype.value
@@ -65,6 +68,7 @@ def work_of(op: Op, values: Values, step: Phase, target: KernelTarget) -> Work:
     if isinstance(op.attrs, ops.MoeExperts):
         group = rows * op.attrs.top_k / expected_experts(op.attrs.experts, op.attrs.top_k, rows)
     borders = _borders(op, weights)
+    form = max(formats, key=lambda form: formats[form])
     return Work(rows, flops, weight_bytes, acts, states, weights, borders, group, written, form, state_form)
 
 

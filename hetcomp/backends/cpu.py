@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from hetcomp.backends import packing
 from hetcomp.backends.cpu_attention import attention_tile, attention_workspace
-from hetcomp.backends.cpu_isa import cpu_isa
+from hetcomp.backends.cpu_isa import WHOLE_NUMBERS, cpu_isa
 from hetcomp.backends.protocol import Kernel, KernelRequest
 from hetcomp.backends.templates import environment, render
 from hetcomp.errors import HetcompError
@@ -19,7 +19,7 @@ from hetcomp.hardware.tuning import Tuning
 from hetcomp.ir.ops import Attention, Embed, HeadLinear, KvAppend, Linear, MoeExperts
 from hetcomp.ir.types import CACHE_DTYPES
 
-FORMATS = ("f32", "bf16", "q8", "fp8", "q4", "mxfp4")
+FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q4k", "q4", "mxfp4")
 _NAME = "kernel_name_goes_here"
 
 
@@ -85,8 +85,10 @@ def _refusal(request: KernelRequest) -> str | None:
             return f"weight {value.fqn or value.id} has format {value.format}; expected one of {', '.join(FORMATS)}."
         if value.type.layout != layout:
             return f"weight {value.fqn or value.id} has layout {value.type.layout}; expected {layout}."
-    if kind == "moe_experts" and request.inputs[3].format != request.inputs[4].format:
-        return "gate_up and down have different formats."
+    if kind == "moe_experts":
+        forms = {str(value.format) for value in request.inputs[3:5]}
+        if len(forms) > 1 and not forms <= set(WHOLE_NUMBERS):
+            return f"gate_up and down are {' and '.join(sorted(forms))}, which are multiplied in different ways."
     if kind in ("kv_append", "attention"):
         for cache in request.inputs[1 : 2 if kind == "kv_append" or _attrs(request, Attention).shared_kv else 3]:
             if cache.type.dtype not in CACHE_DTYPES:
@@ -135,21 +137,22 @@ def _linear(request: KernelRequest) -> _Rendering:
 
 def _moe_experts(request: KernelRequest) -> _Rendering:
     attrs = _attrs(request, MoeExperts)
-    weight_format = request.inputs[3].format
-    isa, form = cpu_isa(request.isa), str(weight_format)
+    form, down = (str(value.format) for value in request.inputs[3:5])
+    isa, forms = cpu_isa(request.isa), dict.fromkeys((form, down))
     tokens = _max_rows(request)
     entries = tokens * attrs.top_k
     # few: h of the entries; grouped: five tables an expert, a word for 32 columns, the entries, packed x, packed h,
     # prepared rows.
-    few = min(tokens, isa.few_tokens) * attrs.top_k * isa.row_bytes(attrs.intermediate, form)
+    few = min(tokens, isa.few_tokens) * attrs.top_k * isa.row_bytes(attrs.intermediate, down)
     grouping = 24 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1) + -(-attrs.hidden // 32) * 4
     tables = _align(grouping) + _align(isa.entry_rows(entries, form) * 4)
-    blocks = [_align(isa.block_bytes(entries, columns, form)) for columns in (attrs.hidden, attrs.intermediate)]
+    products = ((attrs.hidden, form), (attrs.intermediate, down))
+    blocks = [_align(isa.block_bytes(entries, columns, of)) for columns, of in products]
     prepared = tokens * isa.row_bytes(attrs.hidden, form) if "int8" in isa.gemms(form) else 0
     grouped = tables + sum(blocks) + prepared
     return _Rendering(
         "cpu/moe_experts.cpp.j2",
-        f"moe_experts_{attrs.experts}x{attrs.intermediate}x{attrs.hidden}_{attrs.function}_{weight_format}",
+        f"moe_experts_{attrs.experts}x{attrs.intermediate}x{attrs.hidden}_{attrs.function}_{'_'.join(forms)}",
         {
             "experts": attrs.experts,
             "top_k": attrs.top_k,
@@ -159,7 +162,8 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
             "alpha": attrs.alpha,
             "limit": attrs.limit,
             "bias": attrs.bias,
-            "format": weight_format,
+            "format": form,
+            "down_format": down,
             "tuning": _tuning(request, form),
             "from_disk": request.from_disk,
         },

@@ -7,9 +7,10 @@ from typing import Literal
 
 from hetcomp.backends.protocol import Isa
 from hetcomp.hardware.tuning import Tuning
+from hetcomp.quantised_numbers import GROUPS
 
 # Formats whose products are those of whole numbers: int8 activations with a scale for 32 columns.
-WHOLE_NUMBERS = ("q8", "q4", "mxfp4")
+WHOLE_NUMBERS = ("q8", "q6k", "q4k", "q4", "mxfp4")
 # Formats that are exact in bf16, their scales apart.
 _BF16 = ("bf16", "fp8")
 
@@ -116,7 +117,7 @@ class CpuIsa:
             padded = columns if weight_format == "f32" else -(-columns // 2) * 2
             each = {
                 "amx_bf16": -(-columns // 32) * 64,
-                "int8": -(-columns // 32) * 40,
+                "int8": -(-columns // 32) * _unit_bytes(weight_format),
                 "bf16": padded * 2,
                 "float": padded * 4,
             }[family]
@@ -127,12 +128,17 @@ class CpuIsa:
     def row_bytes(self, columns: int, weight_format: str) -> int:
         """Bytes of a row of activations for single rows, as ``activations_<family>.h.j2`` lays it out."""
         if weight_format in WHOLE_NUMBERS:
-            return -(-(-(-columns // 32) * 40) // 64) * 64
+            return -(-(-(-columns // 32) * _unit_bytes(weight_format)) // 64) * 64
         return -(-columns // 16) * 64
 
     def entry_rows(self, entries: int, weight_format: str) -> int:
         """Rows of the blocks of ``entries`` rows in all, whatever family packs them."""
         return max(entries + -(-entries // self.tile_rows(f)) for f in self.gemms(weight_format))
+
+
+def _unit_bytes(weight_format: str) -> int:
+    """Bytes of 32 columns of a row of int8 activations: numbers, a scale, 4 bytes for each group of weights."""
+    return 32 + 4 + 4 * (32 // GROUPS.get(weight_format, 32))
 
 
 _AVX2 = CpuIsa(

@@ -13,14 +13,20 @@ B = ceil(K/128) blocks, a line or two, behind its elements.
            its low half and k + 4 in its high half; scales fp16 [16], which may be negative; w = scale * q
 ``mxfp4``  elements as q4, the codes being e2m1 (bit 3 is the sign, magnitudes 0 .5 1 1.5 2 3 4 6); scales e8m0
            [16], the byte s meaning 2^(s - 127) (OCP Microscaling Formats 1.0)
+``q4k``    a block of 256 columns: fp16 d [16], fp16 e [16], then its groups of 32: elements as q4 with c = q in 0..15,
+           scales u8 [16], minima u8 [16]; w = d * scale * q - e * minimum (block_q4_K of ggml-common.h)
+``q6k``    a block of 256 columns: fp16 d [16], then its groups of 16: low halves of c = q + 32, q in -32..31, as q4
+           (two vectors), [16][4] bytes whose bits 2 s, 2 s + 1 of byte b are the high bits of k = 16 g + 4 s + b,
+           scales int8 [16]; w = d * scale * q (block_q6_K)
 ``fp8``    elements e4m3fn [K/2][16][2]; scales f32 [B], one for 128 columns of the panel; as the quantiser makes them
            equal in the 8 panels of a block of 128 x 128; w = scale * e4m3
 
-K is padded to whole loads (``padded_columns``) with codes of zero. Layout ``panels16`` is one such matrix, or several
-(experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has the gate rows 0 .. I-1
-and the up rows I .. 2I-1 of each matrix in panels of their own, in turn (gate panel 0, up panel 0, gate panel 1, ..) so
-that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by itself. Everything else
-(norm weights, biases, sinks, constants) is ``row_major`` in f32.
+K is padded to whole loads (``padded_columns``) with codes of zero; in q4k these stand for minus their group's minimum,
+which activations of zero meet. The last block of q4k and q6k has the groups that there are. Layout ``panels16`` is one
+such matrix, or several (experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has
+the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in panels of their own, in turn (gate panel 0, up panel
+0, gate panel 1, ..) so that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by
+itself. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
 from __future__ import annotations
@@ -33,10 +39,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hetcomp.backends.k_blocks import K_BYTES, read_panels
 from hetcomp.backends.quantiser import Numbers, quantise
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value
-from hetcomp.quantised_numbers import E2M1, E4M3, e8m0
+from hetcomp.quantised_numbers import BLOCK, E2M1, E4M3, GROUPS, e8m0
 
 PANEL = 16
 ALIGNMENT = 64
@@ -61,7 +68,7 @@ def layout_for(kind: str, operand: int) -> str:
 
 def padded_columns(columns: int, weight_format: str) -> int:
     """Columns of a panel: ``columns`` rounded up to whole loads of the format (a pair, a group of 32)."""
-    return _up(columns, _form(weight_format).step)
+    return _up(columns, 32 if weight_format in K_BYTES else _form(weight_format).step)
 
 
 def element_bytes(columns: int, weight_format: str) -> int:
@@ -72,6 +79,9 @@ def element_bytes(columns: int, weight_format: str) -> int:
 
 def panel_bytes(columns: int, weight_format: str) -> int:
     """Bytes of one panel of 16 rows, scales included; a multiple of 64."""
+    if weight_format in K_BYTES:
+        size, groups = K_BYTES[weight_format], padded_columns(columns, weight_format) // GROUPS[weight_format]
+        return _up(groups * (size.codes + size.scales) + -(-columns // BLOCK) * size.head, ALIGNMENT)
     form = _form(weight_format)
     scales = -(-columns // form.group) * form.scale_bytes if form.group else 0
     return _up(element_bytes(columns, weight_format) + scales, ALIGNMENT)
@@ -132,7 +142,7 @@ def pack(
 
     Returns the bytes and whether all numbers are finite (NaN and infinity are the caller's to report; a
     finite f32 that bf16 cannot hold, or whose scale fp16 cannot, counts as infinite). Raises HetcompError if
-    shape or dtype do not fit.
+    shape or dtype do not fit, or for a format of ``TAKEN_OVER``.
     """
     _check(value)
     shape = _shape(value)
@@ -143,6 +153,11 @@ def pack(
     if array.ndim < 2 or array.shape[-2:] != shape[-2:] or array.ndim > max(len(shape), 2):
         raise HetcompError(_shape_message(value, array.shape, shape))
     assert value.format is not None
+    if value.format in TAKEN_OVER:
+        raise HetcompError(
+            f"Numbers cannot be packed as {value.format}: weight {value.fqn or value.id} is not stored in such blocks; "
+            f"give one of {', '.join(FORMATS)}."
+        )
     rows, columns = shape[-2:]
     stack = array.reshape((-1, rows, columns)) if array.ndim != 2 else array[None]
     weights = None if importance is None else _column_weights(importance, value, len(stack))
@@ -233,8 +248,10 @@ def unpack_matrix(data: Bytes, rows: int, columns: int, weight_format: str, layo
 def unpack_panels(data: Bytes, columns: int, weight_format: str) -> _Floats:
     """Panels as they lie in memory, f32 [panels, 16, padded columns], padding included; as :func:`unpack`."""
     width = padded_columns(columns, weight_format)
-    form = _form(weight_format)
     by_panel = np.ascontiguousarray(data).reshape(-1, panel_bytes(columns, weight_format))
+    if weight_format in K_BYTES:
+        return read_panels(by_panel, weight_format, width).to_f32().reshape(-1, PANEL, width)
+    form = _form(weight_format)
     if form.group == form.step:  # scales behind each group
         each = PANEL * form.group * form.bits // 8
         groups = width // form.group
@@ -321,7 +338,8 @@ _FORMS = {
     "mxfp4": _Form(4, 32, 32, PANEL, _decode_mxfp4, _e8m0_scales),
 }
 
-FORMATS = tuple(_FORMS)
+# What numbers can be packed in, and formats that only checkpoints have: their codes are repacked.
+FORMATS, TAKEN_OVER = tuple(_FORMS), tuple(K_BYTES)
 
 
 def _form(weight_format: str) -> _Form:
@@ -343,7 +361,8 @@ def _check(value: Value) -> None:
         raise HetcompError(f"Weight {name} has the unknown layout '{value.type.layout}'.")
     if value.format is None:
         raise HetcompError(f"Weight {name} has layout {value.type.layout} but no format; run choose_formats.")
-    _form(value.format)
+    if value.format not in TAKEN_OVER:
+        _form(value.format)
     shape = _shape(value)
     if len(shape) < 2 or (value.type.layout == PANELS_GLU and shape[-2] % 2):
         raise HetcompError(f"Weight {name} of shape {list(shape)} does not fit layout {value.type.layout}.")

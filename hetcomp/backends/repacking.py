@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hetcomp.backends import packing
+from hetcomp.backends import k_blocks, packing
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value
-from hetcomp.quantised_numbers import GROUPS, OFFSETS, QuantisedNumbers
+from hetcomp.quantised_numbers import GROUPS, K_SCALES, OFFSETS, QuantisedNumbers
 
-_ZERO = {"q4": 8, "q8": 128, "mxfp4": 0, "fp8": 0}  # the code of 0
+_ZERO = OFFSETS | {"mxfp4": 0, "fp8": 0}  # the code of 0
 _ROWS = 256  # at once: the copies that are made on the way stay in the caches
 
 
@@ -28,7 +28,7 @@ class Repacked:
 
 def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
     """The packed bytes of the weight ``value``, or of one or several of its matrices; None if the layout cannot hold
-    them: rows of a panel in fp8 share their scales.
+    them: rows of a panel in fp8 share their scales, groups of a block in q4k and q6k its fp16 numbers.
 
     numbers: in the value's format, [N, K] or [E, N, K]. Raises HetcompError if the shape does not fit.
     """
@@ -40,6 +40,8 @@ def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
         )
     halves = 2 if value.type.layout == packing.PANELS_GLU else 1
     if numbers.format == "fp8" and not _panels_share_scales(numbers.scales, halves):
+        return None
+    if numbers.format in K_SCALES and not k_blocks.whole_blocks(numbers.scales, numbers.format):
         return None
     each = packing.matrix_bytes(rows, columns, numbers.format, value.type.layout)
     stack = [numbers] if numbers.ndim == 2 else [numbers[i] for i in range(len(numbers))]
@@ -59,7 +61,7 @@ def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
 
 
 def _exact(numbers: QuantisedNumbers) -> bool:
-    if numbers.format not in OFFSETS:
+    if numbers.format not in ("q4", "q8"):
         return True
     with np.errstate(over="ignore"):
         return bool((numbers.scales.astype(np.float16).astype(np.float32) == numbers.scales).all())
@@ -73,6 +75,8 @@ def _panels_share_scales(scales: npt.NDArray[Any], halves: int) -> bool:
 
 def _usable(matrix: QuantisedNumbers) -> bool:
     """Without NaN, and with scales that the format can say."""
+    if matrix.format in K_SCALES:
+        return k_blocks.finite(matrix.scales, matrix.format)
     if matrix.format == "mxfp4":
         return not (matrix.scales == 255).any()
     if matrix.format == "fp8":
@@ -86,6 +90,9 @@ def _fill(out: packing.Bytes, form: str, codes: packing.Bytes, scales: npt.NDArr
     width = packing.padded_columns(columns, form)
     padded = _padded(codes, panels * packing.PANEL, width, _ZERO[form])
     group = GROUPS[form]
+    if form in K_SCALES:
+        k_blocks.write_panels(out, form, padded, _padded(scales, panels * packing.PANEL, width // group, 0))
+        return
     all_scales = _padded(scales, panels * packing.PANEL, scales.shape[1], 0)
     if form == "fp8":
         pairs = padded.view(np.uint16).reshape(panels, packing.PANEL, width // 2).transpose(0, 2, 1)

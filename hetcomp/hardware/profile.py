@@ -31,6 +31,8 @@ SCHEMA = (2, 1)  # major: readers refuse another; minor: fields were added
 # Estimated part of a data sheet's peak that is reached in practice: by reads of all cores together, and by GEMM.
 DATA_SHEET_READS = 0.8
 DATA_SHEET_FLOPS = 0.7
+# Formats that are not measured, each with one whose kernels multiply in the same way, and that one's bits of a weight.
+KIN = {"q6k": ("q8", 8.5), "q4k": ("q4", 4.5)}
 
 
 class HardwareProfile(Model):
@@ -125,9 +127,11 @@ class HardwareProfile(Model):
         return best * (DATA_SHEET_READS if found.source is Source.DATA_SHEET else 1.0)
 
     def rate(self, weight_format: str, isa: str | None = None) -> KernelRate:
-        """The rate of a format on ``isa`` (None: the fastest); where the profile lacks it, that of another instruction
-        set, then bf16's (data sheets know no more). Raises HetcompError if none is known."""
+        """The rate of a format on ``isa`` (None: the fastest); where the profile lacks it, that of its kin, of another
+        instruction set, then bf16's (data sheets know no more). Raises HetcompError if none is known."""
         of_format = [r for r in self.rates if r.weight_format == weight_format]
+        if not of_format and weight_format in KIN:
+            return self.rate(KIN[weight_format][0], isa)
         quantised = weight_format in ("q8", "fp8", "q4", "mxfp4")
         bf16 = [r for r in self.rates if r.weight_format == "bf16" and quantised]
         for known in (of_format, bf16):

@@ -27,6 +27,8 @@ OUT, IN = 37, 75
     [
         ("float", Isa.AVX2, "bf16"),
         ("int8", Isa.AVX512_VNNI, "q4"),
+        ("int8", Isa.AVX2, "q4k"),
+        ("int8", Isa.AVX512_VNNI, "q6k"),
         ("bf16", Isa.AVX512_BF16, "bf16"),
         ("amx_bf16", Isa.AMX_BF16, "q4"),
     ],

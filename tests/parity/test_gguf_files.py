@@ -44,15 +44,21 @@ def test_in_f32_the_logits_are_those_of_float32(family, choose, options, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "kind", "form"), [("gpt_oss", Type.MXFP4, "mxfp4"), ("mixtral", Type.Q4_0, "q4")], ids=["mxfp4", "q4_0"]
+    ("family", "choose", "forms", "options"),
+    [
+        ("gpt_oss", lambda name: Type.MXFP4, {"mxfp4"}, {}),
+        ("mixtral", lambda name: Type.Q4_0, {"q4"}, {}),
+        ("qwen3_moe", mixed, {"q4k", "q6k", "q8"}, WIDE),  # gate_up and down of an expert in two formats
+    ],
+    ids=["mxfp4", "q4_0", "K blocks"],
 )
-def test_as_they_are_the_logits_are_off_by_the_arithmetic_alone(family, kind, form, tmp_path):
+def test_as_they_are_the_logits_are_off_by_the_arithmetic_alone(family, choose, forms, options, tmp_path):
     """As the test of that name in test_quantised_checkpoints.py."""
-    model = tiny_models.build(family)
-    path = gguf_models.write(tmp_path / "m.gguf", model, lambda name: kind)
+    model = tiny_models.build(family, **options)
+    path = gguf_models.write(tmp_path / "m.gguf", model, choose)
     exe = hetcomp.compile(path, context_length=CONTEXT, tokenizer=find("demo-moe"), out=tmp_path / "m.hetc")
     experts = {v.format for v in exe.plan.values if v.fqn and ".experts." in v.fqn and len(v.type.shape) == 3}
-    assert experts == {form}
+    assert experts == forms
     assert np.median(errors(model, exe)) < 0.1
     words = (tmp_path / "m.hetc" / "tokenizer.hetc.json").read_bytes()
     assert words == compile_tokenizer(find("demo-moe")).data

@@ -11,14 +11,15 @@ from hetcomp.backends.cpu_isa import Gemm
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value
 from tests.reference.kernel_harness import weight
-from tests.reference.kernel_numbers import EPS, Doubles, draw, packed, rounding_of, seen, weight_rounding
+from tests.reference.kernel_numbers import EPS, Doubles, draw, packed, rounding_of, seen, terms, weight_rounding
 
 
 def expert_weights(a: MoeExperts, weight_format: str) -> tuple[Value, Value]:
-    """gate_up and down of the op."""
+    """gate_up and down of the op. weight_format: of both, or of each: ``q4k+q6k``."""
+    gate_up, _, down = weight_format.partition("+")
     return (
-        weight("gate_up", (a.experts, 2 * a.intermediate, a.hidden), weight_format, packing.PANELS_GLU),
-        weight("down", (a.experts, a.hidden, a.intermediate), weight_format, packing.PANELS),
+        weight("gate_up", (a.experts, 2 * a.intermediate, a.hidden), gate_up, packing.PANELS_GLU),
+        weight("down", (a.experts, a.hidden, a.intermediate), down or gate_up, packing.PANELS),
     )
 
 
@@ -58,7 +59,8 @@ class ExpertsCase:
     ) -> None:
         rng = np.random.default_rng(seed)
         shapes = ((a.experts, 2 * a.intermediate, a.hidden), (a.experts, a.hidden, a.intermediate))
-        stored = [packed(draw(rng, s), v) for s, v in zip(shapes, expert_weights(a, weight_format), strict=True)]
+        values = expert_weights(a, weight_format)
+        stored = [packed(draw(rng, s), v) for s, v in zip(shapes, values, strict=True)]
         x = draw(rng, (rows, a.hidden))
         ids = np.array([rng.permutation(a.experts)[: a.top_k] for _ in range(rows)], np.int32)
         ids = ids.reshape(rows, a.top_k)
@@ -73,27 +75,30 @@ class ExpertsCase:
         self.want = np.zeros((rows, a.hidden))
         self.bound = np.zeros((rows, a.hidden))
         w1, w2 = (w.astype(np.float64) for _, w in stored)
+        t1, t2 = (terms(data, v).astype(np.float64) for (data, _), v in zip(stored, values, strict=True))
         b1, b2 = (b.astype(np.float64) * a.bias for b in biases)
         of_weight = weight_rounding(weight_format, by)
         x64 = seen(x, by)
         for t in range(rows):
             for k in np.flatnonzero(ids[t] >= 0):
                 e, r = ids[t, k], float(weights[t, k])
-                h, h_bound = self._hidden(a, w1[e], x64[t], b1[e], of_weight)
+                h, h_bound = self._hidden(a, w1[e], t1[e], x64[t], b1[e], of_weight)
                 # h is rounded once more before down; its own error may move what it is rounded to.
                 h_bound += rounding_of(np.abs(h) + h_bound, by)
                 self.want[t] += r * (w2[e] @ h + b2[e])
-                sums = np.abs(w2[e]) @ np.abs(h) + np.abs(b2[e])
+                sums = t2[e] @ np.abs(h) + np.abs(b2[e])
                 rounding = (EPS * (6 + np.sqrt(a.intermediate) + a.top_k) + of_weight) * sums
                 bound = np.abs(w2[e]) @ h_bound + rounding
                 added = np.abs(w2[e] @ h + b2[e]) + bound
                 self.bound[t] += r * (bound + (rounding_of(added, by) if rounded else 0))
 
     @staticmethod
-    def _hidden(a: MoeExperts, w: Doubles, x: Doubles, b: Doubles, of_weight: float) -> tuple[Doubles, Doubles]:
+    def _hidden(
+        a: MoeExperts, w: Doubles, added: Doubles, x: Doubles, b: Doubles, of_weight: float
+    ) -> tuple[Doubles, Doubles]:
         """h and its error: that of the two sums carried through the function, and the function's own ulps."""
         n = a.intermediate
-        sums, magnitude = w @ x + b, np.abs(w) @ np.abs(x) + np.abs(b)
+        sums, magnitude = w @ x + b, added @ np.abs(x) + np.abs(b)
         sum_error = (EPS * (4 + np.sqrt(a.hidden)) + of_weight) * magnitude
         factor = np.clip(sums[n:], -a.limit, a.limit) + 1 if a.function == "swiglu_oai" else sums[n:]
         gate = _gate(a, sums[:n])

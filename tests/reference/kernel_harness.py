@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.native_compiler import isa_flags
+from hetcomp.backends.packing import TAKEN_OVER
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
 from hetcomp.hardware.detect import detect_machine
 from hetcomp.ir.ops import Attrs
@@ -50,6 +51,12 @@ def thorough_isas() -> list[Isa]:
     """Those of them whose kernels are tested in all shapes: the weakest, the best, and emulated ones. The others share
     vocabulary and tiles with one of them and differ in single instructions, which one odd shape a format shows."""
     return sorted({isas_here()[0], isas_here()[-1], isas_to_test()[-1]}, key=list(Isa).index)
+
+
+def isas_of(weight_format: str) -> list[Isa]:
+    """What a format's kernels are tested on: isas_to_test(), K blocks on thorough_isas(), for beside other whole-number
+    formats they add vocabulary of AVX2 and AVX-512 only."""
+    return thorough_isas() if weight_format in TAKEN_OVER else isas_to_test()
 
 
 @functools.cache

@@ -54,6 +54,19 @@ def us(op_id: str, machine: HardwareProfile, cached: float = 0.0, **changes: flo
     return time.us
 
 
+def test_formats_that_are_not_measured_take_their_kins_curves_by_bytes():
+    machine = with_curves(curve("moe_experts", "dram", LARGE, 20.0, "q4"))
+    op, work = op_and_work("experts")
+    kin = cpu_time(op, replace(work, weight_format="q4"), DECODE, machine, "avx512", 0.0)
+    own = replace(work, weight_format="q4k", weight_bytes=work.weights * 4.625 / 8)
+    time = cpu_time(op, own, DECODE, machine, "avx512", 0.0)
+    assert time.measured
+    assert time.us == pytest.approx(kin.us * 4.625 / 4.5)
+    # Many tokens are multiplied as fast.
+    assert cpu_time(op, replace(own, group=512), DECODE, machine, "avx512", 0.0).us == pytest.approx(kin.us)
+    assert profile().rate("q6k").gflops_per_core == profile().rate("q8").gflops_per_core
+
+
 THREE = (
     curve("moe_experts", "dram", LARGE, 20.0),
     curve("moe_experts", "small", SMALL, 10.0),

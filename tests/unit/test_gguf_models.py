@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from hetcomp import frontend
 from hetcomp.cli.plan_weights import weight_classes
 from hetcomp.compiler import plan_model
+from hetcomp.errors import HetcompError
 from hetcomp.frontend.checkpoint import ModuleCheckpoint
 from hetcomp.frontend.gguf.model_files import open_model
 from hetcomp.frontend.source import resolve
@@ -79,7 +80,7 @@ def test_family(family, odd, overrides, tmp_path):
     assert assert_same_weights(path, model).unused == ()
 
 
-@pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.Q4_K])
+@pytest.mark.parametrize("kind", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.Q4_K, Type.Q6_K])
 def test_types_through_permutations_and_experts(kind, tmp_path):
     """Mixtral has permuted rows; gate and up of its experts are joined."""
     wide = {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 2, "num_hidden_layers": 1}
@@ -187,7 +188,25 @@ def test_plan_shows_how_weights_are_stored_and_computed(tmp_path: Path):
     found = {(c.role, c.source, c.source_bits, c.format, c.exact) for c in weight_classes(plan)}
     assert {
         ("attention", "GGUF Q8_0", 8.5, "q8", True),
-        ("experts", "GGUF Q4_K", 4.5, "q8", False),
-        ("embedding", "GGUF Q6_K", 6.5625, "q8", False),
+        ("experts", "GGUF Q4_K", 4.5, "q4k", True),
+        ("embedding", "GGUF Q6_K", 6.5625, "q6k", True),
     } <= found
-    assert any("GGUF Q4_K and converted to q8" in note and "relative RMS" in note for note in plan.notes)
+    assert not any("converted" in note for note in plan.notes)
+    with_gpu = plan_model(path, hw_profile="preset:9950x-64gb+rtx4090", context_length=64).plan
+    forms = {(c.role, c.source, c.format, c.exact) for c in weight_classes(with_gpu)}
+    assert {("experts", "GGUF Q4_K", "q8", False), ("embedding", "GGUF Q6_K", "q8", False)} <= forms
+    why = "GGUF Q4_K and converted to q8, which GPUs have kernels for; the error of"
+    assert any(why in note and "relative RMS" in note for note in with_gpu.notes)
+
+
+def test_blocks_are_not_made_of_other_weights(tmp_path: Path):
+    model = tiny_models.build("qwen3_moe", **WIDE)
+    path = gguf_models.write(tmp_path / "m.gguf", model, lambda name: Type.Q4_K if "exps" in name else Type.Q8_0)
+    ask = {"hw_profile": "preset:9950x-64gb", "context_length": 64}
+    plan = plan_model(path, formats={"experts": "q8|q4k"}, **ask).plan
+    assert {c.format for c in weight_classes(plan) if c.role == "experts"} <= {"q8", "q4k"}
+    with pytest.raises(HetcompError, match=r"not converted to q4k, and .* is stored as GGUF Q8_0; give auto"):
+        plan_model(path, formats="q4k", **ask)
+    tiny_models.save_tiny("qwen3_moe", tmp_path / "floats")
+    with pytest.raises(HetcompError, match=r"not converted to q6k, and .* is not quantised; give auto or another"):
+        plan_model(tmp_path / "floats", formats={"experts": "q6k"}, **ask)

@@ -24,7 +24,7 @@ from tests.reference.kernel_harness import (
     build,
     clang_here,
     isas_here,
-    isas_to_test,
+    isas_of,
     thorough_isas,
     weight,
 )
@@ -36,6 +36,7 @@ from tests.reference.kernel_numbers import (
     packed_extremes,
     rounding_of,
     seen,
+    terms,
     weight_rounding,
 )
 
@@ -51,20 +52,21 @@ def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> Compi
 
 
 @pytest.mark.parametrize(
-    ("isa", "out", "k", "bias"),
+    ("weight_format", "isa", "out", "k", "bias"),
     [
-        *((isa, 80, 600, False) for isa in isas_to_test()),
-        *((isa, *shape) for isa in thorough_isas() for shape in ((17, 33, True), (1, 1, False))),
+        *((form, isa, 80, 600, False) for form in FORMATS for isa in isas_of(form)),
+        *((form, isa, 17, 33, True) for form in FORMATS for isa in thorough_isas()),
+        *((form, isa, 1, 1, False) for form in packing.FORMATS for isa in thorough_isas()),
     ],
 )
-@pytest.mark.parametrize("weight_format", FORMATS)
 @settings(max_examples=12, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
 @example(rows=ROWS, threads=3, seed=0)  # as many as the families for many tokens are for
 def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     rng = np.random.default_rng(seed)
     x = draw(rng, (rows, k))
-    data, w = packed(draw(rng, (out, k)), weight("w", (out, k), weight_format, packing.PANELS))
+    value = weight("w", (out, k), weight_format, packing.PANELS)
+    data, w = packed(draw(rng, (out, k)), value)
     b = draw(rng, (out,)) if bias else np.zeros(out, np.float32)
     kernel = _linear(out, k, bias, weight_format, isa)
     inputs = [x, data, b] if bias else [x, data]
@@ -72,7 +74,7 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     facts = cpu_isa(isa)
     by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
     w64, x64 = w.astype(np.float64), seen(x, by)
-    magnitude = np.abs(x64) @ np.abs(w64.T)
+    magnitude = np.abs(x64) @ terms(data, value).T
     bound = dot_error(k, magnitude + np.abs(b)) + weight_rounding(weight_format, by) * magnitude
     assert (np.abs(y - (x64 @ w64.T + b)) <= bound).all()
     # Against activations that were not rounded: each term is off by its activation's rounding at most.
@@ -82,41 +84,45 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     np.testing.assert_array_equal(y, alone)
 
 
-@pytest.mark.parametrize("isa", isas_to_test())
-@pytest.mark.parametrize("weight_format", ["q4", "q8", "fp8", "mxfp4"])
+@pytest.mark.parametrize(
+    ("weight_format", "isa"),
+    [(form, isa) for form in ("q4", "q8", "fp8", "mxfp4", "q4k", "q6k") for isa in isas_of(form)],
+)
 @pytest.mark.parametrize("rows", [1, 5, ROWS])
 def test_linear_takes_codes_that_only_checkpoints_have(isa, weight_format, rows):
     """Weights and activations are the largest that there are, of all signs: sums of two products in 16 bits must not
     saturate."""
     out, k = 80, 600
     rng = np.random.default_rng(rows)
-    data, w = packed_extremes(rng, weight("w", (out, k), weight_format, packing.PANELS))
+    value = weight("w", (out, k), weight_format, packing.PANELS)
+    data, w = packed_extremes(rng, value)
     x = np.where(rng.random((rows, k)) < 0.9, 1.0, -1.0).astype(np.float32)
     (y,) = _linear(out, k, False, weight_format, isa)([x, data], [(rows, out)], rows=rows, threads=1)
     facts = cpu_isa(isa)
     by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
     w64, x64 = w.astype(np.float64), seen(x, by)
-    magnitude = np.abs(x64) @ np.abs(w64.T)
+    magnitude = np.abs(x64) @ terms(data, value).T
     bound = dot_error(k, magnitude) + weight_rounding(weight_format, by) * magnitude
     assert (np.abs(y - x64 @ w64.T) <= bound).all()
 
 
 @pytest.mark.parametrize("isa", thorough_isas())
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", packing.FORMATS)
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
 def test_head_linear(isa, weight_format, rows, threads, seed):
     heads, k, out = 3, 21, 37
     rng = np.random.default_rng(seed)
     x = draw(rng, (rows, heads, k))
-    data, w = packed(draw(rng, (heads, out, k)), weight("w", (heads, out, k), weight_format, packing.PANELS))
+    value = weight("w", (heads, out, k), weight_format, packing.PANELS)
+    data, w = packed(draw(rng, (heads, out, k)), value)
     kernel = _head_linear(heads, k, out, weight_format, isa)
     (y,) = kernel([x, data], [(rows, heads, out)], rows=rows, threads=threads)
     facts = cpu_isa(isa)
     by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
     x64, w64 = seen(x, by), w.astype(np.float64)
     want = np.einsum("thk,hnk->thn", x64, w64)
-    magnitude = np.einsum("thk,hnk->thn", np.abs(x64), np.abs(w64))
+    magnitude = np.einsum("thk,hnk->thn", np.abs(x64), terms(data, value))
     bound = dot_error(k, magnitude) + weight_rounding(weight_format, by) * magnitude
     assert (np.abs(y - want) <= bound).all()
 
@@ -167,7 +173,7 @@ def _select_rows(width: int) -> CompiledKernel:
 def test_infinite_and_nan_activations_stay_in_their_row():
     isa = isas_here()[-1]
     out, k = 80, 600
-    for weight_format, bad in itertools.product(("bf16", "q8", "q4"), (np.nan, np.inf)):
+    for weight_format, bad in itertools.product(("bf16", "q8", "q4", "q4k"), (np.nan, np.inf)):
         data, _ = packed(draw(np.random.default_rng(0), (out, k)), weight("w", (out, k), weight_format, packing.PANELS))
         for rows in (2, 30):
             x = draw(np.random.default_rng(1), (rows, k))
@@ -178,9 +184,9 @@ def test_infinite_and_nan_activations_stay_in_their_row():
 
 
 @pytest.mark.parametrize("isa", [isa for isa in Isa if isa not in isas_here()])
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", packing.FORMATS)
 def test_kernels_of_other_cpus_compile(isa, weight_format):
-    """Not run here; with warnings as errors."""
+    """Not run here; with warnings as errors. Of K blocks the kernels of experts are, which have both in one."""
     for made in (_linear(80, 600, True, weight_format, isa), _embed(50, 301, 1.5, weight_format, isa)):
         CompiledKernel(made.kernel, isa, emulate=False)
 

@@ -9,13 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hetcomp.backends import packing
 from hetcomp.backends.cpu import FORMATS
 from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Isa
+from hetcomp.errors import HetcompError
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value
 from tests.reference.experts_case import ExpertsCase, expert_weights
-from tests.reference.kernel_harness import CompiledKernel, activation, build, isas_here, isas_to_test, thorough_isas
+from tests.reference.kernel_harness import (
+    CompiledKernel,
+    activation,
+    build,
+    isas_here,
+    isas_of,
+    isas_to_test,
+    thorough_isas,
+)
 from tests.reference.kernel_numbers import family
 
 ROWS = 200
@@ -48,7 +58,8 @@ def _kernel(a: MoeExperts, weight_format: str, isa: Isa) -> CompiledKernel:
 
 
 def _case(a: MoeExperts, weight_format: str, rows: int, hot: bool, seed: int, isa: Isa, away: float = 0) -> ExpertsCase:
-    by = family(weight_format, cpu_isa(isa), rows * a.top_k / a.experts, rows <= cpu_isa(isa).few_tokens)
+    form = weight_format.partition("+")[0]
+    by = family(form, cpu_isa(isa), rows * a.top_k / a.experts, rows <= cpu_isa(isa).few_tokens)
     return ExpertsCase(a, weight_format, rows, hot, seed, by, away)
 
 
@@ -64,11 +75,12 @@ def _check(a: MoeExperts, weight_format: str, isa: Isa, case: ExpertsCase, threa
 @pytest.mark.parametrize(
     ("isa", "attrs", "weight_format"),
     [
-        *((isa, SILU, form) for isa in isas_to_test() for form in FORMATS),
+        *((isa, SILU, form) for form in FORMATS for isa in isas_of(form)),
+        (isas_here()[-1], SILU, "q6k+q8"),
         *(
             (isa, attrs, form)
             for isa in thorough_isas()
-            for attrs, form in ((EVEN, "bf16"), (OAI, "bf16"), (OAI, "mxfp4"), (EVEN, "q4"))
+            for attrs, form in ((EVEN, "bf16"), (OAI, "bf16"), (OAI, "mxfp4"), (EVEN, "q4"), (OAI, "q4k+q6k"))
         ),
     ],
     ids=lambda v: v if isinstance(v, str) else f"{v.experts}x{v.intermediate}x{v.hidden}",
@@ -85,11 +97,13 @@ def test_moe_experts(isa, attrs, weight_format, rows, threads, hot, seed, away):
     _check(attrs, weight_format, isa, _case(attrs, weight_format, rows, hot, seed, isa, away), threads)
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize(
-    ("isa", "attrs"),
-    [*((isa, SILU) for isa in isas_here()), *((isa, OAI) for isa in thorough_isas())],
-    ids=lambda v: getattr(v, "function", None),
+    ("isa", "attrs", "weight_format"),
+    [
+        *((isa, SILU, form) for form in FORMATS for isa in isas_here() if isa in isas_of(form)),
+        *((isa, OAI, form) for form in (*packing.FORMATS, "q4k+q6k") for isa in thorough_isas()),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.function,
 )
 @pytest.mark.parametrize("away", [0.0, 0.4])
 def test_a_few_tokens_get_what_each_would_get_alone(isa, attrs, weight_format, away):
@@ -132,16 +146,21 @@ def test_a_hot_expert_of_many_blocks(isa):
 
 
 @pytest.mark.parametrize("isa", thorough_isas())
-@pytest.mark.parametrize("weight_format", [form for form in FORMATS if form != "f32"])
+@pytest.mark.parametrize("weight_format", [*(form for form in packing.FORMATS if form != "f32"), "q4k+q6k"])
 def test_many_tokens_and_columns(isa, weight_format):
     _check(DEEP, weight_format, isa, _case(DEEP, weight_format, ROWS, False, 3, isa), 3)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in Isa if isa not in isas_here()])
-@pytest.mark.parametrize("weight_format", ["f32", "fp8", "q4"])
+@pytest.mark.parametrize("weight_format", ["f32", "fp8", "q4", "q4k+q6k"])
 def test_kernels_of_other_cpus_compile(isa, weight_format):
     """Not run here; with warnings as errors. A format of each family of tiles: linear kernels take all."""
     CompiledKernel(_kernel(OAI, weight_format, isa).kernel, isa, emulate=False)
+
+
+def test_floats_and_whole_numbers_in_one_expert_are_refused():
+    with pytest.raises(HetcompError, match="gate_up and down are bf16 and q4k, which are multiplied in different ways"):
+        _kernel(EVEN, "q4k+bf16", isas_here()[0])
 
 
 def test_a_token_may_name_one_expert_twice():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,24 +10,37 @@ from hypothesis import strategies as st
 
 from hetcomp.backends import packing
 from hetcomp.backends.cut_weights import CutReader
+from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.repacking import repack
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.gguf.blocks import decode
 from hetcomp.ir.node_parts import Cut, cut_value
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
-from hetcomp.quantised_numbers import GROUPS, QuantisedNumbers, joined
+from hetcomp.quantised_numbers import BLOCK, GROUPS, K_SCALES, QuantisedNumbers, joined
+from tests.unit.test_gguf_blocks import random_rows
 
-FORMATS = ("q4", "q8", "mxfp4", "fp8")
+FORMATS = ("q4", "q8", "mxfp4", "fp8", "q4k", "q6k")
 
 
 def drawn(form: str, shape: tuple[int, ...], seed: int, rows_alike: int = 1) -> QuantisedNumbers:
     """Codes of all kinds but NaN. rows_alike: so many rows in turn have their scales in common."""
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 16 if form in ("q4", "mxfp4") else 256, shape).astype(np.uint8)
+    most = {"q4": 16, "mxfp4": 16, "q4k": 16, "q6k": 64}.get(form, 256)
+    codes = rng.integers(0, most, shape).astype(np.uint8)
     if form == "fp8":
         codes[(codes & 127) == 127] = 0x80
     grid = (*shape[:-2], -(-shape[-2] // rows_alike), -(-shape[-1] // GROUPS[form]))
-    if form == "mxfp4":
+    if form in K_SCALES:
+        scales = np.zeros(grid, K_SCALES[form])
+        each = BLOCK // GROUPS[form]
+        for field in K_SCALES[form].names or ():
+            if field.startswith("d"):
+                of_blocks = rng.standard_normal((*grid[:-1], -(-grid[-1] // each)))
+                scales[field] = np.repeat(of_blocks, each, axis=-1)[..., : grid[-1]]
+            else:
+                scales[field] = rng.integers(0, 64, grid) if form == "q4k" else rng.integers(-128, 128, grid)
+    elif form == "mxfp4":
         scales = rng.integers(90, 160, grid).astype(np.uint8)
     else:
         scales = rng.standard_normal(grid).astype(np.float16).astype(np.float32)
@@ -55,11 +69,14 @@ def test_panels_hold_the_codes_and_scales(form, layout, experts, half, columns, 
     assert done.finite
     assert done.exact
     np.testing.assert_array_equal(packing.unpack(done.data, value), numbers.to_f32())
-    # The same bytes as the quantiser's padding: what lies beyond the matrix stands for zeros.
+    # The same bytes as the quantiser's padding: what lies beyond the matrix stands for zeros, but for minima.
     panels = packing.unpack_panels(done.data, columns, form).reshape(
         experts, -1, 16, packing.padded_columns(columns, form)
     )
-    assert not panels[..., columns:].any()
+    assert form == "q4k" or not panels[..., columns:].any()
+    beyond = panels.reshape(experts, -1, packing.padded_columns(columns, form))
+    if layout == packing.PANELS:
+        assert not beyond[:, 2 * half :].any()
 
 
 def test_rows_of_a_panel_in_fp8_share_their_scales():
@@ -69,6 +86,35 @@ def test_rows_of_a_panel_in_fp8_share_their_scales():
     halves = drawn("fp8", (48, 200), 0, rows_alike=24)
     assert repack(halves, weight("fp8", (48, 200), packing.PANELS)) is None
     assert repack(halves, weight("fp8", (48, 200), packing.PANELS_GLU)) is not None
+
+
+@pytest.mark.parametrize("form", K_SCALES)
+def test_groups_of_a_block_share_their_numbers(form):
+    value, numbers = weight(form, (16, 512), packing.PANELS), drawn(form, (16, 512), 0)
+    for field in K_SCALES[form].names or ():
+        scales = numbers.scales.copy()
+        scales[field][3, 256 // GROUPS[form] + 1] += 1
+        changed = repack(QuantisedNumbers(form, numbers.codes, scales), value)
+        assert (changed is None) == field.startswith("d")
+    scales = numbers.scales.copy()
+    scales["d"] = np.inf
+    done = repack(QuantisedNumbers(form, numbers.codes, scales), value)
+    assert done is not None
+    assert not done.finite
+    with pytest.raises(HetcompError, match=f"Numbers cannot be packed as {form}: weight m.w"):
+        packing.pack(numbers.to_f32(), value)
+
+
+@pytest.mark.parametrize(("form", "kind"), [("q4k", "Q4_K"), ("q6k", "Q6_K")])
+def test_panels_of_blocks_hold_what_the_file_holds(form, kind):
+    rows = random_rows(kind, (3, 40))
+    numbers, value = decode(kind, rows), weight(form, (3, 40, 512), packing.PANELS)
+    assert isinstance(numbers, QuantisedNumbers)
+    done = repack(numbers, value)
+    assert done is not None
+    want = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(packing.unpack(done.data, value), want)
+    assert packing.packed_bytes(value) == 3 * 48 * 512 * {"q4k": 4.625, "q6k": 6.5625}[form] / 8
 
 
 def test_scales_that_fp16_rounds_or_cannot_hold_are_told():
@@ -90,14 +136,16 @@ def test_codes_of_another_shape_or_format_are_refused():
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize(
-    ("axis", "runs"), [(0, ((1, 2), (3, 4))), (-2, ((16, 32), (80, 96))), (-1, ((128, 300),)), (-1, ((64, 256),))]
+    ("axis", "runs"),
+    [(0, ((1, 2), (3, 4))), (-2, ((16, 32), (80, 96))), (-1, ((128, 300),)), (-1, ((64, 256),)), (-1, ((256, 300),))],
 )
 def test_cuts_are_those_of_the_numbers(form, axis, runs):
     numbers = drawn(form, (4, 96, 300), 1)
     cut = numbers.cut(axis, runs)
     want = np.concatenate([np.take(numbers.to_f32(), range(*run), axis) for run in runs], axis)
     np.testing.assert_array_equal(cut.to_f32() if isinstance(cut, QuantisedNumbers) else cut, want)
-    assert isinstance(cut, QuantisedNumbers) == (form != "fp8" or runs != ((64, 256),))
+    whole = {"fp8": 128, "q4k": 256, "q6k": 256}.get(form, 32)
+    assert isinstance(cut, QuantisedNumbers) == (axis != -1 or runs[0][0] % whole == 0)
 
 
 def test_parts_of_experts_are_read_as_codes():
@@ -122,12 +170,27 @@ def test_parts_of_experts_are_read_as_codes():
     np.testing.assert_array_equal(expert.to_f32(), want[1])
 
 
+@pytest.mark.parametrize("form", K_SCALES)
+def test_a_nodes_columns_of_blocks_are_taken_over(form):
+    whole, numbers = weight(form, (2, 48, 768), packing.PANELS), drawn(form, (2, 48, 768), 7)
+
+    class Reader:
+        def read_expert(self, value: Value, expert: int) -> QuantisedNumbers:
+            return numbers[expert]
+
+    cut = Cut(-1, ((512, 768),))
+    part = cut_value(whole, cut, 1)
+    packer = WeightPacker(CutReader(Reader(), {part.id: (whole, cut)}))
+    data = np.concatenate([chunk for _, chunk in packer.chunks([part])])
+    np.testing.assert_array_equal(packing.unpack(data, part), numbers.to_f32()[:, :, 512:])
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_transposes_keep_codes_only_where_blocks_stay_blocks(form):
     for alike, blocks in ((128, True), (1, False)):
         numbers = drawn(form, (2, 256, 130), 3, rows_alike=alike)
         turned = numbers.transposed()
-        assert isinstance(turned, QuantisedNumbers) == blocks
+        assert isinstance(turned, QuantisedNumbers) == (blocks and form not in K_SCALES)
         got = turned.to_f32() if isinstance(turned, QuantisedNumbers) else turned
         np.testing.assert_array_equal(got, np.swapaxes(numbers.to_f32(), -1, -2))
 

@@ -13,11 +13,11 @@ from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import ExpertPlacement, NodeSlice, Placement
 from hetcomp.ir.node_parts import node_parts, part_workspace, plan_nodes, plan_parts
-from hetcomp.ir.plan import Op, Plan, ValueKind
-from hetcomp.ir.types import TensorType
+from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
+from hetcomp.ir.types import DType, TensorType
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.pipeline import run_pipeline
-from hetcomp.passes.slice_numa import node_slices
+from hetcomp.passes.slice_numa import _slice, node_slices
 from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, TOP_K, WIDTH, context, profile, tiny_plan
 
 WIDE = 96  # three groups of 32 columns: a cut in proportion 2 : 1
@@ -68,6 +68,17 @@ def test_experts_are_cut_at_groups_and_linears_at_panels():
     assert placed["experts"].slices == (NodeSlice(0, 0, 64), NodeSlice(1, 64, WIDE))
     assert placed["q"].slices == (NodeSlice(0, 0, 48), NodeSlice(1, 48, 64))
     assert placed["attend"].slices == () and placed["norm"].slices == ()
+
+
+@pytest.mark.parametrize(("form", "border"), [("q4", 576), ("fp8", 512), ("q4k", 512), ("q6k", 512)])
+def test_experts_are_cut_where_columns_stop_sharing_scales(form, border):
+    shape = TensorType(DType.F32, (EXPERTS, HIDDEN, 768), "panels16")
+    down = Value("down", shape, ValueKind.WEIGHT, format=form)
+    op = Op("experts", ops.MoeExperts(EXPERTS, TOP_K, HIDDEN, 768), ("down",), ("y",))
+    template = Template("t", (down,), (op,), ("down",), ())
+    home = Placement("cpu:0", (ExpertPlacement(0, EXPERTS - 1, "cpu:0"),))
+    cut = _slice(op, template, home, profile(nodes=2, bandwidths=(30.0, 10.0)))
+    assert cut.slices == (NodeSlice(0, 0, border), NodeSlice(1, border, 768))
 
 
 def test_weights_that_another_op_reads_are_not_cut():

@@ -26,6 +26,7 @@ from hetcomp.profiler.kernel_cases import Detail, curve_plans
 from hetcomp.profiler.tune_kernels import STAGES, Variant, Work, search
 from tests.reference import tiny_models
 from tests.reference.kernel_harness import CompiledKernel, activation, isas_here, weight
+from tests.reference.kernel_numbers import draw, packed
 from tests.unit.test_hardware_profile import document
 
 OTHER = Tuning(prefetch_bytes=64, draw_bytes=1 << 20, task_blocks=3, gemv_rows=1)
@@ -187,7 +188,7 @@ def test_a_tuning_serves_the_formats_of_its_family_on_its_instruction_set():
     def tuning(isa: Isa, form: str) -> KernelTuning:
         return KernelTuning(isa=isa.value, weight_format=form, constants=OTHER)
 
-    assert served(Isa.AVX2, tuning(Isa.AVX2, "q4")) == {"q8", "q4", "mxfp4"}
+    assert served(Isa.AVX2, tuning(Isa.AVX2, "q4")) == {"q8", "q6k", "q4k", "q4", "mxfp4"}
     assert served(Isa.AVX2, tuning(Isa.AVX2, "bf16")) == {"f32", "bf16", "fp8"}
     assert served(Isa.AVX512_BF16, tuning(Isa.AVX512_BF16, "bf16")) == {"bf16", "fp8"}
     assert served(Isa.AMX_BF16, tuning(Isa.AMX_BF16, "bf16")) == {"bf16", "fp8"}
@@ -204,7 +205,7 @@ def test_constants_do_not_change_results(form, prefetch):
     tuned = KernelTuning(isa=isa.value, weight_format=form, constants=constants)
     rng = np.random.default_rng(5)
     w = weight("w", (40, 96), form, packing.PANELS)
-    data, _ = packing.pack(rng.standard_normal((40, 96)).astype(np.float32), w)
+    data, _ = packed(draw(rng, (40, 96)), w)
     kernels = [CompiledKernel(CpuBackend().emit(ask(LINEAR, form, isa, *t)), isa) for t in ((), (tuned,))]
     for rows in (1, 2, 13, 40):
         x = rng.standard_normal((rows, 96)).astype(np.float32)

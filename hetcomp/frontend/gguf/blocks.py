@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.frontend.gguf.block_types import BY_NAME
-from hetcomp.quantised_numbers import QuantisedNumbers
+from hetcomp.quantised_numbers import K_SCALES, QuantisedNumbers
 
 _Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
@@ -37,9 +37,9 @@ QUANTISED = {
     "Q5_0": Quantisation("q8"),
     "Q4_1": Quantisation("q8", _MINIMA),
     "Q5_1": Quantisation("q8", _MINIMA),
-    "Q4_K": Quantisation("q8", _MINIMA),
+    "Q4_K": Quantisation("q4k"),
     "Q5_K": Quantisation("q8", _MINIMA),
-    "Q6_K": Quantisation("q8", "its groups are of 16 columns", 16),
+    "Q6_K": Quantisation("q6k", group=16),
 }
 
 
@@ -92,6 +92,38 @@ def _mxfp4(blocks: _Bytes) -> QuantisedNumbers:
     return _coded("mxfp4", _halves(blocks[..., 1:]), blocks[..., :1])
 
 
+def _scales_and_minima(blocks: _Bytes) -> tuple[_Bytes, _Bytes]:
+    """Of the eight groups of Q4_K or Q5_K blocks, [.., 8] each: 6 bits, packed as get_scale_min_k4 has them."""
+    first, second, high = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
+    scales = np.concatenate([first & 63, high & 15 | first >> 2 & 48], axis=-1)
+    minima = np.concatenate([second & 63, high >> 4 | second >> 2 & 48], axis=-1)
+    return scales, minima
+
+
+def _q4_k(blocks: _Bytes) -> QuantisedNumbers:
+    scales, minima = _scales_and_minima(blocks)
+    codes = _halves(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32))
+    return _k_coded("q4k", codes, scale=scales, minimum=minima, d=blocks[..., :2], d_minimum=blocks[..., 2:4])
+
+
+def _q6_k(blocks: _Bytes) -> QuantisedNumbers:
+    shape = blocks.shape[:-1]
+    low = _halves(blocks[..., :128].reshape(*shape, 2, 64)).reshape(*shape, 256)
+    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    high = (blocks[..., 128:192].reshape(*shape, 2, 1, 32) >> shifts & np.uint8(3)) << np.uint8(4)
+    scales = blocks[..., 192:208].view(np.int8)
+    return _k_coded("q6k", low | high.reshape(*shape, 256), scale=scales, d=blocks[..., 208:])
+
+
+def _k_coded(form: str, codes: _Bytes, **fields: npt.NDArray[np.generic]) -> QuantisedNumbers:
+    """Of blocks [.., n]: codes, and records whose fields a block has for each group or, in two bytes, once."""
+    records = np.empty(fields["scale"].shape, K_SCALES[form])
+    for name, part in fields.items():
+        records[name] = np.ascontiguousarray(part).view("<f2") if K_SCALES[form][name].kind == "f" else part
+    shape = codes.shape[: records.ndim - 2]
+    return QuantisedNumbers(form, codes.reshape(*shape, -1), records.reshape(*shape, -1))
+
+
 def _fifth_bits(packed: _Bytes) -> _Bytes:
     """A bit a code, as 16."""
     return np.unpackbits(packed, axis=-1, bitorder="little") << np.uint8(4)
@@ -102,6 +134,8 @@ _CODES: dict[str, Callable[[_Bytes], QuantisedNumbers]] = {
     "Q4_0": _q4_0,
     "Q5_0": _q5_0,
     "MXFP4": _mxfp4,
+    "Q4_K": _q4_k,
+    "Q6_K": _q6_k,
 }
 
 # ---------------------------------------------------------------- numbers: blocks [n, bytes]
@@ -118,43 +152,18 @@ def _q5_1(blocks: _Bytes) -> _Floats:
     return scale * codes.astype(np.float32) + least
 
 
-def _scales_and_minima(blocks: _Bytes) -> tuple[_Floats, _Floats]:
-    """Of the eight groups of a Q4_K or Q5_K block, [n, 8, 1] each: 6 bits, packed as get_scale_min_k4 has them, times
-    the block's own."""
-    first, second, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scales = np.concatenate([first & 63, high & 15 | first >> 2 & 48], axis=-1)
-    minima = np.concatenate([second & 63, high >> 4 | second >> 2 & 48], axis=-1)
-    of_scales, of_minima = _f16(blocks[:, :2]), _f16(blocks[:, 2:4])
-    return (of_scales * scales.astype(np.float32))[..., None], (of_minima * minima.astype(np.float32))[..., None]
-
-
-def _q4_k(blocks: _Bytes) -> _Floats:
-    scales, minima = _scales_and_minima(blocks)
-    codes = _halves(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    return (scales * codes.astype(np.float32) - minima).reshape(-1, 256)
-
-
 def _q5_k(blocks: _Bytes) -> _Floats:
     scales, minima = _scales_and_minima(blocks)
     codes = _halves(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     shifts = np.arange(8, dtype=np.uint8)[:, None]
     codes |= (blocks[:, None, 16:48] >> shifts & 1) << np.uint8(4)
-    return (scales * codes.astype(np.float32) - minima).reshape(-1, 256)
-
-
-def _q6_k(blocks: _Bytes) -> _Floats:
-    low = _halves(blocks[:, :128].reshape(-1, 2, 64))
-    shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-    high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts & 3) << np.uint8(4)
-    codes = (low.reshape(-1, 16, 16) | high.reshape(-1, 16, 16)).astype(np.int8) - np.int8(32)
-    scales = _f16(blocks[:, 208:]) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-    return (scales[..., None] * codes.astype(np.float32)).reshape(-1, 256)
+    of_scales, of_minima = _f16(blocks[:, :2]), _f16(blocks[:, 2:4])
+    numbers = (of_scales * scales.astype(np.float32))[..., None] * codes.astype(np.float32)
+    return (numbers - (of_minima * minima.astype(np.float32))[..., None]).reshape(-1, 256)
 
 
 _NUMBERS: dict[str, Callable[[_Bytes], _Floats]] = {
     "Q4_1": _q4_1,
     "Q5_1": _q5_1,
-    "Q4_K": _q4_k,
     "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "hetcomp/kernel.h"
@@ -106,6 +107,71 @@ inline float f16_at(const std::uint8_t* p) {
   return _cvtsh_ss(bits);
 }
 
+// Bytes that loads of weights run ahead of the arithmetic.
+constexpr std::int64_t kPrefetch = 4096;
+// From farther than a page they come in two steps, into L2 and from there into L1: a line that is on its way into L1
+// holds one of a core's few buffers for them (16 of a Golden Cove) until memory answers.
+constexpr std::int64_t kDirect = 4096, kFromL2 = 1152;
+constexpr bool kViaL2 = kPrefetch > kDirect;
+
+// On a quiet machine half of the tasks in equal parts. The rest in draws: long enough stretches of memory that a draw costs
+// nothing, short enough that all threads end together and a descheduled one holds back little.
+inline Shares stream_shares(const Lane& lane, std::int64_t n_tasks, std::int64_t task_bytes) {
+  constexpr std::int64_t kDrawBytes = 262144;
+  constexpr std::int64_t kDraws = 8;  // a thread, of all tasks
+  const std::int64_t threads = lane.threads();
+  const std::int64_t grain = std::max<std::int64_t>(1, std::min(kDrawBytes / task_bytes, n_tasks / (kDraws * threads)));
+  return {lane.set->quiet ? std::max(grain, n_tasks / (2 * threads)) : grain, grain};
+}
+
+// Token rows up to which the weights are streamed against single rows of activations.
+constexpr int kGemvRows = 4;
+
+constexpr int kTileWidth = 2 * kPanel;  // columns of a tile's result in memory
+using TileFunction = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
+
+// Tokens in `count` blocks of `height` rows. Either their heights are equal and the last block may have rows that nobody
+// asked for, or (Gemm::kFullBlocks) all blocks are as high as a register tile and the last one ends with the tokens.
+struct Blocks {
+  std::int64_t count;
+  int height;
+  std::int64_t rows;  // that are stored
+  template <class Gemm>
+  static Blocks of(std::int64_t rows) {
+    const std::int64_t count = ceil_div(rows, Gemm::kTileRows);
+    if (Gemm::kFullBlocks || count == 0) return {count, Gemm::kTileRows, rows};
+    const std::int64_t height = ceil_div(rows, count);
+    return {count, static_cast<int>(height), count * height};
+  }
+  // Most rows that are stored where `entries` rows are spread over any number of Blocks.
+  template <class Gemm>
+  static constexpr std::int64_t most_rows(std::int64_t entries) {
+    return Gemm::kFullBlocks ? entries : entries + ceil_div(entries, Gemm::kTileRows);
+  }
+  int height_of(std::int64_t b) const { return static_cast<int>(std::min<std::int64_t>(height, rows - b * height)); }
+  // Up to n of the blocks from block `first` on.
+  Blocks part(std::int64_t first, std::int64_t n) const {
+    n = std::min(n, count - first);
+    return {n, height, std::min(n * height, rows - first * height)};
+  }
+};
+
+// Chunks of about equal size, of at most Gemm::task_blocks(k) blocks each.
+struct Chunks {
+  std::int64_t count, blocks;  // blocks: of a chunk; the last one may have fewer
+  template <class Gemm>
+  static Chunks of(const Blocks& blocks, std::int64_t k) {
+    const std::int64_t count = ceil_div(blocks.count, Gemm::task_blocks(k));
+    return {count, count == 0 ? 0 : ceil_div(blocks.count, count)};
+  }
+};
+
+// Pairs of panels that a task takes where there are `pairs` of them in all: as many as leave some tasks to every thread.
+template <class Gemm>
+std::int64_t wide_tasks(const Lane& lane, std::int64_t pairs) {
+  return std::clamp<std::int64_t>(pairs / (8 * lane.threads()), 1, Gemm::kTaskPairs);
+}
+
 // Weight format bf16: panel [K/2][16][2].
 struct Weights {
   static constexpr int kStep = 2;                 // columns of a step
@@ -132,26 +198,6 @@ constexpr std::int64_t panel_bytes(std::int64_t k) {
   return element_bytes(k);
 
 }
-
-// Bytes that loads of weights run ahead of the arithmetic.
-constexpr std::int64_t kPrefetch = 4096;
-// From farther than a page they come in two steps, into L2 and from there into L1: a line that is on its way into L1
-// holds one of a core's few buffers for them (16 of a Golden Cove) until memory answers.
-constexpr std::int64_t kDirect = 4096, kFromL2 = 1152;
-constexpr bool kViaL2 = kPrefetch > kDirect;
-
-// On a quiet machine half of the tasks in equal parts. The rest in draws: long enough stretches of memory that a draw costs
-// nothing, short enough that all threads end together and a descheduled one holds back little.
-inline Shares stream_shares(const Lane& lane, std::int64_t n_tasks, std::int64_t task_bytes) {
-  constexpr std::int64_t kDrawBytes = 262144;
-  constexpr std::int64_t kDraws = 8;  // a thread, of all tasks
-  const std::int64_t threads = lane.threads();
-  const std::int64_t grain = std::max<std::int64_t>(1, std::min(kDrawBytes / task_bytes, n_tasks / (kDraws * threads)));
-  return {lane.set->quiet ? std::max(grain, n_tasks / (2 * threads)) : grain, grain};
-}
-
-// Token rows up to which the weights are streamed against single rows of activations.
-constexpr int kGemvRows = 4;
 
 constexpr std::int64_t kUnit = 16;  // columns that are written together
 constexpr std::int64_t row_bytes(std::int64_t k) { return ceil_div(k, 16) * 64; }
@@ -247,35 +293,6 @@ HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const 
 
 }
 
-constexpr int kTileWidth = 2 * kPanel;  // columns of a tile's result in memory
-using TileFunction = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
-
-// Tokens in `count` blocks of `height` rows. Either their heights are equal and the last block may have rows that nobody
-// asked for, or (Gemm::kFullBlocks) all blocks are as high as a register tile and the last one ends with the tokens.
-struct Blocks {
-  std::int64_t count;
-  int height;
-  std::int64_t rows;  // that are stored
-  template <class Gemm>
-  static Blocks of(std::int64_t rows) {
-    const std::int64_t count = ceil_div(rows, Gemm::kTileRows);
-    if (Gemm::kFullBlocks || count == 0) return {count, Gemm::kTileRows, rows};
-    const std::int64_t height = ceil_div(rows, count);
-    return {count, static_cast<int>(height), count * height};
-  }
-  // Most rows that are stored where `entries` rows are spread over any number of Blocks.
-  template <class Gemm>
-  static constexpr std::int64_t most_rows(std::int64_t entries) {
-    return Gemm::kFullBlocks ? entries : entries + ceil_div(entries, Gemm::kTileRows);
-  }
-  int height_of(std::int64_t b) const { return static_cast<int>(std::min<std::int64_t>(height, rows - b * height)); }
-  // Up to n of the blocks from block `first` on.
-  Blocks part(std::int64_t first, std::int64_t n) const {
-    n = std::min(n, count - first);
-    return {n, height, std::min(n * height, rows - first * height)};
-  }
-};
-
 // Adjacent blocks from x on times n_panels adjacent panels of k columns, two at a time: calls
 // done(b, pair, sums[height][kTileWidth]), for a block in the order of its pairs. Where kSliced, at most
 // Gemm::task_blocks(k) blocks.
@@ -298,22 +315,6 @@ void multiply_pairs(Gemm& product, const std::uint8_t* x, const Blocks& blocks, 
       }
     }
   }
-}
-
-// Chunks of about equal size, of at most Gemm::task_blocks(k) blocks each.
-struct Chunks {
-  std::int64_t count, blocks;  // blocks: of a chunk; the last one may have fewer
-  template <class Gemm>
-  static Chunks of(const Blocks& blocks, std::int64_t k) {
-    const std::int64_t count = ceil_div(blocks.count, Gemm::task_blocks(k));
-    return {count, count == 0 ? 0 : ceil_div(blocks.count, count)};
-  }
-};
-
-// Pairs of panels that a task takes where there are `pairs` of them in all: as many as leave some tasks to every thread.
-template <class Gemm>
-std::int64_t wide_tasks(const Lane& lane, std::int64_t pairs) {
-  return std::clamp<std::int64_t>(pairs / (8 * lane.threads()), 1, Gemm::kTaskPairs);
 }
 
 struct GemmBf16 {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 #include "hetcomp/kernel.h"
@@ -114,8 +115,16 @@ struct I16 {
 };
 
 inline Bytes load_bytes(const std::uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
-inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
+// The low (0) or the high (1) halves of bytes.
+inline Bytes nibbles(Bytes a, int which) {
+  return {_mm512_and_si512(which == 0 ? a.v : _mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
+}
+// codes | bits 2 s, 2 s + 1 of each byte of `two` as bits 4, 5.
+inline Bytes with_high_bits(Bytes codes, Bytes two, int s) {
+  const auto up = static_cast<unsigned>(std::max(4 - 2 * s, 0)), down = static_cast<unsigned>(std::max(2 * s - 4, 0));
+  const __m512i high = s < 2 ? _mm512_slli_epi16(two.v, up) : s > 2 ? _mm512_srli_epi16(two.v, down) : two.v;
+  return {_mm512_ternarylogic_epi32(high, _mm512_set1_epi8(48), codes.v, 0xea)};  // (high & 48) | codes
+}
 inline Bytes lookup(const std::uint8_t* table, Bytes index) {
   const __m128i t = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index.v)};
@@ -145,29 +154,17 @@ inline V16 exponents(const std::uint8_t* p) {
   return {_mm512_castsi512_ps(_mm512_max_epu32(_mm512_slli_epi32(e, 23), least))};
 }
 
-// Weight format q4: panel [K/32 groups], a group: [4][16][4] bytes, low nibble column 8j + b, high nibble column
-// 8j + 4 + b, each q + 8; then fp16 [16].
-struct Weights {
-  static constexpr std::int64_t kGroupBytes = 256;
-  static constexpr std::int64_t kScaleBytes = 32;  // of a group
-  static constexpr int kSteps = 2;                 // steps of four columns in 64 bytes
-
-  static constexpr int kOffset = 8;
-  // codes(v, s): step s of 64 bytes as whole bytes, 8 too large.
-  static Bytes codes(Bytes v, int s) { return s == 0 ? low_nibbles(v) : high_nibbles(v); }
-  static I16 dot(I16 sum, Bytes codes, const std::uint8_t* x) { return dot4(sum, codes, x); }
-  static V16 scales(const std::uint8_t* s) { return load_f16(s); }
-
-  // Element (row r of the panel, column k).
-  static float at(const std::uint8_t* panel, int r, std::int64_t k, std::int64_t /*columns*/) {
-    const std::uint8_t* group = panel + k / 32 * (kGroupBytes + kScaleBytes);
-    const int byte = group[(k % 32 / 8 * kPanel + r) * 4 + k % 4];
-    return static_cast<float>((k % 8 < 4 ? byte & 15 : byte >> 4) - 8) * f16_at(group + kGroupBytes + r * 2);
-  }
+// Weights in groups of 32 columns, each with its scales behind its elements and nothing else. A format whose groups are
+// joined to blocks has a head in front of each block's groups; one with minima subtracts one from all numbers of a group.
+struct PlainGroups {
+  static constexpr int kGroupColumns = 32;
+  static constexpr std::int64_t kBlockColumns = 32;
+  static constexpr std::int64_t kHeadBytes = 0;
+  static constexpr bool kMinima = false;
+  struct Head {};
+  static Head head(const std::uint8_t*) { return {}; }
+  static V16 minima(Head, const std::uint8_t*) { return zero(); }
 };
-
-constexpr std::int64_t kGroupStride = Weights::kGroupBytes + Weights::kScaleBytes;
-constexpr std::int64_t panel_bytes(std::int64_t k) { return ceil_div(ceil_div(k, 32) * kGroupStride, 64) * 64; }
 
 // Bytes that loads of weights run ahead of the arithmetic.
 constexpr std::int64_t kPrefetch = 4096;
@@ -188,107 +185,6 @@ inline Shares stream_shares(const Lane& lane, std::int64_t n_tasks, std::int64_t
 
 // Token rows up to which the weights are streamed against single rows of activations.
 constexpr int kGemvRows = 8;
-
-constexpr std::int64_t kUnit = 32;  // columns that are prepared together
-constexpr std::int64_t groups(std::int64_t k) { return ceil_div(k, kUnit); }
-constexpr std::int64_t row_bytes(std::int64_t k) { return ceil_div(groups(k) * (kUnit + 8), 64) * 64; }
-
-struct Group {
-  float scale;
-  std::int32_t offset;
-};
-
-// Rounds 32 columns to multiples of their scale, the greatest magnitude / 127. NaN and infinity make the scale NaN.
-inline Group quantise(V16 a, V16 b, std::uint8_t* to) {
-  const V16 magnitude = max(max(a, zero() - a), max(b, zero() - b));
-  const float top = reduce_max(magnitude) + reduce_add(a * zero() + b * zero());
-  const V16 inverse = set1(top > 0.0f ? 127.0f / top : 0.0f);
-  const V16 qa = round_nearest(a * inverse), qb = round_nearest(b * inverse);
-  store_i8(reinterpret_cast<std::int8_t*>(to), qa);
-  store_i8(reinterpret_cast<std::int8_t*>(to) + kPanel, qb);
-  // Sums of 32 bytes are exact in f32.
-  const float sum = Weights::kOffset == 0 || !(top > 0.0f) ? 0.0f : reduce_add(qa + qb);
-  return {top * (1.0f / 127.0f), Weights::kOffset * static_cast<std::int32_t>(sum)};
-}
-
-// Columns c .. c + 32 of x, zero from k on.
-inline Group quantise(const float* x, std::int64_t c, std::int64_t k, std::uint8_t* to) {
-  if (c + kUnit <= k) return quantise(load(x + c), load(x + c + kPanel), to);
-  alignas(64) float rest[kUnit] = {};
-  std::copy(x + c, x + k, rest);
-  return quantise(load(rest), load(rest + kPanel), to);
-}
-
-inline void set_group(std::uint8_t* row, std::int64_t k, std::int64_t g, Group group) {
-  std::memcpy(row + groups(k) * kUnit + g * 4, &group.scale, 4);
-  std::memcpy(row + groups(k) * (kUnit + 4) + g * 4, &group.offset, 4);
-}
-
-inline void prepare_row(const float* x, std::int64_t k, std::uint8_t* row) {
-  for (std::int64_t g = 0; g < groups(k); ++g) set_group(row, k, g, quantise(x, g * kUnit, k, row + g * kUnit));
-}
-
-// Columns column .. column + 32 of a prepared row.
-inline void put_unit(std::uint8_t* row, std::int64_t k, std::int64_t column, const V16 (&v)[2]) {
-  set_group(row, k, column / kUnit, quantise(v[0], v[1], row + column));
-}
-
-// Rows that share a pass over a panel with their sums in registers. However many share it, each gets bit for bit what it
-// would get alone: the sums of a group are whole numbers.
-constexpr int kPassRows = 4;
-
-// out[m] = panel (16 rows x k columns) times the row at row(m). `next` is where the stream goes on behind the panel.
-template <int kRows, class Row>
-HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const std::uint8_t* next, V16 (&out)[kRows]) {
-  constexpr int kChains = kRows <= 4 ? 2 : 1;  // independent sums hide the latency of a product
-  constexpr int kLoads = static_cast<int>(Weights::kGroupBytes / 64);
-  const std::int64_t n = groups(k);
-  // Loads ahead follow the stream to its next panel instead of fetching what nobody asked for.
-  const auto ahead = [&](std::int64_t g, std::int64_t bytes) {
-    const std::int64_t at = g + bytes / kGroupStride;
-    return at < n ? w + (at - g) * kGroupStride : next + (at - n) * kGroupStride;
-  };
-  HETCOMP_UNROLL
-  for (int m = 0; m < kRows; ++m) out[m] = zero();
-  for (std::int64_t g = 0; g < n; ++g) {
-    prefetch<kGroupStride, kViaL2>(ahead(g, kPrefetch));
-    if constexpr (kViaL2) prefetch<kGroupStride>(ahead(g, kFromL2));
-    I16 sum[kChains][kRows];
-    HETCOMP_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-      std::int32_t offset;
-      std::memcpy(&offset, row(m) + n * (kUnit + 4) + g * 4, 4);
-      sum[0][m] = set1_i32(-offset);
-      HETCOMP_UNROLL
-      for (int c = 1; c < kChains; ++c) sum[c][m] = set1_i32(0);
-    }
-    HETCOMP_UNROLL
-    for (int l = 0; l < kLoads; ++l) {
-      const Bytes v = load_bytes(w + l * 64);
-      HETCOMP_UNROLL
-      for (int s = 0; s < Weights::kSteps; ++s) {
-        const int step = l * Weights::kSteps + s;
-        const Bytes codes = Weights::codes(v, s);
-        HETCOMP_UNROLL
-        for (int m = 0; m < kRows; ++m) {
-          I16& a = sum[step % kChains][m];
-          a = Weights::dot(a, codes, row(m) + g * kUnit + step * 4);
-        }
-      }
-    }
-    const V16 scale = Weights::scales(w + Weights::kGroupBytes);
-    HETCOMP_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-      float x_scale;
-      std::memcpy(&x_scale, row(m) + n * kUnit + g * 4, 4);
-      I16 total = sum[0][m];
-      HETCOMP_UNROLL
-      for (int c = 1; c < kChains; ++c) total = total + sum[c][m];
-      out[m] = fma(to_float(total), scale * set1(x_scale), out[m]);
-    }
-    w += kGroupStride;
-  }
-}
 
 constexpr int kTileWidth = 2 * kPanel;  // columns of a tile's result in memory
 using TileFunction = void (*)(const std::uint8_t*, const std::uint8_t*, std::int64_t, float*);
@@ -319,6 +215,184 @@ struct Blocks {
   }
 };
 
+// Chunks of about equal size, of at most Gemm::task_blocks(k) blocks each.
+struct Chunks {
+  std::int64_t count, blocks;  // blocks: of a chunk; the last one may have fewer
+  template <class Gemm>
+  static Chunks of(const Blocks& blocks, std::int64_t k) {
+    const std::int64_t count = ceil_div(blocks.count, Gemm::task_blocks(k));
+    return {count, count == 0 ? 0 : ceil_div(blocks.count, count)};
+  }
+};
+
+// Pairs of panels that a task takes where there are `pairs` of them in all: as many as leave some tasks to every thread.
+template <class Gemm>
+std::int64_t wide_tasks(const Lane& lane, std::int64_t pairs) {
+  return std::clamp<std::int64_t>(pairs / (8 * lane.threads()), 1, Gemm::kTaskPairs);
+}
+
+// Weight format q4: panel [K/32 groups], a group: [4][16][4] bytes, low nibble column 8j + b, high nibble column
+// 8j + 4 + b, each q + 8; then fp16 [16].
+struct Weights : PlainGroups {
+  static constexpr std::int64_t kGroupBytes = 256;
+  static constexpr std::int64_t kScaleBytes = 32;  // of a group
+
+  static constexpr int kOffset = 8;
+  // Columns 4 s .. 4 s + 4 of a group as whole bytes, 8 too large.
+  static Bytes codes(const std::uint8_t* group, int s) { return nibbles(load_bytes(group + s / 2 * 64), s % 2); }
+  static I16 dot(I16 sum, Bytes codes, const std::uint8_t* x) { return dot4(sum, codes, x); }
+  static V16 scales(Head, const std::uint8_t* s) { return load_f16(s); }
+
+  // Element (row r of the panel, column k).
+  static float at(const std::uint8_t* panel, int r, std::int64_t k, std::int64_t /*columns*/) {
+    const std::uint8_t* group = panel + k / 32 * (kGroupBytes + kScaleBytes);
+    const int byte = group[(k % 32 / 8 * kPanel + r) * 4 + k % 4];
+    return static_cast<float>((k % 8 < 4 ? byte & 15 : byte >> 4) - 8) * f16_at(group + kGroupBytes + r * 2);
+  }
+};
+
+constexpr std::int64_t kGroupStride = Weights::kGroupBytes + Weights::kScaleBytes;
+constexpr int kParts = 32 / Weights::kGroupColumns;  // groups of 32 columns: of a unit
+constexpr std::int64_t kUnitStride = kParts * kGroupStride;
+constexpr std::int64_t kBlockUnits = Weights::kBlockColumns / 32;
+// Where the head of the block of unit `u` lies, and where its groups begin.
+constexpr std::int64_t head_at(std::int64_t u) {
+  return u / kBlockUnits * (Weights::kHeadBytes + kBlockUnits * kUnitStride);
+}
+constexpr std::int64_t unit_at(std::int64_t u) {
+  return (u / kBlockUnits + 1) * Weights::kHeadBytes + u * kUnitStride;
+}
+// Bytes of `n` units from the panel's first on, their blocks' heads included.
+constexpr std::int64_t units_bytes(std::int64_t n) {
+  return ceil_div(n, kBlockUnits) * Weights::kHeadBytes + n * kUnitStride;
+}
+constexpr std::int64_t panel_bytes(std::int64_t k) { return ceil_div(units_bytes(ceil_div(k, 32)), 64) * 64; }
+
+constexpr std::int64_t kUnit = 32;  // columns that are prepared together
+constexpr std::int64_t kUnitRowBytes = kUnit + 4 + 4 * kParts;
+constexpr std::int64_t groups(std::int64_t k) { return ceil_div(k, kUnit); }
+constexpr std::int64_t row_bytes(std::int64_t k) { return ceil_div(groups(k) * kUnitRowBytes, 64) * 64; }
+
+using Correction = std::conditional_t<Weights::kMinima, float, std::int32_t>;
+struct Group {
+  float scale;
+  Correction corrections[kParts];
+};
+
+// Rounds 32 columns to multiples of their scale, the greatest magnitude / 127. NaN and infinity make the scale NaN.
+inline Group quantise(V16 a, V16 b, std::uint8_t* to) {
+  const V16 magnitude = max(max(a, zero() - a), max(b, zero() - b));
+  const float top = reduce_max(magnitude) + reduce_add(a * zero() + b * zero());
+  const V16 inverse = set1(top > 0.0f ? 127.0f / top : 0.0f);
+  const V16 qa = round_nearest(a * inverse), qb = round_nearest(b * inverse);
+  store_i8(reinterpret_cast<std::int8_t*>(to), qa);
+  store_i8(reinterpret_cast<std::int8_t*>(to) + kPanel, qb);
+  Group group{top * (1.0f / 127.0f), {}};
+  if ((Weights::kOffset == 0 && !Weights::kMinima) || !(top > 0.0f)) return group;
+  for (int p = 0; p < kParts; ++p) {
+    const float sum = reduce_add(kParts == 1 ? qa + qb : p == 0 ? qa : qb);  // of at most 32 bytes: exact in f32
+    if constexpr (Weights::kMinima) group.corrections[p] = -group.scale * sum;
+    else group.corrections[p] = Weights::kOffset * static_cast<std::int32_t>(sum);
+  }
+  return group;
+}
+
+// Columns c .. c + 32 of x, zero from k on.
+inline Group quantise(const float* x, std::int64_t c, std::int64_t k, std::uint8_t* to) {
+  if (c + kUnit <= k) return quantise(load(x + c), load(x + c + kPanel), to);
+  alignas(64) float rest[kUnit] = {};
+  std::copy(x + c, x + k, rest);
+  return quantise(load(rest), load(rest + kPanel), to);
+}
+
+inline void set_group(std::uint8_t* row, std::int64_t k, std::int64_t g, Group group) {
+  std::memcpy(row + groups(k) * kUnit + g * 4, &group.scale, 4);
+  std::memcpy(row + groups(k) * (kUnit + 4) + g * 4 * kParts, group.corrections, 4 * kParts);
+}
+
+inline void prepare_row(const float* x, std::int64_t k, std::uint8_t* row) {
+  for (std::int64_t g = 0; g < groups(k); ++g) set_group(row, k, g, quantise(x, g * kUnit, k, row + g * kUnit));
+}
+
+// Columns column .. column + 32 of a prepared row.
+inline void put_unit(std::uint8_t* row, std::int64_t k, std::int64_t column, const V16 (&v)[2]) {
+  set_group(row, k, column / kUnit, quantise(v[0], v[1], row + column));
+}
+
+// Rows that share a pass over a panel with their sums in registers. However many share it, each gets bit for bit what it
+// would get alone: the sums of a group are whole numbers.
+constexpr int kPassRows = 4;
+
+// out[m] = panel (16 rows x k columns) times the row at row(m). `next` is where the stream goes on behind the panel.
+template <int kRows, class Row>
+HETCOMP_INLINE void dot(Row&& row, const std::uint8_t* w, std::int64_t k, const std::uint8_t* next, V16 (&out)[kRows]) {
+  constexpr int kChains = kRows <= 4 ? 2 : 1;  // independent sums hide the latency of a product
+  constexpr int kSteps = Weights::kGroupColumns / 4;
+  const std::int64_t n = groups(k);
+  // Loads ahead follow the stream to its next panel instead of fetching what nobody asked for. Heads between here and there
+  // are not counted: that leaves a line or two at the end of a panel.
+  const auto ahead = [&](std::int64_t u, std::int64_t bytes) {
+    const std::int64_t at = u + bytes / kUnitStride;
+    return at < n ? w + (at - u) * kUnitStride : next + (at - n) * kUnitStride;
+  };
+  HETCOMP_UNROLL
+  for (int m = 0; m < kRows; ++m) out[m] = zero();
+  [[maybe_unused]] Weights::Head head{};
+  for (std::int64_t u = 0; u < n; ++u) {
+    if constexpr (Weights::kHeadBytes > 0) {
+      if (u % kBlockUnits == 0) {
+        prefetch<Weights::kHeadBytes, kViaL2>(ahead(u, kPrefetch));
+        head = Weights::head(w);
+        w += Weights::kHeadBytes;
+      }
+    }
+    prefetch<kUnitStride, kViaL2>(ahead(u, kPrefetch));
+    if constexpr (kViaL2) prefetch<kUnitStride>(ahead(u, kFromL2));
+    HETCOMP_UNROLL
+    for (int p = 0; p < kParts; ++p) {
+      const auto correction = [&](int m) { return row(m) + n * (kUnit + 4) + (u * kParts + p) * 4; };
+      I16 sum[kChains][kRows];
+      HETCOMP_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        std::int32_t offset = 0;
+        if constexpr (!Weights::kMinima) std::memcpy(&offset, correction(m), 4);
+        sum[0][m] = set1_i32(-offset);
+        HETCOMP_UNROLL
+        for (int c = 1; c < kChains; ++c) sum[c][m] = set1_i32(0);
+      }
+      HETCOMP_UNROLL
+      for (int s = 0; s < kSteps; ++s) {
+        const Bytes codes = Weights::codes(w, s);
+        HETCOMP_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+          I16& a = sum[s % kChains][m];
+          a = Weights::dot(a, codes, row(m) + u * kUnit + p * Weights::kGroupColumns + s * 4);
+        }
+      }
+      const V16 scale = Weights::scales(head, w + Weights::kGroupBytes);
+      HETCOMP_UNROLL
+      for (int m = 0; m < kRows; ++m) {
+        float x_scale;
+        std::memcpy(&x_scale, row(m) + n * kUnit + u * 4, 4);
+        I16 total = sum[0][m];
+        HETCOMP_UNROLL
+        for (int c = 1; c < kChains; ++c) total = total + sum[c][m];
+        out[m] = fma(to_float(total), scale * set1(x_scale), out[m]);
+      }
+      if constexpr (Weights::kMinima) {
+        const V16 minimum = Weights::minima(head, w + Weights::kGroupBytes);
+        HETCOMP_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+          float x_sum;
+          std::memcpy(&x_sum, correction(m), 4);
+          out[m] = fma(minimum, set1(x_sum), out[m]);
+        }
+      }
+      w += kGroupStride;
+    }
+  }
+}
+
 // Adjacent blocks from x on times n_panels adjacent panels of k columns, two at a time: calls
 // done(b, pair, sums[height][kTileWidth]), for a block in the order of its pairs. Where kSliced, at most
 // Gemm::task_blocks(k) blocks.
@@ -343,22 +417,6 @@ void multiply_pairs(Gemm& product, const std::uint8_t* x, const Blocks& blocks, 
   }
 }
 
-// Chunks of about equal size, of at most Gemm::task_blocks(k) blocks each.
-struct Chunks {
-  std::int64_t count, blocks;  // blocks: of a chunk; the last one may have fewer
-  template <class Gemm>
-  static Chunks of(const Blocks& blocks, std::int64_t k) {
-    const std::int64_t count = ceil_div(blocks.count, Gemm::task_blocks(k));
-    return {count, count == 0 ? 0 : ceil_div(blocks.count, count)};
-  }
-};
-
-// Pairs of panels that a task takes where there are `pairs` of them in all: as many as leave some tasks to every thread.
-template <class Gemm>
-std::int64_t wide_tasks(const Lane& lane, std::int64_t pairs) {
-  return std::clamp<std::int64_t>(pairs / (8 * lane.threads()), 1, Gemm::kTaskPairs);
-}
-
 struct GemmInt8 {
   static constexpr int kTileRows = 12;  // tokens of a register tile
   // Blocks of tokens in a task: enough to pay for fetching the panels, few enough for many tasks.
@@ -369,9 +427,8 @@ struct GemmInt8 {
   static constexpr std::int64_t kSlackBytes = 0;  // that may be read behind the last block
   static constexpr bool kSliced = false;         // weights are multiplied as they are stored, block after block
   static constexpr int kTilePanels = 1;
-  static constexpr std::int64_t kGroupRowBytes = kUnit + 8;
   static constexpr std::int64_t padded_columns(std::int64_t k) { return groups(k) * kUnit; }
-  static constexpr std::int64_t block_row_bytes(std::int64_t k) { return groups(k) * kGroupRowBytes; }
+  static constexpr std::int64_t block_row_bytes(std::int64_t k) { return groups(k) * kUnitRowBytes; }
   static constexpr std::int64_t kBlockUnit = 32;  // columns of a block that are written together
   static constexpr bool kPackPrepared = true;  // blocks are packed from prepared rows, not from x itself
 
@@ -379,7 +436,8 @@ struct GemmInt8 {
     HETCOMP_UNROLL
     for (int s = 0; s < 8; ++s) std::memcpy(to + (s * height + m) * 4, bytes + s * 4, 4);
     std::memcpy(to + kUnit * height + m * 4, &group.scale, 4);
-    std::memcpy(to + (kUnit + 4) * height + m * 4, &group.offset, 4);
+    HETCOMP_UNROLL
+    for (int p = 0; p < kParts; ++p) std::memcpy(to + ((kUnit + 4 + 4 * p) * height + m * 4), &group.corrections[p], 4);
   }
 
   // Packs columns k0 .. k1 (multiples of 32) of rows m < valid of x, row(m) each, k columns long. What lies in the further
@@ -388,7 +446,7 @@ struct GemmInt8 {
   static void pack_rows(std::uint8_t* block, int height, int valid, std::int64_t k0, std::int64_t k1, std::int64_t k,
                         Row&& row) {
     for (std::int64_t c = k0; c < k1; c += kUnit) {
-      std::uint8_t* to = block + c / kUnit * kGroupRowBytes * height;
+      std::uint8_t* to = block + c / kUnit * kUnitRowBytes * height;
       for (int m = 0; m < valid; ++m) {
         alignas(64) std::uint8_t bytes[kUnit];
         const Group group = quantise(row(m), c, k, bytes);
@@ -401,12 +459,12 @@ struct GemmInt8 {
   template <class Row>
   static void pack_prepared(std::uint8_t* block, int height, int valid, std::int64_t k, Row&& row) {
     for (std::int64_t g = 0; g < groups(k); ++g) {
-      std::uint8_t* to = block + g * kGroupRowBytes * height;
+      std::uint8_t* to = block + g * kUnitRowBytes * height;
       for (int m = 0; m < valid; ++m) {
         const std::uint8_t* from = row(m);
         Group group;
         std::memcpy(&group.scale, from + groups(k) * kUnit + g * 4, 4);
-        std::memcpy(&group.offset, from + groups(k) * (kUnit + 4) + g * 4, 4);
+        std::memcpy(group.corrections, from + groups(k) * (kUnit + 4) + g * 4 * kParts, 4 * kParts);
         put_group(to, height, m, from + g * kUnit, group);
       }
     }
@@ -415,7 +473,7 @@ struct GemmInt8 {
   // Columns column .. column + 32 of all rows of a block of k columns.
   static void put_block_unit(std::uint8_t* block, int height, std::int64_t /*k*/, std::int64_t column,
                              const float (*h)[kBlockUnit]) {
-    std::uint8_t* to = block + column / kUnit * kGroupRowBytes * height;
+    std::uint8_t* to = block + column / kUnit * kUnitRowBytes * height;
     for (int m = 0; m < height; ++m) {
       alignas(64) std::uint8_t bytes[kUnit];
       const Group group = quantise(load(h[m]), load(h[m] + kPanel), bytes);
@@ -427,39 +485,55 @@ struct GemmInt8 {
   // stay in registers over the whole of k.
   template <int kRows>
   [[gnu::noinline]] static void tile(const std::uint8_t* x, const std::uint8_t* w, std::int64_t k, float* out) {
-    constexpr int kLoads = static_cast<int>(Weights::kGroupBytes / 64);
+    constexpr int kSteps = Weights::kGroupColumns / 4;
     V16 total[kRows];
     HETCOMP_UNROLL
     for (int m = 0; m < kRows; ++m) total[m] = zero();
-    for (std::int64_t g = 0; g < groups(k); ++g) {
-      prefetch<kGroupStride>(w + std::min(kPrefetch, kDirect));
-      I16 sum[kRows];
-      HETCOMP_UNROLL
-      for (int m = 0; m < kRows; ++m) {
-        std::int32_t offset;
-        std::memcpy(&offset, x + (kUnit + 4) * kRows + m * 4, 4);
-        sum[m] = set1_i32(-offset);
-      }
-      HETCOMP_UNROLL
-      for (int l = 0; l < kLoads; ++l) {
-        const Bytes v = load_bytes(w + l * 64);
-        HETCOMP_UNROLL
-        for (int s = 0; s < Weights::kSteps; ++s) {
-          const Bytes codes = Weights::codes(v, s);
-          HETCOMP_UNROLL
-          for (int m = 0; m < kRows; ++m)
-            sum[m] = Weights::dot(sum[m], codes, x + ((l * Weights::kSteps + s) * kRows + m) * 4);
+    [[maybe_unused]] Weights::Head head{};
+    for (std::int64_t u = 0; u < groups(k); ++u) {
+      if constexpr (Weights::kHeadBytes > 0) {
+        if (u % kBlockUnits == 0) {
+          prefetch<Weights::kHeadBytes>(w + std::min(kPrefetch, kDirect));
+          head = Weights::head(w);
+          w += Weights::kHeadBytes;
         }
       }
-      const V16 scale = Weights::scales(w + Weights::kGroupBytes);
+      prefetch<kUnitStride>(w + std::min(kPrefetch, kDirect));
       HETCOMP_UNROLL
-      for (int m = 0; m < kRows; ++m) {
-        float x_scale;
-        std::memcpy(&x_scale, x + kUnit * kRows + m * 4, 4);
-        total[m] = fma(to_float(sum[m]), scale * set1(x_scale), total[m]);
+      for (int p = 0; p < kParts; ++p) {
+        const std::uint8_t* const corrections = x + (kUnit + 4 + 4 * p) * kRows;
+        I16 sum[kRows];
+        HETCOMP_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+          std::int32_t offset = 0;
+          if constexpr (!Weights::kMinima) std::memcpy(&offset, corrections + m * 4, 4);
+          sum[m] = set1_i32(-offset);
+        }
+        HETCOMP_UNROLL
+        for (int s = 0; s < kSteps; ++s) {
+          const Bytes codes = Weights::codes(w, s);
+          HETCOMP_UNROLL
+          for (int m = 0; m < kRows; ++m) sum[m] = Weights::dot(sum[m], codes, x + ((p * kSteps + s) * kRows + m) * 4);
+        }
+        const V16 scale = Weights::scales(head, w + Weights::kGroupBytes);
+        HETCOMP_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+          float x_scale;
+          std::memcpy(&x_scale, x + kUnit * kRows + m * 4, 4);
+          total[m] = fma(to_float(sum[m]), scale * set1(x_scale), total[m]);
+        }
+        if constexpr (Weights::kMinima) {
+          const V16 minimum = Weights::minima(head, w + Weights::kGroupBytes);
+          HETCOMP_UNROLL
+          for (int m = 0; m < kRows; ++m) {
+            float x_sum;
+            std::memcpy(&x_sum, corrections + m * 4, 4);
+            total[m] = fma(minimum, set1(x_sum), total[m]);
+          }
+        }
+        w += kGroupStride;
       }
-      x += kGroupRowBytes * kRows;
-      w += kGroupStride;
+      x += kUnitRowBytes * kRows;
     }
     HETCOMP_UNROLL
     for (int m = 0; m < kRows; ++m) store(out + m * kTileWidth, total[m]);

@@ -1,0 +1,110 @@
+"""Panels of K blocks: where the bytes of formats q4k and q6k lie, from and to codes and scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hetcomp.quantised_numbers import BLOCK, GROUPS, K_SCALES, QuantisedNumbers
+
+_Bytes = npt.NDArray[np.uint8]
+_PANEL = 16
+
+
+@dataclass(frozen=True)
+class KBytes:
+    """Bytes of 16 rows. ``codes`` and ``scales``: of a group of GROUPS columns, one behind the other; ``head``: in
+    front of the groups of each block of 256 columns, its fp16 numbers."""
+
+    codes: int
+    scales: int
+    head: int
+
+
+K_BYTES = {"q4k": KBytes(256, 32, 64), "q6k": KBytes(192, 16, 32)}
+# The fields of a record (hetcomp.quantised_numbers.K_SCALES) in the order in which they lie, of 16 rows each.
+_HEADS = {"q4k": ("d", "d_minimum"), "q6k": ("d",)}
+_SCALES = {"q4k": ("scale", "minimum"), "q6k": ("scale",)}
+
+
+def whole_blocks(scales: npt.NDArray[Any], form: str) -> bool:
+    """Whether the groups of every block of 256 columns share their fp16 numbers. scales: records [.., G]."""
+    each = BLOCK // GROUPS[form]
+    return all(
+        np.array_equal(np.repeat(bits[..., ::each], each, axis=-1)[..., : bits.shape[-1]], bits)
+        for bits in (np.ascontiguousarray(scales[field]).view(np.uint16) for field in _HEADS[form])
+    )
+
+
+def finite(scales: npt.NDArray[Any], form: str) -> bool:
+    """Whether the records stand for numbers."""
+    return all(bool(np.isfinite(scales[field]).all()) for field in _HEADS[form])
+
+
+def write_panels(out: _Bytes, form: str, codes: _Bytes, scales: npt.NDArray[Any]) -> None:
+    """Fills ``out`` [panels, bytes of a panel] from codes u8 [panels * 16, columns padded to 32] and records
+    [panels * 16, groups]."""
+    size, panels, groups = K_BYTES[form], len(out), codes.shape[1] // GROUPS[form]
+    by_group = codes.reshape(panels, _PANEL, groups, -1)
+    by_field = scales.reshape(panels, _PANEL, groups)
+    heads = _side_by_side(by_field[:, :, :: BLOCK // GROUPS[form]], _HEADS[form])
+    vectors = _nibbles(by_group & np.uint8(15))
+    if form == "q6k":
+        quads = by_group.reshape(panels, _PANEL, groups, 4, 4) >> np.uint8(4)
+        high = np.bitwise_or.reduce(quads << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=3)
+        vectors = np.concatenate([vectors, _by_row(high[..., None, :])], axis=2)
+    of_groups = np.concatenate([vectors, _side_by_side(by_field, _SCALES[form])], axis=2)
+    blocks, each = heads.shape[1], BLOCK // GROUPS[form]
+    padded = np.zeros((panels, blocks * each, size.codes + size.scales), np.uint8)
+    padded[:, :groups] = of_groups
+    whole = np.concatenate([heads, padded.reshape(panels, blocks, -1)], axis=2).reshape(panels, -1)
+    used = blocks * size.head + groups * (size.codes + size.scales)
+    out[:, :used] = whole[:, :used]
+
+
+def read_panels(panels: _Bytes, form: str, columns: int) -> QuantisedNumbers:
+    """The codes and records [panels * 16, ..] of ``panels`` [panels, bytes of a panel]. columns: padded to 32."""
+    size, count, groups = K_BYTES[form], len(panels), columns // GROUPS[form]
+    each, block = BLOCK // GROUPS[form], BLOCK // GROUPS[form] * (size.codes + size.scales) + size.head
+    blocks = -(-groups // each)
+    whole = np.zeros((count, blocks * block), np.uint8)
+    used = blocks * size.head + groups * (size.codes + size.scales)
+    whole[:, :used] = panels[:, :used]
+    by_block = whole.reshape(count, blocks, block)
+    by_group = by_block[:, :, size.head :].reshape(count, blocks * each, -1)[:, :groups]
+    scales = np.zeros((count, _PANEL, groups), K_SCALES[form])
+    for fields, raw, repeat in (
+        (_HEADS[form], by_block[:, :, : size.head], each),
+        (_SCALES[form], by_group[:, :, size.codes :], 1),
+    ):
+        for field, part in zip(fields, np.split(raw, len(fields), axis=2), strict=True):
+            numbers = np.ascontiguousarray(part).view(K_SCALES[form][field]).transpose(0, 2, 1)
+            scales[field] = np.repeat(numbers, repeat, axis=2)[:, :, :groups]
+    low = by_group[:, :, : GROUPS[form] * _PANEL // 2].reshape(count, groups, -1, _PANEL, 4)
+    codes = np.stack([low & 15, low >> 4], axis=3)  # [panel, group, vector, half, row, byte]
+    if form == "q6k":
+        high = by_group[:, :, 128:192].reshape(count, groups, 1, _PANEL, 4)
+        steps = high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None, None] & 3
+        codes |= (steps << np.uint8(4)).reshape(codes.shape)
+    by_row = codes.transpose(0, 4, 1, 2, 3, 5).reshape(count * _PANEL, columns)
+    return QuantisedNumbers(form, by_row, scales.reshape(count * _PANEL, groups))
+
+
+def _nibbles(low: _Bytes) -> _Bytes:
+    """4-bit codes [panel, 16, group, columns] as [panel, group, bytes]: two adjacent steps of four columns a vector."""
+    halves = low.reshape(*low.shape[:3], -1, 2, 4)
+    return _by_row(halves[..., 0, :] | halves[..., 1, :] << np.uint8(4))
+
+
+def _by_row(vectors: _Bytes) -> _Bytes:
+    """[panel, 16, group, vector, 4] as [panel, group, bytes], the 16 rows of a vector side by side."""
+    return np.ascontiguousarray(vectors.transpose(0, 2, 3, 1, 4)).reshape(len(vectors), vectors.shape[2], -1)
+
+
+def _side_by_side(records: npt.NDArray[Any], fields: tuple[str, ...]) -> _Bytes:
+    """Fields of records [panel, 16, n] as [panel, n, bytes]."""
+    by_row = [np.ascontiguousarray(records[field].transpose(0, 2, 1)).view(np.uint8) for field in fields]
+    return np.concatenate(by_row, axis=2)
