@@ -6,9 +6,9 @@ from __future__ import annotations
 from hetcomp.hardware.figures import Gpu, Source
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
-from hetcomp.ir.plan import Op
+from hetcomp.ir.plan import Op, Template
 from hetcomp.passes.choose_formats import weight_role
-from hetcomp.passes.device_time import GPU_READS, gpu_tflops, launch_us
+from hetcomp.passes.device_time import GPU_READS, gpu_tflops, gpu_time, launch_us
 from hetcomp.passes.gpu_kernel_time import GEMV_ROWS
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.work import Work
@@ -40,12 +40,23 @@ def gpu_pair_us(op: Op, work: Work, rank: int, step: Phase, gpu: Gpu) -> float:
     return max(moved / reads, flops / (gpu_tflops(gpu, work.weight_format) * 1e6))
 
 
-def gpu_launches_us(op: Op, step: Phase, gpu: Gpu, *, first: bool) -> float:
-    """Launches more that the op has on a GPU. ``first``: none before it reads the same input; in decode linears of one
-    input share one."""
+def expert_launches_us(gpu: Gpu, rank: int | None) -> float:
+    """Launches of the experts of a layer on a GPU; ``rank`` None: there is no adapter."""
+    return (3 if rank else 1) * launch_us(gpu)
+
+
+def gpu_op_us(template: Template, op: Op, work: Work, step: Phase, gpu: Gpu, rank: int | None) -> float:
+    """Of an op that is wholly on a GPU, with an adapter of that rank (None: there is none). In decode linears of one
+    input share a launch, which is counted for the first of them."""
+    us = gpu_time(op, work, step, gpu).us
+    if rank is None or not is_adapted(op):
+        return us
+    us += gpu_pair_us(op, work, rank, step, gpu)
     if isinstance(op.attrs, ops.MoeExperts):
-        return 2 * launch_us(gpu)
-    return (float(first) if _is_gemv(step) else 2.0) * launch_us(gpu)
+        return us + 2 * launch_us(gpu)
+    same = (other for other in template.ops if is_adapted(other) and other.inputs[0] == op.inputs[0])
+    launches = float(next(same).id == op.id) if _is_gemv(step) else 2.0
+    return us + launches * launch_us(gpu)
 
 
 def _is_gemv(step: Phase) -> bool:

@@ -14,9 +14,9 @@ from hetcomp.ir import ops
 from hetcomp.ir.annotations import ExpertPlacement, Placement
 from hetcomp.ir.deferral import deferred_role, experts_on_cpu
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
-from hetcomp.passes.adapter_time import gpu_launches_us, gpu_pair_us, is_adapted
+from hetcomp.passes.adapter_time import expert_launches_us, gpu_op_us
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, launch_us
+from hetcomp.passes.device_time import copy_us, handshake_us
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
@@ -162,21 +162,11 @@ class StepTasks:
     ) -> tuple[int, ...]:
         work, key = self._work(template, op), (template.name, op.id, placement.device)
         if key not in self._gpu_us:
-            gpu = self._gpu(placement.device)
-            self._gpu_us[key] = gpu_time(op, work, self.step, gpu).us + self._gpu_pairs_us(template, op, work, gpu)
+            self._gpu_us[key] = gpu_op_us(template, op, work, self.step, self._gpu(key[2]), self.context.adapted_rank)
         us = self._gpu_us[key]
         if placement.streamed and work.weight_bytes:
             return self._stream(op, layer, placement.device, work.weight_bytes, us, after)
         return self._add(op, layer, placement.device, us, after)
-
-    def _gpu_pairs_us(self, template: Template, op: Op, work: Work, gpu: Gpu) -> float:
-        """What an adapter adds to an op that is wholly on a GPU."""
-        rank = self.context.adapted_rank
-        if not rank or not is_adapted(op):
-            return 0.0
-        same = (o for o in template.ops if is_adapted(o) and o.inputs[0] == op.inputs[0])
-        launches = gpu_launches_us(op, self.step, gpu, first=next(same).id == op.id)
-        return launches + gpu_pair_us(op, work, rank, self.step, gpu)
 
     def _stream(
         self, op: Op, layer: int | None, device: str, moved: float, us: float, after: tuple[int, ...]
@@ -298,9 +288,7 @@ class StepTasks:
             return after
         if placement.device != device:
             after = self._cross(op, layer, device, "in", after)
-        us, done = launch_us(self._gpu(device)), after
-        if self.context.adapted_rank:
-            us += gpu_launches_us(op, self.step, self._gpu(device), first=True)
+        us, done = expert_launches_us(self._gpu(device), self.context.adapted_rank), after
         if resident.any():
             # While they are computed the first of the others arrive.
             done = self._add(op, layer, device, us + self._sum_us(template, op, resident, size, device), after)

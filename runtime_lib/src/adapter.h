@@ -41,8 +41,8 @@ struct GpuPair {
 // that the data behind it begins at a multiple of 64; then the data. The header has schema, name, plan
 // (SHA-256 of the plan.json that it was packed for), sha256 (of the adapter's own files), bytes and xxh3_64
 // (of the data), and weights: for each its index, name, rank, scale, and the offsets a and b in the data of
-// its pairs (hetcomp_pair). Where GPUs have pairs, gpus: for each its device and weights like those, with indices
-// among the weights that adapters may change there. All integers are little-endian.
+// its pairs (hetcomp_pair). Where GPUs have pairs, gpus: for each its device and weights like those, with
+// indices among the weights that adapters may change there. All integers are little-endian.
 class Adapter {
  public:
   static constexpr std::int64_t kLargestRank = 4096;

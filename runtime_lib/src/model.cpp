@@ -290,10 +290,11 @@ void Model::run(const StepRequest& request) {
 
 ResidentAdapters& Model::require_adapters() {
   if (adapters_) return *adapters_;
-  throw Error(HETCOMP_INVALID_ARGUMENT,
-              "A GPU computes a part of the model " + facts().name +
-                  ", which has no room for adapters: compile the model with room (--adapters N --adapter-rank "
-                  "R), with the adapter merged (--adapter FOLDER --merge), or for the CPU alone (--vram 0).");
+  throw Error(
+      HETCOMP_INVALID_ARGUMENT,
+      "A GPU computes a part of the model " + facts().name +
+          ", which has no room for adapters: compile the model with room (--adapters N --adapter-rank "
+          "R), with the adapter merged (--adapter FOLDER --merge), or for the CPU alone (--vram 0).");
 }
 
 // Between steps.

@@ -31,9 +31,9 @@ class ResidentAdapters {
                    Prepare prepare)
       : manifest_(manifest), program_(program), gpus_(std::move(gpus)), prepare_(std::move(prepare)) {}
 
-  // Reads a file. Where kMost adapters are in memory, or there is no room for this one, the one whose last use is
-  // longest ago makes room, among those that nobody uses. Throws Error: the name is taken, the file is refused, all
-  // are in use.
+  // Reads a file. Where kMost adapters are in memory, or there is no room for this one, the one whose last
+  // use is longest ago makes room, among those that nobody uses. Throws Error: the name is taken, the file is
+  // refused, all are in use.
   void load(const std::filesystem::path& file, const std::string& name);
   // Forgets it. Throws Error if there is none of that name, or if it is in use.
   void unload(const std::string& name);

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hetcomp.backends import packing
 from hetcomp.backends.gpu import low_rank
+from hetcomp.backends.gpu.expert_operands import Argument, ExpertOperands, number_of, pointer_to
 from hetcomp.backends.gpu.gemv import (
     GEMV_ROWS,
     Norm,
@@ -15,7 +16,6 @@ from hetcomp.backends.gpu.gemv import (
     norm_constants,
 )
 from hetcomp.backends.gpu.kernels import (
-    NUMBER_TYPES,
     ONE,
     ROWS,
     Constant,
@@ -29,14 +29,13 @@ from hetcomp.backends.gpu.kernels import (
 from hetcomp.backends.gpu.linear import GemmTile, round_rows, rounded
 from hetcomp.backends.gpu.low_rank import Added, rank_constant, slots_constant
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
-from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
+from hetcomp.backends.gpu.words import PER_WORD
 from hetcomp.ir.ops import MoeExperts
-from hetcomp.ir.types import DType, TensorType
+from hetcomp.ir.types import TensorType
 
 _SORT_ENTRIES = 4096  # entries, at most, that a program of the sort looks at in a turn
 _COMBINE_COLUMNS = 1024
 _ADDED = ("low_rank", "of_row", "pairs", "table")
-_Argument = tuple[str, Operand] | None
 
 
 def moe_experts(request: GpuRequest) -> GpuCode:
@@ -60,7 +59,7 @@ def rounded_rows(request: GpuRequest) -> GpuCode:
 
 def entries_type(attrs: MoeExperts, weight_format: str) -> TensorType:
     """Of the results of all choices, each times its weight."""
-    return TensorType(_number(weight_format), ("T", attrs.top_k, attrs.hidden))
+    return TensorType(number_of(weight_format), ("T", attrs.top_k, attrs.hidden))
 
 
 def wave_of_experts(request: GpuRequest) -> GpuCode:
@@ -71,63 +70,11 @@ def wave_of_experts(request: GpuRequest) -> GpuCode:
 
 def combined_experts(attrs: MoeExperts, weight_format: str) -> GpuCode:
     """The sums of such results, from inputs: those, ids, and the table of all experts that are here."""
-    return GpuCode((_combine(attrs, (_pointer(weight_format), Operand("input", 0)), ("*i32", Operand("input", 2))),))
+    return GpuCode((_combine(attrs, (pointer_to(weight_format), Operand("input", 0)), ("*i32", Operand("input", 2))),))
 
 
-def _number(weight_format: str) -> DType:
-    """What is stored between the products and behind them."""
-    return DType.F32 if weight_format == "f32" else DType.BF16
-
-
-def _pointer(weight_format: str) -> str:
-    return NUMBER_TYPES[_number(weight_format)]
-
-
-class _Experts:
-    """The op's operands and constants."""
-
-    def __init__(self, request: GpuRequest) -> None:
-        attrs = request.op.attrs
-        assert isinstance(attrs, MoeExperts)
-        self.attrs = attrs
-        self.weight_format = str(request.inputs[3].format)
-        self.here = _first(request.inputs[3].type.shape[0])
-        self.resident: _Argument = ("*i32", Operand("input", 5 + 2 * attrs.bias)) if request.resident else None
-        self.ids = ("*i32", Operand("input", 1))
-        self.weights = ("*fp32", Operand("input", 2))
-        self.tiles = request.tiles
-        self.pairs = request.pairs
-        self.stem = f"experts_{self.weight_format}_{self.here}x{attrs.intermediate}x{attrs.hidden}"
-        self.shape: dict[str, Constant] = {"HIDDEN": attrs.hidden, "INTERMEDIATE": attrs.intermediate}
-
-    def _gate_up(self) -> tuple[dict[str, _Argument], dict[str, Constant]]:
-        a, word = self.attrs, word_type(self.weight_format)
-        arguments: dict[str, _Argument] = {
-            "w": (word, Operand("input", 3)),
-            "bias": ("*fp32", Operand("input", 5)) if a.bias else None,
-        }
-        constants: dict[str, Constant] = {
-            **self.shape,
-            "MATRIX": matrix_words(2 * a.intermediate, a.hidden, self.weight_format, packing.PANELS_GLU),
-            "FORMAT": self.weight_format,
-        }
-        return arguments, constants
-
-    def _glu(self) -> dict[str, Constant]:
-        return {"FUNCTION": self.attrs.function, "ALPHA": self.attrs.alpha, "LIMIT": self.attrs.limit}
-
-    def _down(self) -> tuple[dict[str, _Argument], dict[str, Constant]]:
-        a, word = self.attrs, word_type(self.weight_format)
-        arguments: dict[str, _Argument] = {
-            "w": (word, Operand("input", 4)),
-            "bias": ("*fp32", Operand("input", 6)) if a.bias else None,
-        }
-        constants: dict[str, Constant] = {
-            **self.shape,
-            "MATRIX": matrix_words(a.hidden, a.intermediate, self.weight_format, packing.PANELS),
-            "FORMAT": self.weight_format,
-        }
-        return arguments, constants
+class _Experts(ExpertOperands):
+    """The op's launches."""
 
     def decode(self, rows: int, norm: Norm | None = None, added: Sequence[Operand] = ()) -> GpuCode:
         a = self.attrs
@@ -135,7 +82,7 @@ class _Experts:
         size = aligned(4 * rows * a.top_k * a.intermediate)
         before, of_up, size = self._shrink(0, Operand("input", 0), rows, a.hidden, 1, size, norm)
         between, of_down, size = self._shrink(1, Operand("workspace"), rows, a.intermediate, a.top_k, size, None)
-        matrices, constants = self._gate_up()
+        matrices, constants = self.gate_up()
         pairs = -(-a.intermediate // packing.PANEL)
         # A program has two panels: twice the vectors a thread.
         turns = gemv_turns(a.hidden, self.weight_format, pairs * a.top_k * rows)
@@ -158,14 +105,14 @@ class _Experts:
                 **constants,
                 **norm_constants(norm),
                 "TOP_K": a.top_k,
-                **self._glu(),
+                **self.glu(),
                 **rank_constant(of_up),
                 "STEPS": turn.steps,
             },
             warps=turn.warps,
             tile=choice,
         )
-        matrices, constants = self._down()
+        matrices, constants = self.down()
         panels = -(-a.hidden // packing.PANEL)
         # A token's experts are one product, one after the other.
         columns = a.top_k * packing.padded_columns(a.intermediate, self.weight_format)
@@ -215,16 +162,16 @@ class _Experts:
     def grouped(self, request: GpuRequest) -> GpuCode:
         before: tuple[Launch, ...] = ()
         x: tuple[str, Operand] = ("*fp32", Operand("input", 0))
-        size = _number(self.weight_format).row_bytes(1) * request.max_rows() * self.attrs.top_k * self.attrs.hidden
-        out, end = (_pointer(self.weight_format), Operand("workspace")), aligned(size)
+        size = number_of(self.weight_format).row_bytes(1) * request.max_rows() * self.attrs.top_k * self.attrs.hidden
+        out, end = (pointer_to(self.weight_format), Operand("workspace")), aligned(size)
         if self.weight_format != "f32":
             before, x, end = rounded(request, self.attrs.hidden, end)
         launches, end = self._entries(request, x, out, end)
         return GpuCode((*before, *launches, _combine(self.attrs, out, self.resident)), end)
 
     def wave(self, request: GpuRequest) -> GpuCode:
-        x = (_pointer(self.weight_format), Operand("input", 0))
-        return GpuCode(*self._entries(request, x, (_pointer(self.weight_format), Operand("output", 0)), 0))
+        x = (pointer_to(self.weight_format), Operand("input", 0))
+        return GpuCode(*self._entries(request, x, (pointer_to(self.weight_format), Operand("output", 0)), 0))
 
     def _entries(
         self, request: GpuRequest, x: tuple[str, Operand], out: tuple[str, Operand], at: int
@@ -234,9 +181,9 @@ class _Experts:
         a, rows = self.attrs, request.max_rows()
         entries = rows * a.top_k
         offsets, end = _regions(
-            at, 4 * (self.here + 1), 4 * entries, _number(self.weight_format).row_bytes(1) * entries * a.intermediate
+            at, 4 * (self.here + 1), 4 * entries, number_of(self.weight_format).row_bytes(1) * entries * a.intermediate
         )
-        kinds = ("*i32", "*i32", _pointer(self.weight_format))
+        kinds = ("*i32", "*i32", pointer_to(self.weight_format))
         regions = [(kind, Operand("workspace", offset=at)) for kind, at in zip(kinds, offsets, strict=True)]
         starts, order, h = regions
         ends: list[Added | None] = []
@@ -250,10 +197,10 @@ class _Experts:
     def _shrink_entries(
         self,
         added: Added | None,
-        x: _Argument,
+        x: Argument,
         columns: int,
-        starts: _Argument,
-        order: _Argument,
+        starts: Argument,
+        order: Argument,
         rows: int,
         *,
         by_token: bool,
@@ -297,7 +244,7 @@ class _Experts:
     def _runs(self) -> dict[str, Constant]:
         return {"EXPERTS": self.here, "EXPERTS_PADDED": power_of_two(self.here)}
 
-    def _sort(self, starts: _Argument, order: _Argument, entries: int) -> Launch:
+    def _sort(self, starts: Argument, order: Argument, entries: int) -> Launch:
         turn = min(max(power_of_two(entries), 256), _SORT_ENTRIES)
         return launch(
             "experts_prefill",
@@ -343,11 +290,11 @@ class _Experts:
     def _products(
         self,
         rows: int,
-        x: _Argument,
-        starts: _Argument,
-        order: _Argument,
-        h: _Argument,
-        out: _Argument,
+        x: Argument,
+        starts: Argument,
+        order: Argument,
+        h: Argument,
+        out: Argument,
         of_up: Added | None,
         of_down: Added | None,
     ) -> tuple[Launch, ...]:
@@ -356,7 +303,7 @@ class _Experts:
         key = f"{self.stem}, up to {rows} rows"
         tile, up_choice = self.tiles.pick(f"{key}, gate and up", ups)
         wide, down_choice = self.tiles.pick(f"{key}, down", downs)
-        matrices, constants = self._gate_up()
+        matrices, constants = self.gate_up()
         up = launch(
             "experts_prefill",
             "experts_gate_up_gemm",
@@ -367,7 +314,7 @@ class _Experts:
                 **constants,
                 **self._runs(),
                 "TOP_K": a.top_k,
-                **self._glu(),
+                **self.glu(),
                 **rank_constant(of_up),
                 **slots_constant(of_up),
                 **tile.constants(),
@@ -376,7 +323,7 @@ class _Experts:
             stages=tile.stages,
             tile=up_choice,
         )
-        matrices, constants = self._down()
+        matrices, constants = self.down()
         down = launch(
             "experts_prefill",
             "experts_down_gemm",
@@ -407,13 +354,13 @@ class _Experts:
         between = self._shrink_entries(of_down, h, a.intermediate, starts, order, rows, by_token=False)
         return *before, up, *between, down
 
-    def _added(self, added: Added | None) -> dict[str, _Argument]:
+    def _added(self, added: Added | None) -> dict[str, Argument]:
         given = low_rank.added_arguments(added, _ADDED)
         names = ("low_rank", "of_row", "ids", "pairs", "table")
         return {name: given[name] if name != "ids" else self.ids if added else None for name in names}
 
 
-def _combine(attrs: MoeExperts, out: _Argument, resident: _Argument) -> Launch:
+def _combine(attrs: MoeExperts, out: Argument, resident: Argument) -> Launch:
     columns = min(power_of_two(attrs.hidden), _COMBINE_COLUMNS)
     return launch(
         "experts_prefill",
@@ -429,11 +376,6 @@ def _combine(attrs: MoeExperts, out: _Argument, resident: _Argument) -> Launch:
         },
         {"HIDDEN": attrs.hidden, "TOP_K": attrs.top_k, "COLUMNS": columns},
     )
-
-
-def _first(dim: int | str) -> int:
-    assert isinstance(dim, int)
-    return dim
 
 
 def _regions(start: int, *sizes: int) -> tuple[list[int], int]:

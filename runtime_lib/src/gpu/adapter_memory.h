@@ -18,7 +18,8 @@ class AdapterMemory {
   AdapterMemory(const CudaDriver& driver, const GpuProgramRecord& program, const ProgramBuffers& buffers,
                 CUstream stream);
 
-  // Gives the slot to an adapter with these pairs, whose bytes go to the memory from `begin` on. Throws Error.
+  // Gives the slot to an adapter with these pairs, whose bytes go to the memory from `begin` on. Throws
+  // Error.
   void put(std::int32_t slot, std::uint64_t begin, std::span<const GpuPair> pairs);
 
   // Bytes that pairs take.

@@ -32,8 +32,8 @@ class AdapterSlots {
   struct State {
     std::mutex mutex;
     std::vector<std::uint64_t> bytes;
-    std::vector<bool> used;                                             // by slot
-    std::vector<std::map<std::uint64_t, std::uint64_t>> parts;          // by GPU: begin and end, ascending
+    std::vector<bool> used;                                     // by slot
+    std::vector<std::map<std::uint64_t, std::uint64_t>> parts;  // by GPU: begin and end, ascending
     std::optional<std::uint64_t> find(std::size_t gpu, std::uint64_t bytes) const;
   };
   std::shared_ptr<State> state_;

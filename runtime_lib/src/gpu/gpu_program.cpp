@@ -65,8 +65,7 @@ struct GpuProgram::Resources {
     if (program.stream)
       experts = std::make_unique<ExpertStream>(driver, context, program, buffers, shared, stream.get(),
                                                *copies, cache.get());
-    if (program.adapters)
-      adapters = std::make_unique<AdapterMemory>(driver, program, buffers, stream.get());
+    if (program.adapters) adapters = std::make_unique<AdapterMemory>(driver, program, buffers, stream.get());
     const GraphParts parts{driver, context, stream.get(), kernels, buffers, shared.hand_shake()};
     for (const GraphRecord& graph : program.graphs)
       graphs.emplace(std::pair(graph.batch, graph.adapted), ProgramGraph(parts, graph, budget));

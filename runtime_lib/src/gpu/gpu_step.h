@@ -41,8 +41,8 @@ class GpuStep {
 
   // What adapters may change on GPUs; empty: nothing.
   std::vector<GpuAdaptable> adaptable() const { return programs_.adaptable(); }
-  // Gives an adapter its place on the GPUs, between steps; false: there is none at the moment. Throws Error: there
-  // never is.
+  // Gives an adapter its place on the GPUs, between steps; false: there is none at the moment. Throws Error:
+  // there never is.
   bool place(Adapter& adapter);
 
   // Lets experts be copied from the CPU's weights; what ProgramSet::attach returns.
@@ -75,8 +75,8 @@ class GpuStep {
 
  private:
   struct Inputs {  // of a GPU, on the host; empty where no kernel reads it
-    std::span<std::int32_t> ids, positions, slots, logit_rows, adapters, logit_adapters, rows, logit_row_count,
-        inverse_temperatures;
+    std::span<std::int32_t> ids, positions, slots, logit_rows, adapters, logit_adapters, rows,
+        logit_row_count, inverse_temperatures;
   };
 
   Inputs find_inputs(const GpuProgram& program, const ModelFacts& model) const;
@@ -99,11 +99,12 @@ class GpuStep {
   const KvPool& pool_;
   std::int32_t max_batch_;
   std::size_t vocab_;
-  bool with_cpu_;                      // which takes part in hand-overs
-  std::vector<Inputs> inputs_;         // by program
-  std::unique_ptr<AdapterSlots> adapter_slots_;    // null: no GPU has room for adapters
+  bool with_cpu_;                                        // which takes part in hand-overs
+  std::vector<Inputs> inputs_;                           // by program
+  std::unique_ptr<AdapterSlots> adapter_slots_;          // null: no GPU has room for adapters
   std::vector<std::int32_t> adapters_, logit_adapters_;  // slots, by token and by row of logits
-  std::vector<std::size_t> streamed_without_pairs_;  // the CPU's weights that come to GPUs, whose pairs do not
+  std::vector<std::size_t>
+      streamed_without_pairs_;         // the CPU's weights that come to GPUs, whose pairs do not
   std::vector<std::uint8_t*> pinned_;  // in the order of hetcomp_step::pinned
   std::span<std::int32_t> best_;
   CandidateRows candidates_;
