@@ -1,7 +1,7 @@
 """What adapters cost that are loaded at run time: decode and prompt with and without, batches of several, loading.
 
 python -m benchmarks.adapter_cost [--model qwen3moe-1b] [--formats q4] [--rank 16] [--tokens 64] [--prompt 256]
-       [--rounds 5] [--threads 0] [--load-mb 100] [--artifact OUT.hetc] [--targets attention]
+       [--rounds 5] [--threads 0] [--load-mb 100] [--artifact OUT.hetc] [--targets attention] [--distinct 4]
 
 Random weights, and random adapters of one rank on attention and all experts, or on attention alone. What is compared is
 measured in turns, in one process: a token of one session, a step of 8 sessions on 4 adapters and on the base, a prompt.
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--load-mb", type=float, default=100)
     parser.add_argument("--isa", default=None)
+    parser.add_argument("--distinct", type=int, default=ADAPTERS, help="adapters that are made; others are these again")
     parser.add_argument("--targets", choices=("all", "attention"), default="all")
     parser.add_argument("--artifact", type=Path, default=None, help="an artifact of this benchmark; else one is made")
     o = parser.parse_args()
@@ -151,9 +152,10 @@ def main() -> None:
         exe = hetcomp.load(artifact, threads=o.threads)
         base = artifact_base(artifact)
         for i in range(ADAPTERS):
-            adapter = random_adapter(base, o.rank, i, experts=o.targets == "all")
-            packed = pack_bound(artifact, adapter, folder / f"random{i}.hetlora")
-            exe.load_adapter(packed.path, f"random{i}")
+            path = folder / f"random{i % o.distinct}.hetlora"
+            if i < o.distinct:
+                packed = pack_bound(artifact, random_adapter(base, o.rank, i, experts=o.targets == "all"), path)
+            exe.load_adapter(path, f"random{i}")
         record.conditions["adapter, bytes"] = packed.bytes
         plan = models.plan(artifact)
         if plan.adapter_room is not None:

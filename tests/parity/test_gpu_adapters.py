@@ -220,13 +220,18 @@ def test_latent_attention_and_shared_experts(tmp_path):
 
 @pytest.mark.slow
 def test_pairs_in_bf16_beside_q8(tmp_path):
-    """Token by token the products are f32's, in prompts bf16's; weights of 8 bits are near those of the whole model."""
+    """Token by token the products are f32's, in prompts bf16's, which changes the choice of experts where the router's
+    logits are nearly equal: of one token at most. Weights of 8 bits are near those of the whole model."""
     with compiled(tmp_path, "gpu", formats="q8") as model:
         model.exe.load_adapter(model.folder / "whole")
-        got = model.exe(model.ids, adapter="whole")
-        assert relative_error(got, model.decoded("whole", prompt=1)) < BF16_TOLERANCE
-        assert relative_error(got, model.wanted["whole"]) < 5 * BF16_TOLERANCE
-        assert relative_error(model.exe(model.ids), model.wanted["whole"]) > 0.3
+        prompt, decoded = model.exe(model.ids, adapter="whole"), model.decoded("whole", prompt=1)
+
+        def by_token(got: np.ndarray, want: np.ndarray) -> list[float]:
+            return sorted(np.abs(got - want).max(axis=1) / np.abs(want).max())
+
+        assert by_token(prompt, decoded)[-2] < BF16_TOLERANCE
+        assert by_token(decoded, model.wanted["whole"])[-2] < 3 * BF16_TOLERANCE
+        assert by_token(model.exe(model.ids), model.wanted["whole"])[1] > 10 * BF16_TOLERANCE
 
 
 @pytest.mark.slow
