@@ -125,7 +125,7 @@ def experts_gate_up_gemm(
     if low_rank is not None:
         of_all = tl.load(ids + tl.load(order + begin))
         mine = tl.load(of_row + token, mask=valid, other=-1)
-        its_h = low_rank + place[:, None] * RANK + tl.arange(0, RANK)[None, :]
+        its_h = low_rank + place * RANK
         gates = expand_tile(its_h, gates, mine, pairs, table, of_all, n, 0, 2, PANELS, INTERMEDIATE, RANK, SLOTS)
         ups = expand_tile(its_h, ups, mine, pairs, table, of_all, n, 1, 2, PANELS, INTERMEDIATE, RANK, SLOTS)
     hidden = glu(gates, ups, FUNCTION, ALPHA, LIMIT)
@@ -189,7 +189,7 @@ def experts_down_gemm(
     if low_rank is not None:
         of_all = tl.load(ids + tl.load(order + begin))
         mine = tl.load(of_row + entry // TOP_K, mask=valid, other=-1)
-        its_h = low_rank + place[:, None] * RANK + tl.arange(0, RANK)[None, :]
+        its_h = low_rank + place * RANK
         sums = expand_tile(its_h, sums, mine, pairs, table, of_all, n, 0, 1, PANELS, HIDDEN, RANK, SLOTS)
     sums *= tl.load(weights + entry, mask=valid, other=0.0)[:, None]
     at = entry.to(tl.int64)[:, None] * HIDDEN + n[None, :]

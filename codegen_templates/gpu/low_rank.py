@@ -13,6 +13,7 @@ import triton.language as tl
 from hetcomp.codegen_templates.gpu.gemm import row_tile
 
 _WORDS: tl.constexpr = tl.constexpr(4)  # of a pair in the table
+_RANKS: tl.constexpr = tl.constexpr(32)  # of h and b that a tile multiplies at a time: more have no registers
 
 
 @triton.jit
@@ -159,19 +160,23 @@ def expand_tile(
     RANK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """sums [M, columns] + b h for the rows h [M, RANK] (pointers) with the slots ``mine``. n: the columns, below N; a
-    panel of 16 of them is ``STRIDE`` panels behind the one before, from ``first_panel`` on, of a matrix of PANELS."""
-    r = tl.arange(0, RANK)
+    """sums [M, columns] + b h for rows of h that begin at ``h`` (pointers [M]) and have the slots ``mine``. n: the
+    columns, below N; a panel of 16 of them is ``STRIDE`` panels behind the one before, from ``first_panel`` on, of a
+    matrix of PANELS."""
+    PART: tl.constexpr = RANK if RANK < _RANKS else _RANKS
     panels = first_panel + n // 16 * STRIDE
     for slot in tl.range(0, SLOTS, num_stages=1):
         rank = _rank(table, slot, tl.max((mine == slot).to(tl.int32), axis=0) != 0)
         if rank > 0:
             b = pairs + tl.load(table + slot * _WORDS + 1) + matrix.to(tl.int64) * (PANELS * 16 * rank)
-            at = panels[None, :] * (rank * 16) + (r * 16)[:, None] + (n % 16)[None, :]
-            valid = (r < rank)[:, None]
-            columns = tl.load(b + at, mask=valid & (n < N)[None, :], other=0.0).to(tl.float32)
-            its_h = tl.load(h, mask=(mine == slot)[:, None] & (r < rank)[None, :], other=0.0)
-            sums = tl.dot(its_h, columns, sums, input_precision="tf32x3")
+            for first in tl.static_range(0, RANK, PART):
+                r = first + tl.arange(0, PART)
+                at = panels[None, :] * (rank * 16) + (r * 16)[:, None] + (n % 16)[None, :]
+                valid = (r < rank)[:, None] & (n < N)[None, :]
+                columns = tl.load(b + at, mask=valid, other=0.0).to(tl.float32)
+                mask = (mine == slot)[:, None] & (r < rank)[None, :]
+                rows = tl.load(h[:, None] + r[None, :], mask=mask, other=0.0)
+                sums = tl.dot(rows, columns, sums, input_precision="tf32x3")
     return sums
 
 
@@ -227,7 +232,7 @@ def expand_gemm(
     if tl.max(mine, axis=0) < 0:
         return
     n = tl.program_id(1) * N_TILE + tl.arange(0, N_TILE)
-    its_h = h + (m * HEADS + head)[:, None] * RANK + tl.arange(0, RANK)[None, :]
+    its_h = h + (m * HEADS + head) * RANK
     at = (m.to(tl.int64) * HEADS + head)[:, None] * N + n[None, :]
     mask = (mine >= 0)[:, None] & (n < N)[None, :]
     sums = tl.load(y + at, mask=mask, other=0.0)

@@ -229,7 +229,7 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
 }
 ALL_CCS = {
     *("linear-q4", "experts-q4", "attention-gqa", "attention-gpt-oss", "attention-mla", "small", "sampling"),
-    *("groups-q4", "groups-heads", "adapters"),
+    *("groups-q4", "groups-heads"),
 }
 
 
