@@ -126,8 +126,8 @@ def experts_gate_up_gemm(
         of_all = tl.load(ids + tl.load(order + begin))
         mine = tl.load(of_row + token, mask=valid, other=-1)
         its_h = low_rank + place * RANK
-        gates = expand_tile(its_h, gates, mine, pairs, table, of_all, n, 0, 2, PANELS, INTERMEDIATE, RANK, SLOTS)
-        ups = expand_tile(its_h, ups, mine, pairs, table, of_all, n, 1, 2, PANELS, INTERMEDIATE, RANK, SLOTS)
+        gates = expand_tile(its_h, gates, mine, pairs, table, of_all, n, 0, 2, PANELS, INTERMEDIATE, SLOTS)
+        ups = expand_tile(its_h, ups, mine, pairs, table, of_all, n, 1, 2, PANELS, INTERMEDIATE, SLOTS)
     hidden = glu(gates, ups, FUNCTION, ALPHA, LIMIT)
     at = place.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
     tl.store(h + at, hidden.to(h.dtype.element_ty), mask=valid[:, None] & inside[None, :])
@@ -190,7 +190,7 @@ def experts_down_gemm(
         of_all = tl.load(ids + tl.load(order + begin))
         mine = tl.load(of_row + entry // TOP_K, mask=valid, other=-1)
         its_h = low_rank + place * RANK
-        sums = expand_tile(its_h, sums, mine, pairs, table, of_all, n, 0, 1, PANELS, HIDDEN, RANK, SLOTS)
+        sums = expand_tile(its_h, sums, mine, pairs, table, of_all, n, 0, 1, PANELS, HIDDEN, SLOTS)
     sums *= tl.load(weights + entry, mask=valid, other=0.0)[:, None]
     at = entry.to(tl.int64)[:, None] * HIDDEN + n[None, :]
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=valid[:, None] & (n < HIDDEN)[None, :])

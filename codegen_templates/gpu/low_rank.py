@@ -13,7 +13,7 @@ import triton.language as tl
 from hetcomp.codegen_templates.gpu.gemm import row_tile
 
 _WORDS: tl.constexpr = tl.constexpr(4)  # of a pair in the table
-_RANKS: tl.constexpr = tl.constexpr(32)  # of h and b that a tile multiplies at a time: more have no registers
+_RANKS: tl.constexpr = tl.constexpr(16)  # of h and b that a tile of rows multiplies at a time: more have no registers
 
 
 @triton.jit
@@ -157,20 +157,18 @@ def expand_tile(
     STRIDE: tl.constexpr,
     PANELS: tl.constexpr,
     N: tl.constexpr,
-    RANK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """sums [M, columns] + b h for rows of h that begin at ``h`` (pointers [M]) and have the slots ``mine``. n: the
     columns, below N; a panel of 16 of them is ``STRIDE`` panels behind the one before, from ``first_panel`` on, of a
     matrix of PANELS."""
-    PART: tl.constexpr = RANK if RANK < _RANKS else _RANKS
     panels = first_panel + n // 16 * STRIDE
     for slot in tl.range(0, SLOTS, num_stages=1):
         rank = _rank(table, slot, tl.max((mine == slot).to(tl.int32), axis=0) != 0)
         if rank > 0:
             b = pairs + tl.load(table + slot * _WORDS + 1) + matrix.to(tl.int64) * (PANELS * 16 * rank)
-            for first in tl.static_range(0, RANK, PART):
-                r = first + tl.arange(0, PART)
+            for first in tl.range(0, rank, _RANKS, num_stages=1):
+                r = first + tl.arange(0, _RANKS)
                 at = panels[None, :] * (rank * 16) + (r * 16)[:, None] + (n % 16)[None, :]
                 valid = (r < rank)[:, None] & (n < N)[None, :]
                 columns = tl.load(b + at, mask=valid, other=0.0).to(tl.float32)
@@ -236,5 +234,5 @@ def expand_gemm(
     at = (m.to(tl.int64) * HEADS + head)[:, None] * N + n[None, :]
     mask = (mine >= 0)[:, None] & (n < N)[None, :]
     sums = tl.load(y + at, mask=mask, other=0.0)
-    sums = expand_tile(its_h, sums, mine, pairs, table, head, n, 0, 1, (N + 15) // 16, N, RANK, SLOTS)
+    sums = expand_tile(its_h, sums, mine, pairs, table, head, n, 0, 1, (N + 15) // 16, N, SLOTS)
     tl.store(y + at, sums, mask=mask)
