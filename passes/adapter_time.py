@@ -15,11 +15,12 @@ from hetcomp.passes.work import Work
 
 # What adapters mostly change: neither routers nor the output layer.
 _ADAPTED = ("attention", "dense", "experts")
+_ADAPTABLE = (ops.Linear, ops.HeadLinear, ops.MoeExperts)
 
 
 def is_adapted(op: Op) -> bool:
     """Whether the op's weights are among those that the prediction takes for changed."""
-    return isinstance(op.attrs, (ops.Linear, ops.HeadLinear, ops.MoeExperts)) and weight_role(op) in _ADAPTED
+    return isinstance(op.attrs, _ADAPTABLE) and weight_role(op) in _ADAPTED
 
 
 def cpu_pair_us(op: Op, work: Work, rank: int, profile: HardwareProfile, isa: str | None) -> float:
@@ -49,13 +50,15 @@ def gpu_op_us(template: Template, op: Op, work: Work, step: Phase, gpu: Gpu, ran
     """Of an op that is wholly on a GPU, with an adapter of that rank (None: there is none). In decode linears of one
     input share a launch, which is counted for the first of them."""
     us = gpu_time(op, work, step, gpu).us
-    if rank is None or not is_adapted(op):
+    if rank is None or not isinstance(op.attrs, _ADAPTABLE):
         return us
-    us += gpu_pair_us(op, work, rank, step, gpu)
+    us += gpu_pair_us(op, work, rank, step, gpu) if is_adapted(op) else 0.0
     if isinstance(op.attrs, ops.MoeExperts):
         return us + 2 * launch_us(gpu)
-    same = (other for other in template.ops if is_adapted(other) and other.inputs[0] == op.inputs[0])
-    launches = float(next(same).id == op.id) if _is_gemv(step) else 2.0
+    # A router's launch is there whether an adapter changes it or not, and its own.
+    same = (o for o in template.ops if isinstance(o.attrs, _ADAPTABLE[:2]) and o.inputs[0] == op.inputs[0])
+    first = next(o for o in same if is_adapted(o) == is_adapted(op))
+    launches = float(first.id == op.id) if _is_gemv(step) else 2.0
     return us + launches * launch_us(gpu)
 
 
