@@ -169,7 +169,7 @@ def _gpu_targets(plan: Plan, gpu: str, adapter: Adapter) -> Iterator[_Target]:
     for index, (value, shape) in enumerate(weights):
         adapted = adapter.weights.get(value.fqn or "")
         if adapted is not None and room is not None:
-            _check_rank(adapter, adapted, packed_rank(room.rank), f"{gpu} has room for ranks where")
+            _check_rank(adapter, adapted, packed_rank(room.rank), f"on {gpu}")
             yield _Target(index, value, shape, adapted)
 
 
