@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import hetcomp
@@ -25,6 +26,7 @@ from tests.parity.test_adapters import TENSORS, logits_of
 from tests.parity.test_expert_stream import ALL
 from tests.parity.test_families import TOLERANCE, relative_error
 from tests.parity.test_gpu_families import BF16_TOLERANCE, CONTEXT, PINS, SLOW
+from tests.reference.deferral_reference import deferred_logits
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.peft_adapters import everything, make_adapter
 from tests.reference.plan_builder import avx2_machine, gpu
@@ -210,6 +212,18 @@ def test_experts_in_slots_of_a_cache(tmp_path):
     with compiled(tmp_path, "experts", expert_cache="lru") as model:
         check(model, "whole")
         assert model.exe.stats["gpu"]["cache"]["hits"] > 0
+
+
+@pytest.mark.slow
+def test_deferred_experts_add_their_pairs_one_layer_later(tmp_path):
+    """Against the definition of deferral on the model that peft has merged the adapter into."""
+    with compiled(tmp_path, "experts", deferral=1) as model:
+        wrapped = make_adapter(build("qwen3_moe"), tmp_path / "again", **everything("qwen3_moe"))
+        ids = torch.tensor([model.ids])
+        want = deferred_logits(wrapped.merge_and_unload(), ids, model.exe.plan, first=4)[3:]
+        assert relative_error(want, model.wanted["whole"][3:]) > 100 * TOLERANCE  # deferral matters
+        model.exe.load_adapter(model.folder / "whole")
+        assert relative_error(model.decoded("whole"), want) < TOLERANCE
 
 
 @pytest.mark.slow
