@@ -32,7 +32,7 @@ from tests.reference.peft_adapters import everything, make_adapter
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import build, save_tiny, token_ids
 
-BATCH = 3
+BATCH, LAYERS = 3, 2
 ROOM = AdapterRoom(2, 8)
 TOKENS = 9
 EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -62,6 +62,7 @@ def compiled(
     placement: str,
     *,
     family: str = "qwen3_moe",
+    layers: int = LAYERS,
     vram: int = 0,
     room: AdapterRoom | None = ROOM,
     formats: str = "f32",
@@ -69,11 +70,12 @@ def compiled(
     **wishes: Any,
 ) -> Iterator[Loaded]:
     """The tiny model of ``family`` with adapters of these LoraConfig fields, which are in ``folder`` by their names."""
-    model = save_tiny(family, folder / "hf")
+    model = save_tiny(family, folder / "hf", num_hidden_layers=layers)
     ids = token_ids(model, TOKENS)[0].tolist()
     wanted: dict[str | None, np.ndarray] = {None: logits_of(model, ids)}
     for seed, (name, fields) in enumerate((adapters or {"whole": everything(family)}).items()):
-        wanted[name] = logits_of(make_adapter(build(family), folder / name, seed=seed, **fields), ids)
+        base = build(family, num_hidden_layers=layers)
+        wanted[name] = logits_of(make_adapter(base, folder / name, seed=seed, **fields), ids)
     plain = avx2_machine(1)
     slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
     limit = GPU_RESERVE + vram if vram else None
@@ -201,7 +203,7 @@ def test_experts_on_the_cpu_and_streamed(tmp_path):
 
 @pytest.mark.slow
 def test_experts_on_both_sides(tmp_path):
-    with compiled(tmp_path, "split", vram=700_000) as model:
+    with compiled(tmp_path, "split", layers=3, vram=700_000) as model:
         placed = [p for call in model.exe.plan.calls for _, p in call.placements]
         assert any(len({run.device for run in p.experts}) > 1 for p in placed)
         check(model, "whole")
@@ -218,7 +220,9 @@ def test_experts_in_slots_of_a_cache(tmp_path):
 def test_deferred_experts_add_their_pairs_one_layer_later(tmp_path):
     """Against the definition of deferral on the model that peft has merged the adapter into."""
     with compiled(tmp_path, "experts", deferral=1) as model:
-        wrapped = make_adapter(build("qwen3_moe"), tmp_path / "again", **everything("qwen3_moe"))
+        wrapped = make_adapter(
+            build("qwen3_moe", num_hidden_layers=LAYERS), tmp_path / "again", **everything("qwen3_moe")
+        )
         ids = torch.tensor([model.ids])
         want = deferred_logits(wrapped.merge_and_unload(), ids, model.exe.plan, first=4)[3:]
         assert relative_error(want, model.wanted["whole"][3:]) > 100 * TOLERANCE  # deferral matters

@@ -231,7 +231,7 @@ class _Experts(ExpertOperands):
                 "RANK": pairs.rank,
                 "SLOTS": pairs.slots,
                 "M_TILE": tile,
-                "K_TILE": low_rank.tile_of_columns(columns),
+                "K_TILE": low_rank.tile_of_columns(columns, pairs.numbers),
             },
             stages=(3, 2),
         )

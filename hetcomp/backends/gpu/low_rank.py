@@ -136,9 +136,9 @@ def row_tile(rows: int) -> int:
     return next((tile for tile in (16, 32) if rows <= tile), 64)
 
 
-def tile_of_columns(columns: int) -> int:
-    """Columns of a and x that a turn takes."""
-    return max(16, min(64, power_of_two(columns)))
+def tile_of_columns(columns: int, numbers: str) -> int:
+    """Columns of a and x that a turn takes; f32 numbers are multiplied in three products, which takes registers."""
+    return max(16, min(32 if numbers == "fp32" else 64, power_of_two(columns)))
 
 
 def shrink_rows(
@@ -158,7 +158,7 @@ def shrink_rows(
             "RANK": pairs.rank,
             "SLOTS": pairs.slots,
             "M_TILE": tile,
-            "K_TILE": tile_of_columns(columns),
+            "K_TILE": tile_of_columns(columns, pairs.numbers),
         },
         stages=(3, 2),
     )
