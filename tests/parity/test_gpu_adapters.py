@@ -35,6 +35,7 @@ from tests.reference.tiny_models import build, save_tiny, token_ids
 BATCH, LAYERS = 3, 2
 ROOM = AdapterRoom(2, 8)
 TOKENS = 9
+_PINS = {**PINS, "two gpus": ("*@0=gpu:0", "*@1=gpu:1", "moe.experts@1=cpu")}
 EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
@@ -63,6 +64,7 @@ def compiled(
     *,
     family: str = "qwen3_moe",
     layers: int = LAYERS,
+    gpus: int = 1,
     vram: int = 0,
     room: AdapterRoom | None = ROOM,
     formats: str = "f32",
@@ -79,16 +81,16 @@ def compiled(
     plain = avx2_machine(1)
     slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
     limit = GPU_RESERVE + vram if vram else None
-    with emulated_gpu(compute_capability=89):
+    with emulated_gpu(compute_capability=89, devices=gpus):
         exe = hetcomp.compile(
             folder / "hf",
-            plain.model_copy(update={"gpus": (gpu(),), "nodes": slow}),
+            plain.model_copy(update={"gpus": (gpu(),) * gpus, "nodes": slow}),
             formats=formats,
             context_length=CONTEXT,
             max_batch=BATCH,
             out=folder / "tiny.hetc",
             isa=("avx2",),
-            wishes=PlanWishes(pins=PINS[placement], vram=limit, adapter_room=room, **wishes),
+            wishes=PlanWishes(pins=_PINS[placement], vram=limit, adapter_room=room, **wishes),
         )
         yield Loaded(exe, folder, ids, wanted)
         exe.runtime.close()
@@ -206,6 +208,13 @@ def test_experts_on_both_sides(tmp_path):
     with compiled(tmp_path, "split", layers=3, vram=700_000) as model:
         placed = [p for call in model.exe.plan.calls for _, p in call.placements]
         assert any(len({run.device for run in p.experts}) > 1 for p in placed)
+        check(model, "whole")
+
+
+@pytest.mark.slow
+def test_layers_on_two_gpus(tmp_path):
+    """Each has the pairs of its own layers; the experts of one of them are the CPU's."""
+    with compiled(tmp_path, "two gpus", gpus=2) as model:
         check(model, "whole")
 
 
