@@ -277,11 +277,3 @@ def test_without_room_for_what_a_gpu_computes(tmp_path):
         assert relative_error(model.decoded("experts"), model.wanted["experts"][3:]) < TOLERANCE
         model.exe(model.ids)
         assert model.exe.stats["gpu"]["streamed"]["experts_copied"] > 0
-
-
-@pytest.mark.slow
-def test_room_without_experts(tmp_path):
-    room = replace(ROOM, experts=False)
-    with compiled(tmp_path, "gpu", room=room, adapters={"experts": EXPERTS}) as model:
-        with pytest.raises(HetcompError, match=r"experts.*without room for adapters of routed experts.*--adapter-exp"):
-            model.exe.load_adapter(model.folder / "experts")
