@@ -1,10 +1,11 @@
 """What adapters cost that are loaded at run time: decode and prompt with and without, batches of several, loading.
 
 python -m benchmarks.adapter_cost [--model qwen3moe-1b] [--formats q4] [--rank 16] [--tokens 64] [--prompt 256]
-       [--rounds 5] [--threads 0] [--load-mb 100] [--artifact OUT.hetc]
+       [--rounds 5] [--threads 0] [--load-mb 100] [--artifact OUT.hetc] [--targets attention] [--distinct 4]
 
-Random weights, and random adapters of one rank on attention and all experts. What is compared is measured in turns, in
-one process: a token of one session, a step of 8 sessions on 4 adapters and on the base, a prompt.
+Random weights, and random adapters of one rank on attention and all experts, or on attention alone. What is compared is
+measured in turns, in one process: a token of one session, a step of 8 sessions on 4 adapters and on the base, a prompt.
+An artifact with a GPU must have room for them: benchmarks.random_artifact .. --batch 8 --adapters 4 --adapter-rank 16.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ BATCH, ADAPTERS = 8, 4
 _VOCABULARY = 1000  # ids of the prompts lie below
 
 
-def random_adapter(base: BaseModel, rank: int, seed: int, share: float = 1.0) -> Adapter:
-    """An adapter of all attention and expert matrices, or of the first ``share`` of them."""
+def random_adapter(base: BaseModel, rank: int, seed: int, share: float = 1.0, experts: bool = True) -> Adapter:
+    """An adapter of all attention and, with ``experts``, expert matrices, or of the first ``share`` of them."""
     rng = np.random.default_rng(seed)
     distinct = {weight.fqn: weight for weight in base.weights.values()}.values()
-    targets = [w for w in distinct if len(w.shape) == 3 or any(role.startswith("attn.") for role in w.roles)]
+    targets = [
+        w for w in distinct if (experts and len(w.shape) == 3) or any(role.startswith("attn.") for role in w.roles)
+    ]
     weights = {w.fqn: _random_pairs(rng, w, rank) for w in targets[: max(1, round(share * len(targets)))]}
     return Adapter(f"random{seed}", f"{seed:064x}", base.name, rank, rank, ("f32",), weights)
 
@@ -111,7 +114,7 @@ def measure_load(runtime: Runtime, artifact: Path, record: Record, o: argparse.N
     """Loads an adapter of about the wanted size, which was just written, several times."""
     base = artifact_base(artifact)
     whole = runtime.adapters()[0]["bytes"]
-    adapter = random_adapter(base, o.rank, 99, min(1.0, o.load_mb * 1e6 / whole))
+    adapter = random_adapter(base, o.rank, 99, min(1.0, o.load_mb * 1e6 / whole), o.targets == "all")
     packed = pack_bound(artifact, adapter, folder / "load.hetlora")
     record.conditions["loaded adapter, bytes"] = packed.bytes
     for _ in range(o.rounds):
@@ -133,6 +136,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--load-mb", type=float, default=100)
     parser.add_argument("--isa", default=None)
+    parser.add_argument("--distinct", type=int, default=ADAPTERS, help="adapters that are made; others are these again")
+    parser.add_argument("--targets", choices=("all", "attention"), default="all")
     parser.add_argument("--artifact", type=Path, default=None, help="an artifact of this benchmark; else one is made")
     o = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="hetcomp-") as temporary:
@@ -147,9 +152,15 @@ def main() -> None:
         exe = hetcomp.load(artifact, threads=o.threads)
         base = artifact_base(artifact)
         for i in range(ADAPTERS):
-            packed = pack_bound(artifact, random_adapter(base, o.rank, i), folder / f"random{i}.hetlora")
-            exe.load_adapter(packed.path, f"random{i}")
+            path = folder / f"random{i % o.distinct}.hetlora"
+            if i < o.distinct:
+                packed = pack_bound(artifact, random_adapter(base, o.rank, i, experts=o.targets == "all"), path)
+            exe.load_adapter(path, f"random{i}")
         record.conditions["adapter, bytes"] = packed.bytes
+        plan = models.plan(artifact)
+        if plan.adapter_room is not None:
+            decode = next(t.total_us for t in plan.timelines if t.phase == "decode")
+            record.derived["decode, adapter: time over base, predicted"] = plan.adapter_room.decode_us / decode
         record.versions["hetcomp"] = hetcomp.__version__
         measure(exe.runtime, record, o)
         measure_load(exe.runtime, artifact, record, o, folder)

@@ -1,7 +1,7 @@
 """Artifacts of real shapes with random weights: speed needs no checkpoint of 60 GB.
 
 python -m benchmarks.random_artifact NAME OUT.hetc --formats q4 --isa amx_bf16 [--context 4096] [--vram 12G --pin ..]
-       [--defer 2 | --expert-cache lru] [--routing zipf:1.1,markov:0.9]
+       [--defer 2 | --expert-cache lru] [--adapters 4 --adapter-rank 16] [--routing zipf:1.1,markov:0.9]
 python -m benchmarks.random_artifact --weights-of OUT.hetc [--routing ..]
 
 The first compiles the zoo's config NAME (--hollow: files of weights have their size, but nothing is written to them);
@@ -30,7 +30,7 @@ from hetcomp.backends import packing
 from hetcomp.backends.gpu.gpu_program import lower_programs
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.build_artifact import write_artifact
-from hetcomp.cli.options import formats_of, wishes_of
+from hetcomp.cli.options import DEFAULT_ADAPTER_RANK, formats_of, wishes_of
 from hetcomp.ir.plan import Plan
 from hetcomp.progress import QuietProgress
 
@@ -126,6 +126,9 @@ def main() -> None:
     parser.add_argument("--from-disk", action="store_true")
     parser.add_argument("--stats")
     parser.add_argument("--expert-cache", default="static")
+    parser.add_argument("--adapters", type=int, default=0)
+    parser.add_argument("--adapter-rank", type=int, default=DEFAULT_ADAPTER_RANK)
+    parser.add_argument("--no-adapter-experts", action="store_true")
     parser.add_argument("--routing", help="a trace of hetcomp trace --routing, or zipf:1.1,markov:0.9")
     parser.add_argument("--hollow", action="store_true")
     parser.add_argument("--weights-of", type=Path)
@@ -157,6 +160,9 @@ def main() -> None:
                 o.defer,
                 expert_cache=o.expert_cache,
                 from_disk=o.from_disk,
+                adapters=o.adapters,
+                adapter_rank=o.adapter_rank,
+                adapter_experts=not o.no_adapter_experts,
             ),
             routing=o.routing,
         )

@@ -23,7 +23,7 @@ from hetcomp.conversion_error import conversion_notes
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile, load_profile
-from hetcomp.ir.annotations import Mix
+from hetcomp.ir.annotations import AdapterRoom, Mix
 from hetcomp.ir.deferral import moe_layers
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
@@ -56,6 +56,10 @@ MAX_LOGIT_ROWS = 64
 # Largest step where a GPU takes part. FreeToken streams whole layers for chunks of 4,096 tokens and more.
 MAX_GPU_STEP_TOKENS = 16384
 
+# Adapters in memory at once (ResidentAdapters::kMost), and their greatest rank on a GPU: a program has all of a pair's
+# h in registers.
+MAX_ADAPTERS, MAX_ADAPTER_RANK = 32, 128
+
 # The expert cache that a routing trace decides about.
 AUTO_CACHE = "auto"
 
@@ -69,6 +73,9 @@ class PlanWishes:
     ``routing_trace`` (a file that ``hetcomp trace --routing`` wrote) decides which of them is fastest.
 
     from_disk: experts that do not fit into CPU memory stay on the disk.
+
+    adapter_room: how many LoRA adapters of what rank there shall be memory for that are loaded at run time; without it
+    none can change what a GPU computes.
 
     deferral: of each generated token at most so many choices of experts on the CPU are added one MoE layer later, where
     a GPU computes attention; ``auto``: as many as make it faster, within a mean KL divergence of ``max_kl`` (nats a
@@ -85,6 +92,7 @@ class PlanWishes:
     expert_cache: str = "static"
     routing_trace: str | Path | None = None
     from_disk: bool = False
+    adapter_room: AdapterRoom | None = None
 
 
 def plan_model(
@@ -131,6 +139,7 @@ def plan_model(
         statistics=_statistics(wishes.statistics),
         expert_cache="static" if wishes.expert_cache == AUTO_CACHE else _cache_policy(wishes.expert_cache),
         from_disk=wishes.from_disk,
+        adapter_room=_adapter_room(wishes.adapter_room),
     )
     mix, trace = wishes.mix, _routing_trace(wishes)
     progress.stage("trace")
@@ -288,6 +297,19 @@ def _deferral(
     from hetcomp.deferral_on_text import DeferralOnText
 
     return DeferralRequest(None, wishes.max_kl, DeferralOnText(model, wishes.deferral_text, progress))
+
+
+def _adapter_room(wanted: AdapterRoom | None) -> AdapterRoom | None:
+    """Raises HetcompError for numbers that are not possible."""
+    if wanted is None or wanted.count == 0:
+        return None
+    if not 1 <= wanted.count <= MAX_ADAPTERS:
+        raise HetcompError(f"Room for {wanted.count} adapters is not possible; give --adapters 0 to {MAX_ADAPTERS}.")
+    if not 1 <= wanted.rank <= MAX_ADAPTER_RANK:
+        raise HetcompError(
+            f"Room for adapters of rank {wanted.rank} is not possible; give --adapter-rank 1 to {MAX_ADAPTER_RANK}."
+        )
+    return wanted
 
 
 def _statistics(spec: str | None) -> ExpertStatistics | None:

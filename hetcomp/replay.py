@@ -44,6 +44,11 @@ def replay(path: Path, imported: Plan, context: Context) -> Plan:
     if plan.adapters != context.adapters:
         names = " and ".join(", ".join(a.name for a in p.adapters) or "none" for p in (plan, context))
         raise HetcompError(f"{path} is a plan with other adapters than those given ({names}); plan the model again.")
+    if context.adapter_room is not None:
+        raise HetcompError(
+            f"{path} says what room there is for adapters; leave --adapters out, or plan the model again."
+        )
+    context = replace(context, adapter_room=plan.adapter_room)
     bound = attach_lora(bind_weights(_unbound(plan), context), context)
     refuse_if_too_large(bound, context)
     return bound

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from hetcomp.ir.annotations import Cost, PhaseCost
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
+from hetcomp.passes.adapter_time import cpu_pair_us, is_adapted
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import cached_fraction, cpu_time
 from hetcomp.passes.phases import Phase, phases
@@ -82,6 +83,8 @@ def working_set(plan: Plan, step: Phase, context: Context) -> float:
 def _phase_cost(op: Op, values: Values, step: Phase, context: Context, cached: Cached) -> PhaseCost:
     work = work_of(op, values, step, context.target)
     time = cpu_time(op, work, step, context.profile, context.isa, cached.part(op))
+    rank = context.adapted_rank
+    more = cpu_pair_us(op, work, rank, context.profile, context.isa) if rank and is_adapted(op) else 0.0
     return PhaseCost(
         phase=step.name,
         tokens=step.tokens,
@@ -90,6 +93,6 @@ def _phase_cost(op: Op, values: Values, step: Phase, context: Context, cached: C
         act_bytes=work.act_bytes,
         state_bytes=work.state_bytes,
         intensity=work.flops / max(work.bytes, 1.0),
-        us=time.us,
+        us=time.us + more,
         bound=time.bound,
     )

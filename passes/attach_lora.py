@@ -16,7 +16,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 @plan_pass(requires=("weights_bound",))
 def attach_lora(plan: Plan, context: Context) -> Plan:
     """Records the adapters that the model is compiled with. Their deltas are added where the weights are read for
-    packing, which is before they are quantised.
+    packing, which is before they are quantised. Also records what there shall be memory for at run time.
 
     Raises HetcompError if a target is no weight of the plan, or if one that an adapter is merged into is not stored as
     floating-point numbers: rounded twice, a small delta may be lost.
@@ -33,7 +33,7 @@ def attach_lora(plan: Plan, context: Context) -> Plan:
                 )
             for value in weights[target.fqn] if adapter.merged else ():
                 _check_mergeable(adapter, value)
-    return replace(plan, adapters=context.adapters)
+    return replace(plan, adapters=context.adapters, adapter_room=context.adapter_room)
 
 
 def _check_mergeable(adapter: AttachedAdapter, value: Value) -> None:

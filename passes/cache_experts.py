@@ -16,6 +16,7 @@ from hetcomp.ir.homes import read_in
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
+from hetcomp.passes.adapter_memory import pair_bytes_on
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import link_gb_per_s
 from hetcomp.passes.memory_table import GPU_RESERVE, workspace_estimate
@@ -117,7 +118,7 @@ def _cached(plan: Plan, context: Context) -> list[_Cached]:
 def _room(plan: Plan, context: Context, gpu: str) -> int:
     """Bytes of the GPU that nothing else takes."""
     readers, pool = read_in(plan), KvPool.of(plan.max_dims())
-    taken = pool.granule_waste
+    taken = pool.granule_waste + pair_bytes_on(plan, context, gpu)
     for value in plan.values:
         if gpu not in readers.get(value.id, ()):
             continue

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.profile import HardwareProfile
-from hetcomp.ir.annotations import AttachedAdapter
+from hetcomp.ir.annotations import AdapterRoom, AttachedAdapter
 from hetcomp.ir.target import Checkpoint, DeferralMeasure, KernelTarget
 from hetcomp.ir.types import CACHE_DTYPES
 from hetcomp.passes.expert_statistics import ExpertStatistics
@@ -111,7 +111,9 @@ class Context:
     placements that the user decided. ``statistics``: how often experts are chosen (None: uniformly). ``deferral``:
     whether experts are deferred (None: no). ``expert_cache``: other than static, all routed experts are in CPU memory,
     and the GPUs' memory that is left holds some of them in turn. ``from_disk``: experts that do not fit into CPU memory
-    stay on the disk. ``adapters``: LoRA adapters that the model is compiled with."""
+    stay on the disk. ``adapters``: LoRA adapters that the model is compiled with; ``adapter_room``: what there shall be
+    memory for at run time. ``adapted_rank``: costs are those of steps whose tokens all have one adapter of that rank
+    (None: none)."""
 
     profile: HardwareProfile
     checkpoint: Checkpoint | None
@@ -128,6 +130,8 @@ class Context:
     expert_cache: CachePolicy = "static"
     from_disk: bool = False
     adapters: tuple[AttachedAdapter, ...] = ()
+    adapter_room: AdapterRoom | None = None
+    adapted_rank: int | None = None
 
     def expert_shares(self, moe_layer: int, experts: int) -> tuple[float, ...]:
         """Part of its assignments that each expert of a MoE layer gets: the statistics', or equal parts."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
+from hetcomp.passes.adapter_time import cpu_pair_us, gpu_pair_us
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import cpu_time, gpu_time, launch_us
 from hetcomp.passes.phases import Phase
@@ -32,9 +33,14 @@ def expert_work(op: Op, work: Work, size: float, tokens: float, active: float = 
 
 def expert_cpu_us(op: Op, work: Work, step: Phase, context: Context) -> float:
     """CPU time of an expert's work, its weights in memory."""
-    return cpu_time(op, work, step, context.profile, context.isa, 0.0).us
+    us = cpu_time(op, work, step, context.profile, context.isa, 0.0).us
+    if context.adapted_rank:
+        us += cpu_pair_us(op, work, context.adapted_rank, context.profile, context.isa)
+    return us
 
 
-def expert_gpu_us(op: Op, work: Work, step: Phase, gpu: Gpu) -> float:
-    """GPU time of an expert's work without the launch, which all experts share."""
-    return max(0.0, gpu_time(op, work, step, gpu).us - launch_us(gpu))
+def expert_gpu_us(op: Op, work: Work, step: Phase, gpu: Gpu, adapted_rank: int | None = None) -> float:
+    """GPU time of an expert's work without the launch, which all experts share; with the pair of an adapter of that
+    rank."""
+    us = max(0.0, gpu_time(op, work, step, gpu).us - launch_us(gpu))
+    return us + (gpu_pair_us(op, work, adapted_rank, step, gpu) if adapted_rank else 0.0)

@@ -14,8 +14,9 @@ from hetcomp.ir import ops
 from hetcomp.ir.annotations import ExpertPlacement, Placement
 from hetcomp.ir.deferral import deferred_role, experts_on_cpu
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
+from hetcomp.passes.adapter_time import expert_launches_us, gpu_op_us
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, launch_us
+from hetcomp.passes.device_time import copy_us, handshake_us
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
@@ -161,7 +162,7 @@ class StepTasks:
     ) -> tuple[int, ...]:
         work, key = self._work(template, op), (template.name, op.id, placement.device)
         if key not in self._gpu_us:
-            self._gpu_us[key] = gpu_time(op, work, self.step, self._gpu(placement.device)).us
+            self._gpu_us[key] = gpu_op_us(template, op, work, self.step, self._gpu(key[2]), self.context.adapted_rank)
         us = self._gpu_us[key]
         if placement.streamed and work.weight_bytes:
             return self._stream(op, layer, placement.device, work.weight_bytes, us, after)
@@ -287,7 +288,7 @@ class StepTasks:
             return after
         if placement.device != device:
             after = self._cross(op, layer, device, "in", after)
-        us, done = launch_us(self._gpu(device)), after
+        us, done = expert_launches_us(self._gpu(device), self.context.adapted_rank), after
         if resident.any():
             # While they are computed the first of the others arrive.
             done = self._add(op, layer, device, us + self._sum_us(template, op, resident, size, device), after)
@@ -372,7 +373,7 @@ class StepTasks:
             if device.startswith("cpu:"):
                 us = expert_cpu_us(op, work, self.step, self.context)
             else:
-                us = expert_gpu_us(op, work, self.step, self._gpu(device))
+                us = expert_gpu_us(op, work, self.step, self._gpu(device), self.context.adapted_rank)
             self._expert_us[key] = us
         return self._expert_us[key]
 

@@ -9,6 +9,7 @@ from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.expert_matrices import expert_matrices
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan, ValueKind
+from hetcomp.passes.adapter_memory import pair_bytes
 from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
 from hetcomp.passes.context import FORMATS, TAKEN_OVER, Context
 
@@ -45,6 +46,9 @@ def memory_table(plan: Plan, context: Context) -> tuple[MemoryRow, ...]:
         if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
             what = f"weights, {roles.get(value.id, 'unused')}, {value.format}"
             rows[what] = rows.get(what, 0) + context.target.packed_bytes(value)
+    if pairs := sum(pair_bytes(plan, context).values()):
+        room = context.adapter_room
+        rows[f"LoRA adapters, {room.count} of rank {room.rank}" if room else "LoRA adapters"] = pairs
     dims = plan.max_dims()
     rows[f"KV cache, {KvPool.of(dims)}"] = cache_bytes(plan)
     if plan.arena_bytes:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
+from hetcomp.ir.adaptable import OPERANDS
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
+from hetcomp.passes.adapter_memory import pair_bytes
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, gpu_time, handshake_us, joint_gb_per_s, launch_us, link_gb_per_s
 from hetcomp.passes.disk_reads import expected_reads
@@ -213,6 +215,7 @@ class _Builder:
         self._resident: set[str] = set()
         self._values = plan.value_map()
         self._times: dict[tuple[str, str], tuple[Times, tuple[Times, ...]]] = {}
+        self._pairs = pair_bytes(plan, context)
         self._moe_layer = 0
 
     def build(self) -> None:
@@ -232,6 +235,7 @@ class _Builder:
                 if isinstance(op.attrs, ops.MoeExperts):
                     spine = next(owner[o.id] for o in template.ops if set(o.outputs) & {op.inputs[1]})
                     owner[op.id] = spine
+                    self._charge_experts_pairs(spine, op, actual)
                     self.experts.append(self._expert_set(index, call, template, op, actual, spine))
                 for name in op.inputs:
                     if template.value(name).kind is ValueKind.ACT:
@@ -242,6 +246,15 @@ class _Builder:
             others = tuple(sorted(set(readers[name]) - {source}))
             if others:
                 self.edges.append(Edge(source, others, tuple(self._crossing_us(g, value) for g in self.gpus)))
+
+    def _charge_experts_pairs(self, spine: int, op: Op, actual: dict[str, str]) -> None:
+        """A GPU that makes the input of experts has the pairs of all of them, wherever they are."""
+        room = self.context.adapter_room
+        if room is None or not room.experts:
+            return
+        size = sum(self._pairs.get(actual[name], 0) for name in op.inputs[3:5])
+        group = self.groups[spine]
+        self.groups[spine] = replace(group, whole_bytes=group.whole_bytes + size)
 
     def _crossing_us(self, gpu: Gpu, value: Value) -> Times:
         """Moving an activation to or from the GPU: half of a hand-shake, as a transfer of the simulation, and bytes."""
@@ -266,6 +279,12 @@ class _Builder:
         if len(pins) > 1:
             pins = {pinned_device(self.context.pins, max(part, key=lambda o: len(o.inputs)), call.layer) or "cpu"}
         weight_bytes = sliced + whole - states
+        whole += sum(
+            self._pairs.get(actual.get(op.inputs[operand], ""), 0)
+            for op in part
+            if not isinstance(op.attrs, ops.MoeExperts)
+            for operand in OPERANDS.get(op.kind, ())
+        )
         return Group(
             call=index,
             ops=tuple(op.id for op in part),

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hetcomp.ir.annotations import LaneShare, Timeline
+from hetcomp.ir.annotations import AdapterRoom, LaneShare, Timeline
 from hetcomp.ir.events import Event
+from hetcomp.ir.homes import on_gpu
 from hetcomp.ir.plan import Plan
+from hetcomp.passes.adapter_memory import pair_bytes_on
+from hetcomp.passes.annotate_cost import cost_plan
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import joint_gb_per_s
 from hetcomp.passes.lane_engine import Run, Task, run_lanes
@@ -42,7 +45,22 @@ def simulate(plan: Plan, context: Context) -> Plan:
     reads of CPU cores and copies share the memory's bandwidth. Where experts live on several devices, routings are
     sampled and the mean is taken, because the mean of the slower lane is not the slower lane's mean.
     """
-    return replace(plan, timelines=tuple(timeline(plan, i, step, context) for i, step in enumerate(phases(plan))))
+    simulated = replace(plan, timelines=tuple(timeline(plan, i, s, context) for i, s in enumerate(phases(plan))))
+    return simulated if plan.adapter_room is None else _with_adapter(simulated, plan.adapter_room, context)
+
+
+def _with_adapter(plan: Plan, room: AdapterRoom, context: Context) -> Plan:
+    """Also predicts decode with an adapter of the rank that there is room for."""
+    i, step = next((i, step) for i, step in enumerate(phases(plan)) if step.name == "decode")
+    adapted = replace(context, adapted_rank=room.rank)
+    us = timeline(cost_plan(plan, (step,), adapted), 0, step, adapted).total_us
+    where = ", ".join(f"{pair_bytes_on(plan, context, gpu) / 1e9:.2f} GB of {gpu}" for gpu in on_gpu(plan))
+    note = (
+        f"LoRA adapters: room for {room.count} of rank {room.rank}{f' ({where})' if where else ''}; a step of decoding "
+        f"with one on attention, dense layers and experts takes {us / 1e3:.3f} ms, "
+        f"{plan.timelines[i].total_us / 1e3:.3f} without"
+    )
+    return replace(plan, adapter_room=replace(room, decode_us=us), notes=(*plan.notes, note))
 
 
 def timeline(plan: Plan, phase: int, step: Phase, context: Context) -> Timeline:

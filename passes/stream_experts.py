@@ -17,6 +17,7 @@ from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.node_parts import gpu_cut_weights
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
+from hetcomp.passes.adapter_memory import pair_bytes, pair_bytes_on
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import gpu_time, link_gb_per_s
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
@@ -71,7 +72,7 @@ def _slots_on(plan: Plan, context: Context, gpu: str, room: int) -> int:
     """Half of the slots of ``gpu`` for experts on their way, within its ``room`` bytes and beside what lies on it."""
     readers, cuts = read_in(plan), gpu_cut_weights(plan, gpu)
     pool = KvPool.of(plan.max_dims())
-    used = GPU_RESERVE + pool.granule_waste + workspace_estimate(plan)
+    used = GPU_RESERVE + pool.granule_waste + workspace_estimate(plan) + pair_bytes_on(plan, context, gpu)
     for v in plan.values:
         if v.kind in (ValueKind.WEIGHT, ValueKind.CONST) and (v.id in cuts or gpu in readers[v.id]):
             used += context.target.packed_bytes(cuts[v.id][0] if v.id in cuts else v)
@@ -123,6 +124,7 @@ def stream_reserves(plan: Plan, context: Context, rooms: Sequence[int]) -> list[
     pool = KvPool.of(plan.max_dims())
     states = sum(pool.gpu_bytes(v.type) for v in plan.values if v.kind is ValueKind.STATE)
     everything = sum(context.target.packed_bytes(v) for v in stored) + states
+    everything += sum(pair_bytes(plan, context).values())
     of_each = pool.granule_waste + workspace_estimate(plan) + GPU_RESERVE
     if everything <= sum(max(0, room - of_each) for room in rooms):
         return [0] * len(rooms)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from hetcomp.codegen_templates.gpu.functions import glu
 from hetcomp.codegen_templates.gpu.gemv import panel_products
+from hetcomp.codegen_templates.gpu.low_rank import expand_panel
 from hetcomp.codegen_templates.gpu.weights import (
     element,
     elements_of_word,
@@ -37,6 +38,10 @@ def experts_gate_up_gemv(
     w,
     bias,
     h,
+    low_rank,
+    of_row,
+    pairs,
+    table,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -47,10 +52,12 @@ def experts_gate_up_gemv(
     FUNCTION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    RANK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """x f32[T, HIDDEN], norm as in panel_products, ids i32[T, TOP_K], w matrices of MATRIX words in layout
-    panels16_glu, bias f32[experts, 2 * INTERMEDIATE] or None -> h f32[T, TOP_K, INTERMEDIATE]. Grid: (pairs of panels,
+    panels16_glu, bias f32[experts, 2 * INTERMEDIATE] or None -> h f32[T, TOP_K, INTERMEDIATE]. low_rank: None, or the h
+    f32[T, TOP_K, RANK] of pairs that are added (low_rank.py), one for each of all experts. Grid: (pairs of panels,
     TOP_K, T)."""
     pair, entry = tl.program_id(0), tl.program_id(2) * TOP_K + tl.program_id(1)
     expert = expert_of(ids, resident, entry)
@@ -78,6 +85,11 @@ def experts_gate_up_gemv(
     if bias is not None:
         gate += tl.load(bias + expert * (2 * INTERMEDIATE) + n, mask=n < INTERMEDIATE, other=0.0)
         up += tl.load(bias + expert * (2 * INTERMEDIATE) + INTERMEDIATE + n, mask=n < INTERMEDIATE, other=0.0)
+    if low_rank is not None:
+        token, of_all, its_h = tl.program_id(2), tl.load(ids + entry), low_rank + entry * RANK
+        PANELS: tl.constexpr = (INTERMEDIATE + 15) // 16 * 2
+        gate += expand_panel(its_h, of_row, table, pairs, token, pair >= 0, of_all, 2 * pair, PANELS, RANK)
+        up += expand_panel(its_h, of_row, table, pairs, token, pair >= 0, of_all, 2 * pair + 1, PANELS, RANK)
     tl.store(h + entry * INTERMEDIATE + n, glu(gate, up, FUNCTION, ALPHA, LIMIT), mask=n < INTERMEDIATE)
 
 
@@ -154,15 +166,21 @@ def experts_down_gemv(
     added,
     added_1,
     y,
+    low_rank,
+    of_row,
+    pairs,
+    table,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     TOP_K: tl.constexpr,
     MATRIX: tl.constexpr,
     FORMAT: tl.constexpr,
+    RANK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """h f32[T, TOP_K, INTERMEDIATE], ids i32 and weights f32[T, TOP_K], w matrices of MATRIX words, bias f32[experts,
-    HIDDEN] or None -> y f32[T, HIDDEN]; then added and added_1, None or f32 of y's shape. Grid: (panels, T).
+    HIDDEN] or None -> y f32[T, HIDDEN]; then added and added_1, None or f32 of y's shape. low_rank: as above. Grid:
+    (panels, T).
 
     A token's experts are one long product: a few panels fill no GPU unless all of a panel's experts are read at once.
     STEPS: as in gemv.panel_products, of all experts.
@@ -192,6 +210,13 @@ def experts_down_gemv(
             if expert >= 0:
                 row = tl.load(bias + expert * HIDDEN + n, mask=n < HIDDEN, other=0.0)
                 total += tl.load(weights + token * TOP_K + choice) * row
+    if low_rank is not None:
+        for choice in tl.static_range(TOP_K):
+            entry = token * TOP_K + choice
+            its_h, of_all = low_rank + entry * RANK, tl.load(ids + entry)
+            adds = expert_of(ids, resident, entry) >= 0
+            more = expand_panel(its_h, of_row, table, pairs, token, adds, of_all, panel, (HIDDEN + 15) // 16, RANK)
+            total += tl.load(weights + entry) * more
     if added is not None:
         total += tl.load(added + at, mask=n < HIDDEN, other=0.0)
     if added_1 is not None:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from hetcomp.codegen_templates.gpu.functions import glu
 from hetcomp.codegen_templates.gpu.gemm import in_order, multiply_add, row_tile, weight_tile
+from hetcomp.codegen_templates.gpu.low_rank import expand_tile, shrink_tile
 from hetcomp.codegen_templates.gpu.weights import elements_of_word, padded_steps
 
 
@@ -68,6 +69,11 @@ def experts_gate_up_gemm(
     w,
     bias,
     h,
+    low_rank,
+    of_row,
+    ids,
+    pairs,
+    table,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -78,6 +84,8 @@ def experts_gate_up_gemm(
     FUNCTION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
+    RANK: tl.constexpr,
+    SLOTS: tl.constexpr,
     M_TILE: tl.constexpr,
     N_TILE: tl.constexpr,
     STEPS: tl.constexpr,
@@ -85,8 +93,8 @@ def experts_gate_up_gemm(
 ):
     """x bf16 or f32[rows, HIDDEN], the order of experts_sort, w in layout panels16_glu, bias f32[EXPERTS, 2 *
     INTERMEDIATE] or None -> h[entries in order, INTERMEDIATE], bf16 (what the down product rounds it to; f32 beside f32
-    weights). Panels of gate and up take turns: a tile of 2 * N_TILE columns has both. Grid: (row tiles, column
-    tiles)."""
+    weights). Panels of gate and up take turns: a tile of 2 * N_TILE columns has both. low_rank: None, or the h of
+    experts_shrink, of pairs that are added. Grid: (row tiles, column tiles)."""
     expert, begin, end = _run_of_tile(starts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, M_TILE)
     if begin >= end:
         return
@@ -114,6 +122,12 @@ def experts_gate_up_gemm(
         row = bias + expert * (2 * INTERMEDIATE) + n
         gates += tl.load(row, mask=inside, other=0.0)[None, :]
         ups += tl.load(row + INTERMEDIATE, mask=inside, other=0.0)[None, :]
+    if low_rank is not None:
+        of_all = tl.load(ids + tl.load(order + begin))
+        mine = tl.load(of_row + token, mask=valid, other=-1)
+        its_h = low_rank + place * RANK
+        gates = expand_tile(its_h, gates, mine, pairs, table, of_all, n, 0, 2, PANELS, INTERMEDIATE, SLOTS)
+        ups = expand_tile(its_h, ups, mine, pairs, table, of_all, n, 1, 2, PANELS, INTERMEDIATE, SLOTS)
     hidden = glu(gates, ups, FUNCTION, ALPHA, LIMIT)
     at = place.to(tl.int64)[:, None] * INTERMEDIATE + n[None, :]
     tl.store(h + at, hidden.to(h.dtype.element_ty), mask=valid[:, None] & inside[None, :])
@@ -128,19 +142,28 @@ def experts_down_gemm(
     w,
     bias,
     out,
+    low_rank,
+    of_row,
+    ids,
+    pairs,
+    table,
     HIDDEN: tl.constexpr,
     INTERMEDIATE: tl.constexpr,
     EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
     MATRIX: tl.constexpr,
     FORMAT: tl.constexpr,
+    RANK: tl.constexpr,
+    SLOTS: tl.constexpr,
     M_TILE: tl.constexpr,
     N_TILE: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """h of experts_gate_up_gemm, weights f32[entries], bias f32[EXPERTS, HIDDEN] or None -> out[entries, HIDDEN], each
-    entry's result times its weight, bf16 (f32 beside f32 weights). Grid: (row tiles, column tiles)."""
+    entry's result times its weight, bf16 (f32 beside f32 weights). low_rank: as above. Grid: (row tiles, column tiles).
+    """
     expert, begin, end = _run_of_tile(starts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, M_TILE)
     if begin >= end:
         return
@@ -163,9 +186,53 @@ def experts_down_gemm(
     sums = in_order(sums)
     if bias is not None:
         sums += tl.load(bias + expert * HIDDEN + n, mask=n < HIDDEN, other=0.0)[None, :]
+    if low_rank is not None:
+        of_all = tl.load(ids + tl.load(order + begin))
+        mine = tl.load(of_row + entry // TOP_K, mask=valid, other=-1)
+        its_h = low_rank + place * RANK
+        sums = expand_tile(its_h, sums, mine, pairs, table, of_all, n, 0, 1, PANELS, HIDDEN, SLOTS)
     sums *= tl.load(weights + entry, mask=valid, other=0.0)[:, None]
     at = entry.to(tl.int64)[:, None] * HIDDEN + n[None, :]
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=valid[:, None] & (n < HIDDEN)[None, :])
+
+
+@triton.jit
+def experts_shrink(
+    x,
+    starts,
+    order,
+    ids,
+    of_row,
+    pairs,
+    table,
+    h,
+    K: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    M_TILE: tl.constexpr,
+    K_TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """x[rows, K], f32 or bf16, of the entries in their order or, BY_TOKEN, of the tokens, ids i32[rows, TOP_K] -> h f32
+    [entries in order, RANK] of the pairs of all experts (low_rank.py). Grid: (row tiles)."""
+    _, begin, end = _run_of_tile(starts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, M_TILE)
+    if begin >= end:
+        return
+    place = begin + tl.arange(0, M_TILE)
+    valid = place < end
+    token = tl.load(order + place, mask=valid, other=0) // TOP_K
+    of_all = tl.load(ids + tl.load(order + begin))
+    mine = tl.load(of_row + token, mask=valid, other=-1)
+    if BY_TOKEN:
+        offsets = token.to(tl.int64) * K
+    else:
+        offsets = place.to(tl.int64) * K
+    sums = shrink_tile(x, offsets, mine, pairs, table, of_all, K, RANK, SLOTS, K_TILE, STAGES)
+    tl.store(h + place[:, None] * RANK + tl.arange(0, RANK)[None, :], sums, mask=(mine >= 0)[:, None])
 
 
 @triton.jit

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from hetcomp.codegen_templates.gpu.functions import glu
+from hetcomp.codegen_templates.gpu.low_rank import expand_panel
 from hetcomp.codegen_templates.gpu.weights import (
     element,
     elements_of_word,
@@ -163,6 +164,12 @@ def linear_gemv(
     bias_2,
     y_2,
     normed,
+    low_rank,
+    of_row,
+    pairs,
+    table,
+    table_1,
+    table_2,
     K: tl.constexpr,
     N: tl.constexpr,
     N_1: tl.constexpr,
@@ -176,6 +183,7 @@ def linear_gemv(
     NORMED: tl.constexpr,
     FORMAT: tl.constexpr,
     PARTS: tl.constexpr,
+    RANK: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -187,20 +195,28 @@ def linear_gemv(
     norm: None or the weight of x's rms_norm (panel_products). w_1, w_2: None, or further matrices [N_1, K], [N_2, K] to
     multiply the same x with, with a bias if the first has one; HEADS is 1 then. added, added_1: None, or f32 of y's
     shape to be added to it. normed: None, or where the norm's result f32[ROWS, K] is wanted, NORMED columns a program.
+    low_rank: None, or the h f32[matrices, ROWS, HEADS, RANK] of pairs that are added (low_rank.py), whose tables are
+    those of the matrices.
     """
     panel, head, part = tl.program_id(0), tl.program_id(1), 0
+    adds = panel >= 0
     if PARTS > 1:
         part = tl.program_id(2)
-    matrix, its_bias, its_y, width = w, bias, y, panel * 0 + N
+        adds = part == 0
+    matrix, its_bias, its_y, width, its_table, its_h = w, bias, y, panel * 0 + N, table, low_rank
     if w_1 is not None:
         BEFORE_1: tl.constexpr = (N + 15) // 16
         if panel >= BEFORE_1:
             matrix, its_bias, its_y, width, panel = w_1, bias_1, y_1, panel * 0 + N_1, panel - BEFORE_1
+            if low_rank is not None:
+                its_table, its_h = table_1, low_rank + ROWS * HEADS * RANK
     if w_2 is not None:
         BEFORE_2: tl.constexpr = (N + 15) // 16 + (N_1 + 15) // 16
         if tl.program_id(0) >= BEFORE_2:
             matrix, its_bias, its_y, width = w_2, bias_2, y_2, panel * 0 + N_2
             panel = tl.program_id(0) - BEFORE_2
+            if low_rank is not None:
+                its_table, its_h = table_2, low_rank + 2 * ROWS * HEADS * RANK
     r = tl.arange(0, 16)
     n = panel * 16 + r
     totals = panel_products(
@@ -217,6 +233,9 @@ def linear_gemv(
             total += tl.load(added + at, mask=n < width, other=0.0)
         if added_1 is not None:
             total += tl.load(added_1 + at, mask=n < width, other=0.0)
+        if low_rank is not None:
+            h = its_h + (m * HEADS + head) * RANK
+            total += expand_panel(h, of_row, its_table, pairs, m, adds, head, panel, (width + 15) // 16, RANK)
         tl.store(its_y + at, total, mask=n < width)
     if normed is not None:
         k = tl.program_id(0) * NORMED + tl.arange(0, NORMED)
@@ -236,6 +255,11 @@ def glu_gemv(
     gate_bias,
     up_bias,
     y,
+    low_rank,
+    of_row,
+    pairs,
+    table,
+    table_1,
     K: tl.constexpr,
     N: tl.constexpr,
     EPS: tl.constexpr,
@@ -244,11 +268,13 @@ def glu_gemv(
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     FORMAT: tl.constexpr,
+    RANK: tl.constexpr,
     ROWS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """Two linears of the same x and their glu for exactly ROWS rows: x f32[ROWS, K], norm as in panel_products, gate
-    and up [N, K], biases f32[N] or None -> y f32[ROWS, N]. Grid: (panels)."""
+    and up [N, K], biases f32[N] or None -> y f32[ROWS, N]. low_rank: as in linear_gemv, of gate and up. Grid: (panels).
+    """
     c = tl.arange(0, 32)
     # Pointers are multiples of 16 bytes; only with that said are words loaded in whole vectors.
     WORD: tl.constexpr = gate.dtype.element_ty.primitive_bitwidth // 8
@@ -263,4 +289,10 @@ def glu_gemv(
         if gate_bias is not None:
             a += tl.load(gate_bias + n, mask=n < N, other=0.0)
             b += tl.load(up_bias + n, mask=n < N, other=0.0)
+        if low_rank is not None:
+            panel = tl.program_id(0)
+            head, adds = panel * 0, panel >= 0
+            h, up_h = low_rank + m * RANK, low_rank + (ROWS + m) * RANK
+            a += expand_panel(h, of_row, table, pairs, m, adds, head, panel, (N + 15) // 16, RANK)
+            b += expand_panel(up_h, of_row, table_1, pairs, m, adds, head, panel, (N + 15) // 16, RANK)
         tl.store(y + m * N + n, glu(a, b, FUNCTION, ALPHA, LIMIT), mask=n < N)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import xxhash
@@ -21,10 +22,12 @@ from hetcomp.adapters.packed_pairs import cut_pairs, fits, pack_pairs, packed_ra
 from hetcomp.adapters.pair_stack import PairStack, common_scale, stack_of
 from hetcomp.adapters.tensor_file import new_file
 from hetcomp.artifact.weight_files import tensor_name
-from hetcomp.backends.adapted_ops import AdaptableWeight, adaptable_weights
+from hetcomp.backends.adapted_ops import AdaptableWeight, adaptable_weights, pair_bytes
+from hetcomp.backends.gpu.pair_layout import PairLayout, changed_on
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.errors import HetcompError
 from hetcomp.ir.homes import on_gpu
+from hetcomp.ir.node_parts import Cut
 from hetcomp.ir.plan import Plan, Value, WeightSource
 from hetcomp.ir.serialise import from_json
 
@@ -45,17 +48,17 @@ class PackedAdapter:
 
 @dataclass(frozen=True)
 class _Target:
-    """A weight of the program that an adapter changes, of the part of which it is a cut."""
+    """A weight of a program that an adapter changes; ``cut``: of which whole weight it is what part, if it is one."""
 
     index: int
     value: Value
     shape: AdaptableWeight
     adapted: AdaptedWeight
-    layout: ProgramLayout
+    cut: tuple[Value, Cut] | None = None
 
     def pairs(self) -> PairStack:
         """Raises HetcompError naming the weight if the pairs do not have its shape."""
-        whole, cut = self.layout.cuts.get(self.value.id, (self.value, None))
+        whole, cut = self.cut or (self.value, None)
         pairs = viewed_pairs(stack_of(self.adapted), whole.view or WeightSource("plain", ()))
         pairs = cut_pairs(pairs, cut) if cut is not None else pairs
         if not fits(pairs, self.shape):
@@ -64,6 +67,18 @@ class _Target:
                 "report this bug, and compile with --adapter FOLDER --merge."
             )
         return pairs
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Of the CPU's program, and of each GPU that has room for adapters."""
+
+    cpu: tuple[_Target, ...]
+    gpus: tuple[tuple[str, tuple[_Target, ...]], ...]
+
+    def __iter__(self) -> Iterator[_Target]:
+        """In the order of their data."""
+        return chain(self.cpu, *(of_gpu for _, of_gpu in self.gpus))
 
 
 def pack_adapter(
@@ -77,8 +92,9 @@ def pack_adapter(
     """Packs the PEFT adapter in ``folder`` for the compiled model ``artifact`` into the new file ``out``. ``name``: the
     folder's by default.
 
-    Raises HetcompError, with nothing left at ``out``, if the folder is refused (bind_adapter), the model computes with
-    a GPU or has the weights of a target otherwise than as matrices, or ``out`` exists.
+    Raises HetcompError, with nothing left at ``out``, if the folder is refused (bind_adapter), a GPU that has no room
+    for the pairs computes with a target, the model has the weights of one otherwise than as matrices, or ``out``
+    exists.
     """
     artifact = Path(artifact)
     base = artifact_base(artifact)
@@ -94,12 +110,7 @@ def pack_bound(artifact: Path, adapter: Adapter, out: str | Path) -> PackedAdapt
     """As :func:`pack_adapter`, of an adapter that is bound to the artifact's base."""
     plan_json = _read(artifact, "plan.json")
     plan = from_json(plan_json)
-    if on_gpu(plan):
-        raise HetcompError(
-            f"A GPU computes a part of {artifact}, beside which adapters cannot be loaded at run time; compile the "
-            "model with --adapter FOLDER --merge, or for the CPU alone (--vram 0)."
-        )
-    targets = list(_targets(plan, adapter))
+    targets = _targets(plan, adapter)
     digest = hashlib.sha256(plan_json.encode()).hexdigest()
     return _write(Path(out), targets, adapter, digest)
 
@@ -114,35 +125,65 @@ def _read(artifact: Path, file: str) -> str:
         ) from None
 
 
-def _targets(plan: Plan, adapter: Adapter) -> Iterator[_Target]:
-    """The program's weights that the adapter changes. Raises HetcompError if one of the adapter's has no place."""
-    layout = ProgramLayout.of(plan)
-    shapes = adaptable_weights(plan, layout.weights, layout.cuts)
-    placed: set[str] = set()
-    for index, (value, shape) in enumerate(zip(layout.weights, shapes, strict=True)):
-        whole = layout.cuts[value.id][0] if value.id in layout.cuts else value
-        adapted = adapter.weights.get(whole.fqn or "")
-        if adapted is None or shape.matrices == 0:
-            continue
-        placed.add(adapted.fqn)
-        if packed_rank(adapted.rank) > _LARGEST_RANK:
-            raise HetcompError(
-                f"Adapter {adapter.name} has rank {adapted.rank} at {adapted.fqn}; at run time at most {_LARGEST_RANK} "
-                "is possible."
-            )
-        yield _Target(index, value, shape, adapted, layout)
+def _targets(plan: Plan, adapter: Adapter) -> _Targets:
+    """The weights that the adapter changes. Raises HetcompError if one of the adapter's has no place."""
+    gpus = tuple((gpu, tuple(_gpu_targets(plan, gpu, adapter))) for gpu in on_gpu(plan))
+    targets = _Targets(tuple(_cpu_targets(plan, adapter)), gpus if plan.adapter_room is not None else ())
+    placed = {target.adapted.fqn for target in targets}
     missing = next((fqn for fqn in adapter.weights if fqn not in placed), None)
     if missing is not None:
         raise HetcompError(
             f"Adapter {adapter.name} changes {missing}, which {plan.model.name} uses in a way that adapters cannot "
             "change at run time; compile with --adapter FOLDER --merge."
         )
+    return targets
 
 
-def _write(out: Path, targets: list[_Target], adapter: Adapter, digest: str) -> PackedAdapter:
-    # The header's length does not depend on the data: it is written first with a hash of zeros, and again at the end.
+def _cpu_targets(plan: Plan, adapter: Adapter) -> Iterator[_Target]:
+    layout = ProgramLayout.of(plan)
+    shapes = adaptable_weights(plan, layout.weights, layout.cuts)
+    for index, (value, shape) in enumerate(zip(layout.weights, shapes, strict=True)):
+        cut = layout.cuts.get(value.id)
+        adapted = adapter.weights.get((cut[0] if cut else value).fqn or "")
+        if adapted is None or shape.matrices == 0:
+            continue
+        _check_rank(adapter, adapted, _LARGEST_RANK, "at run time")
+        yield _Target(index, value, shape, adapted, cut)
+
+
+def _gpu_targets(plan: Plan, gpu: str, adapter: Adapter) -> Iterator[_Target]:
+    """Raises HetcompError if the GPU computes with a weight that the adapter changes, but has no room for its pairs."""
+    room, layout = plan.adapter_room, PairLayout.of(plan, gpu)
+    weights = layout.weights if layout is not None else ()
+    held = {value.id for value, _ in weights}
+    computed = changed_on(plan, gpu)
+    for value in plan.values:
+        if value.fqn not in adapter.weights or value.id not in computed or value.id in held:
+            continue
+        wish = "--adapters N --adapter-rank R" if room is None else "--adapter-experts"
+        raise HetcompError(
+            f"Adapter {adapter.name} changes {value.fqn}, of which {gpu} computes a part or all, and the model was "
+            f"compiled without room for {'adapters' if room is None else 'adapters of routed experts'} there; compile "
+            f"it with {wish}, with --adapter FOLDER --merge, or for the CPU alone (--vram 0)."
+        )
+    for index, (value, shape) in enumerate(weights):
+        adapted = adapter.weights.get(value.fqn or "")
+        if adapted is not None and room is not None:
+            _check_rank(adapter, adapted, packed_rank(room.rank), f"on {gpu}")
+            yield _Target(index, value, shape, adapted)
+
+
+def _check_rank(adapter: Adapter, adapted: AdaptedWeight, most: int, where: str) -> None:
+    if packed_rank(adapted.rank) > most:
+        raise HetcompError(
+            f"Adapter {adapter.name} has rank {adapted.rank} at {adapted.fqn}; {where} at most {most} is possible"
+            f"{'' if most == _LARGEST_RANK else ' (hetcomp compile --adapter-rank)'}."
+        )
+
+
+def _entries(targets: Sequence[_Target], position: int) -> tuple[list[dict[str, object]], int]:
+    """Those of the header, of weights whose data begin at ``position``, and where they end."""
     weights: list[dict[str, object]] = []
-    position = 0
     for target in targets:
         rank, a, b = _sizes(target)
         scale = common_scale(target.adapted)
@@ -157,6 +198,16 @@ def _write(out: Path, targets: list[_Target], adapter: Adapter, digest: str) -> 
             }
         )
         position += a + b
+    return weights, position
+
+
+def _write(out: Path, targets: _Targets, adapter: Adapter, digest: str) -> PackedAdapter:
+    # The header's length does not depend on the data: it is written first with a hash of zeros, and again at the end.
+    weights, position = _entries(targets.cpu, 0)
+    gpus: list[dict[str, object]] = []
+    for gpu, of_gpu in targets.gpus:
+        entries, position = _entries(of_gpu, position)
+        gpus.append({"device": gpu, "weights": entries})
     header: dict[str, object] = {
         "schema": list(SCHEMA),
         "name": adapter.name,
@@ -166,6 +217,7 @@ def _write(out: Path, targets: list[_Target], adapter: Adapter, digest: str) -> 
         "bytes": position,
         "xxh3_64": "0" * 16,
         "weights": weights,
+        **({"gpus": gpus} if gpus else {}),
     }
     hashed = xxhash.xxh3_64()
     with new_file(out) as file:
@@ -179,22 +231,16 @@ def _write(out: Path, targets: list[_Target], adapter: Adapter, digest: str) -> 
         assert file.tell() == begin + position
         file.seek(0)
         file.write(_head(header | {"xxh3_64": hashed.hexdigest()}))
-    return PackedAdapter(out, len(targets), max(_sizes(target)[0] for target in targets), position)
+    return PackedAdapter(out, len(list(targets)), max(_sizes(target)[0] for target in targets), position)
 
 
 def _sizes(target: _Target) -> tuple[int, int, int]:
     """Rank, and bytes of a and of b as they lie in the file, padding included."""
-    rank, shape = packed_rank(target.adapted.rank), target.shape
-    each = shape.matrices * rank * shape.number_bytes
-    rows = shape.halves * _up(shape.rows // shape.halves, 16)
-    return rank, _up(each * _up(shape.columns, 16), _ALIGNMENT), _up(each * rows, _ALIGNMENT)
+    rank = packed_rank(target.adapted.rank)
+    return rank, *pair_bytes(target.shape, rank)
 
 
 def _head(header: dict[str, object]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(24 + len(text)) % _ALIGNMENT)
     return _MAGIC + struct.pack("<QQ", len(text), xxhash.xxh3_64(text).intdigest()) + text
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

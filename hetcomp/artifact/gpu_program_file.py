@@ -10,15 +10,17 @@ from typing import Any
 
 import xxhash
 
-from hetcomp.artifact.weight_files import WeightRecord
+from hetcomp.artifact.weight_files import WeightRecord, tensor_name
 from hetcomp.backends.exchange import EXPERT_SUM
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.gpu_program import CONSTANTS, STATES, WEIGHTS, GpuBuffer, GpuProgram
+from hetcomp.backends.gpu.low_rank import PAIR_TABLE, PAIRS
+from hetcomp.backends.gpu.pair_layout import PairLayout
 from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES
 
-_SCHEMA = [3, 0]
+_SCHEMA = [3, 1]
 
 
 def write_gpu_program(
@@ -39,8 +41,13 @@ def write_gpu_program(
         "device_bytes": program.device_bytes(compiled),
         "flags": len(program.exchange.hand_overs),
         "buffers": [_buffer(buffer, program, records) for buffer in program.buffers()],
-        "graphs": [{"batch": g.rows.count, "exact": g.rows.exact, "nodes": g.nodes} for g in program.graphs],
+        "graphs": [
+            {"batch": g.rows.count, "exact": g.rows.exact, "adapted": g.adapted, "nodes": g.nodes}
+            for g in program.graphs
+        ],
     }
+    if program.pairs is not None:
+        document["adapters"] = _adapters(program.pairs)
     if program.stream is not None:
         document["stream"] = _stream(program.stream, program, cpu_weights)
     if program.expert_cache is not None:
@@ -134,6 +141,18 @@ def _expert_cache(cache: CacheLayout, program: GpuProgram) -> dict[str, Any]:
             }
             for layer in cache.layers
         ],
+    }
+
+
+def _adapters(pairs: PairLayout) -> dict[str, Any]:
+    weights = [{"name": tensor_name(value), **asdict(shape)} for value, shape in pairs.weights]
+    return {
+        "slots": pairs.room.count,
+        "rank": pairs.room.rank,
+        "experts": pairs.room.experts,
+        "pairs": PAIRS,
+        "table": {"buffer": PAIR_TABLE, "row_bytes": pairs.row_bytes},
+        "weights": weights,
     }
 
 

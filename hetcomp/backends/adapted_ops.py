@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetcomp.backends import packing
-from hetcomp.ir.homes import on_gpu
+from hetcomp.ir import adaptable
+from hetcomp.ir.adaptable import OPERANDS
+from hetcomp.ir.cpu_side import CpuRole, cpu_templates
 from hetcomp.ir.node_parts import Cut, NodePart, part_id, plan_parts
 from hetcomp.ir.ops import Attrs, HeadLinear, Linear, MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 
-# Operands that adapters may change: of experts two matrices, else one.
-OPERANDS = {"linear": (1,), "head_linear": (1,), "moe_experts": (3, 4)}
 # As HETCOMP_PAIR_COLUMNS of program.h.
 _COLUMNS = 16
+_RANK_STEP = 4  # HETCOMP_RANK_STEP
+_ALIGNMENT = 64  # of a and of b
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class ScratchPlace:
 
 @dataclass(frozen=True)
 class AdaptedOps:
-    """``places`` by (template, op id), of ops in parts by (template, ``part_id`` of the op). Empty for a program beside
-    GPUs, which compute with the weights as they are. ``floats`` and ``rows``: of all that is needed."""
+    """Of what the CPU computes: ``places`` by (template, op id), of ops in parts by (template, ``part_id`` of the op).
+    ``floats`` and ``rows``: of all that is needed."""
 
     places: Mapping[tuple[str, str], ScratchPlace]
     floats: int
@@ -57,14 +59,14 @@ class AdaptedOps:
         """The places that ``plan`` fixes."""
         places: dict[tuple[str, str], ScratchPlace] = {}
         parts, most_floats, most_rows = plan_parts(plan), 0, 0
-        for template in () if on_gpu(plan) else plan.templates:
+        for side in cpu_templates(plan).values():
             floats, rows = 0, 0
-            for op in template.ops:
-                if op.kind not in OPERANDS:
+            for op in side.template.ops:
+                if op.kind not in OPERANDS or side.roles[op.id] not in (CpuRole.COMPUTE, CpuRole.EXPERTS):
                     continue
-                for name, attrs in _pieces(op, parts.get((template.name, op.id), ())):
-                    places[template.name, name] = ScratchPlace(floats, rows)
-                    more = _needs(attrs, _rows(plan, template, op))
+                for name, attrs in _pieces(op, parts.get((side.template.name, op.id), ())):
+                    places[side.template.name, name] = ScratchPlace(floats, rows)
+                    more = _needs(attrs, _rows(plan, side.template, op))
                     floats, rows = floats + more.floats, rows + more.rows
             most_floats, most_rows = max(most_floats, floats), max(most_rows, rows)
         return AdaptedOps(places, most_floats, most_rows)
@@ -74,23 +76,36 @@ def adaptable_weights(
     plan: Plan, weights: Sequence[Value], cuts: Mapping[str, tuple[Value, Cut]]
 ) -> tuple[AdaptableWeight, ...]:
     """Of each of the program's weights what adapters may change. ``cuts``: by id of a node's part the whole weight."""
-    changeable, others = _read_as_matrices(plan)
-    found = []
-    for value in weights:
-        whole = cuts[value.id][0].id if value.id in cuts else value.id
-        if whole not in changeable or whole in others or value.kind is not ValueKind.WEIGHT:
-            found.append(AdaptableWeight())
-            continue
-        *_, rows, columns = (int(d) for d in value.type.shape)
-        halves = 2 if value.type.layout == packing.PANELS_GLU else 1
-        number = number_bytes(value)
-        found.append(AdaptableWeight(packing.matrices(value), rows, columns, halves, number))
-    return tuple(found)
+    changeable = adaptable.adaptable_weights(plan)
+    return tuple(
+        shape_of(value) if (cuts[value.id][0].id if value.id in cuts else value.id) in changeable else AdaptableWeight()
+        for value in weights
+    )
+
+
+def shape_of(value: Value) -> AdaptableWeight:
+    """What adapters may change of a weight that ops multiply with."""
+    if value.kind is not ValueKind.WEIGHT:
+        return AdaptableWeight()
+    *_, rows, columns = (int(d) for d in value.type.shape)
+    halves = 2 if value.type.layout == packing.PANELS_GLU else 1
+    return AdaptableWeight(packing.matrices(value), rows, columns, halves, number_bytes(value))
+
+
+def pair_bytes(shape: AdaptableWeight, rank: int) -> tuple[int, int]:
+    """Of a and of b of one adapter of that rank, as hetcomp.adapters.packed_pairs packs them."""
+    stored, each = -(-rank // _RANK_STEP) * _RANK_STEP, shape.matrices * shape.number_bytes
+    rows = shape.halves * _up(shape.rows // shape.halves, packing.PANEL) if shape.matrices else 0
+    return _up(each * stored * _up(shape.columns, _COLUMNS), _ALIGNMENT), _up(each * stored * rows, _ALIGNMENT)
 
 
 def number_bytes(value: Value) -> int:
     """Bytes of a number of pairs that are added to the weight: f32 where it is f32 itself, else bf16."""
     return 4 if value.format == "f32" else 2
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _pieces(op: Op, parts: Sequence[NodePart]) -> list[tuple[str, Attrs]]:
@@ -108,17 +123,3 @@ def _needs(attrs: Attrs, rows: int) -> ScratchPlace:
 def _rows(plan: Plan, template: Template, op: Op) -> int:
     rows = template.value(op.outputs[0]).type.shape[0]
     return rows if isinstance(rows, int) else plan.max_dims()[rows]
-
-
-def _read_as_matrices(plan: Plan) -> tuple[set[str], set[str]]:
-    """Ids of the plan's values that ops multiply with as adapters expect it, and of those that are read otherwise."""
-    matrices: set[str] = set()
-    others: set[str] = set()
-    for call in plan.calls:
-        template = plan.template(call.template)
-        actual = dict(zip(template.params, call.args, strict=True))
-        for op in template.ops:
-            for operand, name in enumerate(op.inputs):
-                if name in actual:
-                    (matrices if operand in OPERANDS.get(op.kind, ()) else others).add(actual[name])
-    return matrices, others

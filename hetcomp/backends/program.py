@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hetcomp.backends.adapted_ops import OPERANDS, AdaptedOps, adaptable_weights
+from hetcomp.backends.adapted_ops import AdaptedOps, adaptable_weights
 from hetcomp.backends.decode_flow import OpFlow, decode_flow
 from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
 from hetcomp.backends.protocol import Isa, Kernel
 from hetcomp.backends.templates import render
 from hetcomp.errors import HetcompError
+from hetcomp.ir.adaptable import OPERANDS
 from hetcomp.ir.cpu_side import CpuRole, CpuTemplate, cpu_plan, cpu_templates
 from hetcomp.ir.deferral import CHOICES_LATER, CHOICES_NOW, DEFERRED_SUM, deferrals, deferred_role
-from hetcomp.ir.homes import CPU, on_gpu, read_in
+from hetcomp.ir.homes import CPU, read_in
 from hetcomp.ir.node_parts import Cut, NodePart, cut_weights, part_id, part_workspace, plan_nodes, plan_parts
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
@@ -100,7 +101,7 @@ def render_program(plan: Plan, kernels: Mapping[tuple[str, str], Kernel], isa: I
         n_nodes=len(layout.nodes),
         n_pinned=len(exchange.of_side(CPU)),
         n_flags=len(exchange.hand_overs) if exchange.with_cpu() else 0,
-        adaptable=() if on_gpu(plan) else adaptable_weights(plan, layout.weights, layout.cuts),
+        adaptable=adaptable_weights(plan, layout.weights, layout.cuts),
         adapter_floats=adapted.floats,
         adapter_rows=adapted.rows,
         deferring=bool(deferrals(plan)),

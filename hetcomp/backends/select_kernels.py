@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hetcomp.backends import packing
+from hetcomp.backends import adapted_ops, packing
 from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.gpu.kernels import GpuRequest
 from hetcomp.backends.gpu.triton_backend import TritonBackend
@@ -58,6 +58,10 @@ class CpuTarget:
     def packed_bytes(self, value: Value) -> int:
         """Bytes of the packed weight, padding included."""
         return packing.packed_bytes(value)
+
+    def pair_bytes(self, value: Value, rank: int) -> int:
+        """Bytes of an adapter's pair of that rank for the weight."""
+        return sum(adapted_ops.pair_bytes(adapted_ops.shape_of(value), rank))
 
 
 def request(

@@ -16,7 +16,11 @@ from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.importance_command import importance_command
 from hetcomp.cli.options import (
+    DEFAULT_ADAPTER_RANK,
     DEFAULT_MAX_KL,
+    AdapterCount,
+    AdapterExperts,
+    AdapterRank,
     Adapters,
     AllowRouter,
     Answer,
@@ -96,6 +100,9 @@ def compile_command(
     importance: Annotated[
         Path | None, typer.Option("--importance", help="safetensors with each weight's column importances (q4, mxfp4).")
     ] = None,
+    adapters: AdapterCount = 0,
+    adapter_rank: AdapterRank = DEFAULT_ADAPTER_RANK,
+    adapter_experts: AdapterExperts = True,
     adapter: Adapters = None,
     merge: Merge = False,
     allow_router: AllowRouter = False,
@@ -134,6 +141,9 @@ def compile_command(
                 expert_cache,
                 routing_trace,
                 from_disk=from_disk,
+                adapters=adapters,
+                adapter_rank=adapter_rank,
+                adapter_experts=adapter_experts,
             ),
             adapters=adapter or (),
             merge=merge,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hetcomp.compiler import PlanWishes
 
 DEFAULT_MAX_KL = 0.01
+DEFAULT_ADAPTER_RANK = 16
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF folder, GGUF file, zoo name, or (plan) an artifact.")]
 Hw = Annotated[str, typer.Option("--hw", help="auto, preset:NAME, or a profile file.")]
@@ -61,6 +62,15 @@ FromDisk = Annotated[
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="LoRA adapter (PEFT folder); with --merge.")]
 Merge = Annotated[bool, typer.Option("--merge", help="Add the adapter to the weights before they are packed.")]
 AllowRouter = Annotated[bool, typer.Option("--allow-router", help="Accept an adapter that changes routers.")]
+AdapterCount = Annotated[
+    int,
+    typer.Option("--adapters", min=0, help="Room for so many LoRA adapters at run time; a GPU needs it."),
+]
+AdapterRank = Annotated[int, typer.Option("--adapter-rank", min=1, help="With --adapters: their greatest rank.")]
+AdapterExperts = Annotated[
+    bool,
+    typer.Option("--adapter-experts/--no-adapter-experts", help="With --adapters: also for routed experts on GPUs."),
+]
 StopAfter = Annotated[str | None, typer.Option("--stop-after", metavar="PASS", help="Print the plan after PASS.")]
 DumpDir = Annotated[Path | None, typer.Option("--dump-dir", help="Write the plan after every pass here.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -92,10 +102,13 @@ def wishes_of(
     routing_trace: Path | None = None,
     *,
     from_disk: bool = False,
+    adapters: int = 0,
+    adapter_rank: int = DEFAULT_ADAPTER_RANK,
+    adapter_experts: bool = True,
 ) -> PlanWishes:
     """What the options ask of placement. Raises HetcompError for sizes and numbers that are not understood."""
     from hetcomp.compiler import PlanWishes
-    from hetcomp.ir.annotations import Mix
+    from hetcomp.ir.annotations import AdapterRoom, Mix
     from hetcomp.passes.phases import DEFAULT_ANSWER, DEFAULT_PROMPT
     from hetcomp.what_if import parse_size
 
@@ -112,6 +125,7 @@ def wishes_of(
         expert_cache=expert_cache,
         routing_trace=routing_trace,
         from_disk=from_disk,
+        adapter_room=AdapterRoom(adapters, adapter_rank, adapter_experts) if adapters else None,
     )
 
 

@@ -11,7 +11,11 @@ from rich.table import Table
 
 from hetcomp.cli.guard import guard
 from hetcomp.cli.options import (
+    DEFAULT_ADAPTER_RANK,
     DEFAULT_MAX_KL,
+    AdapterCount,
+    AdapterExperts,
+    AdapterRank,
     Adapters,
     AllowRouter,
     Answer,
@@ -68,6 +72,9 @@ def plan_command(
     expert_cache: ExpertCache = "static",
     routing_trace: RoutingTraceFile = None,
     from_disk: FromDisk = False,
+    adapters: AdapterCount = 0,
+    adapter_rank: AdapterRank = DEFAULT_ADAPTER_RANK,
+    adapter_experts: AdapterExperts = True,
     adapter: Adapters = None,
     merge: Merge = False,
     allow_router: AllowRouter = False,
@@ -135,6 +142,9 @@ def plan_command(
                         expert_cache,
                         routing_trace,
                         from_disk=from_disk,
+                        adapters=adapters,
+                        adapter_rank=adapter_rank,
+                        adapter_experts=adapter_experts,
                     ),
                     adapters=adapter or (),
                     merge=merge,

@@ -6,11 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hetcomp.backends.adapted_ops import pair_bytes, shape_of
+from hetcomp.backends.gpu.pair_layout import PairLayout
 from hetcomp.backends.packing import packed_bytes
 from hetcomp.cli.plan_placement import homes, placed_ops
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu, Source
 from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.ir.adaptable import adaptable_weights
 from hetcomp.ir.annotations import Placement
 from hetcomp.ir.deferral import experts_on_cpu, whole_role
 from hetcomp.ir.events import Event
@@ -26,6 +29,7 @@ from hetcomp.prediction import trace
 KV_CACHE, WORKSPACE = "KV cache", "activations"
 RING, GPU_RUNTIME = "ring for streamed experts", "GPU runtime (reserved)"
 CACHE = "slots of the expert cache"
+ADAPTERS = "room for LoRA adapters"
 
 
 @dataclass(frozen=True)
@@ -256,6 +260,7 @@ def device_memory(
     parts: dict[str, Counter[str]] = defaultdict(Counter)
     largest_expert, streams, rings = 0, set(), set()
     values, seen, pool = plan.value_map(), set(), KvPool.of(plan.max_dims())
+    room, changeable = plan.adapter_room, adaptable_weights(plan)
     for call, op, placement in placed_ops(plan):
         actual = dict(zip(plan.template(call.template).params, call.args, strict=True))
         streams |= {run.streamed_to for run in placement.experts if run.streamed_to}
@@ -273,6 +278,10 @@ def device_memory(
             seen.add(value.id)
             if value.kind in (ValueKind.WEIGHT, ValueKind.CONST) and value.format is not None:
                 _spread(parts, _label(op, value.format), packed_bytes(value), homes(op, placement))
+                if room is not None and value.id in changeable:
+                    size = room.count * sum(pair_bytes(shape_of(value), room.rank))
+                    for device, share in homes(op, placement).items():
+                        parts[device][ADAPTERS] += round(size * share) if device.startswith("cpu") else 0
             elif value.kind is ValueKind.STATE:
                 parts[placement.device][KV_CACHE] += pool.bytes(value.type, placement.device)
         if placement.experts:
@@ -281,6 +290,8 @@ def device_memory(
         if parts[gpu][KV_CACHE]:
             parts[gpu][KV_CACHE] += pool.granule_waste
         parts[gpu][GPU_RUNTIME] += GPU_RESERVE
+        if (pairs := PairLayout.of(plan, gpu)) is not None:
+            parts[gpu][ADAPTERS] += pairs.pair_bytes + pairs.table_bytes
         if gpu in streams:
             parts[gpu][RING] += 2 * STAGED_EXPERTS * largest_expert
         if plan.stream is not None and gpu in rings:
@@ -320,7 +331,7 @@ def _device_memory(
     return DeviceMemory(device, name, tuple((what, size) for what, size in ordered if size), limit)
 
 
-_ORDER = {KV_CACHE: 1, WORKSPACE: 2, CACHE: 3, RING: 4, GPU_RUNTIME: 5}
+_ORDER = {KV_CACHE: 1, WORKSPACE: 2, CACHE: 3, RING: 4, ADAPTERS: 5, GPU_RUNTIME: 6}
 
 
 def layer_us(events: Sequence[Event]) -> dict[int, float]:

@@ -10,10 +10,10 @@ from hetcomp.cli.plan_figures import Figures, Roof, device_memory
 from hetcomp.cli.plan_placement import layer_runs
 from hetcomp.cli.plan_summary import OpGroup, summarise
 from hetcomp.cli.plan_weights import weight_classes
-from hetcomp.ir.annotations import AttachedAdapter
+from hetcomp.ir.annotations import AdapterRoom, AttachedAdapter
 from hetcomp.ir.plan import Plan
 
-SCHEMA = (2, 3)  # major: fields changed or went; minor: fields were added
+SCHEMA = (2, 4)  # major: fields changed or went; minor: fields were added
 
 
 class _Part(BaseModel):
@@ -187,6 +187,7 @@ class PlanDocument(_Part):
     what_if: list[Variant]
     improvements: list[Improvement]
     adapters: list[AttachedAdapter]
+    adapter_room: AdapterRoom | None
     matrices: list[Matrices]
     notes: list[str]
 
@@ -238,6 +239,7 @@ def plan_document(
         ],
         improvements=[Improvement(change=change, gain=gain) for change, gain in gains or []],
         adapters=list(plan.adapters),
+        adapter_room=plan.adapter_room,
         matrices=[Matrices(**asdict(one), bits=one.bits) for one in weight_classes(plan)],
         notes=list(plan.notes),
     )

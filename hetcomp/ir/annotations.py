@@ -245,6 +245,18 @@ class AttachedAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRoom:
+    """Memory of GPUs, and of the CPU, for LoRA adapters that are loaded at run time: ``count`` of them, each with pairs
+    of ranks up to ``rank`` for every weight that adapters may change; ``experts``: on GPUs, for routed experts too.
+    ``decode_us``: predicted, of a step of decoding whose tokens all have one on attention, dense layers and experts."""
+
+    count: int
+    rank: int
+    experts: bool = True
+    decode_us: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """Order on a lane (``cpu:0``) and whether all threads of the lane must meet before the op starts."""
 

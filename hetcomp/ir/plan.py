@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from hetcomp.ir.annotations import (
+    AdapterRoom,
     ArenaSlot,
     AttachedAdapter,
     CacheChoice,
@@ -30,7 +31,7 @@ from hetcomp.ir.annotations import (
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 4)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 5)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):
@@ -197,7 +198,8 @@ class Plan:
     ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill; ``expert_cache``:
     some of them are on the GPU, others from step to step. ``disk``: experts are read from the disk. ``deferral``: what
     deferring experts was measured to cost, if it was; ``cache_choice``: how the policy of the expert cache was found,
-    if a routing trace decided. ``adapters``: what changes the model's weights."""
+    if a routing trace decided. ``adapters``: what changes the model's weights; ``adapter_room``: what there is memory
+    for that changes them at run time (None: nothing on GPUs)."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -217,6 +219,7 @@ class Plan:
     disk: DiskReads | None = None
     cache_choice: CacheChoice | None = None
     adapters: tuple[AttachedAdapter, ...] = ()
+    adapter_room: AdapterRoom | None = None
     notes: tuple[str, ...] = field(default=())
 
     def dim(self, name: str) -> Dim:

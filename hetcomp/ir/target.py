@@ -29,6 +29,10 @@ class KernelTarget(Protocol):
         """Bytes of the weight once packed in ``value.format`` (padding and scales included)."""
         ...
 
+    def pair_bytes(self, value: Value, rank: int) -> int:
+        """Bytes of an adapter's pair of that rank for the weight."""
+        ...
+
 
 class Checkpoint(Protocol):
     """Weights on disk or in memory, known by their headers; asked by bind_weights."""

@@ -62,6 +62,8 @@ bool finite(const std::uint8_t* numbers, std::uint64_t bytes, Bits exponent) {
   return all;
 }
 
+std::int64_t up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
+
 // One part of a weight's pairs. The product of its sizes cannot overflow: the program's are those of a weight
 // in memory, the rank is bounded.
 const std::uint8_t* part(const CheckedJson& offset, const Memory& data, std::int64_t numbers,
@@ -77,10 +79,28 @@ const std::uint8_t* part(const CheckedJson& offset, const Memory& data, std::int
   return found;
 }
 
+// Of a weight of that shape; the caller says of which.
+GpuPair read_pair(const CheckedJson& entry, const Memory& data, const hetcomp_adaptable& shape,
+                  std::int64_t largest_rank) {
+  hetcomp_pair pair{};
+  pair.rank = entry["rank"].integer(HETCOMP_RANK_STEP, largest_rank);
+  if (pair.rank % HETCOMP_RANK_STEP != 0) entry["rank"].refuse("a multiple of 4");
+  pair.scale = static_cast<float>(entry["scale"].real());
+  if (!std::isfinite(pair.scale)) entry["scale"].refuse("a finite number");
+  const std::int64_t a = shape.matrices * pair.rank * up(shape.in, HETCOMP_PAIR_COLUMNS);
+  const std::int64_t b = shape.matrices * pair.rank * shape.halves * up(shape.out / shape.halves, kPanelRows);
+  pair.a = part(entry["a"], data, a, shape.number_bytes);
+  pair.b = part(entry["b"], data, b, shape.number_bytes);
+  const auto bytes = [&](std::int64_t n) {
+    return static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(shape.number_bytes);
+  };
+  return {0, pair, bytes(a), bytes(b)};
+}
+
 }  // namespace
 
-Adapter::Adapter(const std::filesystem::path& path, const Manifest& manifest,
-                 const hetcomp_program& program) {
+Adapter::Adapter(const std::filesystem::path& path, const Manifest& manifest, const hetcomp_program& program,
+                 std::span<const GpuAdaptable> gpus) {
   const File file(path);
   const std::string where = path.string();
   const std::string text = read_header(file);
@@ -105,34 +125,58 @@ Adapter::Adapter(const std::filesystem::path& path, const Manifest& manifest,
   if (XXH3_64bits(data_.data(), bytes) != header["xxh3_64"].hash_value())
     refuse(file, "is damaged: its data do not have their hash; pack the adapter again.");
   read_pairs(header, manifest, program);
+  read_gpu_pairs(header, gpus);
+  if (weights() == 0) header["weights"].refuse("a list of at least one weight");
+}
+
+std::size_t Adapter::weights() const {
+  std::size_t n = pairs_.size();
+  for (const std::vector<GpuPair>& pairs : on_gpus_) n += pairs.size();
+  return n;
+}
+
+bool Adapter::changes_gpus() const {
+  return std::ranges::any_of(on_gpus_, [](const auto& pairs) { return !pairs.empty(); });
+}
+
+void Adapter::read_gpu_pairs(const CheckedJson& header, std::span<const GpuAdaptable> gpus) {
+  on_gpus_.resize(gpus.size());
+  if (!header.has("gpus")) return;
+  const std::vector<CheckedJson> entries = header["gpus"].elements();
+  if (entries.size() != gpus.size())
+    header["gpus"].refuse("a list of " + std::to_string(gpus.size()) + ", the GPUs with room for adapters");
+  for (std::size_t i = 0; i < gpus.size(); ++i) {
+    if (entries[i]["device"].text() != gpus[i].device) entries[i]["device"].refuse(gpus[i].device);
+    for (const CheckedJson& entry : entries[i]["weights"].elements()) {
+      const std::size_t first = on_gpus_[i].empty() ? 0 : on_gpus_[i].back().weight + 1;
+      const std::uint64_t index = entry["weight"].number(first, gpus[i].weights.size() - 1);
+      const GpuAdaptable::Weight& weight = gpus[i].weights[index];
+      if (entry["name"].text() != weight.name)
+        entry["name"].refuse(weight.name + ", which is weight " + std::to_string(index));
+      GpuPair found = read_pair(entry, data_, weight.shape, up(gpus[i].rank, HETCOMP_RANK_STEP));
+      found.weight = index;
+      rank_ = std::max(rank_, found.pair.rank);
+      on_gpus_[i].push_back(found);
+    }
+  }
 }
 
 void Adapter::read_pairs(const CheckedJson& header, const Manifest& manifest,
                          const hetcomp_program& program) {
   const std::vector<CheckedJson> weights = header["weights"].elements();
-  if (weights.empty()) header["weights"].refuse("a list of at least one weight");
   table_.assign(static_cast<std::size_t>(program.n_weights), nullptr);
   pairs_.reserve(weights.size());  // the table points into it
   for (const CheckedJson& entry : weights) {
     const auto index = entry["weight"].number(0, static_cast<std::uint64_t>(program.n_weights) - 1);
-    const hetcomp_adaptable& shape = program.adaptable[index];
+    const hetcomp_adaptable shape =
+        program.adaptable == nullptr ? hetcomp_adaptable{} : program.adaptable[index];
     if (shape.matrices == 0) entry["weight"].refuse("a weight that adapters can change");
     if (table_[index] != nullptr) entry["weight"].refuse("named once");
     if (entry["name"].text() != manifest.weights[index].name)
       entry["name"].refuse(manifest.weights[index].name + ", which is weight " + std::to_string(index));
-    hetcomp_pair pair{};
-    pair.rank = entry["rank"].integer(HETCOMP_RANK_STEP, kLargestRank);
-    if (pair.rank % HETCOMP_RANK_STEP != 0) entry["rank"].refuse("a multiple of 4");
-    pair.scale = static_cast<float>(entry["scale"].real());
-    if (!std::isfinite(pair.scale)) entry["scale"].refuse("a finite number");
-    const auto up = [](std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; };
-    const std::int64_t a = shape.matrices * pair.rank * up(shape.in, HETCOMP_PAIR_COLUMNS);
-    const std::int64_t b =
-        shape.matrices * pair.rank * shape.halves * up(shape.out / shape.halves, kPanelRows);
-    pair.a = part(entry["a"], data_, a, shape.number_bytes);
-    pair.b = part(entry["b"], data_, b, shape.number_bytes);
-    rank_ = std::max(rank_, pair.rank);
-    table_[index] = &pairs_.emplace_back(pair);
+    const GpuPair found = read_pair(entry, data_, shape, kLargestRank);
+    rank_ = std::max(rank_, found.pair.rank);
+    table_[index] = &pairs_.emplace_back(found.pair);
   }
 }
 

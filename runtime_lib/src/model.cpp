@@ -45,9 +45,11 @@ Model::Model(const std::filesystem::path& artifact, const LoadOptions& options)
   verify_files(artifact, manifest_);
   library_ = std::make_unique<ProgramLibrary>(locate(artifact, manifest_, program.file), program, manifest_);
   kv_pool_ = std::make_unique<KvPool>(facts().max_batch, facts().kv_tokens);
-  if (manifest_.gpus.empty() && library_->program().adaptable != nullptr)
-    adapters_ = std::make_unique<ResidentAdapters>(manifest_, library_->program());
   if (!manifest_.gpus.empty()) load_gpus(options);
+  std::vector<GpuAdaptable> on_gpus = gpu_ ? gpu_->adaptable() : std::vector<GpuAdaptable>();
+  if (library_->program().adaptable != nullptr || !on_gpus.empty())
+    adapters_ = std::make_unique<ResidentAdapters>(manifest_, library_->program(), std::move(on_gpus),
+                                                   [this](Adapter& adapter) { return prepare(adapter); });
   tokenizer_ = load_text<Tokenizer>(artifact, manifest_, manifest_.tokenizer);
   chat_template_ = load_text<ChatTemplate>(artifact, manifest_, manifest_.chat_template);
   allocate(options);
@@ -288,17 +290,22 @@ void Model::run(const StepRequest& request) {
 
 ResidentAdapters& Model::require_adapters() {
   if (adapters_) return *adapters_;
-  throw Error(HETCOMP_INVALID_ARGUMENT,
-              "A GPU computes a part of the model " + facts().name +
-                  ", beside which adapters cannot be loaded: compile the model with the adapter merged "
-                  "(--adapter FOLDER --merge), or for the CPU alone (--vram 0).");
+  throw Error(
+      HETCOMP_INVALID_ARGUMENT,
+      "A GPU computes a part of the model " + facts().name +
+          ", which has no room for adapters: compile the model with room (--adapters N --adapter-rank "
+          "R), with the adapter merged (--adapter FOLDER --merge), or for the CPU alone (--vram 0).");
+}
+
+// Between steps.
+bool Model::prepare(Adapter& adapter) {
+  const std::lock_guard lock(step_mutex_);
+  step_adapters_.reserve(library_->program(), adapter.rank());
+  return !gpu_ || gpu_->place(adapter);
 }
 
 void Model::load_adapter(const std::filesystem::path& file, const std::string& name) {
-  require_adapters().load(file, name, [&](const Adapter& adapter) {
-    const std::lock_guard lock(step_mutex_);
-    step_adapters_.reserve(library_->program(), adapter.rank());
-  });
+  require_adapters().load(file, name);
 }
 
 void Model::unload_adapter(const std::string& name) { require_adapters().unload(name); }
@@ -309,7 +316,7 @@ void Model::run_gpus(const hetcomp_step& step, const StepRequest& request,
                      const gpu::GpuStep::Lanes& run_lanes) {
   std::int32_t batch = 0;
   try {
-    batch = gpu_->run(step, request.best, request.candidates, run_lanes);
+    batch = gpu_->run(step, request.best, request.candidates, run_lanes, request.adapters);
   } catch (const Error&) {
     weights_->require_good(manifest_);  // says more than that the step was given up
     throw;

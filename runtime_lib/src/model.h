@@ -128,6 +128,7 @@ class Model {
   void stream_from_weights();
   void allocate(const LoadOptions& options);
   ResidentAdapters& require_adapters();
+  bool prepare(Adapter& adapter);
   Residency choose_residency(hetcomp_weights wanted, std::uint64_t available) const;
   void describe_nodes();
 

@@ -24,24 +24,26 @@ ResidentAdapters::Entry& ResidentAdapters::find(const std::string& name) {
                                      ": load it first (hetcomp_adapter_load).");
 }
 
-void ResidentAdapters::make_room() {
-  std::size_t resident = 0;
-  Entry* oldest = nullptr;
-  for (Entry& entry : entries_ | std::views::values) {
-    if (!entry.adapter) continue;
-    ++resident;
-    if (users(entry.adapter) > 0) continue;
-    if (oldest == nullptr || entry.last_use < oldest->last_use) oldest = &entry;
+void ResidentAdapters::prepare(Adapter& adapter, const std::string& name) {
+  while (true) {
+    std::size_t resident = 0;
+    Entry* oldest = nullptr;
+    for (Entry& entry : entries_ | std::views::values) {
+      if (!entry.adapter) continue;
+      ++resident;
+      if (users(entry.adapter) > 0) continue;
+      if (oldest == nullptr || entry.last_use < oldest->last_use) oldest = &entry;
+    }
+    if (resident < kMost && prepare_(adapter)) return;
+    if (oldest == nullptr)
+      throw Error(HETCOMP_NO_FREE_SLOT, "There is no room for the adapter " + name + ": all " +
+                                            std::to_string(resident) +
+                                            " adapters in memory are in use by sessions; free one.");
+    oldest->adapter.reset();
   }
-  if (resident < kMost) return;
-  if (oldest == nullptr)
-    throw Error(HETCOMP_NO_FREE_SLOT,
-                "All " + std::to_string(kMost) + " adapters in memory are in use by sessions: free one.");
-  oldest->adapter.reset();
 }
 
-void ResidentAdapters::load(const std::filesystem::path& file, const std::string& name,
-                            const std::function<void(const Adapter&)>& prepare) {
+void ResidentAdapters::load(const std::filesystem::path& file, const std::string& name) {
   const auto check_name = [&] {
     if (name.empty()) throw Error(HETCOMP_INVALID_ARGUMENT, "An adapter's name must not be empty.");
     if (entries_.contains(name))
@@ -52,11 +54,10 @@ void ResidentAdapters::load(const std::filesystem::path& file, const std::string
     const std::lock_guard lock(mutex_);
     check_name();
   }
-  const auto adapter = std::make_shared<const Adapter>(file, manifest_, program_);
-  prepare(*adapter);
+  const auto adapter = std::make_shared<Adapter>(file, manifest_, program_, gpus_);
   const std::lock_guard lock(mutex_);
   check_name();
-  make_room();
+  prepare(*adapter, name);
   std::error_code ignored;
   const std::filesystem::path absolute = std::filesystem::absolute(file, ignored);
   entries_[name] = {absolute.empty() ? file : absolute, adapter->sha256(), adapter, ++uses_};
@@ -80,15 +81,15 @@ ResidentAdapters::Use ResidentAdapters::use(const std::string& name) {
     if (entry.adapter) return entry.adapter;
     file = entry.file;
   }
-  auto again = std::make_shared<const Adapter>(file, manifest_, program_);
+  const auto again = std::make_shared<Adapter>(file, manifest_, program_, gpus_);
   const std::lock_guard lock(mutex_);
   Entry& entry = find(name);
   if (entry.adapter) return entry.adapter;  // somebody else was faster
   if (again->sha256() != entry.sha256)
     throw Error(HETCOMP_BAD_ARTIFACT, file.string() + " holds another adapter than when " + name +
                                           " was loaded from it: unload the name and load it again.");
-  make_room();
-  entry.adapter = std::move(again);
+  prepare(*again, name);
+  entry.adapter = again;
   return entry.adapter;
 }
 

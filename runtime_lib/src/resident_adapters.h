@@ -8,6 +8,8 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "adapter.h"
 
@@ -20,15 +22,19 @@ class ResidentAdapters {
   // Keeps an adapter in memory and from being unloaded.
   using Use = std::shared_ptr<const Adapter>;
 
-  // Both must outlive it; the program must be adaptable.
-  ResidentAdapters(const Manifest& manifest, const hetcomp_program& program)
-      : manifest_(manifest), program_(program) {}
+  // Gets an adapter ready before anybody can use it, once it is alone to do so; false: another one must make
+  // room first. Throws Error: it never can.
+  using Prepare = std::function<bool(Adapter&)>;
 
-  // Reads a file; `prepare` is called before anybody can use what it holds. Where kMost adapters are in
-  // memory, the one whose last use is longest ago makes room, among those that nobody uses. Throws Error: the
-  // name is taken, the file is refused, all are in use.
-  void load(const std::filesystem::path& file, const std::string& name,
-            const std::function<void(const Adapter&)>& prepare);
+  // All must outlive it. gpus: those that have room for adapters.
+  ResidentAdapters(const Manifest& manifest, const hetcomp_program& program, std::vector<GpuAdaptable> gpus,
+                   Prepare prepare)
+      : manifest_(manifest), program_(program), gpus_(std::move(gpus)), prepare_(std::move(prepare)) {}
+
+  // Reads a file. Where kMost adapters are in memory, or there is no room for this one, the one whose last
+  // use is longest ago makes room, among those that nobody uses. Throws Error: the name is taken, the file is
+  // refused, all are in use.
+  void load(const std::filesystem::path& file, const std::string& name);
   // Forgets it. Throws Error if there is none of that name, or if it is in use.
   void unload(const std::string& name);
   // Counts as use. One that made room is read again; throws Error as load(), also if its file has changed, or
@@ -46,10 +52,12 @@ class ResidentAdapters {
   };
 
   Entry& find(const std::string& name);
-  void make_room();
+  void prepare(Adapter& adapter, const std::string& name);
 
   const Manifest& manifest_;
   const hetcomp_program& program_;
+  const std::vector<GpuAdaptable> gpus_;
+  const Prepare prepare_;
   mutable std::mutex mutex_;
   std::map<std::string, Entry> entries_;
   std::uint64_t uses_ = 0;

@@ -74,5 +74,5 @@ def _launch(launch: Launch, made: CompiledKernel, slot_blocks: int, rows: int) -
 def _argument(operand: Operand, slot_blocks: int) -> dict[str, Any]:
     if operand.source == "slot_blocks":
         return {"i32": slot_blocks}
-    key = operand.name if operand.source == "step" else operand.index
+    key = operand.name if operand.source in ("step", "adapters") else operand.index
     return {"buffer": buffer_name(operand.source, key), "offset": operand.offset}

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Launch, Operand
+from hetcomp.backends.gpu.low_rank import PAIR_TABLE, PAIRS
 from hetcomp.backends.gpu.triton_backend import TritonBackend
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value
@@ -39,6 +40,16 @@ def request(
 def emit(asked: GpuRequest) -> GpuCode:
     """The backend's answer."""
     return _BACKEND.emit(asked)
+
+
+@dataclass(frozen=True)
+class StepAdapters:
+    """What a step has of adapters: the slot of each row, all pairs, and the table i64 [weights, slots, 4] by which
+    kernels find them."""
+
+    of_row: npt.NDArray[np.int32]
+    pairs: npt.NDArray[np.uint8]
+    table: npt.NDArray[np.int64]
 
 
 @dataclass
@@ -84,6 +95,7 @@ def run(
     step: Step | None = None,
     grid_rows: int | None = None,
     changed: Mapping[int, npt.NDArray[Any]] | None = None,
+    adapters: StepAdapters | None = None,
 ) -> list[npt.NDArray[Any]]:
     """Runs the op, or a group's code, and returns its outputs (shape, dtype); asserts that nothing is written outside
     of them and of the workspace. ``grid_rows``: rows that the grids are made for, ``rows`` if None. ``changed``: inputs
@@ -105,6 +117,10 @@ def run(
         for i, (shape, dtype) in enumerate(outputs)
     }
     buffers |= {("step", name): _Buffer.of(a) for name, a in of_step.items() if a is not None}
+    if adapters is not None:
+        buffers["step", "adapters"] = _Buffer.of(adapters.of_row)
+        buffers["adapters", PAIRS] = _Buffer.of(adapters.pairs)
+        buffers["adapters", PAIR_TABLE] = _Buffer.of(adapters.table)
     before = {buffer_name(*key): b.everything.numpy().copy() for key, b in buffers.items()}
     for launch in code.launches:
         _run_launch(launch, buffers, slot_blocks(step.context), rows if grid_rows is None else grid_rows)
@@ -129,7 +145,7 @@ def _run_launch(launch: Launch, buffers: Mapping[tuple[str, Any], _Buffer], bloc
     def value(operand: Operand) -> int:
         if operand.source == "slot_blocks":
             return blocks
-        key = operand.name if operand.source == "step" else operand.index
+        key = operand.name if operand.source in ("step", "adapters") else operand.index
         return buffers[operand.source, key].area().start + operand.offset
 
     names = (name for name, _ in launch.kernel.arguments)

@@ -20,6 +20,7 @@ from hetcomp.backends.gpu.candidates import candidates
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_kernels
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
 from hetcomp.backends.gpu.kernels import GpuCode, GpuKernel, GpuRequest
+from hetcomp.backends.gpu.low_rank import PairTables
 from hetcomp.backends.gpu.write_kernels import write_kernels
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
@@ -87,7 +88,19 @@ def _small(rows: int | None) -> list[GpuRequest]:
     return [request(attrs, operands, outputs, DIMS, rows) for attrs, operands, outputs in asked]
 
 
-def _grouped(weight_format: str, rows: int) -> list[GpuGroup]:
+def _pairs(rank: int, numbers: str, *weights: str) -> PairTables:
+    """Of weights that adapters may change."""
+    return PairTables(dict.fromkeys(weights, 64), dict.fromkeys(weights, numbers), 0, rank, 4)
+
+
+def _with_pairs(asked: GpuRequest, rank: int = 16, numbers: str = "bf16") -> GpuRequest:
+    """With adapters' pairs of all of the op's weights."""
+    weights = asked.inputs[3:5] if isinstance(asked.op.attrs, ops.MoeExperts) else asked.inputs[1:2]
+    ids = [value.id for value in weights]
+    return dataclasses.replace(asked, pairs=_pairs(rank, numbers, *ids).of("T", *ids))
+
+
+def _grouped(weight_format: str, rows: int, pairs: PairTables | None = None) -> list[GpuGroup]:
     """Norm, three linears, and what is added; norm, gate, up and glu; a router; experts between a norm and two
     additions."""
     a = ops.MoeExperts(experts=128, top_k=8, hidden=2048, intermediate=768)
@@ -117,7 +130,7 @@ def _grouped(weight_format: str, rows: int) -> list[GpuGroup]:
         Op("x2", ops.Add(), ("f", "o2"), ("x2",)),
     ]
     values |= {name: activation(name, "T", 2048) for name in ("o2", "x2")}
-    return list(group_ops(graph, values, ("q", "k", "v", "n"), DIMS, rows))
+    return list(group_ops(graph, values, ("q", "k", "v", "n"), DIMS, rows, pairs=pairs))
 
 
 def _grouped_heads(a: ops.Attention, q: ops.Rope, norms: int | None, rows: int | None) -> list[GpuGroup]:
@@ -186,6 +199,7 @@ def _grouped_sum() -> list[GpuGroup]:
     return list(group_ops([add, norm], values, ("c", "d"), DIMS, None))
 
 
+_GROUPED_WEIGHTS = (*(f"{name}.w" for name in ("q", "k", "v", "o", "gate", "up", "l")), "gate_up", "down")
 FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
     **{f"linear-{form}": [_linear(form, rows) for rows in (8, None)] for form in packing.FORMATS},
     **{f"experts-{form}": [_experts(form, rows) for rows in (1, None)] for form in ("bf16", "q4")},
@@ -196,6 +210,12 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
     },
     "attention-f32": [_attention(GQA, rows, DType.F32) for rows in (1, None)],
     "attention-wide": [_attention(WIDE, rows) for rows in (1, 4, None)],
+    "adapters": [
+        *(_with_pairs(_linear(form, rows)) for form in ("q4", "fp8") for rows in (8, None)),
+        *(_with_pairs(_linear("f32", rows), 64, "fp32") for rows in (8, None)),
+        *(_with_pairs(_experts("q4", rows), rank) for rows in (1, None) for rank in (16, 128)),
+        *(group for rows in (1, 8) for group in _grouped("q4", rows, _pairs(32, "bf16", *_GROUPED_WEIGHTS))),
+    ],
     "small": _small(None),
     "sampling": [argmax(151936, 64, False), candidates(151936, 1), candidates(8192, 4)],
     **{f"groups-{form}-{rows}": _grouped(form, rows) for form in ("q4", "fp8") for rows in (1, 8)},

@@ -268,7 +268,7 @@ def test_the_cpu_has_no_part_in_what_gpus_hand_to_each_other(on_two_gpus):
     source = render_program(on_two_gpus.plan, kernels, Isa.AVX2, "0" * 64)
     flags = [h.flag for h in exchange.hand_overs if h.taker == "cpu"]
     assert len(flags) == 2 and all(f"std::uint32_t{{{flag}}}" in source for flag in flags)
-    assert f"4, {len(exchange.hand_overs)}, nullptr, 0, 0, run," in source  # buffers, hand-overs
+    assert f"4, {len(exchange.hand_overs)}, kAdaptable, " in source  # buffers, hand-overs
 
 
 def test_without_the_cpu_its_program_has_no_hand_overs():

@@ -21,6 +21,7 @@ from hetcomp.backends.packing import to_f32
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.compiler import PlanWishes, plan_model
 from hetcomp.errors import HetcompError
+from hetcomp.ir.annotations import AdapterRoom
 from hetcomp.ir.plan import WeightSource
 from hetcomp.ir.serialise import from_json, to_json
 from tests.reference.peft_adapters import everything, make_adapter
@@ -217,10 +218,21 @@ def test_parts_of_numa_nodes_have_parts_of_pairs(tmp_path):
             assert cuts > 0 and parts.keys() == deltas.keys()
 
 
-def test_a_model_of_a_gpu_is_refused(tiny, tmp_path):
+def test_what_a_gpu_has_no_room_for_is_refused(tiny, tmp_path):
+    """Without any room; without room for routed experts; of a greater rank."""
     machine = avx2_machine(1).model_copy(update={"gpus": (gpu(),)})
-    planned = plan_model(tiny / "hf", hw_profile=machine, context_length=32, wishes=PlanWishes(pins=("*=gpu:0",)))
     artifact, out = tmp_path / "documents", tmp_path / "a.hetlora"
     shutil.copytree(tiny / "documents", artifact)
-    (artifact / "plan.json").write_text(to_json(planned.plan))
-    refused("A GPU computes a part of", artifact, tiny / "adapter", out)
+    for room, match in (
+        (None, "gpu:0 computes a part or all, .* without room for adapters there; compile it with --adapters N"),
+        (AdapterRoom(2, 16, experts=False), "room for adapters of routed experts there; compile it with --adapter-exp"),
+        (AdapterRoom(2, 1), "on gpu:0 at most 4 is possible .hetcomp compile --adapter-rank"),
+    ):
+        wishes = PlanWishes(pins=("*=gpu:0",), adapter_room=room)
+        planned = plan_model(tiny / "hf", hw_profile=machine, context_length=32, wishes=wishes)
+        (artifact / "plan.json").write_text(to_json(planned.plan))
+        if room is None or not room.experts:
+            refused(match, artifact, tiny / "adapter", out)
+            continue
+        make_adapter(build("qwen3_moe"), tmp_path / "rank5", target_modules=["q_proj"], r=5)
+        refused(match, artifact, tmp_path / "rank5", out)

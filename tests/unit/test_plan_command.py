@@ -94,7 +94,7 @@ def test_plans_are_those_that_are_compiled_unless_others_are_asked_for(asked):
 def test_json_follows_its_schema_and_nothing_else_is_on_stdout(asked):
     out = plan("--json", "--what-if", "dram_bandwidth=2x").stdout
     document = PlanDocument.model_validate_json(out)
-    assert json.loads(out)["schema"] == [2, 3] and document.explored is False
+    assert json.loads(out)["schema"] == [2, 4] and document.explored is False
     assert [d.device for d in document.devices] == ["cpu:0", "gpu:0"]
     assert all(d.bytes == sum(p.bytes for p in d.parts) for d in document.devices)
     assert [r.ridge == pytest.approx(r.gflops / r.gb_per_s) for r in document.roofs] == [True, True]

@@ -87,7 +87,7 @@ def test_matrices_are_named_with_what_they_are_stored_and_computed_in(planned):
 
 def test_json_has_the_numbers_of_the_table(planned):
     document = json.loads(plan_report_json(planned, available_bytes=10**9))
-    assert document["schema"] == [2, 3]
+    assert document["schema"] == [2, 4]
     experts = next(g for g in document["groups"] if g["role"] == "moe.experts")
     decode = next(p for p in experts["phases"] if p["phase"] == "decode")
     assert decode["flops"] == LAYERS * 6 * TOP_K * HIDDEN * WIDTH

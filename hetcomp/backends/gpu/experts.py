@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hetcomp.backends import packing
+from hetcomp.backends.gpu import low_rank
+from hetcomp.backends.gpu.expert_operands import Argument, ExpertOperands, number_of, pointer_to
 from hetcomp.backends.gpu.gemv import (
     GEMV_ROWS,
     Norm,
@@ -14,7 +16,6 @@ from hetcomp.backends.gpu.gemv import (
     norm_constants,
 )
 from hetcomp.backends.gpu.kernels import (
-    NUMBER_TYPES,
     ONE,
     ROWS,
     Constant,
@@ -26,14 +27,15 @@ from hetcomp.backends.gpu.kernels import (
     launch,
 )
 from hetcomp.backends.gpu.linear import GemmTile, round_rows, rounded
+from hetcomp.backends.gpu.low_rank import Added, rank_constant, slots_constant
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
-from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
+from hetcomp.backends.gpu.words import PER_WORD
 from hetcomp.ir.ops import MoeExperts
-from hetcomp.ir.types import DType, TensorType
+from hetcomp.ir.types import TensorType
 
 _SORT_ENTRIES = 4096  # entries, at most, that a program of the sort looks at in a turn
 _COMBINE_COLUMNS = 1024
-_Argument = tuple[str, Operand] | None
+_ADDED = ("low_rank", "of_row", "pairs", "table")
 
 
 def moe_experts(request: GpuRequest) -> GpuCode:
@@ -57,7 +59,7 @@ def rounded_rows(request: GpuRequest) -> GpuCode:
 
 def entries_type(attrs: MoeExperts, weight_format: str) -> TensorType:
     """Of the results of all choices, each times its weight."""
-    return TensorType(_number(weight_format), ("T", attrs.top_k, attrs.hidden))
+    return TensorType(number_of(weight_format), ("T", attrs.top_k, attrs.hidden))
 
 
 def wave_of_experts(request: GpuRequest) -> GpuCode:
@@ -68,67 +70,19 @@ def wave_of_experts(request: GpuRequest) -> GpuCode:
 
 def combined_experts(attrs: MoeExperts, weight_format: str) -> GpuCode:
     """The sums of such results, from inputs: those, ids, and the table of all experts that are here."""
-    return GpuCode((_combine(attrs, (_pointer(weight_format), Operand("input", 0)), ("*i32", Operand("input", 2))),))
+    return GpuCode((_combine(attrs, (pointer_to(weight_format), Operand("input", 0)), ("*i32", Operand("input", 2))),))
 
 
-def _number(weight_format: str) -> DType:
-    """What is stored between the products and behind them."""
-    return DType.F32 if weight_format == "f32" else DType.BF16
-
-
-def _pointer(weight_format: str) -> str:
-    return NUMBER_TYPES[_number(weight_format)]
-
-
-class _Experts:
-    """The op's operands and constants."""
-
-    def __init__(self, request: GpuRequest) -> None:
-        attrs = request.op.attrs
-        assert isinstance(attrs, MoeExperts)
-        self.attrs = attrs
-        self.weight_format = str(request.inputs[3].format)
-        self.here = _first(request.inputs[3].type.shape[0])
-        self.resident: _Argument = ("*i32", Operand("input", 5 + 2 * attrs.bias)) if request.resident else None
-        self.ids = ("*i32", Operand("input", 1))
-        self.weights = ("*fp32", Operand("input", 2))
-        self.tiles = request.tiles
-        self.stem = f"experts_{self.weight_format}_{self.here}x{attrs.intermediate}x{attrs.hidden}"
-        self.shape: dict[str, Constant] = {"HIDDEN": attrs.hidden, "INTERMEDIATE": attrs.intermediate}
-
-    def _gate_up(self) -> tuple[dict[str, _Argument], dict[str, Constant]]:
-        a, word = self.attrs, word_type(self.weight_format)
-        arguments: dict[str, _Argument] = {
-            "w": (word, Operand("input", 3)),
-            "bias": ("*fp32", Operand("input", 5)) if a.bias else None,
-        }
-        constants: dict[str, Constant] = {
-            **self.shape,
-            "MATRIX": matrix_words(2 * a.intermediate, a.hidden, self.weight_format, packing.PANELS_GLU),
-            "FORMAT": self.weight_format,
-        }
-        return arguments, constants
-
-    def _glu(self) -> dict[str, Constant]:
-        return {"FUNCTION": self.attrs.function, "ALPHA": self.attrs.alpha, "LIMIT": self.attrs.limit}
-
-    def _down(self) -> tuple[dict[str, _Argument], dict[str, Constant]]:
-        a, word = self.attrs, word_type(self.weight_format)
-        arguments: dict[str, _Argument] = {
-            "w": (word, Operand("input", 4)),
-            "bias": ("*fp32", Operand("input", 6)) if a.bias else None,
-        }
-        constants: dict[str, Constant] = {
-            **self.shape,
-            "MATRIX": matrix_words(a.hidden, a.intermediate, self.weight_format, packing.PANELS),
-            "FORMAT": self.weight_format,
-        }
-        return arguments, constants
+class _Experts(ExpertOperands):
+    """The op's launches."""
 
     def decode(self, rows: int, norm: Norm | None = None, added: Sequence[Operand] = ()) -> GpuCode:
         a = self.attrs
         h = ("*fp32", Operand("workspace"))
-        matrices, constants = self._gate_up()
+        size = aligned(4 * rows * a.top_k * a.intermediate)
+        before, of_up, size = self._shrink(0, Operand("input", 0), rows, a.hidden, 1, size, norm)
+        between, of_down, size = self._shrink(1, Operand("workspace"), rows, a.intermediate, a.top_k, size, None)
+        matrices, constants = self.gate_up()
         pairs = -(-a.intermediate // packing.PANEL)
         # A program has two panels: twice the vectors a thread.
         turns = gemv_turns(a.hidden, self.weight_format, pairs * a.top_k * rows)
@@ -145,12 +99,20 @@ class _Experts:
                 "resident": self.resident,
                 **matrices,
                 "h": h,
+                **low_rank.added_arguments(of_up, _ADDED),
             },
-            {**constants, **norm_constants(norm), "TOP_K": a.top_k, **self._glu(), "STEPS": turn.steps},
+            {
+                **constants,
+                **norm_constants(norm),
+                "TOP_K": a.top_k,
+                **self.glu(),
+                **rank_constant(of_up),
+                "STEPS": turn.steps,
+            },
             warps=turn.warps,
             tile=choice,
         )
-        matrices, constants = self._down()
+        matrices, constants = self.down()
         panels = -(-a.hidden // packing.PANEL)
         # A token's experts are one product, one after the other.
         columns = a.top_k * packing.padded_columns(a.intermediate, self.weight_format)
@@ -162,26 +124,54 @@ class _Experts:
             "experts_down_gemv",
             f"{self.stem}_down",
             (GridAxis(panels), ROWS, ONE),
-            {**arguments, **added_arguments(added), "y": ("*fp32", Operand("output", 0))},
-            {**constants, "TOP_K": a.top_k, "STEPS": turn.steps},
+            {
+                **arguments,
+                **added_arguments(added),
+                "y": ("*fp32", Operand("output", 0)),
+                **low_rank.added_arguments(of_down, _ADDED),
+            },
+            {**constants, "TOP_K": a.top_k, **rank_constant(of_down), "STEPS": turn.steps},
             warps=turn.warps,
             tile=choice,
         )
-        return GpuCode((up, down), aligned(4 * rows * a.top_k * a.intermediate))
+        return GpuCode((*before, up, *between, down), size)
+
+    def _shrink(
+        self, which: int, x: Operand, rows: int, columns: int, x_heads: int, at: int, norm: Norm | None
+    ) -> tuple[tuple[Launch, ...], Added | None, int]:
+        """As gemv.pairs_of_gemv, of gate and up (0) or down (1)."""
+        if self.pairs is None:
+            return (), None, at
+        pairs, h, top_k = self.pairs.only(which), Operand("workspace", offset=at), self.attrs.top_k
+        weight, eps, offset = (norm.weight, norm.eps, norm.weight_offset) if norm else (None, 0.0, 0.0)
+        made = low_rank.shrink(
+            pairs,
+            x,
+            h,
+            columns,
+            heads=top_k,
+            x_heads=x_heads,
+            norm=weight,
+            eps=eps,
+            weight_offset=offset,
+            ids=self.ids,
+            resident=self.resident,
+        )
+        return (made,), Added(pairs, h), at + aligned(4 * rows * top_k * pairs.rank)
 
     def grouped(self, request: GpuRequest) -> GpuCode:
         before: tuple[Launch, ...] = ()
         x: tuple[str, Operand] = ("*fp32", Operand("input", 0))
-        size = _number(self.weight_format).row_bytes(1) * request.max_rows() * self.attrs.top_k * self.attrs.hidden
-        out, end = (_pointer(self.weight_format), Operand("workspace")), aligned(size)
+        size = number_of(self.weight_format).row_bytes(1) * request.max_rows() * self.attrs.top_k * self.attrs.hidden
+        out, end = (pointer_to(self.weight_format), Operand("workspace")), aligned(size)
         if self.weight_format != "f32":
             before, x, end = rounded(request, self.attrs.hidden, end)
         launches, end = self._entries(request, x, out, end)
         return GpuCode((*before, *launches, _combine(self.attrs, out, self.resident)), end)
 
     def wave(self, request: GpuRequest) -> GpuCode:
-        x = (_pointer(self.weight_format), Operand("input", 0))
-        return GpuCode(*self._entries(request, x, (_pointer(self.weight_format), Operand("output", 0)), 0))
+        x = (pointer_to(self.weight_format), Operand("input", 0))
+        return GpuCode(*self._entries(request, x, (pointer_to(self.weight_format), Operand("output", 0)), 0))
 
     def _entries(
         self, request: GpuRequest, x: tuple[str, Operand], out: tuple[str, Operand], at: int
@@ -191,14 +181,70 @@ class _Experts:
         a, rows = self.attrs, request.max_rows()
         entries = rows * a.top_k
         offsets, end = _regions(
-            at, 4 * (self.here + 1), 4 * entries, _number(self.weight_format).row_bytes(1) * entries * a.intermediate
+            at, 4 * (self.here + 1), 4 * entries, number_of(self.weight_format).row_bytes(1) * entries * a.intermediate
         )
-        kinds = ("*i32", "*i32", _pointer(self.weight_format))
+        kinds = ("*i32", "*i32", pointer_to(self.weight_format))
         regions = [(kind, Operand("workspace", offset=at)) for kind, at in zip(kinds, offsets, strict=True)]
         starts, order, h = regions
-        return (self._sort(starts, order, entries), *self._products(rows, x, starts, order, h, out)), end
+        ends: list[Added | None] = []
+        for which in range(2):
+            pairs = self.pairs.only(which) if self.pairs else None
+            ends.append(Added(pairs, Operand("workspace", offset=end)) if pairs else None)
+            end += aligned(4 * entries * pairs.rank) if pairs else 0
+        products = self._products(rows, x, starts, order, h, out, ends[0], ends[1])
+        return (self._sort(starts, order, entries), *products), end
 
-    def _sort(self, starts: _Argument, order: _Argument, entries: int) -> Launch:
+    def _shrink_entries(
+        self,
+        added: Added | None,
+        x: Argument,
+        columns: int,
+        starts: Argument,
+        order: Argument,
+        rows: int,
+        *,
+        by_token: bool,
+    ) -> tuple[Launch, ...]:
+        """Of x of the tokens, or of the entries in their order."""
+        if added is None:
+            return ()
+        pairs, tile = added.pairs, low_rank.row_tile(-(-rows * self.attrs.top_k // self.attrs.experts))
+        made = launch(
+            "experts_prefill",
+            "experts_shrink",
+            f"experts_shrink_{pairs.numbers}_k{columns}_tile{tile}",
+            (self._row_tiles(tile), ONE, ONE),
+            {
+                "x": x,
+                "starts": starts,
+                "order": order,
+                "ids": self.ids,
+                "of_row": pairs.of_row,
+                **pairs.arguments(),
+                "h": ("*fp32", added.h),
+            },
+            {
+                "K": columns,
+                "BY_TOKEN": by_token,
+                **self._runs(),
+                "TOP_K": self.attrs.top_k,
+                "RANK": pairs.rank,
+                "SLOTS": pairs.slots,
+                "M_TILE": tile,
+                "K_TILE": low_rank.tile_of_columns(columns, pairs.numbers),
+            },
+            stages=(3, 2),
+        )
+        return (made,)
+
+    def _row_tiles(self, height: int) -> GridAxis:
+        """Each expert's last tile may be part of one."""
+        return GridAxis(tile=height, scale=self.attrs.top_k, extra=min(self.here, self.attrs.experts))
+
+    def _runs(self) -> dict[str, Constant]:
+        return {"EXPERTS": self.here, "EXPERTS_PADDED": power_of_two(self.here)}
+
+    def _sort(self, starts: Argument, order: Argument, entries: int) -> Launch:
         turn = min(max(power_of_two(entries), 256), _SORT_ENTRIES)
         return launch(
             "experts_prefill",
@@ -242,47 +288,79 @@ class _Experts:
         return up, down
 
     def _products(
-        self, rows: int, x: _Argument, starts: _Argument, order: _Argument, h: _Argument, out: _Argument
-    ) -> tuple[Launch, Launch]:
+        self,
+        rows: int,
+        x: Argument,
+        starts: Argument,
+        order: Argument,
+        h: Argument,
+        out: Argument,
+        of_up: Added | None,
+        of_down: Added | None,
+    ) -> tuple[Launch, ...]:
         a = self.attrs
         ups, downs = self._tiles(rows)
         key = f"{self.stem}, up to {rows} rows"
         tile, up_choice = self.tiles.pick(f"{key}, gate and up", ups)
         wide, down_choice = self.tiles.pick(f"{key}, down", downs)
-
-        def row_tiles(height: int) -> GridAxis:
-            # Each expert's last tile may be part of one.
-            return GridAxis(tile=height, scale=a.top_k, extra=min(self.here, a.experts))
-
-        runs: dict[str, Constant] = {"EXPERTS": self.here, "EXPERTS_PADDED": power_of_two(self.here)}
-        matrices, constants = self._gate_up()
+        matrices, constants = self.gate_up()
         up = launch(
             "experts_prefill",
             "experts_gate_up_gemm",
             f"{self.stem}_gate_up_tile{tile.rows}",
-            (row_tiles(tile.rows), GridAxis(-(-a.intermediate // tile.columns)), ONE),
-            {"x": x, "starts": starts, "order": order, **matrices, "h": h},
-            {**constants, **runs, "TOP_K": a.top_k, **self._glu(), **tile.constants()},
+            (self._row_tiles(tile.rows), GridAxis(-(-a.intermediate // tile.columns)), ONE),
+            {"x": x, "starts": starts, "order": order, **matrices, "h": h, **self._added(of_up)},
+            {
+                **constants,
+                **self._runs(),
+                "TOP_K": a.top_k,
+                **self.glu(),
+                **rank_constant(of_up),
+                **slots_constant(of_up),
+                **tile.constants(),
+            },
             warps=tile.warps,
             stages=tile.stages,
             tile=up_choice,
         )
-        matrices, constants = self._down()
+        matrices, constants = self.down()
         down = launch(
             "experts_prefill",
             "experts_down_gemm",
             f"{self.stem}_down_tile{wide.rows}",
-            (row_tiles(wide.rows), GridAxis(-(-a.hidden // wide.columns)), ONE),
-            {"h": h, "starts": starts, "order": order, "weights": self.weights, **matrices, "out": out},
-            {**constants, **runs, **wide.constants()},
+            (self._row_tiles(wide.rows), GridAxis(-(-a.hidden // wide.columns)), ONE),
+            {
+                "h": h,
+                "starts": starts,
+                "order": order,
+                "weights": self.weights,
+                **matrices,
+                "out": out,
+                **self._added(of_down),
+            },
+            {
+                **constants,
+                **self._runs(),
+                "TOP_K": a.top_k,
+                **rank_constant(of_down),
+                **slots_constant(of_down),
+                **wide.constants(),
+            },
             warps=wide.warps,
             stages=wide.stages,
             tile=down_choice,
         )
-        return up, down
+        before = self._shrink_entries(of_up, x, a.hidden, starts, order, rows, by_token=True)
+        between = self._shrink_entries(of_down, h, a.intermediate, starts, order, rows, by_token=False)
+        return *before, up, *between, down
+
+    def _added(self, added: Added | None) -> dict[str, Argument]:
+        given = low_rank.added_arguments(added, _ADDED)
+        names = ("low_rank", "of_row", "ids", "pairs", "table")
+        return {name: given[name] if name != "ids" else self.ids if added else None for name in names}
 
 
-def _combine(attrs: MoeExperts, out: _Argument, resident: _Argument) -> Launch:
+def _combine(attrs: MoeExperts, out: Argument, resident: Argument) -> Launch:
     columns = min(power_of_two(attrs.hidden), _COMBINE_COLUMNS)
     return launch(
         "experts_prefill",
@@ -298,11 +376,6 @@ def _combine(attrs: MoeExperts, out: _Argument, resident: _Argument) -> Launch:
         },
         {"HIDDEN": attrs.hidden, "TOP_K": attrs.top_k, "COLUMNS": columns},
     )
-
-
-def _first(dim: int | str) -> int:
-    assert isinstance(dim, int)
-    return dim
 
 
 def _regions(start: int, *sizes: int) -> tuple[list[int], int]:

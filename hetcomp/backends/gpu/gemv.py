@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetcomp.backends import packing
+from hetcomp.backends.gpu import low_rank
 from hetcomp.backends.gpu.kernels import ONE, Constant, GridAxis, Launch, Operand, launch
+from hetcomp.backends.gpu.low_rank import Added, rank_constant
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
-from hetcomp.backends.gpu.tiles import power_of_two
+from hetcomp.backends.gpu.tiles import aligned, power_of_two
 from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
 from hetcomp.ir.ops import Glu
 
@@ -125,12 +127,13 @@ def linear_gemv(
     normed: Operand | None = None,
     split: Split | None = None,
     tiles: TileChoices = BY_TABLE,
+    pairs: Added | None = None,
 ) -> Launch:
     """Products of x with one matrix (of ``heads`` heads) or up to three; all of them have a bias or none has.
 
     head_gaps: elements of x and of the result behind each head that are others' business. added: what is added to the
     result of the only matrix. normed: where the norm's own result is to be written. split: the result of the only
-    matrix is sums of parts, f32[parts, rows, n].
+    matrix is sums of parts, f32[parts, rows, n]. pairs: what adapters add.
     """
     word = word_type(weight_format)
     first, *others = matrices
@@ -163,7 +166,7 @@ def linear_gemv(
         "linear_gemv",
         f"{stem}_rows{rows}",
         (GridAxis(sum(panels)), GridAxis(heads), GridAxis(parts)),
-        {**arguments, "normed": floats(normed)},
+        {**arguments, "normed": floats(normed), **low_rank.added_arguments(pairs)},
         {
             **sizes,
             "HEADS": heads,
@@ -174,6 +177,7 @@ def linear_gemv(
             "NORMED": power_of_two(-(-columns // sum(panels))),
             "FORMAT": weight_format,
             "PARTS": parts,
+            **rank_constant(pairs),
             "ROWS": rows,
             "STEPS": turn.steps,
         },
@@ -192,8 +196,9 @@ def glu_gemv(
     glu: Glu,
     norm: Norm | None,
     tiles: TileChoices = BY_TABLE,
+    pairs: Added | None = None,
 ) -> Launch:
-    """``glu`` of two linears of x, written to ``gate.y``."""
+    """``glu`` of two linears of x, written to ``gate.y``. pairs: what adapters add to both."""
     word = word_type(weight_format)
     panels = -(-gate.rows // packing.PANEL)
     stem = f"glu_{weight_format}_n{gate.rows}_k{columns}_rows{rows}"
@@ -211,6 +216,7 @@ def glu_gemv(
             "gate_bias": floats(gate.bias),
             "up_bias": floats(up.bias),
             "y": floats(gate.y),
+            **low_rank.added_arguments(pairs, ("low_rank", "of_row", "pairs", "table", "table_1")),
         },
         {
             "K": columns,
@@ -220,9 +226,31 @@ def glu_gemv(
             "ALPHA": glu.alpha,
             "LIMIT": glu.limit,
             "FORMAT": weight_format,
+            **rank_constant(pairs),
             "ROWS": rows,
             "STEPS": turn.steps,
         },
         warps=turn.warps,
         tile=choice,
     )
+
+
+def pairs_of_gemv(
+    pairs: low_rank.Pairs | None,
+    x: Operand,
+    columns: int,
+    rows: int,
+    at: int,
+    *,
+    heads: int = 1,
+    x_gap: int = 0,
+    norm: Norm | None = None,
+) -> tuple[tuple[Launch, ...], Added | None, int]:
+    """In front of a GEMV of x for exactly ``rows`` rows: the launch that makes h of its weights' pairs, if there are
+    any, in the workspace from ``at`` on; what the GEMV then adds; the end of the workspace."""
+    if pairs is None:
+        return (), None, at
+    h = Operand("workspace", offset=at)
+    weight, eps, offset = (norm.weight, norm.eps, norm.weight_offset) if norm else (None, 0.0, 0.0)
+    made = low_rank.shrink(pairs, x, h, columns, heads=heads, x_gap=x_gap, norm=weight, eps=eps, weight_offset=offset)
+    return (made,), Added(pairs, h), at + aligned(4 * len(pairs.tables) * rows * heads * pairs.rank)

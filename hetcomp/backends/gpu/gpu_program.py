@@ -16,7 +16,9 @@ from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.flat_ops import FlatOp, flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
+from hetcomp.backends.gpu.low_rank import OF_ROW, PAIR_TABLE, PAIRS
 from hetcomp.backends.gpu.lower_step import ARENA, BEST, CANDIDATES, LOGITS, Place, Rows, StepGraph, StepLowering
+from hetcomp.backends.gpu.pair_layout import PairLayout
 from hetcomp.backends.gpu.step_events import step_events
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.ir.homes import on_gpu, read_in
@@ -32,6 +34,7 @@ _STEP = {
     "positions": "T",
     "slots": "T",
     "logit_rows": "R",
+    **{name: dim for dim, name in OF_ROW.items()},
     "rows": "",
     "logit_row_count": "",
     "inverse_temperatures": "R",
@@ -54,7 +57,8 @@ class GpuBuffer:
 class GpuProgram:
     """``device``: the plan's name of the GPU. ``weights`` in the order of their places in the buffer of weights;
     ``cuts``: of those that are a GPU's part of one, by id: the whole weight and the cut. ``cache``: the memory whose
-    blocks the states lie in. ``constants``: bytes of the buffer of constants."""
+    blocks the states lie in. ``constants``: bytes of the buffer of constants. ``pairs``: memory for adapters, which
+    half of the graphs then add: there is one of each number of rows with and one without."""
 
     plan: Plan
     device: str
@@ -67,6 +71,7 @@ class GpuProgram:
     exchange: Exchange
     stream: StreamLayout | None
     expert_cache: CacheLayout | None
+    pairs: PairLayout | None
 
     @property
     def number(self) -> int:
@@ -110,6 +115,7 @@ class GpuProgram:
             ),
             *self._stream_buffers(),
             *self._cache_buffers(),
+            *self._pair_buffers(),
         ]
         return tuple(buffer for buffer in found if buffer.bytes)
 
@@ -124,6 +130,14 @@ class GpuProgram:
             return []
         slots = [GpuBuffer(name, size, "stream") for name, size in self.expert_cache.buffers]
         return [*slots, GpuBuffer(CACHE_TABLE, self.expert_cache.table_bytes, "stream")]
+
+    def _pair_buffers(self) -> list[GpuBuffer]:
+        if self.pairs is None:
+            return []
+        return [
+            GpuBuffer(PAIRS, self.pairs.pair_bytes, "pairs"),
+            GpuBuffer(PAIR_TABLE, self.pairs.table_bytes, "pairs"),
+        ]
 
     def _end(self, values: Sequence[Value]) -> int:
         return max((self.places[v.id].offset + packing.packed_bytes(v) for v in values), default=0)
@@ -161,16 +175,29 @@ def _lower(
     places |= {v.id: Place(v.fqn or v.id) for v in plan.values if v.kind is ValueKind.INPUT}
     events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
+    pairs = PairLayout.of(plan, gpu)
     graphs = [
         StepLowering(
-            gpu, events, dict(values), dict(places), exchange, stream, expert_cache, dims, rows, constants, tiles
+            gpu,
+            events,
+            dict(values),
+            dict(places),
+            exchange,
+            stream,
+            expert_cache,
+            dims,
+            rows,
+            constants,
+            tiles,
+            tables,
         ).lower()
+        for tables in (None, *([pairs.tables()] if pairs else []))
         for rows in _all_rows(plan)
     ]
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
     return GpuProgram(
-        plan, gpu, tuple(weights), by_part, cache, places, table, tuple(graphs), exchange, stream, expert_cache
+        plan, gpu, tuple(weights), by_part, cache, places, table, tuple(graphs), exchange, stream, expert_cache, pairs
     )
 
 

@@ -6,9 +6,10 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hetcomp.backends.gpu.experts import fused_experts
-from hetcomp.backends.gpu.gemv import MAX_MATRICES, Matrix, Norm, glu_gemv, linear_gemv, split_of
+from hetcomp.backends.gpu.gemv import MAX_MATRICES, Matrix, Norm, glu_gemv, linear_gemv, pairs_of_gemv, split_of
 from hetcomp.backends.gpu.heads import HeadOperands, heads_to_cache
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest, Operand
+from hetcomp.backends.gpu.low_rank import Pairs, PairTables
 from hetcomp.backends.gpu.mla import LatentOperands, LatentOps, latents_to_cache
 from hetcomp.backends.gpu.patterns import GluPair, HeadOps, Run
 from hetcomp.backends.gpu.rounded_values import reads_bf16
@@ -16,6 +17,7 @@ from hetcomp.backends.gpu.rowwise import add_rms_norm, rms_norm, route_parts
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.backends.gpu.triton_backend import TritonBackend
+from hetcomp.ir.adaptable import OPERANDS
 from hetcomp.ir.ops import Glu, HeadLinear, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value
 
@@ -43,14 +45,16 @@ def group_ops(
     dims: Mapping[str, int],
     rows: int | None,
     tiles: TileChoices = BY_TABLE,
+    pairs: PairTables | None = None,
 ) -> tuple[GpuGroup, ...]:
     """The ops in groups, in an order of execution.
 
     ops: a run of ops without branches, all on the GPU, ids of values unique; a ``moe_experts`` has all its experts
     here. wanted: ids of values that others read too. A value that is neither wanted nor read by another group need not
-    be written. dims, rows, tiles: as ``GpuRequest``. Raises HetcompError naming an op that there is no kernel for.
+    be written. dims, rows, tiles: as ``GpuRequest``. pairs: of the weights that adapters may change. Raises
+    HetcompError naming an op that there is no kernel for.
     """
-    return tuple(_Grouping(Run(ops, values, wanted, rows), dims, rows, tiles).groups())
+    return tuple(_Grouping(Run(ops, values, wanted, rows), dims, rows, tiles, pairs).groups())
 
 
 class _Operands:
@@ -72,9 +76,12 @@ class _Grouping:
     first op that has its own operands goes alone; there always is one, as the ops' own order is an order of execution.
     """
 
-    def __init__(self, run: Run, dims: Mapping[str, int], rows: int | None, tiles: TileChoices) -> None:
+    def __init__(
+        self, run: Run, dims: Mapping[str, int], rows: int | None, tiles: TileChoices, pairs: PairTables | None
+    ) -> None:
         self.run = run
         self.tiles = tiles
+        self.pairs = pairs
         self.dims = dims
         self.rows = rows
         self.pending = list(range(len(run.ops)))
@@ -167,7 +174,17 @@ class _Grouping:
         outputs = [
             run.rounded[v].copy if v in run.rounded and run.rounded[v].alone else run.values[v] for v in op.outputs
         ]
-        return GpuRequest(op, tuple(inputs), tuple(outputs), self.dims, self.rows, tiles=self.tiles)
+        return GpuRequest(
+            op, tuple(inputs), tuple(outputs), self.dims, self.rows, tiles=self.tiles, pairs=self._pairs(i)
+        )
+
+    def _pairs(self, *ops: int) -> Pairs | None:
+        """Of the weights of ops that share a launch."""
+        members = [self.run.ops[i] for i in ops]
+        if self.pairs is None or not members[0].outputs:
+            return None
+        weights = [op.inputs[operand] for op in members for operand in OPERANDS.get(op.kind, ())]
+        return self.pairs.of(self.run.values[members[0].outputs[0]].type.shape[0], *weights)
 
     def _linears(self, first: int) -> GpuGroup:
         """A linear with what is added to it, or those that read the same and can be multiplied by the same launch."""
@@ -192,6 +209,7 @@ class _Grouping:
         assert isinstance(attrs, Linear)
         weight_format, rows = run.weight_format(first), self._rows()
         stem = f"linear_{weight_format}_n{'_'.join(str(m.rows) for m in matrices)}_k{attrs.in_features}"
+        before, pairs, size = pairs_of_gemv(self._pairs(*members), x, attrs.in_features, rows, 0, norm=norm)
         made = linear_gemv(
             stem,
             x,
@@ -203,8 +221,9 @@ class _Grouping:
             added=added,
             normed=normed,
             tiles=self.tiles,
+            pairs=pairs,
         )
-        return self._made([*members, *chain], operands, GpuCode((made,)))
+        return self._made([*members, *chain], operands, GpuCode((*before, made), size))
 
     def _router(self, router: int, route: int) -> GpuGroup:
         """A router whose logits are sums of parts that only its route adds up."""
@@ -221,13 +240,16 @@ class _Grouping:
         logits = Operand("workspace")
         matrix = Matrix(operands.read(linear.inputs[1]), bias, logits, attrs.out_features)
         stem = f"router_{weight_format}_n{attrs.out_features}_k{attrs.in_features}_parts{split.parts}"
-        product = linear_gemv(stem, x, (matrix,), attrs.in_features, weight_format, rows, norm=norm, split=split)
+        workspace = aligned(4 * split.parts * rows * attrs.out_features)
+        before, pairs, workspace = pairs_of_gemv(self._pairs(router), x, attrs.in_features, rows, workspace, norm=norm)
+        product = linear_gemv(
+            stem, x, (matrix,), attrs.in_features, weight_format, rows, norm=norm, split=split, pairs=pairs
+        )
         selection_bias = operands.read(choice.inputs[1]) if len(choice.inputs) > 1 else None
         for v in choice.outputs:
             operands.write(v)
         chosen = route_parts(self._request(route), logits, selection_bias, split.parts)
-        workspace = aligned(4 * split.parts * rows * attrs.out_features)
-        return self._made([router, route], operands, GpuCode((product, chosen), workspace))
+        return self._made([router, route], operands, GpuCode((*before, product, chosen), workspace))
 
     def _glu(self, pair: GluPair) -> GpuGroup:
         run = self.run
@@ -240,8 +262,10 @@ class _Grouping:
         linear, glu = run.ops[pair.gate].attrs, run.ops[pair.glu].attrs
         assert isinstance(linear, Linear) and isinstance(glu, Glu)
         weight_format = run.weight_format(pair.gate)
-        made = glu_gemv(x, gate, up, linear.in_features, weight_format, self._rows(), glu, norm, self.tiles)
-        return self._made([pair.gate, pair.up, pair.glu], operands, GpuCode((made,)))
+        columns, rows = linear.in_features, self._rows()
+        before, pairs, size = pairs_of_gemv(self._pairs(pair.gate, pair.up), x, columns, rows, 0, norm=norm)
+        made = glu_gemv(x, gate, up, columns, weight_format, rows, glu, norm, self.tiles, pairs)
+        return self._made([pair.gate, pair.up, pair.glu], operands, GpuCode((*before, made), size))
 
     def _experts(self, i: int) -> GpuGroup:
         request = self._request(i)
@@ -304,6 +328,7 @@ class _Grouping:
             cached,
             self._request(of.append).block_elements(cached),
             self._rows(),
+            self._pairs(of.absorb),
         )
         return self._made(of.members(), operands, code)
 

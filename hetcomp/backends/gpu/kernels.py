@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, Tile, TileChoices
 from hetcomp.ir.plan import Op, Value
 from hetcomp.ir.types import DType
+
+if TYPE_CHECKING:
+    from hetcomp.backends.gpu.low_rank import Pairs
 
 # Triton pointers to what activations are kept as.
 NUMBER_TYPES = {DType.F32: "*fp32", DType.BF16: "*bf16"}
@@ -26,6 +29,7 @@ class GpuRequest:
     read the number from memory (prefill). ``resident``: of ``moe_experts``, only some experts' weights are here;
     inputs[3] and what follows then have these experts alone, and a further last input i32[experts] says where each
     expert lies among them, -1 for those elsewhere, which add nothing to the result. ``tiles``: of the launches.
+    ``pairs``: what adapters add to products with the op's weights; None: nothing.
     """
 
     op: Op
@@ -35,6 +39,7 @@ class GpuRequest:
     rows: int | None = None
     resident: bool = False
     tiles: TileChoices = BY_TABLE
+    pairs: Pairs | None = None
 
     def max_rows(self) -> int:
         """``rows``, or the upper bound of the op's rows (kv_append has no output; its input's)."""
@@ -54,11 +59,13 @@ class Operand:
 
     ``input``/``output``: the op's operand number ``index``. ``workspace``: the op's scratch memory from ``offset`` on.
     ``step``: an array that each step brings in device memory, by ``name``: ``positions``, ``slots``, ``logit_rows`` i32
-    of a row each, ``rows`` i32[1] (tokens), ``logit_row_count`` i32[1]. ``slot_blocks``: the number i32 of blocks that
-    a slot of the KV cache has. Pointers are multiples of 16 bytes.
+    of a row each, ``adapters`` and ``logit_adapters`` likewise (the slot of a row's adapter, -1: none), ``rows`` i32[1]
+    (tokens), ``logit_row_count`` i32[1]. ``slot_blocks``: the number i32 of blocks that
+    a slot of the KV cache has. ``adapters``: ``pairs`` or ``pair_table`` by ``name`` (hetcomp.backends.gpu.low_rank).
+    Pointers are multiples of 16 bytes.
     """
 
-    source: Literal["input", "output", "workspace", "step", "slot_blocks"]
+    source: Literal["input", "output", "workspace", "step", "slot_blocks", "adapters"]
     index: int = 0
     name: str = ""
     offset: int = 0

@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hetcomp.backends import packing
-from hetcomp.backends.gpu.gemv import GEMV_ROWS, Matrix, linear_gemv
-from hetcomp.backends.gpu.kernels import ONE, ROWS, Constant, GpuCode, GpuRequest, GridAxis, Launch, Operand, launch
+from hetcomp.backends.gpu.gemv import GEMV_ROWS, Matrix, linear_gemv, pairs_of_gemv
+from hetcomp.backends.gpu.kernels import (
+    NUMBER_TYPES,
+    ONE,
+    ROWS,
+    Constant,
+    GpuCode,
+    GpuRequest,
+    GridAxis,
+    Launch,
+    Operand,
+    launch,
+)
+from hetcomp.backends.gpu.low_rank import Added, expand_rows, shrink_rows
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
 from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
 from hetcomp.ir.ops import HeadLinear, Linear
@@ -118,8 +130,22 @@ def linear(request: GpuRequest) -> GpuCode:
     size = 2 * attrs.in_features * attrs.out_features
     wide = request.inputs[1].format != "f32"
     if wide and heads == 1 and request.max_rows() >= _UNPACKED_ROWS and size <= _UNPACKED_BYTES:
-        return _unpacked(request)
-    return _packed(request, heads)
+        return _with_pairs(request, _unpacked(request), heads)
+    return _with_pairs(request, _packed(request, heads), heads)
+
+
+def _with_pairs(request: GpuRequest, code: GpuCode, heads: int) -> GpuCode:
+    """With what adapters add to the result, if they do."""
+    attrs, pairs = request.op.attrs, request.pairs
+    assert isinstance(attrs, (Linear, HeadLinear))
+    if pairs is None:
+        return code
+    x = (NUMBER_TYPES[request.inputs[0].type.dtype], Operand("input", 0))
+    h, rows = Operand("workspace", offset=code.workspace_bytes), request.max_rows()
+    made = shrink_rows(pairs, x, h, attrs.in_features, heads, rows, n_rows(request))
+    y = expand_rows(Added(pairs, h), Operand("output", 0), attrs.out_features, heads, rows, n_rows(request))
+    size = code.workspace_bytes + aligned(4 * rows * heads * pairs.rank)
+    return GpuCode((*code.launches, made, y), size)
 
 
 def _stem(request: GpuRequest) -> str:
@@ -140,8 +166,9 @@ def _gemv(request: GpuRequest, rows: int) -> GpuCode:
     matrix = Matrix(Operand("input", 1), _bias(request), Operand("output", 0), attrs.out_features)
     k, weight_format = attrs.in_features, str(request.inputs[1].format)
     stem, x = _stem(request), Operand("input", 0)
-    made = linear_gemv(stem, x, (matrix,), k, weight_format, rows, heads=heads, tiles=request.tiles)
-    return GpuCode((made,))
+    before, pairs, size = pairs_of_gemv(request.pairs, x, k, rows, 0, heads=heads)
+    made = linear_gemv(stem, x, (matrix,), k, weight_format, rows, heads=heads, tiles=request.tiles, pairs=pairs)
+    return GpuCode((*before, made), size)
 
 
 def _packed(request: GpuRequest, heads: int) -> GpuCode:

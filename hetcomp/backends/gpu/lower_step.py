@@ -15,6 +15,7 @@ from hetcomp.backends.gpu.experts import combined_experts, entries_type, rounded
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
 from hetcomp.backends.gpu.hand_out import add_parts, add_sums, hand_out
 from hetcomp.backends.gpu.kernels import GpuCode, GpuKernel, GpuRequest, Launch, Operand
+from hetcomp.backends.gpu.low_rank import PairTables
 from hetcomp.backends.gpu.step_events import (
     AskExperts,
     AwaitExperts,
@@ -81,7 +82,7 @@ class Await:
 @dataclass(frozen=True)
 class StepGraph:
     """The nodes of a step, one after the other; ``kernels`` by name, ``arena_bytes`` of device memory. ``groups``: what
-    the launches come from, ``values``: what these read and write, by id."""
+    the launches come from, ``values``: what these read and write, by id. ``adapted``: it adds the pairs of adapters."""
 
     rows: Rows
     nodes: tuple[dict[str, Any], ...]
@@ -89,6 +90,7 @@ class StepGraph:
     arena_bytes: int
     groups: tuple[GpuGroup, ...] = ()
     values: Mapping[str, Value] = field(default_factory=dict)
+    adapted: bool = False
 
 
 def named_by(group: GpuGroup) -> Op:
@@ -102,7 +104,7 @@ class StepLowering:
 
     ``values`` by id, those of the step and of the plan; ``places``: of values outside of the arena (weights, states, a
     step's inputs). ``dims``: as of GpuRequest, and ``slot_blocks``. ``residents``: places of tables of resident
-    experts, filled as they are needed (``constants``: their numbers)."""
+    experts, filled as they are needed (``constants``: their numbers). ``pairs``: of adapters that the graph adds."""
 
     gpu: str
     events: Sequence[Event]
@@ -115,6 +117,7 @@ class StepLowering:
     rows: Rows
     constants: dict[tuple[int, ...], int]
     tiles: TileChoices = BY_TABLE
+    pairs: PairTables | None = None
     steps: list[GpuGroup | Raise | Await] = field(default_factory=list)
 
     def lower(self) -> StepGraph:
@@ -145,7 +148,7 @@ class StepLowering:
             case Run(ops):
                 elsewhere = {n for i, e in enumerate(self.events) if i != index for n in reads_of(e)}
                 dims = self.rows.dims(self.dims)
-                groups = group_ops(ops, self.values, elsewhere, dims, self._exact, self.tiles)
+                groups = group_ops(ops, self.values, elsewhere, dims, self._exact, self.tiles, self.pairs)
                 self.values |= {v.id: v for group in groups for v in group.own}
                 self.steps += groups
             case SomeExperts(op, _):
@@ -274,7 +277,10 @@ class StepLowering:
         """Launches of a part of an op of experts."""
         part_op = replace(op, outputs=(result.id,))
         dims = self.rows.dims(self.dims)
-        request = GpuRequest(part_op, tuple(operands), (result,), dims, self._exact, resident=True, tiles=self.tiles)
+        pairs = self.pairs.of("T", *op.inputs[3:5]) if self.pairs is not None else None
+        request = GpuRequest(
+            part_op, tuple(operands), (result,), dims, self._exact, resident=True, tiles=self.tiles, pairs=pairs
+        )
         names = tuple(v.id for v in operands)
         self.steps.append(GpuGroup((part_op,), names, (result.id,), emit(request)))
 
@@ -329,7 +335,7 @@ class StepLowering:
         for i, node in enumerate(nodes):
             node["after"] = [i - 1] if i else []
         groups = tuple(step for step in self.steps if isinstance(step, GpuGroup))
-        return StepGraph(self.rows, tuple(nodes), kernels, arena, groups, self.values)
+        return StepGraph(self.rows, tuple(nodes), kernels, arena, groups, self.values, self.pairs is not None)
 
     def _arena(self) -> tuple[dict[str, int], int]:
         """Offsets of the values and workspaces, and the size: the steps run one after the other."""
@@ -368,6 +374,8 @@ class StepLowering:
             return {"i32": self.dims["slot_blocks"]}
         if operand.source == "step":
             return {"buffer": operand.name, "offset": 0}
+        if operand.source == "adapters":
+            return {"buffer": operand.name, "offset": operand.offset}
         if operand.source == "workspace":
             return {"buffer": ARENA, "offset": slots[f"workspace {index}"] + operand.offset}
         name = (group.inputs if operand.source == "input" else group.outputs)[operand.index]

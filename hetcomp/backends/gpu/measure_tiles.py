@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,8 @@ def measure_tiles(
 
 def _cases(plan: Plan) -> Iterator[_Case]:
     """A case for each class, those of the graphs with the most rows first, then decode."""
+    # Launches that add an adapter's pairs have the tiles of those that do not.
+    plan = replace(plan, adapter_room=None)
     table = lower_programs(plan)
     launches = (la for p in table for g in p.graphs for s in g.groups for la in s.code.launches)
     most = max((la.tile.candidates for la in launches if la.tile), default=1)

@@ -10,13 +10,14 @@ from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING
 
 from hetcomp.backends.gpu.attention import CACHE_TYPES
-from hetcomp.backends.gpu.gemv import Matrix, linear_gemv
+from hetcomp.backends.gpu.gemv import Matrix, linear_gemv, pairs_of_gemv
 from hetcomp.backends.gpu.kernels import ONE, ROWS, GpuCode, GridAxis, Operand, launch
 from hetcomp.backends.gpu.tiles import power_of_two
 from hetcomp.ir.ops import Attention, Concat, HeadLinear, KvAppend, RmsNorm, Rope, Slice
 from hetcomp.ir.types import DType
 
 if TYPE_CHECKING:
+    from hetcomp.backends.gpu.low_rank import Pairs
     from hetcomp.backends.gpu.patterns import Run
 
 
@@ -120,9 +121,10 @@ def latents_to_cache(
     cache: DType,
     block: int,
     rows: int,
+    pairs: Pairs | None = None,
 ) -> GpuCode:
     """For exactly ``rows`` rows, at most GEMV_ROWS: rotations, the norm and the cache; then the absorbed projection.
-    block: elements of a block of the cache."""
+    block: elements of a block of the cache. pairs: what adapters add to the projection."""
     heads, nope, rank, turned = absorb.heads, absorb.in_features, absorb.out_features, rope.head_dim
     to_cache = launch(
         "heads",
@@ -159,5 +161,7 @@ def latents_to_cache(
     )
     stem = f"absorb_{weight_format}_n{rank}_k{nope}"
     matrix = Matrix(of.absorb, None, of.y, rank)
-    product = linear_gemv(stem, of.q, (matrix,), nope, weight_format, rows, heads=heads, head_gaps=(turned, turned))
-    return GpuCode((to_cache, product))
+    before, added, size = pairs_of_gemv(pairs, of.q, nope, rows, 0, heads=heads, x_gap=turned)
+    gaps = (turned, turned)
+    product = linear_gemv(stem, of.q, (matrix,), nope, weight_format, rows, heads=heads, head_gaps=gaps, pairs=added)
+    return GpuCode((to_cache, *before, product), size)

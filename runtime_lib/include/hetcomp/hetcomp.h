@@ -231,11 +231,12 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_set_lane_trace_callback(hetcomp_mode
  */
 
 /* Makes an adapter available by a name of the caller's choice. path: a file that `hetcomp adapter pack` wrote
- * for this artifact; it is read and checked whole, while steps go on. Up to 32 are in memory; one more takes
- * the place of the one whose last use is longest ago and that no session has, which is read again when it is
- * wanted. Refused (HETCOMP_BAD_ARTIFACT) if the file is damaged, made for another artifact, or has numbers
- * that are not finite; HETCOMP_INVALID_ARGUMENT if the name is taken or a GPU computes a part of the model.
- */
+ * for this artifact; it is read and checked whole, while steps go on. Up to 32 are in memory, of those that
+ * change what GPUs compute as many as the artifact has room for; one more takes the place of the one whose
+ * last use is longest ago and that no session has, which is read again when it is wanted. Refused
+ * (HETCOMP_BAD_ARTIFACT) if the file is damaged, made for another artifact, or has numbers that are not
+ * finite; HETCOMP_INVALID_ARGUMENT if the name is taken, or GPUs compute all of a model that has no room for
+ * adapters; HETCOMP_NO_FREE_SLOT if those in memory are all in use. */
 HETCOMP_EXPORT hetcomp_status hetcomp_adapter_load(hetcomp_model* model, const char* path, const char* name);
 /* Refused while a session has it. */
 HETCOMP_EXPORT hetcomp_status hetcomp_adapter_unload(hetcomp_model* model, const char* name);

@@ -6,6 +6,7 @@
 
 #include "../file.h"
 #include "../status.h"
+#include "adapter_memory.h"
 #include "program_graph.h"
 
 namespace hetcomp::gpu {
@@ -64,9 +65,10 @@ struct GpuProgram::Resources {
     if (program.stream)
       experts = std::make_unique<ExpertStream>(driver, context, program, buffers, shared, stream.get(),
                                                *copies, cache.get());
+    if (program.adapters) adapters = std::make_unique<AdapterMemory>(driver, program, buffers, stream.get());
     const GraphParts parts{driver, context, stream.get(), kernels, buffers, shared.hand_shake()};
     for (const GraphRecord& graph : program.graphs)
-      graphs.emplace(graph.batch, ProgramGraph(parts, graph, budget));
+      graphs.emplace(std::pair(graph.batch, graph.adapted), ProgramGraph(parts, graph, budget));
     driver.stream_synchronize(stream.get());
   }
 
@@ -77,7 +79,8 @@ struct GpuProgram::Resources {
   std::unique_ptr<ExpertCopies> copies;  // where experts are streamed
   std::unique_ptr<ExpertCache> cache;
   std::unique_ptr<ExpertStream> experts;
-  std::map<std::int32_t, ProgramGraph> graphs;  // by batch size
+  std::unique_ptr<AdapterMemory> adapters;                       // where there is room for some
+  std::map<std::pair<std::int32_t, bool>, ProgramGraph> graphs;  // by batch size, and whether adapted
 };
 
 GpuProgram::GpuProgram(const CudaDriver& driver, const std::filesystem::path& artifact,
@@ -123,34 +126,41 @@ void GpuProgram::fill_cache(const HostWeights& weights) {
   resources_->cache->fill(weights.weights, resources_->experts->attached());
 }
 
-void GpuProgram::require_graph(std::int32_t batch) const {
-  if (resources_->graphs.contains(batch)) return;
+void GpuProgram::require_graph(std::int32_t batch, bool adapted) const {
+  if (resources_->graphs.contains({batch, adapted})) return;
   std::string sizes;
-  for (const auto& [size, unused] : resources_->graphs)
-    sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+  for (const auto& [key, unused] : resources_->graphs)
+    if (key.second == adapted) sizes += (sizes.empty() ? "" : ", ") + std::to_string(key.first);
   throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU program has no graph for batch size " +
                                             std::to_string(batch) + ", only for " + sizes + ".");
 }
 
-void GpuProgram::launch(std::int32_t batch, std::int64_t tokens, bool may_stream) {
+void GpuProgram::put_adapter(std::int32_t slot, std::uint64_t begin, std::span<const GpuPair> pairs) const {
   const CurrentContext current(driver_, context_);
-  const bool waits = std::ranges::find(record_.graphs, batch, &GraphRecord::batch)->streams;
+  resources_->adapters->put(slot, begin, pairs);
+}
+
+void GpuProgram::launch(std::int32_t batch, bool adapted, std::int64_t tokens, bool may_stream) {
+  const CurrentContext current(driver_, context_);
+  const bool waits = std::ranges::find_if(record_.graphs, [&](const GraphRecord& graph) {
+                       return graph.batch == batch && graph.adapted == adapted;
+                     })->streams;
   resources_->buffers.send_step(resources_->stream.get());
-  timed_batch_ = timed_ ? batch : 0;
+  timed_graph_ = {timed_ ? batch : 0, adapted};
   if (resources_->copies) resources_->copies->set_timed(timed_);
   // What is streamed is what the cache does not hold in this step. Prompts stream, steps of decoding do not.
   if (resources_->cache) resources_->cache->begin(tokens, !waits);
   if (waits) resources_->experts->begin(may_stream ? tokens : 0);
-  ProgramGraph& graph = resources_->graphs.at(batch);
+  ProgramGraph& graph = resources_->graphs.at({batch, adapted});
   driver_.graph_launch(timed_ ? graph.timed() : graph.get(), resources_->stream.get());
 }
 
 std::vector<GpuEvent> GpuProgram::read_times() const {
   std::vector<GpuEvent> times;
-  if (timed_batch_ == 0) return times;
+  if (timed_graph_.first == 0) return times;
   const CurrentContext current(driver_, context_);
   const EventClock clock(driver_, resources_->stream.get());
-  resources_->graphs.at(timed_batch_).read_times(clock, times);
+  resources_->graphs.at(timed_graph_).read_times(clock, times);
   if (resources_->copies) resources_->copies->read_times(clock, times);
   return times;
 }

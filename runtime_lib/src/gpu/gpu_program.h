@@ -57,10 +57,12 @@ class GpuProgram {
   ExpertCache* expert_cache() const;
 
   // Throws Error(HETCOMP_INVALID_ARGUMENT) if there is no graph of that batch size.
-  void require_graph(std::int32_t batch) const;
+  void require_graph(std::int32_t batch, bool adapted) const;
   // Sends the step buffers and launches the graph, for a step of so many tokens: that only matters where
   // experts are streamed or cached. may_stream: false where no experts may be streamed in it. Throws Error.
-  void launch(std::int32_t batch, std::int64_t tokens, bool may_stream);
+  void launch(std::int32_t batch, bool adapted, std::int64_t tokens, bool may_stream);
+  // See AdapterMemory::put; of a program with room for adapters.
+  void put_adapter(std::int32_t slot, std::uint64_t begin, std::span<const GpuPair> pairs) const;
   // Behind every step, when the GPU is at rest.
   void end_step() noexcept;
   // Whether steps take the times of what the GPU does from the next one on, which makes them longer.
@@ -101,7 +103,7 @@ class GpuProgram {
   GpuProgramRecord record_;
   std::string broken_;
   bool timed_ = false;
-  std::int32_t timed_batch_ = 0;  // of the last step's graph, if it took times
+  std::pair<std::int32_t, bool> timed_graph_;  // of the last step, if it took times; batch 0: it did not
   std::unique_ptr<Resources> resources_;
 };
 

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../status.h"
+#include "adapter_memory.h"
 #include "program_match.h"
 
 namespace hetcomp::gpu {
@@ -78,6 +79,26 @@ GpuStep::GpuStep(const std::filesystem::path& artifact, const Manifest& manifest
     pinned_.push_back(reinterpret_cast<std::uint8_t*>(pinned_buffer(name).data()));
   for (std::size_t i = 0; i < programs_.size(); ++i) find_results(programs_[i], inputs_[i], manifest.model);
   if (logits_ == nullptr && !with_cpu_) refuse(first, "has no result buffer logits");
+  find_adapters();
+}
+
+void GpuStep::find_adapters() {
+  std::vector<std::uint64_t> bytes;
+  std::int32_t slots = 0;
+  for (std::size_t i = 0; i < programs_.size(); ++i) {
+    const GpuProgramRecord& record = programs_[i].record();
+    if (record.adapters) {
+      if (!bytes.empty() && record.adapters->slots != slots)
+        refuse(record, "has room for another number of adapters than the one before it");
+      slots = record.adapters->slots;
+      bytes.push_back(record.adapters->bytes);
+    }
+    if (!record.stream || (record.adapters && record.adapters->experts)) continue;
+    for (const StreamLayer& layer : record.stream->layers)
+      for (const StreamOperand& operand : layer.operands)
+        for (const ExpertSource& source : operand.sources) streamed_without_pairs_.push_back(source.weight);
+  }
+  if (!bytes.empty()) adapter_slots_ = std::make_unique<AdapterSlots>(slots, std::move(bytes));
 }
 
 // The candidates of exact graphs' rows.
@@ -131,6 +152,8 @@ GpuStep::Inputs GpuStep::find_inputs(const GpuProgram& program, const ModelFacts
       {"positions", {found.positions, model.max_tokens}},
       {"slots", {found.slots, model.max_tokens}},
       {"logit_rows", {found.logit_rows, model.max_logit_rows}},
+      {"adapters", {found.adapters, model.max_tokens}},
+      {"logit_adapters", {found.logit_adapters, model.max_logit_rows}},
       {"rows", {found.rows, 1}},
       {"logit_row_count", {found.logit_row_count, 1}},
       {"inverse_temperatures", {found.inverse_temperatures, model.max_logit_rows}},
@@ -158,7 +181,7 @@ void GpuStep::check_graphs(const ModelFacts& model) const {
     const std::int32_t most =
         graph.exact ? std::min(model.max_tokens, model.max_logit_rows) : model.max_tokens;
     if (graph.batch > most) refuse(first, name + ", a step has at most " + std::to_string(most) + " rows");
-    const std::size_t made = count_hand_overs(records, graph.batch);
+    const std::size_t made = count_hand_overs(records, graph);
     if (made != first.flags)
       refuse(first, name + " that makes " + std::to_string(made) + " of the " + std::to_string(first.flags) +
                         " hand-overs with those of other GPUs");
@@ -186,10 +209,11 @@ void GpuStep::check_cache(const GpuProgramRecord& record, const ModelFacts& mode
   }
 }
 
-const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step) const {
+const GraphRecord& GpuStep::choose_graph(const hetcomp_step& step, bool adapted) const {
   const GraphRecord* best = nullptr;
   std::string sizes;
   for (const GraphRecord& graph : programs_[0].record().graphs) {
+    if (graph.adapted != adapted) continue;
     sizes += (sizes.empty() ? "" : ", ") + std::string(graph.exact ? "exactly " : "up to ") +
              std::to_string(graph.batch);
     if (graph.batch < step.n_tokens || (graph.exact && graph.batch < step.n_logit_rows)) continue;
@@ -228,6 +252,53 @@ void GpuStep::fill_inputs(const Inputs& inputs, const hetcomp_step& step, const 
     inputs.logit_row_count[0] = static_cast<std::int32_t>(graph.exact ? rows : wanted);
 }
 
+// Whether any token's adapter changes what GPUs compute.
+bool GpuStep::note_adapters(const hetcomp_step& step, std::span<const Adapter* const> adapters) {
+  adapters_.clear();
+  logit_adapters_.clear();
+  for (const Adapter* adapter : adapters)
+    adapters_.push_back(adapter != nullptr && adapter->place() != nullptr ? adapter->place()->slot : -1);
+  if (std::ranges::all_of(adapters_, [](std::int32_t slot) { return slot < 0; })) return false;
+  for (std::int64_t i = 0; i < step.n_logit_rows; ++i)
+    logit_adapters_.push_back(adapters_[static_cast<std::size_t>(step.logit_rows[i])]);
+  return true;
+}
+
+// Rows of nobody have none.
+void GpuStep::fill_adapters(const Inputs& inputs, const hetcomp_step& step, const GraphRecord& graph) const {
+  const std::int64_t n = step.n_tokens;
+  const std::int64_t wanted = step.n_logit_rows;
+  copy_padded(inputs.adapters, adapters_.data(), n, graph.exact ? graph.batch : n, -1);
+  copy_padded(inputs.logit_adapters, logit_adapters_.data(), wanted, graph.exact ? graph.batch : wanted, -1);
+}
+
+bool GpuStep::place(Adapter& adapter) {
+  if (!adapter.changes_gpus()) return true;
+  std::vector<std::uint64_t> bytes;
+  for (const std::vector<GpuPair>& pairs : adapter.on_gpus()) bytes.push_back(AdapterMemory::bytes(pairs));
+  if (!adapter_slots_->possible(bytes))
+    throw Error(HETCOMP_OUT_OF_MEMORY,
+                "The pairs of the adapter " + adapter.name() +
+                    " need more of a GPU's memory than the model has for all adapters: compile it with a "
+                    "greater --adapters or --adapter-rank.");
+  std::shared_ptr<const AdapterPlace> place = adapter_slots_->take(bytes);
+  if (!place) return false;
+  programs_.put_adapter(adapter, *place);
+  adapter.set_place(std::move(place));
+  return true;
+}
+
+// Experts that are streamed to a GPU are computed there: where their pairs are on the CPU alone, it must have
+// all of them. What is deferred is the CPU's, too; a step of a prompt defers only where somebody asks for it.
+bool GpuStep::may_stream(const hetcomp_step& step) const {
+  if (step.defer_experts != 0) return false;
+  if (step.adapters == nullptr) return true;
+  for (std::int64_t i = 0; i < step.adapters->n; ++i)
+    for (const std::size_t weight : streamed_without_pairs_)
+      if (step.adapters->tables[i][weight] != nullptr) return false;
+  return true;
+}
+
 void GpuStep::provide_cache(const hetcomp_step& step) {
   std::map<std::int32_t, std::int64_t> positions;
   for (std::int64_t t = 0; t < step.n_tokens; ++t) {
@@ -238,11 +309,14 @@ void GpuStep::provide_cache(const hetcomp_step& step) {
 }
 
 std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const CandidateRequest* candidates,
-                          const Lanes& lanes) {
-  const GraphRecord& graph = choose_graph(step);
+                          const Lanes& lanes, std::span<const Adapter* const> adapters) {
+  const bool adapted = note_adapters(step, adapters);
+  const GraphRecord& graph = choose_graph(step, adapted);
   const bool finds = candidates != nullptr && graph.exact && offers_candidates() && step.n_logit_rows > 0;
-  for (const Inputs& inputs : inputs_)
+  for (const Inputs& inputs : inputs_) {
     fill_inputs(inputs, step, graph, finds ? candidates->inverse_temperature : 0);
+    if (adapted) fill_adapters(inputs, step, graph);
+  }
   provide_cache(step);
   float* const logits = gives_logits() ? std::exchange(step.logits, nullptr) : nullptr;
   step.pinned = pinned_.data();
@@ -254,8 +328,7 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
     step.hand_over = &hand_over;
     lanes(step);
   };
-  // What is deferred is the CPU's; a step of a prompt defers only where somebody asks for it.
-  programs_.run(graph.batch, cpu_work, step.n_tokens, step.defer_experts == 0);
+  programs_.run(graph.batch, cpu_work, step.n_tokens, may_stream(step), adapted);
   const auto rows = static_cast<std::size_t>(step.n_logit_rows);
   if (finds) {
     const std::optional<Candidates> found = candidates_.read(0);

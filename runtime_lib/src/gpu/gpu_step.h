@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -30,12 +31,19 @@ class GpuStep {
   // The step with what a program needs beside a GPU, for the lanes to run.
   using Lanes = std::function<void(const hetcomp_step&)>;
   // Runs one step, which has the tokens and the caller's logits (null: not wanted). best: null, or where to
-  // put the most likely token of each row of logits, -1 where they are not finite. candidates: null, or
+  // put the most likely token of each row of logits, -1 where they are not finite. adapters: by token, null
+  // where it has none; empty: no token has; all of them have their place. candidates: null, or
   // asked first, where the graph finds them: the logits may then not be fetched. Returns the batch size of
   // the graph that it ran. One thread at a time. Throws Error as ProgramSet::run does; what `lanes` and the
   // request throw is passed on.
   std::int32_t run(hetcomp_step step, std::int32_t* best, const CandidateRequest* candidates,
-                   const Lanes& lanes);
+                   const Lanes& lanes, std::span<const Adapter* const> adapters = {});
+
+  // What adapters may change on GPUs; empty: nothing.
+  std::vector<GpuAdaptable> adaptable() const { return programs_.adaptable(); }
+  // Gives an adapter its place on the GPUs, between steps; false: there is none at the moment. Throws Error:
+  // there never is.
+  bool place(Adapter& adapter);
 
   // Lets experts be copied from the CPU's weights; what ProgramSet::attach returns.
   Attachment attach(const HostWeights& weights) { return programs_.attach(weights); }
@@ -67,7 +75,8 @@ class GpuStep {
 
  private:
   struct Inputs {  // of a GPU, on the host; empty where no kernel reads it
-    std::span<std::int32_t> ids, positions, slots, logit_rows, rows, logit_row_count, inverse_temperatures;
+    std::span<std::int32_t> ids, positions, slots, logit_rows, adapters, logit_adapters, rows,
+        logit_row_count, inverse_temperatures;
   };
 
   Inputs find_inputs(const GpuProgram& program, const ModelFacts& model) const;
@@ -75,7 +84,11 @@ class GpuStep {
   void find_results(const GpuProgram& program, const Inputs& inputs, const ModelFacts& model);
   std::span<std::byte> pinned_buffer(const std::string& name) const;
   static void check_cache(const GpuProgramRecord& record, const ModelFacts& model);
-  const GraphRecord& choose_graph(const hetcomp_step& step) const;
+  void find_adapters();
+  const GraphRecord& choose_graph(const hetcomp_step& step, bool adapted) const;
+  bool note_adapters(const hetcomp_step& step, std::span<const Adapter* const> adapters);
+  void fill_adapters(const Inputs& inputs, const hetcomp_step& step, const GraphRecord& graph) const;
+  bool may_stream(const hetcomp_step& step) const;
   void fill_inputs(const Inputs& inputs, const hetcomp_step& step, const GraphRecord& graph,
                    float inverse_temperature) const;
   void find_candidates(const GpuProgramRecord& record, const BufferRecord& buffer, const Inputs& inputs);
@@ -86,8 +99,12 @@ class GpuStep {
   const KvPool& pool_;
   std::int32_t max_batch_;
   std::size_t vocab_;
-  bool with_cpu_;                      // which takes part in hand-overs
-  std::vector<Inputs> inputs_;         // by program
+  bool with_cpu_;                                        // which takes part in hand-overs
+  std::vector<Inputs> inputs_;                           // by program
+  std::unique_ptr<AdapterSlots> adapter_slots_;          // null: no GPU has room for adapters
+  std::vector<std::int32_t> adapters_, logit_adapters_;  // slots, by token and by row of logits
+  std::vector<std::size_t>
+      streamed_without_pairs_;         // the CPU's weights that come to GPUs, whose pairs do not
   std::vector<std::uint8_t*> pinned_;  // in the order of hetcomp_step::pinned
   std::span<std::int32_t> best_;
   CandidateRows candidates_;

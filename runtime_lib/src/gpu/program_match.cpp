@@ -14,9 +14,13 @@ namespace {
               "The GPU programs do not fit each other: " + what + ": compile the model again.");
 }
 
+bool is_like(const GraphRecord& graph, const GraphRecord& other) {
+  return graph.batch == other.batch && graph.adapted == other.adapted;
+}
+
 const GraphRecord& graph_like(const GraphRecord& wanted, const GpuProgramRecord& program) {
   for (const GraphRecord& graph : program.graphs)
-    if (graph.batch == wanted.batch && graph.exact == wanted.exact) return graph;
+    if (is_like(graph, wanted) && graph.exact == wanted.exact) return graph;
   refuse("the one for " + program.device + " has no graph for batch size " + std::to_string(wanted.batch));
 }
 
@@ -69,13 +73,13 @@ bool needs_cpu(const GpuProgramRecord& program) {
   return false;
 }
 
-std::size_t count_hand_overs(std::span<const GpuProgramRecord* const> programs, std::int32_t batch) {
+std::size_t count_hand_overs(std::span<const GpuProgramRecord* const> programs, const GraphRecord& like) {
   std::set<std::uint32_t> made;
   for (const GpuProgramRecord* program : programs)
     for (const GraphRecord& graph : program->graphs)
       for (const NodeRecord& node : graph.nodes)
         if (const auto* hand_over = std::get_if<HandOver>(&node.work);
-            hand_over != nullptr && graph.batch == batch && hand_over->raises &&
+            hand_over != nullptr && is_like(graph, like) && hand_over->raises &&
             hand_over->flag < program->flags)
           made.insert(hand_over->flag);
   return made.size();

@@ -16,7 +16,7 @@ void require_match(std::span<const GpuProgramRecord* const> programs);
 // Whether any of the program's graphs hands over to the CPU.
 bool needs_cpu(const GpuProgramRecord& program);
 
-// Hand-overs that all programs together make in the graphs of a batch size.
-std::size_t count_hand_overs(std::span<const GpuProgramRecord* const> programs, std::int32_t batch);
+// Hand-overs that all programs together make in the graphs that are for the same steps as `like`.
+std::size_t count_hand_overs(std::span<const GpuProgramRecord* const> programs, const GraphRecord& like);
 
 }  // namespace hetcomp::gpu

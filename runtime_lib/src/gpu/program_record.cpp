@@ -1,5 +1,6 @@
 #include "program_record.h"
 
+#include <algorithm>
 #include <charconv>
 #include <map>
 #include <utility>
@@ -26,10 +27,10 @@ BufferKind buffer_kind(const CheckedJson& node) {
       {"constant", BufferKind::kConstant},  {"state", BufferKind::kState},
       {"result", BufferKind::kResult},      {"step", BufferKind::kStep},
       {"pinned_in", BufferKind::kPinnedIn}, {"pinned_out", BufferKind::kPinnedOut},
-      {"stream", BufferKind::kStream}};
+      {"stream", BufferKind::kStream},      {"pairs", BufferKind::kPairs}};
   const auto found = kKinds.find(node.text());
   if (found == kKinds.end())
-    node.refuse("arena, weight, constant, state, result, step, pinned_in, pinned_out or stream");
+    node.refuse("arena, weight, constant, state, result, step, pinned_in, pinned_out, stream or pairs");
   return found->second;
 }
 
@@ -169,7 +170,9 @@ void check_stream(const CheckedJson& node, GraphRecord& graph, const GpuProgramR
 
 GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
                          const GpuProgramRecord& program, const BufferIndex& index) {
-  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), false, {}, {}};
+  const bool adapted = node.has("adapted") && node["adapted"].truth();
+  if (adapted && !program.adapters) node["adapted"].refuse("false: there is no room for adapters");
+  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), adapted, false, {}, {}};
   const auto nodes = node["nodes"].elements();
   if (nodes.empty() || nodes.size() > kMostNodes)
     node["nodes"].refuse("a list of 1 to " + std::to_string(kMostNodes) + " nodes");
@@ -228,13 +231,18 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
     if (!program.stream) root["expert_cache"].refuse("absent: nothing is streamed");
     program.expert_cache = ExpertCacheRecord::parse(root["expert_cache"], program.buffers, *program.stream);
   }
+  if (root.has("adapters")) program.adapters = AdapterRecord::parse(root["adapters"], program.buffers);
   for (const CheckedJson& node : root["graphs"].elements()) {
     GraphRecord graph = graph_record(node, kernels, program, index);
     for (const GraphRecord& other : program.graphs)
-      if (other.batch == graph.batch) node["batch"].refuse("the only graph of its batch size");
+      if (other.batch == graph.batch && other.adapted == graph.adapted)
+        node["batch"].refuse("the only graph of its batch size");
     program.graphs.push_back(std::move(graph));
   }
   if (program.graphs.empty()) root["graphs"].refuse("a list of at least one graph");
+  const auto adapted = std::ranges::count(program.graphs, true, &GraphRecord::adapted);
+  if (program.adapters && 2 * adapted != std::ssize(program.graphs))
+    root["graphs"].refuse("graphs with and without adapters, as many of each");
   return program;
 }
 

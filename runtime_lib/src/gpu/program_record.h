@@ -11,6 +11,7 @@
 #include <variant>
 #include <vector>
 
+#include "adapter_record.h"
 #include "expert_cache_record.h"
 #include "kernel_table.h"
 #include "stream_record.h"
@@ -27,6 +28,7 @@ enum class BufferKind {
   kPinnedIn,   // in host memory: what the CPU or another GPU hands to kernels
   kPinnedOut,  // in host memory: what kernels hand to the CPU or another GPU
   kStream,     // experts that come from the host's memory during a step, and where they are
+  kPairs,      // of adapters that come and go, and where they are
 };
 inline bool is_pinned(BufferKind kind) {
   return kind == BufferKind::kPinnedIn || kind == BufferKind::kPinnedOut;
@@ -90,10 +92,11 @@ struct NodeRecord {
 };
 
 // exact: the kernels work on `batch` rows, whatever the step has. Else they read how many it has, at most
-// `batch`. streams: it waits for what is streamed, layer after layer.
+// `batch`. adapted: it adds the pairs of adapters. streams: it waits for what is streamed, layer after layer.
 struct GraphRecord {
   std::int32_t batch;
   bool exact;
+  bool adapted;
   bool streams;
   std::vector<NodeRecord> nodes;
   std::vector<std::size_t> order;  // all nodes, each behind those it comes after
@@ -117,6 +120,7 @@ struct GpuProgramRecord {
   std::vector<BufferRecord> buffers;
   std::optional<StreamRecord> stream;
   std::optional<ExpertCacheRecord> expert_cache;  // only beside a stream
+  std::optional<AdapterRecord> adapters;          // with it there is each graph twice, once adapted
   std::vector<GraphRecord> graphs;
 
   // Whether the flag is of a layer that is streamed to this GPU.

@@ -169,17 +169,17 @@ void ProgramSet::provide_cache(const std::map<std::int32_t, std::int64_t>& posit
 }
 
 void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens,
-                     bool may_stream) {
+                     bool may_stream, bool adapted) {
   for (const auto& program : programs_) {
     if (!program->broken().empty())
       throw Error(HETCOMP_COMPUTE, program->device().in_words() + " runs no more steps since " +
                                        program->broken() + ": load the model anew.");
-    program->require_graph(batch);
+    program->require_graph(batch, adapted);
   }
   HandShake& hand_shake = shared_->hand_shake();
   hand_shake.begin_step();
   try {
-    for (const auto& program : programs_) program->launch(batch, tokens, may_stream);
+    for (const auto& program : programs_) program->launch(batch, adapted, tokens, may_stream);
     cpu_work(hand_shake);
     wait_for_end();
   } catch (...) {
@@ -197,6 +197,23 @@ void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& 
 void ProgramSet::end_step() noexcept {
   for (const auto& program : programs_) program->end_step();
   shared_->hand_shake().end_step();
+}
+
+std::vector<GpuAdaptable> ProgramSet::adaptable() const {
+  std::vector<GpuAdaptable> found;
+  for (const auto& program : programs_)
+    if (const auto& adapters = program->record().adapters; adapters)
+      found.push_back({program->record().device, adapters->rank, adapters->weights});
+  return found;
+}
+
+void ProgramSet::put_adapter(const Adapter& adapter, const AdapterPlace& place) const {
+  std::size_t i = 0;
+  for (const auto& program : programs_) {
+    if (!program->record().adapters) continue;
+    program->put_adapter(place.slot, place.begin[i], adapter.on_gpus()[i]);
+    ++i;
+  }
 }
 
 void ProgramSet::abort(const std::string& reason) { shared_->hand_shake().abort(reason); }

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "adapter_slots.h"
 #include "gpu_program.h"
 #include "shared_memory.h"
 
@@ -84,13 +85,18 @@ class ProgramSet {
 
   // One step of so many tokens: sends the step buffers, launches every program's graph, calls cpu_work on
   // this thread (it waits for GPUs and answers), and returns when all GPUs are at rest. may_stream: false
-  // where no experts may be streamed in this step, though its graphs could wait for some. One thread at a
-  // time. Throws Error: no graph of that batch size, a GPU or the CPU does not answer in time, a fault of a
-  // GPU, which is named; what cpu_work throws is passed on. The GPUs are at rest then and the next step may
-  // run, but state buffers hold what the step has written; only after a fault of a GPU itself every further
-  // call says so, until the model is loaded anew.
+  // where no experts may be streamed in this step, though its graphs could wait for some. adapted: graphs
+  // that add the pairs of adapters. One thread at a time. Throws Error: no graph of that batch size, a GPU or
+  // the CPU does not answer in time, a fault of a GPU, which is named; what cpu_work throws is passed on. The
+  // GPUs are at rest then and the next step may run, but state buffers hold what the step has written; only
+  // after a fault of a GPU itself every further call says so, until the model is loaded anew.
   void run(std::int32_t batch, const std::function<void(HandShake&)>& cpu_work, std::int64_t tokens = 1,
-           bool may_stream = true);
+           bool may_stream = true, bool adapted = false);
+
+  // What adapters may change on each GPU that has room for some, in the programs' order.
+  std::vector<GpuAdaptable> adaptable() const;
+  // Gives an adapter the memory that its place says. The GPUs must be at rest. Throws Error.
+  void put_adapter(const Adapter& adapter, const AdapterPlace& place) const;
 
   // From any thread: gives the running step up.
   void abort(const std::string& reason);
