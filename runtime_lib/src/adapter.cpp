@@ -65,7 +65,7 @@ bool finite(const std::uint8_t* numbers, std::uint64_t bytes, Bits exponent) {
 std::int64_t up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 
 // One part of a weight's pairs. The product of its sizes cannot overflow: the program's are those of a weight
-// in memory, the rank is bounded.
+// in memory, a GPU's (gpu/adapter_record.cpp) and the rank are bounded.
 const std::uint8_t* part(const CheckedJson& offset, const Memory& data, std::int64_t numbers,
                          std::int32_t number_bytes) {
   const std::uint64_t at = offset.number(0, data.size());

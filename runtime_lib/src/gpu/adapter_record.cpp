@@ -6,12 +6,14 @@ namespace hetcomp::gpu {
 namespace {
 
 constexpr std::int32_t kMostSlots = 1 << 10;
-constexpr std::int64_t kLargestSize = 1 << 30;
+// Together with the greatest rank, bytes of a pair are far from the end of 64 bits.
+constexpr std::int64_t kMostMatrices = 1 << 16;
+constexpr std::int64_t kLargestSize = 1 << 24;
 
 hetcomp_adaptable adaptable(const CheckedJson& node) {
-  const hetcomp_adaptable shape{node["matrices"].integer(1, 1 << 20), node["rows"].integer(1, kLargestSize),
-                                node["columns"].integer(1, kLargestSize), node["halves"].count(1, 2),
-                                node["number_bytes"].count(2, 4)};
+  const hetcomp_adaptable shape{
+      node["matrices"].integer(1, kMostMatrices), node["rows"].integer(1, kLargestSize),
+      node["columns"].integer(1, kLargestSize), node["halves"].count(1, 2), node["number_bytes"].count(2, 4)};
   if (shape.number_bytes == 3) node["number_bytes"].refuse("2 or 4");
   if (shape.out % shape.halves != 0) node["rows"].refuse("of whole halves");
   return shape;
