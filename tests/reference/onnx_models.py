@@ -1,0 +1,86 @@
+"""ONNX graphs of tiny models, as torch's exporter and onnxruntime-genai's builder write them, and their logits."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+Floats = npt.NDArray[np.float32]
+
+
+class _Step(torch.nn.Module):
+    """A decoder with its caches as inputs and outputs, as optimum exports it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.model
+        self.lm_head = model.lm_head
+
+    def forward(self, input_ids, attention_mask, position_ids, *past: torch.Tensor):
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache
+        )
+        kept = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+        return (self.lm_head(out.last_hidden_state), *kept)
+
+
+def export(path: Path, model: PreTrainedModel, attention: str = "eager", opset: int = 17) -> Path:
+    """Writes ``model`` as torch.onnx.export does, with inputs input_ids, attention_mask, position_ids and
+    past_key_values.*."""
+    config = model.config
+    config._attn_implementation = attention
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = range(config.num_hidden_layers)
+    caches = [torch.randn(1, config.num_key_value_heads, 5, head_dim) for _ in layers for _ in "kv"]
+    names = [f"{i}.{part}" for i in layers for part in ("key", "value")]
+    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)]
+    axes = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}}
+    axes |= {"position_ids": {0: "batch", 1: "sequence"}} | {n: {0: "batch", 2: "past"} for n in inputs[3:]}
+    ids = torch.arange(3)[None]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Step(model).eval(),
+            (ids, torch.ones(1, 8, dtype=torch.int64), ids + 5, *caches),
+            path,
+            input_names=inputs,
+            output_names=["logits", *(f"present.{n}" for n in names)],
+            dynamic_axes=axes,
+            opset_version=opset,
+            dynamo=False,
+        )
+    return path
+
+
+def reference_logits(path: Path, ids: list[int], split: int) -> Floats:
+    """onnxruntime's logits [len(ids), vocab], in two steps, the second from the caches that the first left."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    past = {
+        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past_key_values")
+    }
+    seen, rows = 0, []
+    for part in (ids[:split], ids[split:]):
+        total = seen + len(part)
+        known = {
+            "input_ids": np.array([part]),
+            "position_ids": np.arange(seen, total)[None],
+            "attention_mask": np.ones((1, total), np.int64),
+        }
+        wanted = {i.name for i in session.get_inputs()}
+        made = session.run(None, {k: v for k, v in known.items() if k in wanted} | past)
+        rows.append(made[0][0])
+        past = {name.replace("present", "past_key_values"): v for name, v in zip(names[1:], made[1:], strict=True)}
+        seen = total
+    return np.concatenate(rows)
