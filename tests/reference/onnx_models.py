@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
 from transformers import DynamicCache, PreTrainedModel
+
+from hetcomp.frontend import Imported
+from hetcomp.frontend.checkpoint import BaseCheckpoint
+from hetcomp.ir.plan import Value
+from hetcomp.quantised_numbers import QuantisedNumbers
+from tests.reference.plan_interpreter import PlanInterpreter
 
 Floats = npt.NDArray[np.float32]
 
@@ -84,3 +91,28 @@ def reference_logits(path: Path, ids: list[int], split: int) -> Floats:
         past = {name.replace("present", "past_key_values"): v for name, v in zip(names[1:], made[1:], strict=True)}
         seen = total
     return np.concatenate(rows)
+
+
+class _Dequantised:
+    """A checkpoint's weights as numbers."""
+
+    def __init__(self, checkpoint: BaseCheckpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def read(self, value: Value) -> npt.NDArray[Any]:
+        made = self._checkpoint.read(value)
+        return made.to_f32() if isinstance(made, QuantisedNumbers) else made
+
+
+def interpreted_logits(imported: Imported, ids: list[int], split: int) -> Floats:
+    """What the Plan gives for a prompt of ``split`` tokens and then one token after the other."""
+    assert imported.checkpoint is not None
+    run = PlanInterpreter(imported.plan, _Dequantised(imported.checkpoint))
+    rows = [run.step(ids[:split], range(split))]
+    rows += [run.step([ids[at]], [at]) for at in range(split, len(ids))]
+    return torch.cat(rows).numpy()
+
+
+def relative_error(got: Floats, want: Floats) -> float:
+    """Largest difference over the largest value."""
+    return float(np.abs(got - want).max() / np.abs(want).max())

@@ -13,6 +13,7 @@ from hetcomp.frontend.key_mapping import Parts
 from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.parameters import Parameter
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
+from hetcomp.quantised_numbers import QuantisedNumbers, joined
 
 
 class OnnxCheckpoint(BaseCheckpoint):
@@ -23,9 +24,14 @@ class OnnxCheckpoint(BaseCheckpoint):
         self._file = file
         self._parameters = parameters
         self._unread = sorted(unread)
-        tensors = {name: file.graph.initialisers[name] for p in parameters.values() for name in p.tensors}
-        parts = {fqn: Parts("plain", p.tensors) for fqn, p in parameters.items()}
+        tensors = {fqn: _described(file, p) for fqn, p in parameters.items()}
+        parts = {fqn: Parts("plain", (fqn,)) for fqn in parameters}
         super().__init__(str(file.path), tensors, parts, {})
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any tensor is."""
+        return any(t.quantised is not None for t in self._tensors.values())
 
     def unused(self, weights: Iterable[Value]) -> list[str]:
         """Tensors that the logits do not depend on, sorted."""
@@ -36,5 +42,23 @@ class OnnxCheckpoint(BaseCheckpoint):
         turned = self._parameters[value.fqn or value.id].transposed
         return replace(view, transpose=view.transpose != turned)
 
+    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic] | QuantisedNumbers:
+        packed = self._parameters[tensor.name].packed
+        if packed is None or tensor.quantised is None:
+            return super()._numbers(tensor, row)
+        if row is None and len(packed.shape) > 2:
+            experts = [self._numbers(tensor, expert)[None] for expert in range(packed.shape[0])]
+            made = [e for e in experts if isinstance(e, QuantisedNumbers)]
+            return joined(made) if made else np.concatenate([e for e in experts if isinstance(e, np.ndarray)])
+        return packed.decode({name: self._file.numbers(part, row) for name, part in tensor.quantised.parts})
+
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:
-        return self._file.numbers(tensor, row)
+        stored = self._file.graph.initialisers[self._parameters[tensor.name].tensor]
+        return self._file.numbers(stored, row)
+
+
+def _described(file: OnnxFile, parameter: Parameter) -> CheckpointTensor:
+    """The tensor behind a parameter, under the parameter's name."""
+    if parameter.packed is not None:
+        return parameter.packed.described(parameter.fqn, file.graph.initialisers)
+    return replace(file.graph.initialisers[parameter.tensor], name=parameter.fqn)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.onnx.contrib_shapes import SHAPES
 from hetcomp.frontend.onnx.graph import Graph, Input, Node
 from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.torch_ops import NotComputable, compute, from_numpy
@@ -23,6 +24,12 @@ _SMALL = 1 << 14
 _LARGE = 1 << 28
 # Ops through which a weight stays one: transposed, or in another type.
 _PASSES = frozenset({"Cast", "CastLike", "Identity", "Transpose"})
+# Operands that are tables of cosines and sines, a row a position.
+TABLES = {
+    "RotaryEmbedding": (1, 2),
+    "com.microsoft.RotaryEmbedding": (2, 3),
+    "com.microsoft.GroupQueryAttention": (7, 8),
+}
 _PAST = re.compile(r"past|cache", re.IGNORECASE)
 
 
@@ -124,17 +131,22 @@ class Evaluator:
             if missing is not None:
                 raise NotComputable(f"reads {missing}, which nothing makes")
             operands = [v for v in node.inputs if v]
+            for index in TABLES.get(node.op, ()):
+                if node.input(index) in weights:
+                    self._read_large(graph, [node.inputs[index]], values)
+                    del weights[node.inputs[index]]
             if node.op in _PASSES and node.inputs[0] in weights:
                 passed = _passed(node, weights[node.inputs[0]], values[node.inputs[0]].ndim)
                 if passed is not None:
                     weights[node.outputs[0]] = passed
             elif not any(values[v].is_meta and v not in weights for v in operands):
                 self._read_large(graph, operands, values)
-            made = compute(node, [values[v] if v else None for v in node.inputs])
+            given = [values[v] if v else None for v in node.inputs]
+            made = SHAPES[node.op](node, *given) if node.op in SHAPES else compute(node, given)
         except NotComputable as error:
             raise HetcompError(f"{self._file.path}: {node} {error}") from error
-        for value, tensor in zip(node.outputs, made, strict=False):
-            if value:
+        for value, tensor in zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False):
+            if value and tensor is not None:
                 values[value] = tensor
 
     def _read_large(self, graph: Graph, operands: list[str], values: dict[str, Tensor]) -> None:
@@ -185,6 +197,17 @@ def kind_of(given: Input, file: OnnxFile) -> str:
         f"{file.path}: input {given.name} of type {given.dtype} and shape {list(given.shape)} is none of a "
         "decoder that hetcomp knows; expected input_ids, position_ids, attention_mask and past_key_values.*"
     )
+
+
+def table_rows(graph: Graph, run: Run) -> list[int]:
+    """Rows of the tables of cosines and sines that positions choose from: more positions the model cannot take."""
+    rows = []
+    for node in graph.nodes:
+        tables = [node.inputs[i] for i in TABLES.get(node.op, ()) if node.input(i)]
+        if node.op == "Gather" and int(node.get("axis", 0)) == 0 and run.tokens in run.shape(node.inputs[1]):
+            tables = [] if run.values[node.outputs[0]].is_meta else [node.inputs[0]]
+        rows += [run.shape(t)[0] for t in tables if len(run.shape(t)) >= 2]
+    return rows
 
 
 def step_sizes(graph: Graph) -> tuple[int, int]:

@@ -200,12 +200,17 @@ def _rope_table(w: Writer, node: Node) -> tuple[fx.Node, ...]:
 def _rope(w: Writer, node: Node) -> fx.Node:
     x, cos, sin = (w.activation(v) for v in node.inputs)
     rotary_dim, style = int(node.attributes["rotary_dim"]), str(node.attributes["style"])
-    return w.call(hetcomp.rope.default, x, cos, sin, rotary_dim, style, int(node.attributes["heads_axis"]))
+    shape, dim = w.run.shape(node.outputs[0]), int(node.attributes["head_dim"])
+    if len(shape) == 3:
+        x = w.view(x, (*shape[:2], shape[2] // dim, dim))
+        return w.view(w.call(hetcomp.rope.default, x, cos, sin, rotary_dim, style, 2), shape)
+    heads_axis = 1 if shape[2] == w.run.tokens else 2
+    return w.call(hetcomp.rope.default, x, cos, sin, rotary_dim, style, heads_axis)
 
 
 def _kv_append(w: Writer, node: Node) -> tuple[fx.Node, ...]:
     k, v = (w.activation(v) for v in node.inputs)
-    caches = w.call(hetcomp.kv_append.default, k, v, int(node.attributes["layer"]), w.context)
+    caches = w.call(hetcomp.kv_append.default, k, v, w.layer(), w.context)
     return w.take(caches, 0), w.take(caches, 1)
 
 
@@ -213,8 +218,9 @@ def _attention(w: Writer, node: Node) -> fx.Node:
     q, k, v = (w.activation(v) for v in node.inputs[:3])
     sinks = w.parameter(node.inputs[3]) if node.input(3) else None
     a = node.attributes
-    numbers = int(a["layer"]), float(a["scale"]), int(a["window"]), float(a["softcap"])
-    made = w.call(hetcomp.attention.default, q, k, v, sinks, *numbers)
+    numbers = float(a["scale"]), int(a["window"]), float(a["softcap"])
+    made = w.call(hetcomp.attention.default, q, k, v, sinks, w.layer(), *numbers)
+    w.layers_done += 1
     return w.call(aten.permute.default, made, [0, 2, 1, 3])
 
 

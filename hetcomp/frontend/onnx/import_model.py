@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.checkpoint import OnnxCheckpoint
-from hetcomp.frontend.onnx.evaluate import Evaluator, Run, kind_of, step_sizes
+from hetcomp.frontend.onnx.evaluate import Evaluator, Run, kind_of, step_sizes, table_rows
 from hetcomp.frontend.onnx.graph import Graph
 from hetcomp.frontend.onnx.model_facts import UNKNOWN_POSITIONS, ModelFacts, model_facts
 from hetcomp.frontend.onnx.model_file import OnnxFile, open_model
@@ -15,9 +15,11 @@ from hetcomp.frontend.onnx.parameters import Parameters
 from hetcomp.frontend.onnx.recognise_attention import replace_attention
 from hetcomp.frontend.onnx.recognise_norm import replace_norms
 from hetcomp.frontend.onnx.recognise_rope import replace_ropes
-from hetcomp.frontend.onnx.to_fx import to_fx
+from hetcomp.frontend.onnx.to_fx import ATTENTION, to_fx
 from hetcomp.frontend.trace import TracedModel
 from hetcomp.ir.plan import ModelInfo
+
+_EMBEDDINGS = ("Gather", "com.microsoft.GatherBlockQuantized")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def read_model(path: Path) -> OnnxModel:
     positions = facts.positions or UNKNOWN_POSITIONS
     evaluator = Evaluator(file)
     run = evaluator.run(graph, *step_sizes(graph))
+    positions = min([positions, *table_rows(graph, run)])
     far = evaluator.run(graph, 1, positions - 1 if run.past else 0)
     graph = replace_norms(graph, run)
     graph = replace_attention(graph, run, far, str(path))
@@ -62,15 +65,15 @@ def traced_model(model: OnnxModel, context: int) -> tuple[TracedModel, OnnxCheck
     if len(ids) != 1:
         raise HetcompError(f"{origin} has no input of token ids (input_ids), so it is no language model")
     parameters = Parameters()
-    traced = to_fx(model.graph, model.run, parameters, ids[0], context, origin)
+    traced = to_fx(model.graph, model.run, parameters, ids[0], context, origin, model.facts.provider)
     return traced, OnnxCheckpoint(model.file, parameters.all, model.unread)
 
 
 def model_info(model: OnnxModel, config_sha256: str) -> ModelInfo:
     """Facts for the Plan. Raises HetcompError if the graph is no language model with attention."""
     logits = model.graph.outputs[0]
-    layers = sum(node.op == "hetcomp.Attention" for node in model.graph.nodes)
-    table = next((n for n in model.graph.nodes if n.op == "Gather" and n.inputs[0] in model.run.weights), None)
+    layers = sum(node.op in ATTENTION for node in model.graph.nodes)
+    table = next((n for n in model.graph.nodes if n.op in _EMBEDDINGS and n.inputs[0] in model.run.weights), None)
     if not layers or table is None or not model.run.is_activation(logits):
         raise HetcompError(
             f"{model.file.path}: its first output {logits} is not made from token ids through attention, so it is no "

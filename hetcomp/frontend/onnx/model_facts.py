@@ -16,13 +16,15 @@ UNKNOWN_POSITIONS = 1 << 17
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """``raw``: the config as written, empty if there is none. ``positions``: None if nothing says."""
+    """``raw``: the config as written, empty if there is none. ``positions``: None if nothing says. ``provider``:
+    what other processor than a CPU onnxruntime shall run it on, by its name there."""
 
     raw: dict[str, Any]
     model_type: str
     positions: int | None
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    provider: str
 
 
 def model_facts(folder: Path) -> ModelFacts:
@@ -39,7 +41,16 @@ def model_facts(folder: Path) -> ModelFacts:
         positions=_whole(model.get("context_length")) or _whole(config.get("max_position_embeddings")),
         eos_token_ids=tuple(e for e in map(_whole, eos if isinstance(eos, list) else [eos]) if e is not None),
         bos_token_id=_whole(model.get("bos_token_id", config.get("bos_token_id"))),
+        provider=_provider(model),
     )
+
+
+def _provider(model: dict[str, Any]) -> str:
+    found: Any = model
+    for key in ("decoder", "session_options", "provider_options"):
+        found = found.get(key) if isinstance(found, dict) else None
+    names = [str(n) for entry in found if isinstance(entry, dict) for n in entry] if isinstance(found, list) else []
+    return next((n for n in names if n.lower() != "cpu"), "")
 
 
 def _whole(value: object) -> int | None:

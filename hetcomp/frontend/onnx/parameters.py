@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hetcomp.frontend.onnx.evaluate import Weight
+from hetcomp.frontend.onnx.packed_weights import Packed
 from hetcomp.frontend.plan_builder import layer_of
 
-_OPERATOR = re.compile(r"\.(?:MatMul|Gemm|Add)\.(?=weight$|bias$)")
+# What onnxruntime-genai puts into a weight's name behind the module's.
+_OPERATOR = re.compile(r"\.(?:MatMul|Gemm|Add)(?:NBits)?\.(?=weight|bias)")
+_CODES = re.compile(r"\.q?weight(?:_(?:Q|quant)\w*)?$")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """``tensors`` of the file whose numbers, in the form that ``stored`` names, the parameter ``fqn`` of ``shape``
-    has; transposed: after its last two axes are swapped."""
+    """The parameter ``fqn`` of ``shape``: the tensor of the file, transposed: with its last two axes swapped.
+    ``packed``: how it is quantised; then the tensor is the one that holds its codes."""
 
     fqn: str
     shape: tuple[int, ...]
-    tensors: tuple[str, ...]
+    tensor: str
     transposed: bool = False
+    packed: Packed | None = None
 
 
 class Parameters:
@@ -28,17 +31,14 @@ class Parameters:
 
     def __init__(self) -> None:
         self.all: dict[str, Parameter] = {}
-        self._known: dict[tuple[Weight, ...], str] = {}
+        self._known: dict[tuple[str, bool], str] = {}
 
-    def of(self, weight: Weight, shape: tuple[int, ...], scope: str) -> Parameter:
+    def of(self, weight: Weight, shape: tuple[int, ...], scope: str, packed: Packed | None = None) -> Parameter:
         """The parameter that ``weight`` is. scope: path of the module that uses it."""
-        return self.add((weight,), scope, lambda fqn: Parameter(fqn, shape, (weight.name,), weight.transposed))
-
-    def add(self, key: tuple[Weight, ...], scope: str, make: Callable[[str], Parameter]) -> Parameter:
-        """The parameter for ``key``, made under a free name when it is first asked for."""
+        key = (weight.name, weight.transposed)
         if key not in self._known:
-            fqn = self._free(_name(key[0].name, scope))
-            self.all[fqn] = make(fqn)
+            fqn = self._free(_name(weight.name, scope))
+            self.all[fqn] = Parameter(fqn, shape, weight.name, weight.transposed, packed)
             self._known[key] = fqn
         return self.all[self._known[key]]
 
@@ -54,7 +54,7 @@ class Parameters:
 def _name(tensor: str, scope: str) -> str:
     """The tensor's own name; that of the module where the tensor's is a number, or does not say which layer it belongs
     to."""
-    tensor = _OPERATOR.sub(".", tensor)
+    tensor = _CODES.sub(".weight", _OPERATOR.sub(".", tensor))
     if not scope or ("." in tensor and layer_of(scope) == layer_of(tensor)):
         return tensor
     return f"{scope}.weight"

@@ -45,14 +45,14 @@ def replace_attention(graph: Graph, run: Run, far: Run, origin: str) -> Graph:
         if run.shape(node.outputs[0])[-1] != run.seen:
             continue
         try:
-            result, made = _attention(regions, far, node, len(new))
+            result, made = _attention(regions, far, node)
         except NotComputable as error:
             raise HetcompError(f"{origin}: the attention of {node} {error}; hetcomp cannot compile it") from error
         new[result] = made
     return graph.replaced(new, graph.outputs[:1])
 
 
-def _attention(regions: Regions, far: Run, softmax: Node, layer: int) -> tuple[str, list[Node]]:
+def _attention(regions: Regions, far: Run, softmax: Node) -> tuple[str, list[Node]]:
     product = _product_with_values(regions, softmax)
     result = product.outputs[0]
     operands = _operands(regions, softmax, product)
@@ -66,7 +66,7 @@ def _attention(regions: Regions, far: Run, softmax: Node, layer: int) -> tuple[s
         softmax,
         (operands.q, operands.k, operands.v),
         result,
-        {"layer": layer, "scale": scale, "window": window, "softcap": softcap},
+        {"scale": scale, "window": window, "softcap": softcap},
     )
 
 
@@ -77,10 +77,9 @@ def append_and_attend(
     result are [1, heads, T, D]."""
     q, k, v = operands
     caches = (f"{result}:k", f"{result}:v")
-    layer = {"layer": attributes["layer"]}
     inputs = (q, *caches, sinks) if sinks else (q, *caches)
     return [
-        Node(node.name, "hetcomp.KvAppend", (k, v), caches, layer, node.scope),
+        Node(node.name, "hetcomp.KvAppend", (k, v), caches, {}, node.scope),
         Node(node.name, "hetcomp.Attention", inputs, (result,), attributes, node.scope),
     ]
 

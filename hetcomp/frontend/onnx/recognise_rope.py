@@ -12,7 +12,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.evaluate import Run
 from hetcomp.frontend.onnx.graph import Graph, Node
 from hetcomp.frontend.onnx.regions import Region, Regions
-from hetcomp.frontend.onnx.rope_frequencies import RopeFrequencies, fit
+from hetcomp.frontend.onnx.rope_frequencies import fit
 from hetcomp.frontend.onnx.torch_ops import NotComputable
 from hetcomp.frontend.recognise import RopeStyle, rope_reference
 
@@ -36,9 +36,7 @@ def replace_ropes(graph: Graph, run: Run, far: Run, origin: str) -> Graph:
     regions = Regions(graph, run)
     new: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        operands = {"hetcomp.KvAppend": node.inputs[:1], "hetcomp.Attention": node.inputs[:1]}.get(node.op, ())
-        for value in operands:
-            head_dim = run.shape(value)[-1]
+        for value, head_dim in _heads_of(run, node):
             region = _rotated(regions, value)
             if region is None or region.result in new:
                 continue
@@ -47,6 +45,16 @@ def replace_ropes(graph: Graph, run: Run, far: Run, origin: str) -> Graph:
             except NotComputable as error:
                 raise HetcompError(f"{origin}: the rotary embedding before {node} {error}") from error
     return graph.replaced(new, graph.outputs[:1])
+
+
+def _heads_of(run: Run, node: Node) -> list[tuple[str, int]]:
+    """Queries or keys that an attention takes, with the size of their heads."""
+    if node.op in ("hetcomp.KvAppend", "hetcomp.Attention"):
+        return [(node.inputs[0], run.shape(node.inputs[0])[-1])]
+    if node.op != "com.microsoft.GroupQueryAttention" or not node.input(1):
+        return []
+    heads = node.attributes["num_heads"], node.attributes["kv_num_heads"]
+    return [(v, run.shape(v)[-1] // int(n)) for v, n in zip(node.inputs[:2], heads, strict=True)]
 
 
 def _rotated(regions: Regions, value: str) -> Region | None:
@@ -79,25 +87,14 @@ def _rope(run: Run, far: Run, region: Region, head_dim: int, node: Node) -> list
     table = fit(rotation.cos, rotation.sin, run.past, constants)
     distant = rotation_of(far, region, head_dim)
     table.check(distant.cos, distant.sin, far.past)
-    return rope_nodes(node, region.sources[0], region.result, rotation, table, _heads_axis(run, region, head_dim))
-
-
-def rope_nodes(
-    node: Node, x: str, result: str, rotation: Rotation, table: RopeFrequencies, heads_axis: int
-) -> list[Node]:
-    """hetcomp.RopeTable -> cos, sin and hetcomp.Rope (x, cos, sin) -> result."""
+    result = region.result
     tables = (f"{result}:cos", f"{result}:sin")
     frequencies = {"inv_freq": table.inv_freq, "scaling": table.scaling}
-    attributes = {"rotary_dim": rotation.rotary_dim, "style": rotation.style, "heads_axis": heads_axis}
+    attributes = {"rotary_dim": rotation.rotary_dim, "style": rotation.style, "head_dim": head_dim}
     return [
         Node(node.name, "hetcomp.RopeTable", (), tables, frequencies),
-        Node(node.name, "hetcomp.Rope", (x, *tables), (result,), attributes, node.scope),
+        Node(node.name, "hetcomp.Rope", (region.sources[0], *tables), (result,), attributes, node.scope),
     ]
-
-
-def _heads_axis(run: Run, region: Region, head_dim: int) -> int:
-    shape = run.shape(region.sources[0])
-    return 1 if len(shape) == 4 and shape[2] == run.tokens else 2
 
 
 def rotation_of(run: Run, region: Region, head_dim: int) -> Rotation:

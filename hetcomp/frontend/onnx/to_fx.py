@@ -16,17 +16,23 @@ from hetcomp.frontend import custom_ops  # noqa: F401  (defines torch.ops.hetcom
 from hetcomp.frontend.onnx.evaluate import Run, Weight
 from hetcomp.frontend.onnx.graph import Graph, Node
 from hetcomp.frontend.onnx.parameters import Parameter, Parameters
+from hetcomp.frontend.onnx.rope_frequencies import RopeFrequencies
 from hetcomp.frontend.onnx.torch_ops import NotComputable
 from hetcomp.frontend.recognise import RopeTableData
 from hetcomp.frontend.trace import TracedModel
 
+# Ops of which every layer has one.
+ATTENTION = frozenset({"hetcomp.Attention", "com.microsoft.GroupQueryAttention"})
 _IDS, _POSITIONS = "input_ids", "position_ids"
 
 
-def to_fx(graph: Graph, run: Run, parameters: Parameters, ids: str, context: int, origin: str) -> TracedModel:
-    """ids: name of the graph's input of tokens. The first output is the logits. Raises HetcompError naming a node that
+def to_fx(
+    graph: Graph, run: Run, parameters: Parameters, ids: str, context: int, origin: str, provider: str = ""
+) -> TracedModel:
+    """ids: name of the graph's input of tokens. The first output is the logits. provider: the processor that the file
+    was written for, if its weights may be in an order of that one's own. Raises HetcompError naming a node that
     cannot be expressed."""
-    writer = Writer(graph, run, parameters, ids, context)
+    writer = Writer(graph, run, parameters, ids, context, provider)
     for node in graph.nodes:
         if node in writer.needed:
             try:
@@ -43,8 +49,11 @@ class Writer:
     """A torch graph under construction. ``nodes``: what each activation became; ``embedding``: that of the tokens,
     once it is there."""
 
-    def __init__(self, graph: Graph, run: Run, parameters: Parameters, ids: str, context: int) -> None:
+    def __init__(
+        self, graph: Graph, run: Run, parameters: Parameters, ids: str, context: int, prepacked_for: str
+    ) -> None:
         self.graph, self.run, self.parameters, self.context = graph, run, parameters, context
+        self.prepacked_for = prepacked_for
         self.fx = fx.Graph()
         self._mode = FakeTensorMode(shape_env=ShapeEnv())
         symbolic: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(
@@ -64,10 +73,14 @@ class Writer:
         self.caches: dict[str, fx.Node] = {}
         self._placeholders: dict[str, fx.Node] = {}
         self._fqns: dict[str, str] = {}
+        # Frequencies by the names of tables of cosines and sines.
+        self.fitted: dict[tuple[str, str], RopeFrequencies] = {}
         self._tables: list[RopeTableData] = []
         self._table_nodes: dict[int, tuple[fx.Node, fx.Node]] = {}
         self.consumers, self.producers = graph.consumers(), graph.producers()
         self.needed = self._needed()
+        self.layers = sum(node.op in ATTENTION for node in graph.nodes)
+        self.layers_done = 0
         self.scope = ""
 
     def _needed(self) -> set[Node]:
@@ -129,11 +142,20 @@ class Writer:
 
     def view(self, node: fx.Node, shape: Iterable[int]) -> fx.Node:
         """``node`` in another shape, given for the run's number of tokens."""
-        wanted = [self.rows if d == self.run.tokens else d for d in shape]
+        wanted = [self.rows if d == self.run.tokens else d for d in self._with_tokens_apart(tuple(shape))]
         if list(node.meta["val"].shape) == wanted:
             return node
         plain = [self.size if d is self.rows else d for d in wanted]
         return self.call(torch.ops.aten.view.default, node, plain)
+
+    def _with_tokens_apart(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """``shape`` with tokens and heads as two axes where a norm of heads has them as one."""
+        tokens = self.run.tokens
+        joined = [i for i, d in enumerate(shape) if d % tokens == 0]
+        if tokens in shape or len(joined) != 1:
+            return shape
+        at = joined[0]
+        return (*shape[:at], tokens, shape[at] // tokens, *shape[at + 1 :])
 
     def rope_table(self, inv_freq: Iterable[float], scaling: float) -> tuple[fx.Node, fx.Node]:
         """The nodes of cosines and sines, of one table for all that are equal."""
@@ -152,24 +174,31 @@ class Writer:
             self.scope = scope
         return self._table_nodes[index]
 
+    def layer(self) -> int:
+        """Number of the layer whose attention comes next."""
+        return self.layers_done
+
     # ------------------------------------------------ the graph
 
     def write(self, node: Node) -> None:
         """Adds what ``node`` becomes. Raises NotComputable."""
-        from hetcomp.frontend.onnx.handlers import HANDLERS
+        from hetcomp.frontend.onnx import contrib_handlers, handlers
 
         self._check_sizes(node)
-        handler = HANDLERS.get(node.op)
+        handler = handlers.HANDLERS.get(node.op) or contrib_handlers.HANDLERS.get(node.op)
         if handler is None:
             raise NotComputable("is of a kind that hetcomp cannot compile")
         self.scope = node.scope
         made = handler(self, node)
         for value, result in zip(node.outputs, made if isinstance(made, tuple) else (made,), strict=False):
-            self.nodes[value] = result
+            if result is not None:
+                self.nodes[value] = result
 
     def _check_sizes(self, node: Node) -> None:
         run = self.run
-        for value in (v for v in node.outputs if v in run.values):
+        # Attention's other outputs are its caches.
+        results = node.outputs[:1] if node.op in ATTENTION else node.outputs
+        for value in (v for v in results if v in run.values):
             shape = run.shape(value)
             if run.past and (run.past in shape or run.seen in shape):
                 raise NotComputable(
@@ -195,4 +224,4 @@ class Writer:
         )
 
 
-Handler = Callable[[Writer, Node], fx.Node | tuple[fx.Node, ...]]
+Handler = Callable[[Writer, Node], fx.Node | tuple[fx.Node | None, ...]]
