@@ -36,7 +36,7 @@ class Imported:
     as written. ``stages`` holds printed forms for dumps and docs: ``fx``, ``plan``. ``unused`` names tensors of the
     checkpoint that the Plan does not use. ``parameter_shapes``: the module's own parameters and buffers in the order in
     which it has them; ``aliases``: further names of tied parameters by the name that the Plan knows. ``gguf``: the
-    GGUF files that it comes from.
+    GGUF files that it comes from; ``onnx``: the ONNX file.
     """
 
     plan: Plan
@@ -48,6 +48,7 @@ class Imported:
     parameter_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gguf: ModelFiles | None = None
+    onnx: Path | None = None
 
 
 def load(
@@ -71,7 +72,7 @@ def load(
     ):
         if bound < 1:
             raise HetcompError(f"{name} is {bound}; it must be at least 1")
-    given = _from_onnx(Path(str(model))) if is_onnx(model) else _from_transformers(resolve(model))
+    given = find(model)
     info = given.info
     context = _context(info, context_length, default_context)
     traced, checkpoint = given.trace(context)
@@ -105,11 +106,12 @@ def load(
         parameter_shapes=traced.parameter_shapes,
         aliases=traced.aliases,
         gguf=given.gguf,
+        onnx=given.onnx,
     )
 
 
 @dataclass(frozen=True)
-class _Given:
+class Given:
     """What the user gave, before a context is chosen. ``trace`` makes a graph for one, with the checkpoint."""
 
     info: ModelInfo
@@ -119,27 +121,30 @@ class _Given:
     trace: Callable[[int], tuple[trace.TracedModel, BaseCheckpoint | None]]
     quantised_by: str | None = None
     gguf: ModelFiles | None = None
+    onnx: Path | None = None
 
 
-def is_onnx(model: str | Path | nn.Module) -> bool:
-    """Whether ``model`` names an .onnx file that is there."""
-    return not isinstance(model, nn.Module) and Path(model).suffix == ".onnx" and Path(model).is_file()
+def find(model: str | Path | nn.Module) -> Given:
+    """What ``model`` stands for. Raises HetcompError as :func:`load` does."""
+    if not isinstance(model, nn.Module) and Path(model).suffix == ".onnx" and Path(model).is_file():
+        return _from_onnx(Path(model))
+    return _from_transformers(resolve(model))
 
 
-def _from_onnx(path: Path) -> _Given:
+def _from_onnx(path: Path) -> Given:
     model = read_model(path)
-    raw = model.facts.raw
+    raw = model.facts.raw if model.exported is None else model.exported[1]
     info = model_info(model, _digest(raw))
-    return _Given(info, PreTrainedConfig(), raw, path.parent, lambda context: traced_model(model, context))
+    return Given(info, PreTrainedConfig(), raw, path.parent, lambda context: traced_model(model, context), onnx=path)
 
 
-def _from_transformers(source: ModelSource) -> _Given:
+def _from_transformers(source: ModelSource) -> Given:
     def traced(context: int) -> tuple[trace.TracedModel, BaseCheckpoint | None]:
         made = trace.trace(trace.meta_model(source.model_class, source.config), context)
         return made, _checkpoint(source, made)
 
     method = None if source.quantisation is None else source.quantisation.method
-    return _Given(_model_info(source), source.config, source.raw, source.folder, traced, method, source.gguf)
+    return Given(_model_info(source), source.config, source.raw, source.folder, traced, method, source.gguf)
 
 
 def _digest(raw: dict[str, Any]) -> str:

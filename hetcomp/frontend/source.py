@@ -68,6 +68,9 @@ def resolve(model: str | Path | nn.Module) -> ModelSource:
                 "safetensors files"
             )
         folder = _from_zoo(str(model))
+    graphs = sorted(folder.glob("*.onnx"))
+    if graphs and not (folder / "config.json").is_file():
+        raise HetcompError(f"{folder} has no config.json, but ONNX files; give one of them, as {graphs[0]}")
     return _from_folder(folder)
 
 

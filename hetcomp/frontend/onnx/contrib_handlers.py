@@ -13,7 +13,7 @@ from hetcomp.frontend.onnx.graph import Node
 from hetcomp.frontend.onnx.packed_weights import Packed
 from hetcomp.frontend.onnx.rope_frequencies import RopeFrequencies, fit
 from hetcomp.frontend.onnx.to_fx import Handler, Writer
-from hetcomp.frontend.onnx.torch_ops import NotComputable, decimal
+from hetcomp.frontend.onnx.torch_ops import NotComputable
 from hetcomp.frontend.plan_builder import layer_of
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def _skip_norm(w: Writer, node: Node) -> tuple[fx.Node | None, ...]:
     # The builder counts the last norm as one of a layer that is not there.
     layer = layer_of(scope)
     w.scope = scope if layer is None or layer < w.layers else scope.replace(f"layers.{layer}.", "")
-    eps = decimal(float(node.get("epsilon", 1e-5)))
+    eps = float(node.get("epsilon", 1e-5))
     normed = w.call(hetcomp.rms_norm.default, total, w.parameter(node.inputs[2]), eps, 0.0)
     return normed, None, None, total
 
@@ -78,8 +78,8 @@ def _group_query_attention(w: Writer, node: Node) -> fx.Node:
     caches = w.call(hetcomp.kv_append.default, k, v, w.layer(), w.context)
     sinks = w.parameter(node.inputs[11]) if node.input(11) else None
     # An attribute of 0 stands for none.
-    scale = decimal(float(node.get("scale", 0.0))) or dim**-0.5
-    window, softcap = max(0, int(node.get("local_window_size", -1))), decimal(float(node.get("softcap", 0.0)))
+    scale = float(node.get("scale", 0.0)) or dim**-0.5
+    window, softcap = max(0, int(node.get("local_window_size", -1))), float(node.get("softcap", 0.0))
     given = q, w.take(caches, 0), w.take(caches, 1), sinks
     mixed = w.call(hetcomp.attention.default, *given, w.layer(), scale, window, softcap)
     w.layers_done += 1
@@ -221,8 +221,8 @@ def _activation(node: Node) -> tuple[str, float, float]:
     refuse(node, activation_type=("swiglu",), swiglu_fusion=(1, 2))
     if "activation_type" not in node.attributes or "swiglu_fusion" not in node.attributes:
         raise NotComputable("has experts without a gate, which hetcomp does not compile")
-    alpha, beta = (decimal(float(node.get(f"activation_{n}", d))) for n, d in (("alpha", 1.0), ("beta", 0.0)))
-    limit = decimal(float(node.get("swiglu_limit", math.inf)))
+    alpha, beta = (float(node.get(f"activation_{n}", d)) for n, d in (("alpha", 1.0), ("beta", 0.0)))
+    limit = float(node.get("swiglu_limit", math.inf))
     if (alpha, beta) == (1.0, 0.0) and math.isinf(limit):
         return "silu", 0.0, 0.0
     if beta == 1.0 and math.isfinite(limit):

@@ -1,9 +1,10 @@
-"""Shapes of what onnxruntime's contrib ops make, for those that are not tried on numbers."""
+"""Shapes of what onnxruntime's contrib ops and hetcomp's own make, which are not tried on numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from hetcomp.frontend.onnx.graph import Node
@@ -44,6 +45,31 @@ def _same(node: Node, x: Tensor, *rest: Maybe) -> Tensor:
     return x
 
 
+# ---------------------------------------------------------------- of graphs that hetcomp exported
+
+
+def _rope_table(node: Node, positions: Tensor) -> tuple[Tensor, ...]:
+    made = positions.new_empty((*positions.shape, int(node.attributes["width"])), dtype=torch.float32, device="meta")
+    return made, made
+
+
+def _kv_append(node: Node, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    return k, v
+
+
+def _rows_of_heads(node: Node, q: Tensor, k: Tensor, v: Tensor, *rest: Maybe) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+def _latent_attention(node: Node, q: Tensor, *rest: Maybe) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], int(node.attributes["v_dim"])))
+
+
+def _route(node: Node, logits: Tensor, bias: Maybe = None) -> tuple[Tensor, ...]:
+    shape = (logits.shape[:-1].numel(), int(node.attributes["top_k"]))
+    return logits.new_empty(shape, dtype=torch.int64, device="meta"), logits.new_empty(shape, device="meta")
+
+
 SHAPES: dict[str, Callable[..., Tensor | tuple[Maybe, ...]]] = {
     "RotaryEmbedding": _same,
     "com.microsoft.RotaryEmbedding": _same,
@@ -53,4 +79,12 @@ SHAPES: dict[str, Callable[..., Tensor | tuple[Maybe, ...]]] = {
     "com.microsoft.MoE": _same,
     "com.microsoft.QMoE": _same,
     "com.microsoft.SkipSimplifiedLayerNormalization": _skip_norm,
+    "hetcomp.Attention": _rows_of_heads,
+    "hetcomp.KvAppend": _kv_append,
+    "hetcomp.MlaAttention": _latent_attention,
+    "hetcomp.MoeExperts": _same,
+    "hetcomp.RmsNorm": _same,
+    "hetcomp.Rope": _same,
+    "hetcomp.RopeTable": _rope_table,
+    "hetcomp.Route": _route,
 }

@@ -12,7 +12,6 @@ from hetcomp.frontend.onnx.to_fx import Handler, Writer
 from hetcomp.frontend.onnx.torch_ops import NotComputable, axes_of, sizes_of_split, slices
 
 aten = torch.ops.aten
-hetcomp = torch.ops.hetcomp
 # Products with a weight, whose bias may be added by the op behind.
 _PRODUCTS = frozenset({"MatMul", "com.microsoft.MatMulNBits"})
 
@@ -185,45 +184,6 @@ def _concat(w: Writer, node: Node) -> fx.Node:
     return w.call(aten.cat.default, [w.activation(v) for v in node.inputs], int(node.attributes["axis"]))
 
 
-# ---------------------------------------------------------------- hetcomp's own
-
-
-def _rms_norm(w: Writer, node: Node) -> fx.Node:
-    eps, offset = float(node.attributes["eps"]), float(node.get("weight_offset", 0.0))
-    return w.call(hetcomp.rms_norm.default, w.activation(node.inputs[0]), w.parameter(node.inputs[1]), eps, offset)
-
-
-def _rope_table(w: Writer, node: Node) -> tuple[fx.Node, ...]:
-    return w.rope_table(node.attributes["inv_freq"], float(node.attributes["scaling"]))
-
-
-def _rope(w: Writer, node: Node) -> fx.Node:
-    x, cos, sin = (w.activation(v) for v in node.inputs)
-    rotary_dim, style = int(node.attributes["rotary_dim"]), str(node.attributes["style"])
-    shape, dim = w.run.shape(node.outputs[0]), int(node.attributes["head_dim"])
-    if len(shape) == 3:
-        x = w.view(x, (*shape[:2], shape[2] // dim, dim))
-        return w.view(w.call(hetcomp.rope.default, x, cos, sin, rotary_dim, style, 2), shape)
-    heads_axis = 1 if shape[2] == w.run.tokens else 2
-    return w.call(hetcomp.rope.default, x, cos, sin, rotary_dim, style, heads_axis)
-
-
-def _kv_append(w: Writer, node: Node) -> tuple[fx.Node, ...]:
-    k, v = (w.activation(v) for v in node.inputs)
-    caches = w.call(hetcomp.kv_append.default, k, v, w.layer(), w.context)
-    return w.take(caches, 0), w.take(caches, 1)
-
-
-def _attention(w: Writer, node: Node) -> fx.Node:
-    q, k, v = (w.activation(v) for v in node.inputs[:3])
-    sinks = w.parameter(node.inputs[3]) if node.input(3) else None
-    a = node.attributes
-    numbers = float(a["scale"]), int(a["window"]), float(a["softcap"])
-    made = w.call(hetcomp.attention.default, q, k, v, sinks, w.layer(), *numbers)
-    w.layers_done += 1
-    return w.call(aten.permute.default, made, [0, 2, 1, 3])
-
-
 HANDLERS: dict[str, Handler] = {
     "Add": _arithmetic("add"),
     "Cast": _cast,
@@ -258,9 +218,4 @@ HANDLERS: dict[str, Handler] = {
     "Tanh": _unary(aten.tanh.default),
     "Transpose": _transpose,
     "Unsqueeze": _view,
-    "hetcomp.Attention": _attention,
-    "hetcomp.KvAppend": _kv_append,
-    "hetcomp.RmsNorm": _rms_norm,
-    "hetcomp.Rope": _rope,
-    "hetcomp.RopeTable": _rope_table,
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.checkpoint import OnnxCheckpoint
 from hetcomp.frontend.onnx.evaluate import Evaluator, Run, kind_of, step_sizes, table_rows
 from hetcomp.frontend.onnx.graph import Graph
-from hetcomp.frontend.onnx.model_facts import UNKNOWN_POSITIONS, ModelFacts, model_facts
+from hetcomp.frontend.onnx.model_facts import UNKNOWN_POSITIONS, ModelFacts, exported_info, model_facts
 from hetcomp.frontend.onnx.model_file import OnnxFile, open_model
 from hetcomp.frontend.onnx.parameters import Parameters
 from hetcomp.frontend.onnx.recognise_attention import replace_attention
@@ -25,7 +26,8 @@ _EMBEDDINGS = ("Gather", "com.microsoft.GatherBlockQuantized")
 @dataclass(frozen=True)
 class OnnxModel:
     """A file whose graph was read. ``graph`` has attention, norms and rotary embeddings as hetcomp's ops; ``run``: the
-    values of the graph as it was. ``unread``: tensors of the file that the logits do not depend on."""
+    values of the graph as it was. ``unread``: tensors of the file that the logits do not depend on.
+    ``exported``: facts and config of a model that hetcomp exported."""
 
     file: OnnxFile
     facts: ModelFacts
@@ -33,6 +35,7 @@ class OnnxModel:
     run: Run
     positions: int
     unread: frozenset[str]
+    exported: tuple[ModelInfo, dict[str, Any]] | None
 
 
 def read_model(path: Path) -> OnnxModel:
@@ -42,7 +45,8 @@ def read_model(path: Path) -> OnnxModel:
     graph = file.graph.replaced({}, file.graph.outputs[:1])
     graph = _with_inputs(graph)
     unread = frozenset(graph.initialisers) - {v for node in graph.nodes for v in node.inputs}
-    positions = facts.positions or UNKNOWN_POSITIONS
+    exported = exported_info(file.metadata, str(path))
+    positions = exported[0].max_positions if exported else facts.positions or UNKNOWN_POSITIONS
     evaluator = Evaluator(file)
     run = evaluator.run(graph, *step_sizes(graph))
     positions = min([positions, *table_rows(graph, run)])
@@ -50,7 +54,7 @@ def read_model(path: Path) -> OnnxModel:
     graph = replace_norms(graph, run)
     graph = replace_attention(graph, run, far, str(path))
     graph = replace_ropes(graph, run, far, str(path))
-    return OnnxModel(file, facts, graph, run, positions, unread)
+    return OnnxModel(file, facts, graph, run, positions, unread, exported)
 
 
 def _with_inputs(graph: Graph) -> Graph:
@@ -79,6 +83,8 @@ def model_info(model: OnnxModel, config_sha256: str) -> ModelInfo:
             f"{model.file.path}: its first output {logits} is not made from token ids through attention, so it is no "
             "language model"
         )
+    if model.exported is not None:
+        return model.exported[0]
     return ModelInfo(
         name=model.file.name,
         architecture=f"ONNX ({model.facts.model_type})" if model.facts.raw else "ONNX",

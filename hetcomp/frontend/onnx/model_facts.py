@@ -4,12 +4,18 @@ genai_config.json (onnxruntime-genai) or config.json (transformers, optimum) in 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hetcomp.errors import HetcompError
+from pydantic import TypeAdapter, ValidationError
 
+from hetcomp.errors import HetcompError
+from hetcomp.ir.plan import ModelInfo
+
+# Of the metadata of graphs that hetcomp exported: the Plan's facts about the model, and its config as written.
+MODEL_KEY, CONFIG_KEY = "hetcomp.model", "hetcomp.config"
 # Positions of a model about which nothing says how many it was made for.
 UNKNOWN_POSITIONS = 1 << 17
 
@@ -51,6 +57,19 @@ def _provider(model: dict[str, Any]) -> str:
         found = found.get(key) if isinstance(found, dict) else None
     names = [str(n) for entry in found if isinstance(entry, dict) for n in entry] if isinstance(found, list) else []
     return next((n for n in names if n.lower() != "cpu"), "")
+
+
+def exported_info(metadata: Mapping[str, str], origin: str) -> tuple[ModelInfo, dict[str, Any]] | None:
+    """Facts and config in the metadata of a graph that hetcomp exported; None of others. Raises HetcompError if they
+    are damaged."""
+    if MODEL_KEY not in metadata:
+        return None
+    try:
+        info = TypeAdapter(ModelInfo).validate_json(metadata[MODEL_KEY])
+        config = TypeAdapter(dict[str, Any]).validate_json(metadata.get(CONFIG_KEY, "{}"))
+    except ValidationError as error:
+        raise HetcompError(f"{origin}: the metadata {MODEL_KEY} is damaged: {error.errors()[0]['msg']}") from error
+    return info, config
 
 
 def _whole(value: object) -> int | None:

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.checkpoint import read_tensor
+from hetcomp.frontend.onnx.decimals import decimal
 from hetcomp.frontend.onnx.external_data import locate
 from hetcomp.frontend.onnx.graph import Graph, Input, Node, scope_of
 from hetcomp.ir.plan import CheckpointTensor
@@ -76,9 +77,7 @@ def open_model(path: Path) -> OnnxFile:
     inline: dict[str, bytes] = {}
     tensors = {t.name: _described(t, path, inline) for t in model.graph.initializer}
     try:
-        onnx.checker.check_model(_skeleton(model))
-        if model.functions:
-            model = onnx.inliner.inline_local_functions(model)
+        model = _checked(model)
     except Exception as error:  # the checker's own, which have no common class
         raise HetcompError(f"{path} is no valid ONNX model: {_line(error)}") from error
     if model.graph.sparse_initializer:
@@ -89,23 +88,22 @@ def open_model(path: Path) -> OnnxFile:
     return OnnxFile(path, graph, inline, {p.key: p.value for p in model.metadata_props})
 
 
-def _skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model for the checker, with empty tensors: what they hold is checked already. onnxruntime's norm stands in
-    ONNX's own domain in its files, where the checker does not know it."""
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    for tensor in made.graph.initializer:
-        kind = tensor.data_type
-        name = tensor.name
+def _checked(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model after onnx.checker, its local functions inlined. Its tensors are known already; they become empty ones,
+    which neither the checker nor the inliner copies. onnxruntime's norm stands in ONNX's own domain in its files, where
+    the checker does not know it. Raises what the checker raises."""
+    for tensor in model.graph.initializer:
+        kind, name = tensor.data_type, tensor.name
         tensor.Clear()
         tensor.data_type, tensor.name, tensor.raw_data = kind, name, b""
         tensor.dims.append(0)
-    for node in made.graph.node:
+    for node in model.graph.node:
         if node.op_type == "SimplifiedLayerNormalization" and node.domain == "":
             node.domain = _MICROSOFT
-    if all(opset.domain != _MICROSOFT for opset in made.opset_import):
-        made.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
-    return made
+    if all(opset.domain != _MICROSOFT for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(_MICROSOFT, 1))
+    onnx.checker.check_model(model)
+    return onnx.inliner.inline_local_functions(model) if model.functions else model
 
 
 def _line(error: BaseException) -> str:
@@ -158,12 +156,15 @@ def _node(node: onnx.NodeProto) -> Node:
 
 
 def _attribute(attribute: onnx.AttributeProto) -> object:
+    """Its value. A float is the decimal that it was written as."""
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
     if isinstance(value, onnx.TensorProto):
-        return numpy_helper.to_array(value)
-    return value
+        array = numpy_helper.to_array(value)
+        # A number with more digits than an attribute's float32 holds, as hetcomp exports it.
+        return float(array) if array.ndim == 0 and array.dtype == np.float64 else array
+    return decimal(value) if isinstance(value, float) else value
 
 
 def _input(value: onnx.ValueInfoProto) -> Input:

@@ -73,14 +73,15 @@ def _attention(regions: Regions, far: Run, softmax: Node) -> tuple[str, list[Nod
 def append_and_attend(
     node: Node, operands: tuple[str, str, str], result: str, attributes: dict[str, float | int], sinks: str = ""
 ) -> list[Node]:
-    """hetcomp.KvAppend (k, v) -> caches and hetcomp.Attention (q, caches, sinks) in place of ``node``; q, k, v and the
-    result are [1, heads, T, D]."""
+    """hetcomp.KvAppend (k, v) -> caches and hetcomp.Attention (q, caches, sinks) -> [1, T, heads, D] in place of
+    ``node``; q, k, v and the result are [1, heads, T, D]."""
     q, k, v = operands
     caches = (f"{result}:k", f"{result}:v")
     inputs = (q, *caches, sinks) if sinks else (q, *caches)
     return [
         Node(node.name, "hetcomp.KvAppend", (k, v), caches, {}, node.scope),
-        Node(node.name, "hetcomp.Attention", inputs, (result,), attributes, node.scope),
+        Node(node.name, "hetcomp.Attention", inputs, (f"{result}:rows",), attributes, node.scope),
+        Node(node.name, "Transpose", (f"{result}:rows",), (result,), {"perm": [0, 2, 1, 3]}, node.scope),
     ]
 
 

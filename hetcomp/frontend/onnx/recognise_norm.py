@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hetcomp.frontend.onnx.decimals import decimal
 from hetcomp.frontend.onnx.evaluate import Run
 from hetcomp.frontend.onnx.graph import Graph, Node
 from hetcomp.frontend.onnx.regions import Region, Regions
-from hetcomp.frontend.onnx.torch_ops import NotComputable, decimal
+from hetcomp.frontend.onnx.torch_ops import NotComputable
 
-_NATIVE = frozenset({"RMSNormalization", "SimplifiedLayerNormalization"})
+_NATIVE = frozenset({"RMSNormalization", "com.microsoft.SimplifiedLayerNormalization"})
 # From the mean of squares to the norm: each is the only reader of the one before.
 _STEPS = frozenset({"Add", "Sqrt", "Reciprocal", "Div", "Pow", "Mul", "Cast"})
 _TOLERANCE = 1e-5

@@ -22,7 +22,7 @@ from hetcomp.frontend.recognise import RopeTableData
 from hetcomp.frontend.trace import TracedModel
 
 # Ops of which every layer has one.
-ATTENTION = frozenset({"hetcomp.Attention", "com.microsoft.GroupQueryAttention"})
+ATTENTION = frozenset({"hetcomp.Attention", "hetcomp.MlaAttention", "com.microsoft.GroupQueryAttention"})
 _IDS, _POSITIONS = "input_ids", "position_ids"
 
 
@@ -157,21 +157,24 @@ class Writer:
         at = joined[0]
         return (*shape[:at], tokens, shape[at] // tokens, *shape[at + 1 :])
 
-    def rope_table(self, inv_freq: Iterable[float], scaling: float) -> tuple[fx.Node, fx.Node]:
-        """The nodes of cosines and sines, of one table for all that are equal."""
+    def rope_table(
+        self, inv_freq: Iterable[float], scaling: float, width: int = 0, scope: str = ""
+    ) -> tuple[fx.Node, fx.Node]:
+        """The nodes of cosines and sines, of one table for all that are equal. width: of each (0: a number a
+        frequency). scope: path of the module that has the table."""
         frequencies = tuple(float(f) for f in inv_freq)
-        data = RopeTableData(frequencies, scaling, len(frequencies))
+        data = RopeTableData(frequencies, scaling, width or len(frequencies))
         if data not in self._tables:
             self._tables.append(data)
         index = self._tables.index(data)
         if index not in self._table_nodes:
-            scope, self.scope = self.scope, ""
+            before, self.scope = self.scope, scope
             # Before all layers, as transformers has it.
             with self.fx.inserting_after(self.embedding or self.size):
                 table = self.call(torch.ops.hetcomp.rope_table.default, self._positions, index, data.width)
             with self.fx.inserting_after(table):
                 self._table_nodes[index] = self.take(table, 0), self.take(table, 1)
-            self.scope = scope
+            self.scope = before
         return self._table_nodes[index]
 
     def layer(self) -> int:
@@ -182,10 +185,11 @@ class Writer:
 
     def write(self, node: Node) -> None:
         """Adds what ``node`` becomes. Raises NotComputable."""
-        from hetcomp.frontend.onnx import contrib_handlers, handlers
+        from hetcomp.frontend.onnx import contrib_handlers, handlers, own_handlers
 
         self._check_sizes(node)
-        handler = handlers.HANDLERS.get(node.op) or contrib_handlers.HANDLERS.get(node.op)
+        tables = handlers.HANDLERS, contrib_handlers.HANDLERS, own_handlers.HANDLERS
+        handler = next((table[node.op] for table in tables if node.op in table), None)
         if handler is None:
             raise NotComputable("is of a kind that hetcomp cannot compile")
         self.scope = node.scope

@@ -67,11 +67,6 @@ def integers(tensor: Tensor) -> list[int]:
     return [int(v) for v in tensor.reshape(-1).tolist()]
 
 
-def decimal(number: float) -> float:
-    """The shortest decimal that is ``number`` in float32, as it was once written: 1e-6, not 9.99999997e-7."""
-    return float(str(np.float32(number)))
-
-
 def axes_of(node: Node, operand: Maybe, default: list[int]) -> list[int]:
     """Axes from an operand (newer opsets) or the attribute (older ones)."""
     if operand is not None:
@@ -354,7 +349,6 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "ScatterND": _scatter_nd,
     "Shape": _shape,
     "Sigmoid": _unary(torch.sigmoid),
-    "SimplifiedLayerNormalization": _rms,
     "Sin": _unary(torch.sin),
     "Size": lambda node, x: torch.tensor(x.numel()),
     "Slice": _slice,
@@ -373,6 +367,7 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Unsqueeze": _unsqueeze,
     "Where": lambda node, c, a, b: torch.where(c.bool(), a, b),
     "com.microsoft.RotaryEmbedding": _microsoft_rotary,
+    "com.microsoft.SimplifiedLayerNormalization": _rms,
 }
 # Operands that are needed as numbers where others are on the meta device.
 _REAL_OPERANDS = {
