@@ -161,10 +161,36 @@ def test_attention_that_is_not_causal(exported, tmp_path):
     assert "Softmax" in text and "does not compute softmax(q k) v over the positions up to the token's own" in text
 
 
+def test_sizes_that_no_model_has(exported, tmp_path):
+    """A mask of more numbers than memory has."""
+
+    def change(model):
+        node = node_of(model, "Softmax")
+        huge = numpy_helper.from_array(np.array([1 << 40], np.int64), "huge")
+        model.graph.initializer.append(huge)
+        at = list(model.graph.node).index(node)
+        made = helper.make_node("ConstantOfShape", ["huge"], ["zeros"], name="absurd")
+        added = helper.make_node("Add", [node.input[0], "zeros"], ["masked"], name="masked")
+        node.input[0] = "masked"
+        for new in (added, made):
+            model.graph.node.insert(at, new)
+
+    assert "node absurd (ConstantOfShape) makes 1,099,511,627,776 numbers" in refused(tmp_path, exported, change)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "past_key_values.0.key"])
+def test_inputs_for_one_length_only(name, exported, tmp_path):
+    def change(model):
+        shape = next(i for i in model.graph.input if i.name == name).type.tensor_type.shape
+        shape.dim[1 if name == "input_ids" else 2].dim_value = 128
+
+    text = refused(tmp_path, exported, change)
+    assert f"input {name} has the shape" in text and "with a dynamic sequence" in text
+
+
 def test_an_input_that_is_no_decoders(exported, tmp_path):
     def change(model):
         given = next(i for i in model.graph.input if i.name == "position_ids")
-        model.graph.node.append(helper.make_node("Identity", ["position_ids"], ["unused"]))
         for node in model.graph.node:
             for i, name in enumerate(node.input):
                 if name == "position_ids":

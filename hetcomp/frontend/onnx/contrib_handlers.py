@@ -10,10 +10,10 @@ from torch import fx
 
 from hetcomp.frontend.onnx.evaluate import Weight
 from hetcomp.frontend.onnx.graph import Node
+from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.packed_weights import Packed
 from hetcomp.frontend.onnx.rope_frequencies import RopeFrequencies, fit
 from hetcomp.frontend.onnx.to_fx import Handler, Writer
-from hetcomp.frontend.onnx.torch_ops import NotComputable
 from hetcomp.frontend.plan_builder import layer_of
 
 aten = torch.ops.aten

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hetcomp.frontend.onnx.graph import Node
-from hetcomp.frontend.onnx.torch_ops import NotComputable
+from hetcomp.frontend.onnx.not_computable import NotComputable
 
 Maybe = Tensor | None
 

@@ -16,7 +16,8 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.contrib_shapes import SHAPES
 from hetcomp.frontend.onnx.graph import Graph, Input, Node
 from hetcomp.frontend.onnx.model_file import OnnxFile
-from hetcomp.frontend.onnx.torch_ops import NotComputable, compute, from_numpy
+from hetcomp.frontend.onnx.not_computable import NotComputable
+from hetcomp.frontend.onnx.torch_ops import compute, from_numpy
 
 # Tensors up to this size are read where they are; larger ones only where nothing else than them decides about a
 # result, as the tables of a rotary embedding, which have a row a position.
@@ -175,6 +176,12 @@ def kind_of(given: Input, file: OnnxFile) -> str:
     """What an input of the graph is for: ids, positions, mask, past (a cache), last (the position of the last token) or
     total (of positions). Raises HetcompError for others."""
     rank, integral = len(given.shape), given.dtype in ("I64", "I32")
+    along = given.shape[1 if integral else 2] if rank in (2, 4) else "?"
+    if isinstance(along, int):
+        raise HetcompError(
+            f"{file.path}: input {given.name} has the shape {list(given.shape)}, for {along} positions and no other "
+            "number of them; export the model with a dynamic sequence"
+        )
     name = given.name.lower()
     if integral and rank == 2 and name in ("input_ids", "ids", "tokens"):
         return "ids"

@@ -7,11 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.ir.plan import CheckpointTensor
 
 # What torch.onnx.export writes beside a node: its module and those around it, the node itself last.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _QUOTED = re.compile(r"'([^']*)'")
+
+
+class Attributes(dict[str, Any]):
+    """Attributes by name. One that is asked for and not there is NotComputable."""
+
+    def __missing__(self, name: str) -> Any:  # noqa: ANN401 - as the file would have it
+        raise NotComputable(f"has no attribute {name}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +31,7 @@ class Node:
     op: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=Attributes)
     scope: str = ""
 
     def get(self, attribute: str, default: Any) -> Any:  # noqa: ANN401 - as the file has it

@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from hetcomp.frontend.onnx.graph import Node
+from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.to_fx import Handler, Writer
-from hetcomp.frontend.onnx.torch_ops import NotComputable, axes_of, sizes_of_split, slices
+from hetcomp.frontend.onnx.torch_ops import axes_of, sizes_of_split, slices
 
 aten = torch.ops.aten
 # Products with a weight, whose bias may be added by the op behind.
@@ -151,7 +152,7 @@ def _view(w: Writer, node: Node) -> fx.Node:
 
 def _transpose(w: Writer, node: Node) -> fx.Node:
     x = w.activation(node.inputs[0])
-    order = [int(p) for p in node.get("perm", range(len(w.run.shape(node.inputs[0])))[::-1])]
+    order = [int(p) for p in node.get("perm", range(x.meta["val"].ndim)[::-1])]
     return w.call(aten.permute.default, x, order)
 
 

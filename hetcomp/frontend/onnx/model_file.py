@@ -18,7 +18,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend.checkpoint import read_tensor
 from hetcomp.frontend.onnx.decimals import decimal
 from hetcomp.frontend.onnx.external_data import locate
-from hetcomp.frontend.onnx.graph import Graph, Input, Node, scope_of
+from hetcomp.frontend.onnx.graph import Attributes, Graph, Input, Node, scope_of
 from hetcomp.ir.plan import CheckpointTensor
 
 # Element types by ONNX's number: the name in CheckpointTensor, numpy's. bf16 is read as its bits.
@@ -143,16 +143,21 @@ def _numbers(tensor: onnx.TensorProto, path: Path) -> bytes:
 
 
 def _node(node: onnx.NodeProto) -> Node:
-    metadata = {p.key: p.value for p in node.metadata_props}
+    metadata = {_text(p.key): _text(p.value) for p in node.metadata_props}
     own = node.domain in ("", "ai.onnx")
     return Node(
-        node.name,
-        node.op_type if own else f"{node.domain}.{node.op_type}",
-        tuple(node.input),
-        tuple(node.output),
-        {a.name: _attribute(a) for a in node.attribute},
-        scope_of(node.name, metadata),
+        _text(node.name),
+        _text(node.op_type if own else f"{node.domain}.{node.op_type}"),
+        tuple(map(_text, node.input)),
+        tuple(map(_text, node.output)),
+        Attributes({a.name: _attribute(a) for a in node.attribute}),
+        scope_of(_text(node.name), metadata),
     )
+
+
+def _text(value: str | bytes) -> str:
+    """Texts that are not UTF-8 come as bytes."""
+    return value if isinstance(value, str) else value.decode("utf-8", errors="replace")
 
 
 def _attribute(attribute: onnx.AttributeProto) -> object:

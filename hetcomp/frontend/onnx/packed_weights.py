@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hetcomp.frontend.onnx.torch_ops import NotComputable
+from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.ir.plan import CheckpointTensor, Quantised
 from hetcomp.quantised_numbers import GROUPS, OFFSETS, QuantisedNumbers
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.evaluate import Run
 from hetcomp.frontend.onnx.graph import Graph, Node
+from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.regions import Region, Regions
-from hetcomp.frontend.onnx.torch_ops import NotComputable
 
 _TOLERANCE = 1e-4
 _BEHIND_SOFTMAX = frozenset({"Cast", "Dropout", "Identity", "Where"})

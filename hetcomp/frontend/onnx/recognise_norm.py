@@ -8,8 +8,8 @@ from torch import Tensor
 from hetcomp.frontend.onnx.decimals import decimal
 from hetcomp.frontend.onnx.evaluate import Run
 from hetcomp.frontend.onnx.graph import Graph, Node
+from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.regions import Region, Regions
-from hetcomp.frontend.onnx.torch_ops import NotComputable
 
 _NATIVE = frozenset({"RMSNormalization", "com.microsoft.SimplifiedLayerNormalization"})
 # From the mean of squares to the norm: each is the only reader of the one before.

@@ -11,9 +11,9 @@ from torch import Tensor
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.evaluate import Run
 from hetcomp.frontend.onnx.graph import Graph, Node
+from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.regions import Region, Regions
 from hetcomp.frontend.onnx.rope_frequencies import fit
-from hetcomp.frontend.onnx.torch_ops import NotComputable
 from hetcomp.frontend.recognise import RopeStyle, rope_reference
 
 _TOLERANCE = 1e-5

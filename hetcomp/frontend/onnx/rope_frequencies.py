@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from hetcomp.frontend.onnx.torch_ops import NotComputable
+from hetcomp.frontend.onnx.not_computable import NotComputable
 
 _Doubles = npt.NDArray[np.float64]
 # Of the angle's own rounding, position * frequency in f32, and of a frequency's: three halves of a unit each.

@@ -15,9 +15,9 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend import custom_ops  # noqa: F401  (defines torch.ops.hetcomp)
 from hetcomp.frontend.onnx.evaluate import Run, Weight
 from hetcomp.frontend.onnx.graph import Graph, Node
+from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.parameters import Parameter, Parameters
 from hetcomp.frontend.onnx.rope_frequencies import RopeFrequencies
-from hetcomp.frontend.onnx.torch_ops import NotComputable
 from hetcomp.frontend.recognise import RopeTableData
 from hetcomp.frontend.trace import TracedModel
 

@@ -5,6 +5,7 @@ All floats are float32, whatever the file says: so are the Plan's activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from hetcomp.frontend.onnx.graph import Node
+from hetcomp.frontend.onnx.not_computable import NotComputable
+from hetcomp.frontend.onnx.rotary_ops import microsoft_rotary, rotary
 
 Maybe = Tensor | None
+# More numbers no table of positions has: 131,072 positions with 1,024 numbers each.
+_LARGE = 1 << 27
 _FLOATS = frozenset({1, 10, 11, 16})
 _INTEGERS = {2: torch.uint8, 3: torch.int8, 6: torch.int32, 7: torch.int64, 9: torch.bool}
-
-
-class NotComputable(Exception):
-    """An op that is not in the table, or operands that it does not take; the text says which."""
 
 
 def compute(node: Node, inputs: list[Maybe]) -> tuple[Tensor, ...]:
@@ -34,11 +35,29 @@ def compute(node: Node, inputs: list[Maybe]) -> tuple[Tensor, ...]:
         real = _REAL_OPERANDS.get(node.op, frozenset())
         inputs = [t if t is None or i in real else t.to("meta") for i, t in enumerate(inputs)]
     try:
+        _check_size(node, inputs)
         made = function(node, *inputs)
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         text = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise NotComputable(f"cannot be computed from its operands: {text}") from error
     return made if isinstance(made, tuple) else (made,)
+
+
+def _check_size(node: Node, inputs: list[Maybe]) -> None:
+    """Raises NotComputable if the result would take more memory than any mask or table of positions does."""
+    present = [t for t in inputs if t is not None]
+    if any(t.is_meta for t in present) or node.op in _VIEWS:
+        return
+    if node.op in _MADE_OF_NUMBERS:
+        size = _MADE_OF_NUMBERS[node.op](*present)
+    else:
+        # As if all operands were broadcast, which is what masks of queries and keys are made with.
+        rank = max((t.ndim for t in present), default=0)
+        shapes = [(1,) * (rank - t.ndim) + tuple(t.shape) for t in present]
+        size = math.prod(max(sizes) for sizes in zip(*shapes, strict=True)) if node.op in _BROADCAST else 0
+        size = max([size, *(t.numel() for t in present)])
+    if size > _LARGE:
+        raise NotComputable(f"makes {size:,} numbers of sizes and positions alone, more than hetcomp computes")
 
 
 def dtype_of(number: int) -> torch.dtype:
@@ -242,40 +261,6 @@ def _gemm(node: Node, a: Tensor, b: Tensor, c: Maybe = None) -> Tensor:
     return made if c is None else made + c * float(node.get("beta", 1.0))
 
 
-def _rotary(node: Node, x: Tensor, cos: Tensor, sin: Tensor, positions: Maybe) -> Tensor:
-    """ONNX's RotaryEmbedding of opset 23: x [B, H, T, D], or [B, T, H * D] with num_heads; caches [rows, D / 2]."""
-    flat = x.ndim == 3
-    if flat:
-        x = x.reshape(*x.shape[:2], int(node.get("num_heads", 0)), -1).transpose(1, 2)
-    if positions is not None:
-        cos, sin = (table[positions.reshape(-1).long()].unsqueeze(0) for table in (cos, sin))
-    width = int(node.get("rotary_embedding_dim", 0)) or x.shape[-1]
-    cos, sin = (table[..., : width // 2].unsqueeze(1) for table in (cos, sin))
-    turned, rest = x[..., :width], x[..., width:]
-    if node.get("interleaved", 0):
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        made = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, -1)
-        made = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    made = torch.cat([made, rest], -1)
-    return made.transpose(1, 2).flatten(-2) if flat else made
-
-
-def _microsoft_rotary(node: Node, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The contrib op: positions come first, as one number for all that follow or as all of them."""
-    tokens = x.shape[-2]
-    if positions.numel() == 1:
-        positions = positions.reshape(-1) + torch.arange(tokens)
-    heads = int(node.get("num_heads", 0))
-    if x.ndim == 3 and not heads:
-        heads = x.shape[-1] // (2 * cos.shape[-1])
-    attributes = {**node.attributes, "num_heads": heads}
-    if node.get("scale", 1.0) != 1.0 or node.get("is_packed_batching", 0):
-        raise NotComputable("scales or packs, which hetcomp does not know")
-    return _rotary(Node(node.name, node.op, node.inputs, node.outputs, attributes), x, cos, sin, positions)
-
-
 def _rms(node: Node, x: Tensor, weight: Tensor) -> Tensor:
     if int(node.get("axis", -1)) not in (-1, x.ndim - 1):
         raise NotComputable("norms several axes, which hetcomp does not know")
@@ -345,7 +330,7 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "ReduceSum": _reduced(torch.sum),
     "Relu": _unary(torch.relu),
     "Reshape": _reshape,
-    "RotaryEmbedding": lambda node, x, cos, sin, positions=None: _rotary(node, x, cos, sin, positions),
+    "RotaryEmbedding": rotary,
     "ScatterND": _scatter_nd,
     "Shape": _shape,
     "Sigmoid": _unary(torch.sigmoid),
@@ -366,9 +351,19 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
     "Where": lambda node, c, a, b: torch.where(c.bool(), a, b),
-    "com.microsoft.RotaryEmbedding": _microsoft_rotary,
+    "com.microsoft.RotaryEmbedding": microsoft_rotary,
     "com.microsoft.SimplifiedLayerNormalization": _rms,
 }
+# Ops whose sizes are in the numbers of their operands.
+_MADE_OF_NUMBERS: dict[str, Callable[..., int]] = {
+    "ConstantOfShape": lambda shape: math.prod(integers(shape)),
+    "Range": lambda start, limit, delta: int(abs((limit - start) / delta).item()) + 1,
+    "Tile": lambda x, repeats: x.numel() * math.prod(integers(repeats)),
+}
+_VIEWS = frozenset({"Expand", "Identity", "Reshape", "Shape", "Size", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
+_BROADCAST = frozenset(
+    {"Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Or", "Sub"}
+) | {"Where"}
 # Operands that are needed as numbers where others are on the meta device.
 _REAL_OPERANDS = {
     "Reshape": frozenset({1}),
