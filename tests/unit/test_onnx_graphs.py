@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hetcomp import frontend
-from tests.reference import onnx_models, tiny_models
+from tests.reference import onnx_models, onnx_opset23_models, tiny_models
 
 BOUNDS = {"context_length": 64, "max_batch": 1, "max_tokens": 64, "max_logit_rows": 64}
 LLAMA3 = {
@@ -36,6 +36,18 @@ def test_an_exported_decoder_becomes_the_plan_of_its_model(family, attention, od
     assert structure(got.plan) == structure(want)
     assert len(got.plan.templates) == len(want.templates)
     assert got.unused == ()
+    ids = [int(t) for t in tiny_models.token_ids(model, 9)[0]]
+    logits = onnx_models.interpreted_logits(got, ids, 5)
+    assert onnx_models.relative_error(logits, onnx_models.reference_logits(path, ids, 5)) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "float_mask"), [("llama", False), ("qwen3", True)])
+def test_the_ops_of_opset_23(family, float_mask, tmp_path):
+    model = tiny_models.build(family, num_hidden_layers=2)
+    path = onnx_opset23_models.write(tmp_path / "m.onnx", model, float_mask)
+    got = frontend.load(path, **BOUNDS)
+    kinds = [op.kind for template in got.plan.templates for op in template.ops]
+    assert {"attention", "rope", "rms_norm"} <= set(kinds) and "aten" not in kinds
     ids = [int(t) for t in tiny_models.token_ids(model, 9)[0]]
     logits = onnx_models.interpreted_logits(got, ids, 5)
     assert onnx_models.relative_error(logits, onnx_models.reference_logits(path, ids, 5)) < 1e-5

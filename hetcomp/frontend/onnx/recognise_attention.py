@@ -40,9 +40,8 @@ def replace_attention(graph: Graph, run: Run, far: Run, origin: str) -> Graph:
     regions = Regions(graph, run)
     new: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if node.op != "Softmax" or not run.is_activation(node.outputs[0]):
-            continue
-        if run.shape(node.outputs[0])[-1] != run.seen:
+        spelled_out = node.op == "Softmax" and run.shape(node.outputs[0])[-1:] == (run.seen,)
+        if not (spelled_out or node.op == "Attention") or not run.is_activation(node.outputs[0]):
             continue
         try:
             result, made = _attention(regions, far, node)
@@ -53,10 +52,12 @@ def replace_attention(graph: Graph, run: Run, far: Run, origin: str) -> Graph:
 
 
 def _attention(regions: Regions, far: Run, softmax: Node) -> tuple[str, list[Node]]:
-    product = _product_with_values(regions, softmax)
-    result = product.outputs[0]
-    operands = _operands(regions, softmax, product)
     run = regions.run
+    if softmax.op == "Attention":
+        result, operands = softmax.outputs[0], _operands_of_op(regions, softmax)
+    else:
+        product = _product_with_values(regions, softmax)
+        result, operands = product.outputs[0], _operands(regions, softmax, product)
     region = regions.between({operands.q, operands.k, operands.v, *operands.past}, result)
     if region is None:
         raise NotComputable("depends on more than queries, keys, values and their caches")
@@ -112,6 +113,17 @@ def _operands(regions: Regions, softmax: Node, product: Node) -> _Operands:
     return _Operands(q, k, v, tuple(p for p in (past_k, past_v) if p))
 
 
+def _operands_of_op(regions: Regions, node: Node) -> _Operands:
+    """Of ONNX's Attention, which takes caches itself or finds them joined to keys and values."""
+    if node.input(4):
+        k, v, past = node.inputs[1], node.inputs[2], tuple(_cache(regions, p) for p in node.inputs[4:6])
+        if not all(past):
+            raise NotComputable("takes caches that are no inputs of the graph")
+        return _Operands(node.inputs[0], k, v, past)
+    (k, past_k), (v, past_v) = (_appended(regions, value) for value in node.inputs[1:3])
+    return _Operands(node.inputs[0], k, v, tuple(p for p in (past_k, past_v) if p))
+
+
 def _scores(regions: Regions, softmax: Node) -> Node:
     """The product of queries and keys that the softmax depends on."""
     todo = list(softmax.inputs)
@@ -161,15 +173,15 @@ def _window(run: Run, far: Run, region: Region) -> int:
     """How many positions a token far behind attends to; 0: all of them."""
     hidden = torch.zeros(far.seen, dtype=torch.bool)
     for node in region.nodes:
-        if node.op not in ("Add", "Where"):
+        if node.op not in ("Add", "Where", "Attention"):
             continue
         for value in node.inputs:
             mask = far.values.get(value)
             if mask is None or mask.is_meta or mask.shape[-1:] != (far.seen,):
                 continue
             row = mask.reshape(-1, far.seen)[-1]
-            if node.op == "Add":
-                hidden |= row < _SEEN
+            if node.op != "Where":
+                hidden |= ~row if row.dtype == torch.bool else row < _SEEN
             elif value == node.inputs[0]:
                 # Where the condition chooses the other operand than the one that has the scores.
                 shown = [run.is_activation(v) for v in node.inputs[1:]]

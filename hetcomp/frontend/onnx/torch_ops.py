@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hetcomp.frontend.onnx.attention_op import attention
 from hetcomp.frontend.onnx.graph import Node
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.rotary_ops import microsoft_rotary, rotary
@@ -285,6 +286,7 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Add": _binary(torch.add),
     "And": _logical(torch.logical_and),
     "Cast": lambda node, x: x.to(dtype_of(int(node.attributes["to"]))),
+    "Attention": attention,
     "CastLike": lambda node, x, like: x.to(like.dtype),
     "Clip": _clip,
     "Concat": lambda node, *parts: torch.cat(parts, int(node.attributes["axis"])),
