@@ -20,7 +20,6 @@ from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, Module
 from hetcomp.frontend.gguf.checkpoint import GgufCheckpoint
 from hetcomp.frontend.gguf.model_files import ModelFiles
 from hetcomp.frontend.lower import lower_to_plan
-from hetcomp.frontend.onnx.import_model import model_info, read_model, traced_model
 from hetcomp.frontend.source import ModelSource, resolve
 from hetcomp.ir.plan import ModelInfo, Plan, ValueKind
 from hetcomp.ir.printer import print_plan
@@ -132,6 +131,9 @@ def find(model: str | Path | nn.Module) -> Given:
 
 
 def _from_onnx(path: Path) -> Given:
+    # Here, since all that onnx consists of is imported with it.
+    from hetcomp.frontend.onnx.import_model import model_info, read_model, traced_model
+
     model = read_model(path)
     raw = model.facts.raw if model.exported is None else model.exported[1]
     info = model_info(model, _digest(raw))

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from hetcomp import frontend
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.onnx.model_file import open_model
 from tests.reference import onnx_models, tiny_models
 
 BOUNDS = {"context_length": 32, "max_batch": 1, "max_tokens": 8, "max_logit_rows": 8}
@@ -107,6 +108,17 @@ def test_truncated_external_data(external):
 
 
 # ---------------------------------------------------------------- the file
+
+
+def test_the_files_own_numbers_stay_in_it(exported, tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(exported, path)
+    file = open_model(path)
+    assert max(map(len, file.inline.values())) <= 4096
+    for tensor in exported.graph.initializer:
+        found = file.graph.initialisers[tensor.name]
+        np.testing.assert_array_equal(file.numbers(found), numpy_helper.to_array(tensor))
+        assert bool(found.file) == (found.bytes > 4096)
 
 
 def test_no_onnx_file(tmp_path):

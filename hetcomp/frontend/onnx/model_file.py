@@ -19,6 +19,7 @@ from hetcomp.frontend.checkpoint import read_tensor
 from hetcomp.frontend.onnx.decimals import decimal
 from hetcomp.frontend.onnx.external_data import locate
 from hetcomp.frontend.onnx.graph import Attributes, Graph, Input, Node, scope_of
+from hetcomp.frontend.onnx.inline_data import Place, without_data
 from hetcomp.ir.plan import CheckpointTensor
 
 # Element types by ONNX's number: the name in CheckpointTensor, numpy's. bf16 is read as its bits.
@@ -35,12 +36,12 @@ _TYPES = {
 }
 DTYPES = {name: np.dtype(code) for name, code in _TYPES.values()}
 _MICROSOFT = "com.microsoft"
-_INLINE = ""  # of CheckpointTensor.file: the numbers are in the .onnx file itself
+_INLINE = ""  # of CheckpointTensor.file: the numbers are in memory
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """``path``: the file that was given. ``inline``: the bytes of tensors that it holds itself. ``metadata``: of the
+    """``path``: the file that was given. ``inline``: the bytes of small tensors. ``metadata``: of the
     model, as its exporter wrote it."""
 
     path: Path
@@ -71,11 +72,12 @@ def open_model(path: Path) -> OnnxFile:
     """The graph of a file; no external data is read. Raises HetcompError naming what is damaged, missing or of a kind
     that hetcomp does not read."""
     try:
-        model = onnx.load(path, load_external_data=False)
+        stripped, places = without_data(path)
+        model = onnx.load_from_string(stripped)
     except (OSError, DecodeError, ValueError) as error:
         raise HetcompError(f"{path} is no ONNX file that can be read: {_line(error)}") from error
     inline: dict[str, bytes] = {}
-    tensors = {t.name: _described(t, path, inline) for t in model.graph.initializer}
+    tensors = {t.name: _described(t, path, places, inline) for t in model.graph.initializer}
     try:
         model = _checked(model)
     except Exception as error:  # the checker's own, which have no common class
@@ -111,8 +113,11 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def _described(tensor: onnx.TensorProto, path: Path, inline: dict[str, bytes]) -> CheckpointTensor:
-    """What is known of a tensor; its bytes go to ``inline`` if the file holds them."""
+def _described(
+    tensor: onnx.TensorProto, path: Path, places: Mapping[str, Place], inline: dict[str, bytes]
+) -> CheckpointTensor:
+    """What is known of a tensor; its bytes go to ``inline`` if they are in neither a place of the file nor another
+    one."""
     found = _TYPES.get(tensor.data_type)
     if found is None:
         kinds = onnx.TensorProto.DataType
@@ -125,12 +130,18 @@ def _described(tensor: onnx.TensorProto, path: Path, inline: dict[str, bytes]) -
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         file, offset = locate(tensor, path, size)
         return CheckpointTensor(file, tensor.name, dtype, shape, offset, size)
-    data = tensor.raw_data if tensor.HasField("raw_data") else _numbers(tensor, path)
-    if len(data) != size:
+    place = places.get(tensor.name)
+    data = b""
+    if place is None:
+        data = tensor.raw_data if tensor.HasField("raw_data") else _numbers(tensor, path)
+    found_size = len(data) if place is None else place.size
+    if found_size != size:
         raise HetcompError(
-            f"{path}: tensor {tensor.name} has {len(data)} bytes; expected {size} by its type and the shape "
+            f"{path}: tensor {tensor.name} has {found_size} bytes; expected {size} by its type and the shape "
             f"{list(shape)}"
         )
+    if place is not None:
+        return CheckpointTensor(path.name, tensor.name, dtype, shape, place.offset, size)
     inline[tensor.name] = data
     return CheckpointTensor(_INLINE, tensor.name, dtype, shape, 0, size)
 
