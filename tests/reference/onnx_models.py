@@ -36,18 +36,18 @@ class _Step(torch.nn.Module):
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache
         )
-        kept = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+        kept = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)] if past else []
         return (self.lm_head(out.last_hidden_state), *kept)
 
 
-def export(path: Path, model: PreTrainedModel, attention: str = "eager", opset: int = 17) -> Path:
-    """Writes ``model`` as torch.onnx.export does, with inputs input_ids, attention_mask, position_ids and
+def export(path: Path, model: PreTrainedModel, attention: str = "eager", caches: bool = True) -> Path:
+    """Writes ``model`` as torch.onnx.export does, with inputs input_ids, attention_mask, position_ids and, with caches,
     past_key_values.*."""
     config = model.config
     config._attn_implementation = attention
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers = range(config.num_hidden_layers)
-    caches = [torch.randn(1, config.num_key_value_heads, 5, head_dim) for _ in layers for _ in "kv"]
+    layers = range(config.num_hidden_layers if caches else 0)
+    past = [torch.randn(1, config.num_key_value_heads, 5, head_dim) for _ in layers for _ in "kv"]
     names = [f"{i}.{part}" for i in layers for part in ("key", "value")]
     inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)]
     axes = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}}
@@ -57,12 +57,12 @@ def export(path: Path, model: PreTrainedModel, attention: str = "eager", opset: 
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Step(model).eval(),
-            (ids, torch.ones(1, 8, dtype=torch.int64), ids + 5, *caches),
+            (ids, torch.ones(1, 8 if caches else 3, dtype=torch.int64), ids + (5 if caches else 0), *past),
             path,
             input_names=inputs,
             output_names=["logits", *(f"present.{n}" for n in names)],
             dynamic_axes=axes,
-            opset_version=opset,
+            opset_version=17,
             dynamo=False,
         )
     return path
@@ -78,7 +78,7 @@ def reference_logits(path: Path, ids: list[int], split: int) -> Floats:
         if i.name.startswith("past_key_values")
     }
     seen, rows = 0, []
-    for part in (ids[:split], ids[split:]):
+    for part in (part for part in (ids[:split], ids[split:]) if part):
         total = seen + len(part)
         known = {
             "input_ids": np.array([part]),

@@ -14,9 +14,14 @@ LLAMA3 = {
 }  # fmt: skip
 
 
+def structure_ops(plan):
+    """The ops of each call."""
+    return [plan.template(call.template).ops for call in plan.calls]
+
+
 def structure(plan):
     """Ops of all templates and what calls them, without names."""
-    return [[op.attrs for op in plan.template(call.template).ops] for call in plan.calls]
+    return [[op.attrs for op in ops] for ops in structure_ops(plan)]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,30 @@ def test_an_exported_decoder_becomes_the_plan_of_its_model(family, attention, od
     ids = [int(t) for t in tiny_models.token_ids(model, 9)[0]]
     logits = onnx_models.interpreted_logits(got, ids, 5)
     assert onnx_models.relative_error(logits, onnx_models.reference_logits(path, ids, 5)) < 1e-5
+
+
+def test_layers_that_look_back_some_positions(tmp_path):
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7, "use_sliding_window": True}
+    model = tiny_models.build("qwen3", num_hidden_layers=2, **kinds)
+    path = onnx_models.export(tmp_path / "m.onnx", model)
+    got = frontend.load(path, **BOUNDS)
+    assert structure(got.plan) == structure(frontend.load(model, **BOUNDS).plan)
+    windows = [op.attrs.window for ops in structure_ops(got.plan) for op in ops if op.kind == "attention"]
+    assert windows == [7, 0]
+    ids = [int(t) for t in tiny_models.token_ids(model, 12)[0]]
+    logits = onnx_models.interpreted_logits(got, ids, 5)
+    assert onnx_models.relative_error(logits, onnx_models.reference_logits(path, ids, 5)) < 1e-5
+
+
+def test_a_graph_without_caches_gets_them(tmp_path):
+    model = tiny_models.build("llama", num_hidden_layers=1)
+    path = onnx_models.export(tmp_path / "m.onnx", model, caches=False)
+    got = frontend.load(path, **BOUNDS)
+    assert structure(got.plan) == structure(frontend.load(model, **BOUNDS).plan)
+    assert got.plan.model.max_positions == 2048
+    ids = [int(t) for t in tiny_models.token_ids(model, 9)[0]]
+    logits = onnx_models.interpreted_logits(got, ids, 5)
+    assert onnx_models.relative_error(logits, onnx_models.reference_logits(path, ids, 9)) < 1e-5
 
 
 @pytest.mark.parametrize(("family", "float_mask"), [("llama", False), ("qwen3", True)])

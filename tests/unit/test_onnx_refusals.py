@@ -133,6 +133,23 @@ def test_truncated_file(exported, tmp_path):
     assert str(path) in refusal(path)
 
 
+def test_damaged_files(exported, tmp_path):
+    """Bytes changed, lost or added: read as they are then, or refused."""
+    rng = np.random.default_rng(1)
+    whole, path, refusals = exported.SerializeToString(), tmp_path / "m.onnx", 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for at in rng.integers(0, len(data) - 8, rng.integers(1, 6)):
+            change, some = rng.integers(3), bytes(rng.integers(0, 256, rng.integers(1, 8), np.uint8))
+            data[at : at + (0, len(some), 1)[change]] = b"" if change == 1 else some[: 1 if change else None]
+        path.write_bytes(data)
+        try:
+            frontend.load(path, **BOUNDS)
+        except HetcompError as error:
+            refusals += "\n" not in str(error)
+    assert refusals > 100
+
+
 def test_what_the_checker_finds(exported, tmp_path):
     def change(model):
         node_of(model, "Softmax").input[0] = "nowhere"

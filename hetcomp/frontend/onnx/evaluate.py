@@ -213,7 +213,8 @@ def table_rows(graph: Graph, run: Run) -> list[int]:
         tables = [node.inputs[i] for i in TABLES.get(node.op, ()) if node.input(i)]
         if node.op == "Gather" and int(node.get("axis", 0)) == 0 and run.tokens in run.shape(node.inputs[1]):
             tables = [] if run.values[node.outputs[0]].is_meta else [node.inputs[0]]
-        rows += [run.shape(t)[0] for t in tables if len(run.shape(t)) >= 2]
+        # Other tensors than the file's may be made for the positions of the run.
+        rows += [run.shape(t)[0] for t in tables if t in graph.initialisers and len(run.shape(t)) >= 2]
     return rows
 
 

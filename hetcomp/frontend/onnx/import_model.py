@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.checkpoint import OnnxCheckpoint
 from hetcomp.frontend.onnx.evaluate import Evaluator, Run, kind_of, step_sizes, table_rows
-from hetcomp.frontend.onnx.graph import Graph
+from hetcomp.frontend.onnx.graph import Graph, Node
 from hetcomp.frontend.onnx.model_facts import UNKNOWN_POSITIONS, ModelFacts, exported_info, model_facts
 from hetcomp.frontend.onnx.model_file import OnnxFile, open_model
 from hetcomp.frontend.onnx.parameters import Parameters
@@ -20,6 +20,8 @@ from hetcomp.frontend.onnx.to_fx import ATTENTION, to_fx
 from hetcomp.frontend.trace import TracedModel
 from hetcomp.ir.plan import ModelInfo
 
+# Positions that a graph without caches is tried for, and takes: a mask of them has 4 million numbers.
+_MOST_WITHOUT_CACHES = 2048
 _EMBEDDINGS = ("Gather", "com.microsoft.GatherBlockQuantized")
 
 
@@ -50,11 +52,31 @@ def read_model(path: Path) -> OnnxModel:
     evaluator = Evaluator(file)
     run = evaluator.run(graph, *step_sizes(graph))
     positions = min([positions, *table_rows(graph, run)])
-    far = evaluator.run(graph, 1, positions - 1 if run.past else 0)
-    graph = replace_norms(graph, run)
+    positions, far = _far(evaluator, graph, run, positions)
+    graph = replace_norms(_without_empty_parts(graph, run), run)
     graph = replace_attention(graph, run, far, str(path))
-    graph = replace_ropes(graph, run, far, str(path))
+    graph = replace_ropes(graph, run, far[0], str(path))
     return OnnxModel(file, facts, graph, run, positions, unread, exported)
+
+
+def _without_empty_parts(graph: Graph, run: Run) -> Graph:
+    """What is joined to nothing stays what it is: transformers' caches begin as empty tensors."""
+    new: dict[str, list[Node]] = {}
+    for node in (n for n in graph.nodes if n.op == "Concat"):
+        filled = [v for v in node.inputs if run.values[v].numel()]
+        if len(filled) == 1:
+            new[node.outputs[0]] = [replace(node, op="Identity", inputs=tuple(filled))]
+    return graph.replaced(new, graph.outputs)
+
+
+def _far(evaluator: Evaluator, graph: Graph, run: Run, positions: int) -> tuple[int, list[Run]]:
+    """Runs that show how far a token looks back, and the positions that they speak for. Without caches all tokens of a
+    run are new, and masks have a row for each."""
+    if not run.past and not any(node.op.startswith("hetcomp.") for node in graph.nodes):
+        positions = min(positions, _MOST_WITHOUT_CACHES)
+        return positions, [evaluator.run(graph, tokens, 0) for tokens in (positions, positions * 3 // 4 + 1)]
+    steps = (positions - 1, positions * 3 // 4) if run.past else (0,)
+    return positions, [evaluator.run(graph, 1, past) for past in steps]
 
 
 def _with_inputs(graph: Graph) -> Graph:

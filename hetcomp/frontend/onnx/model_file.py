@@ -86,7 +86,9 @@ def open_model(path: Path) -> OnnxFile:
         raise HetcompError(f"{path} has sparse tensors, which hetcomp does not read")
     nodes = tuple(_node(n) for n in model.graph.node)
     inputs = {i.name: _input(i) for i in model.graph.input if i.name not in tensors}
-    graph = Graph(nodes, inputs, tuple(o.name for o in model.graph.output), tensors)
+    # The logits come first in every exporter's files, but nothing says that they must.
+    outputs = sorted((o.name for o in model.graph.output), key=lambda name: name != "logits")
+    graph = Graph(nodes, inputs, tuple(outputs), tensors)
     return OnnxFile(path, graph, inline, {p.key: p.value for p in model.metadata_props})
 
 

@@ -7,6 +7,7 @@ whether attention is causal, and how far it reaches back.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,10 @@ class _Operands:
     past: tuple[str, ...]
 
 
-def replace_attention(graph: Graph, run: Run, far: Run, origin: str) -> Graph:
-    """The graph with hetcomp.KvAppend and hetcomp.Attention for each attention. far: a run of one token as far behind
-    as the context allows. Raises HetcompError naming a softmax that is no attention that hetcomp knows."""
+def replace_attention(graph: Graph, run: Run, far: Sequence[Run], origin: str) -> Graph:
+    """The graph with hetcomp.KvAppend and hetcomp.Attention for each attention. far: runs whose last token
+    sees many positions, a different number in each. Raises HetcompError naming a softmax that is no attention that
+    hetcomp knows."""
     regions = Regions(graph, run)
     new: dict[str, list[Node]] = {}
     for node in graph.nodes:
@@ -51,7 +53,7 @@ def replace_attention(graph: Graph, run: Run, far: Run, origin: str) -> Graph:
     return graph.replaced(new, graph.outputs[:1])
 
 
-def _attention(regions: Regions, far: Run, softmax: Node) -> tuple[str, list[Node]]:
+def _attention(regions: Regions, far: Sequence[Run], softmax: Node) -> tuple[str, list[Node]]:
     run = regions.run
     if softmax.op == "Attention":
         result, operands = softmax.outputs[0], _operands_of_op(regions, softmax)
@@ -61,7 +63,9 @@ def _attention(regions: Regions, far: Run, softmax: Node) -> tuple[str, list[Nod
     region = regions.between({operands.q, operands.k, operands.v, *operands.past}, result)
     if region is None:
         raise NotComputable("depends on more than queries, keys, values and their caches")
-    window = _window(run, far, region)
+    window = max(_window(run, each, region) for each in far)
+    if any(_window(run, each, region) not in (window, 0 if each.seen <= window else window) for each in far):
+        raise NotComputable("looks back differently far at different positions")
     scale, softcap = _fitted(run, region, operands, window)
     return result, append_and_attend(
         softmax,
@@ -159,13 +163,9 @@ def _appended(regions: Regions, value: str) -> tuple[str, str]:
 
 
 def _cache(regions: Regions, value: str) -> str:
-    """The cache among the graph's inputs that ``value`` is, also where transformers joins it to an empty one; empty if
-    it is none."""
-    while (node := regions.producers.get(value)) is not None:
-        filled = [v for v in node.inputs if regions.run.values[v].numel()]
-        if node.op not in ("Concat", "Cast", "Identity") or len(filled) != 1:
-            return ""
-        value = filled[0]
+    """The cache among the graph's inputs that ``value`` is; empty if it is none."""
+    while (node := regions.producers.get(value)) is not None and node.op in ("Cast", "Identity"):
+        value = node.inputs[0]
     return value if value in regions.graph.inputs else ""
 
 
