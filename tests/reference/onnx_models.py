@@ -18,6 +18,7 @@ from hetcomp.ir.plan import Value
 from hetcomp.quantised_numbers import QuantisedNumbers
 from tests.reference.plan_interpreter import PlanInterpreter
 
+_AUTO = torch.export.Dim.AUTO
 Floats = npt.NDArray[np.float32]
 
 
@@ -40,9 +41,9 @@ class _Step(torch.nn.Module):
         return (self.lm_head(out.last_hidden_state), *kept)
 
 
-def export(path: Path, model: PreTrainedModel, attention: str = "eager", caches: bool = True) -> Path:
+def export(path: Path, model: PreTrainedModel, attention: str = "eager", caches: bool = True, opset: int = 17) -> Path:
     """Writes ``model`` as torch.onnx.export does, with inputs input_ids, attention_mask, position_ids and, with caches,
-    past_key_values.*."""
+    past_key_values.*; from opset 18 on by torch.export."""
     config = model.config
     config._attn_implementation = attention
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -50,8 +51,9 @@ def export(path: Path, model: PreTrainedModel, attention: str = "eager", caches:
     past = [torch.randn(1, config.num_key_value_heads, 5, head_dim) for _ in layers for _ in "kv"]
     names = [f"{i}.{part}" for i in layers for part in ("key", "value")]
     inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)]
-    axes = {"input_ids": {0: "batch", 1: "sequence"}, "attention_mask": {0: "batch", 1: "total"}}
-    axes |= {"position_ids": {0: "batch", 1: "sequence"}} | {n: {0: "batch", 2: "past"} for n in inputs[3:]}
+    axes = {"input_ids": {1: "sequence"}, "attention_mask": {1: "total"}, "position_ids": {1: "sequence"}}
+    axes |= {name: {2: "past"} for name in inputs[3:]}
+    dynamic = ({1: _AUTO}, {1: _AUTO}, {1: _AUTO}, tuple({2: _AUTO} for _ in past))
     ids = torch.arange(3)[None]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -61,9 +63,9 @@ def export(path: Path, model: PreTrainedModel, attention: str = "eager", caches:
             path,
             input_names=inputs,
             output_names=["logits", *(f"present.{n}" for n in names)],
-            dynamic_axes=axes,
-            opset_version=17,
-            dynamo=False,
+            opset_version=opset,
+            verbose=False,
+            **({"dynamic_axes": axes, "dynamo": False} if opset < 18 else {"dynamic_shapes": dynamic, "dynamo": True}),
         )
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 
 from hetcomp import frontend
@@ -41,6 +42,19 @@ def test_an_exported_decoder_becomes_the_plan_of_its_model(family, attention, od
     assert structure(got.plan) == structure(want)
     assert len(got.plan.templates) == len(want.templates)
     assert got.unused == ()
+    ids = [int(t) for t in tiny_models.token_ids(model, 9)[0]]
+    logits = onnx_models.interpreted_logits(got, ids, 5)
+    assert onnx_models.relative_error(logits, onnx_models.reference_logits(path, ids, 5)) < 1e-5
+
+
+@pytest.mark.slow
+def test_what_torch_exports_today(tmp_path):
+    """By torch.export, with opset 23's attention and tables of sines that no positions choose from."""
+    model = tiny_models.build("qwen3", num_hidden_layers=1)
+    path = onnx_models.export(tmp_path / "m.onnx", model, "sdpa", opset=23)
+    assert "Attention" in {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+    got = frontend.load(path, **BOUNDS)
+    assert structure(got.plan) == structure(frontend.load(model, **BOUNDS).plan)
     ids = [int(t) for t in tiny_models.token_ids(model, 9)[0]]
     logits = onnx_models.interpreted_logits(got, ids, 5)
     assert onnx_models.relative_error(logits, onnx_models.reference_logits(path, ids, 5)) < 1e-5
