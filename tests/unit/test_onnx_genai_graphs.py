@@ -110,11 +110,23 @@ def imported_with_context(path: Path, context: int):
     return frontend.load(path, **BOUNDS | {"context_length": context})
 
 
+def test_a_second_vector_behind_a_product_is_not_lost(tmp_path):
+    """The bias is an operand of the product; what is added behind it has no op in the Plan."""
+
+    def change(model):
+        node = next(n for n in model.graph.node if n.op_type == "MatMulNBits" and "q_proj" in n.name)
+        node.input.extend([""] * (5 - len(node.input)) + ["model.layers.0.attn.q_proj.Add.bias"])
+
+    text = refusal(tmp_path, "llama", {"bits": 4}, change, attention_bias=True)
+    assert "node /model/layers.0/attn/q_proj/Add (Add) reads model.layers.0.attn.q_proj.Add.bias" in text
+
+
 # ---------------------------------------------------------------- refusals
 
 
-def refusal(tmp_path, family, choices, change=lambda model: None) -> str:
-    path = onnx_genai_models.write(tmp_path / "m.onnx", tiny_models.build(family, num_hidden_layers=1), **choices)
+def refusal(tmp_path, family, choices, change=lambda model: None, **options: object) -> str:
+    model = tiny_models.build(family, num_hidden_layers=1, **options)
+    path = onnx_genai_models.write(tmp_path / "m.onnx", model, **choices)
     model = onnx.load(path)
     change(model)
     onnx.save(model, path)

@@ -10,6 +10,7 @@ from torch import fx
 
 from hetcomp.frontend.onnx.evaluate import Weight
 from hetcomp.frontend.onnx.graph import Node
+from hetcomp.frontend.onnx.handlers import product_with_bias
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.packed_weights import Packed
 from hetcomp.frontend.onnx.rope_frequencies import RopeFrequencies, fit
@@ -91,6 +92,10 @@ def _check_lengths(w: Writer, node: Node) -> None:
     for value, want in ((node.inputs[5], w.run.seen - 1), (node.inputs[6], w.run.seen)):
         if w.run.number(value) != want:
             raise NotComputable(f"takes {value} for a length, which is not that of the sequence")
+    if node.input(9):
+        positions = w.run.values[node.inputs[9]]
+        if positions.is_meta or positions.reshape(-1).tolist() != list(range(w.run.past, w.run.seen)):
+            raise NotComputable(f"takes {node.inputs[9]} for positions, which are not those of the sequence")
 
 
 def _by_head(w: Writer, node: Node, heads: int, kv_heads: int) -> list[fx.Node]:
@@ -135,16 +140,13 @@ def _packed(w: Writer, packed: Packed) -> fx.Node:
 
 
 def _matmul_nbits(w: Writer, node: Node) -> fx.Node:
-    from hetcomp.frontend.onnx.handlers import added_bias
-
     refuse(node, weight_prepacked=(0,))
     shape = (int(node.attributes["N"]), int(node.attributes["K"]))
     names = node.inputs[1], node.inputs[2], node.input(3)
     if node.input(4):
         raise NotComputable("has columns in an order of their own (g_idx), which hetcomp does not read from ONNX")
     weight = _packed(w, Packed(shape, int(node.get("bits", 4)), int(node.attributes["block_size"]), *names))
-    bias = node.input(5) or added_bias(w, node)
-    return w.call(aten.linear.default, w.activation(node.inputs[0]), weight, w.parameter(bias) if bias else None)
+    return product_with_bias(w, node, weight, node.input(5))
 
 
 def _gather_quantised(w: Writer, node: Node) -> fx.Node:

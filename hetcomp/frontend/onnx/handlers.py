@@ -13,8 +13,6 @@ from hetcomp.frontend.onnx.to_fx import Handler, Writer
 from hetcomp.frontend.onnx.torch_ops import axes_of, sizes_of_split, slices
 
 aten = torch.ops.aten
-# Products with a weight, whose bias may be added by the op behind.
-_PRODUCTS = frozenset({"MatMul", "com.microsoft.MatMulNBits"})
 
 
 # ---------------------------------------------------------------- linear algebra
@@ -32,27 +30,26 @@ def _matmul(w: Writer, node: Node) -> fx.Node:
     x, weight = node.inputs
     if weight not in w.run.weights or len(w.run.shape(weight)) != 2:
         return w.call(aten.matmul.default, w.activation(x), w.activation(weight))
-    return _linear(w, node, w.parameter(weight, transposed=True))
+    return product_with_bias(w, node, w.parameter(weight, transposed=True), "")
 
 
 def _gemm(w: Writer, node: Node) -> fx.Node:
     if node.get("transA", 0) or float(node.get("alpha", 1.0)) != 1.0 or float(node.get("beta", 1.0)) != 1.0:
         raise NotComputable("scales or transposes its operands, which hetcomp does not compile")
     weight = w.parameter(node.inputs[1], transposed=not node.get("transB", 0))
-    bias = node.input(2)
-    return _linear(w, node, weight, bias)
+    return product_with_bias(w, node, weight, node.input(2))
 
 
-def _linear(w: Writer, node: Node, weight: fx.Node, bias: str = "") -> fx.Node:
-    """With the bias that the only reader of the product adds, which then is the product."""
-    x = w.activation(node.inputs[0])
+def product_with_bias(w: Writer, node: Node, weight: fx.Node, bias: str) -> fx.Node:
+    """A product with a weight and its bias. Without one, the vector that the only reader of the product adds is it."""
     if not bias:
-        bias = added_bias(w, node)
-    return w.call(aten.linear.default, x, weight, w.parameter(bias) if bias else None)
+        bias = _added_by_only_reader(w, node)
+        w.absorbed[node.outputs[0]] = bias
+    return w.call(aten.linear.default, w.activation(node.inputs[0]), weight, w.parameter(bias) if bias else None)
 
 
-def added_bias(w: Writer, node: Node) -> str:
-    """The weight of one axis that the only reader of ``node`` adds to it; empty if there is none."""
+def _added_by_only_reader(w: Writer, node: Node) -> str:
+    """The weight of one axis that is added to what ``node`` makes; empty if there is none."""
     readers = w.consumers.get(node.outputs[0], [])
     if len(readers) != 1 or readers[0].op != "Add" or node.outputs[0] in w.graph.outputs:
         return ""
@@ -69,8 +66,7 @@ def _arithmetic(name: str) -> Handler:
         a, b = node.inputs
         if name == "add" and (a in w.run.weights or b in w.run.weights):
             x, bias = (b, a) if a in w.run.weights else (a, b)
-            maker = w.producers.get(x)
-            if maker is not None and maker.op in _PRODUCTS and added_bias(w, maker) == bias:
+            if w.absorbed.get(x) == bias:
                 return w.activation(x)
         for x, other in ((a, b), (b, a)):
             number = None if other in w.nodes else w.run.number(other)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.evaluate import Run
-from hetcomp.frontend.onnx.graph import Graph, Node
+from hetcomp.frontend.onnx.graph import Attributes, Graph, Node
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.regions import Region, Regions
 
@@ -67,7 +67,7 @@ def _attention(regions: Regions, far: Sequence[Run], softmax: Node) -> tuple[str
     if any(_window(run, each, region) not in (window, 0 if each.seen <= window else window) for each in far):
         raise NotComputable("looks back differently far at different positions")
     scale, softcap = _fitted(run, region, operands, window)
-    return result, append_and_attend(
+    return result, _append_and_attend(
         softmax,
         (operands.q, operands.k, operands.v),
         result,
@@ -75,18 +75,17 @@ def _attention(regions: Regions, far: Sequence[Run], softmax: Node) -> tuple[str
     )
 
 
-def append_and_attend(
-    node: Node, operands: tuple[str, str, str], result: str, attributes: dict[str, float | int], sinks: str = ""
+def _append_and_attend(
+    node: Node, operands: tuple[str, str, str], result: str, attributes: dict[str, float | int]
 ) -> list[Node]:
-    """hetcomp.KvAppend (k, v) -> caches and hetcomp.Attention (q, caches, sinks) -> [1, T, heads, D] in place of
-    ``node``; q, k, v and the result are [1, heads, T, D]."""
+    """hetcomp.KvAppend (k, v) -> caches and hetcomp.Attention (q, caches) -> [1, T, heads, D] in place of ``node``;
+    q, k, v and the result are [1, heads, T, D]."""
     q, k, v = operands
-    caches = (f"{result}:k", f"{result}:v")
-    inputs = (q, *caches, sinks) if sinks else (q, *caches)
+    caches, rows = (f"{result}:k", f"{result}:v"), f"{result}:rows"
     return [
-        Node(node.name, "hetcomp.KvAppend", (k, v), caches, {}, node.scope),
-        Node(node.name, "hetcomp.Attention", inputs, (f"{result}:rows",), attributes, node.scope),
-        Node(node.name, "Transpose", (f"{result}:rows",), (result,), {"perm": [0, 2, 1, 3]}, node.scope),
+        Node(node.name, "hetcomp.KvAppend", (k, v), caches, Attributes(), node.scope),
+        Node(node.name, "hetcomp.Attention", (q, *caches), (rows,), Attributes(attributes), node.scope),
+        Node(node.name, "Transpose", (rows,), (result,), Attributes(perm=[0, 2, 1, 3]), node.scope),
     ]
 
 

@@ -71,6 +71,8 @@ class Writer:
         self.embedding: fx.Node | None = None
         self.nodes: dict[str, fx.Node] = {ids: self._ids}
         self.caches: dict[str, fx.Node] = {}
+        # By the result of a product the vector that it has as its bias, and that its only reader adds.
+        self.absorbed: dict[str, str] = {}
         self._placeholders: dict[str, fx.Node] = {}
         self._fqns: dict[str, str] = {}
         # Frequencies by the names of tables of cosines and sines.
