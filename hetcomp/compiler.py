@@ -371,8 +371,8 @@ def compile(
 ) -> Executable:
     """Compiles a model to native code and returns it, loaded on first use.
 
-    model: a Hugging Face folder (config.json and safetensors), a GGUF file (any of a split model's), a transformers
-    module, or a zoo name.
+    model: a Hugging Face folder (config.json and safetensors), a GGUF file (any of a split model's), an ONNX file of a
+    decoder, a transformers module, or a zoo name.
     hw_profile: ``auto`` measures this machine (cached), ``preset:NAME``, a profile file or object.
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
     max_batch: sequences kept at once. kv_tokens: positions that they hold together, which is what the KV cache takes
@@ -419,7 +419,7 @@ def compile(
     if checkpoint is None:
         raise HetcompError(
             f"{planned.plan.model.name} is a config without weights: it can be planned (hetcomp plan), "
-            "not compiled. Give a folder with safetensors files, or a GGUF file."
+            "not compiled. Give a folder with safetensors files, or a GGUF or ONNX file."
         )
     columns = Importance.load(Path(importance), planned.plan.values) if importance is not None else None
     owner = None

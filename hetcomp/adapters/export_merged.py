@@ -30,7 +30,7 @@ def export_merged(adapter: Adapter, base: BaseModel, imported: Imported, out: Pa
     ``out`` exists or cannot be written.
     """
     folder = imported.folder
-    if folder is None or imported.checkpoint is None:
+    if folder is None or imported.checkpoint is None or imported.onnx is not None:
         raise HetcompError(f"{base.name} has no weights to merge into; give a folder with safetensors files.")
     refuse_existing(out)
     with staged_folder(out) as staging:

@@ -42,10 +42,11 @@ def adapter_to_merge(
         )
     if len(folders) > 1:
         raise HetcompError(f"One adapter can be merged, {len(folders)} were given; compile an artifact for each.")
-    if imported.gguf is not None:
+    file = imported.onnx if imported.gguf is None else imported.gguf.path
+    if file is not None:
         raise HetcompError(
-            f"Adapters are not merged into GGUF files ({imported.gguf.path}); give the folder of the checkpoint that "
-            "it was made from."
+            f"Adapters are not merged into GGUF and ONNX files ({file}); give the folder of the checkpoint that it was "
+            "made from."
         )
     return read_adapter(folders[0], BaseModel.of(imported), allow_router=allow_router)
 

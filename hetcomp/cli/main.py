@@ -13,6 +13,7 @@ from rich.console import Console
 from hetcomp.cli.adapter_command import adapter_app
 from hetcomp.cli.bench_command import bench_command
 from hetcomp.cli.explain_command import explain_command
+from hetcomp.cli.export_onnx_command import export_onnx_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.importance_command import importance_command
 from hetcomp.cli.options import (
@@ -246,6 +247,7 @@ app.add_typer(adapter_app)
 app.command("plan")(plan_command)
 app.command("profile")(profile_command)
 app.command("importance")(importance_command)
+app.command("export-onnx")(export_onnx_command)
 app.command("bench")(bench_command)
 app.command("explain")(explain_command)
 app.command("trace")(trace_command)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 DEFAULT_MAX_KL = 0.01
 DEFAULT_ADAPTER_RANK = 16
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="HF folder, GGUF file, zoo name, or (plan) an artifact.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="HF folder, GGUF or ONNX file, zoo name, or (plan) an artifact.")
+]
 Hw = Annotated[str, typer.Option("--hw", help="auto, preset:NAME, or a profile file.")]
 Formats = Annotated[
     str,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 from hetcomp.errors import HetcompError
 
@@ -33,7 +35,7 @@ class Imported:
     as written. ``stages`` holds printed forms for dumps and docs: ``fx``, ``plan``. ``unused`` names tensors of the
     checkpoint that the Plan does not use. ``parameter_shapes``: the module's own parameters and buffers in the order in
     which it has them; ``aliases``: further names of tied parameters by the name that the Plan knows. ``gguf``: the
-    GGUF files that it comes from.
+    GGUF files that it comes from; ``onnx``: the ONNX file.
     """
 
     plan: Plan
@@ -45,6 +47,7 @@ class Imported:
     parameter_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gguf: ModelFiles | None = None
+    onnx: Path | None = None
 
 
 def load(
@@ -56,14 +59,11 @@ def load(
     max_logit_rows: int,
     default_context: int = DEFAULT_CONTEXT,
 ) -> Imported:
-    """Imports a folder, a GGUF file, a transformers module or a zoo name, without reading a weight.
+    """Imports a folder, a GGUF or ONNX file, a transformers module or a zoo name, without reading a weight.
 
     ``context_length``: positions of the KV cache; None: the model's maximum, at most ``default_context``.
     Raises HetcompError for what is missing, damaged, unknown or not compiled, naming it.
     """
-    source = resolve(model)
-    info = _model_info(source)
-    context = _context(info, context_length, default_context)
     for name, bound in (
         ("max_batch", max_batch),
         ("max_tokens", max_tokens),
@@ -71,12 +71,13 @@ def load(
     ):
         if bound < 1:
             raise HetcompError(f"{name} is {bound}; it must be at least 1")
-    meta = trace.meta_model(source.model_class, source.config)
-    traced = trace.trace(meta, context)
-    checkpoint = _checkpoint(source, traced)
+    given = find(model)
+    info = given.info
+    context = _context(info, context_length, default_context)
+    traced, checkpoint = given.trace(context)
     lowered = lower_to_plan(
         traced,
-        source.config,
+        given.config,
         info,
         max_tokens=min(max_tokens, context),
         max_batch=max_batch,
@@ -88,23 +89,68 @@ def load(
         weights = [v for v in lowered.values if v.kind is ValueKind.WEIGHT]
         unused = tuple(checkpoint.unused(weights))
     folded = fold_layers.fold_layers(lowered, _stored(lowered, checkpoint))
-    if source.quantisation is not None and checkpoint is None:
+    if given.quantised_by is not None and checkpoint is None:
         note = (
-            f"config.json says that the checkpoint is quantised ({source.quantisation.method}); without its tensors "
+            f"config.json says that the checkpoint is quantised ({given.quantised_by}); without its tensors "
             "auto is bf16, give --formats for what it will be"
         )
         folded = replace(folded, notes=(*folded.notes, note))
     return Imported(
         plan=folded,
         checkpoint=checkpoint,
-        config=source.raw,
-        folder=source.folder,
+        config=given.raw,
+        folder=given.folder,
         unused=unused,
         stages={"fx": traced.text(), "plan": print_plan(folded)},
         parameter_shapes=traced.parameter_shapes,
         aliases=traced.aliases,
-        gguf=source.gguf,
+        gguf=given.gguf,
+        onnx=given.onnx,
     )
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user gave, before a context is chosen. ``trace`` makes a graph for one, with the checkpoint."""
+
+    info: ModelInfo
+    config: PreTrainedConfig
+    raw: dict[str, Any]
+    folder: Path | None
+    trace: Callable[[int], tuple[trace.TracedModel, BaseCheckpoint | None]]
+    quantised_by: str | None = None
+    gguf: ModelFiles | None = None
+    onnx: Path | None = None
+
+
+def find(model: str | Path | nn.Module) -> Given:
+    """What ``model`` stands for. Raises HetcompError as :func:`load` does."""
+    if not isinstance(model, nn.Module) and Path(model).suffix == ".onnx" and Path(model).is_file():
+        return _from_onnx(Path(model))
+    return _from_transformers(resolve(model))
+
+
+def _from_onnx(path: Path) -> Given:
+    # Here, since all that onnx consists of is imported with it.
+    from hetcomp.frontend.onnx.import_model import model_info, read_model, traced_model
+
+    model = read_model(path)
+    raw = model.facts.raw if model.exported is None else model.exported[1]
+    info = model_info(model, _digest(raw))
+    return Given(info, PreTrainedConfig(), raw, path.parent, lambda context: traced_model(model, context), onnx=path)
+
+
+def _from_transformers(source: ModelSource) -> Given:
+    def traced(context: int) -> tuple[trace.TracedModel, BaseCheckpoint | None]:
+        made = trace.trace(trace.meta_model(source.model_class, source.config), context)
+        return made, _checkpoint(source, made)
+
+    method = None if source.quantisation is None else source.quantisation.method
+    return Given(_model_info(source), source.config, source.raw, source.folder, traced, method, source.gguf)
+
+
+def _digest(raw: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _checkpoint(source: ModelSource, traced: trace.TracedModel) -> BaseCheckpoint | None:
@@ -157,7 +203,6 @@ def _model_info(source: ModelSource) -> ModelInfo:
         sizes[name] = value
     eos = getattr(config, "eos_token_id", None)
     bos = getattr(config, "bos_token_id", None)
-    text = json.dumps(source.raw, sort_keys=True, default=str)
     return ModelInfo(
         name=source.name,
         architecture=source.model_class.__name__,
@@ -168,5 +213,5 @@ def _model_info(source: ModelSource) -> ModelInfo:
         max_positions=sizes["max_position_embeddings"],
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,) if isinstance(eos, int) else (),
         bos_token_id=bos if isinstance(bos, int) else None,
-        config_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        config_sha256=_digest(source.raw),
     )

@@ -21,6 +21,9 @@ _SCHEMAS = {
     "float softcap) -> Tensor",
     "mla_attention": "(Tensor q, Tensor latent, Tensor k_rot, Tensor kv_b, int layer, float scale, "
     "int nope_dim, int v_dim, float softcap) -> Tensor",
+    # Fields as those of ir.ops.Route; ids and weights [tokens, top_k].
+    "route": "(Tensor logits, Tensor? bias, int top_k, str scoring, bool normalise, float norm_eps, int groups, "
+    "int top_groups, str group_score, str outside_groups, float scaling) -> (Tensor, Tensor)",
     "moe_experts": "(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? down_bias, str function, float alpha, float limit, bool transposed, "
     "bool interleaved) -> Tensor",
@@ -77,6 +80,23 @@ def _mla_attention(
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v_dim))
 
 
+def _route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    scoring: str,
+    normalise: bool,
+    norm_eps: float,
+    groups: int,
+    top_groups: int,
+    group_score: str,
+    outside_groups: str,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    rows = logits.flatten(0, -2).shape[0]
+    return logits.new_empty((rows, top_k), dtype=torch.int64), logits.new_empty((rows, top_k))
+
+
 def _moe_experts(
     x: Tensor,
     ids: Tensor,
@@ -101,6 +121,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "kv_append": _kv_append,
     "attention": _attention,
     "mla_attention": _mla_attention,
+    "route": _route,
     "moe_experts": _moe_experts,
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from hetcomp.frontend import layout as lay
-from hetcomp.frontend import lower_attention
+from hetcomp.frontend import lower_attention, lower_router
 from hetcomp.frontend.lower import Lowering, Ref, RowsOnly, Several, memory_shape
 from hetcomp.frontend.trace import module_path
 from hetcomp.ir import ops
@@ -352,6 +352,7 @@ def _cat(low: Lowering, node: fx.Node) -> Ref | None:
 
 HANDLERS: dict[str, Callable[[Lowering, fx.Node], Any]] = {
     **lower_attention.HANDLERS,
+    **lower_router.HANDLERS,
     "aten.view": _view,
     "aten.reshape": _view,
     "aten._unsafe_view": _view,

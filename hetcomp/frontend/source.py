@@ -55,13 +55,22 @@ def resolve(model: str | Path | nn.Module) -> ModelSource:
         return _from_module(model)
     folder = Path(model)
     if not folder.is_dir():
+        if folder.is_file() and folder.suffix == ".onnx":
+            raise HetcompError(
+                f"{folder} is an ONNX file, but this runs the model in transformers; give the folder of the checkpoint "
+                "that it was made from"
+            )
         if folder.is_file() and folder.suffix == ".gguf":
             return _from_gguf(folder)
         if folder.is_file():
             raise HetcompError(
-                f"{folder} is a file; give a .gguf file or the folder that holds config.json and the safetensors files"
+                f"{folder} is a file; give a .gguf or .onnx file, or the folder that holds config.json and the "
+                "safetensors files"
             )
         folder = _from_zoo(str(model))
+    graphs = sorted(folder.glob("*.onnx"))
+    if graphs and not (folder / "config.json").is_file():
+        raise HetcompError(f"{folder} has no config.json, but ONNX files; give one of them, as {graphs[0]}")
     return _from_folder(folder)
 
 
@@ -76,7 +85,8 @@ def _from_zoo(name: str) -> Path:
     if Path(name).parent.name in ("models_zoo", "configs") and tail in models_zoo.names():
         return models_zoo.find(tail)
     raise HetcompError(
-        f"{name} is neither a folder, a .gguf file nor a model of the zoo; the zoo has {', '.join(models_zoo.names())}"
+        f"{name} is neither a folder, a .gguf or .onnx file nor a model of the zoo; the zoo has "
+        f"{', '.join(models_zoo.names())}"
     )
 
 

@@ -1,0 +1,130 @@
+"""Weights of onnxruntime's contrib ops in 4 or 8 bits: MatMulNBits, GatherBlockQuantized and QMoE pack them alike.
+
+A row's codes lie one behind the other, the low half of a byte first; w = (code - zero point) * scale of its block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hetcomp.frontend.onnx.not_computable import NotComputable
+from hetcomp.ir.plan import CheckpointTensor, Quantised
+from hetcomp.quantised_numbers import GROUPS, OFFSETS, QuantisedNumbers
+
+_Raw = npt.NDArray[np.generic]
+_Floats = npt.NDArray[np.float32]
+_GROUP = GROUPS["q4"]
+_SCALES = {"F32": 32, "F16": 16, "BF16": 16}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix of ``shape`` [.., N, K] in blocks of ``block`` columns, by the names of what is stored for it. Without
+    ``zeros`` all zero points are half of the codes' range."""
+
+    shape: tuple[int, ...]
+    bits: int
+    block: int
+    codes: str
+    scales: str
+    zeros: str = ""
+
+    def described(self, name: str, tensors: Mapping[str, CheckpointTensor]) -> CheckpointTensor:
+        """The tensor that it is, under ``name``. Raises NotComputable for sizes and types that contradict each other,
+        and for what no weight format comes near to."""
+        self._check(tensors)
+        scales, zeros = tensors[self.scales], tensors.get(self.zeros)
+        form, inexact = self._format(zeros, scales)
+        parts: tuple[tuple[str, CheckpointTensor], ...] = (("codes", tensors[self.codes]), ("scales", scales))
+        zero_bits = 0
+        if zeros is not None:
+            parts = (*parts, ("zeros", zeros))
+            zero_bits = self.bits if zeros.dtype == "U8" else _SCALES[zeros.dtype]
+        label = f"ONNX int{self.bits}, blocks of {self.block}{'' if zeros is None else ', zero points'}"
+        bits = self.bits + (_SCALES[scales.dtype] + zero_bits) / self.block
+        stored = Quantised("onnx", label, (1, self.block), parts, form, inexact, bits)
+        codes = tensors[self.codes]
+        return CheckpointTensor(codes.file, name, codes.dtype, self.shape, codes.offset, codes.bytes, stored)
+
+    def _format(self, zeros: CheckpointTensor | None, scales: CheckpointTensor) -> tuple[str, str]:
+        """The weight format, and why it does not hold the numbers exactly, if so."""
+        if not self._has_runs():
+            return "q8", f"its groups are no runs of {_GROUP} columns"
+        if zeros is not None and (self.bits == 8 or zeros.dtype != "U8"):
+            return "q8", "its zero points are no whole numbers of 4 bits"
+        inexact = "its scales are f32, those of the format fp16" if scales.dtype == "F32" else ""
+        return "q4" if self.bits == 4 and zeros is None else "q8", inexact
+
+    def _has_runs(self) -> bool:
+        return self.block % _GROUP == 0 or self.block >= self.shape[-1]
+
+    def _blocks(self) -> int:
+        return -(-self.shape[-1] // self.block)
+
+    def _check(self, tensors: Mapping[str, CheckpointTensor]) -> None:
+        if self.bits not in (4, 8):
+            raise NotComputable(f"has weights of {self.bits} bits; expected 4 or 8")
+        *rows, columns = self.shape
+        count, padded = int(np.prod(rows)), self._blocks() * self.block
+        whole = {count * padded * self.bits // 8, count * columns * self.bits // 8}
+        zeros = count * -(-self._blocks() * self.bits // 8)
+        wanted = [(self.codes, ("U8",), whole), (self.scales, tuple(_SCALES), {count * self._blocks()})]
+        if self.zeros:
+            as_numbers = count * self._blocks()
+            wanted.append((self.zeros, ("U8", *_SCALES), {zeros, as_numbers}))
+        for name, dtypes, sizes in wanted:
+            tensor = tensors.get(name)
+            if tensor is None:
+                raise NotComputable(f"takes {name} for a quantised weight, which is computed")
+            found = int(np.prod(tensor.shape))
+            if tensor.dtype not in dtypes or found not in sizes:
+                raise NotComputable(
+                    f"has {name} of type {tensor.dtype} and shape {list(tensor.shape)}; expected {' or '.join(dtypes)} "
+                    f"with {' or '.join(map(str, sorted(sizes)))} elements for a weight of shape {list(self.shape)}"
+                )
+
+    def decode(self, parts: Mapping[str, _Raw]) -> QuantisedNumbers | _Floats:
+        """The matrix, or one expert's, whose parts as they are stored these are."""
+        rows, columns = self.shape[-2:]
+        codes = _unpacked(parts["codes"].reshape(-1), self.bits).reshape(rows, -1)[:, :columns]
+        scales = _floats(parts["scales"]).reshape(rows, self._blocks())
+        zeros = self._zeros(parts.get("zeros"), rows)
+        width = min(self.block, columns)
+        if self._has_runs() and (zeros is None or (self.bits == 4 and zeros.dtype == np.uint8)):
+            of_groups = np.repeat(scales, -(-width // _GROUP), axis=1)[:, : -(-columns // _GROUP)]
+            if zeros is None:
+                return QuantisedNumbers("q4" if self.bits == 4 else "q8", codes, of_groups)
+            each = np.repeat(zeros.astype(np.uint8), self.block, axis=1)[:, :columns]
+            # At most 15 + 128; what wraps in bytes on the way comes out right.
+            return QuantisedNumbers("q8", codes - each + np.uint8(OFFSETS["q8"]), of_groups)
+        middle = np.float32(1 << (self.bits - 1))
+        off = middle if zeros is None else np.repeat(zeros.astype(np.float32), self.block, axis=1)[:, :columns]
+        made: _Floats = (codes.astype(np.float32) - off) * np.repeat(scales, self.block, axis=1)[:, :columns]
+        return made
+
+    def _zeros(self, raw: _Raw | None, rows: int) -> npt.NDArray[np.uint8] | _Floats | None:
+        """[rows, blocks]; rows of packed ones are padded to whole bytes."""
+        if raw is None:
+            return None
+        if raw.dtype == np.uint8:
+            return _unpacked(raw.reshape(-1), self.bits).reshape(rows, -1)[:, : self._blocks()]
+        return _floats(raw).reshape(rows, self._blocks())
+
+
+def _unpacked(packed: _Raw, bits: int) -> npt.NDArray[np.uint8]:
+    data = packed.view(np.uint8)
+    if bits == 8:
+        return data
+    codes = np.empty(2 * data.size, np.uint8)
+    codes[0::2], codes[1::2] = data & 15, data >> 4
+    return codes
+
+
+def _floats(raw: _Raw) -> _Floats:
+    if raw.dtype == np.uint16:
+        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return raw.astype(np.float32)

@@ -1,0 +1,60 @@
+"""Names of the weights of an ONNX graph: those of the file, or of the modules that use them where they say nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hetcomp.frontend.onnx.evaluate import Weight
+from hetcomp.frontend.onnx.packed_weights import Packed
+from hetcomp.frontend.plan_builder import layer_of
+
+# What onnxruntime-genai puts into a weight's name behind the module's.
+_OPERATOR = re.compile(r"\.(?:MatMul|Gemm|Add)(?:NBits)?\.(?=weight|bias)")
+_CODES = re.compile(r"\.q?weight(?:_(?:Q|quant)\w*)?$")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """The parameter ``fqn`` of ``shape``: the tensor of the file, transposed: with its last two axes swapped.
+    ``packed``: how it is quantised; then the tensor is the one that holds its codes."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    tensor: str
+    transposed: bool = False
+    packed: Packed | None = None
+
+
+class Parameters:
+    """All parameters by name, collected while a graph is read."""
+
+    def __init__(self) -> None:
+        self.all: dict[str, Parameter] = {}
+        self._known: dict[tuple[str, bool], str] = {}
+
+    def of(self, weight: Weight, shape: tuple[int, ...], scope: str, packed: Packed | None = None) -> Parameter:
+        """The parameter that ``weight`` is. scope: path of the module that uses it."""
+        key = (weight.name, weight.transposed)
+        if key not in self._known:
+            fqn = self._free(_name(weight.name, scope))
+            self.all[fqn] = Parameter(fqn, shape, weight.name, weight.transposed, packed)
+            self._known[key] = fqn
+        return self.all[self._known[key]]
+
+    def _free(self, name: str) -> str:
+        number = 2
+        free = name
+        while free in self.all:
+            free = f"{name}.{number}"
+            number += 1
+        return free
+
+
+def _name(tensor: str, scope: str) -> str:
+    """The tensor's own name; that of the module where the tensor's is a number, or does not say which layer it belongs
+    to."""
+    tensor = _CODES.sub(".weight", _OPERATOR.sub(".", tensor))
+    if not scope or ("." in tensor and layer_of(scope) == layer_of(tensor)):
+        return tensor
+    return f"{scope}.weight"

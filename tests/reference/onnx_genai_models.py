@@ -1,0 +1,321 @@
+"""ONNX graphs of tiny models in the ops and names of onnxruntime-genai's builder (src/python/py/models/builders there),
+quantised as onnxruntime's matmul_nbits_quantizer packs weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from transformers import PreTrainedModel
+
+_Array = npt.NDArray[Any]
+MICROSOFT = "com.microsoft"
+
+
+@dataclass
+class Choices:
+    """bits: of weights, 32: not quantised; block: columns of a scale; expert_rows: experts have a scale a row;
+    zeros: whether blocks have zero points. rotary: by the attention itself; joined: q, k and v as one matrix."""
+
+    bits: int = 32
+    block: int = 32
+    zeros: bool = False
+    rotary: bool = True
+    joined: bool = False
+    quantised_embedding: bool = False
+    expert_rows: bool = False
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+def quantised(weight: _Array, bits: int, block: int, zeros: bool) -> tuple[_Array, _Array, _Array | None]:
+    """Codes u8 [.., N, K * bits / 8], scales f32 [.., N, blocks], zero points u8 [.., N, bytes]; K in whole blocks."""
+    block = block or weight.shape[-1]
+    *rows, columns = weight.shape
+    blocks = np.zeros((*rows, -(-columns // block) * block), np.float32)
+    blocks[..., :columns] = weight
+    blocks = blocks.reshape(*rows, -1, block)
+    top, middle = (1 << bits) - 1, 1 << (bits - 1)
+    if zeros:
+        low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)
+        scales = np.maximum((high - low) / top, 1e-6)
+        points = np.clip(np.round(-low / scales), 0, top)
+    else:
+        scales = np.maximum(np.abs(blocks).max(-1) / (middle - 1), 1e-6)
+        points = np.full(scales.shape, middle, np.float32)
+    # As fp16 holds them, so that the numbers are those of the formats.
+    scales = scales.astype(np.float16).astype(np.float32)
+    codes = np.clip(np.round(blocks / scales[..., None]) + points[..., None], 0, top).astype(np.uint8)
+    packed = _packed(codes.reshape(*rows, -1), bits)
+    return packed, scales, _packed(points.astype(np.uint8), bits) if zeros else None
+
+
+def _packed(codes: _Array, bits: int) -> _Array:
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], 1), np.uint8)], -1)
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+class Builder:
+    """Writes one model."""
+
+    def __init__(self, model: PreTrainedModel, choices: Choices) -> None:
+        self.config, self.choices = model.config, choices
+        self.weights = {n: p.detach().float().numpy() for n, p in model.state_dict().items()}
+        self.nodes: list[onnx.NodeProto] = []
+        self.initialisers: list[onnx.TensorProto] = []
+        self.known: set[str] = set()
+        self.head_dim = getattr(self.config, "head_dim", None) or (
+            self.config.hidden_size // self.config.num_attention_heads
+        )
+        self.rotary = model.model.rotary_emb
+
+    def constant(self, name: str, array: _Array) -> str:
+        if name not in self.known:
+            self.known.add(name)
+            self.initialisers.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def node(self, name: str, op: str, inputs: list[str], domain: str = "", outputs: int = 1, **attributes: Any) -> str:
+        made = [f"{name}/output_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(op, inputs, made, name=name, domain=domain, **attributes))
+        return made[0]
+
+    def linear(self, name: str, x: str, weight: _Array, bias: _Array | None = None) -> str:
+        """name: path in slashes."""
+        dotted = name.strip("/").replace("/", ".")
+        c = self.choices
+        if c.bits == 32:
+            made = self.node(f"{name}/MatMul", "MatMul", [x, self.constant(f"{dotted}.MatMul.weight", weight.T)])
+        else:
+            codes, scales, zeros = quantised(weight, c.bits, c.block, c.zeros)
+            blocks = scales.shape[-1]
+            inputs = [
+                x,
+                self.constant(f"{dotted}.MatMul.weight_Q4", codes.reshape(len(weight), blocks, -1)),
+                self.constant(f"{dotted}.MatMul.weight_scales", scales),
+            ]
+            if zeros is not None:
+                inputs.append(self.constant(f"{dotted}.MatMul.weight_zp", zeros))
+            made = self.node(
+                f"{name}/MatMul_Q4",
+                "MatMulNBits",
+                inputs,
+                MICROSOFT,
+                bits=c.bits,
+                block_size=c.block,
+                K=weight.shape[1],
+                N=weight.shape[0],
+            )
+        if bias is None:
+            return made
+        return self.node(f"{name}/Add", "Add", [made, self.constant(f"{dotted}.Add.bias", bias)])
+
+    # ------------------------------------------------ the model
+
+    def build(self) -> onnx.ModelProto:
+        config = self.config
+        layers, kv = config.num_hidden_layers, config.num_key_value_heads
+        info = helper.make_tensor_value_info
+        inputs = [
+            info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
+            info("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]),
+        ]
+        if not self.choices.rotary:
+            inputs.append(info("position_ids", TensorProto.INT64, ["batch_size", "sequence_length"]))
+        outputs = [info("logits", TensorProto.FLOAT, ["batch_size", "sequence_length", config.vocab_size])]
+        for layer in range(layers):
+            for part in ("key", "value"):
+                past = ["batch_size", kv, "past_sequence_length", self.head_dim]
+                inputs.append(info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, past))
+                present = ["batch_size", kv, "total_sequence_length", self.head_dim]
+                outputs.append(info(f"present.{layer}.{part}", TensorProto.FLOAT, present))
+        self.lengths()
+        x, skip = self.embedding(), ""
+        for layer in range(layers):
+            x, skip = self.norm(
+                f"/model/layers.{layer}/input_layernorm", x, skip, f"model.layers.{layer}.input_layernorm"
+            )
+            mixed = self.attention(layer, x)
+            x, skip = self.norm(
+                f"/model/layers.{layer}/post_attention_layernorm",
+                skip,
+                mixed,
+                f"model.layers.{layer}.post_attention_layernorm",
+            )
+            x, skip = skip, self.mlp(layer, x)
+        x, _ = self.norm(f"/model/layers.{layers}/final_norm_layernorm", x, skip, "model.norm")
+        logits = self.linear("/lm_head", x, self.weights["lm_head.weight"])
+        self.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits/Identity"))
+        graph = helper.make_graph(self.nodes, "main_graph", inputs, outputs, self.initialisers)
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+    def lengths(self) -> None:
+        base = "/model/attn_mask_reformat/attn_mask_subgraph"
+        one = self.constant("/model/constants/INT64/1", np.array([1]))
+        total = self.node(f"{base}/ReduceSum", "ReduceSum", ["attention_mask", one], keepdims=0)
+        last = self.node(f"{base}/Sub", "Sub", [total, one])
+        self.last = self.node(f"{base}/Sub/Cast", "Cast", [last], to=TensorProto.INT32)
+        shape = self.node(f"{base}/Shape", "Shape", ["attention_mask"])
+        index = self.constant("/model/constants/INT64/one", np.array(1))
+        length = self.node(f"{base}/Gather", "Gather", [shape, index], axis=0)
+        self.total = self.node(f"{base}/Gather/Cast", "Cast", [length], to=TensorProto.INT32)
+
+    def embedding(self) -> str:
+        table = self.weights["model.embed_tokens.weight"]
+        if not self.choices.quantised_embedding:
+            weight = self.constant("model.embed_tokens.weight", table)
+            return self.node("/model/embed_tokens/Gather", "Gather", [weight, "input_ids"])
+        codes, scales, _ = quantised(table, self.choices.bits, self.choices.block, False)
+        return self.node(
+            "/model/embed_tokens/GatherBlockQuantized",
+            "GatherBlockQuantized",
+            [
+                self.constant("model.embed_tokens.weight_Q4", codes),
+                "input_ids",
+                self.constant("model.embed_tokens.weight_scales", scales),
+            ],
+            MICROSOFT,
+            bits=self.choices.bits,
+            block_size=self.choices.block,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def norm(self, name: str, x: str, skip: str, module: str) -> tuple[str, str]:
+        """(norm, sum) of x and skip; of x alone without skip."""
+        weight = self.constant(f"{module}.weight", self.weights[f"{module}.weight"])
+        eps = float(self.config.rms_norm_eps)
+        if not skip:
+            op = "SimplifiedLayerNormalization"
+            return self.node(f"{name}/LayerNorm", op, [x, weight], axis=-1, epsilon=eps, stash_type=1), x
+        name = f"{name}/SkipLayerNorm"
+        made = self.node(name, "SkipSimplifiedLayerNormalization", [x, skip, weight], MICROSOFT, 4, epsilon=eps)
+        return made, f"{name}/output_3"
+
+    def attention(self, layer: int, x: str) -> str:
+        config, base = self.config, f"/model/layers.{layer}/attn"
+        module = f"model.layers.{layer}.self_attn"
+        parts = [
+            (self.weights[f"{module}.{n}_proj.weight"], self.weights.get(f"{module}.{n}_proj.bias")) for n in "qkv"
+        ]
+        if self.choices.joined:
+            bias = None if parts[0][1] is None else np.concatenate([b for _, b in parts])
+            rows = [self.linear(f"{base}/qkv_proj", x, np.concatenate([w for w, _ in parts]), bias), "", ""]
+        else:
+            rows = [self.linear(f"{base}/{n}_proj", x, w, b) for n, (w, b) in zip("qkv", parts, strict=True)]
+        heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
+        for i, n in enumerate("qk"):
+            if f"{module}.{n}_norm.weight" in self.weights:
+                rows[i] = self.head_norm(base, module, n, rows[i], heads[n])
+        tables = self.tables()
+        if not self.choices.rotary:
+            for i, n in enumerate("qk"):
+                inputs = [rows[i], "position_ids", *tables]
+                rows[i] = self.node(f"{base}/{n}_rotary/RotaryEmbedding", "RotaryEmbedding", inputs, MICROSOFT)
+        caches = [f"past_key_values.{layer}.key", f"past_key_values.{layer}.value"]
+        inputs = [*rows, *caches, self.last, self.total, *(tables if self.choices.rotary else ("", ""))]
+        attributes: dict[str, Any] = {"do_rotary": int(self.choices.rotary)}
+        if f"{module}.sinks" in self.weights:
+            inputs += ["", "", self.constant(f"{module}.sinks", self.weights[f"{module}.sinks"])]
+        types = getattr(config, "layer_types", None)
+        if types and types[layer] == "sliding_attention":
+            attributes["local_window_size"] = config.sliding_window
+        name = f"{base}/GroupQueryAttention"
+        outputs = [f"{name}/output_0", f"present.{layer}.key", f"present.{layer}.value"]
+        self.nodes.append(
+            helper.make_node(
+                "GroupQueryAttention",
+                inputs,
+                outputs,
+                name=name,
+                domain=MICROSOFT,
+                num_heads=heads["q"],
+                kv_num_heads=heads["k"],
+                scale=float(self.head_dim**-0.5),
+                **attributes,
+                **self.choices.attributes,
+            )
+        )
+        bias = self.weights.get(f"{module}.o_proj.bias")
+        return self.linear(f"{base}/o_proj", outputs[0], self.weights[f"{module}.o_proj.weight"], bias)
+
+    def head_norm(self, base: str, module: str, part: str, x: str, heads: int) -> str:
+        split = self.constant(f"/model/constants/INT64/0_-1_{self.head_dim}", np.array([0, -1, self.head_dim]))
+        whole = self.constant(f"/model/constants/INT64/0_-1_{heads}", np.array([0, -1, heads * self.head_dim]))
+        x = self.node(f"{base}/{part}_norm/Reshape_1", "Reshape", [x, split])
+        x, _ = self.norm(f"{base}/{part}_norm", x, "", f"{module}.{part}_norm")
+        return self.node(f"{base}/{part}_norm/Reshape_2", "Reshape", [x, whole])
+
+    def tables(self) -> tuple[str, str]:
+        frequencies = self.rotary.inv_freq.float().numpy()
+        angles = np.arange(self.config.max_position_embeddings, dtype=np.float32)[:, None] * frequencies
+        scaling = np.float32(self.rotary.attention_scaling)
+        return self.constant("cos_cache", np.cos(angles) * scaling), self.constant(
+            "sin_cache", np.sin(angles) * scaling
+        )
+
+    def mlp(self, layer: int, x: str) -> str:
+        module = f"model.layers.{layer}.mlp"
+        if f"{module}.experts.gate_up_proj" in self.weights:
+            return self.moe(layer, x)
+        base = f"/model/layers.{layer}/mlp"
+        gate = self.linear(f"{base}/gate_proj", x, self.weights[f"{module}.gate_proj.weight"])
+        up = self.linear(f"{base}/up_proj", x, self.weights[f"{module}.up_proj.weight"])
+        sigmoid = self.node(f"{base}/act_fn/Sigmoid", "Sigmoid", [gate])
+        silu = self.node(f"{base}/act_fn/Mul", "Mul", [gate, sigmoid])
+        product = self.node(f"{base}/Mul", "Mul", [silu, up])
+        return self.linear(f"{base}/down_proj", product, self.weights[f"{module}.down_proj.weight"])
+
+    def moe(self, layer: int, x: str) -> str:
+        """Gate and up rows in turn, as onnxruntime's CPU kernels need them."""
+        module, base = f"model.layers.{layer}.mlp", f"/model/layers.{layer}/moe"
+        gpt_oss = self.config.model_type == "gpt_oss"
+        router = f"{module}.router" if gpt_oss else f"{module}.gate"
+        logits = self.linear(f"{base}/router", x, self.weights[f"{router}.weight"], self.weights.get(f"{router}.bias"))
+        shape = self.constant(
+            "/model/constants/INT64/router", np.array([-1, self.weights[f"{router}.weight"].shape[0]])
+        )
+        logits = self.node(f"{base}/router/Reshape", "Reshape", [logits, shape])
+        up, down = (self.weights[f"{module}.experts.{n}_proj"] for n in ("gate_up", "down"))
+        if gpt_oss:
+            up, down = up.swapaxes(1, 2), down.swapaxes(1, 2)
+        else:
+            up = up.reshape(len(up), 2, -1, up.shape[-1]).swapaxes(1, 2).reshape(up.shape)
+        biases = ["", ""]
+        attributes = {"k": self.config.num_experts_per_tok, "activation_type": "swiglu", "swiglu_fusion": 1}
+        attributes["normalize_routing_weights"] = int(gpt_oss or self.config.norm_topk_prob)
+        if gpt_oss:
+            attributes |= {"activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 7.0}
+            biases = [
+                self.constant(f"{module}.experts.{n}_proj.bias", self.weights[f"{module}.experts.{n}_proj_bias"])
+                for n in ("gate_up", "down")
+            ]
+        names = [f"model.layers.{layer}.moe.experts.{n}_proj" for n in ("gate_up", "down")]
+        c = self.choices
+        if c.bits == 32:
+            weights = [self.constant(f"{n}.weight", w) for n, w in zip(names, (up, down), strict=True)]
+            inputs = [x, logits, weights[0], biases[0], weights[1], biases[1]]
+            return self.node(f"{base}/MoE", "MoE", inputs, MICROSOFT, **attributes)
+        block = 0 if c.expert_rows else c.block
+        attributes |= {"expert_weight_bits": c.bits} | ({"block_size": block} if block else {})
+        inputs, points = [x, logits], ["", "", ""]
+        for name, weight, bias in zip(names, (up, down), biases, strict=True):
+            codes, scales, zeros = quantised(weight, c.bits, block, c.zeros)
+            scales = scales if block else scales[..., 0]
+            inputs += [self.constant(f"{name}.qweight", codes), self.constant(f"{name}.scales", scales), bias]
+            points.append("" if zeros is None else self.constant(f"{name}.zero_points", zeros))
+        return self.node(f"{base}/QMoE", "QMoE", [*inputs, *points], MICROSOFT, **attributes)
+
+
+def write(path: Path, model: PreTrainedModel, **choices: Any) -> Path:
+    """Writes ``model`` as :class:`Choices` says."""
+    onnx.save(Builder(model, Choices(**choices)).build(), path)
+    return path

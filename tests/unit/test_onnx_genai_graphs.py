@@ -1,0 +1,177 @@
+"""Graphs of onnxruntime-genai's ops: their Plan, interpreted, against onnxruntime's CPU kernels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from hetcomp import frontend
+from hetcomp.errors import HetcompError
+from hetcomp.ir import ops
+from hetcomp.ir.plan import ValueKind
+from tests.reference import onnx_genai_models, onnx_models, tiny_models
+
+BOUNDS = {"context_length": 64, "max_batch": 1, "max_tokens": 64, "max_logit_rows": 64}
+
+
+def imported(path):
+    return frontend.load(path, **BOUNDS)
+
+
+def stored(got) -> dict[str, tuple[str, str]]:
+    """(how it is stored, format; with ~ if that is not exact) by the last parts of each quantised weight's name."""
+    out = {}
+    for value in (v for v in got.plan.values if v.kind is ValueKind.WEIGHT):
+        quantised = got.checkpoint.source(value).tensors[0].quantised
+        if quantised is not None:
+            out[".".join(value.fqn.split(".")[-2:])] = (quantised.label, quantised.format)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "choices"),
+    [
+        ("llama", {"tie_word_embeddings": False}, {}),
+        ("llama", {"attention_bias": True}, {"joined": True}),
+        ("llama", {}, {"rotary": False, "attributes": {"softcap": 3.0}}),
+        ("qwen3", {}, {"rotary": False}),
+        ("qwen3_moe", {}, {}),
+        ("qwen3_moe", {"norm_topk_prob": False}, {"rotary": False}),
+        ("gpt_oss", {}, {}),
+        ("qwen3_moe", {}, {"bits": 4}),
+        ("qwen3_moe", {}, {"bits": 4, "zeros": True}),
+        ("qwen3_moe", {}, {"bits": 8, "expert_rows": True}),
+        ("gpt_oss", {}, {"bits": 4, "zeros": True}),
+        ("llama", {}, {"bits": 4, "block": 16, "zeros": True}),
+        ("llama", {}, {"bits": 8, "zeros": True}),
+        ("llama", {}, {"bits": 8, "quantised_embedding": True}),
+        ("llama", {"hidden_size": 80, "head_dim": 16}, {"bits": 4, "block": 64}),
+    ],
+)
+def test_logits_are_onnxruntimes(family, options, choices, tmp_path):
+    """In 14 tokens the layers of GPT-OSS that see few positions differ from those that see all."""
+    layers = {} if family == "gpt_oss" else {"num_hidden_layers": 2}  # whose layers are of kinds that its config lists
+    model = tiny_models.build(family, **layers, **options)
+    path = onnx_genai_models.write(tmp_path / "m.onnx", model, **choices)
+    got = imported(path)
+    assert got.unused == ()
+    assert "aten" not in {op.kind for template in got.plan.templates for op in template.ops}
+    assert len(got.plan.templates) == len(frontend.load(model, **BOUNDS).plan.templates)
+    ids = [int(t) for t in tiny_models.token_ids(model, 14)[0]]
+    want = onnx_models.reference_logits(path, ids, 5)
+    assert onnx_models.relative_error(onnx_models.interpreted_logits(got, ids, 5), want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("choices", "label", "form"),
+    [
+        ({"bits": 4}, "ONNX int4, blocks of 32", "q4"),
+        ({"bits": 4, "block": 64}, "ONNX int4, blocks of 64", "q4"),
+        ({"bits": 4, "zeros": True}, "ONNX int4, blocks of 32, zero points", "q8"),
+        ({"bits": 4, "block": 16}, "ONNX int4, blocks of 16", "q8"),
+        ({"bits": 8}, "ONNX int8, blocks of 32", "q8"),
+    ],
+)
+def test_formats_that_weights_are_taken_over_in(choices, label, form, tmp_path):
+    model = tiny_models.build("qwen3_moe", num_hidden_layers=1, moe_intermediate_size=64)
+    found = stored(imported(onnx_genai_models.write(tmp_path / "m.onnx", model, **choices)))
+    names = {"q_proj.weight", "o_proj.weight", "router.weight", "gate_up_proj.weight", "down_proj.weight"}
+    assert names <= found.keys()
+    assert {found[name] for name in names} == {(label, form)}
+
+
+def test_roles_and_names(tmp_path):
+    path = onnx_genai_models.write(tmp_path / "m.onnx", tiny_models.build("gpt_oss"), bits=4)
+    plan = imported(path).plan
+    roles = {op.role for template in plan.templates for op in template.ops}
+    assert {"attn.norm", "attn.q", "attn.o", "attn.core", "moe.norm", "moe.router", "moe.experts", "lm_head"} <= roles
+    names = {v.fqn for v in plan.values if v.kind is ValueKind.WEIGHT}
+    assert {"model.layers.1.attn.q_proj.weight", "model.layers.1.attn.q_proj.bias", "lm_head.weight"} <= names
+    windows = {op.attrs.window for t in plan.templates for op in t.ops if isinstance(op.attrs, ops.Attention)}
+    assert len(windows) == 2
+
+
+def test_facts_beside_the_file(tmp_path):
+    path = onnx_genai_models.write(tmp_path / "model.onnx", tiny_models.build("llama", num_hidden_layers=1))
+    facts = {"model": {"type": "llama", "context_length": 48, "eos_token_id": [7, 9], "bos_token_id": 1}}
+    (tmp_path / "genai_config.json").write_text(json.dumps(facts))
+    info = imported_with_context(path, 48).plan.model
+    assert (info.name, info.model_type, info.max_positions) == (tmp_path.name, "llama", 48)
+    assert (info.eos_token_ids, info.bos_token_id) == ((7, 9), 1)
+    with pytest.raises(HetcompError, match="takes 1 to 48"):
+        imported_with_context(path, 49)
+
+
+def imported_with_context(path: Path, context: int):
+    return frontend.load(path, **BOUNDS | {"context_length": context})
+
+
+def test_a_second_vector_behind_a_product_is_not_lost(tmp_path):
+    """The bias is an operand of the product; what is added behind it has no op in the Plan."""
+
+    def change(model):
+        node = next(n for n in model.graph.node if n.op_type == "MatMulNBits" and "q_proj" in n.name)
+        node.input.extend([""] * (5 - len(node.input)) + ["model.layers.0.attn.q_proj.Add.bias"])
+
+    text = refusal(tmp_path, "llama", {"bits": 4}, change, attention_bias=True)
+    assert "node /model/layers.0/attn/q_proj/Add (Add) reads model.layers.0.attn.q_proj.Add.bias" in text
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refusal(tmp_path, family, choices, change=lambda model: None, **options: object) -> str:
+    model = tiny_models.build(family, num_hidden_layers=1, **options)
+    path = onnx_genai_models.write(tmp_path / "m.onnx", model, **choices)
+    model = onnx.load(path)
+    change(model)
+    onnx.save(model, path)
+    with pytest.raises(HetcompError) as caught:
+        imported(path)
+    return str(caught.value)
+
+
+def with_attribute(kind: str, **attributes: object):
+    def change(model):
+        for node in (n for n in model.graph.node if n.op_type == kind):
+            kept = [a for a in node.attribute if a.name not in attributes]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            node.attribute.extend(onnx.helper.make_attribute(k, v) for k, v in attributes.items())
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("family", "choices", "change", "says"),
+    [
+        ("llama", {}, with_attribute("GroupQueryAttention", smooth_softmax=1), "smooth_softmax=1"),
+        ("llama", {"bits": 4}, with_attribute("MatMulNBits", bits=2), "weights of 2 bits; expected 4 or 8"),
+        ("llama", {"bits": 4}, with_attribute("MatMulNBits", block_size=64), "elements for a weight of shape"),
+        ("llama", {"bits": 4}, with_attribute("MatMulNBits", K=96), "K=96"),
+        ("qwen3_moe", {}, with_attribute("MoE", use_sparse_mixer=1), "use_sparse_mixer=1"),
+        ("qwen3_moe", {}, with_attribute("MoE", activation_type="relu"), "activation_type=relu"),
+        ("qwen3_moe", {"bits": 4}, with_attribute("QMoE", quant_type="nvfp4"), "quant_type=nvfp4"),
+    ],
+)
+def test_what_is_not_compiled_is_named_with_its_node(family, choices, change, says, tmp_path):
+    text = refusal(tmp_path, family, choices, change)
+    assert says in text and "node /model/layers.0/" in text and "\n" not in text
+
+
+def test_experts_in_a_gpus_own_order(tmp_path):
+    facts = {"model": {"decoder": {"session_options": {"provider_options": [{"cuda": {}}]}}}}
+    (tmp_path / "genai_config.json").write_text(json.dumps(facts))
+    assert "an order of cuda's own" in refusal(tmp_path, "qwen3_moe", {"bits": 4})
+
+
+def test_tables_that_are_no_rotation(tmp_path):
+    def change(model):
+        tensor = next(t for t in model.graph.initializer if t.name == "sin_cache")
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * 2, "sin_cache"))
+
+    assert "scales positions or dimensions differently" in refusal(tmp_path, "llama", {}, change)
