@@ -18,7 +18,7 @@ from hetcomp.ir.node_parts import gpu_cut_weights
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import gpu_time, link_gb_per_s
+from hetcomp.passes.device_time import gpu_time, joint_gb_per_s, link_gb_per_s
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
 from hetcomp.passes.phases import Phase
@@ -139,6 +139,7 @@ def _rates(plan: Plan, context: Context, gpu: Gpu, op: Op, template: Template, l
 
     return StreamRates(
         link_gb_per_s=link_gb_per_s(gpu),
+        joint_gb_per_s=max(link_gb_per_s(gpu), joint_gb_per_s(context.profile)),
         cpu_expert_us=curve(lambda n, step: expert_cpu_us(op, work(n, step), step, context)),
         gpu_expert_us=curve(lambda n, step: expert_gpu_us(op, work(n, step), step, gpu)),
         spine_us=tuple((n, _spine_us(plan, context, gpu, _prompt(n)) / layers) for n in _STEP_TOKENS),

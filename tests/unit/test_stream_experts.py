@@ -23,7 +23,7 @@ from hetcomp.planned import Planned
 
 EXPERTS, LAYERS = 32, 6
 # An expert costs the CPU a hundred times as much as a copy.
-ALL = StreamRates(1.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+ALL = StreamRates(1.0, 100.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
 
 
 def planned(room: int) -> Planned:
@@ -122,7 +122,7 @@ def test_routers_stay_on_a_gpu_without_room_for_all_dense_weights_so_that_prompt
         formats="q4",
         isa=["avx2"],
         context_length=1024,
-        wishes=PlanWishes(vram=GPU_RESERVE + (1000 << 20), mix=Mix(512, 256)),
+        wishes=PlanWishes(vram=GPU_RESERVE + (1000 << 20), mix=Mix(512, 64)),
         stop_after="stream_experts",
     ).plan
     linears = {memory_of(p.device) for c in found.calls for op, p in _placed(found, c) if isinstance(op.attrs, Linear)}
@@ -130,7 +130,7 @@ def test_routers_stay_on_a_gpu_without_room_for_all_dense_weights_so_that_prompt
     assert {memory_of(p.device) for call in found.calls for op, p in _placed(found, call) if p.experts} == {"gpu:0"}
     assert found.solution is not None and found.solution.chosen == ROUTERS_FIRST
     others = min(c.mix_us for c in found.solution.candidates if c.method != ROUTERS_FIRST)
-    assert next(c.mix_us for c in found.solution.candidates if c.method == ROUTERS_FIRST) < 0.99 * others
+    assert next(c.mix_us for c in found.solution.candidates if c.method == ROUTERS_FIRST) < 0.98 * others
 
 
 def _placed(plan: Plan, call: Call) -> list[tuple[Op, Placement]]:

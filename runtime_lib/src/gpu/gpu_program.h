@@ -61,6 +61,8 @@ class GpuProgram {
   // Sends the step buffers and launches the graph, for a step of so many tokens: that only matters where
   // experts are streamed or cached. may_stream: false where no experts may be streamed in it. Throws Error.
   void launch(std::int32_t batch, std::int64_t tokens, bool may_stream);
+  // While the CPU waits for a GPU: asks for the next copy to the cache, if there is one. Throws Error.
+  void copy_next() const;
   // Behind every step, when the GPU is at rest.
   void end_step() noexcept;
   // Whether steps take the times of what the GPU does from the next one on, which makes them longer.
