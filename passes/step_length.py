@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hetcomp.errors import HetcompError
+from hetcomp.ir.annotations import Mix
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.annotate_cost import cost_plan
@@ -49,7 +50,7 @@ def request_us(plan: Plan, context: Context, tokens: int, prompt: int, answer: i
     with such steps."""
     dims = tuple(replace(d, max=tokens) if d.name == "T" else d for d in plan.dims)
     steps = _steps(prompt, answer, tokens)
-    costed = cost_plan(replace(plan, dims=dims), tuple(steps), context)
+    costed = cost_plan(replace(plan, dims=dims, mix=Mix(prompt, answer)), tuple(steps), context)
     problem = placement_problem(costed, context)
     assignment = next((a for a in by_rule(problem) if fits(problem, a)), None)
     if assignment is None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hetcomp.ir.annotations import Mix
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.types import Dim
 from hetcomp.passes import step_length
@@ -54,6 +55,13 @@ def test_the_chosen_length_is_the_fastest_and_the_same_each_time():
     assert times == {n: request_us(plan, ctx, n, 8192 - answer, answer) for n in STEP_TOKENS}
     chosen = step_tokens(plan, ctx)
     assert times[chosen] == min(times.values()) and 512 < chosen < 8192
+
+
+def test_several_sequences_have_the_step_that_one_of_them_is_fastest_with():
+    ctx = machine(64)
+    plan = plan_for(2048, ctx)
+    dims = tuple(replace(d, max=4) if d.name == "slots" else d for d in plan.dims)
+    assert step_tokens(replace(plan, dims=dims, mix=Mix(512, 256, 4)), ctx) == 2048
 
 
 def test_a_bound_of_the_plan_is_kept():
