@@ -34,7 +34,7 @@ from hetcomp.passes.format_search import search_formats
 from hetcomp.passes.phases import default_mix
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
-from hetcomp.passes.stream_experts import step_tokens
+from hetcomp.passes.step_length import step_tokens
 from hetcomp.planned import Planned
 from hetcomp.progress import ProgressSink, QuietProgress
 from hetcomp.replay import replay
@@ -166,8 +166,6 @@ def plan_model(
     deferral = _deferral(model, wishes, imported.checkpoint is not None, progress)
     context = replace(context, checkpoint=imported.checkpoint, deferral=deferral)
     imported = replace(imported, plan=_share_cache(imported.plan, kv_tokens))
-    if context.use_gpus and not planning and mix is None:
-        imported = replace(imported, plan=_largest_step(imported.plan, context))
     usual = replace(default_mix(KvPool.of(imported.plan.max_dims()).longest), batch=max_batch)
     imported = replace(imported, plan=replace(imported.plan, mix=mix or usual))
     _check_mix(imported.plan)
@@ -176,14 +174,15 @@ def plan_model(
             f"{len(imported.unused)} tensors of the checkpoint are not used, the first is {imported.unused[0]}"
         )
     progress.stage("plan")
+    free_step = context.use_gpus and not planning and mix is None
     if trace is not None:
         chosen = choose_expert_cache(
-            trace, str(wishes.routing_trace), context, lambda c: _run_passes(imported, c, target, None, None)
+            trace, str(wishes.routing_trace), context, lambda c: _run_passes(imported, c, target, free_step)
         )
         if stop_after is None and dump_dir is None:
             return _noted(chosen, adapter)
         context = chosen.context
-    return _noted(_run_passes(imported, context, target, stop_after, dump_dir), adapter)
+    return _noted(_run_passes(imported, context, target, free_step, stop_after, dump_dir), adapter)
 
 
 def _noted(planned: Planned, adapter: Adapter | None) -> Planned:
@@ -206,17 +205,30 @@ def replan(planned: Planned, profile: HardwareProfile) -> Planned:
 
 
 def _run_passes(
-    imported: frontend.Imported, context: Context, target: CpuTarget, stop_after: str | None, dump_dir: Path | None
+    imported: frontend.Imported,
+    context: Context,
+    target: CpuTarget,
+    free_step: bool,
+    stop_after: str | None = None,
+    dump_dir: Path | None = None,
 ) -> Planned:
+    """free_step: the length of the largest step is ours to choose, for each choice of formats anew."""
     seconds: dict[str, float] = {}
+
+    def with_steps(context: Context) -> frontend.Imported:
+        return replace(imported, plan=_best_steps(imported.plan, context)) if free_step else imported
+
     found = None
     if stop_after not in ("lower", "bind_weights"):  # nothing depends on formats yet
 
         def run(context: Context) -> Plan:
+            plan = with_steps(context).plan
             seconds.clear()
-            return run_pipeline(imported.plan, context, seconds=seconds)
+            return run_pipeline(plan, context, seconds=seconds)
 
         context, found = search_formats(context, run)
+        steps = with_steps(context).plan if found is None else found
+        imported = replace(imported, plan=replace(imported.plan, dims=steps.dims))
     if found is None or stop_after is not None or dump_dir is not None:
         notes = found.notes if found is not None and stop_after is None else None
         found = run_pipeline(imported.plan, context, stop_after=stop_after, dump_dir=dump_dir, seconds=seconds)
@@ -250,8 +262,8 @@ def _step_tokens(context: Context, mix: Mix | None) -> int:
     return min(MAX_GPU_STEP_TOKENS, max(MAX_STEP_TOKENS, wanted))
 
 
-def _largest_step(plan: Plan, context: Context) -> Plan:
-    """The plan with so many tokens a step as streamed experts and the GPU's memory suggest."""
+def _best_steps(plan: Plan, context: Context) -> Plan:
+    """The plan with so many tokens a step as a request that fills the context is fastest with."""
     tokens = step_tokens(run_pipeline(plan, context, stop_after="choose_formats"), context)
     return replace(plan, dims=tuple(replace(d, max=tokens) if d.name == "T" else d for d in plan.dims))
 

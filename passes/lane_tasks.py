@@ -22,8 +22,7 @@ from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.passes.routing import ReplayedStep, sample_deferral
-from hetcomp.passes.step_placement import by_device, lane_shares, with_cached
-from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
+from hetcomp.passes.step_placement import by_device, kinds_of_devices, lane_shares, with_cached, with_streamed
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
 
@@ -130,7 +129,7 @@ class StepTasks:
             return self._transfer(template, op, layer, after)
         if isinstance(op.attrs, ops.MoeExperts):
             self._moe_layer += 1
-            if self.context.statistics is not None or _devices(placement) != {"cpu"}:
+            if self.context.statistics is not None or kinds_of_devices(placement) != {"cpu"}:
                 return self._experts(template, op, placement, layer, after, generator)
         if placement.device.startswith("gpu:"):
             return self._gpu_op(template, op, placement, layer, after)
@@ -216,18 +215,21 @@ class StepTasks:
         if self.plan.expert_cache is not None and placement.device.startswith("gpu:"):
             placement = with_cached(placement, self._held())
             self._cached_layer += 1
-        placement = self._with_streams(template, op, placement, tokens, size)
+        if self.plan.stream is not None and self.step.tokens != self.step.sequences:
+            placement = with_streamed(placement, a, self.plan.stream, tokens, self.step.tokens, size)
         done: list[int] = []
         at_once, left = _CpuExperts(), _CpuExperts()
-        for device, runs in by_device(placement, self.step).items():
-            if device.startswith("cpu:"):
-                for work, drawn in ((at_once, tokens - later), (left, later)):
-                    mine = np.concatenate([drawn[r.first : r.last + 1] for r in runs])
-                    work.us[device] += self._sum_us(template, op, mine, size, device)
-                    work.read[device] += size * float(np.count_nonzero(mine))
-                continue
-            done += self._gpu_experts(template, op, device, runs, tokens, size, layer, after, placement)
-        done += self._cpu_experts(op, placement, layer, at_once, left, after)
+        homes = by_device(placement, self.step)
+        for device, runs in homes.items():
+            for work, drawn in ((at_once, tokens - later), (left, later)) if device.startswith("cpu:") else ():
+                mine = np.concatenate([drawn[r.first : r.last + 1] for r in runs])
+                work.us[device] += self._sum_us(template, op, mine, size, device)
+                work.read[device] += size * float(np.count_nonzero(mine))
+        asked = self._ask_cpu(op, placement, layer, at_once, left, after)
+        for device, runs in homes.items():
+            if device.startswith("gpu:"):
+                done += self._gpu_experts(template, op, device, runs, tokens, size, layer, after, placement)
+        done += self._cpu_experts(op, placement, layer, at_once, left, after, asked)
         self._left = deferred > 0
         return tuple(done)
 
@@ -237,36 +239,6 @@ class StepTasks:
         if self._replayed is not None and self._replayed.held is not None:
             return [int(e) for e in np.flatnonzero(self._replayed.held[self._cached_layer])]
         return self.plan.expert_cache.first[self._cached_layer]
-
-    def _with_streams(
-        self, template: Template, op: Op, placement: Placement, tokens: NDArray[np.int64], size: float
-    ) -> Placement:
-        """The placement with those of the CPU's experts streamed that the runtime would stream in this step."""
-        a, stream = op.attrs, self.plan.stream
-        assert isinstance(a, ops.MoeExperts)
-        gpu = placement.device
-        if stream is None or not gpu.startswith("gpu:") or self.step.tokens == self.step.sequences:
-            return placement
-        mine = [e for run in placement.experts for e in range(run.first, run.last + 1) if run.device == gpu]
-        others = [e for run in placement.experts for e in range(run.first, run.last + 1) if run.device != gpu]
-        order = sorted((e for e in others if tokens[e]), key=lambda e: (-int(tokens[e]), e))
-        given = SplitInput(
-            tokens=[int(tokens[e]) for e in order],
-            copied=0,
-            most=len(order),
-            slots=stream.ring,
-            step_tokens=self.step.tokens,
-            resident_us=sum(time_at(stream.rates.gpu_expert_us, int(tokens[e])) for e in mine if tokens[e]),
-            expert_bytes=size,
-            activation_bytes=4.0 * a.hidden,
-        )
-        chosen = set(order[: split_experts(given, stream.rates)])
-        runs = [
-            replace(run, first=e, last=e, streamed_to=gpu if e in chosen else None)
-            for run in placement.experts
-            for e in range(run.first, run.last + 1)
-        ]
-        return replace(placement, experts=tuple(runs))
 
     def _gpu_experts(
         self,
@@ -301,6 +273,26 @@ class StepTasks:
             us = 0.0
         return self._cross(op, layer, device, "out", done) if placement.device != device else done
 
+    def _ask_cpu(
+        self,
+        op: Op,
+        placement: Placement,
+        layer: int | None,
+        at_once: _CpuExperts,
+        left: _CpuExperts,
+        after: tuple[int, ...],
+    ) -> tuple[int, ...] | None:
+        """The hand-over of the input to the CPU's experts; None: there is none. In the GPU's line of launches stand one
+        that writes the input, one that reads the sum, and two nodes between them, whatever runs meanwhile. Graphs have
+        them also for layers in which no token chose the CPU's experts, but those of prompts that may stream."""
+        chosen = at_once or left or self._left
+        asks = self.plan.stream is None or self.step.tokens == self.step.sequences
+        if not placement.device.startswith("gpu:") or not at_once.us or not (chosen or asks):
+            return None
+        gpu = self._gpu(placement.device)
+        us = handshake_us(gpu) + 2 * launch_us(gpu) + self._crossing_us(op, gpu)
+        return self._add(op, layer, placement.device, us, after)
+
     def _cpu_experts(
         self,
         op: Op,
@@ -309,16 +301,16 @@ class StepTasks:
         at_once: _CpuExperts,
         left: _CpuExperts,
         after: tuple[int, ...],
+        asked: tuple[int, ...] | None,
     ) -> tuple[int, ...]:
         """What is deferred is computed after the answer; the lane's next task waits for it."""
-        if not at_once and not left and not self._left:
+        if asked is None and not (at_once or left or self._left):
             return after if not at_once.us else ()
-        away = placement.device.startswith("gpu:")
-        if away:
-            after = self._cross(op, layer, placement.device, "out", after)
+        after = after if asked is None else asked
         done = self._on_nodes(op, placement, layer, at_once, after, adds=self._left) or after
-        if away:
-            done = self._cross(op, layer, placement.device, "in", done)
+        if asked is not None:
+            us = self._crossing_us(op, self._gpu(placement.device))
+            done = self._add(op, layer, f"{placement.device} copy in", us, done)
         if left:
             self._on_nodes(op, placement, layer, left, after, deferred=True)
         return done
@@ -335,15 +327,17 @@ class StepTasks:
         deferred: bool = False,
     ) -> tuple[int, ...]:
         """On the lanes of the nodes that have anything to do; or of all where what the layer before deferred is added,
-        behind one more barrier (``adds``)."""
+        behind one more barrier (``adds``), or a GPU is answered: threads meet for its input and before that (lane.h).
+        """
         after = self._from_disk(op, layer, sum(work.read.values()), after)
         slices = lane_shares(replace(placement, experts=())) if len(placement.slices) > 1 else None
         done: list[int] = []
+        away = placement.device.startswith("gpu:") and not deferred
         for device, took in work.us.items():
-            if took <= 0 and not adds:
+            if took <= 0 and not (adds or away):
                 continue
             lanes = slices if slices and len(work.us) == 1 else {device: 1.0}
-            whole = took * max(lanes.values()) + self.profile.barrier_us * (1 + adds)
+            whole = took * max(lanes.values()) + self.profile.barrier_us * (1 + adds + away)
             for lane, share in lanes.items():
                 rate = min(work.read[device] * share / whole / 1e3, self.profile.bandwidth(int(lane[4:])))
                 done += self._add(op, layer, lane, whole, after, rate, deferred=deferred)
@@ -357,11 +351,12 @@ class StepTasks:
 
     def _cross(self, op: Op, layer: int | None, device: str, direction: str, after: tuple[int, ...]) -> tuple[int, ...]:
         """Half of a hand-shake and the activations of the step."""
-        a = op.attrs
-        assert isinstance(a, ops.MoeExperts)
-        gpu = self._gpu(device)
-        us = handshake_us(gpu) / 2 + copy_us(gpu, 4.0 * a.hidden * self.step.tokens)
+        us = handshake_us(self._gpu(device)) / 2 + self._crossing_us(op, self._gpu(device))
         return self._add(op, layer, f"{device} copy {direction}", us, after)
+
+    def _crossing_us(self, op: Op, gpu: Gpu) -> float:
+        assert isinstance(op.attrs, ops.MoeExperts)
+        return copy_us(gpu, 4.0 * op.attrs.hidden * self.step.tokens)
 
     def _sum_us(self, template: Template, op: Op, tokens: NDArray[np.int64], size: float, device: str) -> float:
         counts = np.bincount(tokens).tolist()
@@ -393,8 +388,3 @@ class StepTasks:
 
     def _gpu(self, device: str) -> Gpu:
         return self.profile.gpus[int(device.partition(":")[2])]
-
-
-def _devices(placement: Placement) -> set[str]:
-    kinds = {run.device.partition(":")[0] for run in placement.experts} | {placement.device.partition(":")[0]}
-    return kinds | {"gpu" for run in placement.experts if run.streamed_to is not None}

@@ -44,14 +44,14 @@ def place(plan: Plan, context: Context) -> Plan:
     problem = placement_problem(plan, context)
     if not problem.gpu_bytes and len(problem.node_share) == 1:
         # One memory and one lane: there is nothing to decide.
-        return _write(plan, context, problem, cpu_only(problem))
+        return placed_as(plan, context, problem, cpu_only(problem))
     proposals = propose(problem)
     if not proposals.assignments:
         raise refuse_placement(plan, context, _limits(problem, context), proposals.message)
     plans: list[Plan] = []
     times: list[Candidate] = []
     for method, assignment in proposals.assignments:
-        plans.append(_write(plan, context, problem, assignment))
+        plans.append(placed_as(plan, context, problem, assignment))
         twin = next((i for i, other in enumerate(plans[:-1]) if other.calls == plans[-1].calls), None)
         us = placed_mix_us(plans[-1], context) if twin is None else times[twin].mix_us
         times.append(Candidate(method, us))
@@ -109,7 +109,8 @@ def _check_pins(pins: tuple[Pin, ...], plan: Plan, context: Context) -> None:
             )
 
 
-def _write(plan: Plan, context: Context, problem: Problem, assignment: Assignment) -> Plan:
+def placed_as(plan: Plan, context: Context, problem: Problem, assignment: Assignment) -> Plan:
+    """The plan with the assignment of its problem as ``placements``, and ``disk`` as :func:`place` sets it."""
     main = f"cpu:{context.profile.compute_nodes[problem.main].id}"
     placed: dict[int, dict[str, Placement]] = defaultdict(dict)
     for index, group in enumerate(problem.groups):

@@ -19,7 +19,7 @@ from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.adapter_memory import pair_bytes, pair_bytes_on
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import gpu_time, link_gb_per_s
+from hetcomp.passes.device_time import gpu_time, joint_gb_per_s, link_gb_per_s
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
 from hetcomp.passes.phases import Phase
@@ -31,10 +31,6 @@ from hetcomp.passes.work import Work, work_of
 _STREAM_PART = 8
 # Of a layer's experts at once: with fewer (unless it has fewer) its waves would be many launches of little work.
 _LEAST_SLOTS = 8
-# The arena takes about so many times less than all activations (Qwen3-30B-A3B: 0.68 of 1.2 GB at 8,192 tokens).
-_SHARED = 2
-# Of the largest step, where something is streamed; from the second on, where nothing is.
-STREAMED_STEP_TOKENS = (8192, 4096, 2048, 1024, 512)
 _EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _STEP_TOKENS = (32, 128, 512, 2048, 8192)
 
@@ -86,19 +82,6 @@ def _slots_on(plan: Plan, context: Context, gpu: str, room: int) -> int:
 def rooms_of_gpus(context: Context) -> list[int]:
     """Bytes of each GPU that a plan may use; empty where none takes part."""
     return [gpu_limit(context, i) for i in range(len(context.profile.gpus))] if context.use_gpus else []
-
-
-def step_tokens(plan: Plan, context: Context) -> int:
-    """Tokens of the largest step of a plan that code is generated for, where the user has no wish: many, because they
-    share what is streamed, if something is; but the activations take no larger part of the GPU than streams may."""
-    rooms = rooms_of_gpus(context)
-    room = rooms[0] if rooms else 0
-    streamed = any(stream_reserves(plan, context, rooms))
-    for tokens in STREAMED_STEP_TOKENS if streamed else STREAMED_STEP_TOKENS[1:]:
-        bounds = tuple(replace(d, max=tokens) if d.name == "T" else d for d in plan.dims)
-        if workspace_estimate(replace(plan, dims=bounds)) <= _SHARED * room // _STREAM_PART:
-            return min(tokens, plan.dim("T").max)
-    return min(STREAMED_STEP_TOKENS[-1], plan.dim("T").max)
 
 
 def stream_slots(plan: Plan, context: Context, room: int) -> int:
@@ -158,6 +141,7 @@ def _rates(plan: Plan, context: Context, gpu: Gpu, op: Op, template: Template, l
 
     return StreamRates(
         link_gb_per_s=link_gb_per_s(gpu),
+        joint_gb_per_s=max(link_gb_per_s(gpu), joint_gb_per_s(context.profile)),
         cpu_expert_us=curve(lambda n, step: expert_cpu_us(op, work(n, step), step, context)),
         gpu_expert_us=curve(lambda n, step: expert_gpu_us(op, work(n, step), step, gpu)),
         spine_us=tuple((n, _spine_us(plan, context, gpu, _prompt(n)) / layers) for n in _STEP_TOKENS),

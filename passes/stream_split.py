@@ -37,6 +37,13 @@ def time_at(curve: Curve, tokens: float) -> float:
     return max(0.0, y0 + (y1 - y0) / (x1 - x0) * (tokens - x0))
 
 
+def shared_memory_us(cpu_us: float, copied: float, read: float, rates: StreamRates) -> float:
+    """The CPU's experts take so much longer beside copies: while both want more than the memory gives, each gets its
+    part in proportion, as in the simulation (see lane_engine). copied, read: bytes of experts."""
+    beside = min(copied, cpu_us * rates.link_gb_per_s * 1e3)
+    return max(0.0, (read + beside) / (rates.joint_gb_per_s * 1e3) - cpu_us)
+
+
 def split_experts(given: SplitInput, rates: StreamRates) -> int:
     """How many of the experts, from the first on, are copied: so many that a layer takes least in a prompt of many
     layers, where the copies of one layer run while the layer before is computed."""
@@ -45,10 +52,11 @@ def split_experts(given: SplitInput, rates: StreamRates) -> int:
     copy = given.expert_bytes / link
     spine = time_at(rates.spine_us, given.step_tokens)
     exchange = given.step_tokens * given.activation_bytes / link
-    cpu_us = [0.0] * (len(given.tokens) + 1)
+    cpu_us, read = [0.0] * (len(given.tokens) + 1), [0.0] * (len(given.tokens) + 1)
     for i in range(len(given.tokens) - 1, -1, -1):
         n = given.tokens[i]
         cpu_us[i] = cpu_us[i + 1] + (time_at(rates.cpu_expert_us, n) if n > 0 else 0.0)
+        read[i] = read[i + 1] + (given.expert_bytes if n > 0 else 0.0)
     gpu, best, best_us = given.resident_us, given.copied, float("inf")
     for count in range(most + 1):
         if count > 0 and given.tokens[count - 1] > 0:
@@ -58,7 +66,9 @@ def split_experts(given: SplitInput, rates: StreamRates) -> int:
         shared = exchange if cpu_us[count] > 0 else 0.0
         # What has no slot is copied when the GPU has come to those that have: the layer's first slots are free.
         late = spine + given.resident_us + (count - given.slots) * copy if count > given.slots else 0.0
-        us = max(count * copy + shared, late, spine + 2 * shared + max(gpu, cpu_us[count]))
+        slowed = shared_memory_us(cpu_us[count], count * given.expert_bytes, read[count], rates)
+        link_us = count * copy + shared + (slowed if count > 0 else 0.0)
+        us = max(link_us, late, spine + 2 * shared + max(gpu, cpu_us[count] + slowed))
         # Of equals the one that copies most: the CPU is free for others.
         if us <= best_us:
             best, best_us = count, us

@@ -91,9 +91,11 @@ Curve = tuple[tuple[int, float], ...]
 class StreamRates:
     """What the split of a layer's experts is computed from in each step. ``cpu_expert_us``, ``gpu_expert_us``: (tokens
     of an expert, microseconds), ascending; ``spine_us``: (tokens of a step, microseconds) of what the GPU does in a
-    layer besides the experts. ``link_gb_per_s``: from CPU memory to the GPU."""
+    layer besides the experts. ``link_gb_per_s``: from CPU memory to the GPU; ``joint_gb_per_s``: what CPU memory gives
+    to the CPU and to such copies together (``cpu_expert_us`` is without any)."""
 
     link_gb_per_s: float
+    joint_gb_per_s: float
     cpu_expert_us: Curve
     gpu_expert_us: Curve
     spine_us: Curve

@@ -99,6 +99,7 @@ Json stream(const Streaming& streaming) {
             {"ask_offset", rows.part + 16}}},
           {"rates",
            {{"link_gb_per_s", kExpertBytes / 256.0},
+            {"joint_gb_per_s", 1e5},
             {"cpu_expert_us", Json::array({Json::array({1, streaming.cpu_us})})},
             {"gpu_expert_us", none},
             {"spine_us", none}}},

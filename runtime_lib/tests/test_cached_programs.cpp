@@ -46,7 +46,11 @@ class CachedPrograms : public testing::Test {
         {"first_flag", kLayers},
         {"tables", {{"buffer", "tables"}, {"row_bytes", 48}, {"part_offset", 16}, {"ask_offset", 32}}},
         {"rates",
-         {{"link_gb_per_s", 1.0}, {"cpu_expert_us", curve}, {"gpu_expert_us", curve}, {"spine_us", curve}}},
+         {{"link_gb_per_s", 1.0},
+          {"joint_gb_per_s", 2.0},
+          {"cpu_expert_us", curve},
+          {"gpu_expert_us", curve},
+          {"spine_us", curve}}},
         {"layers", streamed}};
     program["expert_cache"] = {{"policy", "lru"},
                                {"slots", kSlots},

@@ -27,7 +27,7 @@ GpuProgramRecord program_record() {
                      {"ids", 64, BufferKind::kPinnedOut, {}, {}},
                      {"sum", 256, BufferKind::kPinnedIn, {}, {}}};
   const TimeCurve curve({{1, 1.0}});
-  program.stream = StreamRecord{1, 1, kLayers, kTable, kRow, 0, 0, {1.0, curve, curve, curve}, {}};
+  program.stream = StreamRecord{1, 1, kLayers, kTable, kRow, 0, 0, {1.0, 2.0, curve, curve, curve}, {}};
   program.expert_cache = ExpertCacheRecord{CacheRule::kLru, kSlots, kBytes, kTable, kRow, {}};
   for (std::size_t i = 0; i < kLayers; ++i) {
     const StreamOperand operand{kSlotBuffer, kBytes, {{i, {0, 1, 2, 3}}}};
@@ -98,6 +98,7 @@ class ExpertCaches : public testing::Test {
   void step(std::int32_t first, std::int32_t second) {
     cache_.begin(1, true);
     expect_table_true();
+    cache_.copy_next();  // as the CPU does before it waits
     left_to_cpu(0, first);
     left_to_cpu(1, second);
     end_step();
@@ -143,12 +144,16 @@ TEST_F(ExpertCaches, ANewcomerIsInTheTableOneStepAfterItsVictimHasLeft) {
   EXPECT_EQ(cache_.statistics().bytes, 2 * static_cast<std::int64_t>(kBytes));
 }
 
-TEST_F(ExpertCaches, AStepThatCannotBeginLeavesAnEmptySlot) {
+TEST_F(ExpertCaches, AnExpertThatCannotBeCopiedLeavesAnEmptySlot) {
   for (std::int64_t i = 0; i < CachePolicy::kLruMargin; ++i) step(3, 0);
-  fake_.fail_call = fake_.calls + 2;  // the table is sent, the expert is not
-  EXPECT_THROW(cache_.begin(1, true), Error);
+  cache_.begin(1, true);
+  EXPECT_FALSE(cache_.all_begun());
+  fake_.fail_call = fake_.calls + 1;
+  EXPECT_THROW(cache_.copy_next(), Error);
+  driver_.stream_synchronize(stream_.get());
+  fake_.fail_call = fake_.calls + 1;  // nor at the end of the step
+  cache_.end(true);
   fake_.fail_call = 0;
-  end_step();
   EXPECT_FALSE(cache_.holds(0, 3));
   EXPECT_EQ(cache_.statistics().swaps, 0);
   step(3, 0);

@@ -35,17 +35,17 @@ TEST(StreamSplit, IsThePlannersOwn) {
     const Json& rates = entry["rates"];
     const Json& input = entry["input"];
     const std::vector<std::int32_t> tokens = input["tokens"];
-    const std::size_t found =
-        split_experts({.tokens = tokens,
-                       .copied = input["copied"],
-                       .most = input["most"],
-                       .slots = input["slots"],
-                       .step_tokens = input["step_tokens"],
-                       .resident_us = input["resident_us"],
-                       .expert_bytes = input["expert_bytes"],
-                       .activation_bytes = input["activation_bytes"]},
-                      {rates["link_gb_per_s"].get<double>() * 1e3, curve_of(rates["cpu_expert_us"]),
-                       curve_of(rates["gpu_expert_us"]), curve_of(rates["spine_us"])});
+    const std::size_t found = split_experts(
+        {.tokens = tokens,
+         .copied = input["copied"],
+         .most = input["most"],
+         .slots = input["slots"],
+         .step_tokens = input["step_tokens"],
+         .resident_us = input["resident_us"],
+         .expert_bytes = input["expert_bytes"],
+         .activation_bytes = input["activation_bytes"]},
+        {rates["link_gb_per_s"].get<double>() * 1e3, rates["joint_gb_per_s"].get<double>() * 1e3,
+         curve_of(rates["cpu_expert_us"]), curve_of(rates["gpu_expert_us"]), curve_of(rates["spine_us"])});
     EXPECT_EQ(found, entry["copied"].get<std::size_t>()) << entry.dump();
   }
 }
@@ -365,6 +365,7 @@ TEST_F(ExpertStreams, DamagedFilesAreRefusedByName) {
   expect_refused("part_offset", [&](Json& p) { stream(p)["tables"]["part_offset"] = 0; });
   expect_refused("row_bytes", [&](Json& p) { stream(p)["layers"][2]["waves"] = 2; });
   expect_refused("link_gb_per_s", [&](Json& p) { stream(p)["rates"]["link_gb_per_s"] = 0; });
+  expect_refused("joint_gb_per_s", [&](Json& p) { stream(p)["rates"]["joint_gb_per_s"] = 1e-9; });
   expect_refused("spine_us", [&](Json& p) { stream(p)["rates"]["spine_us"] = Json::array(); });
   // The third layer's: its experts have come, they are computed, the CPU answers.
   Json pristine = artifact_.files().read("program.json");

@@ -24,9 +24,9 @@ from tests.reference.tiny_models import save_tiny, token_ids
 
 TOKENS, CONTEXT = 40, 48
 # An expert costs the CPU a hundred times as much as a copy; as much; next to nothing.
-ALL = StreamRates(1.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
-SOME = StreamRates(1.0, ((1, 20.0), (64, 40.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
-NONE = StreamRates(1e-3, ((1, 0.001), (64, 0.001)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+ALL = StreamRates(1.0, 100.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+SOME = StreamRates(1.0, 100.0, ((1, 20.0), (64, 40.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+NONE = StreamRates(1e-3, 100.0, ((1, 0.001), (64, 0.001)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from hetcomp.cli.plan_figures import CACHE, device_memory
@@ -14,9 +15,12 @@ from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.passes.context import Context
 from hetcomp.passes.expert_statistics import ExpertStatistics
+from hetcomp.passes.lane_tasks import StepTasks
 from hetcomp.passes.memory_table import GPU_RESERVE
+from hetcomp.passes.phases import phases
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
+from hetcomp.passes.routing import ReplayedStep
 from tests.reference.plan_builder import EXPERTS, HIDDEN, TOP_K, WIDTH, context, gpu, tiny_plan
 
 LAYERS = 3
@@ -135,3 +139,22 @@ def test_refusals_are_one_sentence_and_say_what_is_needed(least):
 
 def test_without_the_wish_there_is_no_cache():
     assert planned(1 << 20, expert_cache="static").expert_cache is None
+
+
+def test_a_layer_whose_experts_are_all_in_slots_still_asks_the_cpu_in_the_prediction():
+    # As its graph does: the input is written and a sum read, with two nodes between, and the CPU's threads meet twice.
+    ctx = wish(1 << 20)
+    plan = run_pipeline(tiny_plan(LAYERS), ctx)
+    step = phases(plan)[0]
+    held = np.zeros((LAYERS, EXPERTS), np.bool_)
+    held[:, :TOP_K] = True
+    choices = np.tile(np.arange(TOP_K), (LAYERS, 1, 1))
+    hit = StepTasks(plan, 0, step, ctx).tasks(0, ReplayedStep(choices, held))
+    missed = StepTasks(plan, 0, step, ctx).tasks(0, ReplayedStep(choices + TOP_K, held))
+    barrier = ctx.profile.barrier_us
+    on_cpu = [[t.us for t in tasks if t.lane.startswith("cpu") and t.moe_layer is not None] for tasks in (hit, missed)]
+    assert on_cpu[0] == [2 * barrier] * LAYERS and len(on_cpu[1]) == LAYERS and min(on_cpu[1]) > 2 * barrier
+    for tasks in (hit, missed):
+        asked = [t.us for t in tasks if t.lane == "gpu:0" and t.role == "moe.experts" and t.us >= 6.0 + 2 * 2.0]
+        assert len(asked) == LAYERS  # a hand-shake and two launches of the hand-built GPU
+        assert sum(t.lane == "gpu:0 copy in" for t in tasks) == LAYERS

@@ -10,16 +10,20 @@ from hetcomp.backends.gpu.expert_stream import TABLES
 from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_programs
 from hetcomp.cli.plan_figures import RING, device_memory
 from hetcomp.compiler import PlanWishes, plan_model
-from hetcomp.ir.annotations import StreamRates
+from hetcomp.ir.annotations import Mix, Placement, StreamRates
+from hetcomp.ir.homes import CPU, memory_of
+from hetcomp.ir.ops import Linear
+from hetcomp.ir.plan import Call, Op, Plan
 from hetcomp.passes import simulate
 from hetcomp.passes.lane_tasks import StepTasks
 from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.passes.phases import phases
+from hetcomp.passes.placement_candidates import ROUTERS_FIRST
 from hetcomp.planned import Planned
 
 EXPERTS, LAYERS = 32, 6
 # An expert costs the CPU a hundred times as much as a copy.
-ALL = StreamRates(1.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+ALL = StreamRates(1.0, 100.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
 
 
 def planned(room: int) -> Planned:
@@ -108,3 +112,27 @@ def test_the_prediction_streams_every_expert_however_few_slots_there_are(ample, 
     assert not any(task.lane.startswith("cpu") and task.role == "moe.experts" for task in tasks)
     timeline = simulate.timeline(plan, phase, steps[phase], ample.context)
     assert timeline.total_us >= sum(task.us for task in copies)
+
+
+def test_routers_stay_on_a_gpu_without_room_for_all_dense_weights_so_that_prompts_stream():
+    # 1.2 GB of dense weights in q4; a router gains less a byte in decode than anything else.
+    found = plan_model(
+        "qwen1.5-moe-a2.7b",
+        hw_profile="preset:9950x-64gb+rtx4090",
+        formats="q4",
+        isa=["avx2"],
+        context_length=1024,
+        wishes=PlanWishes(vram=GPU_RESERVE + (1000 << 20), mix=Mix(512, 64)),
+        stop_after="stream_experts",
+    ).plan
+    linears = {memory_of(p.device) for c in found.calls for op, p in _placed(found, c) if isinstance(op.attrs, Linear)}
+    assert found.stream is not None and linears == {CPU, "gpu:0"}
+    assert {memory_of(p.device) for call in found.calls for op, p in _placed(found, call) if p.experts} == {"gpu:0"}
+    assert found.solution is not None and found.solution.chosen == ROUTERS_FIRST
+    others = min(c.mix_us for c in found.solution.candidates if c.method != ROUTERS_FIRST)
+    assert next(c.mix_us for c in found.solution.candidates if c.method == ROUTERS_FIRST) < 0.98 * others
+
+
+def _placed(plan: Plan, call: Call) -> list[tuple[Op, Placement]]:
+    placements = dict(call.placements)
+    return [(op, placements[op.id]) for op in plan.template(call.template).ops]

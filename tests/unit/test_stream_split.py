@@ -7,11 +7,12 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hetcomp.ir.annotations import StreamRates
-from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
+from hetcomp.passes.stream_split import SplitInput, shared_memory_us, split_experts, time_at
 
 # Read by runtime_lib/tests/test_expert_stream.cpp too; running this file makes it anew.
 CASES = Path(__file__).resolve().parents[1] / "data" / "stream_splits.json"
@@ -19,7 +20,7 @@ CASES = Path(__file__).resolve().parents[1] / "data" / "stream_splits.json"
 curves = st.lists(st.floats(0.5, 500.0), min_size=1, max_size=4).map(
     lambda us: tuple((8**i, sum(us[: i + 1])) for i in range(len(us)))
 )
-rates_of = st.builds(StreamRates, st.floats(1.0, 100.0), curves, curves, curves)
+rates_of = st.builds(StreamRates, st.floats(1.0, 100.0), st.floats(100.0, 300.0), curves, curves, curves)
 
 
 @st.composite
@@ -39,7 +40,12 @@ def layer_us(given: SplitInput, rates: StreamRates, count: int) -> float:
     spine = time_at(rates.spine_us, given.step_tokens)
     copy = given.expert_bytes / link
     late = spine + given.resident_us + (count - given.slots) * copy if count > given.slots else 0.0
-    return max(count * copy + exchange, late, spine + 2 * exchange + max(gpu, cpu))
+    read = sum(given.expert_bytes for n in given.tokens[count:] if n)
+    # While the CPU computes, the link copies at its rate, if there is so much; the memory gives both of them less.
+    beside = min(count * given.expert_bytes, cpu * link)
+    contended = max(cpu, (read + beside) / (rates.joint_gb_per_s * 1e3))
+    copies = count * copy + exchange + (contended - cpu if count else 0.0)
+    return max(copies, late, spine + 2 * exchange + max(gpu, contended))
 
 
 @given(inputs(), rates_of)
@@ -49,6 +55,22 @@ def test_no_other_number_of_copies_is_faster(given_input, rates):
     assert found in choices
     best = min(layer_us(given_input, rates, n) for n in choices)
     assert layer_us(given_input, rates, found) <= best * (1 + 1e-9)
+
+
+def test_cpu_and_copies_share_the_memory_as_they_were_measured_to():
+    # GB/s of 15 threads that read and of a GPU that copies, each alone, then together
+    # (benchmarks/results/gpu_profile-20261124T170849-9fd7c8f.json).
+    reads, copies, reads_beside, copies_beside = 97.6, 54.3, 81.2, 42.75
+    flat = ((1, 1.0), (64, 1.0))
+    rates = StreamRates(copies, reads_beside + copies_beside, flat, flat, flat)
+    read = 1e9
+    alone = read / reads / 1e3
+    beside = alone + shared_memory_us(alone, 2 * read, read, rates)
+    assert read / beside / 1e3 == pytest.approx(reads_beside, rel=0.03)
+    assert alone * copies / beside == pytest.approx(copies_beside, rel=0.04)
+    assert shared_memory_us(alone, 0.0, read, rates) == 0.0
+    slow = 1.5 * (read + copies * 1e3 * alone) / rates.joint_gb_per_s / 1e3  # computes longer than it would read
+    assert shared_memory_us(slow, 2 * read, read, rates) == 0.0
 
 
 def test_the_cases_that_the_runtime_is_held_to_are_these():
@@ -64,6 +86,7 @@ def write_cases() -> None:
     for _ in range(200):
         rates = StreamRates(
             draw.choice([6.0, 25.0, 53.0]),
+            draw.choice([60.0, 90.0, 124.0]),
             tuple((n, draw.uniform(10, 100) * (1 + n / 16)) for n in (1, 16, 256)),
             tuple((n, draw.uniform(1, 3) * (1 + n / 64)) for n in (1, 16, 256)),
             tuple((n, draw.uniform(20, 60) * (1 + n / 256)) for n in (32, 512, 8192)),

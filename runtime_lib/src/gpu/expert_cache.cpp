@@ -95,15 +95,19 @@ void ExpertCache::send_table() {
 void ExpertCache::begin(std::int64_t tokens, bool decode) {
   tokens_ = tokens;
   decode_ = decode;
-  all_begun_ = false;
+  begun_ = 0;
   taken_ = 0;
   if (swaps_ && decode) coming_ = policy_.choose();
   if (!coming_.empty()) table_is_old_ = true;
   policy_.begin_step(tokens, decode);
   if (table_is_old_) send_table();
-  for (const CacheArrival& arrival : coming_) copy(arrival);
+}
+
+void ExpertCache::copy_next() {
+  if (all_begun()) return;
+  copy(coming_[begun_]);
   copies_.end_batch();
-  all_begun_ = true;
+  ++begun_;
 }
 
 std::span<std::int32_t> ExpertCache::choices(std::size_t layer) const {
@@ -143,12 +147,23 @@ void ExpertCache::leave_to_cpu(std::uint32_t flag) {
   std::ranges::fill(sum.first(std::min(sum.size(), static_cast<std::size_t>(tokens_) * row)), std::byte{0});
 }
 
+// False: not all of them are there.
+bool ExpertCache::copy_rest() noexcept {
+  try {
+    while (!all_begun()) copy_next();
+  } catch (const Error&) {
+    copies_.finish();
+    return false;
+  }
+  return copies_.finish();
+}
+
 void ExpertCache::end(bool streamed) noexcept {
   if (tokens_ == 0) return;
   tokens_ = 0;
   for (const StreamLayer& layer : stream_record_.layers) shared_.skip()[layer.hand_over] = 0;
   if (coming_.empty()) return;
-  const bool all = decode_ ? copies_.finish() && all_begun_ : streamed && taken_ == coming_.size();
+  const bool all = decode_ ? copy_rest() : streamed && taken_ == coming_.size();
   policy_.arrived(all);
   const auto arrived = static_cast<std::int64_t>(all ? coming_.size() : 0);
   (decode_ ? statistics_.swaps : statistics_.kept) += arrived;

@@ -41,7 +41,7 @@ struct CacheStatistics {
 class ExpertCache {
  public:
   // program: with a cache; all must outlive this. The context must be current when this is made, when it ends
-  // and during fill(), begin() and end().
+  // and during fill(), begin(), copy_next() and end().
   ExpertCache(const CudaDriver& driver, const GpuProgramRecord& program, const ProgramBuffers& buffers,
               const SharedMemory& shared, CUstream step_stream, ExpertCopies& copies);
 
@@ -49,9 +49,13 @@ class ExpertCache {
   // experts may change places. Throws Error.
   void fill(std::span<const std::span<const std::uint8_t>> weights, bool swaps);
 
-  // Before the graph of a step of so many tokens is launched: sends the table, and begins to copy what the
-  // next step will have.
+  // Before the graph of a step of so many tokens is launched: sends the table, and decides what is copied
+  // under a step of decoding for the next one.
   void begin(std::int64_t tokens, bool decode);
+  // Begins to copy one more of these experts: asking for a copy takes the driver longer (6 us) than it may
+  // keep a step waiting, but no longer than the CPU waits for the GPU in a layer.
+  void copy_next();
+  bool all_begun() const { return !decode_ || begun_ == coming_.size(); }
   // When the CPU has the routing of hand-over `flag`: notes it. Other hand-overs are left alone.
   void count(std::uint32_t flag);
   // Then: takes from the CPU what the GPU has in slots, whose choices become -1. Where nothing is left in a
@@ -63,8 +67,8 @@ class ExpertCache {
   // Copies one of them to its slot: `from` has its operands, in the layer's order. The GPU must have computed
   // the layer.
   void take(const CacheArrival& arrival, std::span<const CUdeviceptr> from);
-  // When the GPU is at rest: waits for the copies. streamed: whether those of take() are over, without a
-  // fault. Without a begin() nothing happens.
+  // When the GPU is at rest: has what is left copied, and waits for the copies. streamed: whether those of
+  // take() are over, without a fault. Without a begin() nothing happens.
   void end(bool streamed) noexcept;
 
   // In this step.
@@ -88,6 +92,7 @@ class ExpertCache {
   void send_table();
   CUdeviceptr slot(const CacheArrival& arrival, std::size_t operand) const;
   void copy(const CacheArrival& arrival);
+  bool copy_rest() noexcept;
 
   const CudaDriver& driver_;
   const GpuProgramRecord& program_;
@@ -105,9 +110,9 @@ class ExpertCache {
   CacheStatistics statistics_;
   bool swaps_ = false;
   bool decode_ = false;
-  bool table_is_old_ = true;          // the GPU's
-  std::vector<CacheArrival> coming_;  // experts whose copies are on their way, if all_begun_
-  bool all_begun_ = false;
+  bool table_is_old_ = true;               // the GPU's
+  std::vector<CacheArrival> coming_;       // experts that are copied in this step
+  std::size_t begun_ = 0;                  // of decoding: so many of them
   std::size_t taken_ = 0;                  // of those that stay in this step
   std::int64_t tokens_ = 0;                // of the step; 0: none runs
   std::vector<std::int64_t> tokens_seen_;  // by layer, since the last reset

@@ -155,6 +155,12 @@ void GpuProgram::launch(std::int32_t batch, bool adapted, std::int64_t tokens, b
   driver_.graph_launch(timed_ ? graph.timed() : graph.get(), resources_->stream.get());
 }
 
+void GpuProgram::copy_next() const {
+  if (!resources_->cache || resources_->cache->all_begun()) return;
+  const CurrentContext current(driver_, context_);
+  resources_->cache->copy_next();
+}
+
 std::vector<GpuEvent> GpuProgram::read_times() const {
   std::vector<GpuEvent> times;
   if (timed_graph_.first == 0) return times;

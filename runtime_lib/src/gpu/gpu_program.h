@@ -63,6 +63,8 @@ class GpuProgram {
   void launch(std::int32_t batch, bool adapted, std::int64_t tokens, bool may_stream);
   // See AdapterMemory::put; of a program with room for adapters.
   void put_adapter(std::int32_t slot, std::uint64_t begin, std::span<const GpuPair> pairs) const;
+  // While the CPU waits for a GPU: asks for the next copy to the cache, if there is one. Throws Error.
+  void copy_next() const;
   // Behind every step, when the GPU is at rest.
   void end_step() noexcept;
   // Whether steps take the times of what the GPU does from the next one on, which makes them longer.

@@ -35,6 +35,7 @@ struct Host {
 int wait_for_gpu(void* host, std::uint32_t flag) noexcept {
   auto& [hand_shake, programs, routing] = *static_cast<Host*>(host);
   try {
+    programs.copy_next();
     if (!hand_shake.wait_for_gpu(flag)) return 0;
     if (routing != nullptr) routing->came(routing->host, flag);
     programs.route(flag);

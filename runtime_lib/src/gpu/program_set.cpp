@@ -128,6 +128,10 @@ void ProgramSet::route(std::uint32_t flag) const {
   }
 }
 
+void ProgramSet::copy_next() const {
+  for (const auto& program : programs_) program->copy_next();
+}
+
 StreamStatistics ProgramSet::stream_statistics() const {
   StreamStatistics all;
   for (const auto& program : programs_)

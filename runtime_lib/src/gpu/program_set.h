@@ -67,6 +67,8 @@ class ProgramSet {
   // When the CPU has the routing of hand-over `flag`: what GPUs compute is taken from it. See
   // ExpertStream::route and ExpertCache.
   void route(std::uint32_t flag) const;
+  // Before the CPU waits for a GPU: one more expert is copied to each cache, if any is to be.
+  void copy_next() const;
   // By hand-over: 1 where the CPU has nothing to compute in the running step.
   const std::uint8_t* skip() const { return shared_->skip().data(); }
   // Of all GPUs, since the last reset.

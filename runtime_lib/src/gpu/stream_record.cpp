@@ -39,7 +39,9 @@ TimeCurve time_curve(const CheckedJson& node) {
 StreamRates stream_rates(const CheckedJson& node) {
   const double link = node["link_gb_per_s"].real();
   if (!(link > 0 && link < 1e6)) node["link_gb_per_s"].refuse("a bandwidth");
-  return {link * 1e3, time_curve(node["cpu_expert_us"]), time_curve(node["gpu_expert_us"]),
+  const double joint = node["joint_gb_per_s"].real();
+  if (!(joint >= link && joint < 1e6)) node["joint_gb_per_s"].refuse("a bandwidth, no less than the link's");
+  return {link * 1e3, joint * 1e3, time_curve(node["cpu_expert_us"]), time_curve(node["gpu_expert_us"]),
           time_curve(node["spine_us"])};
 }
 

@@ -4,6 +4,17 @@
 #include <limits>
 
 namespace hetcomp::gpu {
+namespace {
+
+// The CPU's experts take so much longer beside copies: while both want more than the memory gives, each gets
+// its part in proportion, as in the planner's simulation (passes/lane_engine.py). copied, read: bytes of
+// experts.
+double shared_memory_us(double cpu_us, double copied, double read, const StreamRates& rates) {
+  const double beside = std::min(copied, cpu_us * rates.link_bytes_per_us);
+  return std::max(0.0, (read + beside) / rates.joint_bytes_per_us - cpu_us);
+}
+
+}  // namespace
 
 double TimeCurve::at(double tokens) const {
   if (points_.size() == 1) return points_.front().second;
@@ -23,9 +34,11 @@ std::size_t split_experts(const SplitInput& input, const StreamRates& rates) {
       static_cast<double>(input.step_tokens) * input.activation_bytes / rates.link_bytes_per_us;
   const double copy = input.expert_bytes / rates.link_bytes_per_us;
   std::vector<double> cpu_us(input.tokens.size() + 1);  // of the experts from i on
+  std::vector<double> read(input.tokens.size() + 1);    // of their weights
   for (std::size_t i = input.tokens.size(); i-- > 0;) {
     const std::int32_t tokens = input.tokens[i];
     cpu_us[i] = cpu_us[i + 1] + (tokens > 0 ? rates.cpu_expert_us.at(tokens) : 0.0);
+    read[i] = read[i + 1] + (tokens > 0 ? input.expert_bytes : 0.0);
   }
   double gpu = input.resident_us;
   double best_us = std::numeric_limits<double>::infinity();
@@ -34,11 +47,13 @@ std::size_t split_experts(const SplitInput& input, const StreamRates& rates) {
     if (n > 0 && input.tokens[n - 1] > 0) gpu += rates.gpu_expert_us.at(input.tokens[n - 1]);
     if (n < std::min(input.copied, most)) continue;
     const double shared = cpu_us[n] > 0 ? exchange : 0.0;
-    const double link = static_cast<double>(n) * copy + shared;
+    const double slowed =
+        shared_memory_us(cpu_us[n], static_cast<double>(n) * input.expert_bytes, read[n], rates);
+    const double link = static_cast<double>(n) * copy + shared + (n > 0 ? slowed : 0.0);
     // What has no slot is copied when the GPU has come to those that have: the layer's first slots are free.
     const double late =
         n > input.slots ? spine + input.resident_us + static_cast<double>(n - input.slots) * copy : 0.0;
-    const double compute = spine + 2 * shared + std::max(gpu, cpu_us[n]);
+    const double compute = spine + 2 * shared + std::max(gpu, cpu_us[n] + slowed);
     // Of equals the one that copies most: the CPU is free for others.
     if (const double us = std::max({link, late, compute}); us <= best_us) {
       best_us = us;

@@ -22,8 +22,9 @@ class TimeCurve {
 };
 
 struct StreamRates {
-  double link_bytes_per_us;  // from the host's memory to the GPU
-  TimeCurve cpu_expert_us;   // an expert of so many tokens
+  double link_bytes_per_us;   // from the host's memory to the GPU
+  double joint_bytes_per_us;  // what the host's memory gives to the CPU and to the copies together
+  TimeCurve cpu_expert_us;    // an expert of so many tokens, while nothing is copied
   TimeCurve gpu_expert_us;
   TimeCurve spine_us;  // what the GPU does in a layer besides experts, in a step of so many tokens
 };
