@@ -20,7 +20,7 @@ from hetcomp.backends.gpu.low_rank import PAIR_TABLE, PAIRS
 from hetcomp.backends.gpu.pair_layout import PairLayout
 from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES
 
-_SCHEMA = [3, 1]
+_SCHEMA = [4, 0]
 
 
 def write_gpu_program(

@@ -106,7 +106,7 @@ struct GraphRecord {
 std::optional<int> device_number(const std::string& device);
 
 struct GpuProgramRecord {
-  static constexpr int kSchemaMajor = 3;
+  static constexpr int kSchemaMajor = 4;
   static constexpr std::uint64_t kMostBytes = 1ULL << 46;  // beyond any device; sums of a few stay in range
   static constexpr std::uint64_t kAlignment = 16;          // of addresses: kernels are compiled for it
 
