@@ -16,7 +16,7 @@ from hetcomp.ir.deferral import deferred_role, experts_on_cpu
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.adapter_time import expert_launches_us, gpu_op_us
 from hetcomp.passes.context import Context
-from hetcomp.passes.device_time import copy_us, handshake_us
+from hetcomp.passes.device_time import copy_us, handshake_us, launch_us
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
