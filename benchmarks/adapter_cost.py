@@ -26,7 +26,7 @@ from benchmarks.record import Record
 from hetcomp.adapters.base_model import BaseModel, BaseWeight
 from hetcomp.adapters.low_rank import AdaptedWeight, Adapter, Factor
 from hetcomp.adapters.pack_adapter import artifact_base, pack_bound
-from hetcomp.compiler import PlanWishes
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.runtime import Runtime, Session
 
 BATCH, ADAPTERS = 8, 4

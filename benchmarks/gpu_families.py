@@ -30,7 +30,7 @@ _ON_TWO = ("embed=gpu:0", "*@0=gpu:0", "*@1-99=gpu:1", "final_norm=gpu:1", "lm_h
 
 def make(folder: Path, hw: str, two: bool) -> None:
     """Writes an artifact of each family and what transformers computes."""
-    from hetcomp.compiler import PlanWishes
+    from hetcomp.plan_wishes import PlanWishes
     from tests.parity.test_families import reference_logits
     from tests.reference.tiny_models import FAMILIES, save_tiny, token_ids
 

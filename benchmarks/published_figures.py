@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import Record, Series
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.ir.annotations import Mix
+from hetcomp.plan_wishes import PlanWishes
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 import hetcomp
-from hetcomp.compiler import PlanWishes
 from hetcomp.models_zoo import evaluation_texts, find
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.record_routing import record_text
 
 _WINDOW = 1024

@@ -10,7 +10,7 @@ import typer
 from hetcomp.errors import HetcompError
 
 if TYPE_CHECKING:
-    from hetcomp.compiler import PlanWishes
+    from hetcomp.plan_wishes import PlanWishes
 
 DEFAULT_MAX_KL = 0.01
 DEFAULT_ADAPTER_RANK = 16
@@ -109,9 +109,9 @@ def wishes_of(
     adapter_experts: bool = True,
 ) -> PlanWishes:
     """What the options ask of placement. Raises HetcompError for sizes and numbers that are not understood."""
-    from hetcomp.compiler import PlanWishes
     from hetcomp.ir.annotations import AdapterRoom, Mix
     from hetcomp.passes.phases import DEFAULT_ANSWER, DEFAULT_PROMPT
+    from hetcomp.plan_wishes import PlanWishes
     from hetcomp.what_if import parse_size
 
     mix = Mix(prompt or DEFAULT_PROMPT, answer or DEFAULT_ANSWER, batch) if prompt or answer else None

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 import hetcomp
 from hetcomp.backends.exchange import Exchange
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.deferral_on_text import deferring
 from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
 from hetcomp.ir.deferral import LayerChoices, moe_layers
 from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.passes.placement_problem import GPU_RESERVE
+from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
 from tests.reference.deferral_reference import deferred_logits
 from tests.reference.emulated_gpu import emulated_gpu

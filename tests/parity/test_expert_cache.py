@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel
 
 import hetcomp
-from hetcomp.compiler import PlanWishes
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
@@ -23,6 +22,7 @@ from hetcomp.ir.plan import Plan
 from hetcomp.passes import cache_experts, pipeline
 from hetcomp.passes.expert_statistics import check_statistics, parse_statistics
 from hetcomp.passes.memory_table import GPU_RESERVE
+from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu

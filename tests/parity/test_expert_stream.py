@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import hetcomp
-from hetcomp.compiler import PlanWishes
 from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
 from hetcomp.ir.annotations import ExpertStream, StreamRates
 from hetcomp.ir.plan import Plan
 from hetcomp.lane_trace import traced_steps
 from hetcomp.passes import stream_experts
+from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu

@@ -7,11 +7,12 @@ import json
 import pytest
 
 import hetcomp
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.hardware.figures import Disk, Source
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.passes.disk_reads import resident_bytes
 from hetcomp.passes.memory_table import expert_weight_bytes
+from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu

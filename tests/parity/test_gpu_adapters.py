@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hetcomp
-from hetcomp.compiler import PlanWishes
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import AdapterRoom, ExpertStream
 from hetcomp.ir.plan import Plan
 from hetcomp.passes import pipeline, stream_experts
 from hetcomp.passes.memory_table import GPU_RESERVE
+from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_adapters import TENSORS, logits_of
 from tests.parity.test_expert_stream import ALL
 from tests.parity.test_families import TOLERANCE, relative_error

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 import hetcomp
 from hetcomp.backends import packing
-from hetcomp.compiler import PlanWishes
 from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
 from hetcomp.passes.memory_table import GPU_RESERVE
+from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import hetcomp
-from hetcomp.compiler import PlanWishes
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.runtime import Runtime
 from hetcomp.runtime_abi import RuntimeRefusal, Status
 from tests.parity.test_from_disk import machine

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import hetcomp
-from hetcomp.compiler import PlanWishes
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.record_routing import record_text, recorded_steps
 from hetcomp.routing_trace import RoutingTrace
 from tests.e2e.command_line import refusal, run

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks.random_artifact import build, followed_trace, write_weights_of
-from hetcomp.compiler import PlanWishes
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.hardware.profile import HardwareProfile
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.record_routing import record_text
 from hetcomp.replay_routing import replayed_routing, routing_of
 from tests.parity.test_expert_cache import machine

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedModel
 
 import hetcomp
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.executable import Executable
 from hetcomp.ir.annotations import ExpertPlacement, Placement
 from hetcomp.ir.hand_overs import hand_overs
@@ -25,6 +25,7 @@ from hetcomp.passes.placement_problem import GPU_RESERVE
 from hetcomp.passes.plan_memory import plan_memory
 from hetcomp.passes.schedule import schedule
 from hetcomp.passes.simulate import simulate
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.runtime import Runtime, RuntimeRefusal
 from hetcomp.runtime_abi import Status
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error

@@ -10,10 +10,10 @@ import pytest
 from transformers import PreTrainedModel
 
 import hetcomp
-from hetcomp.compiler import PlanWishes
 from hetcomp.executable import Executable
 from hetcomp.ir.kv_pool import GRANULE_BYTES, KvPool, block_bytes
 from hetcomp.ir.plan import ValueKind
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.runtime import RuntimeRefusal
 from hetcomp.runtime_abi import Status
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error

@@ -22,12 +22,13 @@ from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.build_artifact import all_cuts
 from hetcomp.cli.main import app
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import BandwidthPoint
 from hetcomp.ir.plan import ValueKind
 from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.passes.memory_table import GPU_RESERVE
+from hetcomp.plan_wishes import PlanWishes
 from tests.reference.peft_adapters import everything, make_adapter
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.quantised_checkpoints import write

@@ -12,10 +12,11 @@ from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_programs
 from hetcomp.backends.gpu.low_rank import PAIRS
 from hetcomp.cli.plan_figures import ADAPTERS, device_memory
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import AdapterRoom
 from hetcomp.ir.serialise import to_json
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.planned import Planned
 from hetcomp.replay import replay
 

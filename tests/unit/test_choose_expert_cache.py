@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import BandwidthPoint
 from hetcomp.hardware.profile import HardwareProfile
@@ -18,6 +18,7 @@ from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.models_zoo import routing_traces
 from hetcomp.passes.expert_statistics import parse_statistics
 from hetcomp.passes.memory_table import GPU_RESERVE
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.routing_trace import RoutingTrace
 from tests.e2e.command_line import refusal, run
 from tests.reference.plan_builder import avx2_machine, gpu

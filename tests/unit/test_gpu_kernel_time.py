@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu, Source
 from hetcomp.hardware.presets import gpu_preset
@@ -17,6 +17,7 @@ from hetcomp.passes.gpu_kernel_time import CUBLAS_PEAK, peak_tflops
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.pipeline import run_pipeline
 from hetcomp.passes.work import work_of
+from hetcomp.plan_wishes import PlanWishes
 from tests.reference.plan_builder import HandTarget, context, tiny_plan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -14,11 +14,12 @@ from hetcomp.backends.gpu.step_events import AskExperts, AwaitExperts, Run, Some
 from hetcomp.backends.program import ProgramLayout, render_program
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import select_kernels
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.ir.node_parts import cut_weights, gpu_cut_weights
 from hetcomp.ir.serialise import to_json
 from hetcomp.ir.verifier import verify
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.planned import Planned
 from hetcomp.replay import replay
 

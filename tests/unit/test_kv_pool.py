@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 from hetcomp.backends.gpu.gpu_program import lower_programs
 from hetcomp.cli.main import app
 from hetcomp.cli.plan_figures import KV_CACHE, device_memory
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES, KvPool, block_bytes, row_runs
 from hetcomp.ir.plan import ValueKind
 from hetcomp.ir.types import DType, TensorType
 from hetcomp.passes.memory_table import memory_table
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.planned import Planned
 
 MODEL = "qwen3moe-1b"  # 12 layers of 4 kv heads of 128: 24,576 bytes a position in bf16

@@ -24,10 +24,11 @@ from hetcomp.backends.gpu.tile_timer import GpuTimer, TimingJob, VariantTime
 from hetcomp.backends.gpu.write_kernels import write_kernels
 from hetcomp.build_artifact import _measured_tiles
 from hetcomp.cli.main import app
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
 from hetcomp.ir.types import DType
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.planned import Planned
 from tests.reference.experts_case import expert_weights
 from tests.reference.kernel_harness import activation, cache, weight

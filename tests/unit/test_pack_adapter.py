@@ -19,11 +19,12 @@ from hetcomp.adapters.pack_adapter import artifact_base, pack_adapter
 from hetcomp.backends.adapted_ops import AdaptableWeight, adaptable_weights
 from hetcomp.backends.packing import to_f32
 from hetcomp.backends.program import ProgramLayout
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import AdapterRoom
 from hetcomp.ir.plan import WeightSource
 from hetcomp.ir.serialise import from_json, to_json
+from hetcomp.plan_wishes import PlanWishes
 from tests.reference.peft_adapters import everything, make_adapter
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import build, save_tiny

@@ -9,7 +9,7 @@ import pytest
 from hetcomp.backends.gpu.expert_stream import TABLES
 from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_programs
 from hetcomp.cli.plan_figures import RING, device_memory
-from hetcomp.compiler import PlanWishes, plan_model
+from hetcomp.compiler import plan_model
 from hetcomp.ir.annotations import Mix, Placement, StreamRates
 from hetcomp.ir.homes import CPU, memory_of
 from hetcomp.ir.ops import Linear
@@ -19,6 +19,7 @@ from hetcomp.passes.lane_tasks import StepTasks
 from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.passes.phases import phases
 from hetcomp.passes.placement_candidates import ROUTERS_FIRST
+from hetcomp.plan_wishes import PlanWishes
 from hetcomp.planned import Planned
 
 EXPERTS, LAYERS = 32, 6
