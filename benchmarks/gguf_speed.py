@@ -23,7 +23,7 @@ from hetcomp.cli.plan_weights import weight_classes
 
 # Both sides multiply the same weights; what they round activations to differs, and with it, in a model of random
 # weights, now and then an expert.
-_LEAST_COSINE = 0.98
+LEAST_COSINE = 0.98
 
 
 def peers(file: Path, kind: str, peer_python: Path, threads: int) -> dict[str, Worker]:
@@ -71,7 +71,7 @@ def main() -> None:
     for kind in o.types.split(","):
         file = o.folder / f"{o.model}-{kind}.gguf" if o.folder else models.gguf(o.model, o.peer_python, kind)
         artifact = compiled(file, record, kind)
-        run_beside(record, o, kind, artifact, peers(file, kind, o.peer_python, o.threads), _LEAST_COSINE)
+        run_beside(record, o, kind, artifact, peers(file, kind, o.peer_python, o.threads), LEAST_COSINE)
     show(record)
     print(record.write())
 

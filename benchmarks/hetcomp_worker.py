@@ -1,4 +1,5 @@
-"""Worker that runs an artifact through hetcomp's Python API: ARTIFACT --threads N [--weights mmap] [--gpus 0,1]"""
+"""Worker that runs an artifact through hetcomp's Python API: ARTIFACT --threads N [--weights mmap] [--gpus 0,1]
+[--adapter FILE]"""
 
 from __future__ import annotations
 
@@ -17,12 +18,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--weights", default="auto")
     parser.add_argument("--gpus", type=lambda text: [int(n) for n in text.split(",")], default=())
+    parser.add_argument("--adapter", type=Path, help="a packed one, which all calls but decode_batch have")
     options = parser.parse_args()
     exe = hetcomp.load(options.artifact, threads=options.threads, weights=options.weights, gpus=options.gpus)
+    adapter = exe.load_adapter(options.adapter) if options.adapter else None
 
     def decode(prompt: list[int], tokens: int) -> float:
         """Tokens per second after the prompt and the first token."""
-        stamps = [time.perf_counter() for _ in exe.generate(prompt, max_new_tokens=tokens + 1, ignore_eos=True)]
+        generated = exe.generate(prompt, max_new_tokens=tokens + 1, ignore_eos=True, adapter=adapter)
+        stamps = [time.perf_counter() for _ in generated]
         if len(stamps) != tokens + 1:
             raise RuntimeError(f"{len(stamps)} tokens came instead of {tokens + 1}")
         return tokens / (stamps[-1] - stamps[0])
@@ -46,13 +50,13 @@ def main() -> None:
     def prefill(prompt: list[int]) -> float:
         """Prompt tokens per second until the first token is there."""
         start = time.perf_counter()
-        for _ in exe.generate(prompt, max_new_tokens=1, ignore_eos=True):
+        for _ in exe.generate(prompt, max_new_tokens=1, ignore_eos=True, adapter=adapter):
             pass
         return len(prompt) / (time.perf_counter() - start)
 
     def logits(prompt: list[int]) -> list[float]:
         """Logits after the prompt."""
-        return [float(x) for x in exe(prompt)[-1]]
+        return [float(x) for x in exe(prompt, adapter=adapter)[-1]]
 
     serve(
         {

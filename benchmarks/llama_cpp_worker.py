@@ -1,5 +1,5 @@
-"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N [--no-repack] [--kv f32]. In the peers'
-environment.
+"""Worker that runs a GGUF file through llama.cpp: FILE --threads N --context N [--no-repack] [--kv f32] [--lora FILE].
+In the peers' environment.
 
 The calls are those of llama-bench (low-level API, KV cache cleared before each run, micro-batch 512), but
 with greedy sampling, so that every engine does the same work between two tokens.
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, required=True)
     parser.add_argument("--no-repack", action="store_true", help="weights as they lie in the file")
     parser.add_argument("--kv", choices=("f16", "f32"), default="f16", help="numbers of the KV cache")
+    parser.add_argument("--lora", help="a GGUF file of type adapter")
     options = parser.parse_args()
 
     @llama_cpp.llama_log_callback
@@ -48,6 +49,13 @@ def main() -> None:
     context = llama_cpp.llama_init_from_model(model, context_options)
     if not context:
         raise SystemExit(f"llama.cpp cannot make a context of {options.context} tokens")
+    if options.lora:
+        lora = llama_cpp.llama_adapter_lora_init(model, options.lora.encode())
+        if not lora:
+            raise SystemExit(f"llama.cpp cannot load the adapter {options.lora}")
+        llama_cpp.llama_set_adapters_lora(
+            context, (llama_cpp.llama_adapter_lora_p_ctypes * 1)(lora), 1, (ctypes.c_float * 1)(1.0)
+        )
     vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
     def step(ids: list[int]) -> np.ndarray:
