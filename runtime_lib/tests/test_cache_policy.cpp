@@ -8,13 +8,14 @@
 namespace hetcomp::gpu {
 namespace {
 
-constexpr std::uint64_t kBytes = 100;  // of an expert
+constexpr std::uint64_t kExpertBytes = 100;
 constexpr std::uint64_t kPlenty = 1 << 20;
 
 CachePolicy policy_of(CacheRule rule, std::int32_t experts, std::int32_t slots,
                       std::uint64_t bytes_per_step = kPlenty, std::size_t layers = 1,
                       std::int32_t top_k = 1) {
-  CachePolicy policy(rule, std::vector<CachedLayer>(layers, {experts, top_k, kBytes}), slots, bytes_per_step);
+  CachePolicy policy(rule, std::vector<CachedLayer>(layers, {experts, top_k, kExpertBytes}), slots,
+                     bytes_per_step);
   for (std::size_t layer = 0; layer < layers; ++layer)
     for (std::int32_t e = 0; e < slots; ++e) policy.place(layer, e, e);
   return policy;
@@ -101,7 +102,7 @@ TEST(CachePolicy, WhatTheLastStepHasUsedStays) {
 }
 
 TEST(CachePolicy, CopiesNoMoreThanTheBudgetAndTheBestOfAllLayersFirst) {
-  CachePolicy policy = policy_of(CacheRule::kLfu, 8, 2, 2 * kBytes, 3);
+  CachePolicy policy = policy_of(CacheRule::kLfu, 8, 2, 2 * kExpertBytes, 3);
   for (int i = 0; i < 10; ++i) {
     policy.begin_step(1, true);
     policy.count(0, std::vector<std::int32_t>{4});
@@ -115,7 +116,7 @@ TEST(CachePolicy, CopiesNoMoreThanTheBudgetAndTheBestOfAllLayersFirst) {
 }
 
 TEST(CachePolicy, AnExpertOfMoreThanAStepsBudgetComesAfterSeveralSteps) {
-  CachePolicy policy = policy_of(CacheRule::kLru, 8, 1, kBytes / 4);
+  CachePolicy policy = policy_of(CacheRule::kLru, 8, 1, kExpertBytes / 4);
   std::size_t swaps = 0;
   for (int i = 0; i < 120; ++i) swaps += decode(policy, {1 + i / 20}).size();
   EXPECT_GE(swaps, 2U);
@@ -147,8 +148,9 @@ TEST(CachePolicy, TablesStayPartialInjections) {
     };
     const std::int32_t experts = number(2, 40), slots = number(1, experts), top_k = number(1, 4);
     const auto layers = static_cast<std::size_t>(number(1, 4));
-    CachePolicy policy = policy_of(round % 2 ? CacheRule::kLru : CacheRule::kLfu, experts, slots,
-                                   static_cast<std::uint64_t>(number(0, 12)) * kBytes / 2, layers, top_k);
+    CachePolicy policy =
+        policy_of(round % 2 ? CacheRule::kLru : CacheRule::kLfu, experts, slots,
+                  static_cast<std::uint64_t>(number(0, 12)) * kExpertBytes / 2, layers, top_k);
     std::set<std::pair<std::size_t, std::int32_t>> used;
     for (int step = 0; step < 100; ++step) {
       const bool is_decode = number(0, 5) > 0;

@@ -146,7 +146,7 @@ def test_it_gives_what_a_static_placement_gives_in_every_kind_of_step(tmp_path: 
     """Prompts between, batches of two, a session that ends: as without a cache."""
     slots(3)
     model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)
-    texts = [token_ids(model, 30, seed=seed)[0].tolist() for seed in (1, 2, 3)]
+    texts = [token_ids(model, 40, seed=seed)[0].tolist() for seed in (1, 2, 3)]
     found = []
     with emulated_gpu(compute_capability=89):
         for policy, pins in (("static", ("*=gpu:0", "moe.experts=cpu")), ("lfu", ("*=gpu:0",))):
@@ -155,12 +155,12 @@ def test_it_gives_what_a_static_placement_gives_in_every_kind_of_step(tmp_path: 
             first, second = exe.runtime.session(), exe.runtime.session()
             rows.append(first.prefill(texts[0][:20]))
             rows.append(second.prefill(texts[1][:3]))
-            for t in range(20, 30):
+            for t in range(20, 40):
                 rows += list(exe.runtime.decode([first, second], [texts[0][t], texts[1][t - 17]]))
             second.close()
             third = exe.runtime.session()
-            rows.append(third.prefill(texts[2][:27]))
-            for t in range(27, 30):
+            rows.append(third.prefill(texts[2][:35]))
+            for t in range(35, 40):
                 rows += list(exe.runtime.decode([third], [texts[2][t]]))
             found.append(np.stack(rows))
             stats = exe.stats["gpu"]

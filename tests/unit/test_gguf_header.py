@@ -260,7 +260,7 @@ def test_what_needs_a_checkpoint_refuses_a_file(tmp_path):
     path = gguf_models.write(tmp_path / "m.gguf", tiny_models.build("qwen3_moe", num_hidden_layers=1))
     with pytest.raises(HetcompError, match=r"m\.gguf is a GGUF file, but importance runs the model in transformers"):
         importance_from_text(path, tmp_path / "text", tmp_path / "out")
-    with pytest.raises(HetcompError, match="Adapters are not merged into GGUF files"):
+    with pytest.raises(HetcompError, match="Adapters are not merged into GGUF and ONNX files"):
         hetcomp.compile(path, hw_profile="preset:9950x-64gb", adapters=[tmp_path], merge=True, out=tmp_path / "m.hetc")
     with pytest.raises(HetcompError, match=r"words has no tokenizer\.json"):
         hetcomp.compile(path, tokenizer=tmp_path / "words", out=tmp_path / "m.hetc")
