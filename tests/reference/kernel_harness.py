@@ -19,7 +19,9 @@ import numpy.typing as npt
 from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.native_compiler import isa_flags
 from hetcomp.backends.packing import TAKEN_OVER
+from hetcomp.backends.precompiled_header import precompiled_header
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
+from hetcomp.hardware.compilers import probe_cxx
 from hetcomp.hardware.detect import detect_machine
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value, ValueKind
@@ -64,28 +66,20 @@ def _folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="hetcomp-kernels-"))
 
 
+_probed = functools.cache(probe_cxx)
+
+
 def _compile(compiler: str, isa: Isa, source: Path, library: Path, emulate: bool = False) -> None:
-    gcc = Path(compiler).name.startswith("g++")
-    early = (*_GCC, "-Winvalid-pch", "-include", str(_precompiled(isa, _includes(source)))) if gcc else ()
+    found = _probed(compiler)
+    assert found is not None, compiler
+    early: tuple[str, ...] = ()
+    if found.kind == "g++":
+        flags = (*_COMMON, *_GCC, *isa_flags(isa), "-pthread")
+        early = (*_GCC, "-Winvalid-pch", *precompiled_header(found, flags, source.read_text(), _folder()))
     if emulate:
         early = (*early, "-include", str(Path(__file__).with_name("emulated_tiles.h")))
     command = [compiler, *_COMMON, *early, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
-
-
-def _includes(source: Path) -> str:
-    return "".join(line for line in source.read_text().splitlines(keepends=True) if line.startswith("#include <"))
-
-
-@functools.cache
-def _precompiled(isa: Isa, includes: str) -> Path:
-    """A header of these system headers with its precompiled form beside it: reading them takes g++ half of a kernel's
-    time otherwise."""
-    header = _folder() / f"{isa.value}-{hashlib.sha256(includes.encode()).hexdigest()[:8]}.h"
-    header.write_text(includes)
-    command = ["g++", *_COMMON, *_GCC, *isa_flags(isa), "-pthread", "-x", "c++-header", str(header)]
-    subprocess.run([*command, "-o", f"{header}.gch"], check=True)
-    return header
 
 
 @functools.cache
