@@ -12,17 +12,15 @@ from dataclasses import dataclass, replace
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import CacheSlots, ExpertCache, Placement
 from hetcomp.ir.deferral import moe_layers
-from hetcomp.ir.homes import read_in
-from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.ops import MoeExperts
-from hetcomp.ir.plan import Op, Plan, Template, ValueKind
-from hetcomp.passes.adapter_memory import pair_bytes_on
+from hetcomp.ir.plan import Op, Plan, Template
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import link_gb_per_s
-from hetcomp.passes.memory_table import GPU_RESERVE, workspace_estimate
+from hetcomp.passes.gpu_room import rooms_of_gpus, taken_on
+from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.passes.mix_time import sliced_step_us
 from hetcomp.passes.registry import plan_pass
-from hetcomp.passes.stream_experts import expert_bytes, largest_expert, rooms_of_gpus, stream_bytes
+from hetcomp.passes.stream_experts import expert_bytes, largest_expert, stream_bytes
 
 # Of a predicted step of decoding the link may be busy with experts: its end waits for the copies, and a step with hits
 # takes less than the prediction for the mean.
@@ -117,20 +115,11 @@ def _cached(plan: Plan, context: Context) -> list[_Cached]:
 
 def _room(plan: Plan, context: Context, gpu: str) -> int:
     """Bytes of the GPU that nothing else takes."""
-    readers, pool = read_in(plan), KvPool.of(plan.max_dims())
-    taken = pool.granule_waste + pair_bytes_on(plan, context, gpu)
-    for value in plan.values:
-        if gpu not in readers.get(value.id, ()):
-            continue
-        if value.kind in (ValueKind.WEIGHT, ValueKind.CONST):
-            taken += context.target.packed_bytes(value)
-        elif value.kind is ValueKind.STATE:
-            taken += pool.gpu_bytes(value.type)
     whole = rooms_of_gpus(context)[_number(gpu)]
     streams = stream_bytes(plan, context, whole)
     if plan.stream is not None:  # fewer where another GPU has less room
         streams = 2 * plan.stream.slots * largest_expert(plan, context)
-    return whole - GPU_RESERVE - workspace_estimate(plan) - streams - taken
+    return whole - streams - taken_on(plan, context, gpu)
 
 
 def _number(gpu: str) -> int:

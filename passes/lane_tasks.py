@@ -22,7 +22,14 @@ from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.passes.routing import ReplayedStep, sample_deferral
-from hetcomp.passes.step_placement import by_device, kinds_of_devices, lane_shares, with_cached, with_streamed
+from hetcomp.passes.step_placement import (
+    by_device,
+    kinds_of_devices,
+    lane_shares,
+    moved_to,
+    with_cached,
+    with_streamed,
+)
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
 
@@ -125,8 +132,11 @@ class StepTasks:
         after: tuple[int, ...],
         generator: np.random.Generator,
     ) -> tuple[int, ...]:
+        moved = moved_to(self.plan, placement, self.step)
         if isinstance(op.attrs, ops.Transfer):
-            return self._transfer(template, op, layer, after)
+            return after if moved else self._transfer(template, op, layer, after)
+        if moved:
+            return self._gpu_op(template, op, Placement(moved, streamed=True), layer, after)
         if isinstance(op.attrs, ops.MoeExperts):
             self._moe_layer += 1
             if self.context.statistics is not None or kinds_of_devices(placement) != {"cpu"}:

@@ -10,12 +10,14 @@ from hetcomp.passes.schedule import schedule
 from hetcomp.passes.simulate import timeline
 from hetcomp.passes.slice_numa import slice_numa
 from hetcomp.passes.stream_experts import stream_experts
+from hetcomp.passes.stream_weights import stream_weights
 
 
 def placed_mix_us(plan: Plan, context: Context) -> float:
     """Microseconds of all prompts and answers if the placed plan is sliced, given streams of experts and transfers, and
     scheduled as the pipeline will do it. Routings are drawn from the same seeds for every plan."""
-    ready = ready_to_simulate(stream_experts(slice_numa(plan, context), context), context)
+    sliced = stream_weights(slice_numa(plan, context), context)
+    ready = ready_to_simulate(stream_experts(sliced, context), context)
     steps = enumerate(phases(plan))
     return sum(step.steps * timeline(ready, i, step, context).total_us for i, step in steps if step.steps > 0)
 

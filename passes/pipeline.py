@@ -24,6 +24,7 @@ from hetcomp.passes.schedule import schedule
 from hetcomp.passes.simulate import simulate
 from hetcomp.passes.slice_numa import slice_numa
 from hetcomp.passes.stream_experts import stream_experts
+from hetcomp.passes.stream_weights import stream_weights
 
 PIPELINE: tuple[PlanPass, ...] = (
     bind_weights,  # first: a damaged checkpoint is refused before anything is decided
@@ -32,6 +33,7 @@ PIPELINE: tuple[PlanPass, ...] = (
     annotate_cost,  # needs formats; placement minimises these times
     place,  # needs costs; refuses what does not fit before a weight is read
     slice_numa,  # needs to know which ops a CPU node got
+    stream_weights,  # needs to know what is where and whole; what experts' streams may take comes after
     stream_experts,  # needs to know where experts are and whether they are cut
     cache_experts,  # gets the GPU's memory that all before have left
     insert_transfers,  # needs final devices; adds ops, so order and memory come after

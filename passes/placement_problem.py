@@ -23,6 +23,7 @@ from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.pins import cached_in_cpu_memory, pinned_device
 from hetcomp.passes.placement_groups import beside_experts, op_groups
 from hetcomp.passes.stream_experts import stream_reserves
+from hetcomp.passes.stream_weights import ring_reserves
 from hetcomp.passes.work import activation_bytes, work_of
 
 # Experts in flight to the GPU: two halves of a ring of this many.
@@ -151,7 +152,8 @@ def placement_problem(plan: Plan, context: Context) -> Problem:
     main = max(range(len(nodes)), key=lambda i: (share[i], -i))
     caps = [gpu_limit(context, i) for i in range(len(gpus))]
     streams = [0] * len(caps) if context.planning else stream_reserves(plan, context, caps)
-    caps = [cap - reserved for cap, reserved in zip(caps, streams, strict=True)]
+    rings = ring_reserves(plan, context, caps, streams)
+    caps = [cap - stream - ring for cap, stream, ring in zip(caps, streams, rings, strict=True)]
     # What has no room in memory stays on the disk.
     on_disk = expert_weight_bytes(plan, context) if context.from_disk else 0
     reserve = GPU_RESERVE + KvPool.of(plan.max_dims()).granule_waste

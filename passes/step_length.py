@@ -26,6 +26,7 @@ from hetcomp.passes.placement_problem import placement_problem
 from hetcomp.passes.simulate import timeline
 from hetcomp.passes.slice_numa import slice_numa
 from hetcomp.passes.stream_experts import stream_experts
+from hetcomp.passes.stream_weights import stream_weights
 
 STEP_TOKENS = (512, 1024, 2048, 4096, 8192)
 # Within half a percent are equal, as formats are (passes/format_search.py); the shorter one wins then.
@@ -56,7 +57,8 @@ def request_us(plan: Plan, context: Context, tokens: int, prompt: int, answer: i
     if assignment is None:
         return None
     try:
-        streamed = stream_experts(slice_numa(placed_as(costed, context, problem, assignment), context), context)
+        sliced = slice_numa(placed_as(costed, context, problem, assignment), context)
+        streamed = stream_experts(stream_weights(sliced, context), context)
         ready = ready_to_simulate(cache_experts(streamed, context), context)
     except HetcompError:  # no room for an expert cache
         return None

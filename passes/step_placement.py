@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hetcomp.ir.annotations import ExpertPlacement, ExpertStream, Placement
 from hetcomp.ir.ops import MoeExperts
+from hetcomp.ir.plan import Plan
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
 
@@ -27,6 +28,14 @@ def lane_shares(placement: Placement) -> dict[str, float]:
         sums[lane] += extent
     total = sum(sums.values())
     return {lane: extent / total for lane, extent in sums.items()} if total else {placement.device: 1.0}
+
+
+def moved_to(plan: Plan, placement: Placement, step: Phase) -> str:
+    """The GPU that runs an op of the CPU in this step, with weights that are copied to it; empty: none."""
+    stream = plan.weight_stream
+    if stream is None or step.tokens == step.sequences or step.tokens < stream.tokens:
+        return ""
+    return placement.in_prompts
 
 
 def by_device(placement: Placement, step: Phase) -> dict[str, list[ExpertPlacement]]:

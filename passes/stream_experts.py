@@ -12,18 +12,19 @@ from dataclasses import replace
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.annotations import Curve, ExpertStream, StreamRates
 from hetcomp.ir.deferral import experts_on_cpu, moe_layers
-from hetcomp.ir.homes import memory_of, read_in
+from hetcomp.ir.homes import memory_of
 from hetcomp.ir.kv_pool import KvPool
-from hetcomp.ir.node_parts import gpu_cut_weights
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
-from hetcomp.passes.adapter_memory import pair_bytes, pair_bytes_on
+from hetcomp.passes.adapter_memory import pair_bytes
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import gpu_time, joint_gb_per_s, link_gb_per_s
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
-from hetcomp.passes.memory_table import GPU_RESERVE, gpu_limit, workspace_estimate
+from hetcomp.passes.gpu_room import rooms_of_gpus, taken_on
+from hetcomp.passes.memory_table import GPU_RESERVE, workspace_estimate
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.registry import plan_pass
+from hetcomp.passes.step_placement import moved_to
 from hetcomp.passes.work import Work, work_of
 
 # Memory for experts on their way is worth no more than this part of the GPU's: what it holds is used in prompts only,
@@ -66,22 +67,9 @@ def stream_experts(plan: Plan, context: Context) -> Plan:
 
 def _slots_on(plan: Plan, context: Context, gpu: str, room: int) -> int:
     """Half of the slots of ``gpu`` for experts on their way, within its ``room`` bytes and beside what lies on it."""
-    readers, cuts = read_in(plan), gpu_cut_weights(plan, gpu)
-    pool = KvPool.of(plan.max_dims())
-    used = GPU_RESERVE + pool.granule_waste + workspace_estimate(plan) + pair_bytes_on(plan, context, gpu)
-    for v in plan.values:
-        if v.kind in (ValueKind.WEIGHT, ValueKind.CONST) and (v.id in cuts or gpu in readers[v.id]):
-            used += context.target.packed_bytes(cuts[v.id][0] if v.id in cuts else v)
-        elif v.kind is ValueKind.STATE and gpu in readers[v.id]:
-            used += pool.gpu_bytes(v.type)
     slots = stream_slots(plan, context, room)
-    free = max(0, room - used) // (2 * max(1, largest_expert(plan, context)))
+    free = max(0, room - taken_on(plan, context, gpu)) // (2 * max(1, largest_expert(plan, context)))
     return slots if slots <= free else free if free >= _LEAST_SLOTS else 0
-
-
-def rooms_of_gpus(context: Context) -> list[int]:
-    """Bytes of each GPU that a plan may use; empty where none takes part."""
-    return [gpu_limit(context, i) for i in range(len(context.profile.gpus))] if context.use_gpus else []
 
 
 def stream_slots(plan: Plan, context: Context, room: int) -> int:
@@ -160,7 +148,7 @@ def _spine_us(plan: Plan, context: Context, gpu: Gpu, step: Phase) -> float:
     for call in plan.calls:
         template = plan.template(call.template)
         for op_id, placement in call.placements:
-            if memory_of(placement.device) == "cpu":
+            if memory_of(placement.device) == "cpu" and not moved_to(plan, placement, step):
                 continue
             key = (template.name, op_id)
             if key not in times:

@@ -23,7 +23,7 @@ from hetcomp.adapters.pair_stack import PairStack, common_scale, stack_of
 from hetcomp.adapters.tensor_file import new_file
 from hetcomp.artifact.weight_files import tensor_name
 from hetcomp.backends.adapted_ops import AdaptableWeight, adaptable_weights, pair_bytes
-from hetcomp.backends.gpu.pair_layout import PairLayout, changed_on
+from hetcomp.backends.gpu.pair_layout import PairLayout, changed_on, streamed_to
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.errors import HetcompError
 from hetcomp.ir.homes import on_gpu
@@ -156,7 +156,7 @@ def _gpu_targets(plan: Plan, gpu: str, adapter: Adapter) -> Iterator[_Target]:
     room, layout = plan.adapter_room, PairLayout.of(plan, gpu)
     weights = layout.weights if layout is not None else ()
     held = {value.id for value, _ in weights}
-    computed = changed_on(plan, gpu)
+    computed = changed_on(plan, gpu) | (streamed_to(plan, gpu) if room is None else set())
     for value in plan.values:
         if value.fqn not in adapter.weights or value.id not in computed or value.id in held:
             continue

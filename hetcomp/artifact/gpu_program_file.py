@@ -18,9 +18,11 @@ from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
 from hetcomp.backends.gpu.gpu_program import CONSTANTS, STATES, WEIGHTS, GpuBuffer, GpuProgram
 from hetcomp.backends.gpu.low_rank import PAIR_TABLE, PAIRS
 from hetcomp.backends.gpu.pair_layout import PairLayout
+from hetcomp.backends.gpu.step_graph import StepGraph
+from hetcomp.backends.gpu.weight_stream import RING
 from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES
 
-_SCHEMA = [4, 0]
+_SCHEMA = [5, 0]
 
 
 def write_gpu_program(
@@ -41,21 +43,40 @@ def write_gpu_program(
         "device_bytes": program.device_bytes(compiled),
         "flags": len(program.exchange.hand_overs),
         "buffers": [_buffer(buffer, program, records) for buffer in program.buffers()],
-        "graphs": [
-            {"batch": g.rows.count, "exact": g.rows.exact, "adapted": g.adapted, "nodes": g.nodes}
-            for g in program.graphs
-        ],
+        "graphs": [_graph(graph, cpu_weights) for graph in program.graphs],
     }
     if program.pairs is not None:
         document["adapters"] = _adapters(program.pairs)
     if program.stream is not None:
         document["stream"] = _stream(program.stream, program, cpu_weights)
+    if program.ring is not None:
+        flags = {"first_flag": program.ring.first_flag, "flags": program.weight_flags}
+        document["weight_stream"] = {"buffer": RING, **flags}
     if program.expert_cache is not None:
         document["expert_cache"] = _expert_cache(program.expert_cache, program)
     file = f"gpu/program-{program.number}.json"
     (folder / file).write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
     weight_files = sorted({record.file for record in records})
     return {"device": program.device, "program": file, "weight_files": weight_files}
+
+
+def _graph(graph: StepGraph, cpu_weights: Sequence[str]) -> dict[str, Any]:
+    number = {name: i for i, name in enumerate(cpu_weights)}
+    portions = [
+        {
+            "flag": portion.flag,
+            **({} if portion.after is None else {"after": portion.after}),
+            "copies": [{"weight": number[a.weight], "bytes": a.bytes, "to": a.to} for a in portion.arrivals],
+        }
+        for portion in graph.portions
+    ]
+    return {
+        "batch": graph.rows.count,
+        "exact": graph.rows.exact,
+        "adapted": graph.adapted,
+        "nodes": graph.nodes,
+        **({"portions": portions} if portions else {}),
+    }
 
 
 def _constants(program: GpuProgram) -> str:

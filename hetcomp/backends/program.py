@@ -178,6 +178,7 @@ def _template(
             "rows": _rows(template, op),
             "workspace": address.get(f"workspace:{op.id}", "nullptr"),
             "hands": role.value,
+            "moved": op.id in side.moved,
             "flag": flags.get(op.id, 0),
             "parts": (),
             "deferral": None,
@@ -219,6 +220,7 @@ def _template(
         "name": template.name,
         "params": formals,
         "ops": ops,
+        "moves": bool(side.moved),
         "calls": [
             {
                 "index": i,

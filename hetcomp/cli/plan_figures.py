@@ -28,6 +28,7 @@ from hetcomp.prediction import trace
 
 KV_CACHE, WORKSPACE = "KV cache", "activations"
 RING, GPU_RUNTIME = "ring for streamed experts", "GPU runtime (reserved)"
+WEIGHT_RING = "ring for streamed weights"
 CACHE = "slots of the expert cache"
 ADAPTERS = "room for LoRA adapters"
 
@@ -296,6 +297,8 @@ def device_memory(
             parts[gpu][RING] += 2 * STAGED_EXPERTS * largest_expert
         if plan.stream is not None and gpu in rings:
             parts[gpu][RING] += plan.stream.ring * largest_expert
+        if plan.weight_stream is not None and gpu in plan.weight_stream.gpus:
+            parts[gpu][WEIGHT_RING] += plan.weight_stream.ring_bytes
         if plan.expert_cache is not None and (cache := plan.expert_cache.on(gpu)) is not None:
             parts[gpu][CACHE] += cache.bytes
     main = next((p.device for _, _, p in placed_ops(plan) if p.device.startswith("cpu")), "cpu:0")
@@ -331,7 +334,7 @@ def _device_memory(
     return DeviceMemory(device, name, tuple((what, size) for what, size in ordered if size), limit)
 
 
-_ORDER = {KV_CACHE: 1, WORKSPACE: 2, CACHE: 3, RING: 4, ADAPTERS: 5, GPU_RUNTIME: 6}
+_ORDER = {KV_CACHE: 1, WORKSPACE: 2, CACHE: 3, RING: 4, WEIGHT_RING: 4, ADAPTERS: 5, GPU_RUNTIME: 6}
 
 
 def layer_us(events: Sequence[Event]) -> dict[int, float]:

@@ -132,7 +132,8 @@ def _describe(plan: Plan, call: Call) -> tuple[str, str]:
                 streamed = f", in prefill streamed to {run.streamed_to}" if run.streamed_to else ""
                 experts[run.device + streamed] += run.last - run.first + 1
         elif op.kind in ("linear", "attention", "head_linear"):
-            dense[placement.device + (" (streamed)" if placement.streamed else "")] += 1
+            moved = f" (in prompts {placement.in_prompts})" if placement.in_prompts else ""
+            dense[placement.device + (" (streamed)" if placement.streamed else moved)] += 1
     spelled = ", ".join(f"{n} on {device}" for device, n in sorted(experts.items()))
     return ", ".join(device for device, _ in dense.most_common()), spelled or "–"
 

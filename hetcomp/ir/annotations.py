@@ -75,13 +75,16 @@ class Placement:
     input is and its sum is wanted. ``streamed``: the op runs on its GPU with weights that live in CPU memory and
     are copied there in every step. ``slices`` is filled by slice_numa
     (a single one by place, where experts lie on one node as a whole). ``deferred`` is filled by defer_experts: of a
-    generated token at most so many choices of experts on the CPU are added at the next MoE layer."""
+    generated token at most so many choices of experts on the CPU are added at the next MoE layer. ``in_prompts``: an
+    op of the CPU that this GPU runs instead in steps of the plan's ``weight_stream``, with weights that are copied to
+    it; of a transfer: both ends are on this GPU then, and nothing is moved."""
 
     device: str
     experts: tuple[ExpertPlacement, ...] = ()
     slices: tuple[NodeSlice, ...] = ()
     streamed: bool = False
     deferred: int = 0
+    in_prompts: str = ""
 
 
 Curve = tuple[tuple[int, float], ...]
@@ -117,6 +120,18 @@ class ExpertStream:
     def waves(self, experts: int) -> int:
         """Of a layer that streams up to so many experts."""
         return max(1, -(-experts // self.slots))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStream:
+    """In steps of a prompt of at least ``tokens`` tokens weights of linear layers in CPU memory are copied to GPUs,
+    which then run these layers (``Placement.in_prompts``). ``ring_bytes``: of the memory that they come to, on each of
+    ``gpus``; ``bytes``: of all that is copied in a step."""
+
+    tokens: int
+    ring_bytes: int
+    bytes: int
+    gpus: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,11 +39,13 @@ def cpu_role(op: Op, placement: Placement | None, template: Template) -> CpuRole
 @dataclass(frozen=True, slots=True)
 class CpuTemplate:
     """The CPU's side of a template: its ops in order, with barriers where they belong among these alone; their roles;
-    the activations that live in the CPU's arena, and those in pinned memory."""
+    the activations that live in the CPU's arena, and those in pinned memory. ``moved``: ops that it has no part in
+    where weights are streamed to a GPU."""
 
     template: Template
     roles: Mapping[str, CpuRole]
     arena: frozenset[str]
+    moved: frozenset[str]
 
 
 def cpu_templates(plan: Plan) -> dict[str, CpuTemplate]:
@@ -73,7 +75,8 @@ def _cpu_template(template: Template, placements: Mapping[str, Placement]) -> Cp
         schedule = None if op.schedule is None else replace(op.schedule, barrier_before=barrier)
         kept.append(replace(op, schedule=schedule))
         barrier = False
-    return CpuTemplate(replace(template, ops=tuple(kept)), roles, _arena(template, kept, roles))
+    moved = frozenset(op for op in roles if op in placements and placements[op].in_prompts)
+    return CpuTemplate(replace(template, ops=tuple(kept)), roles, _arena(template, kept, roles), moved)
 
 
 def _arena(template: Template, kept: list[Op], roles: Mapping[str, CpuRole]) -> frozenset[str]:

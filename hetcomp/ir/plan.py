@@ -27,11 +27,12 @@ from hetcomp.ir.annotations import (
     Schedule,
     Solution,
     Timeline,
+    WeightStream,
 )
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 5)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 6)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):
@@ -195,11 +196,12 @@ class ModelInfo:
 class Plan:
     """See the module's text. ``dims`` fixes the bounds of T, R, slots and context. ``established`` names the
     invariants that the passes run so far have established. ``mix`` is the use that it is optimised for,
-    ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill; ``expert_cache``:
-    some of them are on the GPU, others from step to step. ``disk``: experts are read from the disk. ``deferral``: what
-    deferring experts was measured to cost, if it was; ``cache_choice``: how the policy of the expert cache was found,
-    if a routing trace decided. ``adapters``: what changes the model's weights; ``adapter_room``: what there is memory
-    for that changes them at run time (None: nothing on GPUs)."""
+    ``solution`` how its placement was found; ``stream``: experts are streamed to the GPU in prefill; ``weight_stream``:
+    weights of linear layers are; ``expert_cache``: some experts are on the GPU, others from step to step. ``disk``:
+    experts are read from the disk. ``deferral``: what deferring experts was measured to cost, if it was;
+    ``cache_choice``: how the policy of the expert cache was found, if a routing trace decided. ``adapters``: what
+    changes the model's weights; ``adapter_room``: what there is memory for that changes them at run time (None:
+    nothing on GPUs)."""
 
     model: ModelInfo
     dims: tuple[Dim, ...]
@@ -214,6 +216,7 @@ class Plan:
     mix: Mix | None = None
     solution: Solution | None = None
     stream: ExpertStream | None = None
+    weight_stream: WeightStream | None = None
     deferral: DeferralQuality | None = None
     expert_cache: ExpertCache | None = None
     disk: DiskReads | None = None

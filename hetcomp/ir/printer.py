@@ -79,6 +79,12 @@ def _moving_experts(plan: Plan) -> Iterator[str]:
         yield f"  experts from the disk: {plan.disk.bytes} bytes, memory for {plan.disk.room}"
     if plan.stream is not None:
         yield f"  experts streamed to the GPU in prefill, {plan.stream.slots} of a layer at once"
+    if plan.weight_stream is not None:
+        w = plan.weight_stream
+        yield (
+            f"  weights streamed to {', '.join(w.gpus)} in prompts of {w.tokens} tokens and more: {w.bytes} bytes "
+            f"through {w.ring_bytes}"
+        )
     if plan.expert_cache is not None:
         yield f"  expert cache {plan.expert_cache.policy} of {len(plan.expert_cache.first)} layers"
         for c in plan.expert_cache.gpus:

@@ -67,7 +67,7 @@ void Model::load_gpus(const LoadOptions& options) {
   for (std::size_t i = 0; i < programs.size(); ++i)
     gpu_uses_.push_back(
         {programs[i].device().name, programs[i].device().ordinal, programs[i].device_bytes()});
-  statistics_.gpu = {gpu_uses_, {}, {}, {}};
+  statistics_.gpu = {gpu_uses_, {}, {}, {}, {}};
 }
 
 // Experts are copied to GPUs from where the CPU reads them. Mapped files would have to stay in memory for it.
@@ -412,6 +412,7 @@ void Model::reset_statistics() {
 void Model::read_gpu_statistics() {
   statistics_.gpu->stream = gpu_->stream_statistics();
   statistics_.gpu->cache = gpu_->cache_statistics();
+  statistics_.gpu->weight_bytes = gpu_->weight_bytes();
 }
 
 std::string Model::expert_statistics_json() const {

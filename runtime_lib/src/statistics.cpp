@@ -43,6 +43,7 @@ nlohmann::ordered_json gpu_json(const GpuStatistics& gpu) {
                         {"experts_copied", gpu.stream->experts_copied},
                         {"bytes", gpu.stream->bytes}};
   }
+  if (gpu.weight_bytes) json["streamed_weight_bytes"] = *gpu.weight_bytes;
   if (gpu.cache) {
     json["cache"] = {{"hits", gpu.cache->hits},
                      {"misses", gpu.cache->misses},

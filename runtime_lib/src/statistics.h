@@ -43,6 +43,7 @@ struct GpuStatistics {
   std::map<std::int32_t, std::int64_t> steps;   // by the batch size of the graph that was run
   std::optional<gpu::StreamStatistics> stream;  // of experts that were copied to GPUs in prompts
   std::optional<gpu::CacheStatistics> cache;    // of experts that they keep
+  std::optional<std::uint64_t> weight_bytes;    // copied to GPUs in prompts, of other weights
 };
 
 struct Statistics {

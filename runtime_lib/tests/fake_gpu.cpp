@@ -164,7 +164,7 @@ FakeGpuArtifact::FakeGpuArtifact(int layers) : layers_(layers) {
   Json graphs = Json::array();
   for (const int batch : {1, 2})
     graphs.push_back({{"batch", batch}, {"exact", true}, {"nodes", nodes(batch == 1 ? layers : 0)}});
-  write("program.json", {{"schema", {4, 0}},
+  write("program.json", {{"schema", {5, 0}},
                          {"device", "gpu:0"},
                          {"device_bytes", 1 << 20},
                          {"flags", layers},

@@ -309,7 +309,7 @@ void FakeHybrid::write_gpu() const {
   }
   const bool with_cpu = parts_ == Parts::kGpuAndCpu;
   const Json program{
-      {"schema", {4, 0}},
+      {"schema", {5, 0}},
       {"device", "gpu:0"},
       {"device_bytes", 32 << 20},
       {"flags", with_cpu ? 2 : 0},

@@ -92,7 +92,7 @@ def main() -> None:
     }
     kinds = {"input": "step", "output": "pinned_out", "crossing": "pinned_out", "x": "arena", "meanwhile": "arena"}
     program = {
-        "schema": [4, 0],
+        "schema": [5, 0],
         "device": "gpu:0",
         "device_bytes": 1 << 20,
         "flags": LAYERS,

@@ -68,7 +68,7 @@ struct Step {
   std::array<std::int32_t, kEntries> now{};
   Rows sum{}, deferred{};
   std::vector<Rows> answers;
-  hetcomp_hand_over hand_over{this, wait, answer, nullptr, UINT32_MAX};
+  hetcomp_hand_over hand_over{this, wait, answer, nullptr, 0, UINT32_MAX};
 
   static int wait(void* host, std::uint32_t layer) {
     auto& d = *static_cast<Step*>(host);

@@ -237,7 +237,7 @@ struct HandOvers {
   std::vector<std::int64_t> answers;     // sums of to_gpu
   std::atomic<std::int64_t> left_at{0};  // sum of the flags at which lanes left
   std::atomic<int> lanes{0};
-  hetcomp_hand_over hand_over{this, wait, answer, nullptr, UINT32_MAX};
+  hetcomp_hand_over hand_over{this, wait, answer, nullptr, 0, UINT32_MAX};
 
   static int wait(void* host, std::uint32_t flag) {
     auto& d = *static_cast<HandOvers*>(host);

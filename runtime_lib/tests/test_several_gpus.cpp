@@ -41,7 +41,7 @@ Json program(const std::string& device, const std::vector<std::pair<std::string,
   Json list = Json::array();
   for (const auto& [name, kind] : buffers)
     list.push_back({{"name", name}, {"bytes", kRowBytes}, {"kind", kind}});
-  return {{"schema", {4, 0}},        {"device", device},
+  return {{"schema", {5, 0}},        {"device", device},
           {"device_bytes", 1 << 20}, {"flags", 3},
           {"buffers", list},         {"graphs", {{{"batch", 1}, {"exact", true}, {"nodes", nodes}}}}};
 }

@@ -170,7 +170,7 @@ def test_through_the_ring_come_the_bytes_of_pinned_memory(rate: StreamRates, tmp
             notes = [note for note in exe.stats["notes"] if "cannot be pinned" in note]
             exe.runtime.close()
         assert copied == found[-1][1]["bytes"] > 0
-        assert len(notes) == refuse and all("A thread copies experts to the GPU through 16" in note for note in notes)
+        assert len(notes) == refuse and all("A thread copies weights to the GPU through 16" in note for note in notes)
     assert found[0] == found[1]
 
 

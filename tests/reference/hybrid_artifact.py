@@ -132,7 +132,7 @@ def write_hybrid_artifact(folder: Path, model: HybridModel, batches: Sequence[in
     graphs = [{"batch": rows, "exact": True, "nodes": _nodes(rows, kernels)} for rows in batches]
     graphs.append({"batch": MAX_TOKENS, "exact": False, "nodes": _nodes(None, kernels)})
     buffers = _buffers(folder, model)
-    head = {"schema": [4, 0], "device": "gpu:0", "device_bytes": 1 << 20, "flags": 1}
+    head = {"schema": [5, 0], "device": "gpu:0", "device_bytes": 1 << 20, "flags": 1}
     program = {**head, "buffers": buffers, "graphs": graphs}
     (folder / "gpu" / "program.json").write_text(json.dumps(program))
     write_kernels(compiler.compile_kernels(kernels, (90,), threads=1), folder / "gpu")

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from hetcomp.backends.exchange import EXPERT_SUM, Exchange
-from hetcomp.backends.gpu.flat_ops import flat_ops
 from hetcomp.backends.gpu.gpu_program import lower_programs
 from hetcomp.backends.gpu.step_events import AskExperts, AwaitExperts, Run, SomeExperts, step_events
 from hetcomp.backends.program import ProgramLayout, render_program
@@ -16,6 +15,7 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import select_kernels
 from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
+from hetcomp.ir.flat_ops import flat_ops
 from hetcomp.ir.node_parts import cut_weights, gpu_cut_weights
 from hetcomp.ir.serialise import to_json
 from hetcomp.ir.verifier import verify

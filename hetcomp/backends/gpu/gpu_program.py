@@ -14,17 +14,21 @@ from hetcomp.backends.gpu.candidates import CANDIDATE_WORDS
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
-from hetcomp.backends.gpu.flat_ops import FlatOp, flat_ops
 from hetcomp.backends.gpu.kernels import GpuKernel
 from hetcomp.backends.gpu.low_rank import OF_ROW, PAIR_TABLE, PAIRS
-from hetcomp.backends.gpu.lower_step import ARENA, BEST, CANDIDATES, LOGITS, Place, Rows, StepGraph, StepLowering
+from hetcomp.backends.gpu.lower_step import ARENA, BEST, CANDIDATES, LOGITS, StepLowering
 from hetcomp.backends.gpu.pair_layout import PairLayout
+from hetcomp.backends.gpu.prompt_ops import PromptOps, prompt_ops
 from hetcomp.backends.gpu.step_events import step_events
+from hetcomp.backends.gpu.step_graph import Place, Rows, StepGraph
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
+from hetcomp.backends.gpu.weight_stream import RING, WeightRing
+from hetcomp.ir.flat_ops import FlatOp, flat_ops
 from hetcomp.ir.homes import on_gpu, read_in
 from hetcomp.ir.kv_pool import GpuCacheMemory, KvPool, block_bytes
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value, ValueKind
+from hetcomp.ir.step_rows import decode_rows, prompt_rows
 
 WEIGHTS, STATES, CONSTANTS = "weights", "states", "constants"
 _ALIGNMENT = 256  # of everything in a buffer: what cuMemAlloc gives
@@ -39,9 +43,6 @@ _STEP = {
     "logit_row_count": "",
     "inverse_temperatures": "R",
 }
-# Rows of decode graphs, and the bounds of those for prompts below the largest.
-_DECODE_ROWS = (1, 2, 4, 8, 16)
-_PROMPT_ROWS = (64, 512)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class GpuProgram:
     stream: StreamLayout | None
     expert_cache: CacheLayout | None
     pairs: PairLayout | None
+    ring: WeightRing | None
+
+    @property
+    def weight_flags(self) -> int:
+        """Of portions of streamed weights, in any graph."""
+        return max(len(graph.portions) for graph in self.graphs)
 
     @property
     def number(self) -> int:
@@ -120,10 +127,11 @@ class GpuProgram:
         return tuple(buffer for buffer in found if buffer.bytes)
 
     def _stream_buffers(self) -> list[GpuBuffer]:
+        ring = [GpuBuffer(RING, self.ring.bytes, "stream")] if self.ring is not None else []
         if self.stream is None:
-            return []
+            return ring
         slots = [GpuBuffer(name, size, "stream") for name, size in self.stream.buffers]
-        return [*slots, GpuBuffer(TABLES, self.stream.tables_bytes, "stream")]
+        return [*ring, *slots, GpuBuffer(TABLES, self.stream.tables_bytes, "stream")]
 
     def _cache_buffers(self) -> list[GpuBuffer]:
         if self.expert_cache is None:
@@ -150,7 +158,14 @@ def lower_programs(plan: Plan, tiles: TileChoices = BY_TABLE) -> tuple[GpuProgra
     Raises HetcompError if there is no kernel for an op that is placed on a GPU.
     """
     exchange, flat = Exchange.of(plan), flat_ops(plan)
-    return tuple(_lower(plan, gpu, exchange, tiles, *flat) for gpu in on_gpu(plan))
+    streams = {gpu: StreamLayout.of(plan, exchange, gpu) for gpu in on_gpu(plan)}
+    waves = sum(layer.waves for stream in streams.values() if stream is not None for layer in stream.layers)
+    flag = len(exchange.hand_overs) + waves
+    programs: list[GpuProgram] = []
+    for gpu, stream in streams.items():
+        programs.append(_lower(plan, gpu, exchange, tiles, stream, flag, *flat))
+        flag += programs[-1].weight_flags
+    return tuple(programs)
 
 
 def _lower(
@@ -158,10 +173,11 @@ def _lower(
     gpu: str,
     exchange: Exchange,
     tiles: TileChoices,
+    stream: StreamLayout | None,
+    first_weight_flag: int,
     ops: tuple[FlatOp, ...],
     values: Mapping[str, Value],
 ) -> GpuProgram:
-    stream = StreamLayout.of(plan, exchange, gpu)
     expert_cache = CacheLayout.of(plan, exchange, gpu, stream)
     cuts = gpu_cut_weights(plan, gpu)
     readers = read_in(plan)
@@ -173,41 +189,57 @@ def _lower(
     dims = {**plan.max_dims(), "cache_block": block, "slot_blocks": cache.slot_blocks}
     places = {**_in_a_row(WEIGHTS, weights), **in_block}
     places |= {v.id: Place(v.fqn or v.id) for v in plan.values if v.kind is ValueKind.INPUT}
-    events = step_events(ops, exchange, gpu)
     constants: dict[tuple[int, ...], int] = {}
     pairs = PairLayout.of(plan, gpu)
-    graphs = [
-        StepLowering(
-            gpu,
-            events,
-            dict(values),
-            dict(places),
-            exchange,
-            stream,
-            expert_cache,
-            dims,
-            rows,
-            constants,
-            tiles,
-            tables,
-        ).lower()
-        for tables in (None, *([pairs.tables()] if pairs else []))
-        for rows in _all_rows(plan)
-    ]
+    usual = PromptOps(ops, dict(values), {})
+    moved, ring = prompt_ops(ops, values, gpu, places), None
+    if plan.weight_stream is not None and moved.arriving:
+        ring = WeightRing(plan.weight_stream.ring_bytes, first_weight_flag)
+    graphs = []
+    for tables in (None, *([pairs.tables()] if pairs else [])):
+        for rows in _all_rows(plan):
+            # Adapters are added where the plan has their weights, so that graphs which add them leave them there.
+            streams = plan.weight_stream is not None and tables is None and rows.streams(plan.weight_stream)
+            step = moved if streams else usual
+            lowering = StepLowering(
+                gpu,
+                step_events(step.ops, exchange, gpu),
+                dict(step.values),
+                dict(places),
+                exchange,
+                stream,
+                expert_cache,
+                dims,
+                rows,
+                constants,
+                tiles,
+                tables,
+                step.arriving,
+                ring if streams else None,
+            )
+            graphs.append(lowering.lower())
     by_part = {cuts[v.id][0].id: (v, cuts[v.id][1]) for v in stored if v.id in cuts}
     table = b"".join(struct.pack(f"<{len(row)}i", *row).ljust(-(-4 * len(row) // 64) * 64, b"\0") for row in constants)
     return GpuProgram(
-        plan, gpu, tuple(weights), by_part, cache, places, table, tuple(graphs), exchange, stream, expert_cache, pairs
+        plan,
+        gpu,
+        tuple(weights),
+        by_part,
+        cache,
+        places,
+        table,
+        tuple(graphs),
+        exchange,
+        stream,
+        expert_cache,
+        pairs,
+        ring,
     )
 
 
 def _all_rows(plan: Plan) -> list[Rows]:
-    tokens, logit_rows, slots = plan.dim("T").max, plan.dim("R").max, plan.dim("slots").max
-    most = min(tokens, logit_rows)
-    decode = [n for i, n in enumerate(_DECODE_ROWS) if n <= most and (i == 0 or _DECODE_ROWS[i - 1] < slots)]
-    prompts = sorted({*(n for n in _PROMPT_ROWS if n < tokens), tokens} - set(decode))
-    exact = [Rows(n, True, n) for n in decode]
-    return [*exact, *(Rows(n, False, min(n, logit_rows)) for n in prompts)]
+    exact = [Rows(n, True, n) for n in decode_rows(plan)]
+    return [*exact, *(Rows(n, False, min(n, plan.dim("R").max)) for n in prompt_rows(plan))]
 
 
 def _in_a_row(buffer: str, values: Sequence[Value]) -> dict[str, Place]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hetcomp.backends import packing
 from hetcomp.backends.exchange import EXPERT_INPUTS, EXPERT_SUM, VALUE, Exchange
 from hetcomp.backends.gpu.argmax import argmax
 from hetcomp.backends.gpu.candidates import CANDIDATES_FROM, candidates
@@ -27,8 +28,10 @@ from hetcomp.backends.gpu.step_events import (
     TakeValue,
     reads_of,
 )
+from hetcomp.backends.gpu.step_graph import Await, Place, Raise, Rows, StepGraph
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.triton_backend import TritonBackend
+from hetcomp.backends.gpu.weight_stream import RING, Portion, Wanted, WeightRing, portions_of
 from hetcomp.ir.hand_overs import HandOver
 from hetcomp.ir.homes import CPU
 from hetcomp.ir.lifetimes import Lifetime, place_lifetimes
@@ -39,58 +42,6 @@ from hetcomp.ir.types import DType, TensorType
 
 ARENA = "arena"
 LOGITS, BEST, CANDIDATES = "logits", "best", "candidates"
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a graph: exactly ``count`` of them, logits of each; or up to ``count``, and logits of up to
-    ``logit_rows``."""
-
-    count: int
-    exact: bool
-    logit_rows: int
-
-    def dims(self, dims: Mapping[str, int]) -> dict[str, int]:
-        """The plan's bounds with those of the rows."""
-        return {**dims, "T": self.count, "R": self.logit_rows}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Bytes from ``offset`` on of a buffer of the program."""
-
-    buffer: str
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Raise:
-    """Raises the flag for the side that waits for it."""
-
-    flag: int
-    to: str
-
-
-@dataclass(frozen=True)
-class Await:
-    """Waits for the flag that the other side raises."""
-
-    flag: int
-    source: str
-
-
-@dataclass(frozen=True)
-class StepGraph:
-    """The nodes of a step, one after the other; ``kernels`` by name, ``arena_bytes`` of device memory. ``groups``: what
-    the launches come from, ``values``: what these read and write, by id. ``adapted``: it adds the pairs of adapters."""
-
-    rows: Rows
-    nodes: tuple[dict[str, Any], ...]
-    kernels: Mapping[str, GpuKernel]
-    arena_bytes: int
-    groups: tuple[GpuGroup, ...] = ()
-    values: Mapping[str, Value] = field(default_factory=dict)
-    adapted: bool = False
 
 
 def named_by(group: GpuGroup) -> Op:
@@ -104,7 +55,8 @@ class StepLowering:
 
     ``values`` by id, those of the step and of the plan; ``places``: of values outside of the arena (weights, states, a
     step's inputs). ``dims``: as of GpuRequest, and ``slot_blocks``. ``residents``: places of tables of resident
-    experts, filled as they are needed (``constants``: their numbers). ``pairs``: of adapters that the graph adds."""
+    experts, filled as they are needed (``constants``: their numbers). ``pairs``: of adapters that the graph adds.
+    ``arriving``: as of PromptOps, ``ring``: for these."""
 
     gpu: str
     events: Sequence[Event]
@@ -118,6 +70,8 @@ class StepLowering:
     constants: dict[tuple[int, ...], int]
     tiles: TileChoices = BY_TABLE
     pairs: PairTables | None = None
+    arriving: Mapping[str, str] = field(default_factory=dict)
+    ring: WeightRing | None = None
     steps: list[GpuGroup | Raise | Await] = field(default_factory=list)
 
     def lower(self) -> StepGraph:
@@ -125,7 +79,7 @@ class StepLowering:
         self._place_results()
         for i, event in enumerate(self.events):
             self._lower_event(i, event)
-        return self._graph()
+        return self._graph(self._stream_weights())
 
     @property
     def _exact(self) -> int | None:
@@ -319,7 +273,26 @@ class StepLowering:
         end = next((i for i, e in enumerate(later) if isinstance(e, AskExperts | GiveValue)), len(later))
         return all(name not in reads_of(e) for e in later[end:])
 
-    def _graph(self) -> StepGraph:
+    def _stream_weights(self) -> tuple[Portion, ...]:
+        """Gives the arriving weights places, and the launches that read them waits and hand-overs around."""
+        if self.ring is None:
+            return ()
+        wanted: list[Wanted] = []
+        for i, step in enumerate(self.steps):
+            names = [n for n in step.inputs if n in self.arriving] if isinstance(step, GpuGroup) else []
+            sizes = {name: (self.arriving[name], packing.packed_bytes(self.values[name])) for name in names}
+            wanted += [Wanted(i, sizes)] if sizes else []
+        portions = portions_of(wanted, self.ring.bytes, self.ring.first_flag)
+        before = {portion.first: Await(portion.flag, CPU) for portion in portions}
+        behind = {portion.last: Raise(portion.flag, CPU) for portion in portions}
+        steps: list[GpuGroup | Raise | Await] = []
+        for i, step in enumerate(self.steps):
+            steps += [*([before[i]] if i in before else []), step, *([behind[i]] if i in behind else [])]
+        self.steps = steps
+        self.places |= {a.value: Place(RING, a.to) for portion in portions for a in portion.arrivals}
+        return portions
+
+    def _graph(self, portions: tuple[Portion, ...]) -> StepGraph:
         slots, arena = self._arena()
         nodes: list[dict[str, Any]] = []
         kernels: dict[str, GpuKernel] = {}
@@ -335,7 +308,8 @@ class StepLowering:
         for i, node in enumerate(nodes):
             node["after"] = [i - 1] if i else []
         groups = tuple(step for step in self.steps if isinstance(step, GpuGroup))
-        return StepGraph(self.rows, tuple(nodes), kernels, arena, groups, self.values, self.pairs is not None)
+        adapted = self.pairs is not None
+        return StepGraph(self.rows, tuple(nodes), kernels, arena, groups, self.values, adapted, portions)
 
     def _arena(self) -> tuple[dict[str, int], int]:
         """Offsets of the values and workspaces, and the size: the steps run one after the other."""

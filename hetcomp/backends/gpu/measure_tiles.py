@@ -20,7 +20,7 @@ from hetcomp.backends.gpu.compile_kernels import CompiledKernel, compile_candida
 from hetcomp.backends.gpu.gpu_program import lower_programs
 from hetcomp.backends.gpu.groups import GpuGroup
 from hetcomp.backends.gpu.kernels import GpuCode, Operand
-from hetcomp.backends.gpu.lower_step import StepGraph
+from hetcomp.backends.gpu.step_graph import StepGraph
 from hetcomp.backends.gpu.tile_choices import MeasuredTile, TileChoices
 from hetcomp.backends.gpu.tile_timer import TileTimer, TimedBuffer, TimedLaunch, TimingJob, VariantTime
 from hetcomp.backends.gpu.timing_data import TimingData

@@ -77,3 +77,16 @@ def changed_on(plan: Plan, gpu: str) -> set[str]:
             if streams or gpu in homes:
                 found |= {actual[name] for name in op.inputs[3:5]}
     return found
+
+
+def streamed_to(plan: Plan, gpu: str) -> set[str]:
+    """Ids of the plan's weights that adapters may change and that are copied to ``gpu`` in prompts (experts apart): it
+    has no pairs for them, and graphs that add adapters leave them to the CPU."""
+    found: set[str] = set()
+    for call in plan.calls:
+        template, placements = plan.template(call.template), dict(call.placements)
+        actual = dict(zip(template.params, call.args, strict=True))
+        for op in template.ops:
+            if placements[op.id].in_prompts == gpu:
+                found |= {actual[name] for name in op.inputs if name in actual}
+    return found & set(adaptable_weights(plan))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hetcomp.backends.exchange import Exchange
-from hetcomp.backends.gpu.flat_ops import FlatOp
+from hetcomp.ir.flat_ops import FlatOp
 from hetcomp.ir.hand_overs import HandOver
 from hetcomp.ir.homes import memory_of
 from hetcomp.ir.node_parts import NodePart, gpu_part

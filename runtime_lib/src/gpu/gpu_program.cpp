@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <tuple>
 
 #include "../file.h"
 #include "../status.h"
@@ -65,6 +66,8 @@ struct GpuProgram::Resources {
     if (program.stream)
       experts = std::make_unique<ExpertStream>(driver, context, program, buffers, shared, stream.get(),
                                                *copies, cache.get());
+    if (program.weight_stream)
+      weights = std::make_unique<WeightStream>(driver, context, program, buffers, shared);
     if (program.adapters) adapters = std::make_unique<AdapterMemory>(driver, program, buffers, stream.get());
     const GraphParts parts{driver, context, stream.get(), kernels, buffers, shared.hand_shake()};
     for (const GraphRecord& graph : program.graphs)
@@ -79,6 +82,7 @@ struct GpuProgram::Resources {
   std::unique_ptr<ExpertCopies> copies;  // where experts are streamed
   std::unique_ptr<ExpertCache> cache;
   std::unique_ptr<ExpertStream> experts;
+  std::unique_ptr<WeightStream> weights;
   std::unique_ptr<AdapterMemory> adapters;                       // where there is room for some
   std::map<std::pair<std::int32_t, bool>, ProgramGraph> graphs;  // by batch size, and whether adapted
 };
@@ -101,23 +105,26 @@ GpuProgram::~GpuProgram() {
 }
 
 void GpuProgram::stage() {
-  if (!resources_->copies) return;
   const CurrentContext current(driver_, context_);
-  resources_->copies->stage([this](const std::string& reason) { shared_.hand_shake().abort(reason); });
+  const auto failed = [this](const std::string& reason) { shared_.hand_shake().abort(reason); };
+  if (resources_->copies) resources_->copies->stage(failed);
+  if (resources_->weights) resources_->weights->stage(failed);
 }
 
 void GpuProgram::unstage() {
-  if (!resources_->copies) return;
   const CurrentContext current(driver_, context_);
-  resources_->copies->unstage();
+  if (resources_->copies) resources_->copies->unstage();
+  if (resources_->weights) resources_->weights->unstage();
 }
 
 void GpuProgram::attach(const HostWeights& weights) {
   if (resources_->experts) resources_->experts->attach(weights.weights);
+  if (resources_->weights) resources_->weights->attach(weights.weights, weights.good);
 }
 
 ExpertStream* GpuProgram::expert_stream() const { return resources_->experts.get(); }
 ExpertCache* GpuProgram::expert_cache() const { return resources_->cache.get(); }
+WeightStream* GpuProgram::weight_stream() const { return resources_->weights.get(); }
 
 void GpuProgram::fill_cache(const HostWeights& weights) {
   if (!resources_->cache) return;
@@ -135,6 +142,12 @@ void GpuProgram::require_graph(std::int32_t batch, bool adapted) const {
                                             std::to_string(batch) + ", only for " + sizes + ".");
 }
 
+const GraphRecord& GpuProgram::graph(std::int32_t batch, bool adapted) const {
+  return *std::ranges::find_if(record_.graphs, [&](const GraphRecord& graph) {
+    return graph.batch == batch && graph.adapted == adapted;
+  });
+}
+
 void GpuProgram::put_adapter(std::int32_t slot, std::uint64_t begin, std::span<const GpuPair> pairs) const {
   const CurrentContext current(driver_, context_);
   resources_->adapters->put(slot, begin, pairs);
@@ -142,12 +155,15 @@ void GpuProgram::put_adapter(std::int32_t slot, std::uint64_t begin, std::span<c
 
 void GpuProgram::launch(std::int32_t batch, bool adapted, std::int64_t tokens, bool may_stream) {
   const CurrentContext current(driver_, context_);
-  const bool waits = std::ranges::find_if(record_.graphs, [&](const GraphRecord& graph) {
-                       return graph.batch == batch && graph.adapted == adapted;
-                     })->streams;
+  const GraphRecord& wanted = this->graph(batch, adapted);
+  const bool waits = wanted.streams;
   resources_->buffers.send_step(resources_->stream.get());
   timed_graph_ = {timed_ ? batch : 0, adapted};
   if (resources_->copies) resources_->copies->set_timed(timed_);
+  if (resources_->weights) {
+    resources_->weights->copies().set_timed(timed_);
+    resources_->weights->begin(wanted);
+  }
   // What is streamed is what the cache does not hold in this step. Prompts stream, steps of decoding do not.
   if (resources_->cache) resources_->cache->begin(tokens, !waits);
   if (waits) resources_->experts->begin(may_stream ? tokens : 0);
@@ -168,13 +184,17 @@ std::vector<GpuEvent> GpuProgram::read_times() const {
   const EventClock clock(driver_, resources_->stream.get());
   resources_->graphs.at(timed_graph_).read_times(clock, times);
   if (resources_->copies) resources_->copies->read_times(clock, times);
+  if (resources_->weights) resources_->weights->copies().read_times(clock, times);
   return times;
 }
 
 void GpuProgram::end_step() noexcept {
-  if (!resources_->experts) return;  // nothing is cached either
+  if (!resources_->experts && !resources_->weights) return;  // nothing is cached either
   try {
     const CurrentContext current(driver_, context_);
+    // A copy of weights that failed has failed the graph as well, which has said so.
+    if (resources_->weights) std::ignore = resources_->weights->end();
+    if (!resources_->experts) return;
     const bool streamed = resources_->experts->end();
     if (resources_->cache) resources_->cache->end(streamed);
   } catch (const Error&) {

@@ -15,6 +15,7 @@
 #include "host_weights.h"
 #include "program_record.h"
 #include "shared_memory.h"
+#include "weight_stream.h"
 
 namespace hetcomp::gpu {
 
@@ -43,21 +44,24 @@ class GpuProgram {
   GpuProgram(const GpuProgram&) = delete;
   GpuProgram& operator=(const GpuProgram&) = delete;
 
-  // Where the program streams experts: they are copied through pinned memory from now on, or no longer; see
+  // Where the program streams anything: it is copied through pinned memory from now on, or no longer; see
   // ExpertCopies. Throws Error.
   void stage();
   void unstage();
-  // Lets experts be copied from the CPU's weights, where the program streams some; see ExpertStream::attach.
+  // Lets experts and weights be copied from the CPU's weights, where the program streams some; see the
+  // streams' attach().
   void attach(const HostWeights& weights);
   // Fills the slots of cached experts from the CPU's weights, where the program has some; they may change
   // places if the weights are attached. Throws Error.
   void fill_cache(const HostWeights& weights);
   // Null where nothing is streamed, or cached.
   ExpertStream* expert_stream() const;
+  WeightStream* weight_stream() const;
   ExpertCache* expert_cache() const;
 
   // Throws Error(HETCOMP_INVALID_ARGUMENT) if there is no graph of that batch size.
   void require_graph(std::int32_t batch, bool adapted) const;
+  const GraphRecord& graph(std::int32_t batch, bool adapted) const;
   // Sends the step buffers and launches the graph, for a step of so many tokens: that only matters where
   // experts are streamed or cached. may_stream: false where no experts may be streamed in it. Throws Error.
   void launch(std::int32_t batch, bool adapted, std::int64_t tokens, bool may_stream);

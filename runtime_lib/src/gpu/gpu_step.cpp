@@ -25,6 +25,15 @@ std::vector<ProgramFile> program_files(const Manifest& manifest) {
   return files;
 }
 
+// Whether the adapter of any token changes one of the CPU's weights.
+bool changes(const hetcomp_step& step, std::span<const std::size_t> weights) {
+  if (step.adapters == nullptr) return false;
+  for (std::int64_t i = 0; i < step.adapters->n; ++i)
+    for (const std::size_t weight : weights)
+      if (step.adapters->tables[i][weight] != nullptr) return true;
+  return false;
+}
+
 // What the CPU's program hands over with.
 struct Host {
   HandShake& hand_shake;
@@ -94,6 +103,9 @@ void GpuStep::find_adapters() {
       slots = record.adapters->slots;
       bytes.push_back(record.adapters->bytes);
     }
+    for (const GraphRecord& graph : record.graphs)
+      for (const WeightPortion& portion : graph.portions)
+        for (const WeightCopy& copy : portion.copies) streamed_.push_back(copy.weight);
     if (!record.stream || (record.adapters && record.adapters->experts)) continue;
     for (const StreamLayer& layer : record.stream->layers)
       for (const StreamOperand& operand : layer.operands)
@@ -183,7 +195,9 @@ void GpuStep::check_graphs(const ModelFacts& model) const {
         graph.exact ? std::min(model.max_tokens, model.max_logit_rows) : model.max_tokens;
     if (graph.batch > most) refuse(first, name + ", a step has at most " + std::to_string(most) + " rows");
     const std::size_t made = count_hand_overs(records, graph);
-    if (made != first.flags)
+    // Between what a GPU computes in all graphs and what it computes with streamed weights there are none.
+    const bool fewer = made < first.flags && programs_.streams_weights(graph.batch, graph.adapted);
+    if (made != first.flags && !fewer)
       refuse(first, name + " that makes " + std::to_string(made) + " of the " + std::to_string(first.flags) +
                         " hand-overs with those of other GPUs");
   }
@@ -259,10 +273,22 @@ bool GpuStep::note_adapters(const hetcomp_step& step, std::span<const Adapter* c
   logit_adapters_.clear();
   for (const Adapter* adapter : adapters)
     adapters_.push_back(adapter != nullptr && adapter->place() != nullptr ? adapter->place()->slot : -1);
-  if (std::ranges::all_of(adapters_, [](std::int32_t slot) { return slot < 0; })) return false;
-  for (std::int64_t i = 0; i < step.n_logit_rows; ++i)
+  for (std::int64_t i = 0; i < step.n_logit_rows && !adapters_.empty(); ++i)
     logit_adapters_.push_back(adapters_[static_cast<std::size_t>(step.logit_rows[i])]);
-  return true;
+  return std::ranges::any_of(adapters_, [](std::int32_t slot) { return slot >= 0; });
+}
+
+// Pairs of weights that are streamed to a GPU are the CPU's alone: it must compute with them. The graphs that
+// add adapters leave it to it.
+const GraphRecord& GpuStep::graph_for(const hetcomp_step& step, std::span<const Adapter* const> adapters) {
+  const bool adapted = note_adapters(step, adapters);
+  const GraphRecord& graph = choose_graph(step, adapted);
+  if (!programs_.streams_weights(graph.batch, adapted) || !changes(step, streamed_)) return graph;
+  if (adapter_slots_ == nullptr)
+    throw Error(HETCOMP_INVALID_ARGUMENT,
+                "An adapter changes weights that a GPU computes with in prompts of " +
+                    std::to_string(step.n_tokens) + " tokens: compile the model with --adapters.");
+  return choose_graph(step, true);
 }
 
 // Rows of nobody have none.
@@ -292,12 +318,7 @@ bool GpuStep::place(Adapter& adapter) {
 // Experts that are streamed to a GPU are computed there: where their pairs are on the CPU alone, it must have
 // all of them. What is deferred is the CPU's, too; a step of a prompt defers only where somebody asks for it.
 bool GpuStep::may_stream(const hetcomp_step& step) const {
-  if (step.defer_experts != 0) return false;
-  if (step.adapters == nullptr) return true;
-  for (std::int64_t i = 0; i < step.adapters->n; ++i)
-    for (const std::size_t weight : streamed_without_pairs_)
-      if (step.adapters->tables[i][weight] != nullptr) return false;
-  return true;
+  return step.defer_experts == 0 && !changes(step, streamed_without_pairs_);
 }
 
 void GpuStep::provide_cache(const hetcomp_step& step) {
@@ -311,8 +332,8 @@ void GpuStep::provide_cache(const hetcomp_step& step) {
 
 std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const CandidateRequest* candidates,
                           const Lanes& lanes, std::span<const Adapter* const> adapters) {
-  const bool adapted = note_adapters(step, adapters);
-  const GraphRecord& graph = choose_graph(step, adapted);
+  const GraphRecord& graph = graph_for(step, adapters);
+  const bool adapted = graph.adapted;
   const bool finds = candidates != nullptr && graph.exact && offers_candidates() && step.n_logit_rows > 0;
   for (const Inputs& inputs : inputs_) {
     fill_inputs(inputs, step, graph, finds ? candidates->inverse_temperature : 0);
@@ -324,7 +345,11 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
   const auto cpu_work = [&](HandShake& hand_shake) {
     if (!with_cpu_) return;
     Host host{hand_shake, programs_, step.routing};
-    hetcomp_hand_over hand_over{&host, wait_for_gpu, answer, programs_.skip(),
+    hetcomp_hand_over hand_over{&host,
+                                wait_for_gpu,
+                                answer,
+                                programs_.skip(),
+                                programs_.streams_weights(graph.batch, adapted) ? 1 : 0,
                                 std::numeric_limits<std::uint32_t>::max()};
     step.hand_over = &hand_over;
     lanes(step);

@@ -45,11 +45,11 @@ class GpuStep {
   // there never is.
   bool place(Adapter& adapter);
 
-  // Lets experts be copied from the CPU's weights; what ProgramSet::attach returns.
+  // Lets experts and weights be copied from the CPU's weights; what ProgramSet::attach returns.
   Attachment attach(const HostWeights& weights) { return programs_.attach(weights); }
   // Then, attached or not: what ProgramSet::fill_caches does.
   void fill_caches(const HostWeights& weights) { programs_.fill_caches(weights); }
-  bool streams() const { return programs_.streams(); }
+  bool streams() const { return programs_.streams() || programs_.streams_weights(); }
   bool caches() const { return programs_.caches(); }
   // Since the last reset; empty: nothing is streamed, or cached.
   std::optional<StreamStatistics> stream_statistics() const {
@@ -59,6 +59,10 @@ class GpuStep {
   std::optional<CacheStatistics> cache_statistics() const {
     if (!programs_.caches()) return std::nullopt;
     return programs_.cache_statistics();
+  }
+  std::optional<std::uint64_t> weight_bytes() const {
+    if (!programs_.streams_weights()) return std::nullopt;
+    return programs_.weight_bytes();
   }
   void reset_statistics() { programs_.reset_statistics(); }
 
@@ -89,6 +93,7 @@ class GpuStep {
   bool note_adapters(const hetcomp_step& step, std::span<const Adapter* const> adapters);
   void fill_adapters(const Inputs& inputs, const hetcomp_step& step, const GraphRecord& graph) const;
   bool may_stream(const hetcomp_step& step) const;
+  const GraphRecord& graph_for(const hetcomp_step& step, std::span<const Adapter* const> adapters);
   void fill_inputs(const Inputs& inputs, const hetcomp_step& step, const GraphRecord& graph,
                    float inverse_temperature) const;
   void find_candidates(const GpuProgramRecord& record, const BufferRecord& buffer, const Inputs& inputs);
@@ -104,7 +109,8 @@ class GpuStep {
   std::unique_ptr<AdapterSlots> adapter_slots_;          // null: no GPU has room for adapters
   std::vector<std::int32_t> adapters_, logit_adapters_;  // slots, by token and by row of logits
   std::vector<std::size_t>
-      streamed_without_pairs_;         // the CPU's weights that come to GPUs, whose pairs do not
+      streamed_without_pairs_;         // the CPU's experts that come to GPUs, whose pairs do not
+  std::vector<std::size_t> streamed_;  // its other weights that do
   std::vector<std::uint8_t*> pinned_;  // in the order of hetcomp_step::pinned
   std::span<std::int32_t> best_;
   CandidateRows candidates_;

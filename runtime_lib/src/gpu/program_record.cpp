@@ -141,7 +141,9 @@ HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
   if (program.flags == 0) node.refuse("absent: the program has no flags");
   const CheckedJson number = node["flag"];
   const auto flag = static_cast<std::uint32_t>(number.number(0, program.all_flags() - 1));
-  if (flag >= program.flags && !program.of_stream(flag)) number.refuse("of a hand-over or of the stream");
+  const bool of_weights = program.weight_stream && program.weight_stream->has(flag);
+  if (flag >= program.flags && !program.of_stream(flag) && !of_weights)
+    number.refuse("of a hand-over or of a stream");
   const std::string from = node["from"].text();
   const std::string to = node["to"].text();
   if ((from == program.device) == (to == program.device))
@@ -154,25 +156,46 @@ HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
   return {flag, raises, other};
 }
 
-// A graph waits for all that is streamed and says when it has computed it, or has nothing to do with it.
-void check_stream(const CheckedJson& node, GraphRecord& graph, const GpuProgramRecord& program) {
-  std::uint32_t waits = 0, raises = 0;
+// How often the graph waits for flags of a stream, and hands over behind that.
+template <class OfStream>
+std::pair<std::size_t, std::size_t> count_flags(const GraphRecord& graph, OfStream&& of_stream) {
+  std::size_t waits = 0, raises = 0;
   for (const NodeRecord& record : graph.nodes) {
     const auto* hand_over = std::get_if<HandOver>(&record.work);
-    if (hand_over == nullptr || hand_over->flag < program.flags) continue;
-    ++(hand_over->raises ? raises : waits);
+    if (hand_over != nullptr && of_stream(hand_over->flag)) ++(hand_over->raises ? raises : waits);
   }
-  const std::uint32_t wanted = waits + raises == 0 ? 0 : program.stream->waves();
-  if (waits != wanted || raises != wanted)
-    node.refuse("with a wait for each of the stream's waves and a hand-over behind it, or none");
-  graph.streams = waits != 0;
+  return {waits, raises};
+}
+
+// A graph waits for all that is streamed and says when it has computed it, or has nothing to do with it.
+void check_streams(const CheckedJson& node, GraphRecord& graph, const GpuProgramRecord& program) {
+  const auto waves = count_flags(graph, [&](std::uint32_t flag) { return program.of_stream(flag); });
+  if (waves != std::pair<std::size_t, std::size_t>()) {
+    if (waves.first != program.stream->waves() || waves.second != waves.first)
+      node.refuse("with a wait for each of the stream's waves and a hand-over behind it, or none");
+    graph.streams = true;
+  }
+  const std::size_t n = graph.portions.size();
+  const auto weights = count_flags(graph, [&](std::uint32_t flag) {
+    return program.weight_stream && program.weight_stream->has(flag) &&
+           flag - program.weight_stream->first_flag < n;
+  });
+  const auto all = count_flags(
+      graph, [&](std::uint32_t flag) { return program.weight_stream && program.weight_stream->has(flag); });
+  if (weights != std::pair(n, n) || all != weights)
+    node.refuse("with a wait for each portion of weights and a hand-over behind it");
 }
 
 GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
                          const GpuProgramRecord& program, const BufferIndex& index) {
   const bool adapted = node.has("adapted") && node["adapted"].truth();
   if (adapted && !program.adapters) node["adapted"].refuse("false: there is no room for adapters");
-  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), adapted, false, {}, {}};
+  GraphRecord graph{node["batch"].count(1, kLargestBatch), node["exact"].truth(), adapted, false, {}, {}, {}};
+  if (node.has("portions")) {
+    if (!program.weight_stream) node["portions"].refuse("absent: no weights are streamed");
+    const std::uint64_t ring = program.buffers[program.weight_stream->ring].bytes;
+    graph.portions = program.weight_stream->portions(node["portions"], ring);
+  }
   const auto nodes = node["nodes"].elements();
   if (nodes.empty() || nodes.size() > kMostNodes)
     node["nodes"].refuse("a list of 1 to " + std::to_string(kMostNodes) + " nodes");
@@ -190,7 +213,7 @@ GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
   if (graph.order.size() != graph.nodes.size()) node["nodes"].refuse("without a cycle in \"after\"");
   if (const auto wrong = wrong_hand_over(graph, program.flags))
     nodes[wrong->node]["hand_over"].refuse(wrong->expected);
-  check_stream(node["nodes"], graph, program);
+  check_streams(node["nodes"], graph, program);
   return graph;
 }
 
@@ -227,6 +250,9 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
   }
   if (root.has("stream"))
     program.stream = StreamRecord::parse(root["stream"], program.buffers, program.flags, kMostFlags);
+  if (root.has("weight_stream"))
+    program.weight_stream =
+        WeightStreamRecord::parse(root["weight_stream"], program.buffers, program.all_flags(), kMostFlags);
   if (root.has("expert_cache")) {
     if (!program.stream) root["expert_cache"].refuse("absent: nothing is streamed");
     program.expert_cache = ExpertCacheRecord::parse(root["expert_cache"], program.buffers, *program.stream);

@@ -15,6 +15,7 @@
 #include "expert_cache_record.h"
 #include "kernel_table.h"
 #include "stream_record.h"
+#include "weight_stream_record.h"
 
 namespace hetcomp::gpu {
 
@@ -27,7 +28,7 @@ enum class BufferKind {
   kStep,       // the host writes it before a step, kernels read it in device memory
   kPinnedIn,   // in host memory: what the CPU or another GPU hands to kernels
   kPinnedOut,  // in host memory: what kernels hand to the CPU or another GPU
-  kStream,     // experts that come from the host's memory during a step, and where they are
+  kStream,     // what comes from the host's memory during a step: experts, and where they are; weights
   kPairs,      // of adapters that come and go, and where they are
 };
 inline bool is_pinned(BufferKind kind) {
@@ -78,7 +79,7 @@ struct KernelNode {
 };
 
 // This GPU raises the flag for the other side, or waits until the other side has raised it; or, of flags of
-// its stream, until what is streamed has come, and raises it when that may be overwritten.
+// its streams, until what is streamed has come, and raises it when that may be overwritten.
 struct HandOver {
   std::uint32_t flag;
   bool raises;
@@ -99,14 +100,15 @@ struct GraphRecord {
   bool adapted;
   bool streams;
   std::vector<NodeRecord> nodes;
-  std::vector<std::size_t> order;  // all nodes, each behind those it comes after
+  std::vector<std::size_t> order;       // all nodes, each behind those it comes after
+  std::vector<WeightPortion> portions;  // weights that it waits for
 };
 
 // 1 of "gpu:1"; nothing for other names.
 std::optional<int> device_number(const std::string& device);
 
 struct GpuProgramRecord {
-  static constexpr int kSchemaMajor = 4;
+  static constexpr int kSchemaMajor = 5;
   static constexpr std::uint64_t kMostBytes = 1ULL << 46;  // beyond any device; sums of a few stay in range
   static constexpr std::uint64_t kAlignment = 16;          // of addresses: kernels are compiled for it
 
@@ -119,6 +121,7 @@ struct GpuProgramRecord {
   std::uint32_t flags;         // hand-overs of a step, those of other GPUs included
   std::vector<BufferRecord> buffers;
   std::optional<StreamRecord> stream;
+  std::optional<WeightStreamRecord> weight_stream;
   std::optional<ExpertCacheRecord> expert_cache;  // only beside a stream
   std::optional<AdapterRecord> adapters;          // with it there is each graph twice, once adapted
   std::vector<GraphRecord> graphs;
@@ -128,7 +131,10 @@ struct GpuProgramRecord {
     return stream && flag >= stream->first_flag && flag - stream->first_flag < stream->waves();
   }
   // Flags of hand-overs, and those up to the last of what is streamed to this GPU.
-  std::uint32_t all_flags() const { return stream ? stream->first_flag + stream->waves() : flags; }
+  std::uint32_t all_flags() const {
+    if (weight_stream) return weight_stream->first_flag + weight_stream->flags;
+    return stream ? stream->first_flag + stream->waves() : flags;
+  }
 };
 
 }  // namespace hetcomp::gpu

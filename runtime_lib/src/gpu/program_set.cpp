@@ -38,7 +38,7 @@ std::string Attachment::note(bool caches) const {
   constexpr std::size_t kRing = ExpertCopies::kPieces * ExpertCopies::kPieceBytes;
   const std::string because = "because the CPU's weights cannot be pinned (" + not_pinned + ")";
   if (not_staged.empty())
-    return "A thread copies experts to the GPU through " + in_words(kRing) + " of pinned memory, " + because +
+    return "A thread copies weights to the GPU through " + in_words(kRing) + " of pinned memory, " + because +
            ": prompts take longer.";
   const std::string and_slots = caches ? ", nor those in its slots exchanged, " : ", ";
   return "Experts are not streamed to the GPU in prompts" + and_slots + because +
@@ -83,10 +83,15 @@ ProgramSet::~ProgramSet() {
 }
 
 Attachment ProgramSet::attach(const HostWeights& weights) {
-  if (!streams()) return {};
+  if (!streams() && !streams_weights()) return {};
   Attachment attachment{weights.pageable, {}};
   if (attachment.not_pinned.empty()) attachment.not_pinned = shared_->pin(weights.regions);
   if (!attachment.not_pinned.empty()) attachment.not_staged = stage();
+  if (streams_weights() && !attachment.not_staged.empty())
+    throw Error(HETCOMP_OUT_OF_MEMORY,
+                "Prompts need weights of the CPU on the GPU; these cannot be pinned (" +
+                    attachment.not_pinned +
+                    "), and there is no pinned memory to copy them through: " + attachment.not_staged);
   if (attachment.not_staged.empty())
     for (const auto& program : programs_) program->attach(weights);
   return attachment;
@@ -115,6 +120,24 @@ bool ProgramSet::streams() const {
 bool ProgramSet::caches() const {
   return std::ranges::any_of(programs_,
                              [](const auto& program) { return program->expert_cache() != nullptr; });
+}
+
+bool ProgramSet::streams_weights() const {
+  return std::ranges::any_of(programs_,
+                             [](const auto& program) { return program->weight_stream() != nullptr; });
+}
+
+bool ProgramSet::streams_weights(std::int32_t batch, bool adapted) const {
+  return std::ranges::any_of(
+      programs_, [&](const auto& program) { return !program->graph(batch, adapted).portions.empty(); });
+}
+
+std::uint64_t ProgramSet::weight_bytes() const {
+  std::uint64_t bytes = 0;
+  for (const auto& program : programs_)
+    if (const WeightStream* const weights = program->weight_stream(); weights != nullptr)
+      bytes += weights->bytes();
+  return bytes;
 }
 
 void ProgramSet::route(std::uint32_t flag) const {
@@ -161,6 +184,7 @@ void ProgramSet::reset_statistics() {
     if (ExpertStream* const experts = program->expert_stream(); experts != nullptr)
       experts->reset_statistics();
     if (ExpertCache* const cache = program->expert_cache(); cache != nullptr) cache->reset_statistics();
+    if (WeightStream* const weights = program->weight_stream(); weights != nullptr) weights->reset_bytes();
   }
 }
 

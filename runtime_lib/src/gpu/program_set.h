@@ -54,16 +54,19 @@ class ProgramSet {
   ProgramSet(const ProgramSet&) = delete;
   ProgramSet& operator=(const ProgramSet&) = delete;
 
-  // Lets experts be copied from the CPU's weights, which must stay where they are. Until then, and where
-  // there is no way, nothing is copied: the CPU computes all that GPUs have not got. Throws Error: a program
-  // streams what the weights have not got.
+  // Lets experts and weights be copied from the CPU's weights, which must stay where they are. Until then,
+  // and where there is no way, no experts are copied: the CPU computes all that GPUs have not got. Throws
+  // Error: a program streams what the weights have not got, or weights, for which there is no way.
   Attachment attach(const HostWeights& weights);
   // Then, attached or not: fills the slots of cached experts from the same weights. They change places where
   // the weights are attached. Throws Error.
   void fill_caches(const HostWeights& weights);
-  // Whether any program streams experts, or caches some.
+  // Whether any program streams experts, or caches some; or streams weights.
   bool streams() const;
   bool caches() const;
+  bool streams_weights() const;
+  // Whether the graphs of that batch size do.
+  bool streams_weights(std::int32_t batch, bool adapted) const;
   // When the CPU has the routing of hand-over `flag`: what GPUs compute is taken from it. See
   // ExpertStream::route and ExpertCache.
   void route(std::uint32_t flag) const;
@@ -72,6 +75,7 @@ class ProgramSet {
   // By hand-over: 1 where the CPU has nothing to compute in the running step.
   const std::uint8_t* skip() const { return shared_->skip().data(); }
   // Of all GPUs, since the last reset.
+  std::uint64_t weight_bytes() const;
   StreamStatistics stream_statistics() const;
   CacheStatistics cache_statistics() const;
   // As a file of the compiler. There must be a cache.
