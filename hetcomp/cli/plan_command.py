@@ -85,7 +85,8 @@ def plan_command(
         bool,
         typer.Option(
             "--explore",
-            help="Also what hetcomp compile generates no code for: dense weights streamed, experts on other GPUs.",
+            help="Also what hetcomp compile generates no code for: dense weights streamed in every step, experts on "
+            "other GPUs.",
         ),
     ] = False,
     help_most: Annotated[
