@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.backends.cpu import CpuBackend
-from hetcomp.backends.native_compiler import isa_flags
+from hetcomp.backends.native_compiler import cache_folder, isa_flags
 from hetcomp.backends.packing import PANELS, TAKEN_OVER
 from hetcomp.backends.precompiled_header import precompiled_header
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
@@ -98,10 +98,10 @@ def _compile(compiler: str, isa: Isa, source: Path, library: Path, emulate: bool
     found = _probed(compiler)
     assert found is not None, compiler
     early: tuple[str, ...] = ()
-    optimisation = _optimisation(isa)
+    optimisation, headers = _optimisation(isa), cache_folder().parent / "headers"
     if found.kind == "g++":
         flags = (*_COMMON, optimisation, *_GCC, *isa_flags(isa), "-pthread")
-        early = (*_GCC, "-Winvalid-pch", *precompiled_header(found, flags, source.read_text(), _folder()))
+        early = (*_GCC, "-Winvalid-pch", *precompiled_header(found, flags, source.read_text(), headers))
     if emulate:
         early = (*early, "-include", str(Path(__file__).with_name("emulated_tiles.h")))
     command = [compiler, *_COMMON, optimisation, *early, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]
