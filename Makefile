@@ -20,8 +20,9 @@ CXX_SOURCES := $(shell find runtime_lib benchmarks tests -name '*.cpp' -o -name 
 demo: bootstrap
 	@scripts/demo.sh $(BIN)
 
+# worksteal: tests that share a compiled model mostly stay with one worker.
 test: bootstrap test-packages
-	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: bootstrap
 	$(BIN)/ruff check .

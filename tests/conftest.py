@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,41 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 Golden = Callable[[Path, str], None]
 
+# Kept between runs, as the builds beside it are.
+CACHE = Path(__file__).parents[1] / "build" / "tests" / "cache"
+
+
+def pytest_configure() -> None:
+    """All tests and what they start have a cache of their own, in which figures of this machine are estimates: measured
+    beside tests they would be those of a busy machine, which whoever comes ten minutes later measures again, and plans
+    would differ from run to run. Tests of measuring have empty caches."""
+    # Only now: Triton may come with it.
+    from hetcomp.hardware.detect import detect_machine
+    from hetcomp.hardware.measure import cache_file, keep, read_cached
+    from hetcomp.profiler.measure_machine import estimated_profile
+
+    os.environ["HETCOMP_CACHE"] = str(CACHE)
+    machine = detect_machine()
+    if read_cached(cache_file(machine)) is None:
+        keep(estimated_profile(machine, "not measured: for tests"), cache_file(machine))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--update-golden`` rewrites golden files instead of comparing with them."""
     parser.addoption("--update-golden", action="store_true", help="rewrite golden files from what the code does")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what takes minutes in one test: at the end one worker would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_runtime_cpp.py")
+
+
+def pytest_collection_finish() -> None:
+    """Whoever imports models has imported the frontend now."""
+    if "hetcomp.frontend" in sys.modules:
+        from tests.reference.kept_traces import keep_traces
+
+        keep_traces()
 
 
 @pytest.fixture

@@ -49,11 +49,8 @@ TEST_F(GpuPrograms, RightResults) {
   }
 }
 
-#ifdef __SANITIZE_THREAD__
-constexpr int kManySteps = 1000;  // on a busy machine each hand-over waits for the scheduler
-#else
-constexpr int kManySteps = 10000;
-#endif
+// A leak shows in the counts after any number. On a busy machine each hand-over waits for the scheduler.
+constexpr int kManySteps = 1000;
 
 TEST_F(GpuPrograms, ManyStepsOfTwoGraphsWithoutALeak) {
   ProgramSet program(driver_, artifact_.path(), FakeGpuArtifact::programs(), {});

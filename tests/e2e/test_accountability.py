@@ -19,10 +19,14 @@ SHORT = ("--prompt", "8,4096", "--context", "16", "--tokens", "4", "--rounds", "
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory) -> Path:
-    """A profile of this machine that stays the same over the module."""
-    path = tmp_path_factory.mktemp("profile") / "machine.json"
-    path.write_text(load_profile("auto").to_json())
-    return path
+    """This machine, measured."""
+    folder = tmp_path_factory.mktemp("profile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HETCOMP_CACHE", str(folder / "cache"))
+        profile = load_profile("auto")
+    assert profile.measured
+    (folder / "machine.json").write_text(profile.to_json())
+    return folder / "machine.json"
 
 
 @pytest.fixture(scope="module")

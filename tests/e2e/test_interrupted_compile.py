@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 import hetcomp
 from hetcomp.artifact.staging import staged_folder
 from hetcomp.errors import HetcompError
+from hetcomp.hardware.detect import detect_machine
+from hetcomp.hardware.measure import cache_file
 from tests.e2e.command_line import listing, refusal
 from tests.reference import tiny_models
 
@@ -92,9 +95,11 @@ def test_two_processes_at_once_leave_one_whole_artifact(tiny_checkpoint, tmp_pat
 def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path, stage):
     place, cache = tmp_path / "place", tmp_path / "cache"
     place.mkdir()
+    machine = cache_file(detect_machine())
+    cache.mkdir()
+    shutil.copyfile(machine, cache / machine.name)
     process = _start(tiny_checkpoint, place / "out.hetc", HETCOMP_CACHE=str(cache))
-    # An empty cache makes the kernels' compilation last seconds; the staging folder shows that it has begun. The
-    # machine is measured before that, whose probes take their time to compile on a busy one.
+    # A cache without objects makes the kernels' compilation last seconds; the staging folder shows that it has begun.
     deadline = time.monotonic() + 400
     while stage != "starting" and not (
         any(name.endswith(".partial") for name in listing(place)) and (cache / "objects").exists()

@@ -13,6 +13,11 @@ from hetcomp.models_zoo import find
 PROMPTS = ("It was a bright cold day", "def main(argv):\n", "Question: what is 12 + 30?")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def optimisation() -> None:
+    """That of users, not of the tiny models beside it."""
+
+
 @pytest.fixture(scope="module")
 def reference():
     model = transformers.AutoModelForCausalLM.from_pretrained(find("demo-moe"), dtype=torch.float32)

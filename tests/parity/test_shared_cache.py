@@ -24,7 +24,7 @@ from tests.reference.tiny_models import save_tiny, token_ids
 KV_TOKENS, CONTEXT, MAX_BATCH = 110, 512, 3
 # A block of 64 positions in f32 fills a granule: a sequence of 65 tokens has two.
 WIDE_CACHE = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 256, "num_hidden_layers": 2}
-_STEP = 8  # tokens: the interpreter takes seconds for so many, and the runtime waits 30 s
+_STEP = 32  # tokens: a tile of rows, for which the interpreter takes seconds, and the runtime waits 30 s
 PINS = {"cpu": ("*=cpu",), "gpu": ("*=gpu:0",), "experts on the cpu": ("*=gpu:0", "moe.experts=cpu")}
 
 Pair = tuple[PreTrainedModel, Executable]

@@ -17,19 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.backends.cpu import CpuBackend
-from hetcomp.backends.native_compiler import isa_flags
-from hetcomp.backends.packing import TAKEN_OVER
+from hetcomp.backends.native_compiler import cache_folder, isa_flags
+from hetcomp.backends.packing import PANELS, TAKEN_OVER
 from hetcomp.backends.precompiled_header import precompiled_header
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
 from hetcomp.hardware.compilers import probe_cxx
 from hetcomp.hardware.detect import detect_machine
-from hetcomp.ir.ops import Attrs
+from hetcomp.ir.ops import Attrs, Linear
 from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
 ROOT = Path(__file__).resolve().parents[2]
 _COMMON = (
-    *("-std=c++20", "-O3", "-fPIC", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-shared"),
+    *("-std=c++20", "-fPIC", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-shared"),
     *("-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'runtime_lib' / 'include'}"),
 )
 # GCC 12 sees uninitialised reads inside its own AVX-512 intrinsics (GCC bug 105593).
@@ -49,16 +49,41 @@ def isas_to_test() -> list[Isa]:
     return [*here, Isa.AMX_BF16] if here[-1] == Isa.AVX512_BF16 else here
 
 
+def weakest_and_best() -> list[Isa]:
+    """The ends of isas_here(), for kernels whose code all instruction sets of a vocabulary share."""
+    return sorted({isas_here()[0], isas_here()[-1]}, key=list(Isa).index)
+
+
 def thorough_isas() -> list[Isa]:
-    """Those of them whose kernels are tested in all shapes: the weakest, the best, and emulated ones. The others share
-    vocabulary and tiles with one of them and differ in single instructions, which one odd shape a format shows."""
-    return sorted({isas_here()[0], isas_here()[-1], isas_to_test()[-1]}, key=list(Isa).index)
+    """Those of isas_to_test() whose kernels are tested in all shapes: the weakest, the best, and emulated ones. The
+    others share vocabulary and tiles with one of them and differ in single instructions, which one odd shape a format
+    shows."""
+    return sorted({*weakest_and_best(), isas_to_test()[-1]}, key=list(Isa).index)
 
 
+def code(kernel: Kernel) -> str:
+    """The source without the names of kernel and instruction set, the latter in the first line."""
+    return kernel.source.replace(kernel.name, "").partition("\n")[2]
+
+
+@functools.cache
 def isas_of(weight_format: str) -> list[Isa]:
-    """What a format's kernels are tested on: isas_to_test(), K blocks on thorough_isas(), for beside other whole-number
-    formats they add vocabulary of AVX2 and AVX-512 only."""
-    return thorough_isas() if weight_format in TAKEN_OVER else isas_to_test()
+    """What a format's kernels are tested on: thorough_isas(), and the best of each of the others whose code is the same
+    as no other's (of f32 it is the same on all with AVX-512); K blocks on thorough_isas() alone, for beside other
+    whole-number formats they add vocabulary of AVX2 and AVX-512 only."""
+    if weight_format in TAKEN_OVER:
+        return thorough_isas()
+    w = weight("w", (16, 32), weight_format, PANELS)
+    best = {}
+    for isa in sorted(isas_to_test(), key=lambda isa: isa in thorough_isas()):
+        best[code(emit(Linear(32, 16), [activation("x", "T", 32), w], [activation("y", "T", 16)], isa, {"T": 1}))] = isa
+    return sorted(best.values(), key=list(Isa).index)
+
+
+def _optimisation(isa: Isa) -> str:
+    """What compiled programs have, on the weakest and the best instruction set here; between them and emulated, where
+    g++ would take twice as long, less: the numbers are those of the source all the same."""
+    return "-O3" if isa in weakest_and_best() else "-O1"
 
 
 @functools.cache
@@ -73,12 +98,13 @@ def _compile(compiler: str, isa: Isa, source: Path, library: Path, emulate: bool
     found = _probed(compiler)
     assert found is not None, compiler
     early: tuple[str, ...] = ()
+    optimisation, headers = _optimisation(isa), cache_folder().parent / "headers"
     if found.kind == "g++":
-        flags = (*_COMMON, *_GCC, *isa_flags(isa), "-pthread")
-        early = (*_GCC, "-Winvalid-pch", *precompiled_header(found, flags, source.read_text(), _folder()))
+        flags = (*_COMMON, optimisation, *_GCC, *isa_flags(isa), "-pthread")
+        early = (*_GCC, "-Winvalid-pch", *precompiled_header(found, flags, source.read_text(), headers))
     if emulate:
         early = (*early, "-include", str(Path(__file__).with_name("emulated_tiles.h")))
-    command = [compiler, *_COMMON, *early, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]
+    command = [compiler, *_COMMON, optimisation, *early, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]
     subprocess.run(command, check=True)
 
 
@@ -144,6 +170,20 @@ def cache(id: str, dtype: DType, heads: int, dim: int) -> Value:
     return Value(id, TensorType(dtype, ("slots", heads, "context", dim)), ValueKind.STATE)
 
 
+def emit(
+    attrs: Attrs,
+    inputs: Sequence[Value],
+    outputs: Sequence[Value],
+    isa: Isa,
+    dims: Mapping[str, int],
+    *,
+    from_disk: bool = False,
+) -> Kernel:
+    """The CPU backend's kernel for one op."""
+    op = Op("op", attrs, (), ())
+    return CpuBackend().emit(KernelRequest(op, tuple(inputs), tuple(outputs), isa, dict(dims), from_disk=from_disk))
+
+
 def build(
     attrs: Attrs,
     inputs: Sequence[Value],
@@ -153,10 +193,8 @@ def build(
     *,
     from_disk: bool = False,
 ) -> CompiledKernel:
-    """The CPU backend's kernel for one op, compiled."""
-    op = Op("op", attrs, (), ())
-    request = KernelRequest(op, tuple(inputs), tuple(outputs), isa, dict(dims), from_disk=from_disk)
-    return CompiledKernel(CpuBackend().emit(request), isa)
+    """The same, compiled."""
+    return CompiledKernel(emit(attrs, inputs, outputs, isa, dims, from_disk=from_disk), isa)
 
 
 class _Pair(ctypes.Structure):

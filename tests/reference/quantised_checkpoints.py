@@ -70,7 +70,8 @@ def fp8(
     """Blocks (None: the whole tensor) of e4m3fn. ``dtype`` of the scales; ``flat``: one axis or none."""
 
     def quantise(weight: Tensor) -> tuple[Tensors, Tensor]:
-        rows, columns = block or weight.shape
+        whole = tuple(weight.shape)
+        rows, columns = map(min, block or whole, whole)
         grid = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
         padded = torch.zeros(grid[0] * rows, grid[1] * columns)
         padded[: weight.shape[0], : weight.shape[1]] = weight
@@ -78,7 +79,7 @@ def fp8(
         scales = (most / 448 * 1.01).to(dtype)
         each = _spread(scales.float(), (rows, columns), weight.shape)
         codes = (weight / each).to(torch.float8_e4m3fn)
-        if weight.shape != (grid[0] * rows, grid[1] * columns):  # transformers takes even blocks only
+        if any(n % size for n, size in zip(whole, block or whole, strict=True)):  # transformers takes even blocks only
             numbers = codes.float() * each
         else:
             numbers = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32)

@@ -2,7 +2,7 @@
 
 Triton patches its language anew for every launch and every call of a device function, which costs more than small
 kernels themselves; here it is patched once. What it works out again for every value of a kernel from the value's type
-(the shape as a tuple of constants, numpy's type) is kept by type.
+(the shape as a tuple of constants, numpy's type) is kept by type, and shapes are compared as lists of numbers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import triton
 import triton.language as tl
+from triton.language import semantic
 from triton.runtime import interpreter
 
 from hetcomp.backends import packing
@@ -91,6 +92,24 @@ def _tensor(self: Any, handle: Any, type: Any) -> None:
     self.shape, self.numel = _shapes[key]
 
 
+def _broadcast(self: Any, lhs: Any, rhs: Any) -> Any:
+    """Blocks of equal rank, whose shapes Triton compares as tuples of constants, and scalars."""
+    if not (lhs.type.is_block() and rhs.type.is_block()):
+        return _given_broadcast(self, lhs, rhs) if lhs.type.is_block() or rhs.type.is_block() else (lhs, rhs)
+    left, right = (list(x.type.shape.values) for x in (lhs, rhs))
+    if left == right:
+        return lhs, rhs
+    if len(left) != len(right) or any(a != b and 1 not in (a, b) for a, b in zip(left, right, strict=True)):
+        return _given_broadcast(self, lhs, rhs)
+    shape = [b if a == 1 else a for a, b in zip(left, right, strict=True)]
+    return tuple(
+        x
+        if own == shape
+        else self.make_tensor(self.builder.create_broadcast(x.handle, shape), tl.block_type(x.type.scalar, shape))
+        for x, own in ((lhs, left), (rhs, right))
+    )
+
+
 def _np_dtype(type: Any) -> Any:
     if type.name not in _np_dtypes:
         _np_dtypes[type.name] = _given_np_dtype(type)
@@ -117,6 +136,8 @@ tl.block_type.__init__ = _block_type
 _shapes: dict[str, tuple[Any, Any]] = {}
 _given_tensor = tl.tensor.__init__
 tl.tensor.__init__ = _tensor
+_given_broadcast = semantic.TritonSemantic.broadcast_impl_value
+semantic.TritonSemantic.broadcast_impl_value = _broadcast
 _np_dtypes: dict[str, Any] = {}
 _given_np_dtype = interpreter._get_np_dtype
 interpreter._get_np_dtype = _np_dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 
@@ -195,8 +196,7 @@ def test_a_tuning_serves_the_formats_of_its_family_on_its_instruction_set():
     assert served(Isa.AVX2, tuning(Isa.AVX512, "q4")) == set()
 
 
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("prefetch", [64, 1 << 16])
+@pytest.mark.parametrize(("form", "prefetch"), zip(FORMATS, itertools.cycle([64, 1 << 16])))
 def test_constants_do_not_change_results(form, prefetch):
     # Sums are made in the same order whatever the prefetch, the draws and the tasks; rows are above both gemv_rows or
     # below, so that both kernels multiply in the same way.
