@@ -95,6 +95,7 @@ def load(
             "auto is bf16, give --formats for what it will be"
         )
         folded = replace(folded, notes=(*folded.notes, note))
+    folded = replace(folded, notes=(*folded.notes, *_longrope_notes(given.config, context)))
     return Imported(
         plan=folded,
         checkpoint=checkpoint,
@@ -191,6 +192,17 @@ def _context(info: ModelInfo, wanted: int | None, default: int) -> int:
             f"a context of {wanted} positions was asked for; {info.name} takes 1 to {info.max_positions}"
         )
     return wanted
+
+
+def _longrope_notes(config: PreTrainedConfig, context: int) -> list[str]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") or context
+    if rope.get("rope_type") != "longrope" or context <= short:
+        return []
+    return [
+        f"longrope: all positions are turned as those of sequences of more than {short} are, since the context is "
+        f"{context}; a context of at most {short} takes what transformers takes for short sequences"
+    ]
 
 
 def _model_info(source: ModelSource) -> ModelInfo:

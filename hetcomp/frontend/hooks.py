@@ -170,11 +170,11 @@ def _norm_forward(module: nn.Module, eps: float, offset: float) -> Callable[[Ten
 # ---------------------------------------------------------------- rotary embedding
 
 
-def _replace_rotary_tables(model: PreTrainedModel, patches: _Patches, hooks: Hooks) -> None:
+def _replace_rotary_tables(model: PreTrainedModel, patches: _Patches, hooks: Hooks, context: int) -> None:
     for path, module in model.named_modules():
         if not type(module).__name__.endswith("RotaryEmbedding"):
             continue
-        table = rope_table_data(module, path)
+        table = rope_table_data(module, path, context)
         if table is None:
             continue
         hooks.rope_tables.append(table)
@@ -302,8 +302,8 @@ def _select_implementations(model: PreTrainedModel, patches: _Patches) -> None:
 
 
 @contextmanager
-def tracing_hooks(model: PreTrainedModel) -> Iterator[Hooks]:
-    """Prepares ``model`` (float32, on the meta device) for tracing; undone on leaving.
+def tracing_hooks(model: PreTrainedModel, context: int) -> Iterator[Hooks]:
+    """Prepares ``model`` (float32, on the meta device) for tracing with ``context`` positions; undone on leaving.
 
     Raises HetcompError naming the module for what is recognised but not compiled.
     """
@@ -314,7 +314,7 @@ def tracing_hooks(model: PreTrainedModel) -> Iterator[Hooks]:
             _bypass_mla(model, patches)
             _mark_experts(model, patches)
             _replace_norms(model, patches, hooks)
-            _replace_rotary_tables(model, patches, hooks)
+            _replace_rotary_tables(model, patches, hooks, context)
             _replace_rope_functions(model, patches, hooks)
         yield hooks
     finally:

@@ -105,6 +105,19 @@ def _rms_norm(low: Lowering, node: fx.Node) -> Ref | None:
     return out
 
 
+def _layer_norm(low: Lowering, node: fx.Node) -> Ref | None:
+    x, shape = low.ref(node.args[0]), node.args[1]
+    weight, bias = _arg(node, 2, "weight"), _arg(node, 3, "bias")
+    if x is None or not lay.is_row_major(x.layout) or shape != [lay.width(x.layout)]:
+        return None
+    if low.parameter(weight) is None or low.parameter(bias) is None:
+        return None
+    out = low.result(node)
+    attrs = ops.LayerNorm(lay.width(x.layout), float(_arg(node, 4, "eps", 1e-5)))
+    low.builder.emit(attrs, [x.value, low.weight(weight), low.weight(bias)], [out.value], module_path(node))
+    return out
+
+
 # ---------------------------------------------------------------- mixture of experts
 
 
@@ -368,6 +381,7 @@ HANDLERS: dict[str, Callable[[Lowering, fx.Node], Any]] = {
     "aten.permute": _permute,
     "aten.embedding": _embedding,
     "aten.linear": _linear,
+    "aten.layer_norm": _layer_norm,
     "aten.add": _add,
     "aten.mul": _mul,
     "aten.div": _div,

@@ -98,7 +98,7 @@ def trace(model: PreTrainedModel, context: int) -> TracedModel:
     ids = torch.zeros((1, _EXAMPLE_TOKENS), dtype=torch.long, device="meta")
     tokens = torch.export.Dim("T", min=1, max=_LONGEST_STEP)
     dynamic = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
-    with torch.no_grad(), _quiet(), tracing_hooks(model) as hooks:
+    with torch.no_grad(), _quiet(), tracing_hooks(model, context) as hooks:
         step = _Step(model, context)
         try:
             program = torch.export.export(step, (ids, ids.clone()), dynamic_shapes=dynamic, strict=False)
