@@ -28,7 +28,7 @@ _WRAPPER = "m."
 class TracedModel:
     """A cleaned graph. ``fqns`` names the parameter or buffer behind a placeholder; tied parameters have the
     first of their names, ``aliases`` has the others. ``computed_buffers`` are not in checkpoints. ``inputs``
-    are the placeholders of the step: ids, positions."""
+    are the placeholders of the step: ids, positions. ``notes``: what the user should know of what it computes."""
 
     graph: fx.Graph
     fqns: dict[str, str]
@@ -39,6 +39,7 @@ class TracedModel:
     parameter_shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, tuple[str, ...]]
     computed_buffers: frozenset[str]
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The graph, one node a line, with shapes; for dumps and docs."""

@@ -115,10 +115,12 @@ class Evaluator:
             return torch.ones((1, past + tokens), dtype=torch.int64)
         if kind == "last":
             return torch.full((1,), past + tokens - 1, dtype=torch.int32)
+        if kind == "cached":
+            return torch.tensor([True])
         if kind == "total":
             return torch.tensor(past + tokens, dtype=torch.int32).reshape((1,) * len(given.shape))
-        _, heads, _, width = given.shape
-        return torch.empty((1, int(heads), past, int(width)), device="meta")
+        heads, width = (d if isinstance(d, int) else 1 for d in (given.shape[1], given.shape[3]))
+        return torch.empty((1, heads, past, width), device="meta")
 
     def _constant(self, graph: Graph, name: str) -> Tensor:
         if name not in self._read:
@@ -136,7 +138,7 @@ class Evaluator:
                 if node.input(index) in weights:
                     self._read_large(graph, [node.inputs[index]], values)
                     del weights[node.inputs[index]]
-            if node.op in _PASSES and node.inputs[0] in weights:
+            if node.inputs and node.inputs[0] in weights and _may_pass(node, graph, weights[node.inputs[0]]):
                 passed = _passed(node, weights[node.inputs[0]], values[node.inputs[0]].ndim)
                 if passed is not None:
                     weights[node.outputs[0]] = passed
@@ -161,6 +163,11 @@ class Evaluator:
             values[value] = self._constant(graph, value)
 
 
+def _may_pass(node: Node, graph: Graph, weight: Weight) -> bool:
+    """Whether a weight may stay one through ``node``; codes also in another shape, which their op says itself."""
+    return node.op in _PASSES or (node.op == "Reshape" and graph.initialisers[weight.name].dtype == "U8")
+
+
 def _passed(node: Node, weight: Weight, rank: int) -> Weight | None:
     """The weight behind a node of _PASSES; None if its axes are moved in another way."""
     if node.op != "Transpose":
@@ -173,8 +180,8 @@ def _passed(node: Node, weight: Weight, rank: int) -> Weight | None:
 
 
 def kind_of(given: Input, file: OnnxFile) -> str:
-    """What an input of the graph is for: ids, positions, mask, past (a cache), last (the position of the last token) or
-    total (of positions). Raises HetcompError for others."""
+    """What an input of the graph is for: ids, positions, mask, past (a cache), last (the position of the last token),
+    total (of positions) or cached (whether there are caches). Raises HetcompError for others."""
     rank, integral = len(given.shape), given.dtype in ("I64", "I32")
     along = given.shape[1 if integral else 2] if rank in (2, 4) else "?"
     if isinstance(along, int):
@@ -193,8 +200,11 @@ def kind_of(given: Input, file: OnnxFile) -> str:
         return "last"
     if integral and rank <= 1 and name in ("total_seq_len", "total_sequence_length"):
         return "total"
+    if given.dtype == "BOOL" and name == "use_cache_branch":
+        return "cached"
     if not integral and rank == 4 and _PAST.search(name):
-        if not (isinstance(given.shape[1], int) and isinstance(given.shape[3], int)):
+        sized = isinstance(given.shape[1], int) and isinstance(given.shape[3], int)
+        if not sized and not _only_attended_to(given, file.graph):
             raise HetcompError(
                 f"{file.path}: the cache {given.name} has the shape {list(given.shape)}; expected "
                 "[batch, heads, past, head_dim] with heads and head_dim as numbers"
@@ -204,6 +214,12 @@ def kind_of(given: Input, file: OnnxFile) -> str:
         f"{file.path}: input {given.name} of type {given.dtype} and shape {list(given.shape)} is none of a "
         "decoder that hetcomp knows; expected input_ids, position_ids, attention_mask and past_key_values.*"
     )
+
+
+def _only_attended_to(cache: Input, graph: Graph) -> bool:
+    """Whether nothing but ops whose attributes say its sizes read the cache: onnxruntime-genai names its width only."""
+    readers = [node for node in graph.nodes if cache.name in node.inputs]
+    return all(node.op == "com.microsoft.GroupQueryAttention" for node in readers)
 
 
 def table_rows(graph: Graph, run: Run) -> list[int]:

@@ -18,7 +18,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend.checkpoint import read_tensor
 from hetcomp.frontend.onnx.decimals import decimal
 from hetcomp.frontend.onnx.external_data import locate
-from hetcomp.frontend.onnx.graph import Attributes, Graph, Input, Node, scope_of
+from hetcomp.frontend.onnx.graph import Attributes, Branch, Graph, Input, Node, scope_of
 from hetcomp.frontend.onnx.inline_data import Place, without_data
 from hetcomp.ir.plan import CheckpointTensor
 
@@ -178,11 +178,21 @@ def _attribute(attribute: onnx.AttributeProto) -> object:
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
+    if isinstance(value, onnx.GraphProto):
+        return _branch(value)
     if isinstance(value, onnx.TensorProto):
         array = numpy_helper.to_array(value)
         # A number with more digits than an attribute's float32 holds, as hetcomp exports it.
         return float(array) if array.ndim == 0 and array.dtype == np.float64 else array
     return decimal(value) if isinstance(value, float) else value
+
+
+def _branch(graph: onnx.GraphProto) -> Branch:
+    """Tensors of a branch become constants; exporters leave large ones to the graph around it."""
+    constants = [
+        Node(t.name, "Constant", (), (t.name,), Attributes(value=numpy_helper.to_array(t))) for t in graph.initializer
+    ]
+    return Branch((*constants, *map(_node, graph.node)), tuple(o.name for o in graph.output))
 
 
 def _input(value: onnx.ValueInfoProto) -> Input:

@@ -17,13 +17,15 @@ _CODES = re.compile(r"\.q?weight(?:_(?:Q|quant)\w*)?$")
 @dataclass(frozen=True)
 class Parameter:
     """The parameter ``fqn`` of ``shape``: the tensor of the file, transposed: with its last two axes swapped.
-    ``packed``: how it is quantised; then the tensor is the one that holds its codes."""
+    ``packed``: how it is quantised; then the tensor is the one that holds its codes. ``halves``: instead of a tensor,
+    what it consists of: of each expert the rows of the first, then those of the second."""
 
     fqn: str
     shape: tuple[int, ...]
     tensor: str
     transposed: bool = False
     packed: Packed | None = None
+    halves: tuple[Parameter, Parameter] | None = None
 
 
 class Parameters:
@@ -42,6 +44,16 @@ class Parameters:
             self._known[key] = fqn
         return self.all[self._known[key]]
 
+    def pair(self, first: Parameter, second: Parameter) -> Parameter:
+        """Gate and up projections of experts [E, I, ..], or their biases, as one parameter [E, 2 I, ..]."""
+        for half in (first, second):
+            self.all.pop(half.fqn, None)
+        stem = first.fqn.removesuffix(".weight")
+        shape = (first.shape[0], 2 * first.shape[1], *first.shape[2:])
+        made = Parameter(self._free(f"{stem}.pair"), shape, "", halves=(first, second))
+        self.all[made.fqn] = made
+        return made
+
     def _free(self, name: str) -> str:
         number = 2
         free = name
@@ -57,4 +69,4 @@ def _name(tensor: str, scope: str) -> str:
     tensor = _CODES.sub(".weight", _OPERATOR.sub(".", tensor))
     if not scope or ("." in tensor and layer_of(scope) == layer_of(tensor)):
         return tensor
-    return f"{scope}.weight"
+    return f"{scope}.{'bias' if tensor.endswith('.bias') else 'weight'}"
