@@ -61,7 +61,7 @@ class _Step(nn.Module):
         self.context = context
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        cache = TracingCache(self.context)
+        cache = TracingCache(self.context, self.m)
         out = self.m(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
         logits: Tensor = out.logits
         return logits

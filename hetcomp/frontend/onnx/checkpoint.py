@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from hetcomp.frontend.checkpoint import BaseCheckpoint
 from hetcomp.frontend.key_mapping import Parts
+from hetcomp.frontend.onnx.dequantised_weights import Dequantised
 from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.parameters import Parameter
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
@@ -72,7 +73,8 @@ class OnnxCheckpoint(BaseCheckpoint):
             experts = [self._numbers(tensor, expert)[None] for expert in range(packed.shape[0])]
             made = [e for e in experts if isinstance(e, QuantisedNumbers)]
             return joined(made) if made else np.concatenate([e for e in experts if isinstance(e, np.ndarray)])
-        return packed.decode({name: self._file.numbers(part, at) for name, part in whole.quantised.parts})
+        parts = {name: self._file.numbers(part, at) for name, part in whole.quantised.parts}
+        return packed.decode(parts, whole.dtype) if isinstance(packed, Dequantised) else packed.decode(parts)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:
         parameter, _, at = self._place(tensor, row)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.contrib_shapes import SHAPES
+from hetcomp.frontend.onnx.dequantised_weights import BITS, Dequantised, whole_numbers
 from hetcomp.frontend.onnx.graph import Graph, Input, Node
 from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.not_computable import NotComputable
@@ -45,12 +46,13 @@ class Weight:
 @dataclass(frozen=True)
 class Run:
     """``values`` of all nodes for a step of ``tokens`` behind ``past`` positions. ``weights``: values that are tensors
-    of the file. ``given``: the graph's inputs that say what the step is."""
+    of the file. ``dequantised``: what weights are that DequantizeLinear makes, by their names."""
 
     tokens: int
     past: int
     values: Mapping[str, Tensor]
     weights: Mapping[str, Weight]
+    dequantised: Mapping[str, Dequantised] = field(default_factory=dict)
 
     @property
     def seen(self) -> int:
@@ -95,15 +97,22 @@ class Evaluator:
         """Raises HetcompError naming a node or an input that hetcomp does not know."""
         values = {name: self._input(given, tokens, past) for name, given in graph.inputs.items()}
         weights: dict[str, Weight] = {}
+        dequantised: dict[str, Dequantised] = {}
         for name, tensor in graph.initialisers.items():
-            if tensor.bytes <= _SMALL:
+            if tensor.bytes <= _SMALL and tensor.dtype not in ("I4", "U4"):
                 values[name] = self._constant(graph, name)
             else:
                 values[name] = torch.empty(tensor.shape, device="meta")
             weights[name] = Weight(name)
         for node in graph.nodes:
-            self._node(graph, node, values, weights)
-        return Run(tokens, past, values, weights)
+            if node.op == "DequantizeLinear" and node.inputs[0] in graph.initialisers:
+                found = self._dequantised(graph, node)
+                dequantised[node.outputs[0]] = found
+                weights[node.outputs[0]] = Weight(node.outputs[0])
+                values[node.outputs[0]] = torch.empty(found.stored, device="meta")
+            else:
+                self._node(graph, node, values, weights)
+        return Run(tokens, past, values, weights, dequantised)
 
     def _input(self, given: Input, tokens: int, past: int) -> Tensor:
         kind = kind_of(given, self._file)
@@ -127,6 +136,25 @@ class Evaluator:
             tensor = graph.initialisers[name]
             self._read[name] = from_numpy(self._file.numbers(tensor), bits=tensor.dtype == "BF16")
         return self._read[name]
+
+    def _dequantised(self, graph: Graph, node: Node) -> Dequantised:
+        codes, scales = (graph.initialisers.get(v) for v in node.inputs[:2])
+        zeros = graph.initialisers.get(node.input(2))
+        assert codes is not None
+        if scales is None or len(codes.shape) != 2 or codes.dtype not in BITS or (zeros is None and node.input(2)):
+            raise HetcompError(
+                f"{self._file.path}: {node} makes {node.outputs[0]} of {codes.dtype}{list(codes.shape)}; hetcomp takes "
+                "matrices of 4 or 8 bits whose scales and zero points are in the file"
+            )
+        axis = int(node.get("axis", 1)) % 2 if scales.shape and scales.shape != (1,) else -1
+        zero: int | None = 0
+        if zeros is not None:
+            zero = None
+            if zeros.bytes <= _SMALL or zeros.dtype in ("I8", "U8"):
+                stored = whole_numbers(self._file.numbers(zeros), zeros.dtype, zeros.shape)
+                zero = int(stored.flat[0]) if stored.size and (stored == stored.flat[0]).all() else None
+        names = node.inputs[0], node.inputs[1], node.input(2)
+        return Dequantised(codes.shape, *names, axis, int(node.get("block_size", 0)) if axis >= 0 else 0, zero)
 
     def _node(self, graph: Graph, node: Node, values: dict[str, Tensor], weights: dict[str, Weight]) -> None:
         try:
@@ -165,7 +193,8 @@ class Evaluator:
 
 def _may_pass(node: Node, graph: Graph, weight: Weight) -> bool:
     """Whether a weight may stay one through ``node``; codes also in another shape, which their op says itself."""
-    return node.op in _PASSES or (node.op == "Reshape" and graph.initialisers[weight.name].dtype == "U8")
+    stored = graph.initialisers.get(weight.name)
+    return node.op in _PASSES or (node.op == "Reshape" and stored is not None and stored.dtype == "U8")
 
 
 def _passed(node: Node, weight: Weight, rank: int) -> Weight | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,11 @@ _TYPES = {
     onnx.TensorProto.INT32: ("I32", "<i4"),
     onnx.TensorProto.INT64: ("I64", "<i8"),
     onnx.TensorProto.BOOL: ("BOOL", "?"),
+    # Two in a byte, which is how they are read.
+    onnx.TensorProto.UINT4: ("U4", "u1"),
+    onnx.TensorProto.INT4: ("I4", "u1"),
 }
+_HALF_BYTES = ("U4", "I4")
 DTYPES = {name: np.dtype(code) for name, code in _TYPES.values()}
 _MICROSOFT = "com.microsoft"
 _INLINE = ""  # of CheckpointTensor.file: the numbers are in memory
@@ -55,9 +59,12 @@ class OnnxFile:
         return self.path.resolve().parent.name if self.path.stem in ("model", "decoder_model") else self.path.stem
 
     def numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic]:
-        """The tensor, or its part ``row`` along the first axis, in its own type. Raises HetcompError if it cannot be
-        read."""
+        """The tensor, or its part ``row`` along the first axis, in its own type; one of 4 bits as its bytes. Raises
+        HetcompError if it cannot be read."""
         dtype = DTYPES[tensor.dtype]
+        if tensor.dtype in _HALF_BYTES:
+            assert row is None
+            tensor = replace(tensor, shape=(tensor.bytes,))
         shape = tensor.shape if row is None else tensor.shape[1:]
         count = math.prod(shape)
         start = (row or 0) * count * dtype.itemsize
@@ -129,6 +136,8 @@ def _described(
     if any(d < 0 for d in shape):
         raise HetcompError(f"{path}: tensor {tensor.name} has the shape {list(shape)}")
     size = math.prod(shape) * DTYPES[dtype].itemsize
+    if dtype in _HALF_BYTES:
+        size = -(-size // 2)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         file, offset = locate(tensor, path, size)
         return CheckpointTensor(file, tensor.name, dtype, shape, offset, size)
@@ -150,6 +159,8 @@ def _described(
 
 def _numbers(tensor: onnx.TensorProto, path: Path) -> bytes:
     try:
+        if tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
+            return bytes(np.array(tensor.int32_data, np.uint8).tobytes())  # a byte of two each
         return bytes(numpy_helper.to_array(tensor).tobytes())
     except Exception as error:  # numpy's of many kinds
         raise HetcompError(f"{path}: tensor {tensor.name} cannot be read: {_line(error)}") from error

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from hetcomp.frontend.onnx.dequantised_weights import Dequantised
 from hetcomp.frontend.onnx.evaluate import Weight
 from hetcomp.frontend.onnx.packed_weights import Packed
 from hetcomp.frontend.plan_builder import layer_of
 
 # What onnxruntime-genai puts into a weight's name behind the module's.
 _OPERATOR = re.compile(r"\.(?:MatMul|Gemm|Add)(?:NBits)?\.(?=weight|bias)")
-_CODES = re.compile(r"\.q?weight(?:_(?:Q|quant)\w*)?$")
+_CODES = re.compile(r"\.q?weight(?:_(?:DQ_)?(?:Q|quant)\w*)?$")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Parameter:
     shape: tuple[int, ...]
     tensor: str
     transposed: bool = False
-    packed: Packed | None = None
+    packed: Packed | Dequantised | None = None
     halves: tuple[Parameter, Parameter] | None = None
 
 
@@ -35,12 +36,16 @@ class Parameters:
         self.all: dict[str, Parameter] = {}
         self._known: dict[tuple[str, bool], str] = {}
 
-    def of(self, weight: Weight, shape: tuple[int, ...], scope: str, packed: Packed | None = None) -> Parameter:
+    def of(
+        self, weight: Weight, shape: tuple[int, ...], scope: str, packed: Packed | Dequantised | None = None
+    ) -> Parameter:
         """The parameter that ``weight`` is. scope: path of the module that uses it."""
         key = (weight.name, weight.transposed)
         if key not in self._known:
             fqn = self._free(_name(weight.name, scope))
-            self.all[fqn] = Parameter(fqn, shape, weight.name, weight.transposed, packed)
+            # What is dequantised comes in the order that is wanted.
+            turned = weight.transposed and not isinstance(packed, Dequantised)
+            self.all[fqn] = Parameter(fqn, shape, weight.name, turned, packed)
             self._known[key] = fqn
         return self.all[self._known[key]]
 

@@ -133,7 +133,12 @@ class Writer:
         shape = self.run.shape(value)
         if transposed:
             weight, shape = Weight(weight.name, not weight.transposed), (*shape[:-2], shape[-1], shape[-2])
-        return self.parameters.of(weight, shape, self.scope)
+        dequantised = self.run.dequantised.get(weight.name)
+        if dequantised is None:
+            return self.parameters.of(weight, shape, self.scope)
+        stored = dequantised.in_order(weight.transposed)
+        stored.described("", self.graph.initialisers)
+        return self.parameters.of(Weight(stored.codes, weight.transposed), shape, self.scope, stored)
 
     def placeholder(self, parameter: Parameter) -> fx.Node:
         """The placeholder of a parameter, made when it is first used."""
