@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,30 @@ class Hooks:
     rope_functions: list[str] = field(default_factory=list)
 
 
+class _NoLayers(list[Any]):
+    """In place of the caches of layers, which are asked for where a layer keeps another state than keys and values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def __getitem__(self, layer: SupportsIndex | slice) -> NoReturn:
+        named = self._model.named_modules()
+        found = [f"{path} ({type(m).__name__})" for path, m in named if getattr(m, "layer_idx", None) == layer]
+        raise HetcompError(
+            f"layer {layer}, {found[-1] if found else 'unnamed'}, keeps the state of a convolution or recurrence, as "
+            "linear attention and state-space models do; hetcomp compiles attention with keys and values only"
+        )
+
+
 class TracingCache(Cache):  # type: ignore[misc]  # transformers is untyped
     """A KV cache that only says what is appended: update() emits ``hetcomp::kv_append``. Layers of ``model`` that keep
     other states are refused."""
 
     def __init__(self, context: int, model: nn.Module) -> None:
         super().__init__(layers=[])
+        self.layers = _NoLayers(model)
         self._context = context
-        self._model = model
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -70,23 +86,7 @@ class TracingCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def has_previous_state(self, layer_idx: int | None = None) -> bool:
         """False of the whole model. Only layers with a state of another kind ask for themselves."""
-        return False if layer_idx is None else self._refuse(layer_idx)
-
-    def update_conv_state(self, states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Tensor:
-        """Raises HetcompError naming the layer."""
-        return self._refuse(layer_idx)
-
-    def update_recurrent_state(self, states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> Tensor:
-        """Raises HetcompError naming the layer."""
-        return self._refuse(layer_idx)
-
-    def _refuse(self, layer_idx: int) -> NoReturn:
-        named = self._model.named_modules()
-        found = [f"{path} ({type(m).__name__})" for path, m in named if getattr(m, "layer_idx", None) == layer_idx]
-        raise HetcompError(
-            f"layer {layer_idx}, {found[-1] if found else 'unnamed'}, keeps a state of a convolution or recurrence, as "
-            "linear attention and state-space models do; hetcomp compiles attention with keys and values only"
-        )
+        return False if layer_idx is None else bool(self.layers[layer_idx])
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """No mask is ever built, the attention op is causal by itself."""

@@ -32,6 +32,8 @@ TABLES = {
     "com.microsoft.RotaryEmbedding": (2, 3),
     "com.microsoft.GroupQueryAttention": (7, 8),
 }
+# Ops of linear attention and state-space models, onnxruntime's and ONNX's.
+_RECURRENT = re.compile(r"ConvWithState|ConvState|GatedDeltaNet|LinearAttention|Mamba")
 _PAST = re.compile(r"past|cache", re.IGNORECASE)
 
 
@@ -211,6 +213,12 @@ def _passed(node: Node, weight: Weight, rank: int) -> Weight | None:
 def kind_of(given: Input, file: OnnxFile) -> str:
     """What an input of the graph is for: ids, positions, mask, past (a cache), last (the position of the last token),
     total (of positions) or cached (whether there are caches). Raises HetcompError for others."""
+    recurrent = next((n for n in file.graph.nodes if given.name in n.inputs and _RECURRENT.search(n.op)), None)
+    if recurrent is not None:
+        raise HetcompError(
+            f"{file.path}: {recurrent} keeps the state of a convolution or recurrence, {given.name}; hetcomp compiles "
+            "attention with keys and values only"
+        )
     rank, integral = len(given.shape), given.dtype in ("I64", "I32")
     along = given.shape[1 if integral else 2] if rank in (2, 4) else "?"
     if isinstance(along, int):
