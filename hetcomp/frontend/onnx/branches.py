@@ -50,6 +50,6 @@ def _inlined(node: Node, taken: bool, origin: str) -> Mapping[str, list[Node]]:
         raise HetcompError(f"{origin}: {node} has a branch that is no graph")
     handed = [
         Node(f"{node.name}/{made}", "Identity", (value,), (made,), scope=node.scope)
-        for value, made in zip(branch.outputs, node.outputs, strict=True)
+        for value, made in zip(branch.outputs, node.outputs, strict=False)
     ]
     return {node.outputs[0]: [*branch.nodes, *handed]}

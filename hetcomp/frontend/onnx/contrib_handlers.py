@@ -79,7 +79,7 @@ def _layer_before(w: Writer, node: Node) -> str:
 
 
 def _group_query_attention(w: Writer, node: Node) -> fx.Node:
-    refuse(node, causal=(1,), smooth_softmax=(0, -1), qk_output=(0,))
+    refuse(node, causal=(1,), smooth_softmax=(0, -1), sliding_window_cache=(0, 1), qk_output=(0,))
     refuse(node, k_quant_type=("NONE",), v_quant_type=("NONE",))
     refuse_inputs(node, attention_bias=10, k_scale=12, v_scale=13, query_seqlens=16)
     _check_lengths(w, node)

@@ -93,20 +93,16 @@ class Dequantised:
         return "q8" if BITS[dtype] == 4 else None
 
     def _check(self, tensors: Mapping[str, CheckpointTensor]) -> None:
-        wanted = list(self.stored)
-        if self.axis < 0:
-            wanted = []
-        elif self.block:
+        wanted = []
+        if self.axis >= 0:
+            wanted = list(self.stored) if self.block else [self.stored[self.axis]]
+        if self.block:
             wanted[self.axis] = -(-wanted[self.axis] // self.block)
-        else:
-            wanted = [wanted[self.axis]]
-        for name, kinds in ((self.scales, tuple(_SCALES)), (self.zeros, tuple(BITS))):
+        for name, kinds in ((self.scales, tuple(_SCALES)), (self.zeros, (tensors[self.codes].dtype,))):
             if not name:
                 continue
-            tensor = tensors.get(name)
-            if tensor is None:
-                raise NotComputable(f"takes {name} for scales or zero points of a weight, which is computed")
-            if tensor.dtype not in kinds or list(tensor.shape) not in ([*wanted], [1] if not wanted else [*wanted]):
+            tensor = tensors[name]
+            if tensor.dtype not in kinds or list(tensor.shape) not in (wanted, wanted or [1]):
                 raise NotComputable(
                     f"has {name} of type {tensor.dtype} and shape {list(tensor.shape)}; expected {' or '.join(kinds)} "
                     f"of shape {wanted} for a weight of shape {list(self.stored)}"
@@ -114,28 +110,20 @@ class Dequantised:
 
     def decode(self, parts: Mapping[str, _Raw], dtype: str) -> QuantisedNumbers | _Floats:
         """The matrix [N, K] whose parts as they are stored these are; dtype: of its codes."""
-        codes = whole_numbers(parts["codes"], dtype, self.stored)
-        scales = self._spread(_floats(parts["scales"]), self._count())
-        zeros = parts.get("zeros")
-        points = None
-        if zeros is not None:
-            shape = self._count() if self.block else (max(1, int(np.prod(self._count()))),)
-            points = self._spread(whole_numbers(zeros, dtype, shape), self._count())
-        if self.turned:
-            codes = np.ascontiguousarray(codes.T)
-            scales = scales.T
-            points = None if points is None else points.T
-        rows, columns = self.shape
+        each = whole_numbers(parts["codes"], dtype, self.stored)
+        if "zeros" in parts:
+            each = each - self._for_each(whole_numbers(parts["zeros"], dtype, self._count()))
+        scales = _floats(parts["scales"]).reshape(self._count())
         form = self._form(dtype)
-        # [N, 1] or [N, blocks]; [1, K] or [blocks, K] where no format has it.
-        each = codes.astype(np.int16) if points is None else codes - self._per_number(points, rows, columns)
         if form is None:
-            made: _Floats = each.astype(np.float32) * self._per_number(scales, rows, columns)
-            return made
+            made: _Floats = each.astype(np.float32) * self._for_each(scales)
+            return made.T if self.turned else made
+        each, scales = (each.T, scales.T) if self.turned else (each, scales)
+        rows, columns = self.shape
         groups = -(-columns // _GROUP)
         of_groups = np.repeat(scales, self.block // _GROUP, axis=1)[:, :groups] if self.block else scales
-        of_groups = np.ascontiguousarray(np.broadcast_to(of_groups, (rows, groups)), np.float32)
-        return QuantisedNumbers(form, (each + OFFSETS[form]).astype(np.uint8), of_groups)
+        of_groups = np.ascontiguousarray(np.broadcast_to(of_groups, (rows, groups)))
+        return QuantisedNumbers(form, np.ascontiguousarray(each + OFFSETS[form]).astype(np.uint8), of_groups)
 
     def _count(self) -> tuple[int, int]:
         """Scales along both stored axes."""
@@ -146,15 +134,11 @@ class Dequantised:
             count[self.axis] = -(-size // self.block) if self.block else size
         return count[0], count[1]
 
-    def _spread(self, numbers: _Numbers, count: tuple[int, int]) -> _Numbers:
-        return numbers.reshape(-1)[: count[0] * count[1]].reshape(count)
-
-    def _per_number(self, numbers: _Numbers, rows: int, columns: int) -> _Numbers:
-        """Scales or zero points, already in the matrix's order, for each number of it."""
-        for axis, size in enumerate((rows, columns)):
-            if self.block and numbers.shape[axis] not in (1, size):
-                numbers = np.repeat(numbers, self.block, axis=axis)
-        return numbers[:rows, :columns]
+    def _for_each(self, numbers: _Numbers) -> _Numbers:
+        """Scales or zero points, of which blocks share one, for each stored number, or to be broadcast."""
+        if not self.block:
+            return numbers
+        return np.repeat(numbers, self.block, axis=self.axis)[: self.stored[0], : self.stored[1]]
 
 
 def whole_numbers(raw: _Raw, dtype: str, shape: tuple[int, ...]) -> npt.NDArray[np.int16]:

@@ -34,7 +34,8 @@ class Parameters:
 
     def __init__(self) -> None:
         self.all: dict[str, Parameter] = {}
-        self._known: dict[tuple[str, bool], str] = {}
+        self._known: dict[tuple[str, bool], Parameter] = {}
+        self._pairs: dict[tuple[str, str], Parameter] = {}
 
     def of(
         self, weight: Weight, shape: tuple[int, ...], scope: str, packed: Packed | Dequantised | None = None
@@ -45,19 +46,19 @@ class Parameters:
             fqn = self._free(_name(weight.name, scope))
             # What is dequantised comes in the order that is wanted.
             turned = weight.transposed and not isinstance(packed, Dequantised)
-            self.all[fqn] = Parameter(fqn, shape, weight.name, turned, packed)
-            self._known[key] = fqn
-        return self.all[self._known[key]]
+            self.all[fqn] = self._known[key] = Parameter(fqn, shape, weight.name, turned, packed)
+        return self._known[key]
 
     def pair(self, first: Parameter, second: Parameter) -> Parameter:
         """Gate and up projections of experts [E, I, ..], or their biases, as one parameter [E, 2 I, ..]."""
-        for half in (first, second):
-            self.all.pop(half.fqn, None)
-        stem = first.fqn.removesuffix(".weight")
-        shape = (first.shape[0], 2 * first.shape[1], *first.shape[2:])
-        made = Parameter(self._free(f"{stem}.pair"), shape, "", halves=(first, second))
-        self.all[made.fqn] = made
-        return made
+        key = (first.fqn, second.fqn)
+        if key not in self._pairs:
+            for half in (first, second):
+                self.all.pop(half.fqn, None)
+            shape = (first.shape[0], 2 * first.shape[1], *first.shape[2:])
+            fqn = self._free(f"{first.fqn.removesuffix('.weight')}.pair")
+            self.all[fqn] = self._pairs[key] = Parameter(fqn, shape, "", halves=(first, second))
+        return self._pairs[key]
 
     def _free(self, name: str) -> str:
         number = 2
