@@ -32,6 +32,9 @@ TABLES = {
     "com.microsoft.RotaryEmbedding": (2, 3),
     "com.microsoft.GroupQueryAttention": (7, 8),
 }
+_OF_QUANTISED_ACTIVATIONS = frozenset(
+    {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QuantizeLinear"}
+)
 # Ops of linear attention and state-space models, onnxruntime's and ONNX's.
 _RECURRENT = re.compile(r"ConvWithState|ConvState|GatedDeltaNet|LinearAttention|Mamba")
 _PAST = re.compile(r"past|cache", re.IGNORECASE)
@@ -163,6 +166,10 @@ class Evaluator:
             missing = next((v for v in node.inputs if v and v not in values), None)
             if missing is not None:
                 raise NotComputable(f"reads {missing}, which nothing makes")
+            if node.op in _OF_QUANTISED_ACTIVATIONS:
+                raise NotComputable(
+                    "computes with quantised activations, which hetcomp does not; quantise weights alone"
+                )
             operands = [v for v in node.inputs if v]
             for index in TABLES.get(node.op, ()):
                 if node.input(index) in weights:

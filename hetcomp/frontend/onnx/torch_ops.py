@@ -287,10 +287,6 @@ def _minimum(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tens
     return run
 
 
-def _of_quantised_activations(node: Node, *operands: Maybe) -> Tensor:
-    raise NotComputable("computes with quantised activations, which hetcomp does not; quantise the weights alone")
-
-
 OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Abs": _unary(torch.abs),
     "Add": _binary(torch.add),
@@ -364,10 +360,6 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Trilu": _trilu,
     "Unsqueeze": _unsqueeze,
     "Where": lambda node, c, a, b: torch.where(c.bool(), a, b),
-    **dict.fromkeys(
-        ("DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QuantizeLinear"),
-        _of_quantised_activations,
-    ),
     "com.microsoft.RotaryEmbedding": microsoft_rotary,
     "com.microsoft.SimplifiedLayerNormalization": _rms,
 }
