@@ -201,7 +201,7 @@ def _attention_us(curve: KernelCurve, attrs: ops.Attention, work: Work, step: Ph
 
 
 _ELEMENTWISE_LIKE = frozenset({"rms_norm", "rope", "add", "route", "glu", "kv_append"})
-_ELEMENTWISE_KIN = {"rope_table": "rope", "activation": "glu"}
+_ELEMENTWISE_KIN = {"rope_table": "rope", "layer_norm": "rms_norm", "activation": "glu"}
 
 
 def _matrix_us(

@@ -28,6 +28,14 @@ def _group_scores(choice, s, GROUP_SCORE: tl.constexpr):
 
 
 @triton.jit
+def _near(scores, best, JITTER: tl.constexpr):
+    """Sum of exp(score - best) of scores [n] near the best; -inf adds nothing."""
+    # The comparison is false of NaN: 0 / 0 where all are 0, inf / inf of experts that are not there.
+    far = (best - scores) / tl.maximum(tl.abs(scores), best) > 2 * JITTER
+    return tl.sum(tl.where(far, 0.0, tl.exp(scores - best)), axis=0)
+
+
+@triton.jit
 def route(
     logits,
     bias,
@@ -44,6 +52,7 @@ def route(
     GROUP_SCORE: tl.constexpr,
     OUTSIDE: tl.constexpr,
     SCALING: tl.constexpr,
+    JITTER: tl.constexpr,
     GROUPS_PADDED: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
@@ -85,7 +94,10 @@ def route(
     for k in tl.static_range(TOP_K):
         best = tl.argmax(flat, axis=0)  # the first of equals
         chosen = tl.where(slot == k, best // SIZE_PADDED * SIZE + best % SIZE_PADDED, chosen)
-        picked = tl.where(slot == k, tl.max(tl.where(number == best, all_scores, -float("inf")), axis=0), picked)
+        score = tl.max(tl.where(number == best, all_scores, -float("inf")), axis=0)
+        if SCORING == "sparse_mixer":
+            score = 1.0 / _near(flat, score, JITTER)
+        picked = tl.where(slot == k, score, picked)
         flat = tl.where(number == best, -float("inf"), flat)
     if SCORING == "topk_softmax":
         picked = tl.exp(picked - tl.max(picked, axis=0))

@@ -84,6 +84,22 @@ def add_rms_norm(
 
 
 @triton.jit
+def layer_norm(x, weight, bias, n_rows, y, WIDTH: tl.constexpr, EPS: tl.constexpr, PADDED: tl.constexpr):
+    """x f32[rows, WIDTH], weight and bias f32[WIDTH] -> y f32[rows, WIDTH]. Grid: (rows)."""
+    row = tl.program_id(0)
+    if beyond(row, n_rows):
+        return
+    d = tl.arange(0, PADDED)
+    mask = d < WIDTH
+    at = row.to(tl.int64) * WIDTH + d
+    numbers = tl.load(x + at, mask=mask, other=0.0)
+    apart = tl.where(mask, numbers - tl.sum(numbers, axis=0) / WIDTH, 0.0)
+    factor = 1.0 / tl.sqrt_rn(tl.sum(apart * apart, axis=0) / WIDTH + EPS)
+    scale = tl.load(weight + d, mask=mask, other=0.0)
+    tl.store(y + at, apart * factor * scale + tl.load(bias + d, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
 def rope_table(positions, inv_freq, n_rows, cos, sin, HALF: tl.constexpr, SCALING: tl.constexpr, PADDED: tl.constexpr):
     """positions i32[rows], inv_freq f32[HALF] -> cos, sin f32[rows, HALF]. Grid: (rows)."""
     row = tl.program_id(0)

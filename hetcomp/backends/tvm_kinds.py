@@ -204,6 +204,21 @@ def _rms_norm(request: KernelRequest) -> RowKernel:
     return RowKernel(title, "a row", "args.rows", _rows_grain(groups * width, COPY_GRAIN // 2), (stage,))
 
 
+def _layer_norm(request: KernelRequest) -> RowKernel:
+    attrs = request.op.attrs
+    assert isinstance(attrs, ops.LayerNorm)
+    width = attrs.width
+
+    def build() -> object:
+        from hetcomp.backends import tvm_norm
+
+        return tvm_norm.layer_norm(width, attrs.eps, lanes(request.isa))
+
+    rows, weights = (BLOCK, width), [Operand(f"args.in[{i}]", (width,)) for i in (1, 2)]
+    stage = Stage(build, (Operand("args.in[0]", rows), *weights, Operand("args.out[0]", rows)))
+    return RowKernel(f"layer_norm of {width}", "a row", "args.rows", _rows_grain(width, COPY_GRAIN // 2), (stage,))
+
+
 def _rope_table(request: KernelRequest) -> RowKernel:
     attrs = request.op.attrs
     assert isinstance(attrs, ops.RopeTable)
@@ -312,6 +327,7 @@ def _linear(request: KernelRequest) -> RowKernel:
 
 BUILDERS: Mapping[type, Callable[[KernelRequest], RowKernel]] = {
     ops.RmsNorm: _rms_norm,
+    ops.LayerNorm: _layer_norm,
     ops.RopeTable: _rope_table,
     ops.Rope: _rope,
     ops.Route: _route,

@@ -33,7 +33,7 @@ def route(attrs: Route, padded: int, lanes: int) -> PrimFunc:
     score = _score(attrs, padded, lanes)
     mask_groups = _mask_groups(attrs)
     choose = _choose(attrs, padded, lanes)
-    weigh = _weigh(attrs)
+    weigh = _weigh(attrs, padded, lanes)
 
     @T.prim_func
     def plain(l_: T.handle, i_: T.handle, w_: T.handle, s_: T.handle, c_: T.handle) -> None:
@@ -121,7 +121,7 @@ def _score(attrs: Route, padded: int, lanes: int) -> Any:  # noqa: ANN401
                 scores[i * lanes + v] = sigmoid(scores[i * lanes + v])
         pad(scores)
 
-    return {"softmax": softmax, "sigmoid": sigmoids, "topk_softmax": pad}[attrs.scoring]
+    return {"softmax": softmax, "sigmoid": sigmoids}.get(attrs.scoring, pad)
 
 
 def _mask_groups(attrs: Route) -> Any:  # noqa: ANN401
@@ -217,18 +217,18 @@ def _choose(attrs: Route, padded: int, lanes: int) -> Any:  # noqa: ANN401
     return choose
 
 
-def _weigh(attrs: Route) -> Any:  # noqa: ANN401
-    """Weights of the chosen experts: their scores, or the softmax over the chosen logits."""
+def _weigh(attrs: Route, padded: int, lanes: int) -> Any:  # noqa: ANN401
+    """Weights of the chosen experts: their scores, the softmax over the chosen logits, or what a sparse mixer gives."""
     top_k = attrs.top_k
     over_chosen = attrs.scoring == "topk_softmax"
     normalise = attrs.normalise
+    take = _mix(attrs, padded, lanes) if attrs.scoring == "sparse_mixer" else _take(attrs)
 
     @T.inline
     def weigh(scores, ids, weights, r):  # noqa: ANN001, ANN202
         largest = T.alloc_buffer((1,), "float32")
         total = T.alloc_buffer((1,), "float32")
-        for k in T.serial(top_k):
-            weights[r, k] = scores[ids[r, k]]
+        take(scores, ids, weights, r)
         if over_chosen:
             largest[0] = weights[r, 0]
             for k in T.serial(top_k):
@@ -250,3 +250,40 @@ def _weigh(attrs: Route) -> Any:  # noqa: ANN401
             weights[r, k] = weights[r, k] * T.float32(attrs.scaling)
 
     return weigh
+
+
+def _take(attrs: Route) -> Any:  # noqa: ANN401
+    top_k = attrs.top_k
+
+    @T.inline
+    def take(scores, ids, weights, r):  # noqa: ANN001, ANN202
+        for k in T.serial(top_k):
+            weights[r, k] = scores[ids[r, k]]
+
+    return take
+
+
+def _mix(attrs: Route, padded: int, lanes: int) -> Any:  # noqa: ANN401
+    """Weights of a sparse mixer. Those chosen become -inf in ``scores``, as the padding is: they add exp(-inf) = 0."""
+    top_k, jitter = attrs.top_k, attrs.jitter
+
+    def share(score: Expr, best: Expr) -> Expr:
+        # The comparison is false of NaN: 0 / 0 where all are 0, inf / inf of the padding.
+        far = (best - score) / T.max(T.fabs(score), best) > T.float32(2 * jitter)
+        return T.Select(far, T.float32(0), exp(score - best))
+
+    @T.inline
+    def take(scores, ids, weights, r):  # noqa: ANN001, ANN202
+        best = T.alloc_buffer((1,), "float32")
+        total = T.alloc_buffer((lanes,), "float32")
+        for k in T.serial(top_k):
+            best[0] = scores[ids[r, k]]
+            for v in T.vectorized(lanes):
+                total[v] = T.float32(0)
+            for i in T.serial(padded // lanes):
+                for v in T.vectorized(lanes):
+                    total[v] = total[v] + share(scores[i * lanes + v], best[0])
+            weights[r, k] = T.float32(1) / tree(operator.add, total, lanes)
+            scores[ids[r, k]] = T.float32(float("-inf"))
+
+    return take

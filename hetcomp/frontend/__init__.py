@@ -95,6 +95,7 @@ def load(
             "auto is bf16, give --formats for what it will be"
         )
         folded = replace(folded, notes=(*folded.notes, note))
+    folded = replace(folded, notes=(*folded.notes, *traced.notes))
     return Imported(
         plan=folded,
         checkpoint=checkpoint,
@@ -143,7 +144,7 @@ def _from_onnx(path: Path) -> Given:
 def _from_transformers(source: ModelSource) -> Given:
     def traced(context: int) -> tuple[trace.TracedModel, BaseCheckpoint | None]:
         made = trace.trace(trace.meta_model(source.model_class, source.config), context)
-        return made, _checkpoint(source, made)
+        return replace(made, notes=_longrope_notes(source.config, context)), _checkpoint(source, made)
 
     method = None if source.quantisation is None else source.quantisation.method
     return Given(_model_info(source), source.config, source.raw, source.folder, traced, method, source.gguf)
@@ -191,6 +192,17 @@ def _context(info: ModelInfo, wanted: int | None, default: int) -> int:
             f"a context of {wanted} positions was asked for; {info.name} takes 1 to {info.max_positions}"
         )
     return wanted
+
+
+def _longrope_notes(config: PreTrainedConfig, context: int) -> tuple[str, ...]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") or context
+    if rope.get("rope_type") != "longrope" or context <= short:
+        return ()
+    return (
+        f"longrope: all positions are turned as those of sequences of more than {short} are, since the context is "
+        f"{context}; a context of at most {short} takes what transformers takes for short sequences",
+    )
 
 
 def _model_info(source: ModelSource) -> ModelInfo:

@@ -23,7 +23,7 @@ _SCHEMAS = {
     "int nope_dim, int v_dim, float softcap) -> Tensor",
     # Fields as those of ir.ops.Route; ids and weights [tokens, top_k].
     "route": "(Tensor logits, Tensor? bias, int top_k, str scoring, bool normalise, float norm_eps, int groups, "
-    "int top_groups, str group_score, str outside_groups, float scaling) -> (Tensor, Tensor)",
+    "int top_groups, str group_score, str outside_groups, float scaling, float jitter) -> (Tensor, Tensor)",
     "moe_experts": "(Tensor x, Tensor ids, Tensor weights, Tensor gate_up, Tensor down, "
     "Tensor? gate_up_bias, Tensor? down_bias, str function, float alpha, float limit, bool transposed, "
     "bool interleaved) -> Tensor",
@@ -92,6 +92,7 @@ def _route(
     group_score: str,
     outside_groups: str,
     scaling: float,
+    jitter: float,
 ) -> tuple[Tensor, Tensor]:
     rows = logits.flatten(0, -2).shape[0]
     return logits.new_empty((rows, top_k), dtype=torch.int64), logits.new_empty((rows, top_k))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +44,29 @@ class Hooks:
     rope_functions: list[str] = field(default_factory=list)
 
 
-class TracingCache(Cache):  # type: ignore[misc]  # transformers is untyped
-    """A KV cache that only says what is appended: update() emits ``hetcomp::kv_append``."""
+class _NoLayers(list[Any]):
+    """In place of the caches of layers, which are asked for where a layer keeps another state than keys and values."""
 
-    def __init__(self, context: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def __getitem__(self, layer: SupportsIndex | slice) -> NoReturn:
+        named = self._model.named_modules()
+        found = [f"{path} ({type(m).__name__})" for path, m in named if getattr(m, "layer_idx", None) == layer]
+        raise HetcompError(
+            f"layer {layer}, {found[-1] if found else 'unnamed'}, keeps the state of a convolution or recurrence, as "
+            "linear attention and state-space models do; hetcomp compiles attention with keys and values only"
+        )
+
+
+class TracingCache(Cache):  # type: ignore[misc]  # transformers is untyped
+    """A KV cache that only says what is appended: update() emits ``hetcomp::kv_append``. Layers of ``model`` that keep
+    other states are refused."""
+
+    def __init__(self, context: int, model: nn.Module) -> None:
         super().__init__(layers=[])
+        self.layers = _NoLayers(model)
         self._context = context
 
     def update(
@@ -65,6 +83,10 @@ class TracingCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """0: positions are always given."""
         return 0
+
+    def has_previous_state(self, layer_idx: int | None = None) -> bool:
+        """False of the whole model. Only layers with a state of another kind ask for themselves."""
+        return False if layer_idx is None else bool(self.layers[layer_idx])
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """No mask is ever built, the attention op is causal by itself."""
@@ -170,11 +192,11 @@ def _norm_forward(module: nn.Module, eps: float, offset: float) -> Callable[[Ten
 # ---------------------------------------------------------------- rotary embedding
 
 
-def _replace_rotary_tables(model: PreTrainedModel, patches: _Patches, hooks: Hooks) -> None:
+def _replace_rotary_tables(model: PreTrainedModel, patches: _Patches, hooks: Hooks, context: int) -> None:
     for path, module in model.named_modules():
         if not type(module).__name__.endswith("RotaryEmbedding"):
             continue
-        table = rope_table_data(module, path)
+        table = rope_table_data(module, path, context)
         if table is None:
             continue
         hooks.rope_tables.append(table)
@@ -302,8 +324,8 @@ def _select_implementations(model: PreTrainedModel, patches: _Patches) -> None:
 
 
 @contextmanager
-def tracing_hooks(model: PreTrainedModel) -> Iterator[Hooks]:
-    """Prepares ``model`` (float32, on the meta device) for tracing; undone on leaving.
+def tracing_hooks(model: PreTrainedModel, context: int) -> Iterator[Hooks]:
+    """Prepares ``model`` (float32, on the meta device) for tracing with ``context`` positions; undone on leaving.
 
     Raises HetcompError naming the module for what is recognised but not compiled.
     """
@@ -314,7 +336,7 @@ def tracing_hooks(model: PreTrainedModel) -> Iterator[Hooks]:
             _bypass_mla(model, patches)
             _mark_experts(model, patches)
             _replace_norms(model, patches, hooks)
-            _replace_rotary_tables(model, patches, hooks)
+            _replace_rotary_tables(model, patches, hooks, context)
             _replace_rope_functions(model, patches, hooks)
         yield hooks
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from hetcomp.frontend import layout as lay
-from hetcomp.frontend import lower_attention, lower_router
+from hetcomp.frontend import lower_attention, lower_norms, lower_router
 from hetcomp.frontend.lower import Lowering, Ref, RowsOnly, Several, memory_shape
 from hetcomp.frontend.trace import module_path
 from hetcomp.ir import ops
@@ -85,23 +85,6 @@ def _linear(low: Lowering, node: fx.Node) -> Ref | None:
     out = low.result(node)
     attrs = ops.Linear(columns, rows, bias is not None)
     low.builder.emit(attrs, inputs, [out.value], module_path(node))
-    return out
-
-
-def _rms_norm(low: Lowering, node: fx.Node) -> Ref | None:
-    x = low.ref(node.args[0])
-    if x is None or low.parameter(node.args[1]) is None:
-        return None
-    weight = low.weight(node.args[1])
-    width = int(low.builder.values[weight].type.shape[0])
-    last = x.layout[-1]
-    if last.size != width or (width > 1 and last.stride != 1):
-        return None
-    shape = low.builder.values[x.value].type.shape
-    out = Ref(low.builder.act(shape), x.layout)
-    eps, offset = (float(a) for a in node.args[2:4])  # type: ignore[arg-type]
-    attrs = ops.RmsNorm(width, eps, lay.width(x.layout) // width, offset)
-    low.builder.emit(attrs, [x.value, weight], [out.value], module_path(node))
     return out
 
 
@@ -352,6 +335,7 @@ def _cat(low: Lowering, node: fx.Node) -> Ref | None:
 
 HANDLERS: dict[str, Callable[[Lowering, fx.Node], Any]] = {
     **lower_attention.HANDLERS,
+    **lower_norms.HANDLERS,
     **lower_router.HANDLERS,
     "aten.view": _view,
     "aten.reshape": _view,
@@ -381,7 +365,6 @@ HANDLERS: dict[str, Callable[[Lowering, fx.Node], Any]] = {
     "aten.chunk": _chunk,
     "aten.slice": _slice,
     "aten.cat": _cat,
-    "hetcomp.rms_norm": _rms_norm,
     "hetcomp.moe_experts": _moe_experts,
 }
 

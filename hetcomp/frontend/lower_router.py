@@ -18,7 +18,7 @@ def _route(low: Lowering, node: fx.Node) -> Several | None:
     logits, bias = low.ref(node.args[0]), node.args[1]
     if logits is None or not lay.is_row_major(logits.layout):
         return None
-    top_k, scoring, normalise, norm_eps, groups, top_groups, group_score, outside, scaling = node.args[2:]
+    top_k, scoring, normalise, norm_eps, groups, top_groups, group_score, outside, scaling, jitter = node.args[2:]
     attrs = ops.Route(
         experts=lay.width(logits.layout),
         top_k=int(top_k),  # type: ignore[arg-type]
@@ -31,6 +31,7 @@ def _route(low: Lowering, node: fx.Node) -> Several | None:
         outside_groups=str(outside),  # type: ignore[arg-type]
         scaling=float(scaling),  # type: ignore[arg-type]
         bias=bias is not None,
+        jitter=float(jitter),  # type: ignore[arg-type]
     )
     inputs = [logits.value] + ([low.weight(bias)] if bias is not None else [])
     outs = [low.builder.act((lay.ROWS, attrs.top_k), dtype) for dtype in (DType.I32, DType.F32)]

@@ -14,7 +14,6 @@ from hetcomp.errors import HetcompError
 
 RopeStyle = Literal["half", "interleaved", "interleaved_to_half"]
 # inv_freq of these depends on the length of the sequence, so no constant table can stand for it.
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 _TOLERANCE = 1e-5
 
 
@@ -122,23 +121,33 @@ def rms_form(module: nn.Module) -> tuple[float, float] | None:
     return None
 
 
-def rope_table_data(module: nn.Module, path: str) -> RopeTableData | None:
-    """Rebuilds the rotary module on the CPU from its config (its buffers have no data on the meta device)."""
+def rope_table_data(module: nn.Module, path: str, context: int) -> RopeTableData | None:
+    """Rebuilds the rotary module on the CPU from its config (its buffers have no data on the meta device). It is tried
+    as part of a sequence of ``context`` positions, whose length decides which of its frequencies longrope takes."""
     config = getattr(module, "config", None)
     rope_type = getattr(module, "rope_type", "default")
-    if isinstance(rope_type, str) and rope_type in _LENGTH_DEPENDENT_ROPE:
+    if rope_type == "dynamic":
         raise HetcompError(
             f"{path}: rope type {rope_type!r} changes its frequencies with the length of the sequence, which "
-            "hetcomp does not compile; use default, linear, llama3 or yarn"
+            "hetcomp does not compile; use default, linear, llama3, longrope or yarn"
         )
     if config is None or not isinstance(rope_type, str):
         return None
     with torch.device("cpu"):
         real = type(module)(config).float()
-    inv_freq = torch.as_tensor(real.inv_freq).float()
-    scaling = float(getattr(real, "attention_scaling", 1.0))
-    positions = torch.tensor([[0, 1, 5, 100]])
+    positions = torch.tensor([[0, 1, min(5, context - 1), context - 1]])
     got: object = real(torch.zeros(1, 4, 8), positions)
+    scaling = float(getattr(real, "attention_scaling", 1.0))
+    if rope_type == "longrope" and isinstance(got, tuple):
+        scaling = float(got[0].flatten()[0])  # a cosine of 0; of Phi-MoE it is not the module's attribute
+    # Of longrope it is the one for this length, but for Phi-MoE, which always takes the original one.
+    candidates = [getattr(real, name) for name in ("inv_freq", "original_inv_freq") if hasattr(real, name)]
+    made = (_table_of(got, positions, torch.as_tensor(inv_freq).float(), scaling) for inv_freq in candidates)
+    return next((table for table in made if table is not None), None)
+
+
+def _table_of(got: object, positions: Tensor, inv_freq: Tensor, scaling: float) -> RopeTableData | None:
+    """The table that gives what a module made of ``positions``; None if it is not of these frequencies."""
     angles = positions[..., None].float() * inv_freq
     if isinstance(got, Tensor) and got.is_complex():
         same = _close(got.real, angles.cos() * scaling) and _close(got.imag, angles.sin() * scaling)

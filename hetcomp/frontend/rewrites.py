@@ -12,7 +12,7 @@ from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import Shape
 
 _GLU_FUNCTIONS = frozenset({"silu", "gelu", "gelu_tanh", "relu"})
-_ROW_WISE = ("rms_norm", "scale", "activation")
+_ROW_WISE = ("rms_norm", "layer_norm", "scale", "activation")
 
 
 def finish(lowered: list[Op], values: dict[str, Value], logits: str) -> tuple[list[Op], dict[str, Value]]:

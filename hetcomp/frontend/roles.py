@@ -23,6 +23,7 @@ _ATTENTION = {
     "q_a_layernorm": "q_a_norm",
     "kv_a_layernorm": "kv_a_norm",
 }
+_NORMS = ("rms_norm", "layer_norm")
 _MLP = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
 _MLP_KINDS = {"glu": "act", "activation": "act", "add": "add", "mul": "mul"}
 
@@ -57,7 +58,7 @@ def assign_roles(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
             roles[op.id] = f"attn.{_ATTENTION.get(_leaf(op.origin)) or _own(op, attention[op.layer])}"
         elif op.layer in experts and _inside(op.origin, experts[op.layer]):
             roles[op.id] = _moe(op, readers)
-        elif op.kind not in ("rms_norm", "add", "scale"):
+        elif op.kind not in (*_NORMS, "add", "scale"):
             roles[op.id] = f"mlp.{_mlp(op)}"
     for op in lowered:
         if op.id not in roles:
@@ -73,7 +74,7 @@ def _own(op: Op, module: str) -> str:
 def _outside(op: Op, readers: dict[str, list[Op]]) -> str:
     if op.kind == "linear":
         return "lm_head"
-    if op.kind == "rms_norm":
+    if op.kind in _NORMS:
         return "final_norm"
     return op.kind
 
@@ -99,7 +100,7 @@ def _moe(op: Op, readers: dict[str, list[Op]]) -> str:
 
 def _between(op: Op, readers: dict[str, list[Op]], roles: dict[str, str]) -> str:
     """Norms and sums of the layer itself: a norm belongs to the block that reads it."""
-    if op.kind != "rms_norm":
+    if op.kind not in _NORMS:
         return "residual" if op.kind == "add" else op.kind
     blocks = {roles.get(r.id, "").partition(".")[0] for v in op.outputs for r in readers.get(v, [])}
     for block in ("attn", "moe", "mlp"):

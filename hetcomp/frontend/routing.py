@@ -35,7 +35,7 @@ def route_reference(logits: Tensor, bias: Tensor | None, r: Route) -> tuple[Tens
     if r.scoring == "sigmoid":
         scores = logits.sigmoid()
     else:
-        scores = logits if r.scoring == "topk_softmax" else logits.softmax(-1)
+        scores = logits.softmax(-1) if r.scoring == "softmax" else logits
     choice = scores if bias is None else scores + bias
     if r.groups > 1:
         grouped = choice.view(-1, r.groups, r.experts // r.groups)
@@ -47,9 +47,22 @@ def route_reference(logits: Tensor, bias: Tensor | None, r: Route) -> tuple[Tens
     weights = scores.gather(1, ids)
     if r.scoring == "topk_softmax":
         weights = weights.softmax(-1)
+    elif r.scoring == "sparse_mixer":
+        weights = _sparse_mixer_weights(logits, ids, r.jitter)
     if r.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + r.norm_eps)
     return ids, weights * r.scaling
+
+
+def _sparse_mixer_weights(logits: Tensor, ids: Tensor, jitter: float) -> Tensor:
+    left, weights = logits, []
+    for k in range(ids.shape[-1]):
+        chosen = ids[:, k : k + 1]
+        best = logits.gather(1, chosen)
+        far = (best - logits) / logits.abs().maximum(best) > 2 * jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(1, chosen))
+        left = left.scatter(1, chosen, float("-inf"))
+    return torch.cat(weights, -1)
 
 
 def find_routers(graph: fx.Graph, config: PreTrainedConfig) -> dict[fx.Node, Router]:
@@ -169,6 +182,11 @@ def _numbers(config: PreTrainedConfig, *names: str) -> list[float]:
     return [float(v) for v in found if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
+def _sparse_mixers(experts: int, top_k: int, config: PreTrainedConfig) -> Iterator[Route]:
+    for jitter in dict.fromkeys([*_numbers(config, "router_jitter_noise"), 0.01]):
+        yield Route(experts, top_k, "sparse_mixer", normalise=False, jitter=jitter)
+
+
 def _candidates(experts: int, top_k: int, bias: bool, config: PreTrainedConfig) -> Iterator[Route]:
     """Route parameters that the config makes plausible, simple ones first."""
     scalings = dict.fromkeys([1.0, *_numbers(config, "routed_scaling_factor", "moe_routed_scaling_factor")])
@@ -201,3 +219,5 @@ def _candidates(experts: int, top_k: int, bias: bool, config: PreTrainedConfig) 
                 scaling=scaling,
                 bias=bias,
             )
+    if not bias:
+        yield from _sparse_mixers(experts, top_k, config)

@@ -28,7 +28,7 @@ _WRAPPER = "m."
 class TracedModel:
     """A cleaned graph. ``fqns`` names the parameter or buffer behind a placeholder; tied parameters have the
     first of their names, ``aliases`` has the others. ``computed_buffers`` are not in checkpoints. ``inputs``
-    are the placeholders of the step: ids, positions."""
+    are the placeholders of the step: ids, positions. ``notes``: what the user should know of what it computes."""
 
     graph: fx.Graph
     fqns: dict[str, str]
@@ -39,6 +39,7 @@ class TracedModel:
     parameter_shapes: dict[str, tuple[int, ...]]
     aliases: dict[str, tuple[str, ...]]
     computed_buffers: frozenset[str]
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The graph, one node a line, with shapes; for dumps and docs."""
@@ -60,7 +61,7 @@ class _Step(nn.Module):
         self.context = context
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        cache = TracingCache(self.context)
+        cache = TracingCache(self.context, self.m)
         out = self.m(input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True)
         logits: Tensor = out.logits
         return logits
@@ -98,7 +99,7 @@ def trace(model: PreTrainedModel, context: int) -> TracedModel:
     ids = torch.zeros((1, _EXAMPLE_TOKENS), dtype=torch.long, device="meta")
     tokens = torch.export.Dim("T", min=1, max=_LONGEST_STEP)
     dynamic = {"input_ids": {1: tokens}, "position_ids": {1: tokens}}
-    with torch.no_grad(), _quiet(), tracing_hooks(model) as hooks:
+    with torch.no_grad(), _quiet(), tracing_hooks(model, context) as hooks:
         step = _Step(model, context)
         try:
             program = torch.export.export(step, (ids, ids.clone()), dynamic_shapes=dynamic, strict=False)

@@ -85,6 +85,17 @@ def _rms_norm(op: Op, i: Types, o: Types) -> str | None:
     )
 
 
+def _layer_norm(op: Op, i: Types, o: Types) -> str | None:
+    a = op.attrs
+    assert isinstance(a, ops.LayerNorm)
+    return _arity(i, o, 3, 1) or _first(
+        _row(i[0], a.width, "input"),
+        _shape(i[1], (a.width,), "weight"),
+        _shape(i[2], (a.width,), "bias"),
+        _row(o[0], a.width, "output"),
+    )
+
+
 def _linear(op: Op, i: Types, o: Types) -> str | None:
     a = op.attrs
     assert isinstance(a, ops.Linear)
@@ -244,6 +255,7 @@ def _aten(op: Op, i: Types, o: Types) -> str | None:
 _RULES: dict[str, Callable[[Op, Types, Types], str | None]] = {
     "embed": _embed,
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "linear": _linear,
     "head_linear": _head_linear,
     "rope": _rope,

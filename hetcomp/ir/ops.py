@@ -41,6 +41,17 @@ class RmsNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """x f32[rows, width], weight f32[width], bias f32[width] -> f32[rows, width]: (x - mean(x)) / sqrt(var(x) + eps)
+    * weight + bias, where var is the mean of squares of x - mean(x) (Phi-MoE).
+    """
+
+    width: int
+    eps: float
+    kind: Literal["layer_norm"] = "layer_norm"
+
+
+@dataclass(frozen=True, slots=True)
 class Linear:
     """x f32[rows, in_features], weight w[out_features, in_features](, bias f32[out]) -> f32[rows, out].
 
@@ -140,6 +151,8 @@ class Route:
     Always sorted by falling selection score; equal scores: lower expert first.
     ``softmax``: s = softmax(logits), weights = s of the chosen. ``sigmoid``: s = sigmoid(logits).
     ``topk_softmax``: choose by logit, weights = softmax over the chosen logits (GPT-OSS).
+    ``sparse_mixer``: choose by logit; the weight of each choice is its share in a softmax over the experts not chosen
+    before it whose logits l are near its own, m: (m - l) / max(|l|, m) <= 2 * jitter (Phi-MoE, arXiv 2409.12136).
     The bias is added for the choice only. Groups: experts in ``groups`` equal runs, only the best
     ``top_groups`` may be chosen; a group's score is its best (``max``) or the sum of its two best (``top2``);
     for the choice the scores (bias included) of the experts outside count as -inf (``outside_groups`` =
@@ -149,7 +162,7 @@ class Route:
 
     experts: int
     top_k: int
-    scoring: Literal["softmax", "sigmoid", "topk_softmax"]
+    scoring: Literal["softmax", "sigmoid", "topk_softmax", "sparse_mixer"]
     normalise: bool
     norm_eps: float = 0.0
     groups: int = 1
@@ -158,6 +171,7 @@ class Route:
     outside_groups: Literal["never", "zero"] = "never"
     scaling: float = 1.0
     bias: bool = False
+    jitter: float = 0.0
     kind: Literal["route"] = "route"
 
 
@@ -311,6 +325,7 @@ class Aten:
 Attrs = Annotated[
     Embed
     | RmsNorm
+    | LayerNorm
     | Linear
     | HeadLinear
     | RopeTable

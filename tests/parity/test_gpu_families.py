@@ -91,6 +91,7 @@ CASES = [
     Case("gpt_oss", True, "gpu"),
     Case("deepseek_v3", True, "gpu"),
     Case("llama", True, "gpu"),
+    Case("phimoe", False, "gpu"),
     Case("qwen3_moe", True, "experts"),
     Case("glm4_moe", True, "experts"),
     Case("deepseek_v3", False, "experts"),

@@ -20,7 +20,9 @@ MICROSOFT = "com.microsoft"
 @dataclass
 class Choices:
     """bits: of weights, 32: not quantised; block: columns of a scale; expert_rows: experts have a scale a row;
-    zeros: whether blocks have zero points. rotary: by the attention itself; joined: q, k and v as one matrix."""
+    zeros: whether blocks have zero points. rotary: by the attention itself; joined: q, k and v as one matrix; apart:
+    gate and up of experts as FC1 and FC3; norms_inside: of heads, by the attention; sized: the caches' widths are
+    numbers, not names, and those of windows hold all positions."""
 
     bits: int = 32
     block: int = 32
@@ -29,6 +31,9 @@ class Choices:
     joined: bool = False
     quantised_embedding: bool = False
     expert_rows: bool = False
+    apart: bool = False
+    norms_inside: bool = False
+    sized: bool = True
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -130,11 +135,12 @@ class Builder:
         if not self.choices.rotary:
             inputs.append(info("position_ids", TensorProto.INT64, ["batch_size", "sequence_length"]))
         outputs = [info("logits", TensorProto.FLOAT, ["batch_size", "sequence_length", config.vocab_size])]
+        width = self.head_dim if self.choices.sized else "kv_cache_dim"
         for layer in range(layers):
             for part in ("key", "value"):
-                past = ["batch_size", kv, "past_sequence_length", self.head_dim]
+                past = ["batch_size", kv, "past_sequence_length", width]
                 inputs.append(info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, past))
-                present = ["batch_size", kv, "total_sequence_length", self.head_dim]
+                present = ["batch_size", kv, "total_sequence_length", width]
                 outputs.append(info(f"present.{layer}.{part}", TensorProto.FLOAT, present))
         self.lengths()
         x, skip = self.embedding(), ""
@@ -151,7 +157,7 @@ class Builder:
             )
             x, skip = skip, self.mlp(layer, x)
         x, _ = self.norm(f"/model/layers.{layers}/final_norm_layernorm", x, skip, "model.norm")
-        logits = self.linear("/lm_head", x, self.weights["lm_head.weight"])
+        logits = self.linear("/lm_head", x, self.weights["lm_head.weight"], self.weights.get("lm_head.bias"))
         self.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits/Identity"))
         graph = helper.make_graph(self.nodes, "main_graph", inputs, outputs, self.initialisers)
         opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
@@ -165,8 +171,8 @@ class Builder:
         self.last = self.node(f"{base}/Sub/Cast", "Cast", [last], to=TensorProto.INT32)
         shape = self.node(f"{base}/Shape", "Shape", ["attention_mask"])
         index = self.constant("/model/constants/INT64/one", np.array(1))
-        length = self.node(f"{base}/Gather", "Gather", [shape, index], axis=0)
-        self.total = self.node(f"{base}/Gather/Cast", "Cast", [length], to=TensorProto.INT32)
+        self.length = self.node(f"{base}/Gather", "Gather", [shape, index], axis=0)
+        self.total = self.node(f"{base}/Gather/Cast", "Cast", [self.length], to=TensorProto.INT32)
 
     def embedding(self) -> str:
         table = self.weights["model.embed_tokens.weight"]
@@ -174,14 +180,19 @@ class Builder:
             weight = self.constant("model.embed_tokens.weight", table)
             return self.node("/model/embed_tokens/Gather", "Gather", [weight, "input_ids"])
         codes, scales, _ = quantised(table, self.choices.bits, self.choices.block, False)
+        data, of_scales = "model.embed_tokens.weight_Q4", "model.embed_tokens.weight_scales"
+        if self.config.tie_word_embeddings and not self.choices.zeros:
+            # The output layer's, in its shape.
+            data, of_scales = "lm_head.MatMul.weight_Q4", "lm_head.MatMul.weight_scales"
+            shape = self.constant("/model/constants/INT64/table", np.array(codes.shape))
+            codes = codes.reshape(len(codes), scales.shape[-1], -1)
+            data = self.node("/model/embed_tokens/Reshape", "Reshape", [self.constant(data, codes), shape])
+        else:
+            data = self.constant(data, codes)
         return self.node(
             "/model/embed_tokens/GatherBlockQuantized",
             "GatherBlockQuantized",
-            [
-                self.constant("model.embed_tokens.weight_Q4", codes),
-                "input_ids",
-                self.constant("model.embed_tokens.weight_scales", scales),
-            ],
+            [data, "input_ids", self.constant(of_scales, scales)],
             MICROSOFT,
             bits=self.choices.bits,
             block_size=self.choices.block,
@@ -192,12 +203,15 @@ class Builder:
     def norm(self, name: str, x: str, skip: str, module: str) -> tuple[str, str]:
         """(norm, sum) of x and skip; of x alone without skip."""
         weight = self.constant(f"{module}.weight", self.weights[f"{module}.weight"])
-        eps = float(self.config.rms_norm_eps)
+        eps, simple, given = float(self.config.rms_norm_eps), "Simplified", [weight]
+        if f"{module}.bias" in self.weights:
+            simple = ""
+            given.append(self.constant(f"{module}.bias", self.weights[f"{module}.bias"]))
         if not skip:
-            op = "SimplifiedLayerNormalization"
-            return self.node(f"{name}/LayerNorm", op, [x, weight], axis=-1, epsilon=eps, stash_type=1), x
+            op = f"{simple}LayerNormalization"
+            return self.node(f"{name}/LayerNorm", op, [x, *given], axis=-1, epsilon=eps, stash_type=1), x
         name = f"{name}/SkipLayerNorm"
-        made = self.node(name, "SkipSimplifiedLayerNormalization", [x, skip, weight], MICROSOFT, 4, epsilon=eps)
+        made = self.node(name, f"Skip{simple}LayerNormalization", [x, skip, *given], MICROSOFT, 4, epsilon=eps)
         return made, f"{name}/output_3"
 
     def attention(self, layer: int, x: str) -> str:
@@ -213,7 +227,7 @@ class Builder:
             rows = [self.linear(f"{base}/{n}_proj", x, w, b) for n, (w, b) in zip("qkv", parts, strict=True)]
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
         for i, n in enumerate("qk"):
-            if f"{module}.{n}_norm.weight" in self.weights:
+            if f"{module}.{n}_norm.weight" in self.weights and not self.choices.norms_inside:
                 rows[i] = self.head_norm(base, module, n, rows[i], heads[n])
         tables = self.tables()
         if not self.choices.rotary:
@@ -225,9 +239,16 @@ class Builder:
         attributes: dict[str, Any] = {"do_rotary": int(self.choices.rotary)}
         if f"{module}.sinks" in self.weights:
             inputs += ["", "", self.constant(f"{module}.sinks", self.weights[f"{module}.sinks"])]
+        if self.choices.norms_inside:
+            inputs += [""] * (14 - len(inputs))
+            inputs += [
+                self.constant(f"{module}.{n}_norm.weight", self.weights[f"{module}.{n}_norm.weight"]) for n in "qk"
+            ]
+            attributes["qk_norm_epsilon"] = float(config.rms_norm_eps)
         types = getattr(config, "layer_types", None)
         if types and types[layer] == "sliding_attention":
             attributes["local_window_size"] = config.sliding_window
+            attributes |= {} if self.choices.sized else {"sliding_window_cache": 1}
         name = f"{base}/GroupQueryAttention"
         outputs = [f"{name}/output_0", f"present.{layer}.key", f"present.{layer}.value"]
         self.nodes.append(
@@ -255,12 +276,42 @@ class Builder:
         return self.node(f"{base}/{part}_norm/Reshape_2", "Reshape", [x, whole])
 
     def tables(self) -> tuple[str, str]:
+        rope = self.config.rope_parameters
+        if rope.get("rope_type") == "longrope":
+            return self.tables_by_length(rope)
         frequencies = self.rotary.inv_freq.float().numpy()
         angles = np.arange(self.config.max_position_embeddings, dtype=np.float32)[:, None] * frequencies
         scaling = np.float32(self.rotary.attention_scaling)
         return self.constant("cos_cache", np.cos(angles) * scaling), self.constant(
             "sin_cache", np.sin(angles) * scaling
         )
+
+    def tables_by_length(self, rope: dict[str, Any]) -> tuple[str, str]:
+        """Those of long sequences and of others, by the length of the mask, in fp16 as files for GPUs have them."""
+        if "rope_caches" in self.known:
+            return "cos_cache", "sin_cache"
+        self.known.add("rope_caches")
+        short = rope["original_max_position_embeddings"]
+        limit = self.constant("/model/constants/INT64/short", np.array(short))
+        longer = self.node("/model/rope_caches_subgraph/Greater", "Greater", [self.length, limit])
+        powers = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        branches = {}
+        for name, kind, rows in (
+            ("then_branch", "long", self.config.max_position_embeddings),
+            ("else_branch", "short", short),
+        ):
+            factors = np.asarray(rope[f"{kind}_factor"], np.float32) * np.float32(rope["rope_theta"]) ** powers
+            angles = np.arange(rows, dtype=np.float32)[:, None] / factors
+            nodes, outputs = [], []
+            for part, function in (("cos", np.cos), ("sin", np.sin)):
+                numbers = (function(angles) * np.float32(rope[f"{kind}_mscale"])).astype(np.float16).astype(np.float32)
+                value = numpy_helper.from_array(numbers)
+                nodes.append(helper.make_node("Constant", [], [f"{part}_cache_{kind}"], value=value))
+                outputs.append(helper.make_tensor_value_info(f"{part}_cache_{kind}", TensorProto.FLOAT, numbers.shape))
+            branches[name] = helper.make_graph(nodes, f"{kind}_tables", [], outputs)
+        made = ["cos_cache", "sin_cache"]
+        self.nodes.append(helper.make_node("If", [longer], made, name="/model/rope_caches_subgraph/If", **branches))
+        return "cos_cache", "sin_cache"
 
     def mlp(self, layer: int, x: str) -> str:
         module = f"model.layers.{layer}.mlp"
@@ -278,7 +329,7 @@ class Builder:
         """Gate and up rows in turn, as onnxruntime's CPU kernels need them."""
         module, base = f"model.layers.{layer}.mlp", f"/model/layers.{layer}/moe"
         gpt_oss = self.config.model_type == "gpt_oss"
-        router = f"{module}.router" if gpt_oss else f"{module}.gate"
+        router = next(f"{module}.{n}" for n in ("router", "gate") if f"{module}.{n}.weight" in self.weights)
         logits = self.linear(f"{base}/router", x, self.weights[f"{router}.weight"], self.weights.get(f"{router}.bias"))
         shape = self.constant(
             "/model/constants/INT64/router", np.array([-1, self.weights[f"{router}.weight"].shape[0]])
@@ -287,27 +338,38 @@ class Builder:
         up, down = (self.weights[f"{module}.experts.{n}_proj"] for n in ("gate_up", "down"))
         if gpt_oss:
             up, down = up.swapaxes(1, 2), down.swapaxes(1, 2)
-        else:
+        elif not self.choices.apart:
             up = up.reshape(len(up), 2, -1, up.shape[-1]).swapaxes(1, 2).reshape(up.shape)
+        third = None
+        if self.choices.apart:
+            assert not gpt_oss
+            up, third = np.split(up, 2, 1)
         biases = ["", ""]
         attributes = {"k": self.config.num_experts_per_tok, "activation_type": "swiglu", "swiglu_fusion": 1}
-        attributes["normalize_routing_weights"] = int(gpt_oss or self.config.norm_topk_prob)
+        if self.choices.apart:
+            kinds = {"gelu_pytorch_tanh": "gelu"}
+            attributes |= {"activation_type": kinds.get(self.config.hidden_act, self.config.hidden_act)}
+            attributes |= {"swiglu_fusion": 0}
+        attributes["use_sparse_mixer"] = int(self.config.model_type == "phimoe")
+        attributes["normalize_routing_weights"] = int(gpt_oss or getattr(self.config, "norm_topk_prob", False))
         if gpt_oss:
             attributes |= {"activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 7.0}
             biases = [
                 self.constant(f"{module}.experts.{n}_proj.bias", self.weights[f"{module}.experts.{n}_proj_bias"])
                 for n in ("gate_up", "down")
             ]
-        names = [f"model.layers.{layer}.moe.experts.{n}_proj" for n in ("gate_up", "down")]
+        names = [f"model.layers.{layer}.moe.experts.{n}_proj" for n in ("gate_up", "down", "up")]
+        matrices = [(up, biases[0]), (down, biases[1]), *([(third, "")] if third is not None else [])]
         c = self.choices
         if c.bits == 32:
-            weights = [self.constant(f"{n}.weight", w) for n, w in zip(names, (up, down), strict=True)]
-            inputs = [x, logits, weights[0], biases[0], weights[1], biases[1]]
+            inputs = [x, logits]
+            for name, (weight, bias) in zip(names, matrices, strict=False):
+                inputs += [self.constant(f"{name}.weight", weight), bias]
             return self.node(f"{base}/MoE", "MoE", inputs, MICROSOFT, **attributes)
         block = 0 if c.expert_rows else c.block
         attributes |= {"expert_weight_bits": c.bits} | ({"block_size": block} if block else {})
-        inputs, points = [x, logits], ["", "", ""]
-        for name, weight, bias in zip(names, (up, down), biases, strict=True):
+        inputs, points = [x, logits], [] if c.apart else ["", "", ""]
+        for name, (weight, bias) in zip(names, matrices, strict=False):
             codes, scales, zeros = quantised(weight, c.bits, block, c.zeros)
             scales = scales if block else scales[..., 0]
             inputs += [self.constant(f"{name}.qweight", codes), self.constant(f"{name}.scales", scales), bias]

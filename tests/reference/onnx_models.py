@@ -70,12 +70,17 @@ def export(path: Path, model: PreTrainedModel, attention: str = "eager", caches:
     return path
 
 
-def reference_logits(path: Path, ids: list[int], split: int) -> Floats:
-    """onnxruntime's logits [len(ids), vocab], in two steps, the second from the caches that the first left."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+def reference_logits(path: Path, ids: list[int], split: int, head_dim: int = 0, as_written: bool = False) -> Floats:
+    """onnxruntime's logits [len(ids), vocab], in two steps, the second from the caches that the first left. head_dim:
+    of the caches, where the file has only a name for it. as_written: nothing is fused; a product with what is
+    dequantised would else round activations to 8 bits."""
+    options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     past = {
-        i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
+        i.name: np.zeros((1, i.shape[1], 0, head_dim or i.shape[3]), np.float32)
         for i in session.get_inputs()
         if i.name.startswith("past_key_values")
     }

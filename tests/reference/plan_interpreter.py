@@ -5,6 +5,7 @@ It shares no code with the frontend or the backends, so that agreement with eith
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -102,6 +103,11 @@ def _rms_norm(a: ops.RmsNorm, x: list[Tensor], step: _Step) -> Tensor:
     return (normed * (x[1] + a.weight_offset)).reshape(x[0].shape)
 
 
+def _layer_norm(a: ops.LayerNorm, x: list[Tensor], step: _Step) -> Tensor:
+    apart = x[0].reshape(-1, a.width) - x[0].reshape(-1, a.width).mean(-1, keepdim=True)
+    return apart / torch.sqrt((apart * apart).mean(-1, keepdim=True) + a.eps) * x[1] + x[2]
+
+
 def _linear(a: ops.Linear, x: list[Tensor], step: _Step) -> Tensor:
     assert x[1].shape == (a.out_features, a.in_features)
     y = x[0].reshape(-1, a.in_features) @ x[1].T
@@ -163,7 +169,7 @@ def _route(a: ops.Route, x: list[Tensor], step: _Step) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(x[0]), a.top_k, dtype=torch.int32)
     weights = torch.zeros(len(x[0]), a.top_k)
     for t, logits in enumerate(x[0]):
-        scores = {"softmax": logits.softmax(0), "sigmoid": logits.sigmoid(), "topk_softmax": logits}[a.scoring]
+        scores = {"softmax": logits.softmax(0), "sigmoid": logits.sigmoid()}.get(a.scoring, logits)
         choice = scores + x[1] if a.bias else scores.clone()
         if a.groups > 1:
             size = a.experts // a.groups
@@ -173,11 +179,21 @@ def _route(a: ops.Route, x: list[Tensor], step: _Step) -> tuple[Tensor, Tensor]:
                 choice[g * size : (g + 1) * size] = -torch.inf if a.outside_groups == "never" else 0.0
         order = sorted(range(a.experts), key=lambda e: (-float(choice[e]), e))[: a.top_k]
         chosen = scores[order].softmax(0) if a.scoring == "topk_softmax" else scores[order]
+        if a.scoring == "sparse_mixer":
+            chosen = torch.tensor([_share(logits, order[: k + 1], a.jitter) for k in range(a.top_k)])
         if a.normalise:
             chosen = chosen / (chosen.sum() + a.norm_eps)
         ids[t] = torch.tensor(order, dtype=torch.int32)
         weights[t] = chosen * a.scaling
     return ids, weights
+
+
+def _share(logits: Tensor, chosen: list[int], jitter: float) -> float:
+    """Of the last chosen among those that are left and near it, as a sparse mixer weighs them."""
+    best = logits[chosen[-1]]
+    left = [logits[e] for e in range(len(logits)) if e not in chosen[:-1]]
+    near = [s for s in left if not float(best - s) > 2 * jitter * max(abs(float(s)), float(best))]
+    return 1 / sum(math.exp(s - best) for s in near)
 
 
 def _function(name: str, gate: Tensor) -> Tensor:
@@ -267,6 +283,7 @@ def _aten(a: ops.Aten, x: list[Tensor], step: _Step) -> tuple[Tensor, ...]:
 _KINDS: dict[str, Callable[[Any, list[Tensor], _Step], Any]] = {
     "embed": _embed,
     "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
     "linear": _linear,
     "head_linear": _head_linear,
     "rope_table": _rope_table,

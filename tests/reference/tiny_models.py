@@ -25,10 +25,11 @@ FAMILIES = (
     "glm4_moe",
     "gpt_oss",
     "minimax_m2",
+    "phimoe",
     "llama",
     "qwen3",
 )
-MOE_FAMILIES = FAMILIES[:8]
+MOE_FAMILIES = FAMILIES[:9]
 # Not promised, but their configs are in the zoo.
 EXTRA_FAMILIES = ("deepseek_v2",)
 
@@ -167,6 +168,28 @@ def _minimax_m2(odd: bool) -> dict[str, Any]:
     }
 
 
+def _phimoe(odd: bool) -> dict[str, Any]:
+    head_dim = 10 if odd else 16
+    long_rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + 0.05 * i for i in range(head_dim // 2)],
+        "long_factor": [1.0 + 1.5 * i for i in range(head_dim // 2)],
+        "short_mscale": 1.2,
+        "long_mscale": 1.3,
+        "original_max_position_embeddings": 256,
+    }
+    return {
+        "intermediate_size": 29 if odd else 32,
+        "num_local_experts": 7 if odd else 8,
+        "num_experts_per_tok": 2,
+        "router_jitter_noise": 0.1 if odd else 0.01,
+        "attention_bias": not odd,
+        "lm_head_bias": not odd,
+        "rope_parameters": None if odd else long_rope,
+    }
+
+
 def _llama(odd: bool) -> dict[str, Any]:
     scaling = {
         "rope_type": "llama3",
@@ -202,6 +225,7 @@ _SPECIFIC: dict[str, tuple[str, Callable[[bool], dict[str, Any]]]] = {
     "glm4_moe": ("Glm4Moe", _glm4_moe),
     "gpt_oss": ("GptOss", _gpt_oss),
     "minimax_m2": ("MiniMaxM2", _minimax_m2),
+    "phimoe": ("Phimoe", _phimoe),
     "llama": ("Llama", _llama),
     "qwen3": ("Qwen3", _qwen3),
 }

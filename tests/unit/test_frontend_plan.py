@@ -139,6 +139,7 @@ ROUTES = {
     "glm4_moe": ("sigmoid", True, 1, 1.0),
     "gpt_oss": ("topk_softmax", False, 1, 1.0),
     "minimax_m2": ("sigmoid", True, 1, 1.0),
+    "phimoe": ("sparse_mixer", False, 1, 1.0),
 }
 
 
@@ -179,7 +180,7 @@ def test_patches_are_undone_even_after_an_error():
     config = tiny_models.config("qwen3_moe")
     model = trace.meta_model(module.Qwen3MoeForCausalLM, config)
     rope = module.apply_rotary_pos_emb
-    with pytest.raises(ZeroDivisionError), hooks.tracing_hooks(model) as found:
+    with pytest.raises(ZeroDivisionError), hooks.tracing_hooks(model, 64) as found:
         assert module.apply_rotary_pos_emb is not rope
         assert found.rms_norms == 13 and len(found.rope_tables) == 1
         raise ZeroDivisionError

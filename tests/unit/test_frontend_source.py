@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from hetcomp import frontend
@@ -130,3 +131,18 @@ def test_the_users_model_is_left_as_it_was():
         after = model(input_ids=ids).logits
     assert torch.equal(before, after)
     assert model.config._attn_implementation == "eager"
+
+
+def test_layers_that_keep_other_states_than_keys_and_values_are_named():
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_value_heads": 2, "linear_num_key_heads": 1}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = transformers.Qwen3NextConfig(
+        **sizes,
+        **heads,
+        **experts,
+        shared_expert_intermediate_size=16,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    refused(transformers.Qwen3NextForCausalLM(config), "layer 0, model.layers.0.linear_attn (Qwen3NextGatedDeltaNet)")

@@ -23,6 +23,7 @@ CASES = [*((name, True) for name in tiny_models.FAMILIES), ("glm4_moe", False), 
 # Launches of a decode step's last layer.
 LAUNCHES = {
     **dict.fromkeys(("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "minimax_m2"), 9),
+    "phimoe": 11,
     **{"qwen2_moe": 14, "glm4_moe": 11, "deepseek_v3": 14, "llama": 7, "qwen3": 7},
 }
 

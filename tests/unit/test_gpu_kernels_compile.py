@@ -71,10 +71,16 @@ def _small(rows: int | None) -> list[GpuRequest]:
     asked = [
         (ops.RmsNorm(2048, 1e-6), [x, activation("w", 2048)], [y]),
         (ops.RmsNorm(128, 1e-6, 32), [heads, activation("w", 128)], [heads]),
+        (ops.LayerNorm(2048, 1e-5), [x, activation("w", 2048), activation("b", 2048)], [y]),
         (ops.RopeTable(128), [activation("p", "T"), activation("f", 64)], [half, half]),
         (ops.Rope(32, 128, 128), [heads, half, half], [heads]),
         (DEEPSEEK, [activation("l", "T", 256), activation("b", 256)], [few, few]),
         (ops.Route(128, 8, "softmax", True), [activation("l", "T", 128)], [few, few]),
+        (
+            ops.Route(16, 2, "sparse_mixer", False, jitter=0.01),
+            [activation("l", "T", 16)],
+            [activation("i", "T", 2), activation("j", "T", 2)],
+        ),
         (ops.Embed(1024, 2048), [activation("ids", "T"), table], [y]),
         (ops.Glu(2048), [x, x], [y]),
         (ops.Activation("gelu"), [x], [y]),

@@ -70,6 +70,19 @@ def test_rms_norm_of_huge_and_zero_rows():
 
 
 @FEW
+@given(count=COUNTS, width=st.sampled_from([1, 37, 2100]), seed=st.integers(0, 99))
+def test_layer_norm_of_numbers_far_from_zero(count, width, seed):
+    rng = np.random.default_rng(seed)
+    x, w, b = draw(rng, (count[0], width)) + np.float32(1000), draw(rng, (width,)), draw(rng, (width,))
+    operands = [_row("x", width), activation("w", width), activation("b", width)]
+    attrs = ops.LayerNorm(width, 1e-5)
+    (y,) = _run(attrs, operands, [x, w, b], [_row("y", width)], count)
+    # The mean of numbers around 1000 is off by a few of their 6e-5, times the weight; the mean of squares less the
+    # square of the mean would be off by 0.06.
+    np.testing.assert_allclose(y, _meaning(attrs, [x.astype(np.float64), w, b])[0], rtol=0, atol=2e-3)
+
+
+@FEW
 @given(count=COUNTS, half=st.integers(1, 33), start=st.integers(0, 1_000_000))
 def test_rope_table(count, half, start):
     attrs = ops.RopeTable(2 * half, 1.25)
@@ -104,6 +117,7 @@ ROUTES = [
         256, 8, "sigmoid", True, 1e-20, groups=8, top_groups=4, group_score="top2", scaling=2.5, bias=True
     ),  # DeepSeek-V3
     ops.Route(160, 6, "softmax", False, groups=8, top_groups=3, outside_groups="zero", scaling=16.0),  # DeepSeek-V2
+    ops.Route(16, 2, "sparse_mixer", normalise=False, jitter=0.01),  # Phi-MoE
     ops.Route(15, 3, "sigmoid", True, groups=3, top_groups=2, bias=True),
     ops.Route(3, 3, "softmax", normalise=False),
     ops.Route(1, 1, "topk_softmax", normalise=False),

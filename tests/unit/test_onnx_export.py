@@ -29,7 +29,8 @@ def same_weights(got, want) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "minimax_m2", "llama"]
+    "family",
+    ["qwen3_moe", "qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss", "minimax_m2", "phimoe", "llama"],
 )
 def test_same_plan_and_weights(family, tmp_path):
     model = tiny_models.build(family, odd=True, **FEW.get(family, {"num_hidden_layers": 2}))

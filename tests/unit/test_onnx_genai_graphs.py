@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from onnx import numpy_helper
 
 from hetcomp import frontend
@@ -50,6 +51,7 @@ def stored(got) -> dict[str, tuple[str, str]]:
         ("llama", {}, {"bits": 8, "zeros": True}),
         ("llama", {}, {"bits": 8, "quantised_embedding": True}),
         ("llama", {"hidden_size": 80, "head_dim": 16}, {"bits": 4, "block": 64}),
+        ("qwen3", {"tie_word_embeddings": True}, {"bits": 4, "quantised_embedding": True, "sized": False}),
     ],
 )
 def test_logits_are_onnxruntimes(family, options, choices, tmp_path):
@@ -62,8 +64,70 @@ def test_logits_are_onnxruntimes(family, options, choices, tmp_path):
     assert "aten" not in {op.kind for template in got.plan.templates for op in template.ops}
     assert len(got.plan.templates) == len(frontend.load(model, **BOUNDS).plan.templates)
     ids = [int(t) for t in tiny_models.token_ids(model, 14)[0]]
-    want = onnx_models.reference_logits(path, ids, 5)
+    want = onnx_models.reference_logits(path, ids, 5, model.config.head_dim)
     assert onnx_models.relative_error(onnx_models.interpreted_logits(got, ids, 5), want) < 1e-5
+
+
+def error_of(path, model, reference=None) -> float:
+    """Of the Plan's logits: against onnxruntime's of another file, or transformers'."""
+    ids = [int(t) for t in tiny_models.token_ids(model, 14)[0]]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    want = logits if reference is None else onnx_models.reference_logits(reference, ids, 5)
+    return onnx_models.relative_error(onnx_models.interpreted_logits(imported(path), ids, 5), want)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_windows_whose_caches_hold_no_more(bits, tmp_path):
+    """As genai writes GPT-OSS today. onnxruntime wants such caches allocated; the graph without is the reference."""
+    model = tiny_models.build("gpt_oss")
+    today = onnx_genai_models.write(tmp_path / "today.onnx", model, bits=bits, sized=False)
+    before = onnx_genai_models.write(tmp_path / "before.onnx", model, bits=bits)
+    assert error_of(today, model, before) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("activation", "bits", "zeros"),
+    [("silu", 4, True), ("silu", 8, False), ("gelu_pytorch_tanh", 32, False), ("relu", 32, False)],
+)
+def test_gate_and_up_apart(activation, bits, zeros, tmp_path):
+    """onnxruntime's CPU kernels do not take FC3; gate and up in one, they are its reference, in the same codes."""
+    model = tiny_models.build("qwen3_moe", num_hidden_layers=2, hidden_act=activation)
+    choices = {"bits": bits, "zeros": zeros}
+    apart = onnx_genai_models.write(tmp_path / "apart.onnx", model, apart=True, **choices)
+    joined = onnx_genai_models.write(tmp_path / "joined.onnx", model, **choices) if bits == 4 else None
+    if bits == 8:
+        got = stored(imported(apart))["gate_up_proj.pair"]
+        assert got == ("ONNX int8, blocks of 32", "q8")
+    else:
+        assert error_of(apart, model, joined) < 1e-5
+
+
+def test_phi_moe(tmp_path):
+    """A sparse mixer, experts with FC3, layer norms with biases and tables that an If chooses between: onnxruntime has
+    no CPU kernel for the first two, so transformers is the reference. The tables are rounded to fp16."""
+    model = tiny_models.build("phimoe")
+    path = onnx_genai_models.write(tmp_path / "m.onnx", model, apart=True, joined=True, sized=False)
+    got = imported(path)
+    assert {op.attrs.scoring for t in got.plan.templates for op in t.ops if op.kind == "route"} == {"sparse_mixer"}
+    assert got.plan.notes == ()
+    assert error_of(path, model) < 2e-4
+
+
+def test_tables_for_long_sequences_are_for_all_where_the_context_is_long(tmp_path):
+    model = tiny_models.build("phimoe", num_hidden_layers=1)
+    path = onnx_genai_models.write(tmp_path / "m.onnx", model, apart=True)
+    tables = {}
+    for context in (256, 257):
+        plan = imported_with_context(path, context).plan
+        (tables[context],) = (op.attrs.scaling for t in plan.templates for op in t.ops if op.kind == "rope_table")
+        assert [("/model/rope_caches_subgraph/If" in note) for note in plan.notes] == [True] * (context == 257)
+    assert tables == {256: pytest.approx(1.2, rel=1e-3), 257: pytest.approx(1.3, rel=1e-3)}
+
+
+def test_norms_of_heads_inside_attention(tmp_path):
+    model = tiny_models.build("qwen3", num_hidden_layers=2)
+    assert error_of(onnx_genai_models.write(tmp_path / "m.onnx", model, norms_inside=True), model) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -153,7 +217,8 @@ def with_attribute(kind: str, **attributes: object):
         ("llama", {"bits": 4}, with_attribute("MatMulNBits", bits=2), "weights of 2 bits; expected 4 or 8"),
         ("llama", {"bits": 4}, with_attribute("MatMulNBits", block_size=64), "elements for a weight of shape"),
         ("llama", {"bits": 4}, with_attribute("MatMulNBits", K=96), "K=96"),
-        ("qwen3_moe", {}, with_attribute("MoE", use_sparse_mixer=1), "use_sparse_mixer=1"),
+        ("qwen3_moe", {}, with_attribute("MoE", use_sparse_mixer=1), "normalize_routing_weights=1"),
+        ("qwen3_moe", {"apart": True}, with_attribute("MoE", activation_type="identity"), "activation_type=identity"),
         ("qwen3_moe", {}, with_attribute("MoE", activation_type="relu"), "activation_type=relu"),
         ("qwen3_moe", {"bits": 4}, with_attribute("QMoE", quant_type="nvfp4"), "quant_type=nvfp4"),
     ],

@@ -229,6 +229,26 @@ def test_an_input_that_is_no_decoders(exported, tmp_path):
     assert "input pixel_values" in refused(tmp_path, exported, change)
 
 
+def test_linear_attention_is_named_with_its_layer(exported, tmp_path):
+    """As genai's builder writes Qwen3.5's layers."""
+
+    def change(model):
+        state = helper.make_tensor_value_info("past.1.recurrent", TensorProto.FLOAT, ["batch_size", 4, 16, 16])
+        model.graph.input.append(state)
+        operands = ["logits_", "past.1.recurrent"]
+        made = helper.make_node(
+            "GatedDeltaNet", operands, ["logits"], "/model/layers.1/linear_attn/GatedDeltaNet", domain="com.microsoft"
+        )
+        last = next(n for n in model.graph.node if "logits" in n.output)
+        last.output[:] = ["logits_"]
+        model.graph.node.append(made)
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+    text = refused(tmp_path, exported, change)
+    assert "node /model/layers.1/linear_attn/GatedDeltaNet (com.microsoft.GatedDeltaNet) keeps the state" in text
+    assert "past.1.recurrent" in text
+
+
 def test_a_graph_without_attention(tmp_path):
     ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
     logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", 8])

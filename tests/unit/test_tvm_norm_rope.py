@@ -46,6 +46,23 @@ def test_rms_norm(isa: Isa, groups: int, width: int, offset: float, rows: int, t
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [1, 7, 33, 256, 1000])
+@FEW
+@given(rows=st.integers(1, 70), threads=st.integers(1, 3), seed=st.integers(0, 99))
+def test_layer_norm(isa: Isa, width: int, rows: int, threads: int, seed: int):
+    """Far from zero, where the mean of squares less the square of the mean would be wrong."""
+    x, w, b = _random(rows, width, seed=seed) + 1000, _random(width, seed=seed + 1), _random(width, seed=seed + 2)
+    ins = [value("x", ("T", width)), value("w", (width,)), value("b", (width,))]
+    kernel = BACKEND.emit(request(ops.LayerNorm(width, 1e-5), ins, [value("y", ("T", width))], isa))
+    (got,) = run(kernel, isa, [x, w, b], [(x.shape, np.float32)], rows, threads)
+    apart = x.astype(np.float64) - x.astype(np.float64).mean(-1, keepdims=True)
+    want = apart / np.sqrt((apart**2).mean(-1, keepdims=True) + 1e-5) * w + b
+    # The mean of numbers around 1000 is off by a few of their 6e-5, times the weight; the mean of squares less the
+    # square of the mean would be off by 0.06.
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_rms_norm_of_huge_and_zero_rows(isa: Isa):
     """1e18 squared overflows no f32 sum of 64; a row of zeros stays zero, not NaN."""
     x = np.stack([np.full(64, 1e18), np.zeros(64), np.full(64, 1e-30)]).astype(np.float32)

@@ -20,7 +20,7 @@ ISAS = machine_isas()
 def reference(attrs: ops.Route, logits: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """ids and weights in float32 by torch; a stable sort makes equal scores go to the lower expert."""
     raw = torch.from_numpy(logits)
-    scores = {"softmax": raw.softmax(-1), "sigmoid": raw.sigmoid(), "topk_softmax": raw}[attrs.scoring]
+    scores = {"softmax": raw.softmax(-1), "sigmoid": raw.sigmoid()}.get(attrs.scoring, raw)
     choice = scores if bias is None else scores + torch.from_numpy(bias)
     if attrs.groups > 1:
         grouped = choice.view(len(raw), attrs.groups, -1)
@@ -33,9 +33,22 @@ def reference(attrs: ops.Route, logits: np.ndarray, bias: np.ndarray | None) -> 
     weights = scores.gather(1, ids)
     if attrs.scoring == "topk_softmax":
         weights = weights.softmax(-1)
+    if attrs.scoring == "sparse_mixer":
+        weights = sparse_mixer(raw, attrs.top_k, attrs.jitter)
     if attrs.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + attrs.norm_eps)
     return ids.numpy(), (weights * attrs.scaling).numpy()
+
+
+def sparse_mixer(raw: torch.Tensor, top_k: int, jitter: float) -> torch.Tensor:
+    """Weights of the choices, as transformers' phimoe computes them for two."""
+    left, weights = raw, []
+    for _ in range(top_k):
+        best, chosen = left.max(-1, keepdim=True)
+        far = (best - raw) / raw.abs().clamp(min=best) > 2 * jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(-1).gather(-1, chosen))
+        left = left.scatter(-1, chosen, float("-inf"))
+    return torch.cat(weights, -1)
 
 
 def _run(attrs: ops.Route, logits: np.ndarray, bias: np.ndarray | None, isa: Isa, threads: int = 2):
@@ -62,6 +75,8 @@ VARIANTS = [
     ),  # DeepSeek-V3
     ops.Route(160, 6, "softmax", False, groups=8, top_groups=3, outside_groups="zero", scaling=16.0),  # DeepSeek-V2
     ops.Route(33, 3, "sigmoid", True, 1e-20, scaling=1.5, bias=True),  # GLM-4-MoE, MiniMax-M2; odd size
+    ops.Route(16, 2, "sparse_mixer", normalise=False, jitter=0.01),  # Phi-MoE
+    ops.Route(21, 3, "sparse_mixer", normalise=True, jitter=0.1, scaling=0.5),
     ops.Route(7, 7, "softmax", normalise=True),
     ops.Route(600, 5, "softmax", normalise=False),
 ]
@@ -132,6 +147,17 @@ def test_minus_infinity_logits_are_chosen_last_and_once(isa: Isa):
     ids, weights = _run(attrs, logits, None, isa)
     np.testing.assert_array_equal(ids, [[3, 1, 0, 2]])
     np.testing.assert_allclose(weights[0], [0.7310586, 0.26894143, 0, 0], atol=1e-7)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_sparse_mixer_of_equal_and_negative_logits(isa: Isa):
+    """0 / 0 for a distance is near, as in transformers' code; negative logits are compared with their own size."""
+    attrs = ops.Route(5, 2, "sparse_mixer", normalise=False, jitter=0.01)
+    logits = np.array([[0, 0, 0, 0, 0], [-1, -1.019, -1.03, -9, -9], [3, 2.95, 2.92, -1, 0]], np.float32)
+    ids, weights = _run(attrs, logits, None, isa)
+    np.testing.assert_array_equal(ids, [[0, 1]] * 3)
+    np.testing.assert_allclose(weights, sparse_mixer(torch.from_numpy(logits), 2, 0.01), rtol=3e-6)
+    np.testing.assert_allclose(weights[0], [1 / 5, 1 / 4], rtol=1e-6)
 
 
 def test_impossible_routers_are_refused():

@@ -117,6 +117,29 @@ def add_rms_norm(
     return GpuCode((made,))
 
 
+def layer_norm(request: GpuRequest) -> GpuCode:
+    """``layer_norm``."""
+    a = request.op.attrs
+    assert isinstance(a, ops.LayerNorm)
+    padded = power_of_two(a.width)
+    made = launch(
+        "rowwise",
+        "layer_norm",
+        f"layer_norm_{a.width}",
+        (ROWS, ONE, ONE),
+        {
+            "x": _X,
+            "weight": _second(),
+            "bias": ("*fp32", Operand("input", 2)),
+            "n_rows": _n_rows(request),
+            "y": _Y,
+        },
+        {"WIDTH": a.width, "EPS": a.eps, "PADDED": padded},
+        warps=8 if padded > 2048 else 4,
+    )
+    return GpuCode((made,))
+
+
 def rope_table(request: GpuRequest) -> GpuCode:
     """``rope_table``."""
     a = request.op.attrs
@@ -203,6 +226,7 @@ def route_parts(request: GpuRequest, logits: Operand, bias: Operand | None, part
             "GROUP_SCORE": a.group_score,
             "OUTSIDE": a.outside_groups,
             "SCALING": a.scaling,
+            "JITTER": a.jitter,
             "GROUPS_PADDED": power_of_two(a.groups),
             "SIZE_PADDED": power_of_two(a.experts // a.groups),
             "TOP_K_PADDED": power_of_two(a.top_k),

@@ -14,6 +14,7 @@ from hetcomp.ir.types import DType
 _EMITTERS: dict[str, Callable[[GpuRequest], GpuCode]] = {
     "embed": rowwise.embed,
     "rms_norm": rowwise.rms_norm,
+    "layer_norm": rowwise.layer_norm,
     "linear": linear.linear,
     "head_linear": linear.linear,
     "rope_table": rowwise.rope_table,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from hetcomp.frontend.checkpoint import BaseCheckpoint
 from hetcomp.frontend.key_mapping import Parts
+from hetcomp.frontend.onnx.dequantised_weights import Dequantised
 from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.parameters import Parameter
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
@@ -24,9 +25,30 @@ class OnnxCheckpoint(BaseCheckpoint):
         self._file = file
         self._parameters = parameters
         self._unread = sorted(unread)
-        tensors = {fqn: _described(file, p) for fqn, p in parameters.items()}
-        parts = {fqn: Parts("plain", (fqn,)) for fqn in parameters}
+        tensors: dict[str, CheckpointTensor] = {}
+        parts: dict[str, Parts] = {}
+        # By the name of one expert's half of a pair: the half, all of it as a tensor, and the number of the expert.
+        self._experts: dict[str, tuple[Parameter, CheckpointTensor, int]] = {}
+        for fqn, parameter in parameters.items():
+            if parameter.halves is None:
+                tensors[fqn] = _described(file, parameter)
+                parts[fqn] = Parts("plain", (fqn,))
+            else:
+                parts[fqn] = Parts("stack_pair", self._pair(parameter.halves, tensors))
         super().__init__(str(file.path), tensors, parts, {})
+
+    def _pair(self, halves: tuple[Parameter, Parameter], tensors: dict[str, CheckpointTensor]) -> tuple[str, ...]:
+        """Names of the matrices of all experts, a half after the other, which become tensors of their own."""
+        names = []
+        whole = [_described(self._file, half) for half in halves]
+        for expert in range(halves[0].shape[0]):
+            for half, tensor in zip(halves, whole, strict=True):
+                name, each = f"{half.fqn}[{expert}]", tensor.bytes // half.shape[0]
+                offset = tensor.offset + expert * each
+                tensors[name] = replace(tensor, name=name, shape=tensor.shape[1:], offset=offset, bytes=each)
+                self._experts[name] = half, tensor, expert
+                names.append(name)
+        return tuple(names)
 
     @property
     def quantised(self) -> bool:
@@ -43,18 +65,24 @@ class OnnxCheckpoint(BaseCheckpoint):
         return replace(view, transpose=view.transpose != turned)
 
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic] | QuantisedNumbers:
-        packed = self._parameters[tensor.name].packed
-        if packed is None or tensor.quantised is None:
+        parameter, whole, at = self._place(tensor, row)
+        packed = parameter.packed
+        if packed is None or whole.quantised is None:
             return super()._numbers(tensor, row)
-        if row is None and len(packed.shape) > 2:
+        if at is None and len(packed.shape) > 2:
             experts = [self._numbers(tensor, expert)[None] for expert in range(packed.shape[0])]
             made = [e for e in experts if isinstance(e, QuantisedNumbers)]
             return joined(made) if made else np.concatenate([e for e in experts if isinstance(e, np.ndarray)])
-        return packed.decode({name: self._file.numbers(part, row) for name, part in tensor.quantised.parts})
+        parts = {name: self._file.numbers(part, at) for name, part in whole.quantised.parts}
+        return packed.decode(parts, whole.dtype) if isinstance(packed, Dequantised) else packed.decode(parts)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:
-        stored = self._file.graph.initialisers[self._parameters[tensor.name].tensor]
-        return self._file.numbers(stored, row)
+        parameter, _, at = self._place(tensor, row)
+        return self._file.numbers(self._file.graph.initialisers[parameter.tensor], at)
+
+    def _place(self, tensor: CheckpointTensor, row: int | None) -> tuple[Parameter, CheckpointTensor, int | None]:
+        """The parameter whose tensor holds this one or its part ``row``, that tensor, and which part of it."""
+        return self._experts.get(tensor.name) or (self._parameters[tensor.name], tensor, row)
 
 
 def _described(file: OnnxFile, parameter: Parameter) -> CheckpointTensor:

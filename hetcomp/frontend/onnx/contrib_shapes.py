@@ -78,6 +78,7 @@ SHAPES: dict[str, Callable[..., Tensor | tuple[Maybe, ...]]] = {
     "com.microsoft.MatMulNBits": _matmul_nbits,
     "com.microsoft.MoE": _same,
     "com.microsoft.QMoE": _same,
+    "com.microsoft.SkipLayerNormalization": _skip_norm,
     "com.microsoft.SkipSimplifiedLayerNormalization": _skip_norm,
     "hetcomp.Attention": _rows_of_heads,
     "hetcomp.KvAppend": _kv_append,

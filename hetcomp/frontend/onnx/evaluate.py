@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.contrib_shapes import SHAPES
+from hetcomp.frontend.onnx.dequantised_weights import BITS, Dequantised, whole_numbers
 from hetcomp.frontend.onnx.graph import Graph, Input, Node
 from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.not_computable import NotComputable
@@ -31,6 +32,11 @@ TABLES = {
     "com.microsoft.RotaryEmbedding": (2, 3),
     "com.microsoft.GroupQueryAttention": (7, 8),
 }
+_OF_QUANTISED_ACTIVATIONS = frozenset(
+    {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QuantizeLinear"}
+)
+# Ops of linear attention and state-space models, onnxruntime's and ONNX's.
+_RECURRENT = re.compile(r"ConvWithState|ConvState|GatedDeltaNet|LinearAttention|Mamba")
 _PAST = re.compile(r"past|cache", re.IGNORECASE)
 
 
@@ -45,12 +51,13 @@ class Weight:
 @dataclass(frozen=True)
 class Run:
     """``values`` of all nodes for a step of ``tokens`` behind ``past`` positions. ``weights``: values that are tensors
-    of the file. ``given``: the graph's inputs that say what the step is."""
+    of the file. ``dequantised``: what weights are that DequantizeLinear makes, by their names."""
 
     tokens: int
     past: int
     values: Mapping[str, Tensor]
     weights: Mapping[str, Weight]
+    dequantised: Mapping[str, Dequantised] = field(default_factory=dict)
 
     @property
     def seen(self) -> int:
@@ -95,15 +102,22 @@ class Evaluator:
         """Raises HetcompError naming a node or an input that hetcomp does not know."""
         values = {name: self._input(given, tokens, past) for name, given in graph.inputs.items()}
         weights: dict[str, Weight] = {}
+        dequantised: dict[str, Dequantised] = {}
         for name, tensor in graph.initialisers.items():
-            if tensor.bytes <= _SMALL:
+            if tensor.bytes <= _SMALL and tensor.dtype not in ("I4", "U4"):
                 values[name] = self._constant(graph, name)
             else:
                 values[name] = torch.empty(tensor.shape, device="meta")
             weights[name] = Weight(name)
         for node in graph.nodes:
-            self._node(graph, node, values, weights)
-        return Run(tokens, past, values, weights)
+            if node.op == "DequantizeLinear" and node.inputs[0] in graph.initialisers:
+                found = self._dequantised(graph, node)
+                dequantised[node.outputs[0]] = found
+                weights[node.outputs[0]] = Weight(node.outputs[0])
+                values[node.outputs[0]] = torch.empty(found.stored, device="meta")
+            else:
+                self._node(graph, node, values, weights)
+        return Run(tokens, past, values, weights, dequantised)
 
     def _input(self, given: Input, tokens: int, past: int) -> Tensor:
         kind = kind_of(given, self._file)
@@ -115,10 +129,12 @@ class Evaluator:
             return torch.ones((1, past + tokens), dtype=torch.int64)
         if kind == "last":
             return torch.full((1,), past + tokens - 1, dtype=torch.int32)
+        if kind == "cached":
+            return torch.tensor([True])
         if kind == "total":
             return torch.tensor(past + tokens, dtype=torch.int32).reshape((1,) * len(given.shape))
-        _, heads, _, width = given.shape
-        return torch.empty((1, int(heads), past, int(width)), device="meta")
+        heads, width = (d if isinstance(d, int) else 1 for d in (given.shape[1], given.shape[3]))
+        return torch.empty((1, heads, past, width), device="meta")
 
     def _constant(self, graph: Graph, name: str) -> Tensor:
         if name not in self._read:
@@ -126,17 +142,40 @@ class Evaluator:
             self._read[name] = from_numpy(self._file.numbers(tensor), bits=tensor.dtype == "BF16")
         return self._read[name]
 
+    def _dequantised(self, graph: Graph, node: Node) -> Dequantised:
+        codes, scales = (graph.initialisers.get(v) for v in node.inputs[:2])
+        zeros = graph.initialisers.get(node.input(2))
+        assert codes is not None
+        if scales is None or len(codes.shape) != 2 or codes.dtype not in BITS or (zeros is None and node.input(2)):
+            raise HetcompError(
+                f"{self._file.path}: {node} makes {node.outputs[0]} of {codes.dtype}{list(codes.shape)}; hetcomp takes "
+                "matrices of 4 or 8 bits whose scales and zero points are in the file"
+            )
+        axis = int(node.get("axis", 1)) % 2 if scales.shape and scales.shape != (1,) else -1
+        zero: int | None = 0
+        if zeros is not None:
+            zero = None
+            if zeros.bytes <= _SMALL or zeros.dtype in ("I8", "U8"):
+                stored = whole_numbers(self._file.numbers(zeros), zeros.dtype, zeros.shape)
+                zero = int(stored.flat[0]) if stored.size and (stored == stored.flat[0]).all() else None
+        names = node.inputs[0], node.inputs[1], node.input(2)
+        return Dequantised(codes.shape, *names, axis, int(node.get("block_size", 0)) if axis >= 0 else 0, zero)
+
     def _node(self, graph: Graph, node: Node, values: dict[str, Tensor], weights: dict[str, Weight]) -> None:
         try:
             missing = next((v for v in node.inputs if v and v not in values), None)
             if missing is not None:
                 raise NotComputable(f"reads {missing}, which nothing makes")
+            if node.op in _OF_QUANTISED_ACTIVATIONS:
+                raise NotComputable(
+                    "computes with quantised activations, which hetcomp does not; quantise weights alone"
+                )
             operands = [v for v in node.inputs if v]
             for index in TABLES.get(node.op, ()):
                 if node.input(index) in weights:
                     self._read_large(graph, [node.inputs[index]], values)
                     del weights[node.inputs[index]]
-            if node.op in _PASSES and node.inputs[0] in weights:
+            if node.inputs and node.inputs[0] in weights and _may_pass(node, graph, weights[node.inputs[0]]):
                 passed = _passed(node, weights[node.inputs[0]], values[node.inputs[0]].ndim)
                 if passed is not None:
                     weights[node.outputs[0]] = passed
@@ -161,6 +200,12 @@ class Evaluator:
             values[value] = self._constant(graph, value)
 
 
+def _may_pass(node: Node, graph: Graph, weight: Weight) -> bool:
+    """Whether a weight may stay one through ``node``; codes also in another shape, which their op says itself."""
+    stored = graph.initialisers.get(weight.name)
+    return node.op in _PASSES or (node.op == "Reshape" and stored is not None and stored.dtype == "U8")
+
+
 def _passed(node: Node, weight: Weight, rank: int) -> Weight | None:
     """The weight behind a node of _PASSES; None if its axes are moved in another way."""
     if node.op != "Transpose":
@@ -173,8 +218,14 @@ def _passed(node: Node, weight: Weight, rank: int) -> Weight | None:
 
 
 def kind_of(given: Input, file: OnnxFile) -> str:
-    """What an input of the graph is for: ids, positions, mask, past (a cache), last (the position of the last token) or
-    total (of positions). Raises HetcompError for others."""
+    """What an input of the graph is for: ids, positions, mask, past (a cache), last (the position of the last token),
+    total (of positions) or cached (whether there are caches). Raises HetcompError for others."""
+    recurrent = next((n for n in file.graph.nodes if given.name in n.inputs and _RECURRENT.search(n.op)), None)
+    if recurrent is not None:
+        raise HetcompError(
+            f"{file.path}: {recurrent} keeps the state of a convolution or recurrence, {given.name}; hetcomp compiles "
+            "attention with keys and values only"
+        )
     rank, integral = len(given.shape), given.dtype in ("I64", "I32")
     along = given.shape[1 if integral else 2] if rank in (2, 4) else "?"
     if isinstance(along, int):
@@ -193,8 +244,11 @@ def kind_of(given: Input, file: OnnxFile) -> str:
         return "last"
     if integral and rank <= 1 and name in ("total_seq_len", "total_sequence_length"):
         return "total"
+    if given.dtype == "BOOL" and name == "use_cache_branch":
+        return "cached"
     if not integral and rank == 4 and _PAST.search(name):
-        if not (isinstance(given.shape[1], int) and isinstance(given.shape[3], int)):
+        sized = isinstance(given.shape[1], int) and isinstance(given.shape[3], int)
+        if not sized and not _only_attended_to(given, file.graph):
             raise HetcompError(
                 f"{file.path}: the cache {given.name} has the shape {list(given.shape)}; expected "
                 "[batch, heads, past, head_dim] with heads and head_dim as numbers"
@@ -204,6 +258,12 @@ def kind_of(given: Input, file: OnnxFile) -> str:
         f"{file.path}: input {given.name} of type {given.dtype} and shape {list(given.shape)} is none of a "
         "decoder that hetcomp knows; expected input_ids, position_ids, attention_mask and past_key_values.*"
     )
+
+
+def _only_attended_to(cache: Input, graph: Graph) -> bool:
+    """Whether nothing but ops whose attributes say its sizes read the cache: onnxruntime-genai names its width only."""
+    readers = [node for node in graph.nodes if cache.name in node.inputs]
+    return all(node.op == "com.microsoft.GroupQueryAttention" for node in readers)
 
 
 def table_rows(graph: Graph, run: Run) -> list[int]:

@@ -100,6 +100,15 @@ def _split(g: GraphExport, node: fx.Node) -> list[str]:
     return g.add_several(node, "Split", [g.value(node.args[0]), g.integers(sizes)], len(sizes), axis=axis)
 
 
+def _layer_norm(g: GraphExport, node: fx.Node) -> str:
+    weight, bias = (node.args[i] if len(node.args) > i else node.kwargs.get(n) for i, n in ((2, "weight"), (3, "bias")))
+    eps = node.args[4] if len(node.args) > 4 else node.kwargs.get("eps", 1e-5)
+    if weight is None:
+        raise HetcompError(f"{module_path(node)}: a layer norm without weights is not exported")
+    inputs = [g.value(node.args[0]), g.value(weight), *([g.value(bias)] if bias is not None else [])]
+    return g.add(node, "LayerNormalization", inputs, axis=-1, epsilon=eps)
+
+
 # ---------------------------------------------------------------- hetcomp's own
 
 
@@ -167,6 +176,7 @@ HANDLERS: dict[str, _Handler] = {
     "aten.permute": _permute,
     "aten.embedding": _embedding,
     "aten.linear": _linear,
+    "aten.layer_norm": _layer_norm,
     "aten.add": _binary("Add"),
     "aten.sub": _binary("Sub"),
     "aten.mul": _binary("Mul"),

@@ -47,6 +47,14 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What an If computes in one case: nodes, which also read values of the graph around them, and what they give."""
+
+    nodes: tuple[Node, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Input:
     """An input of the graph. ``shape``: a text for a dimension that is not fixed. ``dtype``: as in CheckpointTensor."""
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.onnx.branches import without_branches
 from hetcomp.frontend.onnx.checkpoint import OnnxCheckpoint
 from hetcomp.frontend.onnx.evaluate import Evaluator, Run, kind_of, step_sizes, table_rows
 from hetcomp.frontend.onnx.graph import Graph, Node
@@ -29,7 +30,8 @@ _EMBEDDINGS = ("Gather", "com.microsoft.GatherBlockQuantized")
 class OnnxModel:
     """A file whose graph was read. ``graph`` has attention, norms and rotary embeddings as hetcomp's ops; ``run``: the
     values of the graph as it was. ``unread``: tensors of the file that the logits do not depend on.
-    ``exported``: facts and config of a model that hetcomp exported."""
+    ``exported``: facts and config of a model that hetcomp exported. ``by_length``: the nodes that compute something
+    else for long sequences."""
 
     file: OnnxFile
     facts: ModelFacts
@@ -38,25 +40,28 @@ class OnnxModel:
     positions: int
     unread: frozenset[str]
     exported: tuple[ModelInfo, dict[str, Any]] | None
+    by_length: tuple[str, ...]
 
 
-def read_model(path: Path) -> OnnxModel:
-    """Recognises what ``path`` computes. Raises HetcompError naming a node or tensor that hetcomp cannot compile."""
+def read_model(path: Path, context: int | None = None) -> OnnxModel:
+    """Recognises what ``path`` computes for sequences of up to ``context`` positions, None: for as many as it can.
+    Raises HetcompError naming a node or tensor that hetcomp cannot compile."""
     file = open_model(path)
     facts = model_facts(path.parent)
-    graph = file.graph.replaced({}, file.graph.outputs[:1])
-    graph = _with_inputs(graph)
-    unread = frozenset(graph.initialisers) - {v for node in graph.nodes for v in node.inputs}
     exported = exported_info(file.metadata, str(path))
-    positions = exported[0].max_positions if exported else facts.positions or UNKNOWN_POSITIONS
+    positions = context or (exported[0].max_positions if exported else facts.positions or UNKNOWN_POSITIONS)
     evaluator = Evaluator(file)
+    graph = file.graph.replaced({}, file.graph.outputs[:1])
+    straight = without_branches(graph, evaluator, positions, str(path))
+    graph = _with_inputs(straight.graph)
+    unread = frozenset(graph.initialisers) - {v for node in graph.nodes for v in node.inputs}
     run = evaluator.run(graph, *step_sizes(graph))
     positions = min([positions, *table_rows(graph, run)])
     positions, far = _far(evaluator, graph, run, positions)
     graph = replace_norms(_without_empty_parts(graph, run), run)
     graph = replace_attention(graph, run, far, str(path))
     graph = replace_ropes(graph, run, far[0], str(path))
-    return OnnxModel(file, facts, graph, run, positions, unread, exported)
+    return OnnxModel(file, facts, graph, run, positions, unread, exported, straight.by_length)
 
 
 def _without_empty_parts(graph: Graph, run: Run) -> Graph:
@@ -86,12 +91,20 @@ def _with_inputs(graph: Graph) -> Graph:
 
 def traced_model(model: OnnxModel, context: int) -> tuple[TracedModel, OnnxCheckpoint]:
     """The torch graph and where its weights are."""
+    if model.by_length:
+        model = read_model(model.file.path, context)
     origin = str(model.file.path)
     ids = [name for name, given in model.graph.inputs.items() if kind_of(given, model.file) == "ids"]
     if len(ids) != 1:
         raise HetcompError(f"{origin} has no input of token ids (input_ids), so it is no language model")
     parameters = Parameters()
     traced = to_fx(model.graph, model.run, parameters, ids[0], context, origin, model.facts.provider)
+    notes = tuple(
+        f"{node} does at all positions what it does in sequences of {context} positions, since that is the context; a "
+        "smaller one does what it does in shorter sequences"
+        for node in model.by_length
+    )
+    traced = replace(traced, notes=notes)
     return traced, OnnxCheckpoint(model.file, parameters.all, model.unread)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend.checkpoint import read_tensor
 from hetcomp.frontend.onnx.decimals import decimal
 from hetcomp.frontend.onnx.external_data import locate
-from hetcomp.frontend.onnx.graph import Attributes, Graph, Input, Node, scope_of
+from hetcomp.frontend.onnx.graph import Attributes, Branch, Graph, Input, Node, scope_of
 from hetcomp.frontend.onnx.inline_data import Place, without_data
 from hetcomp.ir.plan import CheckpointTensor
 
@@ -33,7 +33,11 @@ _TYPES = {
     onnx.TensorProto.INT32: ("I32", "<i4"),
     onnx.TensorProto.INT64: ("I64", "<i8"),
     onnx.TensorProto.BOOL: ("BOOL", "?"),
+    # Two in a byte, which is how they are read.
+    onnx.TensorProto.UINT4: ("U4", "u1"),
+    onnx.TensorProto.INT4: ("I4", "u1"),
 }
+_HALF_BYTES = ("U4", "I4")
 DTYPES = {name: np.dtype(code) for name, code in _TYPES.values()}
 _MICROSOFT = "com.microsoft"
 _INLINE = ""  # of CheckpointTensor.file: the numbers are in memory
@@ -55,9 +59,12 @@ class OnnxFile:
         return self.path.resolve().parent.name if self.path.stem in ("model", "decoder_model") else self.path.stem
 
     def numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic]:
-        """The tensor, or its part ``row`` along the first axis, in its own type. Raises HetcompError if it cannot be
-        read."""
+        """The tensor, or its part ``row`` along the first axis, in its own type; one of 4 bits as its bytes. Raises
+        HetcompError if it cannot be read."""
         dtype = DTYPES[tensor.dtype]
+        if tensor.dtype in _HALF_BYTES:
+            assert row is None
+            tensor = replace(tensor, shape=(tensor.bytes,))
         shape = tensor.shape if row is None else tensor.shape[1:]
         count = math.prod(shape)
         start = (row or 0) * count * dtype.itemsize
@@ -129,6 +136,8 @@ def _described(
     if any(d < 0 for d in shape):
         raise HetcompError(f"{path}: tensor {tensor.name} has the shape {list(shape)}")
     size = math.prod(shape) * DTYPES[dtype].itemsize
+    if dtype in _HALF_BYTES:
+        size = -(-size // 2)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         file, offset = locate(tensor, path, size)
         return CheckpointTensor(file, tensor.name, dtype, shape, offset, size)
@@ -150,6 +159,8 @@ def _described(
 
 def _numbers(tensor: onnx.TensorProto, path: Path) -> bytes:
     try:
+        if tensor.data_type in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4):
+            return bytes(np.array(tensor.int32_data, np.uint8).tobytes())  # a byte of two each
         return bytes(numpy_helper.to_array(tensor).tobytes())
     except Exception as error:  # numpy's of many kinds
         raise HetcompError(f"{path}: tensor {tensor.name} cannot be read: {_line(error)}") from error
@@ -178,11 +189,21 @@ def _attribute(attribute: onnx.AttributeProto) -> object:
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, bytes):
         return value.decode("utf-8", errors="replace")
+    if isinstance(value, onnx.GraphProto):
+        return _branch(value)
     if isinstance(value, onnx.TensorProto):
         array = numpy_helper.to_array(value)
         # A number with more digits than an attribute's float32 holds, as hetcomp exports it.
         return float(array) if array.ndim == 0 and array.dtype == np.float64 else array
     return decimal(value) if isinstance(value, float) else value
+
+
+def _branch(graph: onnx.GraphProto) -> Branch:
+    """Tensors of a branch become constants; exporters leave large ones to the graph around it."""
+    constants = [
+        Node(t.name, "Constant", (), (t.name,), Attributes(value=numpy_helper.to_array(t))) for t in graph.initializer
+    ]
+    return Branch((*constants, *map(_node, graph.node)), tuple(o.name for o in graph.output))
 
 
 def _input(value: onnx.ValueInfoProto) -> Input:

@@ -66,12 +66,13 @@ def _route(w: Writer, node: Node) -> tuple[fx.Node, ...]:
         int(a["top_k"]),
         str(a["scoring"]),
         bool(a["normalise"]),
-        float(node.attributes["norm_eps"]),
+        float(a["norm_eps"]),
         int(a["groups"]),
         int(a["top_groups"]),
         str(a["group_score"]),
         str(a["outside_groups"]),
-        float(node.attributes["scaling"]),
+        float(a["scaling"]),
+        float(a.get("jitter", 0.0)),
     )
     return w.take(made, 0), w.take(made, 1)
 

@@ -121,15 +121,24 @@ class Writer:
         return found
 
     def parameter(self, value: str, transposed: bool = False) -> fx.Node:
-        """The placeholder of a weight; transposed: of what the file has, its last two axes swapped. Raises
-        NotComputable if ``value`` is none."""
+        """The placeholder of a weight; see known_parameter."""
+        return self.placeholder(self.known_parameter(value, transposed))
+
+    def known_parameter(self, value: str, transposed: bool = False) -> Parameter:
+        """The parameter that a weight is; transposed: of what the file has, its last two axes swapped. Raises
+        NotComputable if ``value`` is no weight."""
         weight = self.run.weights.get(value)
         if weight is None:
             raise NotComputable(f"takes {value} for a weight, which is computed")
         shape = self.run.shape(value)
         if transposed:
             weight, shape = Weight(weight.name, not weight.transposed), (*shape[:-2], shape[-1], shape[-2])
-        return self.placeholder(self.parameters.of(weight, shape, self.scope))
+        dequantised = self.run.dequantised.get(weight.name)
+        if dequantised is None:
+            return self.parameters.of(weight, shape, self.scope)
+        stored = dequantised.in_order(weight.transposed)
+        stored.described("", self.graph.initialisers)
+        return self.parameters.of(Weight(stored.codes, weight.transposed), shape, self.scope, stored)
 
     def placeholder(self, parameter: Parameter) -> fx.Node:
         """The placeholder of a parameter, made when it is first used."""
@@ -187,10 +196,10 @@ class Writer:
 
     def write(self, node: Node) -> None:
         """Adds what ``node`` becomes. Raises NotComputable."""
-        from hetcomp.frontend.onnx import contrib_handlers, handlers, own_handlers
+        from hetcomp.frontend.onnx import contrib_handlers, handlers, moe_handlers, own_handlers
 
         self._check_sizes(node)
-        tables = handlers.HANDLERS, contrib_handlers.HANDLERS, own_handlers.HANDLERS
+        tables = handlers.HANDLERS, contrib_handlers.HANDLERS, moe_handlers.HANDLERS, own_handlers.HANDLERS
         handler = next((table[node.op] for table in tables if node.op in table), None)
         if handler is None:
             raise NotComputable("is of a kind that hetcomp cannot compile")

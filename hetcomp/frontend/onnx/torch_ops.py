@@ -268,6 +268,12 @@ def _rms(node: Node, x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + float(node.get("epsilon", 1e-5))) * weight
 
 
+def _layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Maybe = None) -> Tensor:
+    if int(node.get("axis", -1)) not in (-1, x.ndim - 1):
+        raise NotComputable("norms several axes, which hetcomp does not know")
+    return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, float(node.get("epsilon", 1e-5)))
+
+
 def _logical(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda node, a, b: function(a.bool(), b.bool())
 
@@ -310,6 +316,7 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "GreaterOrEqual": _binary(torch.ge),
     "Identity": _unary(lambda x: x),
     "IsNaN": _unary(torch.isnan),
+    "LayerNormalization": _layer_norm,
     "Less": _binary(torch.lt),
     "LessOrEqual": _binary(torch.le),
     "Log": _unary(torch.log),
