@@ -130,7 +130,7 @@ Adapter::Adapter(const std::filesystem::path& path, const Manifest& manifest, co
   const std::string text = read_header(file);
   const nlohmann::json json = parse_json(text, where);
   const CheckedJson header(json, "", where);
-  check_schema(header, kSchemaMajor, where);
+  check_schema(header, kSchemaMajor, where, "pack the adapter");
   name_ = header["name"].text();
   sha256_ = header["sha256"].hex(64);
   if (header["plan"].hex(64) != program.plan_hash)
