@@ -1,6 +1,6 @@
 """Packs an adapter for a compiled model: one file that the runtime loads while it runs.
 
-The file's form is that of runtime_lib/src/adapter.h. Numbers are rounded to bf16 beside weights that are not f32, once.
+The file's form is that of runtime_lib/src/adapter.h. Numbers are rounded once, to what adapted_ops.number_bytes says.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hetcomp.ir.node_parts import Cut
 from hetcomp.ir.plan import Plan, Value, WeightSource
 from hetcomp.ir.serialise import from_json
 
-_MAGIC, SCHEMA = b"HETLORA\x01", (1, 0)
+_MAGIC, SCHEMA = b"HETLORA\x01", (2, 0)
 _ALIGNMENT = 64
 _LARGEST_RANK = 4096  # Adapter::kLargestRank
 

@@ -1,20 +1,22 @@
 """Low-rank pairs as programs read them: hetcomp_pair of runtime_lib/include/hetcomp/program.h.
 
 ``a`` lies row by row, so that h = a x is made of whole vectors of x; ``b`` in panels of 16 rows as the weight that it
-is added to, so that b h is added to the sums of a panel while they are in registers.
+is added to, so that b h is added to the sums of a panel while they are in registers. In 8 bits each row of a has
+a scale, behind the rows of its matrix, and each row of b one, behind its panel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hetcomp.adapters.pair_stack import PairStack
 from hetcomp.backends.adapted_ops import AdaptableWeight
-from hetcomp.backends.packing import PANEL, to_bf16_bits
+from hetcomp.backends.packing import PANEL, to_bf16_bits, to_f32
 from hetcomp.ir.node_parts import Cut
 from hetcomp.ir.plan import WeightSource
 
@@ -66,7 +68,8 @@ def packed_rank(rank: int) -> int:
 
 
 def pack_pairs(stack: PairStack, weight: AdaptableWeight) -> tuple[Bytes, Bytes]:
-    """The bytes of a and of b. Numbers are rounded to the weight's ``number_bytes``: f32 or bf16."""
+    """The bytes of a and of b. Numbers are rounded to the weight's ``number_bytes``: f32, bf16, or 8 bits times the
+    scale of their row."""
     rank = packed_rank(stack.rank)
     n, _, columns = stack.a.shape
     a = np.zeros((n, rank, -(-columns // COLUMNS) * COLUMNS), np.float32)
@@ -75,8 +78,29 @@ def pack_pairs(stack: PairStack, weight: AdaptableWeight) -> tuple[Bytes, Bytes]
     panels = -(-rows // PANEL)
     b = np.zeros((n, weight.halves, panels * PANEL, rank), np.float32)
     b[:, :, :rows, : stack.rank] = stack.b.reshape(n, weight.halves, rows, stack.rank)
-    in_panels = b.reshape(n, weight.halves, panels, PANEL, rank).transpose(0, 2, 1, 4, 3)
-    return _bytes(a, weight.number_bytes), _bytes(np.ascontiguousarray(in_panels), weight.number_bytes)
+    in_panels = np.ascontiguousarray(b.reshape(n, weight.halves, panels, PANEL, rank).transpose(0, 2, 1, 4, 3))
+    if weight.number_bytes > 1:
+        return _bytes(a, weight.number_bytes), _bytes(in_panels, weight.number_bytes)
+    of_a, of_b = (
+        np.abs(a).max(axis=-1) / np.float32(127),
+        to_bf16_bits(np.abs(in_panels).max(axis=-2) / np.float32(127)),
+    )
+    return (
+        _with_scales(_eight_bits(a, of_a[..., None]), of_a),
+        _with_scales(_eight_bits(in_panels, to_f32(of_b)[..., None, :]), of_b),
+    )
+
+
+def _eight_bits(numbers: _Numbers, scales: _Numbers) -> npt.NDArray[np.int8]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rounded = np.rint(numbers / scales)
+    return np.where(scales > 0, np.clip(rounded, -127, 127), 0).astype(np.int8)
+
+
+def _with_scales(numbers: npt.NDArray[np.int8], scales: npt.NDArray[Any]) -> Bytes:
+    """Blocks [.., rows, columns], each with its scales behind it."""
+    blocks = numbers.reshape(*numbers.shape[:-2], -1).view(np.uint8)
+    return np.concatenate([blocks, np.ascontiguousarray(scales).view(np.uint8)], axis=-1).reshape(-1)
 
 
 def _bytes(numbers: _Numbers, number_bytes: int) -> Bytes:

@@ -8,9 +8,10 @@ template run side by side and have places of their own; between two calls every 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetcomp.backends import packing
+from hetcomp.backends.cpu_isa import WHOLE_NUMBERS
 from hetcomp.ir import adaptable
 from hetcomp.ir.adaptable import OPERANDS
 from hetcomp.ir.cpu_side import CpuRole, cpu_templates
@@ -22,6 +23,8 @@ from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 _COLUMNS = 16
 _RANK_STEP = 4  # HETCOMP_RANK_STEP
 _ALIGNMENT = 64  # of a and of b
+# Of numbers in 8 bits: f32 of a row of a, bf16 of a row of b.
+_A_SCALE, _B_SCALE = 4, 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def adaptable_weights(
 
 
 def shape_of(value: Value) -> AdaptableWeight:
-    """What adapters may change of a weight that ops multiply with."""
+    """What adapters may change of a weight that the CPU's ops multiply with."""
     if value.kind is not ValueKind.WEIGHT:
         return AdaptableWeight()
     *_, rows, columns = (int(d) for d in value.type.shape)
@@ -92,16 +95,26 @@ def shape_of(value: Value) -> AdaptableWeight:
     return AdaptableWeight(packing.matrices(value), rows, columns, halves, number_bytes(value))
 
 
+def gpu_shape_of(value: Value) -> AdaptableWeight:
+    """The same where a GPU's ops do: numbers of pairs are f32 or bf16."""
+    shape = shape_of(value)
+    return replace(shape, number_bytes=max(2, shape.number_bytes))
+
+
 def pair_bytes(shape: AdaptableWeight, rank: int) -> tuple[int, int]:
     """Of a and of b of one adapter of that rank, as hetcomp.adapters.packed_pairs packs them."""
-    stored, each = -(-rank // _RANK_STEP) * _RANK_STEP, shape.matrices * shape.number_bytes
+    stored, number = _up(rank, _RANK_STEP), shape.number_bytes
     rows = shape.halves * _up(shape.rows // shape.halves, packing.PANEL) if shape.matrices else 0
-    return _up(each * stored * _up(shape.columns, _COLUMNS), _ALIGNMENT), _up(each * stored * rows, _ALIGNMENT)
+    of_a, of_b = (_A_SCALE, _B_SCALE) if number == 1 else (0, 0)
+    a = shape.matrices * stored * (number * _up(shape.columns, _COLUMNS) + of_a)
+    b = shape.matrices * rows * (number * stored + of_b)
+    return _up(a, _ALIGNMENT), _up(b, _ALIGNMENT)
 
 
 def number_bytes(value: Value) -> int:
-    """Bytes of a number of pairs that are added to the weight: f32 where it is f32 itself, else bf16."""
-    return 4 if value.format == "f32" else 2
+    """Bytes of a number of pairs that the CPU adds to the weight: f32 where it is f32 itself, 8 bits where it is
+    multiplied as whole numbers, else bf16."""
+    return 4 if value.format == "f32" else 1 if value.format in WHOLE_NUMBERS else 2
 
 
 def _up(number: int, multiple: int) -> int:

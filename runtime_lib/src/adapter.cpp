@@ -16,7 +16,7 @@ namespace hetcomp {
 namespace {
 
 constexpr char kMagic[8] = {'H', 'E', 'T', 'L', 'O', 'R', 'A', 1};
-constexpr int kSchemaMajor = 1;
+constexpr int kSchemaMajor = 2;
 // A weight takes some 150 bytes of it.
 constexpr std::uint64_t kLargestHeader = 64U << 20;
 constexpr std::uint64_t kLargestData = std::uint64_t{1} << 40;
@@ -62,20 +62,44 @@ bool finite(const std::uint8_t* numbers, std::uint64_t bytes, Bits exponent) {
   return all;
 }
 
+// Of f32 numbers, or of bf16 ones.
+bool finite_floats(const std::uint8_t* numbers, std::uint64_t bytes, std::int32_t number_bytes) {
+  return number_bytes == 4 ? finite(numbers, bytes, 0x7f800000U)
+                           : finite(numbers, bytes, std::uint16_t{0x7f80});
+}
+
 std::int64_t up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 
-// One part of a weight's pairs. The product of its sizes cannot overflow: the program's are those of a weight
-// in memory, a GPU's (gpu/adapter_record.cpp) and the rank are bounded.
-const std::uint8_t* part(const CheckedJson& offset, const Memory& data, std::int64_t numbers,
-                         std::int32_t number_bytes) {
-  const std::uint64_t at = offset.number(0, data.size());
-  const auto bytes = static_cast<std::uint64_t>(numbers) * static_cast<std::uint64_t>(number_bytes);
+// a or b of a weight's pairs: so many blocks of adjacent numbers. Numbers of one byte have scales of
+// `scale_bytes` behind each block. The product of the sizes cannot overflow: the program's are those of a
+// weight in memory, a GPU's (gpu/adapter_record.cpp) and the rank are bounded.
+struct PairPart {
+  std::int64_t blocks, numbers, scales;
+  std::int32_t number_bytes, scale_bytes;
+
+  std::uint64_t number_part() const { return product(numbers, number_bytes); }
+  std::uint64_t scale_part() const { return number_bytes == 1 ? product(scales, scale_bytes) : 0; }
+  std::uint64_t bytes() const { return static_cast<std::uint64_t>(blocks) * (number_part() + scale_part()); }
+  bool all_finite(const std::uint8_t* data) const {
+    if (number_bytes > 1) return finite_floats(data, bytes(), number_bytes);
+    bool all = true;
+    for (std::int64_t i = 0; i < blocks; ++i, data += number_part() + scale_part())
+      all &= finite_floats(data + number_part(), scale_part(), scale_bytes);
+    return all;
+  }
+
+ private:
+  static std::uint64_t product(std::int64_t n, std::int32_t each) {
+    return static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(each);
+  }
+};
+
+const std::uint8_t* part(const CheckedJson& offset, const Memory& data, const PairPart& what) {
+  const std::uint64_t at = offset.number(0, data.size()), bytes = what.bytes();
   if (at % Manifest::kAlignment != 0 || bytes > data.size() - at)
     offset.refuse("a multiple of 64, with " + std::to_string(bytes) + " bytes of the data behind it");
   const std::uint8_t* const found = data.data() + at;
-  const bool usable =
-      number_bytes == 4 ? finite(found, bytes, 0x7f800000U) : finite(found, bytes, std::uint16_t{0x7f80});
-  if (!usable) offset.refuse("where finite numbers are; there are NaN or infinite ones");
+  if (!what.all_finite(found)) offset.refuse("where finite numbers are; there are NaN or infinite ones");
   return found;
 }
 
@@ -87,14 +111,14 @@ GpuPair read_pair(const CheckedJson& entry, const Memory& data, const hetcomp_ad
   if (pair.rank % HETCOMP_RANK_STEP != 0) entry["rank"].refuse("a multiple of 4");
   pair.scale = static_cast<float>(entry["scale"].real());
   if (!std::isfinite(pair.scale)) entry["scale"].refuse("a finite number");
-  const std::int64_t a = shape.matrices * pair.rank * up(shape.in, HETCOMP_PAIR_COLUMNS);
-  const std::int64_t b = shape.matrices * pair.rank * shape.halves * up(shape.out / shape.halves, kPanelRows);
-  pair.a = part(entry["a"], data, a, shape.number_bytes);
-  pair.b = part(entry["b"], data, b, shape.number_bytes);
-  const auto bytes = [&](std::int64_t n) {
-    return static_cast<std::uint64_t>(n) * static_cast<std::uint64_t>(shape.number_bytes);
-  };
-  return {0, pair, bytes(a), bytes(b)};
+  const std::int64_t panels =
+      shape.matrices * shape.halves * (up(shape.out / shape.halves, kPanelRows) / kPanelRows);
+  const PairPart a{shape.matrices, pair.rank * up(shape.in, HETCOMP_PAIR_COLUMNS), pair.rank,
+                   shape.number_bytes, 4};
+  const PairPart b{panels, pair.rank * kPanelRows, kPanelRows, shape.number_bytes, 2};
+  pair.a = part(entry["a"], data, a);
+  pair.b = part(entry["b"], data, b);
+  return {0, pair, a.bytes(), b.bytes()};
 }
 
 }  // namespace
@@ -106,7 +130,7 @@ Adapter::Adapter(const std::filesystem::path& path, const Manifest& manifest, co
   const std::string text = read_header(file);
   const nlohmann::json json = parse_json(text, where);
   const CheckedJson header(json, "", where);
-  check_schema(header, kSchemaMajor, where);
+  check_schema(header, kSchemaMajor, where, "pack the adapter");
   name_ = header["name"].text();
   sha256_ = header["sha256"].hex(64);
   if (header["plan"].hex(64) != program.plan_hash)

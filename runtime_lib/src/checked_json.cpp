@@ -123,7 +123,7 @@ nlohmann::json parse_json(std::string_view text, const std::string& where) {
   }
 }
 
-void check_schema(const CheckedJson& root, int read, const std::string& where) {
+void check_schema(const CheckedJson& root, int read, const std::string& where, const std::string& make) {
   const auto schema = root["schema"].elements();
   if (schema.size() != 2) root["schema"].refuse("two numbers, [major, minor]");
   const std::int32_t major = schema[0].count(0);
@@ -133,10 +133,10 @@ void check_schema(const CheckedJson& root, int read, const std::string& where) {
   if (major > read) {
     throw Error(HETCOMP_NEWER_SCHEMA, where + " has schema " + version + ", this runtime (hetcomp " +
                                           HETCOMP_VERSION + ") reads " + std::to_string(read) +
-                                          ".x: update hetcomp or compile the model with this version.");
+                                          ".x: update hetcomp or " + make + " with this version.");
   }
   throw Error(HETCOMP_BAD_ARTIFACT,
-              where + " has schema " + version + ", which is no longer read: compile the model again.");
+              where + " has schema " + version + ", which is no longer read: " + make + " again.");
 }
 
 }  // namespace hetcomp

@@ -51,7 +51,9 @@ bool stays_inside(const std::string& file);
 // Throws HETCOMP_BAD_ARTIFACT.
 nlohmann::json parse_json(std::string_view text, const std::string& where);
 
-// The value of "schema", [major, minor]: another major version than `read` is refused with advice.
-void check_schema(const CheckedJson& root, int read, const std::string& where);
+// The value of "schema", [major, minor]: another major version than `read` is refused with advice. make:
+// how such a file comes to be.
+void check_schema(const CheckedJson& root, int read, const std::string& where,
+                  const std::string& make = "compile the model");
 
 }  // namespace hetcomp

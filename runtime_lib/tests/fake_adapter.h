@@ -32,7 +32,7 @@ class FakeAdapter {
     std::string data = packed();
     if (spoil && hash_after) spoil(data);
     nlohmann::json header{
-        {"schema", {1, 0}},
+        {"schema", {2, 0}},
         {"name", "fake"},
         {"plan", kPlanHash},
         {"sha256", std::string(64, 'a')},

@@ -185,8 +185,9 @@ TEST_F(Adapters, DamagedFilesAreRefused) {
   };
   EXPECT_EQ(load("missing"), HETCOMP_NOT_FOUND);
   expect_refused("another compiled model", [](Json& h) { h["plan"] = std::string(64, '0'); });
-  FakeAdapter(1).write(file("newer"), [](Json& h) { h["schema"] = {2, 0}; });
+  FakeAdapter(1).write(file("newer"), [](Json& h) { h["schema"] = {3, 0}; });
   EXPECT_EQ(load("newer"), HETCOMP_NEWER_SCHEMA) << hetcomp_last_error();
+  expect_refused("pack the adapter again", [](Json& h) { h["schema"] = {1, 0}; });
   expect_refused("must be", weight("weight", 0));
   expect_refused("must be", weight("weight", 2));
   expect_refused("must be head", weight("name", "embed"));

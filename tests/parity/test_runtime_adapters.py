@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import xxhash
 from safetensors.numpy import load_file as load_numpy
 from safetensors.torch import load_file, save_file
 
@@ -186,12 +189,27 @@ def with_weights_of(exe: hetcomp.Executable) -> torch.nn.Module:
     return model.eval()
 
 
+def spoiled(packed: Path, exe: hetcomp.Executable, out: Path) -> Path:
+    """The packed adapter with a NaN among the scales of the first weight's a, and with hashes that fit."""
+    raw = bytearray(packed.read_bytes())
+    begin = 24 + struct.unpack("<Q", raw[8:16])[0]
+    header = json.loads(raw[24:begin])
+    first = header["weights"][0]
+    columns = next(int(v.type.shape[-1]) for v in exe.plan.values if v.fqn == first["name"])
+    struct.pack_into("<f", raw, begin + first["a"] + first["rank"] * (-(-columns // 16) * 16), float("nan"))
+    hashed = xxhash.xxh3_64(raw[begin:]).hexdigest()
+    raw[24:begin] = raw[24:begin].replace(header["xxh3_64"].encode(), hashed.encode())
+    struct.pack_into("<Q", raw, 16, xxhash.xxh3_64(raw[24:begin]).intdigest())
+    out.write_bytes(raw)
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("formats", ["q8", "q4"])
 def test_demo_moe_adds_to_quantised_weights(formats, tmp_path):
     """Beside peft on the weights that the format made of the model's: what remains is that activations are rounded to 8
-    bits before they meet the base's weights, which is no more with the adapter than without. The adapter's numbers are
-    those of bf16, and the activations that meet them are not rounded."""
+    bits before they meet the base's weights, which is no more with the adapter than without. The adapter's numbers have
+    8 bits and a scale for each row, and the activations that meet them are not rounded."""
     exe = compiled(find("demo-moe"), tmp_path / "demo.hetc", formats)
     model = with_weights_of(exe)
     ids = token_ids(model, 40)[0].tolist()
@@ -208,3 +226,5 @@ def test_demo_moe_adds_to_quantised_weights(formats, tmp_path):
     assert error(base, wanted) > 0.3
     assert error(exe(ids, adapter="demo"), wanted) < 1.5 * rounding
     assert error(decoded(exe, ids, "demo"), wanted[4:]) < 1.5 * rounding
+    with pytest.raises(HetcompError, match="NaN"):
+        exe.load_adapter(spoiled(tmp_path / "demo.hetlora", exe, tmp_path / "bad.hetlora"))

@@ -128,3 +128,21 @@ def test_a_replayed_plan_keeps_its_room(roomy, tmp_path):
     assert again.adapter_room is not None and again.adapter_room.count == 4
     with pytest.raises(HetcompError, match="leave --adapters out"):
         replay(path, roomy.imported.plan, roomy.context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pins", "measured"),
+    [
+        (ON_GPU, 1.514),  # benchmarks/results/adapter_cost-20261126T144013-749c42e.json
+        (EXPERTS_ON_CPU, 1.178),  # adapter_cost-20261126T144324-749c42e.json, with pairs in bf16
+    ],
+)
+def test_what_an_adapter_costs_beside_an_h100_is_predicted(pins, measured):
+    """Within 15 % of Qwen3-30B-A3B's time a token with rank 16 on attention and all experts, over the base's."""
+    wishes = PlanWishes(pins=pins, adapter_room=AdapterRoom(4, 16))
+    options = {"formats": "q4", "isa": ["amx_bf16"], "context_length": 512}
+    plan = plan_model("qwen3-30b-a3b", hw_profile="preset:8480-256gb+h100-sxm", wishes=wishes, **options).plan
+    assert plan.adapter_room is not None
+    base = next(t.total_us for t in plan.timelines if t.phase == "decode")
+    assert plan.adapter_room.decode_us / base == pytest.approx(measured, rel=0.15)

@@ -12,7 +12,7 @@ import pytest
 from hetcomp.adapters.packed_pairs import pack_pairs, packed_rank
 from hetcomp.adapters.pair_stack import PairStack
 from hetcomp.backends import packing
-from hetcomp.backends.adapted_ops import shape_of
+from hetcomp.backends.adapted_ops import gpu_shape_of
 from hetcomp.backends.gpu.kernels import GpuRequest
 from hetcomp.backends.gpu.low_rank import PairTables
 from hetcomp.ir.ops import HeadLinear, Linear, MoeExperts
@@ -36,7 +36,7 @@ class Loaded:
         table = np.zeros((len(values) + 1, SLOTS, 4), np.int64)
         data = b""
         for i, value in enumerate(values):
-            shape = shape_of(value)
+            shape = gpu_shape_of(value)
             for slot, rank in enumerate(RANKS):
                 if not rank:
                     continue
@@ -52,7 +52,7 @@ class Loaded:
                 data += b"".join(parts)
                 table[i, slot] = [*(start // shape.number_bytes for start in starts), packed_rank(rank), scale]
         ids = [value.id for value in values]
-        numbers = "fp32" if shape_of(values[0]).number_bytes == 4 else "bf16"
+        numbers = "fp32" if gpu_shape_of(values[0]).number_bytes == 4 else "bf16"
         offsets = {id: i * SLOTS * 32 for i, id in enumerate(ids)}
         tables = PairTables(offsets, dict.fromkeys(ids, numbers), len(ids) * SLOTS * 32, 20, SLOTS)
         self.pairs = tables.of("T", *ids)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetcomp.backends.adapted_ops import AdaptableWeight, pair_bytes, shape_of
+from hetcomp.backends.adapted_ops import AdaptableWeight, gpu_shape_of, pair_bytes
 from hetcomp.backends.gpu.low_rank import PairTables
 from hetcomp.ir.adaptable import adaptable_weights
 from hetcomp.ir.annotations import AdapterRoom
@@ -36,7 +36,7 @@ class PairLayout:
         if room is None:
             return None
         changed = changed_on(plan, gpu) - (set() if room.experts else expert_matrices(plan))
-        return PairLayout(room, tuple((v, shape_of(v)) for v in plan.values if v.id in changed))
+        return PairLayout(room, tuple((v, gpu_shape_of(v)) for v in plan.values if v.id in changed))
 
     @property
     def row_bytes(self) -> int:

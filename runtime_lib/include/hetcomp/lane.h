@@ -237,7 +237,9 @@ class Progress {
     first_ = lane.region;
     lane.region += static_cast<std::uint32_t>(groups);
   }
-  void done(std::int32_t group) const { counter(group).next.fetch_add(1, std::memory_order_release); }
+  void done(std::int32_t group, std::int64_t tasks = 1) const {
+    counter(group).next.fetch_add(tasks, std::memory_order_release);
+  }
   // Waits until `tasks` of the group are done.
   void await(std::int32_t group, std::int64_t tasks) const {
     const TaskCounter& finished = counter(group);

@@ -70,7 +70,7 @@ typedef struct hetcomp_adaptable {
   int64_t out;           // rows of a matrix
   int64_t in;            // its columns
   int32_t halves;        // 2: gate and up rows lie in panels of their own, in turn; else 1
-  int32_t number_bytes;  // of a number of its pairs: 4 (f32) or 2 (bf16)
+  int32_t number_bytes;  // of a number of its pairs: 4 (f32), 2 (bf16) or, on the CPU, 1
 } hetcomp_adaptable;
 
 #define HETCOMP_RANK_STEP 4      // ranks of pairs are multiples of it
@@ -78,7 +78,8 @@ typedef struct hetcomp_adaptable {
 
 // What an adapter adds to a weight: scale b a to each matrix.
 // a: [matrices][rank][in, padded]. b: [matrices][panels of 16 rows, those of a half by themselves, as in the
-// weight][rank][16], zero beyond the rows. Both begin at multiples of 64 bytes.
+// weight][rank][16], zero beyond the rows. Both begin at multiples of 64 bytes. Numbers of one byte are -127
+// .. 127 times a scale: behind the rows of a matrix of a stands f32 [rank], behind a panel of b bf16 [16].
 typedef struct hetcomp_pair {
   int64_t rank;
   float scale;
