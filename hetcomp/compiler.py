@@ -157,7 +157,7 @@ def plan_model(
 
 def _noted(planned: Planned, adapter: Adapter | None) -> Planned:
     """With the adapter that will be merged, and notes of what is converted out of a quantised checkpoint."""
-    notes = conversion_notes(planned.plan, planned.imported.checkpoint, planned.context.use_gpus)
+    notes = conversion_notes(planned.plan, planned.imported.checkpoint)
     return replace(planned, adapter=adapter, plan=replace(planned.plan, notes=(*planned.plan.notes, *notes)))
 
 
