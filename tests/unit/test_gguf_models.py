@@ -205,5 +205,6 @@ def test_blocks_are_not_made_of_other_weights(tmp_path: Path):
     with pytest.raises(HetcompError, match=r"not converted to q4k, and .* is stored as GGUF Q8_0; give auto"):
         plan_model(path, formats="q4k", **ask)
     tiny_models.save_tiny("qwen3_moe", tmp_path / "floats")
-    with pytest.raises(HetcompError, match=r"not converted to q6k, and .* is not quantised; give auto or another"):
-        plan_model(tmp_path / "floats", formats={"experts": "q6k"}, **ask)
+    for form in ("q6k", "q4z"):
+        with pytest.raises(HetcompError, match=rf"not converted to {form}, and .* is not quantised; give auto"):
+            plan_model(tmp_path / "floats", formats={"experts": form}, **ask)
