@@ -12,16 +12,18 @@ import numpy.typing as npt
 _Floats = npt.NDArray[np.float32]
 
 # Columns that share a scale in each format.
-GROUPS = {"q4": 32, "q4z": 32, "q8": 32, "mxfp4": 32, "fp8": 128, "q4k": 32, "q6k": 16}
+GROUPS = {"q4": 32, "q4z": 32, "q8": 32, "mxfp4": 32, "fp8": 128, "q4k": 32, "q5k": 32, "q6k": 16}
 # What is added to a whole number to make its code.
-OFFSETS = {"q4": 8, "q8": 128, "q4k": 0, "q6k": 32}
+OFFSETS = {"q4": 8, "q8": 128, "q4k": 0, "q5k": 0, "q6k": 32}
 # Scales of q4z: what is added to its whole numbers differs from group to group.
 ZERO_POINTS = np.dtype([("scale", "<f4"), ("zero", "u1")])
-# The K blocks of llama.cpp (block_q4_K and block_q6_K of ggml-common.h): groups whose scales are small whole numbers
-# times an fp16 number that BLOCK columns share.
+# The K blocks of llama.cpp (block_q4_K, block_q5_K, block_q6_K of ggml-common.h): groups whose scales are small whole
+# numbers times an fp16 number that BLOCK columns share.
 BLOCK = 256
+_WITH_MINIMA = np.dtype([("d", "<f2"), ("d_minimum", "<f2"), ("scale", "u1"), ("minimum", "u1")])
 K_SCALES = {
-    "q4k": np.dtype([("d", "<f2"), ("d_minimum", "<f2"), ("scale", "u1"), ("minimum", "u1")]),
+    "q4k": _WITH_MINIMA,
+    "q5k": _WITH_MINIMA,
     "q6k": np.dtype([("d", "<f2"), ("scale", "i1")]),
 }
 
@@ -44,10 +46,10 @@ class QuantisedNumbers:
     """A matrix [N, K], or several [E, N, K], in a weight format of hetcomp.backends.packing, not packed.
 
     codes: u8 [.., N, K], one a byte: q + 8 (q4), q + its group's zero point (q4z, 0..15), q + 128 (q8; q may be -128),
-    e2m1 (mxfp4), e4m3fn (fp8), q (q4k), q + 32 (q6k). scales [.., N, ceil(K / group)]: f32, the e8m0 bytes of mxfp4,
-    records of ZERO_POINTS (q4z; zero points 0..16) or of K_SCALES, whose fp16 numbers are equal in all groups of a
-    block of 256 columns. A group is 32 columns, in fp8 128, in q6k 16. A number is its code's value times the scale; in
-    q4k d * scale * q - d_minimum * minimum, in q6k d * scale * q."""
+    e2m1 (mxfp4), e4m3fn (fp8), q (q4k, q5k), q + 32 (q6k). scales [.., N, ceil(K / group)]: f32, the e8m0 bytes of
+    mxfp4, records of ZERO_POINTS (q4z; zero points 0..16) or of K_SCALES, whose fp16 numbers are equal in all groups of
+    a block of 256 columns. A group is 32 columns, in fp8 128, in q6k 16. A number is its code's value times the scale;
+    in q4k and q5k d * scale * q - d_minimum * minimum, in q6k d * scale * q."""
 
     format: str
     codes: npt.NDArray[np.uint8]
@@ -124,7 +126,7 @@ class QuantisedNumbers:
         else:
             values = self.codes.astype(np.float32) - np.float32(OFFSETS[self.format])
         values *= self._each(self._scales())
-        if self.format == "q4k":
+        if self.format in ("q4k", "q5k"):
             values -= self._each(_product(self.scales, "d_minimum", "minimum"))
         return values
 

@@ -44,6 +44,8 @@ def _behind_group(FORMAT: tl.constexpr) -> tl.constexpr:
         return 4
     elif FORMAT == "q4z":
         return 12
+    elif FORMAT == "q5k":
+        return 24
     elif FORMAT == "q6k":
         return 20
     else:
@@ -53,7 +55,7 @@ def _behind_group(FORMAT: tl.constexpr) -> tl.constexpr:
 @triton.jit
 def _head(FORMAT: tl.constexpr) -> tl.constexpr:
     """Words in front of the 32 steps of a block of 256 columns."""
-    if FORMAT == "q4k":
+    if FORMAT == "q4k" or FORMAT == "q5k":
         return 16
     elif FORMAT == "q6k":
         return 8
@@ -122,10 +124,12 @@ def _words(w, panels, rows, steps, mask, K: tl.constexpr, FORMAT: tl.constexpr, 
     """As load_words, operands that broadcast."""
     offsets = _word_offsets(panels, rows, steps, K, FORMAT)
     words = tl.load(w + offsets, mask=mask, other=0) if MASKED else tl.load(w + offsets)
-    if FORMAT == "q6k":
-        # Behind the two steps of a group the high bits of both: those of this step in the low half of each byte, above
-        # the word of its low halves.
-        high = _load(w, offsets + (32 - steps % 2 * 16), mask, tl.int32, MASKED) >> (steps % 2 * 4)
+    if FORMAT == "q5k" or FORMAT == "q6k":
+        # Behind the steps of a group lie the high bits of all: those of this step come to the lowest bits of each byte,
+        # above the word of its low halves.
+        GROUP: tl.constexpr = _steps_of_group(FORMAT)
+        step = steps % GROUP
+        high = _load(w, offsets + (GROUP - step) * 16, mask, tl.int32, MASKED) >> (step * (8 // GROUP))
         return (high.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF)
     else:
         return words
@@ -145,9 +149,10 @@ def _scales(w, panels, rows, steps, mask, K: tl.constexpr, FORMAT: tl.constexpr,
         # 2^-127 is subnormal: the exponent field 0 with the highest bit of the mantissa.
         bits = tl.where(exponent == 0, 1 << 22, exponent << 23)
         return bits.to(tl.float32, bitcast=True) * 16384.0, 0.0
-    elif FORMAT == "q4k":
-        heads = steps // 32 * 1184 + (panels * (panel_bytes(K, FORMAT) // 2) + rows)
-        groups = steps // 4 * 288 + (steps // 32 + 1) * 64 + 256 + (in_panels + rows)
+    elif FORMAT == "q4k" or FORMAT == "q5k":
+        codes: tl.constexpr = 256 if FORMAT == "q4k" else 320  # bytes of a group, with 32 of scales and minima behind
+        heads = steps // 32 * (32 + 4 * (codes + 32)) + (panels * (panel_bytes(K, FORMAT) // 2) + rows)
+        groups = steps // 4 * (codes + 32) + (steps // 32 + 1) * 64 + codes + (in_panels + rows)
         scales = _load(w, heads, mask, tl.float16, MASKED).to(tl.float32)
         minima = _load(w, heads + 16, mask, tl.float16, MASKED).to(tl.float32)
         scales *= _load(w, groups, mask, tl.uint8, MASKED).to(tl.float32)
@@ -172,8 +177,8 @@ def _scales(w, panels, rows, steps, mask, K: tl.constexpr, FORMAT: tl.constexpr,
 
 @triton.jit
 def load_words(w, panels, rows, steps, mask, K: tl.constexpr, FORMAT: tl.constexpr, MASKED: tl.constexpr):
-    """Words [steps, columns] of the columns ``rows`` (0 .. 15) of ``panels``, in q6k with the codes' high bits in a
-    second half; 0 where not ``mask``.
+    """Words [steps, columns] of the columns ``rows`` (0 .. 15) of ``panels``, in q5k and q6k with the codes' high
+    bits in a second half; 0 where not ``mask``.
 
     w: the matrix, as 32-bit words (fp8: 16-bit). panels, rows i32[columns], steps i32[steps], mask [steps, columns].
     """
@@ -213,7 +218,7 @@ def has_scales(FORMAT: tl.constexpr) -> tl.constexpr:
 @triton.jit
 def has_minima(FORMAT: tl.constexpr) -> tl.constexpr:
     """Whether a weight is an element times its scale less a minimum; in q4z that is scale times zero point."""
-    return FORMAT == "q4z" or FORMAT == "q4k"
+    return FORMAT == "q4z" or FORMAT == "q4k" or FORMAT == "q5k"
 
 
 @triton.jit
@@ -235,6 +240,10 @@ def element(words, o, FORMAT: tl.constexpr):
     elif FORMAT == "q4z" or FORMAT == "q4k":
         code = (words >> (o % 4 * 8 + o // 4 * 4)) & 15
         return (code | _TWO_23).to(tl.float32, bitcast=True) - 8388608.0
+    elif FORMAT == "q5k":
+        code = (words.to(tl.int32) >> (o % 4 * 8 + o // 4 * 4)) & 15
+        high = ((words >> 32).to(tl.int32) >> (o % 4 * 8 + o // 4)) & 1
+        return (code | (high << 4) | _TWO_23).to(tl.float32, bitcast=True) - 8388608.0
     elif FORMAT == "q6k":
         code = (words.to(tl.int32) >> (o % 4 * 8 + o // 4 * 4)) & 15
         high = ((words >> 32).to(tl.int32) >> (o % 4 * 8 + o // 4 * 2)) & 3
@@ -273,7 +282,7 @@ def scaled_element(words, o: tl.constexpr, scales, minima, FORMAT: tl.constexpr)
             return tl.fma(number, scales * RANGE, scales * (-1.5 * RANGE))
     elif FORMAT == "bf16":
         return element(words, o, FORMAT)
-    elif FORMAT == "q4k":
+    elif FORMAT == "q4k" or FORMAT == "q5k":
         # The product is exact.
         return tl.fma(element(words, o, FORMAT), scales, -minima)
     else:

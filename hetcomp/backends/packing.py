@@ -16,17 +16,18 @@ B = ceil(K/128) blocks, a line or two, behind its elements.
            [16], the byte s meaning 2^(s - 127) (OCP Microscaling Formats 1.0)
 ``q4k``    a block of 256 columns: fp16 d [16], fp16 e [16], then its groups of 32: elements as q4 with c = q in 0..15,
            scales u8 [16], minima u8 [16]; w = d * scale * q - e * minimum (block_q4_K of ggml-common.h)
+``q5k``    as q4k, behind the elements [16][4] bytes: bit s of byte b is the fifth bit of q of k = 32 g + 4 s + b
 ``q6k``    a block of 256 columns: fp16 d [16], then its groups of 16: low halves of c = q + 32, q in -32..31, as q4
            (two vectors), [16][4] bytes whose bits 2 s, 2 s + 1 of byte b are the high bits of k = 16 g + 4 s + b,
            scales int8 [16]; w = d * scale * q (block_q6_K)
 ``fp8``    elements e4m3fn [K/2][16][2]; scales f32 [B], one for 128 columns of the panel; as the quantiser makes them
            equal in the 8 panels of a block of 128 x 128; w = scale * e4m3
 
-K is padded to whole loads (``padded_columns``) with codes of zero; in q4z and q4k, where these stand for other numbers,
-activations of zero meet them. The last block of q4k and q6k has the groups that there are. Layout ``panels16`` is one
+K is padded to whole loads (``padded_columns``) with codes of zero; where these stand for other numbers (q4z, q4k, q5k)
+activations of zero meet them. The last of a row's K blocks has the groups that there are. Layout ``panels16`` is one
 such matrix, or several (experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has
 the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in panels of their own, in turn (gate panel 0, up panel
-0, gate panel 1, ..) so that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by
+0, gate panel 1, ..) so that a task streams both halves of 16 columns; blocks of 128 rows are counted in each half by
 itself. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
@@ -289,20 +290,16 @@ def _from_nibbles(elements: Bytes, width: int) -> Bytes:
 
 @dataclass(frozen=True)
 class _Form:
-    """A weight format: bits of an element, columns of a load, columns that share a scale (0: there are none), bytes of
-    a panel's scales for these, how elements [panels, bytes] and scales become f32, and bytes of zero points."""
+    """A weight format: bits of an element, columns of a load, columns that share a scale (0: none), bytes of a panel's
+    scales for these, how elements [panels, bytes] and scales become f32, bytes of a group's zero points."""
 
     bits: int
     step: int
     group: int
     scale_bytes: int
     decode: Callable[[Bytes, int], _Floats]
-    scales: Callable[[Bytes], _Floats] = lambda raw: raw.view(np.float32)
+    scales: Callable[[Bytes], _Floats] = lambda raw: raw.view(np.float16).astype(np.float32)
     zero_bytes: int = 0
-
-
-def _fp16_scales(raw: Bytes) -> _Floats:
-    return raw.view(np.float16).astype(np.float32)
 
 
 def _decode_f32(elements: Bytes, width: int) -> _Floats:
@@ -337,10 +334,10 @@ def _decode_fp8(elements: Bytes, width: int) -> _Floats:
 _FORMS = {
     "f32": _Form(32, 1, 0, 0, _decode_f32),
     "bf16": _Form(16, 2, 0, 0, _decode_bf16),
-    "q8": _Form(8, 32, 32, 2 * PANEL, _decode_q8, _fp16_scales),
-    "fp8": _Form(8, 2, 128, 4, _decode_fp8),
-    "q4": _Form(4, 32, 32, 2 * PANEL, _decode_q4, _fp16_scales),
-    "q4z": _Form(4, 32, 32, 2 * PANEL, _decode_q4z, _fp16_scales, PANEL),
+    "q8": _Form(8, 32, 32, 2 * PANEL, _decode_q8),
+    "fp8": _Form(8, 2, 128, 4, _decode_fp8, lambda raw: raw.view(np.float32)),
+    "q4": _Form(4, 32, 32, 2 * PANEL, _decode_q4),
+    "q4z": _Form(4, 32, 32, 2 * PANEL, _decode_q4z, zero_bytes=PANEL),
     "mxfp4": _Form(4, 32, 32, PANEL, _decode_mxfp4, e8m0),
 }
 

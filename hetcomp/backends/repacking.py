@@ -28,7 +28,7 @@ class Repacked:
 
 def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
     """The packed bytes of the weight ``value``, or of one or several of its matrices; None if the layout cannot hold
-    them: rows of a panel in fp8 share their scales, groups of a block in q4k and q6k its fp16 numbers.
+    them: rows of a panel in fp8 share their scales, groups of a K block its fp16 numbers.
 
     numbers: in the value's format, [N, K] or [E, N, K]. Raises HetcompError if the shape does not fit.
     """

@@ -20,13 +20,13 @@ from hetcomp.ir.types import DType, TensorType
 from hetcomp.quantised_numbers import BLOCK, GROUPS, K_SCALES, ZERO_POINTS, QuantisedNumbers, joined
 from tests.unit.test_gguf_blocks import random_rows
 
-FORMATS = ("q4", "q4z", "q8", "mxfp4", "fp8", "q4k", "q6k")
+FORMATS = ("q4", "q4z", "q8", "mxfp4", "fp8", "q4k", "q5k", "q6k")
 
 
 def drawn(form: str, shape: tuple[int, ...], seed: int, rows_alike: int = 1) -> QuantisedNumbers:
     """Codes of all kinds but NaN. rows_alike: so many rows in turn have their scales in common."""
     rng = np.random.default_rng(seed)
-    most = {"q8": 256, "fp8": 256, "q6k": 64}.get(form, 16)
+    most = {"q8": 256, "fp8": 256, "q6k": 64, "q5k": 32}.get(form, 16)
     codes = rng.integers(0, most, shape).astype(np.uint8)
     if form == "fp8":
         codes[(codes & 127) == 127] = 0x80
@@ -39,7 +39,7 @@ def drawn(form: str, shape: tuple[int, ...], seed: int, rows_alike: int = 1) -> 
                 of_blocks = rng.standard_normal((*grid[:-1], -(-grid[-1] // each)))
                 scales[field] = np.repeat(of_blocks, each, axis=-1)[..., : grid[-1]]
             else:
-                scales[field] = rng.integers(0, 64, grid) if form == "q4k" else rng.integers(-128, 128, grid)
+                scales[field] = rng.integers(0, 64, grid) if form != "q6k" else rng.integers(-128, 128, grid)
     elif form == "q4z":
         scales = np.zeros(grid, ZERO_POINTS)
         scales["scale"], scales["zero"] = rng.standard_normal(grid).astype(np.float16), rng.integers(0, 17, grid)
@@ -77,7 +77,7 @@ def test_panels_hold_the_codes_and_scales(form, layout, experts, half, columns, 
     panels = packing.unpack_panels(done.data, columns, form).reshape(
         experts, -1, 16, packing.padded_columns(columns, form)
     )
-    assert form in ("q4z", "q4k") or not panels[..., columns:].any()
+    assert form in ("q4z", "q4k", "q5k") or not panels[..., columns:].any()
     beyond = panels.reshape(experts, -1, packing.padded_columns(columns, form))
     if layout == packing.PANELS:
         assert not beyond[:, 2 * half :].any()
@@ -109,7 +109,7 @@ def test_groups_of_a_block_share_their_numbers(form):
         packing.pack(numbers.to_f32(), value)
 
 
-@pytest.mark.parametrize(("form", "kind"), [("q4k", "Q4_K"), ("q6k", "Q6_K")])
+@pytest.mark.parametrize(("form", "kind"), [("q4k", "Q4_K"), ("q5k", "Q5_K"), ("q6k", "Q6_K")])
 def test_panels_of_blocks_hold_what_the_file_holds(form, kind):
     rows = random_rows(kind, (3, 40))
     numbers, value = decode(kind, rows), weight(form, (3, 40, 512), packing.PANELS)
@@ -118,7 +118,7 @@ def test_panels_of_blocks_hold_what_the_file_holds(form, kind):
     assert done is not None
     want = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
     np.testing.assert_array_equal(packing.unpack(done.data, value), want)
-    assert packing.packed_bytes(value) == 3 * 48 * 512 * {"q4k": 4.625, "q6k": 6.5625}[form] / 8
+    assert packing.packed_bytes(value) == 3 * 48 * 512 * {"q4k": 4.625, "q5k": 5.625, "q6k": 6.5625}[form] / 8
 
 
 @pytest.mark.parametrize("form", ["q4", "q4z"])
@@ -149,7 +149,7 @@ def test_cuts_are_those_of_the_numbers(form, axis, runs):
     cut = numbers.cut(axis, runs)
     want = np.concatenate([np.take(numbers.to_f32(), range(*run), axis) for run in runs], axis)
     np.testing.assert_array_equal(cut.to_f32() if isinstance(cut, QuantisedNumbers) else cut, want)
-    whole = {"fp8": 128, "q4k": 256, "q6k": 256}.get(form, 32)
+    whole = 128 if form == "fp8" else 256 if form in K_SCALES else 32
     assert isinstance(cut, QuantisedNumbers) == (axis != -1 or runs[0][0] % whole == 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hetcomp.backends import packing
 
 # Elements of k in a word of weights.
-PER_WORD = {"f32": 1, "bf16": 2, "q8": 4, "q6k": 8, "q4z": 8, "q4k": 8, "q4": 8, "mxfp4": 8, "fp8": 2}
+PER_WORD = {"f32": 1, "bf16": 2, "q8": 4, "q6k": 8, "q5k": 8, "q4z": 8, "q4k": 8, "q4": 8, "mxfp4": 8, "fp8": 2}
 
 
 def word_type(weight_format: str) -> str:
