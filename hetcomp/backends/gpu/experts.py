@@ -29,7 +29,7 @@ from hetcomp.backends.gpu.kernels import (
 from hetcomp.backends.gpu.linear import GemmTile, round_rows, rounded
 from hetcomp.backends.gpu.low_rank import Added, rank_constant, slots_constant
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
-from hetcomp.backends.gpu.words import PER_WORD
+from hetcomp.backends.gpu.words import MORE_THAN_SCALES, PER_WORD
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.types import TensorType
 
@@ -85,7 +85,8 @@ class _Experts(ExpertOperands):
         matrices, constants = self.gate_up()
         pairs = -(-a.intermediate // packing.PANEL)
         # A program has two panels: twice the vectors a thread.
-        turns = gemv_turns(a.hidden, self.weight_format, pairs * a.top_k * rows)
+        panels = 2 if self.weight_format in MORE_THAN_SCALES else 1
+        turns = gemv_turns(a.hidden, self.weight_format, pairs * a.top_k * rows, panels=panels)
         turn, choice = self.tiles.pick(f"{self.stem}, exactly {rows} rows, gate and up", turns)
         up = launch(
             "experts_decode",
