@@ -2,18 +2,20 @@
 steps of so many rows.
 
     python -m benchmarks.gpu_launches FOLDER [--rows 64 512 4096] [--exact] [--kv fp8] [--only WORD ..]
+        [--formats q4 q4k+q6k]
     python3 FOLDER/gpu_launches.py FOLDER
 
 The first writes a folder, on any machine: launches in cases.json, and their kernels compiled for compute capability 90.
 The second needs an H100 or H200, the driver, PyTorch and nothing of hetcomp. It prints the microseconds of each group
 of ops and of its launches (a CUDA graph of 20; weights in copies that the cache does not hold), registers of a thread,
-TFLOP/s, and how far its results are from those of the first variant of the case (Describer.add).
+TFLOP/s, GB/s of weights, and how far its results are from those of the first variant of the case (Describer.add).
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import shutil
 import sys
@@ -87,7 +89,7 @@ class Device:
             scales = (torch.rand(count // size, 16, device="cuda", generator=random) * 0.01 + 0.005).half()
             data[:, size - 32 :] = scales.view(torch.uint8)
             return data
-        if kind == "codes":  # of e4m3, none of them NaN
+        if kind == "codes":  # bytes of which none is NaN as e4m3 or fp16
             return torch.randint(0, 120, (count,), device="cuda", generator=random, dtype=torch.uint8)
         if kind == "ids":
             rows, (choices, experts) = count, more
@@ -151,6 +153,7 @@ class Device:
             copies.append({**buffers, **{n: buffers[n].clone() for n in weights}})
         whole = self.microseconds(functions, case["launches"], copies)
         rates = f"{case['flop'] / whole / 1e6:4.0f} T" if case["flop"] else ""
+        rates += f" {case['bytes'] / whole / 1e3:5.0f} GB/s" if case["bytes"] else ""
         label = f"{case['name']} {case['variant']}"
         parts = []
         for (function, facts), launch in zip(loaded, case["launches"], strict=True):
@@ -191,9 +194,10 @@ class Describer:
         rows: int,
         flop: float = 0,
         first_position: int = 0,
+        weight_bytes: int = 0,
     ) -> None:
-        """A code with its values in order; FLOP of all its launches; position of the first row. Codes of one name are
-        variants that should write the same."""
+        """A code with its values in order; FLOP of all its launches and bytes of the weights that they read; position
+        of the first row. Codes of one name are variants that should write the same."""
         dims = {"T": rows, "R": rows}
         from hetcomp.ir.kv_pool import BLOCK_POSITIONS
 
@@ -221,7 +225,7 @@ class Describer:
         ]
         results = {v.id: {"f32": "float32", "i32": "int32", "bf16": "bfloat16"}[str(v.type.dtype)] for v in outputs}
         case = {"name": f"{name} {rows}", "variant": variant, "launches": launches, "buffers": buffers}
-        self.cases.append({**case, "outputs": results, "flop": flop})
+        self.cases.append({**case, "outputs": results, "flop": flop, "bytes": weight_bytes})
 
     def _spec(self, value: Value, rows: int) -> list[Any]:
         """What Device.fill makes of it."""
@@ -235,7 +239,9 @@ class Describer:
             size = packing.packed_bytes(value)
             if value.format in ("f32", "bf16"):
                 return [value.format, size // (4 if value.format == "f32" else 2)]
-            assert value.format == "q4" and isinstance(columns, int) and columns % 64 == 0, "panels without padding"
+            if value.format != "q4":
+                return ["codes", size]
+            assert isinstance(columns, int) and columns % 64 == 0, "panels without padding"
             return ["groups", size, 288]
         if value.kind is ValueKind.STATE:
             size = -(-self.context // BLOCK_POSITIONS) * cache_block(value.type)
@@ -268,8 +274,9 @@ def cache_block(state: TensorType) -> int:
     return 2 * _LAYERS * block_bytes(state)
 
 
-def layer(rows: int, exact: bool, kv: str) -> tuple[Sequence[GpuGroup], dict[str, Value]]:
-    """A layer in q4, its router in f32, from its first norm to the second addition, as groups; the values."""
+def layer(rows: int, exact: bool, kv: str, forms: str = "q4") -> tuple[Sequence[GpuGroup], dict[str, Value]]:
+    """A layer in a format, or one and, behind a +, that of the experts' down projections; its router in f32; from its
+    first norm to the second addition, as groups; the values."""
     from hetcomp.backends import packing
     from hetcomp.backends.gpu.groups import group_ops
     from hetcomp.ir import ops
@@ -278,6 +285,7 @@ def layer(rows: int, exact: bool, kv: str) -> tuple[Sequence[GpuGroup], dict[str
 
     values: dict[str, Value] = {}
     graph: list[Op] = []
+    most, _, of_down = forms.partition("+")
 
     def value(name: str, *shape: int | str, dtype: DType = DType.F32, kind: ValueKind = ValueKind.ACT) -> None:
         values[name] = Value(name, TensorType(dtype, shape), kind, fqn=name)
@@ -289,7 +297,7 @@ def layer(rows: int, exact: bool, kv: str) -> tuple[Sequence[GpuGroup], dict[str
         value(name, "T", *shape)
         graph.append(Op(name, attrs, tuple(inputs), (name,)))
 
-    def linear(name: str, x: str, n: int, k: int, form: str = "q4") -> None:
+    def linear(name: str, x: str, n: int, k: int, form: str = most) -> None:
         weight(f"{name}.w", (n, k), form)
         op(name, ops.Linear(k, n), (x, f"{name}.w"), n)
 
@@ -315,8 +323,8 @@ def layer(rows: int, exact: bool, kv: str) -> tuple[Sequence[GpuGroup], dict[str
     value("ids", "T", 8, dtype=DType.I32)
     value("weights", "T", 8)
     graph.append(Op("route", ops.Route(_EXPERTS, 8, "softmax", True), ("router",), ("ids", "weights")))
-    weight("gate_up", (_EXPERTS, 1536, 2048), "q4", packing.PANELS_GLU)
-    weight("down", (_EXPERTS, 2048, 768), "q4")
+    weight("gate_up", (_EXPERTS, 1536, 2048), most, packing.PANELS_GLU)
+    weight("down", (_EXPERTS, 2048, 768), of_down or most)
     experts = ops.MoeExperts(experts=_EXPERTS, top_k=8, hidden=2048, intermediate=768)
     op("experts", experts, ("norm2", "ids", "weights", "gate_up", "down"), 2048)
     op("y", ops.Add(), ("sum", "experts"), 2048)
@@ -341,25 +349,39 @@ def flop(group: GpuGroup, rows: int, first_position: int = 0) -> float:
     return total
 
 
+def weight_bytes(group: GpuGroup, rows: int, values: dict[str, Value]) -> int:
+    """Of its linears, and of its experts if the rows choose different ones."""
+    from hetcomp.backends import packing
+    from hetcomp.ir.plan import ValueKind
+
+    total = 0
+    for value in (values[name] for name in group.inputs if values[name].kind is ValueKind.WEIGHT):
+        size = packing.packed_bytes(value)
+        total += size * min(8 * rows, _EXPERTS) // _EXPERTS if len(value.type.shape) == 3 else size
+    return total
+
+
 def main() -> None:
     """Command line of the first half."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, nargs="*", default=[64, 512, 4096])
     parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--formats", nargs="*", default=["q4"])
     parser.add_argument("--kv", choices=["bf16", "fp8"], default="bf16")
     parser.add_argument("--only", nargs="*", help="names of ops")
     options = parser.parse_args()
     described = Describer()
-    for rows in options.rows:
-        groups, values = layer(rows, options.exact, options.kv)
+    for rows, forms in itertools.product(options.rows, options.formats):
+        groups, values = layer(rows, options.exact, options.kv, forms)
         for group in groups:
             names = [op.id for op in group.ops]
             if options.only and not set(names) & set(options.only):
                 continue
             inputs, outputs = ([values[v] for v in ids] for ids in (group.inputs, group.outputs))
             name = names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-            described.add(name, "", group.code, inputs, outputs, rows, flop(group, rows))
+            size = weight_bytes(group, rows, values)
+            described.add(f"{name} {forms}", "", group.code, inputs, outputs, rows, flop(group, rows), 0, size)
             if names == ["attention"]:
                 first = described.context - rows
                 name = f"attention at {first}"

@@ -157,7 +157,7 @@ def plan_model(
 
 def _noted(planned: Planned, adapter: Adapter | None) -> Planned:
     """With the adapter that will be merged, and notes of what is converted out of a quantised checkpoint."""
-    notes = conversion_notes(planned.plan, planned.imported.checkpoint, planned.context.use_gpus)
+    notes = conversion_notes(planned.plan, planned.imported.checkpoint)
     return replace(planned, adapter=adapter, plan=replace(planned.plan, notes=(*planned.plan.notes, *notes)))
 
 
@@ -282,7 +282,7 @@ def compile(
     context_length: positions of the KV cache; by default the model's maximum, at most 4096.
     max_batch: sequences kept at once. kv_tokens: positions that they hold together, which is what the KV cache takes
     memory for; by default max_batch x context_length. formats: ``auto`` (the checkpoint's, coarser where memory
-    requires it), one of f32, bf16, q8, fp8, q4, mxfp4 (q6k and q4k of a file that has them), or a mapping by role
+    requires it), one of f32, bf16, q8, fp8, q4, mxfp4 (of files that have it q6k, q5k, q4z, q4k), or a mapping by role
     (experts, attention, dense, router, embedding; kv: f32, bf16, q8, fp8) to one, or to several to choose from:
     ``q4|q8``. out: the artifact's folder; by default a temporary one that lives as long as the Executable. isa:
     instruction sets to build for, best first; by default the profile's best.

@@ -13,7 +13,7 @@ from hetcomp.backends.pack_weights import WeightPacker, WeightReader
 from hetcomp.ir.native_format import Native, native_format
 from hetcomp.ir.plan import Plan, Value, ValueKind
 from hetcomp.passes.choose_formats import weight_role
-from hetcomp.quantised_numbers import K_SCALES, QuantisedNumbers
+from hetcomp.quantised_numbers import QuantisedNumbers
 
 _Floats = npt.NDArray[np.float32]
 _ROWS = 1024  # whole panels
@@ -49,17 +49,14 @@ def conversions(plan: Plan) -> list[Conversion]:
     return [Conversion(role, native, form, same[0], len(same)) for (role, _, _, form), (native, same) in found.items()]
 
 
-def conversion_notes(plan: Plan, reader: WeightReader | None, gpus: bool = False) -> tuple[str, ...]:
+def conversion_notes(plan: Plan, reader: WeightReader | None) -> tuple[str, ...]:
     """A line on each class of them: from what, to what, why, and the relative RMS error of one matrix.
-    ``gpus``: GPUs take part, for which K blocks are converted.
 
     Reads that matrix. Raises HetcompError if it cannot be read."""
     notes = []
     for conversion in conversions(plan):
         native = conversion.native
-        if native.format in K_SCALES and conversion.format == "q8" and gpus:
-            why = "which GPUs have kernels for"
-        elif native.format != conversion.format:
+        if native.format != conversion.format:
             why = "as asked for, or as memory requires"
         else:
             why = f"for {native.inexact}"

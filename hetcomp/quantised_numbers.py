@@ -12,14 +12,18 @@ import numpy.typing as npt
 _Floats = npt.NDArray[np.float32]
 
 # Columns that share a scale in each format.
-GROUPS = {"q4": 32, "q8": 32, "mxfp4": 32, "fp8": 128, "q4k": 32, "q6k": 16}
+GROUPS = {"q4": 32, "q4z": 32, "q8": 32, "mxfp4": 32, "fp8": 128, "q4k": 32, "q5k": 32, "q6k": 16}
 # What is added to a whole number to make its code.
-OFFSETS = {"q4": 8, "q8": 128, "q4k": 0, "q6k": 32}
-# The K blocks of llama.cpp (block_q4_K and block_q6_K of ggml-common.h): groups whose scales are small whole numbers
-# times an fp16 number that BLOCK columns share.
+OFFSETS = {"q4": 8, "q8": 128, "q4k": 0, "q5k": 0, "q6k": 32}
+# Scales of q4z: what is added to its whole numbers differs from group to group.
+ZERO_POINTS = np.dtype([("scale", "<f4"), ("zero", "u1")])
+# The K blocks of llama.cpp (block_q4_K, block_q5_K, block_q6_K of ggml-common.h): groups whose scales are small whole
+# numbers times an fp16 number that BLOCK columns share.
 BLOCK = 256
+_WITH_MINIMA = np.dtype([("d", "<f2"), ("d_minimum", "<f2"), ("scale", "u1"), ("minimum", "u1")])
 K_SCALES = {
-    "q4k": np.dtype([("d", "<f2"), ("d_minimum", "<f2"), ("scale", "u1"), ("minimum", "u1")]),
+    "q4k": _WITH_MINIMA,
+    "q5k": _WITH_MINIMA,
     "q6k": np.dtype([("d", "<f2"), ("scale", "i1")]),
 }
 
@@ -41,10 +45,11 @@ def e8m0(scales: npt.NDArray[np.uint8]) -> _Floats:
 class QuantisedNumbers:
     """A matrix [N, K], or several [E, N, K], in a weight format of hetcomp.backends.packing, not packed.
 
-    codes: u8 [.., N, K], one a byte: q + 8 (q4), q + 128 (q8; q may be -128), e2m1 (mxfp4), e4m3fn (fp8), q (q4k),
-    q + 32 (q6k). scales [.., N, ceil(K / group)]: f32, the e8m0 bytes of mxfp4, or records of K_SCALES, whose fp16
-    numbers are equal in all groups of a block of 256 columns. A group is 32 columns, in fp8 128, in q6k 16. A number is
-    its code's value times the scale; in q4k d * scale * q - d_minimum * minimum, in q6k d * scale * q."""
+    codes: u8 [.., N, K], one a byte: q + 8 (q4), q + its group's zero point (q4z, 0..15), q + 128 (q8; q may be -128),
+    e2m1 (mxfp4), e4m3fn (fp8), q (q4k, q5k), q + 32 (q6k). scales [.., N, ceil(K / group)]: f32, the e8m0 bytes of
+    mxfp4, records of ZERO_POINTS (q4z; zero points 0..16) or of K_SCALES, whose fp16 numbers are equal in all groups of
+    a block of 256 columns. A group is 32 columns, in fp8 128, in q6k 16. A number is its code's value times the scale;
+    in q4k and q5k d * scale * q - d_minimum * minimum, in q6k d * scale * q."""
 
     format: str
     codes: npt.NDArray[np.uint8]
@@ -104,6 +109,10 @@ class QuantisedNumbers:
             return self
         if (self.format, weight_format) == ("q4", "q8"):
             return QuantisedNumbers("q8", self.codes + np.uint8(OFFSETS["q8"] - OFFSETS["q4"]), self.scales)
+        if (self.format, weight_format) == ("q4z", "q8"):
+            # At most 15 + 128; what wraps in bytes on the way comes out right.
+            codes = self.codes - self._each(self.scales["zero"]) + np.uint8(OFFSETS["q8"])
+            return QuantisedNumbers("q8", codes, np.ascontiguousarray(self.scales["scale"]))
         return None
 
     def to_f32(self) -> _Floats:
@@ -112,21 +121,34 @@ class QuantisedNumbers:
             values = E4M3[self.codes]
         elif self.format == "mxfp4":
             values = E2M1[self.codes]
+        elif self.format == "q4z":
+            values = self.codes.astype(np.float32) - self._each(self.scales["zero"])
         else:
             values = self.codes.astype(np.float32) - np.float32(OFFSETS[self.format])
         values *= self._each(self._scales())
-        if self.format == "q4k":
+        if self.format in ("q4k", "q5k"):
             values -= self._each(_product(self.scales, "d_minimum", "minimum"))
         return values
 
     def _scales(self) -> _Floats:
         if self.format in K_SCALES:
             return _product(self.scales, "d", "scale")
+        if self.format == "q4z":
+            return self.scales["scale"]
         return e8m0(self.scales) if self.format == "mxfp4" else self.scales.astype(np.float32)
 
-    def _each(self, of_groups: _Floats) -> _Floats:
+    def _each(self, of_groups: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """[.., G] of the groups as [.., K] of their columns."""
         return np.repeat(of_groups, GROUPS[self.format], axis=-1)[..., : self.shape[-1]]
+
+
+def with_zero_points(
+    codes: npt.NDArray[np.uint8], scales: npt.NDArray[Any], zeros: npt.NDArray[Any]
+) -> QuantisedNumbers:
+    """Codes of 4 bits [.., N, K] with a scale and a zero point for each 32 of them, [.., N, G], as q4z."""
+    records = np.empty(scales.shape, ZERO_POINTS)
+    records["scale"], records["zero"] = scales, zeros
+    return QuantisedNumbers("q4z", codes, records)
 
 
 def _product(records: npt.NDArray[Any], factor: str, whole: str) -> _Floats:

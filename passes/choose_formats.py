@@ -70,20 +70,14 @@ def _format(weight: Value, layout: str, role: Role, context: Context) -> str | N
     if native is None:
         wanted = context.formats.of(role)
     else:
-        wanted = context.formats.of_quantised(role, _held(native.format, context))
-    if wanted in TAKEN_OVER and (native is None or native.format != wanted or native.inexact):
+        wanted = context.formats.of_quantised(role, native.format)
+    if wanted in TAKEN_OVER and (native is None or native.format != wanted):
         stored = "is not quantised" if native is None else f"is stored as {native.label}"
         raise HetcompError(
             f"Weights are not converted to {wanted}, and {weight.fqn or weight.id} {stored}; give auto or another "
             f"format for {role}."
         )
     return None if wanted == "auto" else wanted
-
-
-def _held(native: str, context: Context) -> str:
-    """The format that takes over ``native`` where a GPU takes part, which has no kernels for K blocks: q8, which is the
-    nearest that it has."""
-    return "q8" if context.use_gpus and native in TAKEN_OVER else native
 
 
 def _weight_operands(template: Template) -> Iterator[tuple[Op, int, str]]:

@@ -21,8 +21,8 @@ CACHE_POLICIES: tuple[CachePolicy, ...] = ("static", "lru", "lfu")
 Role = Literal["experts", "attention", "dense", "router", "embedding", "kv"]
 ROLES: tuple[Role, ...] = ("experts", "attention", "dense", "router", "embedding", "kv")
 # Weight formats by falling size, those of them that only checkpoints are made in, and those of the KV cache.
-FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q4k", "q4", "mxfp4")
-TAKEN_OVER = tuple(K_SCALES)
+FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q5k", "q4z", "q4k", "q4", "mxfp4")
+TAKEN_OVER = ("q4z", *K_SCALES)
 KV_FORMATS = tuple(d.value for d in CACHE_DTYPES)
 # A router decides which experts run; in a coarser format than f32 it flips near ties for nothing saved (0.03 % of the
 # bytes of a Qwen3-30B-A3B).

@@ -16,7 +16,7 @@ from hetcomp.quantised_numbers import K_SCALES
 PANEL = 16  # rows of a packed panel: the smallest piece that a kernel streams
 GROUP = 32  # columns that share a scale in the quantised formats
 BLOCK = 128  # rows and columns that share a scale in fp8
-K_BLOCK = 256  # columns that share one in q4k and q6k
+K_BLOCK = 256  # columns that share one in K blocks
 
 
 @plan_pass(requires=("placed",), establishes=("sliced",))

@@ -13,6 +13,7 @@ from hetcomp.codegen_templates.gpu.low_rank import expand_panel
 from hetcomp.codegen_templates.gpu.weights import (
     element,
     elements_of_word,
+    has_minima,
     has_scales,
     load_scales,
     load_words,
@@ -110,7 +111,7 @@ def _load_turn(
     STEPS: tl.constexpr,
 ):
     """Words of the steps from ``first`` on, where a token's chosen experts' panels lie behind each other; what their
-    products must be multiplied by; and whether there is such a step."""
+    products must be multiplied by and what is subtracted from each weight then; and whether there is such a step."""
     ALL: tl.constexpr = padded_steps(K, FORMAT)
     s = first + tl.arange(0, STEPS)
     entry, steps = token * TOP_K + s // ALL, s % ALL
@@ -124,9 +125,10 @@ def _load_turn(
     matrices = w + (expert.to(tl.int64) * MATRIX)[:, None]
     words = load_words(matrices, panels, rows, steps, valid, K, FORMAT, True)
     if has_scales(FORMAT):
-        return words, load_scales(matrices, panels, rows, steps, valid, K, FORMAT, True) * factor, here
+        scales, minima = load_scales(matrices, panels, rows, steps, valid, K, FORMAT, True)
+        return words, scales * factor, minima * factor if has_minima(FORMAT) else 0.0, here
     else:
-        return words, factor + tl.zeros((STEPS, rows.shape[0]), tl.float32), here
+        return words, factor + tl.zeros((STEPS, rows.shape[0]), tl.float32), 0.0, here
 
 
 @triton.jit
@@ -134,6 +136,7 @@ def _multiply_turn(
     h,
     words,
     factors,
+    minima,
     here,
     sums,
     token,
@@ -149,10 +152,15 @@ def _multiply_turn(
     k = s % ALL * PER
     its = h + (token * TOP_K + s // ALL) * K
     parts = tl.zeros((STEPS, words.shape[1]), tl.float32)
+    columns = tl.zeros((STEPS,), tl.float32)
     for o in tl.static_range(PER):
         column = tl.load(its + k + o, mask=here & (k + o < K), other=0.0)
         parts += element(words, o, FORMAT) * column[:, None]
-    return sums + parts * factors
+        columns += column
+    if has_minima(FORMAT):
+        return sums + parts * factors - minima * columns[:, None]
+    else:
+        return sums + parts * factors
 
 
 @triton.jit
@@ -192,16 +200,16 @@ def experts_down_gemv(
     TOTAL: tl.constexpr = TOP_K * padded_steps(INTERMEDIATE, FORMAT)
     LAST: tl.constexpr = (TOTAL - 1) // STEPS * STEPS
     sums = tl.zeros((STEPS, 16), tl.float32)
-    words, factors, here = _load_turn(
+    words, factors, minima, here = _load_turn(
         w, ids, weights, resident, token, panels, r, 0, INTERMEDIATE, TOP_K, MATRIX, FORMAT, STEPS
     )
     for first in tl.range(0, LAST, STEPS, num_stages=1):
-        next_words, next_factors, next_here = _load_turn(
+        next_words, next_factors, next_minima, next_here = _load_turn(
             w, ids, weights, resident, token, panels, r, first + STEPS, INTERMEDIATE, TOP_K, MATRIX, FORMAT, STEPS
         )
-        sums = _multiply_turn(h, words, factors, here, sums, token, first, INTERMEDIATE, TOP_K, FORMAT, STEPS)
-        words, factors, here = next_words, next_factors, next_here
-    sums = _multiply_turn(h, words, factors, here, sums, token, LAST, INTERMEDIATE, TOP_K, FORMAT, STEPS)
+        sums = _multiply_turn(h, words, factors, minima, here, sums, token, first, INTERMEDIATE, TOP_K, FORMAT, STEPS)
+        words, factors, minima, here = next_words, next_factors, next_minima, next_here
+    sums = _multiply_turn(h, words, factors, minima, here, sums, token, LAST, INTERMEDIATE, TOP_K, FORMAT, STEPS)
     total = tl.sum(sums, axis=0)
     at = token * HIDDEN + n
     if bias is not None:

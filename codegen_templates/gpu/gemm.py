@@ -16,10 +16,10 @@ from hetcomp.codegen_templates.gpu.weights import elements_of_word, load_panels,
 
 
 @triton.jit
-def _pair(words, a: tl.constexpr, b: tl.constexpr, scales, FORMAT: tl.constexpr):
+def _pair(words, a: tl.constexpr, b: tl.constexpr, scales, minima, FORMAT: tl.constexpr):
     return tl.join(
-        scaled_element(words, a, scales, FORMAT).to(tl.bfloat16),
-        scaled_element(words, b, scales, FORMAT).to(tl.bfloat16),
+        scaled_element(words, a, scales, minima, FORMAT).to(tl.bfloat16),
+        scaled_element(words, b, scales, minima, FORMAT).to(tl.bfloat16),
     )
 
 
@@ -27,18 +27,19 @@ def _pair(words, a: tl.constexpr, b: tl.constexpr, scales, FORMAT: tl.constexpr)
 def weight_rows(w, panels, steps, mask, K: tl.constexpr, FORMAT: tl.constexpr, MASKED: tl.constexpr):
     """Numbers [panels, 16, steps * PER] of whole panels, k in order: bf16, f32 if the weights are. Operands as those of
     weights.load_panels."""
-    words, scales = load_panels(w, panels, steps, mask, K, FORMAT, MASKED)
+    words, scales, minima = load_panels(w, panels, steps, mask, K, FORMAT, MASKED)
     words, scales = tl.permute(words, (0, 2, 1)), tl.permute(scales, (0, 2, 1))
+    minima = tl.permute(minima, (0, 2, 1))
     PER: tl.constexpr = elements_of_word(FORMAT)
     if PER == 1:
         numbers = words.to(tl.float32, bitcast=True)
     elif PER == 2:
-        numbers = _pair(words, 0, 1, scales, FORMAT)
+        numbers = _pair(words, 0, 1, scales, minima, FORMAT)
     elif PER == 4:
-        numbers = tl.join(_pair(words, 0, 2, scales, FORMAT), _pair(words, 1, 3, scales, FORMAT))
+        numbers = tl.join(_pair(words, 0, 2, scales, minima, FORMAT), _pair(words, 1, 3, scales, minima, FORMAT))
     else:
-        even = tl.join(_pair(words, 0, 4, scales, FORMAT), _pair(words, 2, 6, scales, FORMAT))
-        odd = tl.join(_pair(words, 1, 5, scales, FORMAT), _pair(words, 3, 7, scales, FORMAT))
+        even = tl.join(_pair(words, 0, 4, scales, minima, FORMAT), _pair(words, 2, 6, scales, minima, FORMAT))
+        odd = tl.join(_pair(words, 1, 5, scales, minima, FORMAT), _pair(words, 3, 7, scales, minima, FORMAT))
         numbers = tl.join(even, odd)
     return tl.reshape(numbers, (panels.shape[0], 16, steps.shape[0] * PER))
 

@@ -12,6 +12,7 @@ from hetcomp.codegen_templates.gpu.low_rank import expand_panel
 from hetcomp.codegen_templates.gpu.weights import (
     element,
     elements_of_word,
+    has_minima,
     has_scales,
     load_scales,
     load_words,
@@ -23,16 +24,17 @@ _SQUARES: tl.constexpr = tl.constexpr(1024)  # elements of a row that a block sq
 
 @triton.jit
 def _load_turn(w, panels, rows, first, K: tl.constexpr, FORMAT: tl.constexpr, STEPS: tl.constexpr):
-    """Words and scales (0 if the format has none) of the steps from ``first`` on; zeros beyond the last."""
+    """Words, scales and minima (0 if the format has none) of the steps from ``first`` on; zeros beyond the last."""
     ALL: tl.constexpr = padded_steps(K, FORMAT)
     MASKED: tl.constexpr = ALL % STEPS != 0
     steps = first + tl.arange(0, STEPS)
     valid = (steps < ALL)[:, None] & (rows >= 0)[None, :]
     words = load_words(w, panels, rows, steps, valid, K, FORMAT, MASKED)
     if has_scales(FORMAT):
-        return words, load_scales(w, panels, rows, steps, valid, K, FORMAT, MASKED)
+        scales, minima = load_scales(w, panels, rows, steps, valid, K, FORMAT, MASKED)
+        return words, scales, minima
     else:
-        return words, 0.0
+        return words, 0.0, 0.0
 
 
 @triton.jit
@@ -63,6 +65,7 @@ def _multiply_turn(
     norm,
     words,
     scales,
+    minima,
     sums,
     first,
     X_ROW: tl.constexpr,
@@ -80,21 +83,31 @@ def _multiply_turn(
         parts = (tl.zeros((STEPS, words.shape[1]), tl.float32),) * ROWS
     else:
         parts = sums
+    if has_minima(FORMAT):
+        columns = (tl.zeros((STEPS,), tl.float32),) * ROWS
     for o in tl.static_range(PER):
         number = element(words, o, FORMAT)
         if norm is not None:
             weight = _load_columns(norm, k + o, K, MASKED) + WEIGHT_OFFSET
         added = ()
+        added_columns = ()
         for m in tl.static_range(ROWS):
             column = _load_columns(x + m * X_ROW, k + o, K, MASKED)
             if norm is not None:
                 column *= weight
             added = added + (parts[m] + number * column[:, None],)
+            if has_minima(FORMAT):
+                added_columns = added_columns + (columns[m] + column,)
         parts = added
+        if has_minima(FORMAT):
+            columns = added_columns
     if has_scales(FORMAT):
         added = ()
         for m in tl.static_range(ROWS):
-            added = added + (sums[m] + parts[m] * scales,)
+            if has_minima(FORMAT):
+                added = added + (sums[m] + parts[m] * scales - minima * columns[m][:, None],)
+            else:
+                added = added + (sums[m] + parts[m] * scales,)
         parts = added
     return parts
 
@@ -128,15 +141,19 @@ def panel_products(
     LAST: tl.constexpr = (COUNT - 1) // STEPS * STEPS
     begin = part * COUNT
     sums = (tl.zeros((STEPS, rows.shape[0]), tl.float32),) * ROWS
-    words, scales = _load_turn(w, panels, rows, begin, K, FORMAT, STEPS)
+    words, scales, minima = _load_turn(w, panels, rows, begin, K, FORMAT, STEPS)
     # Before the loop, the weights are on their way meanwhile; but many rows' factors have no registers during it.
     if norm is not None and ROWS <= 4:
         factors = norm_factors(x, X_ROW, K, EPS, ROWS)
     for first in tl.range(0, LAST, STEPS, num_stages=1):
-        next_words, next_scales = _load_turn(w, panels, rows, begin + first + STEPS, K, FORMAT, STEPS)
-        sums = _multiply_turn(x, norm, words, scales, sums, begin + first, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS)
-        words, scales = next_words, next_scales
-    sums = _multiply_turn(x, norm, words, scales, sums, begin + LAST, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS)
+        next_words, next_scales, next_minima = _load_turn(w, panels, rows, begin + first + STEPS, K, FORMAT, STEPS)
+        sums = _multiply_turn(
+            x, norm, words, scales, minima, sums, begin + first, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS
+        )
+        words, scales, minima = next_words, next_scales, next_minima
+    sums = _multiply_turn(
+        x, norm, words, scales, minima, sums, begin + LAST, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS
+    )
     if norm is not None and ROWS > 4:
         factors = norm_factors(x, X_ROW, K, EPS, ROWS)
     totals = ()

@@ -6,7 +6,14 @@
 import triton
 import triton.language as tl
 
-from hetcomp.codegen_templates.gpu.weights import element, elements_of_word, has_scales, load_scales, load_words
+from hetcomp.codegen_templates.gpu.weights import (
+    element,
+    elements_of_word,
+    has_minima,
+    has_scales,
+    load_scales,
+    load_words,
+)
 
 
 @triton.jit
@@ -190,7 +197,10 @@ def embed(
     words = load_words(table, panel, r, steps, valid, WIDTH, FORMAT, True)
     numbers = element(words, o[None, :], FORMAT)
     if has_scales(FORMAT):
-        numbers *= load_scales(table, panel, r, steps, valid, WIDTH, FORMAT, True)
+        scales, minima = load_scales(table, panel, r, steps, valid, WIDTH, FORMAT, True)
+        numbers *= scales
+        if has_minima(FORMAT):
+            numbers -= minima
     k = steps[:, None] * PER + o[None, :]
     tl.store(y + row.to(tl.int64) * WIDTH + k, numbers * SCALE, mask=k < WIDTH)
 

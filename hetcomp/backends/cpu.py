@@ -19,7 +19,7 @@ from hetcomp.hardware.tuning import Tuning
 from hetcomp.ir.ops import Attention, Embed, HeadLinear, KvAppend, Linear, MoeExperts
 from hetcomp.ir.types import CACHE_DTYPES
 
-FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q4k", "q4", "mxfp4")
+FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q5k", "q4z", "q4k", "q4", "mxfp4")
 _NAME = "kernel_name_goes_here"
 
 

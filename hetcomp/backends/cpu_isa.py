@@ -10,7 +10,7 @@ from hetcomp.hardware.tuning import Tuning
 from hetcomp.quantised_numbers import GROUPS
 
 # Formats whose products are those of whole numbers: int8 activations with a scale for 32 columns.
-WHOLE_NUMBERS = ("q8", "q6k", "q4k", "q4", "mxfp4")
+WHOLE_NUMBERS = ("q8", "q6k", "q5k", "q4z", "q4k", "q4", "mxfp4")
 # Formats that are exact in bf16, their scales apart.
 _BF16 = ("bf16", "fp8")
 

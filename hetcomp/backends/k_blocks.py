@@ -1,4 +1,4 @@
-"""Panels of K blocks: where the bytes of formats q4k and q6k lie, from and to codes and scales."""
+"""Panels of K blocks: where the bytes of formats q4k, q5k and q6k lie, from and to codes and scales."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class KBytes:
     head: int
 
 
-K_BYTES = {"q4k": KBytes(256, 32, 64), "q6k": KBytes(192, 16, 32)}
+K_BYTES = {"q4k": KBytes(256, 32, 64), "q5k": KBytes(320, 32, 64), "q6k": KBytes(192, 16, 32)}
 # The fields of a record (hetcomp.quantised_numbers.K_SCALES) in the order in which they lie, of 16 rows each.
-_HEADS = {"q4k": ("d", "d_minimum"), "q6k": ("d",)}
-_SCALES = {"q4k": ("scale", "minimum"), "q6k": ("scale",)}
+_HEADS = {"q4k": ("d", "d_minimum"), "q5k": ("d", "d_minimum"), "q6k": ("d",)}
+_SCALES = {"q4k": ("scale", "minimum"), "q5k": ("scale", "minimum"), "q6k": ("scale",)}
+_HIGH_BITS = {"q5k": 1, "q6k": 2}  # of a code, behind the vectors of low halves
 
 
 def whole_blocks(scales: npt.NDArray[Any], form: str) -> bool:
@@ -52,9 +53,9 @@ def write_panels(out: _Bytes, form: str, codes: _Bytes, scales: npt.NDArray[Any]
     by_field = scales.reshape(panels, _PANEL, groups)
     heads = _side_by_side(by_field[:, :, :: BLOCK // GROUPS[form]], _HEADS[form])
     vectors = _nibbles(by_group & np.uint8(15))
-    if form == "q6k":
-        quads = by_group.reshape(panels, _PANEL, groups, 4, 4) >> np.uint8(4)
-        high = np.bitwise_or.reduce(quads << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=3)
+    if form in _HIGH_BITS:
+        quads = by_group.reshape(panels, _PANEL, groups, -1, 4) >> np.uint8(4)
+        high = np.bitwise_or.reduce(quads << np.arange(0, 8, _HIGH_BITS[form], dtype=np.uint8)[:, None], axis=3)
         vectors = np.concatenate([vectors, _by_row(high[..., None, :])], axis=2)
     of_groups = np.concatenate([vectors, _side_by_side(by_field, _SCALES[form])], axis=2)
     blocks, each = heads.shape[1], BLOCK // GROUPS[form]
@@ -83,11 +84,13 @@ def read_panels(panels: _Bytes, form: str, columns: int) -> QuantisedNumbers:
         for field, part in zip(fields, np.split(raw, len(fields), axis=2), strict=True):
             numbers = np.ascontiguousarray(part).view(K_SCALES[form][field]).transpose(0, 2, 1)
             scales[field] = np.repeat(numbers, repeat, axis=2)[:, :, :groups]
-    low = by_group[:, :, : GROUPS[form] * _PANEL // 2].reshape(count, groups, -1, _PANEL, 4)
+    of_low = GROUPS[form] * _PANEL // 2
+    low = by_group[:, :, :of_low].reshape(count, groups, -1, _PANEL, 4)
     codes = np.stack([low & 15, low >> 4], axis=3)  # [panel, group, vector, half, row, byte]
-    if form == "q6k":
-        high = by_group[:, :, 128:192].reshape(count, groups, 1, _PANEL, 4)
-        steps = high >> np.arange(0, 8, 2, dtype=np.uint8)[:, None, None] & 3
+    if form in _HIGH_BITS:
+        high = by_group[:, :, of_low : of_low + 64].reshape(count, groups, 1, _PANEL, 4)
+        bits = _HIGH_BITS[form]
+        steps = high >> np.arange(0, 8, bits, dtype=np.uint8)[:, None, None] & np.uint8((1 << bits) - 1)
         codes |= (steps << np.uint8(4)).reshape(codes.shape)
     by_row = codes.transpose(0, 4, 1, 2, 3, 5).reshape(count * _PANEL, columns)
     return QuantisedNumbers(form, by_row, scales.reshape(count * _PANEL, groups))

@@ -11,21 +11,23 @@ B = ceil(K/128) blocks, a line or two, behind its elements.
            adjacent k; scales fp16 [16]; w = scale * q
 ``q4``     elements 4-bit c = q + 8, q in -8..7: byte 64 j + 4 r + b of group g holds, of row r, k = 32 g + 8 j + b in
            its low half and k + 4 in its high half; scales fp16 [16], which may be negative; w = scale * q
+``q4z``    elements as q4 with c in 0..15; scales fp16 [16], zero points u8 [16], 0..16; w = scale * (c - zero)
 ``mxfp4``  elements as q4, the codes being e2m1 (bit 3 is the sign, magnitudes 0 .5 1 1.5 2 3 4 6); scales e8m0
            [16], the byte s meaning 2^(s - 127) (OCP Microscaling Formats 1.0)
 ``q4k``    a block of 256 columns: fp16 d [16], fp16 e [16], then its groups of 32: elements as q4 with c = q in 0..15,
            scales u8 [16], minima u8 [16]; w = d * scale * q - e * minimum (block_q4_K of ggml-common.h)
+``q5k``    as q4k, behind the elements [16][4] bytes: bit s of byte b is the fifth bit of q of k = 32 g + 4 s + b
 ``q6k``    a block of 256 columns: fp16 d [16], then its groups of 16: low halves of c = q + 32, q in -32..31, as q4
            (two vectors), [16][4] bytes whose bits 2 s, 2 s + 1 of byte b are the high bits of k = 16 g + 4 s + b,
            scales int8 [16]; w = d * scale * q (block_q6_K)
 ``fp8``    elements e4m3fn [K/2][16][2]; scales f32 [B], one for 128 columns of the panel; as the quantiser makes them
            equal in the 8 panels of a block of 128 x 128; w = scale * e4m3
 
-K is padded to whole loads (``padded_columns``) with codes of zero; in q4k these stand for minus their group's minimum,
-which activations of zero meet. The last block of q4k and q6k has the groups that there are. Layout ``panels16`` is one
+K is padded to whole loads (``padded_columns``) with codes of zero; where these stand for other numbers (q4z, q4k, q5k)
+activations of zero meet them. The last of a row's K blocks has the groups that there are. Layout ``panels16`` is one
 such matrix, or several (experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has
 the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in panels of their own, in turn (gate panel 0, up panel
-0, gate panel 1, ..) so that one task streams both halves of 16 columns; blocks of 128 rows are counted in each half by
+0, gate panel 1, ..) so that a task streams both halves of 16 columns; blocks of 128 rows are counted in each half by
 itself. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
@@ -83,7 +85,7 @@ def panel_bytes(columns: int, weight_format: str) -> int:
         size, groups = K_BYTES[weight_format], padded_columns(columns, weight_format) // GROUPS[weight_format]
         return _up(groups * (size.codes + size.scales) + -(-columns // BLOCK) * size.head, ALIGNMENT)
     form = _form(weight_format)
-    scales = -(-columns // form.group) * form.scale_bytes if form.group else 0
+    scales = -(-columns // form.group) * (form.scale_bytes + form.zero_bytes) if form.group else 0
     return _up(element_bytes(columns, weight_format) + scales, ALIGNMENT)
 
 
@@ -91,7 +93,7 @@ def group_bytes(weight_format: str) -> int:
     """Bytes of a group of a panel, its scales included, in formats that have scales behind each group."""
     form = _form(weight_format)
     assert form.group == form.step
-    return PANEL * form.group * form.bits // 8 + form.scale_bytes
+    return PANEL * form.group * form.bits // 8 + form.scale_bytes + form.zero_bytes
 
 
 def panels(rows: int, layout: str) -> int:
@@ -155,7 +157,7 @@ def pack(
     assert value.format is not None
     if value.format in TAKEN_OVER:
         raise HetcompError(
-            f"Numbers cannot be packed as {value.format}: weight {value.fqn or value.id} is not stored in such blocks; "
+            f"Numbers cannot be packed as {value.format}: weight {value.fqn or value.id} is not stored so; "
             f"give one of {', '.join(FORMATS)}."
         )
     rows, columns = shape[-2:]
@@ -251,12 +253,13 @@ def unpack_panels(data: Bytes, columns: int, weight_format: str) -> _Floats:
     by_panel = np.ascontiguousarray(data).reshape(-1, panel_bytes(columns, weight_format))
     if weight_format in K_BYTES:
         return read_panels(by_panel, weight_format, width).to_f32().reshape(-1, PANEL, width)
-    form = _form(weight_format)
+    form, zeros = _form(weight_format), None
     if form.group == form.step:  # scales behind each group
         each = PANEL * form.group * form.bits // 8
         groups = width // form.group
-        by_group = by_panel[:, : groups * (each + form.scale_bytes)].reshape(len(by_panel), groups, -1)
-        parts = by_group[:, :, :each], by_group[:, :, each:]
+        by_group = by_panel[:, : groups * group_bytes(weight_format)].reshape(len(by_panel), groups, -1)
+        parts = by_group[:, :, :each], by_group[:, :, each : each + form.scale_bytes]
+        zeros = by_group[:, :, each + form.scale_bytes :] if form.zero_bytes else None
     else:
         end, groups = PANEL * width * form.bits // 8, -(-columns // form.group) if form.group else 0
         start = element_bytes(columns, weight_format)
@@ -265,6 +268,8 @@ def unpack_panels(data: Bytes, columns: int, weight_format: str) -> _Floats:
     codes = form.decode(elements, width)
     if not form.group:
         return codes
+    if zeros is not None:
+        codes -= np.repeat(zeros.transpose(0, 2, 1), form.group, axis=2)
     scales = form.scales(raw).reshape(len(by_panel), groups, -1).transpose(0, 2, 1)
     return codes * np.repeat(scales, form.group, axis=2)[:, :, :width]
 
@@ -285,23 +290,16 @@ def _from_nibbles(elements: Bytes, width: int) -> Bytes:
 
 @dataclass(frozen=True)
 class _Form:
-    """A weight format: bits of an element, columns of a load, columns that share a scale (0: there are none), bytes of
-    a panel's scales for these, and how elements [panels, bytes] and scales become f32."""
+    """A weight format: bits of an element, columns of a load, columns that share a scale (0: none), bytes of a panel's
+    scales for these, how elements [panels, bytes] and scales become f32, bytes of a group's zero points."""
 
     bits: int
     step: int
     group: int
     scale_bytes: int
     decode: Callable[[Bytes, int], _Floats]
-    scales: Callable[[Bytes], _Floats] = lambda raw: raw.view(np.float32)
-
-
-def _fp16_scales(raw: Bytes) -> _Floats:
-    return raw.view(np.float16).astype(np.float32)
-
-
-def _e8m0_scales(raw: Bytes) -> _Floats:
-    return e8m0(raw)
+    scales: Callable[[Bytes], _Floats] = lambda raw: raw.view(np.float16).astype(np.float32)
+    zero_bytes: int = 0
 
 
 def _decode_f32(elements: Bytes, width: int) -> _Floats:
@@ -320,6 +318,10 @@ def _decode_q4(elements: Bytes, width: int) -> _Floats:
     return _from_nibbles(elements, width).astype(np.float32) - 8
 
 
+def _decode_q4z(elements: Bytes, width: int) -> _Floats:
+    return _from_nibbles(elements, width).astype(np.float32)
+
+
 def _decode_mxfp4(elements: Bytes, width: int) -> _Floats:
     return E2M1[_from_nibbles(elements, width)]
 
@@ -332,14 +334,16 @@ def _decode_fp8(elements: Bytes, width: int) -> _Floats:
 _FORMS = {
     "f32": _Form(32, 1, 0, 0, _decode_f32),
     "bf16": _Form(16, 2, 0, 0, _decode_bf16),
-    "q8": _Form(8, 32, 32, 2 * PANEL, _decode_q8, _fp16_scales),
-    "fp8": _Form(8, 2, 128, 4, _decode_fp8),
-    "q4": _Form(4, 32, 32, 2 * PANEL, _decode_q4, _fp16_scales),
-    "mxfp4": _Form(4, 32, 32, PANEL, _decode_mxfp4, _e8m0_scales),
+    "q8": _Form(8, 32, 32, 2 * PANEL, _decode_q8),
+    "fp8": _Form(8, 2, 128, 4, _decode_fp8, lambda raw: raw.view(np.float32)),
+    "q4": _Form(4, 32, 32, 2 * PANEL, _decode_q4),
+    "q4z": _Form(4, 32, 32, 2 * PANEL, _decode_q4z, zero_bytes=PANEL),
+    "mxfp4": _Form(4, 32, 32, PANEL, _decode_mxfp4, e8m0),
 }
 
 # What numbers can be packed in, and formats that only checkpoints have: their codes are repacked.
-FORMATS, TAKEN_OVER = tuple(_FORMS), tuple(K_BYTES)
+TAKEN_OVER = ("q4z", *K_BYTES)
+FORMATS = tuple(form for form in _FORMS if form not in TAKEN_OVER)
 
 
 def _form(weight_format: str) -> _Form:
@@ -361,7 +365,7 @@ def _check(value: Value) -> None:
         raise HetcompError(f"Weight {name} has the unknown layout '{value.type.layout}'.")
     if value.format is None:
         raise HetcompError(f"Weight {name} has layout {value.type.layout} but no format; run choose_formats.")
-    if value.format not in TAKEN_OVER:
+    if value.format not in K_BYTES:
         _form(value.format)
     shape = _shape(value)
     if len(shape) < 2 or (value.type.layout == PANELS_GLU and shape[-2] % 2):

@@ -11,15 +11,15 @@ import numpy.typing as npt
 from hetcomp.backends import k_blocks, packing
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value
-from hetcomp.quantised_numbers import GROUPS, K_SCALES, OFFSETS, QuantisedNumbers
+from hetcomp.quantised_numbers import GROUPS, K_SCALES, OFFSETS, ZERO_POINTS, QuantisedNumbers
 
-_ZERO = OFFSETS | {"mxfp4": 0, "fp8": 0}  # the code of 0
+_PADDING = OFFSETS | {"mxfp4": 0, "fp8": 0, "q4z": 0}  # codes beyond the matrix
 _ROWS = 256  # at once: the copies that are made on the way stay in the caches
 
 
 @dataclass(frozen=True)
 class Repacked:
-    """``finite``: all are numbers that the format can say; ``exact``: no scale was rounded (to fp16, in q4 and q8)."""
+    """``finite``: all are numbers that the format can say; ``exact``: no scale was rounded (to fp16)."""
 
     data: packing.Bytes
     finite: bool
@@ -28,7 +28,7 @@ class Repacked:
 
 def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
     """The packed bytes of the weight ``value``, or of one or several of its matrices; None if the layout cannot hold
-    them: rows of a panel in fp8 share their scales, groups of a block in q4k and q6k its fp16 numbers.
+    them: rows of a panel in fp8 share their scales, groups of a K block its fp16 numbers.
 
     numbers: in the value's format, [N, K] or [E, N, K]. Raises HetcompError if the shape does not fit.
     """
@@ -61,10 +61,16 @@ def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
 
 
 def _exact(numbers: QuantisedNumbers) -> bool:
-    if numbers.format not in ("q4", "q8"):
+    if numbers.format not in ("q4", "q4z", "q8"):
         return True
+    scales = _plain(numbers.scales)
     with np.errstate(over="ignore"):
-        return bool((numbers.scales.astype(np.float16).astype(np.float32) == numbers.scales).all())
+        return bool((scales.astype(np.float16).astype(np.float32) == scales).all())
+
+
+def _plain(scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Without zero points."""
+    return scales["scale"] if scales.dtype == ZERO_POINTS else scales
 
 
 def _panels_share_scales(scales: npt.NDArray[Any], halves: int) -> bool:
@@ -81,14 +87,15 @@ def _usable(matrix: QuantisedNumbers) -> bool:
         return not (matrix.scales == 255).any()
     if matrix.format == "fp8":
         return bool(np.isfinite(matrix.scales).all()) and not ((matrix.codes & 127) == 127).any()
-    return not (np.abs(matrix.scales) >= 65520).any() and not np.isnan(matrix.scales).any()
+    scales = _plain(matrix.scales)
+    return not (np.abs(scales) >= 65520).any() and not np.isnan(scales).any()
 
 
 def _fill(out: packing.Bytes, form: str, codes: packing.Bytes, scales: npt.NDArray[Any]) -> None:
     """Writes whole panels [panels, bytes] from rows of codes and scales."""
     panels, columns = len(out), codes.shape[1]
     width = packing.padded_columns(columns, form)
-    padded = _padded(codes, panels * packing.PANEL, width, _ZERO[form])
+    padded = _padded(codes, panels * packing.PANEL, width, _PADDING[form])
     group = GROUPS[form]
     if form in K_SCALES:
         k_blocks.write_panels(out, form, padded, _padded(scales, panels * packing.PANEL, width // group, 0))
@@ -113,9 +120,12 @@ def _fill(out: packing.Bytes, form: str, codes: packing.Bytes, scales: npt.NDArr
     elements = np.ascontiguousarray(words.transpose(0, 2, 3, 1)).view(np.uint8).reshape(panels, groups, -1)
     by_group[:, :, : elements.shape[2]] = elements
     with np.errstate(over="ignore"):
-        stored = all_scales if form == "mxfp4" else all_scales.astype(np.float16)
-    of_group = np.ascontiguousarray(stored.reshape(panels, packing.PANEL, groups).transpose(0, 2, 1))
-    by_group[:, :, elements.shape[2] :] = of_group.view(np.uint8).reshape(panels, groups, -1)
+        stored = [all_scales if form == "mxfp4" else _plain(all_scales).astype(np.float16)]
+    if form == "q4z":
+        stored.append(all_scales["zero"])
+    by_row = [np.ascontiguousarray(part.reshape(panels, packing.PANEL, groups).transpose(0, 2, 1)) for part in stored]
+    of_group = [part.view(np.uint8).reshape(panels, groups, -1) for part in by_row]
+    by_group[:, :, elements.shape[2] :] = np.concatenate(of_group, axis=2)
 
 
 def _padded(rows: npt.NDArray[Any], count: int, width: int, fill: int) -> npt.NDArray[Any]:

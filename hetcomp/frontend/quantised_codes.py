@@ -13,7 +13,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend.quantisation_config import Stored
 from hetcomp.frontend.quantised_tensors import GROUP, has_runs
 from hetcomp.ir.plan import CheckpointTensor
-from hetcomp.quantised_numbers import E4M3, GROUPS, OFFSETS, QuantisedNumbers, e8m0
+from hetcomp.quantised_numbers import E4M3, GROUPS, OFFSETS, QuantisedNumbers, e8m0, with_zero_points
 
 _Raw = npt.NDArray[Any]
 _Bytes = npt.NDArray[np.uint8]
@@ -162,12 +162,8 @@ def _group_of_columns(raw: _Raw | None, stored: Stored, tensor: CheckpointTensor
 
 
 def _in_runs(codes: _Bytes, zeros: _Bytes | None, scales: _Floats, stored: Stored) -> QuantisedNumbers:
-    """As q4, or as q8 where zero points need more than 4 bits."""
-    columns = codes.shape[1]
-    width = columns // scales.shape[1]
-    of_groups = np.repeat(scales, -(-width // GROUP), axis=1)
+    width = codes.shape[1] // scales.shape[1]
+    of_groups = [np.repeat(part, -(-width // GROUP), axis=1) for part in (scales, zeros) if part is not None]
     if zeros is None:
-        return QuantisedNumbers("q4" if stored.bits == 4 else "q8", codes, of_groups)
-    each = np.repeat(zeros, width, axis=1)
-    # At most 15 + 128; what wraps in bytes on the way comes out right.
-    return QuantisedNumbers("q8", codes - each + np.uint8(OFFSETS["q8"]), of_groups)
+        return QuantisedNumbers("q4" if stored.bits == 4 else "q8", codes, of_groups[0])
+    return with_zero_points(codes, *of_groups)

@@ -251,7 +251,7 @@ def _per_row(found: _Found, rows: int, groups: int) -> list[tuple[int, ...]]:
 
 
 def _whole_numbers(found: _Found, method: str, rows: int, columns: int, groups: int) -> CheckpointTensor:
-    """Scales times whole numbers, less zero points: q4 holds 4 bits about 8, q8 also 4 bits less any zero point."""
+    """Scales times whole numbers, less zero points: q4 holds 4 bits about 8, q4z less any zero point."""
     stored, group = found.stored, columns // groups
     parts = [f"{method} int{stored.bits}"]
     parts.append(f"groups of {group}" if stored.group else "a scale a tensor" if stored.block else "a scale a row")
@@ -263,7 +263,7 @@ def _whole_numbers(found: _Found, method: str, rows: int, columns: int, groups: 
     elif not stored.symmetric and stored.bits == 8:
         form, inexact = "q8", "8 bits less a zero point need 9"
     else:
-        form = "q4" if stored.symmetric and stored.bits == 4 else "q8"
+        form = "q8" if stored.bits == 8 else "q4" if stored.symmetric else "q4z"
         inexact = "its scales are f32, those of the format fp16" if found.scales.dtype == "F32" else ""
     block = (rows, columns) if stored.block else (1, group)
     zero_bits = 0 if stored.symmetric and stored.kind not in ("gptq", "awq") else stored.bits

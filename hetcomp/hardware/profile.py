@@ -32,7 +32,7 @@ SCHEMA = (2, 1)  # major: readers refuse another; minor: fields were added
 DATA_SHEET_READS = 0.8
 DATA_SHEET_FLOPS = 0.7
 # Formats that are not measured, each with one whose kernels multiply in the same way, and that one's bits of a weight.
-KIN = {"q6k": ("q8", 8.5), "q4k": ("q4", 4.5)}
+KIN = {"q6k": ("q8", 8.5), "q5k": ("q4", 4.5), "q4z": ("q4", 4.5), "q4k": ("q4", 4.5)}
 
 
 class HardwareProfile(Model):

@@ -18,6 +18,9 @@ from hetcomp.lane_trace import traced_steps
 from hetcomp.passes import stream_experts
 from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
+from tests.parity.test_gguf_files import WIDE, mixed
+from tests.parity.test_gpu_families import BF16_TOLERANCE
+from tests.reference import gguf_models, tiny_models
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import save_tiny, token_ids
@@ -82,13 +85,16 @@ def rates(monkeypatch: pytest.MonkeyPatch):
 def build(
     folder: Path, family: str, pins: tuple[str, ...], gpus: int = 1, formats: str = "f32"
 ) -> tuple[object, Executable]:
-    model = save_tiny(family, folder / "hf", odd=False)
+    return save_tiny(family, folder / "hf", odd=False), compiled(folder / "hf", folder, pins, gpus, formats)
+
+
+def compiled(source: Path, folder: Path, pins: tuple[str, ...], gpus: int = 1, formats: str = "f32") -> Executable:
     plain = avx2_machine(1)
     slow = BandwidthPoint(threads=4, gb_per_s=0.01)
     nodes = tuple(node.model_copy(update={"read_bandwidth": (slow,)}) for node in plain.nodes)
     machine = plain.model_copy(update={"gpus": (gpu(),) * gpus, "nodes": nodes})
-    exe = hetcomp.compile(
-        folder / "hf",
+    return hetcomp.compile(
+        source,
         machine,
         formats=formats,
         context_length=CONTEXT,
@@ -97,7 +103,6 @@ def build(
         isa=("avx2",),
         wishes=PlanWishes(pins=pins if gpus > 1 else ("*=gpu:0", *pins)),
     )
-    return model, exe
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -138,6 +143,32 @@ def test_waves_give_the_bytes_of_resident_experts(formats: str, tmp_path: Path, 
             assert (streamed is None) == (not pins)
     assert streamed["experts_copied"] >= streamed["experts_wanted"] > 3 * 6  # of three layers, in waves of three
     assert found[0] == found[1]
+
+
+def test_k_blocks_of_a_gguf_file_resident_and_in_waves(tmp_path: Path, rates):
+    """Gate and up in Q4_K, down in Q6_K. Decoding, the numbers are those of the file; in a prompt they and the
+    activations are rounded to bf16."""
+    model = tiny_models.build("qwen3_moe", **WIDE | {"num_hidden_layers": 1})
+    path, found = gguf_models.write(tmp_path / "m.gguf", model, mixed), []
+    ids = token_ids(model, TOKENS)
+    expected = reference_logits(model, ids)
+    with emulated_gpu(compute_capability=89):
+        for folder, pins in ((tmp_path / "resident", ()), (tmp_path / "waves", ("moe.experts=cpu",))):
+            if pins:
+                rates(ALL, 3)
+            exe = compiled(path, folder, pins, formats="auto")
+            assert {v.format for v in exe.plan.values if v.fqn and ".experts." in v.fqn} == {"q4k", "q6k"}
+            session = exe.runtime.session()
+            found.append(session.forward(ids[0, : TOKENS - 2].tolist()).tobytes())
+            if not pins:
+                decoded = [exe.runtime.decode([session], [int(i)]) for i in ids[0, TOKENS - 2 :]]
+            session.close()
+            exe.runtime.close()
+    assert found[0] == found[1]
+    prompt = np.frombuffer(found[0], np.float32).reshape(TOKENS - 2, -1)
+    assert relative_error(prompt, expected[: TOKENS - 2]) < BF16_TOLERANCE
+    # The cache is of bf16 numbers.
+    assert relative_error(np.concatenate(decoded), expected[TOKENS - 2 :]) < BF16_TOLERANCE
 
 
 def test_the_same_prompt_gives_the_same_bytes_and_copies(tmp_path: Path, rates):

@@ -12,8 +12,8 @@ from hetcomp.backends import packing
 from hetcomp.backends.cpu_isa import CpuIsa, Gemm
 from hetcomp.backends.repacking import repack
 from hetcomp.ir.plan import Value
-from hetcomp.quantised_numbers import GROUPS, K_SCALES, QuantisedNumbers
-from tests.reference import k_quantiser
+from hetcomp.quantised_numbers import GROUPS, K_SCALES, ZERO_POINTS, QuantisedNumbers
+from tests.reference import plain_quantiser
 
 Doubles = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.float32]
@@ -30,7 +30,7 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
 def packed(numbers: Floats, value: Value) -> tuple[npt.NDArray[np.uint8], Floats]:
     """The weight as it is stored, and the numbers that the stored bytes mean."""
     if value.format in packing.TAKEN_OVER:
-        done = repack(k_quantiser.quantised(numbers, str(value.format)), value)
+        done = repack(plain_quantiser.quantised(numbers, str(value.format)), value)
         assert done is not None
         return done.data, packing.unpack(done.data, value)
     data, finite = packing.pack(numbers, value)
@@ -39,12 +39,21 @@ def packed(numbers: Floats, value: Value) -> tuple[npt.NDArray[np.uint8], Floats
 
 
 def terms(data: npt.NDArray[np.uint8], value: Value) -> Floats:
-    """Magnitudes of what a kernel adds up for each weight: in q4k the product with the scale and the minimum apart."""
-    if value.format == "q4k":
-        columns = int(value.type.shape[-1])
-        panels = data.reshape(-1, packing.panel_bytes(columns, "q4k")).copy()
+    """Magnitudes of what a kernel adds up for each weight: in q4k and q5k the product with the scale and the minimum
+    apart, in q4z those with the code and with the zero point."""
+    columns = int(value.type.shape[-1])
+    if value.format == "q4z":
+        panels = data.reshape(-1, packing.panel_bytes(columns, "q4z"))
+        of_codes, of_zeros = panels.copy(), panels.copy()
+        for group in range(-(-columns // 32)):
+            of_codes[:, group * 304 + 288 : group * 304 + 304] = 0
+            of_zeros[:, group * 304 : group * 304 + 256] = 0
+        return sum(np.abs(packing.unpack(part.reshape(-1), value)) for part in (of_codes, of_zeros))
+    if value.format in ("q4k", "q5k"):
+        panels = data.reshape(-1, packing.panel_bytes(columns, value.format)).copy()
+        size = packing.panel_bytes(256, value.format)
         for block in range(-(-columns // 256)):
-            panels[:, block * 2368 + 33 : block * 2368 + 64 : 2] ^= 0x80  # the signs of e, which is subtracted
+            panels[:, block * size + 33 : block * size + 64 : 2] ^= 0x80  # the signs of e, which is subtracted
         data = panels.reshape(-1)
     return np.abs(packing.unpack(data, value))
 
@@ -54,7 +63,7 @@ def packed_extremes(rng: np.random.Generator, value: Value) -> tuple[npt.NDArray
     of -128 among them, and in fp8 scales that differ from panel to panel of a block."""
     form = str(value.format)
     rows, columns = (int(d) for d in value.type.shape)
-    ends = {"q4": (0, 15), "q8": (0, 255), "mxfp4": (7, 15), "fp8": (0x7E, 0xFE), "q4k": (0, 15), "q6k": (0, 63)}[form]
+    ends = {"q8": (0, 255), "mxfp4": (7, 15), "fp8": (0x7E, 0xFE), "q5k": (0, 31), "q6k": (0, 63)}.get(form, (0, 15))
     codes = np.where(rng.random((rows, columns)) < 0.5, *np.array(ends, np.uint8))
     codes[::2] = ends[0]
     groups = -(-columns // GROUPS[form])
@@ -62,11 +71,14 @@ def packed_extremes(rng: np.random.Generator, value: Value) -> tuple[npt.NDArray
         scales = rng.integers(118, 122, (rows, groups)).astype(np.uint8)
     elif form == "fp8":
         scales = np.repeat(rng.random((-(-rows // 16), groups), np.float32), 16, axis=0)[:rows]
+    elif form == "q4z":
+        scales = np.zeros((rows, groups), ZERO_POINTS)
+        scales["scale"], scales["zero"] = rng.random(scales.shape).astype(np.float16), rng.choice([0, 16], scales.shape)
     elif form in K_SCALES:
         scales = np.zeros((rows, groups), K_SCALES[form])
         scales["d"] = 0.75
-        scales["scale"] = 63 if form == "q4k" else rng.choice([-128, 127], scales.shape)
-        if form == "q4k":
+        scales["scale"] = 63 if form != "q6k" else rng.choice([-128, 127], scales.shape)
+        if form != "q6k":
             scales["d_minimum"], scales["minimum"] = 5.5, 63
     else:
         scales = rng.random((rows, groups)).astype(np.float16).astype(np.float32)

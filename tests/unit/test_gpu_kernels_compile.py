@@ -207,8 +207,9 @@ def _grouped_sum() -> list[GpuGroup]:
 
 _GROUPED_WEIGHTS = (*(f"{name}.w" for name in ("q", "k", "v", "o", "gate", "up", "l")), "gate_up", "down")
 FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
-    **{f"linear-{form}": [_linear(form, rows) for rows in (8, None)] for form in packing.FORMATS},
-    **{f"experts-{form}": [_experts(form, rows) for rows in (1, None)] for form in ("bf16", "q4")},
+    **{f"linear-{form}": [_linear(form, rows) for rows in (8, None)] for form in (*packing.FORMATS, "q5k")},
+    "linear-q4z": [_linear("q4z", 8)],
+    **{f"experts-{form}": [_experts(form, rows) for rows in (1, None)] for form in ("bf16", "q4", "q4k+q6k")},
     **{f"experts-{form}-many": [_experts(form, None, 4096)] for form in ("bf16", "q8")},
     **{
         f"attention-{name}": [_attention(a, rows) for rows in (1, None)]

@@ -19,6 +19,7 @@ EVEN = MoeExperts(experts=4, top_k=2, hidden=128, intermediate=64)
 OAI = MoeExperts(
     experts=5, top_k=2, hidden=20, intermediate=37, function="swiglu_oai", alpha=1.702, limit=2.0, bias=True
 )
+WIDE = MoeExperts(experts=2, top_k=2, hidden=272, intermediate=264)  # more than a K block, in panels that end in one
 OTHERS = [
     MoeExperts(experts=3, top_k=1, hidden=18, intermediate=16, function="gelu", bias=True),
     MoeExperts(experts=3, top_k=3, hidden=18, intermediate=5, function="gelu_tanh"),
@@ -62,7 +63,15 @@ def test_moe_experts(weight_format, rows, exact):
 
 @pytest.mark.parametrize(
     ("attrs", "weight_format"),
-    [(EVEN, "bf16"), (EVEN, "q4"), (OAI, "bf16"), (OAI, "mxfp4"), *((a, "f32") for a in OTHERS)],
+    [
+        (EVEN, "bf16"),
+        (EVEN, "q4"),
+        (OAI, "bf16"),
+        (OAI, "mxfp4"),
+        (WIDE, "q4k+q6k"),
+        (WIDE, "q4z"),
+        *((a, "f32") for a in OTHERS),
+    ],
 )
 @pytest.mark.parametrize(("rows", "exact"), [(2, True), (13, False)])
 def test_sizes_and_functions(attrs, weight_format, rows, exact):

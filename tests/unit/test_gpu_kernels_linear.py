@@ -14,7 +14,7 @@ from hetcomp.ir.ops import Embed, HeadLinear, Linear
 from hetcomp.ir.plan import Value
 from hetcomp.ir.types import DType, TensorType
 from tests.reference.kernel_harness import activation, weight
-from tests.reference.kernel_numbers import Doubles, Floats, dot_error, draw, packed, packed_extremes
+from tests.reference.kernel_numbers import Doubles, Floats, dot_error, draw, packed, packed_extremes, terms
 from tests.reference.triton_harness import request, run
 
 DIMS = {"T": 150, "R": 150, "slots": 1, "context": 16}
@@ -55,7 +55,8 @@ def _check_linear(
     grid_rows = rows if exact else max(rows, 70)  # programs beyond the step's rows do nothing
     (y,) = run(asked, arrays, [((rows, out), np.float32)], rows=rows, grid_rows=grid_rows)
     x64, w64 = (multiplied(n, weight_format, rows, exact) for n in (x, w))
-    magnitude = np.abs(x64) @ np.abs(w64.T) + np.abs(b)
+    added = terms(data, value) if exact and rows <= 8 else np.abs(w64)
+    magnitude = np.abs(x64) @ added.T + np.abs(b)
     assert (np.abs(y - (x64 @ w64.T + b * bias)) <= dot_error(k, magnitude)).all()
 
 
@@ -65,8 +66,23 @@ def test_linear(weight_format, rows, exact):
     _check_linear(weight_format, 80, 300, True, rows, exact)
 
 
+@pytest.mark.parametrize("weight_format", packing.TAKEN_OVER)
+def test_products_with_unit_vectors_are_the_weights(weight_format):
+    """Bit for bit: in a GEMV the format's numbers, in a GEMM those rounded to bf16."""
+    out, k = 37, 300
+    value, unit = weight("w", (out, k), weight_format, packing.PANELS), np.eye(k, dtype=np.float32)
+    data, w = packed(draw(np.random.default_rng(0), (out, k)), value)
+    operands, outputs = [activation("x", "T", k), value], [activation("y", "T", out)]
+    for columns, exact in (([0, 5, 15, 31, 32, 255, 256, 299], True), (range(k), False)):
+        rows = len(columns)
+        asked = request(Linear(k, out), operands, outputs, {**DIMS, "T": k}, rows if exact else None)
+        (y,) = run(asked, [unit[columns], data], [((rows, out), np.float32)], rows=rows)
+        want = w.T[columns] if exact else packing.to_f32(packing.to_bf16_bits(w.T[columns]))
+        np.testing.assert_array_equal(y, want)
+
+
 @pytest.mark.parametrize(("rows", "exact"), [(2, True), (20, False)])
-@pytest.mark.parametrize("weight_format", ["q4", "q8", "fp8", "mxfp4"])
+@pytest.mark.parametrize("weight_format", ["q4", "q8", "fp8", "mxfp4", *packing.TAKEN_OVER])
 def test_linear_takes_codes_that_only_checkpoints_have(weight_format, rows, exact):
     _check_linear(weight_format, 80, 300, True, rows, exact, weights=packed_extremes)
 
@@ -89,7 +105,7 @@ def test_linear_in_parts_of_k(weight_format, k, rows, bias):
     _check_linear(weight_format, 40, k, bias, rows, False)
 
 
-@pytest.mark.parametrize("weight_format", [f for f in packing.FORMATS if f != "f32"])
+@pytest.mark.parametrize("weight_format", [*(f for f in packing.FORMATS if f != "f32"), "q4k"])
 @pytest.mark.parametrize(("out", "k", "rows", "bias"), [(70, 130, 140, True), (128, 192, 3, False), (40, 64, 0, False)])
 def test_linear_whose_weights_are_unpacked_once(weight_format, out, k, rows, bias):
     _check_linear(weight_format, out, k, bias, rows, False, tokens=1024)
@@ -118,9 +134,13 @@ def test_head_linear(weight_format, rows, exact):
     assert (np.abs(y - want) <= dot_error(k, magnitude)).all()
 
 
-@pytest.mark.parametrize("rows", [(2, True), (0, False), (5, False)])
-@pytest.mark.parametrize("weight_format", packing.FORMATS)
-@pytest.mark.parametrize("width", [1, 301])
+@pytest.mark.parametrize(
+    ("weight_format", "width", "rows"),
+    [
+        *((f, k, rows) for f in packing.FORMATS for k in (1, 301) for rows in ((2, True), (0, False), (5, False))),
+        *((f, 301, (5, False)) for f in packing.TAKEN_OVER),
+    ],
+)
 def test_embed(weight_format, width, rows):
     vocab, scale = 50, 1.5
     count, exact = rows

@@ -135,7 +135,7 @@ def test_norms_of_heads_inside_attention(tmp_path):
     [
         ({"bits": 4}, "ONNX int4, blocks of 32", "q4"),
         ({"bits": 4, "block": 64}, "ONNX int4, blocks of 64", "q4"),
-        ({"bits": 4, "zeros": True}, "ONNX int4, blocks of 32, zero points", "q8"),
+        ({"bits": 4, "zeros": True}, "ONNX int4, blocks of 32, zero points", "q4z"),
         ({"bits": 4, "block": 16}, "ONNX int4, blocks of 16", "q8"),
         ({"bits": 8}, "ONNX int8, blocks of 32", "q8"),
     ],

@@ -119,7 +119,7 @@ EXACT: dict[str, tuple[str, str, Mapping[str, Any], made.Quantiser, Mapping[str,
     "compressed int4": ("q4", "qwen3_moe", int_pack(4, 32), made.packed_quantized(4, 32), SMALL),
     "compressed int4, a row": ("q4", "mixtral", int_pack(4, 0), made.packed_quantized(4, 0), {}),
     "compressed int4, zero points": (
-        "q8",
+        "q4z",
         "qwen3_moe",
         int_pack(4, 32, False),
         made.packed_quantized(4, 32, False),
@@ -150,16 +150,16 @@ EXACT: dict[str, tuple[str, str, Mapping[str, Any], made.Quantiser, Mapping[str,
     "gptq": ("q4", "qwen3_moe", gptq(), made.gptq(), SMALL),
     "gptq, groups of 64": ("q4", "llama", gptq(group=64), made.gptq(group=64), {"intermediate_size": 128}),
     "gptq, a row, order": ("q4", "qwen3_moe", gptq(group=-1, desc_act=True), made.gptq(group=0, act_order=True), SMALL),
-    "gptq, zero points": ("q8", "qwen3_moe", gptq(sym=False), made.gptq(symmetric=False), SMALL),
+    "gptq, zero points": ("q4z", "qwen3_moe", gptq(sym=False), made.gptq(symmetric=False), SMALL),
     "gptq v2": (
-        "q8",
+        "q4z",
         "qwen3_moe",
         gptq(sym=False, checkpoint_format="gptq_v2"),
         made.gptq(symmetric=False, version=2),
         SMALL,
     ),
     "gptq, 8 bits": ("q8", "qwen3_moe", gptq(8), made.gptq(8), SMALL),
-    "awq": ("q8", "qwen3_moe", AWQ, made.awq(), SMALL),
+    "awq": ("q4z", "qwen3_moe", AWQ, made.awq(), SMALL),
 }
 
 
@@ -270,9 +270,9 @@ def test_the_report_names_what_weights_are_stored_and_computed_in(tmp_path):
     quantised, _ = made.write(tmp_path, "qwen3_moe", AWQ, made.awq(), **SMALL)
     classes = {one.role: one for one in weight_classes(planned(quantised).plan)}
     experts = classes["experts"]
-    assert (experts.source, experts.format, experts.exact) == ("AWQ int4, groups of 32, zero points", "q8", True)
+    assert (experts.source, experts.format, experts.exact) == ("AWQ int4, groups of 32, zero points", "q4z", True)
     assert experts.source_bits == 4 + (16 + 4) / 32
-    assert experts.bits == pytest.approx(8.5, rel=0.01)  # panels are whole cache lines
+    assert experts.bits == pytest.approx(4.75, rel=0.02)  # panels are whole cache lines
     assert (classes["embedding"].source, classes["embedding"].format) == ("F32", "f32")
     requantised = {one.role: one for one in weight_classes(planned(quantised, {"experts": "q4"}).plan)}
     assert not requantised["experts"].exact

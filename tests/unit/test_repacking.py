@@ -17,16 +17,16 @@ from hetcomp.frontend.gguf.blocks import decode
 from hetcomp.ir.node_parts import Cut, cut_value
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
-from hetcomp.quantised_numbers import BLOCK, GROUPS, K_SCALES, QuantisedNumbers, joined
+from hetcomp.quantised_numbers import BLOCK, GROUPS, K_SCALES, ZERO_POINTS, QuantisedNumbers, joined
 from tests.unit.test_gguf_blocks import random_rows
 
-FORMATS = ("q4", "q8", "mxfp4", "fp8", "q4k", "q6k")
+FORMATS = ("q4", "q4z", "q8", "mxfp4", "fp8", "q4k", "q5k", "q6k")
 
 
 def drawn(form: str, shape: tuple[int, ...], seed: int, rows_alike: int = 1) -> QuantisedNumbers:
     """Codes of all kinds but NaN. rows_alike: so many rows in turn have their scales in common."""
     rng = np.random.default_rng(seed)
-    most = {"q4": 16, "mxfp4": 16, "q4k": 16, "q6k": 64}.get(form, 256)
+    most = {"q8": 256, "fp8": 256, "q6k": 64, "q5k": 32}.get(form, 16)
     codes = rng.integers(0, most, shape).astype(np.uint8)
     if form == "fp8":
         codes[(codes & 127) == 127] = 0x80
@@ -39,7 +39,10 @@ def drawn(form: str, shape: tuple[int, ...], seed: int, rows_alike: int = 1) -> 
                 of_blocks = rng.standard_normal((*grid[:-1], -(-grid[-1] // each)))
                 scales[field] = np.repeat(of_blocks, each, axis=-1)[..., : grid[-1]]
             else:
-                scales[field] = rng.integers(0, 64, grid) if form == "q4k" else rng.integers(-128, 128, grid)
+                scales[field] = rng.integers(0, 64, grid) if form != "q6k" else rng.integers(-128, 128, grid)
+    elif form == "q4z":
+        scales = np.zeros(grid, ZERO_POINTS)
+        scales["scale"], scales["zero"] = rng.standard_normal(grid).astype(np.float16), rng.integers(0, 17, grid)
     elif form == "mxfp4":
         scales = rng.integers(90, 160, grid).astype(np.uint8)
     else:
@@ -69,11 +72,12 @@ def test_panels_hold_the_codes_and_scales(form, layout, experts, half, columns, 
     assert done.finite
     assert done.exact
     np.testing.assert_array_equal(packing.unpack(done.data, value), numbers.to_f32())
-    # The same bytes as the quantiser's padding: what lies beyond the matrix stands for zeros, but for minima.
+    # The same bytes as the quantiser's padding: what lies beyond the matrix stands for zeros, but for minima and
+    # zero points.
     panels = packing.unpack_panels(done.data, columns, form).reshape(
         experts, -1, 16, packing.padded_columns(columns, form)
     )
-    assert form == "q4k" or not panels[..., columns:].any()
+    assert form in ("q4z", "q4k", "q5k") or not panels[..., columns:].any()
     beyond = panels.reshape(experts, -1, packing.padded_columns(columns, form))
     if layout == packing.PANELS:
         assert not beyond[:, 2 * half :].any()
@@ -105,7 +109,7 @@ def test_groups_of_a_block_share_their_numbers(form):
         packing.pack(numbers.to_f32(), value)
 
 
-@pytest.mark.parametrize(("form", "kind"), [("q4k", "Q4_K"), ("q6k", "Q6_K")])
+@pytest.mark.parametrize(("form", "kind"), [("q4k", "Q4_K"), ("q5k", "Q5_K"), ("q6k", "Q6_K")])
 def test_panels_of_blocks_hold_what_the_file_holds(form, kind):
     rows = random_rows(kind, (3, 40))
     numbers, value = decode(kind, rows), weight(form, (3, 40, 512), packing.PANELS)
@@ -114,15 +118,16 @@ def test_panels_of_blocks_hold_what_the_file_holds(form, kind):
     assert done is not None
     want = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[kind])
     np.testing.assert_array_equal(packing.unpack(done.data, value), want)
-    assert packing.packed_bytes(value) == 3 * 48 * 512 * {"q4k": 4.625, "q6k": 6.5625}[form] / 8
+    assert packing.packed_bytes(value) == 3 * 48 * 512 * {"q4k": 4.625, "q5k": 5.625, "q6k": 6.5625}[form] / 8
 
 
-def test_scales_that_fp16_rounds_or_cannot_hold_are_told():
-    numbers, value = drawn("q4", (16, 64), 0), weight("q4", (16, 64), packing.PANELS)
+@pytest.mark.parametrize("form", ["q4", "q4z"])
+def test_scales_that_fp16_rounds_or_cannot_hold_are_told(form):
+    numbers, value = drawn(form, (16, 64), 0), weight(form, (16, 64), packing.PANELS)
     for scale, finite, exact in ((0.1, True, False), (2.0**-26, True, False), (7e4, False, False), (0.5, True, True)):
         scales = numbers.scales.copy()
-        scales[3, 1] = scale
-        done = repack(QuantisedNumbers("q4", numbers.codes, scales), value)
+        (scales["scale"] if form == "q4z" else scales)[3, 1] = scale
+        done = repack(QuantisedNumbers(form, numbers.codes, scales), value)
         assert done is not None
         assert (done.finite, done.exact) == (finite, exact)
 
@@ -144,7 +149,7 @@ def test_cuts_are_those_of_the_numbers(form, axis, runs):
     cut = numbers.cut(axis, runs)
     want = np.concatenate([np.take(numbers.to_f32(), range(*run), axis) for run in runs], axis)
     np.testing.assert_array_equal(cut.to_f32() if isinstance(cut, QuantisedNumbers) else cut, want)
-    whole = {"fp8": 128, "q4k": 256, "q6k": 256}.get(form, 32)
+    whole = 128 if form == "fp8" else 256 if form in K_SCALES else 32
     assert isinstance(cut, QuantisedNumbers) == (axis != -1 or runs[0][0] % whole == 0)
 
 
@@ -195,12 +200,14 @@ def test_transposes_keep_codes_only_where_blocks_stay_blocks(form):
         np.testing.assert_array_equal(got, np.swapaxes(numbers.to_f32(), -1, -2))
 
 
-def test_q4_is_q8_exactly_and_nothing_else_is_anything_else():
-    numbers = drawn("q4", (16, 64), 4)
-    wider = numbers.in_format("q8")
-    assert wider is not None
-    np.testing.assert_array_equal(wider.to_f32(), numbers.to_f32())
-    assert numbers.in_format("mxfp4") is None
+def test_four_bits_are_q8_exactly_and_nothing_else_is_anything_else():
+    for form in ("q4", "q4z"):
+        numbers = drawn(form, (2, 16, 64), 4)
+        wider = numbers.in_format("q8")
+        assert wider is not None
+        np.testing.assert_array_equal(wider.to_f32(), numbers.to_f32())
+        assert numbers.in_format("mxfp4") is None
+        assert numbers.in_format("q4" if form == "q4z" else "q4z") is None
     assert drawn("q8", (16, 64), 4).in_format("q4") is None
 
 

@@ -22,20 +22,22 @@ def pointer_to(weight_format: str) -> str:
 
 
 class ExpertOperands:
-    """``here``: experts among the operands; ``resident``: the argument that says which."""
+    """``here``: experts among the operands; ``resident``: the argument that says which. ``weight_format`` is that of
+    gate and up."""
 
     def __init__(self, request: GpuRequest) -> None:
         attrs = request.op.attrs
         assert isinstance(attrs, MoeExperts)
         self.attrs = attrs
-        self.weight_format = str(request.inputs[3].format)
+        self.weight_format, self.down_format = (str(value.format) for value in request.inputs[3:5])
         self.here = int(request.inputs[3].type.shape[0])
         self.resident: Argument = ("*i32", Operand("input", 5 + 2 * attrs.bias)) if request.resident else None
         self.ids = ("*i32", Operand("input", 1))
         self.weights = ("*fp32", Operand("input", 2))
         self.tiles = request.tiles
         self.pairs = request.pairs
-        self.stem = f"experts_{self.weight_format}_{self.here}x{attrs.intermediate}x{attrs.hidden}"
+        forms = "_".join(dict.fromkeys((self.weight_format, self.down_format)))
+        self.stem = f"experts_{forms}_{self.here}x{attrs.intermediate}x{attrs.hidden}"
         self.shape: dict[str, Constant] = {"HIDDEN": attrs.hidden, "INTERMEDIATE": attrs.intermediate}
 
     def gate_up(self) -> tuple[dict[str, Argument], dict[str, Constant]]:
@@ -58,14 +60,14 @@ class ExpertOperands:
 
     def down(self) -> tuple[dict[str, Argument], dict[str, Constant]]:
         """Of the second."""
-        a, word = self.attrs, word_type(self.weight_format)
+        a, word = self.attrs, word_type(self.down_format)
         arguments: dict[str, Argument] = {
             "w": (word, Operand("input", 4)),
             "bias": ("*fp32", Operand("input", 6)) if a.bias else None,
         }
         constants: dict[str, Constant] = {
             **self.shape,
-            "MATRIX": matrix_words(a.hidden, a.intermediate, self.weight_format, packing.PANELS),
-            "FORMAT": self.weight_format,
+            "MATRIX": matrix_words(a.hidden, a.intermediate, self.down_format, packing.PANELS),
+            "FORMAT": self.down_format,
         }
         return arguments, constants

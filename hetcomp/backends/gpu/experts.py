@@ -29,7 +29,7 @@ from hetcomp.backends.gpu.kernels import (
 from hetcomp.backends.gpu.linear import GemmTile, round_rows, rounded
 from hetcomp.backends.gpu.low_rank import Added, rank_constant, slots_constant
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
-from hetcomp.backends.gpu.words import PER_WORD
+from hetcomp.backends.gpu.words import MORE_THAN_SCALES, PER_WORD
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.types import TensorType
 
@@ -85,7 +85,8 @@ class _Experts(ExpertOperands):
         matrices, constants = self.gate_up()
         pairs = -(-a.intermediate // packing.PANEL)
         # A program has two panels: twice the vectors a thread.
-        turns = gemv_turns(a.hidden, self.weight_format, pairs * a.top_k * rows)
+        panels = 2 if self.weight_format in MORE_THAN_SCALES else 1
+        turns = gemv_turns(a.hidden, self.weight_format, pairs * a.top_k * rows, panels=panels)
         turn, choice = self.tiles.pick(f"{self.stem}, exactly {rows} rows, gate and up", turns)
         up = launch(
             "experts_decode",
@@ -115,8 +116,8 @@ class _Experts(ExpertOperands):
         matrices, constants = self.down()
         panels = -(-a.hidden // packing.PANEL)
         # A token's experts are one product, one after the other.
-        columns = a.top_k * packing.padded_columns(a.intermediate, self.weight_format)
-        turns = gemv_turns(columns, self.weight_format, panels * rows)
+        columns = a.top_k * packing.padded_columns(a.intermediate, self.down_format)
+        turns = gemv_turns(columns, self.down_format, panels * rows)
         turn, choice = self.tiles.pick(f"{self.stem}, exactly {rows} rows, down", turns)
         arguments = {"h": h, "ids": self.ids, "weights": self.weights, "resident": self.resident, **matrices}
         down = launch(
@@ -271,21 +272,23 @@ class _Experts(ExpertOperands):
             height = 16 if share <= 16 else 64
             both = GemmTile(height, 32, 32, 4, (3, 2)), GemmTile(height, 32, 32, 4, (2, 1))
             return both, both
-        steps = 64 // PER_WORD[self.weight_format]
-
-        def tile(rows: int, columns: int, warps: int, deep: int) -> GemmTile:
-            return GemmTile(rows, columns, steps, warps, (deep, 2))
-
+        up: Sequence[tuple[int, int, int, int]]  # rows, columns, warps, stages
+        down: Sequence[tuple[int, int, int, int]]
         if share > 64:
-            up = tile(128, 64, 8, 3), tile(128, 64, 8, 4), tile(128, 128, 8, 3), tile(64, 64, 4, 4)
-            down = tile(128, 128, 4, 3), tile(128, 128, 8, 3), tile(128, 256, 8, 3), tile(64, 128, 4, 3)
+            up = (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 3), (64, 64, 4, 4)
+            down = (128, 128, 4, 3), (128, 128, 8, 3), (128, 256, 8, 3), (64, 128, 4, 3)
         elif share > 16:
-            up = tile(64, 64, 4, 4), tile(64, 64, 8, 3), tile(64, 128, 4, 3), tile(32, 64, 4, 4)
-            down = tile(64, 128, 4, 3), tile(64, 128, 8, 3), tile(64, 64, 4, 4), tile(32, 128, 4, 4)
+            up = (64, 64, 4, 4), (64, 64, 8, 3), (64, 128, 4, 3), (32, 64, 4, 4)
+            down = (64, 128, 4, 3), (64, 128, 8, 3), (64, 64, 4, 4), (32, 128, 4, 4)
         else:
-            up = tile(16, 64, 4, 4), tile(16, 128, 8, 3), tile(16, 32, 4, 4), tile(16, 64, 4, 3)
-            down = tile(16, 128, 4, 4), tile(16, 128, 8, 3), tile(16, 64, 4, 4), tile(16, 128, 4, 3)
-        return up, down
+            up = (16, 64, 4, 4), (16, 128, 8, 3), (16, 32, 4, 4), (16, 64, 4, 3)
+            down = (16, 128, 4, 4), (16, 128, 8, 3), (16, 64, 4, 4), (16, 128, 4, 3)
+
+        def of(tiles: Sequence[tuple[int, int, int, int]], weight_format: str) -> list[GemmTile]:
+            steps = 64 // PER_WORD[weight_format]
+            return [GemmTile(rows, columns, steps, warps, (deep, 2)) for rows, columns, warps, deep in tiles]
+
+        return of(up, self.weight_format), of(down, self.down_format)
 
     def _products(
         self,

@@ -11,7 +11,7 @@ from hetcomp.backends.gpu.kernels import ONE, Constant, GridAxis, Launch, Operan
 from hetcomp.backends.gpu.low_rank import Added, rank_constant
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
-from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
+from hetcomp.backends.gpu.words import MORE_THAN_SCALES, PER_WORD, matrix_words, word_type
 from hetcomp.ir.ops import Glu
 
 GEMV_ROWS = 8
@@ -41,10 +41,14 @@ def gemv_turns(columns: int, weight_format: str, programs: int, rows: int = 1, p
     needed = packing.padded_columns(columns, weight_format) // PER_WORD[weight_format]
     sizes = _GEMV_STEPS if programs <= _FEW_PANELS else _GEMV_STEPS[2:]
     most = _GEMV_STEPS[0 if rows * panels <= 4 else 1 if rows * panels <= 8 else 2]
+    # With more than scales, two vectors of two panels would not fit into the registers of 512 threads: one each.
+    more = weight_format in MORE_THAN_SCALES and panels > 1 and programs <= _FEW_PANELS
+    if more and weight_format in ("q5k", "q6k"):
+        most = min(most, _GEMV_STEPS[1])
     first = min((s for s in sizes if s <= most), key=lambda size: (-(-needed // size) * size, -size))
     # Two panels of many rows: one vector of each a thread.
     steps = (first, *(s for s in (first // 2, first * 2) if s in _GEMV_STEPS and s <= most))
-    return tuple(GemvTurn(s, max(1, s * (2 if rows * panels > 8 else 1) // 16)) for s in steps)
+    return tuple(GemvTurn(s, max(1, s * (2 if rows * panels > 8 or more else 1) // 16)) for s in steps)
 
 
 @dataclass(frozen=True)

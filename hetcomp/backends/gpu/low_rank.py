@@ -202,8 +202,8 @@ class PairTables:
     slots: int
 
     def of(self, rows: int | str, *weights: str) -> Pairs | None:
-        """The pairs of a launch's weights, which have one format; None: adapters leave them alone. ``rows``: the first
-        dimension of the result."""
+        """The pairs of a launch's weights, all of them f32 or none; None: adapters leave them alone. ``rows``: the
+        first dimension of the result."""
         known = next((w for w in weights if w in self.offsets), None)
         if known is None:
             return None

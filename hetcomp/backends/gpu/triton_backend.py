@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hetcomp.backends import packing
 from hetcomp.backends.gpu import attention, experts, linear, rowwise
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest
+from hetcomp.backends.gpu.words import PER_WORD
 from hetcomp.errors import HetcompError
 from hetcomp.ir.ops import Attention
 from hetcomp.ir.types import DType
@@ -54,12 +55,13 @@ class TritonBackend:
             if layout == packing.ROW_MAJOR:
                 continue
             name = value.fqn or value.id
-            if value.format not in packing.FORMATS:
-                return f"weight {name} has format {value.format}; expected one of {', '.join(packing.FORMATS)}."
+            if value.format not in PER_WORD:
+                return f"weight {name} has format {value.format}; expected one of {', '.join(PER_WORD)}."
             if value.type.layout != layout:
                 return f"weight {name} has layout {value.type.layout}; expected {layout}."
-        if kind == "moe_experts" and request.inputs[3].format != request.inputs[4].format:
-            return "gate_up and down have different formats."
+        forms = {str(value.format) for value in request.inputs[3:5]} if kind == "moe_experts" else set()
+        if len(forms) > 1 and "f32" in forms:
+            return f"gate_up and down are {' and '.join(sorted(forms))}, between which numbers are kept in other types."
         return _cache_refusal(request)
 
     def workspace_bytes(self, request: GpuRequest) -> int:

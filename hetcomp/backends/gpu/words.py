@@ -5,7 +5,10 @@ from __future__ import annotations
 from hetcomp.backends import packing
 
 # Elements of k in a word of weights.
-PER_WORD = {"f32": 1, "bf16": 2, "q8": 4, "q4": 8, "mxfp4": 8, "fp8": 2}
+PER_WORD = {"f32": 1, "bf16": 2, "q8": 4, "q6k": 8, "q5k": 8, "q4z": 8, "q4k": 8, "q4": 8, "mxfp4": 8, "fp8": 2}
+
+# Formats whose words come with more than a scale: minima, high bits.
+MORE_THAN_SCALES = ("q6k", "q5k", "q4z", "q4k")
 
 
 def word_type(weight_format: str) -> str:

@@ -38,7 +38,7 @@ QUANTISED = {
     "Q4_1": Quantisation("q8", _MINIMA),
     "Q5_1": Quantisation("q8", _MINIMA),
     "Q4_K": Quantisation("q4k"),
-    "Q5_K": Quantisation("q8", _MINIMA),
+    "Q5_K": Quantisation("q5k"),
     "Q6_K": Quantisation("q6k", group=16),
 }
 
@@ -106,6 +106,15 @@ def _q4_k(blocks: _Bytes) -> QuantisedNumbers:
     return _k_coded("q4k", codes, scale=scales, minimum=minima, d=blocks[..., :2], d_minimum=blocks[..., 2:4])
 
 
+def _q5_k(blocks: _Bytes) -> QuantisedNumbers:
+    scales, minima = _scales_and_minima(blocks)
+    shape = blocks.shape[:-1]
+    codes = _halves(blocks[..., 48:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32)
+    shifts = np.arange(8, dtype=np.uint8)[:, None]
+    codes |= (blocks[..., None, 16:48] >> shifts & np.uint8(1)) << np.uint8(4)
+    return _k_coded("q5k", codes, scale=scales, minimum=minima, d=blocks[..., :2], d_minimum=blocks[..., 2:4])
+
+
 def _q6_k(blocks: _Bytes) -> QuantisedNumbers:
     shape = blocks.shape[:-1]
     low = _halves(blocks[..., :128].reshape(*shape, 2, 64)).reshape(*shape, 256)
@@ -135,6 +144,7 @@ _CODES: dict[str, Callable[[_Bytes], QuantisedNumbers]] = {
     "Q5_0": _q5_0,
     "MXFP4": _mxfp4,
     "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
     "Q6_K": _q6_k,
 }
 
@@ -152,18 +162,4 @@ def _q5_1(blocks: _Bytes) -> _Floats:
     return scale * codes.astype(np.float32) + least
 
 
-def _q5_k(blocks: _Bytes) -> _Floats:
-    scales, minima = _scales_and_minima(blocks)
-    codes = _halves(blocks[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    shifts = np.arange(8, dtype=np.uint8)[:, None]
-    codes |= (blocks[:, None, 16:48] >> shifts & 1) << np.uint8(4)
-    of_scales, of_minima = _f16(blocks[:, :2]), _f16(blocks[:, 2:4])
-    numbers = (of_scales * scales.astype(np.float32))[..., None] * codes.astype(np.float32)
-    return (numbers - (of_minima * minima.astype(np.float32))[..., None]).reshape(-1, 256)
-
-
-_NUMBERS: dict[str, Callable[[_Bytes], _Floats]] = {
-    "Q4_1": _q4_1,
-    "Q5_1": _q5_1,
-    "Q5_K": _q5_k,
-}
+_NUMBERS: dict[str, Callable[[_Bytes], _Floats]] = {"Q4_1": _q4_1, "Q5_1": _q5_1}

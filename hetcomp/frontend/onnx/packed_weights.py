@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.ir.plan import CheckpointTensor, Quantised
-from hetcomp.quantised_numbers import GROUPS, OFFSETS, QuantisedNumbers
+from hetcomp.quantised_numbers import GROUPS, QuantisedNumbers, with_zero_points
 
 _Raw = npt.NDArray[np.generic]
 _Floats = npt.NDArray[np.float32]
@@ -57,7 +57,7 @@ class Packed:
         if zeros is not None and (self.bits == 8 or zeros.dtype != "U8"):
             return "q8", "its zero points are no whole numbers of 4 bits"
         inexact = "its scales are f32, those of the format fp16" if scales.dtype == "F32" else ""
-        return "q4" if self.bits == 4 and zeros is None else "q8", inexact
+        return "q8" if self.bits == 8 else "q4" if zeros is None else "q4z", inexact
 
     def _has_runs(self) -> bool:
         return self.block % _GROUP == 0 or self.block >= self.shape[-1]
@@ -95,12 +95,11 @@ class Packed:
         zeros = self._zeros(parts.get("zeros"), rows)
         width = min(self.block, columns)
         if self._has_runs() and (zeros is None or (self.bits == 4 and zeros.dtype == np.uint8)):
-            of_groups = np.repeat(scales, -(-width // _GROUP), axis=1)[:, : -(-columns // _GROUP)]
+            both = [scales] if zeros is None else [scales, zeros]
+            of_groups = [np.repeat(part, -(-width // _GROUP), axis=1)[:, : -(-columns // _GROUP)] for part in both]
             if zeros is None:
-                return QuantisedNumbers("q4" if self.bits == 4 else "q8", codes, of_groups)
-            each = np.repeat(zeros.astype(np.uint8), self.block, axis=1)[:, :columns]
-            # At most 15 + 128; what wraps in bytes on the way comes out right.
-            return QuantisedNumbers("q8", codes - each + np.uint8(OFFSETS["q8"]), of_groups)
+                return QuantisedNumbers("q4" if self.bits == 4 else "q8", codes, of_groups[0])
+            return with_zero_points(codes, *of_groups)
         middle = np.float32(1 << (self.bits - 1))
         off = middle if zeros is None else np.repeat(zeros.astype(np.float32), self.block, axis=1)[:, :columns]
         made: _Floats = (codes.astype(np.float32) - off) * np.repeat(scales, self.block, axis=1)[:, :columns]

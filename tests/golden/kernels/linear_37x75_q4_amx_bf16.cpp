@@ -119,11 +119,14 @@ inline Bytes load_bytes(const std::uint8_t* p) { return {_mm512_loadu_si512(p)};
 inline Bytes nibbles(Bytes a, int which) {
   return {_mm512_and_si512(which == 0 ? a.v : _mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
 }
-// codes | bits 2 s, 2 s + 1 of each byte of `two` as bits 4, 5.
-inline Bytes with_high_bits(Bytes codes, Bytes two, int s) {
-  const auto up = static_cast<unsigned>(std::max(4 - 2 * s, 0)), down = static_cast<unsigned>(std::max(2 * s - 4, 0));
-  const __m512i high = s < 2 ? _mm512_slli_epi16(two.v, up) : s > 2 ? _mm512_srli_epi16(two.v, down) : two.v;
-  return {_mm512_ternarylogic_epi32(high, _mm512_set1_epi8(48), codes.v, 0xea)};  // (high & 48) | codes
+// codes | the kBits bits from bit kBits * s on of each byte of `packed` as bits 4 and up.
+template <int kBits>
+inline Bytes with_high_bits(Bytes codes, Bytes packed, int s) {
+  constexpr char kMask = ((1 << kBits) - 1) << 4;
+  const int at = kBits * s;
+  const auto up = static_cast<unsigned>(std::max(4 - at, 0)), down = static_cast<unsigned>(std::max(at - 4, 0));
+  const __m512i high = at < 4 ? _mm512_slli_epi16(packed.v, up) : at > 4 ? _mm512_srli_epi16(packed.v, down) : packed.v;
+  return {_mm512_ternarylogic_epi32(high, _mm512_set1_epi8(kMask), codes.v, 0xea)};  // (high & kMask) | codes
 }
 inline Bytes lookup(const std::uint8_t* table, Bytes index) {
   const __m128i t = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
@@ -183,6 +186,21 @@ inline __m512i round_pairs(V16 first, V16 second) {
   const __m512i a = _mm512_add_epi32(_mm512_castps_si512(first.v), half);
   const __m512i b = _mm512_add_epi32(_mm512_castps_si512(second.v), half);
   return _mm512_mask_mov_epi16(_mm512_srli_epi32(a, 16), 0xaaaaaaaa, b);
+}
+// A group of 32 columns of 4-bit codes [4][16][4], low nibble column 8j + b, high nibble column 8j + 4 + b, as pairs of
+// bf16 [16][16][2]. at12, at16: the numbers of codes in bits 12 .. 16 and 16 .. 20 of lanes.
+template <class At12, class At16>
+HETCOMP_INLINE void nibble_pairs(const std::uint8_t* group, std::uint8_t* to, At12&& at12, At16&& at16) {
+  HETCOMP_UNROLL
+  for (int j = 0; j < 4; ++j, to += 256) {
+    const __m512i v = _mm512_loadu_si512(group + j * 64);
+    const __m512i up12 = _mm512_slli_epi32(v, 12), up8 = _mm512_slli_epi32(v, 8);
+    const __m512i down8 = _mm512_srli_epi32(v, 8), down12 = _mm512_srli_epi32(v, 12);
+    _mm512_storeu_si512(to, round_pairs(at12(up12), at16(up8)));
+    _mm512_storeu_si512(to + 64, round_pairs(at16(v), at16(down8)));
+    _mm512_storeu_si512(to + 128, round_pairs(at16(up12), at12(v)));
+    _mm512_storeu_si512(to + 192, round_pairs(at12(down8), at16(down12)));
+  }
 }
 
 // Bytes that loads of weights run ahead of the arithmetic.
@@ -266,18 +284,9 @@ struct Weights : PlainGroups {
   static void pairs(Head head, const std::uint8_t* group, std::uint8_t* to) {
     const V16 scale = scales(head, group + kGroupBytes);
     const V16 offset12 = mantissa_offset<12>(scale, kOffset), offset16 = mantissa_offset<16>(scale, kOffset);
-    const auto at12 = [&](__m512i v) { return fma(in_mantissa<12, 4>(v), scale, offset12); };
-    const auto at16 = [&](__m512i v) { return fma(in_mantissa<16, 4>(v), scale, offset16); };
-    HETCOMP_UNROLL
-    for (int j = 0; j < 4; ++j, to += 256) {
-      const __m512i v = _mm512_loadu_si512(group + j * 64);
-      const __m512i up12 = _mm512_slli_epi32(v, 12), up8 = _mm512_slli_epi32(v, 8);
-      const __m512i down8 = _mm512_srli_epi32(v, 8), down12 = _mm512_srli_epi32(v, 12);
-      _mm512_storeu_si512(to, round_pairs(at12(up12), at16(up8)));
-      _mm512_storeu_si512(to + 64, round_pairs(at16(v), at16(down8)));
-      _mm512_storeu_si512(to + 128, round_pairs(at16(up12), at12(v)));
-      _mm512_storeu_si512(to + 192, round_pairs(at12(down8), at16(down12)));
-    }
+    nibble_pairs(
+        group, to, [&](__m512i v) { return fma(in_mantissa<12, 4>(v), scale, offset12); },
+        [&](__m512i v) { return fma(in_mantissa<16, 4>(v), scale, offset16); });
   }
 
   // Element (row r of the panel, column k).

@@ -147,9 +147,12 @@ inline Bytes shifted_right(Bytes a, int n) { return {_mm256_srli_epi16(a.lo, n),
 inline Bytes shifted_left(Bytes a, int n) { return {_mm256_slli_epi16(a.lo, n), _mm256_slli_epi16(a.hi, n)}; }
 // The low (0) or the high (1) halves of bytes.
 inline Bytes nibbles(Bytes a, int which) { return masked(which == 0 ? a : shifted_right(a, 4), 15); }
-// codes | bits 2 s, 2 s + 1 of each byte of `two` as bits 4, 5.
-inline Bytes with_high_bits(Bytes codes, Bytes two, int s) {
-  const Bytes high = masked(s < 2 ? shifted_left(two, 4 - 2 * s) : shifted_right(two, 2 * s - 4), 48);
+// codes | the kBits bits from bit kBits * s on of each byte of `packed` as bits 4 and up.
+template <int kBits>
+inline Bytes with_high_bits(Bytes codes, Bytes packed, int s) {
+  constexpr char kMask = ((1 << kBits) - 1) << 4;
+  const int at = kBits * s;
+  const Bytes high = masked(at < 4 ? shifted_left(packed, 4 - at) : shifted_right(packed, at - 4), kMask);
   return {_mm256_or_si256(codes.lo, high.lo), _mm256_or_si256(codes.hi, high.hi)};
 }
 inline Bytes lookup(const std::uint8_t* table, Bytes index) {

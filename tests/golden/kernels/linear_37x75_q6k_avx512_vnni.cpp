@@ -119,11 +119,14 @@ inline Bytes load_bytes(const std::uint8_t* p) { return {_mm512_loadu_si512(p)};
 inline Bytes nibbles(Bytes a, int which) {
   return {_mm512_and_si512(which == 0 ? a.v : _mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))};
 }
-// codes | bits 2 s, 2 s + 1 of each byte of `two` as bits 4, 5.
-inline Bytes with_high_bits(Bytes codes, Bytes two, int s) {
-  const auto up = static_cast<unsigned>(std::max(4 - 2 * s, 0)), down = static_cast<unsigned>(std::max(2 * s - 4, 0));
-  const __m512i high = s < 2 ? _mm512_slli_epi16(two.v, up) : s > 2 ? _mm512_srli_epi16(two.v, down) : two.v;
-  return {_mm512_ternarylogic_epi32(high, _mm512_set1_epi8(48), codes.v, 0xea)};  // (high & 48) | codes
+// codes | the kBits bits from bit kBits * s on of each byte of `packed` as bits 4 and up.
+template <int kBits>
+inline Bytes with_high_bits(Bytes codes, Bytes packed, int s) {
+  constexpr char kMask = ((1 << kBits) - 1) << 4;
+  const int at = kBits * s;
+  const auto up = static_cast<unsigned>(std::max(4 - at, 0)), down = static_cast<unsigned>(std::max(at - 4, 0));
+  const __m512i high = at < 4 ? _mm512_slli_epi16(packed.v, up) : at > 4 ? _mm512_srli_epi16(packed.v, down) : packed.v;
+  return {_mm512_ternarylogic_epi32(high, _mm512_set1_epi8(kMask), codes.v, 0xea)};  // (high & kMask) | codes
 }
 inline Bytes lookup(const std::uint8_t* table, Bytes index) {
   const __m128i t = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
@@ -249,7 +252,7 @@ struct Weights {
   static Head head(const std::uint8_t* h) { return {load_f16(h)}; }
   // Columns 4 s .. 4 s + 4 of a group as whole bytes, 32 too large.
   static Bytes codes(const std::uint8_t* group, int s) {
-    return with_high_bits(nibbles(load_bytes(group + s / 2 * 64), s % 2), load_bytes(group + 128), s);
+    return with_high_bits<2>(nibbles(load_bytes(group + s / 2 * 64), s % 2), load_bytes(group + 128), s);
   }
   static I16 dot(I16 sum, Bytes codes, const std::uint8_t* x) { return dot4(sum, codes, x); }
   // Exact: 11 and 7 bits.
