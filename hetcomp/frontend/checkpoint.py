@@ -20,9 +20,11 @@ from hetcomp.frontend.key_mapping import Parts, map_checkpoint
 from hetcomp.frontend.quantisation_config import QuantisationConfig
 from hetcomp.frontend.quantised_codes import read_quantised
 from hetcomp.frontend.quantised_tensors import quantised_tensors
+from hetcomp.frontend.row_places import FLOATS, assembled, coded_rows, number_rows
 from hetcomp.frontend.safetensors_header import read_header
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 from hetcomp.quantised_numbers import QuantisedNumbers, joined
+from hetcomp.stored_rows import StoredRows
 
 # bf16 comes as its bits in uint16: numpy has no such type.
 Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16] | QuantisedNumbers
@@ -151,6 +153,14 @@ class BaseCheckpoint(ABC):
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
         return self._expert(self.source(value), expert)
+
+    def stored_rows(self, value: Value, by_number: bool) -> StoredRows | str:
+        """Where the rows of a weight lie, or (``by_number``) each of its numbers, in its shape; or why nobody can use
+        them where they are. Reads nothing."""
+        return assembled(self.source(value), lambda tensor: self._tensor_rows(tensor, by_number), viewed, by_number)
+
+    def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
+        return f"{self._origin} is no file that numbers can be taken from where they lie"
 
     def _expert(self, source: WeightSource, expert: int) -> _Raw | QuantisedNumbers:
         if source.recipe == "plain":
@@ -297,6 +307,11 @@ class FolderCheckpoint(BaseCheckpoint):
         super().__init__(str(folder), tensors, parts, aliases or {})
         self._folder = folder
         self._quantisation = quantisation
+        # All that there are, by number: those of scales may be others than those of codes.
+        stored = {t.file for t in tensors.values()} | {
+            part.file for t in tensors.values() if t.quantised is not None for _, part in t.quantised.parts
+        }
+        self._files = {name: number for number, name in enumerate(sorted(stored))}
 
     @property
     def quantised(self) -> bool:
@@ -316,6 +331,17 @@ class FolderCheckpoint(BaseCheckpoint):
         stored = self._quantisation.stored(tensor.name.removesuffix(".weight"))
         assert stored is not None
         return read_quantised(tensor, stored, lambda part: self._raw(part, row))
+
+    def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
+        files = tuple((self._folder / name).absolute() for name in self._files)
+        if tensor.quantised is None:
+            if tensor.dtype not in FLOATS:
+                return f"{tensor.dtype} is converted"
+            return number_rows(tensor, self._files[tensor.file], files, by_number)
+        assert self._quantisation is not None
+        stored = self._quantisation.stored(tensor.name.removesuffix(".weight"))
+        assert stored is not None
+        return coded_rows(tensor, stored, self._files, files)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> _Raw:
         dtype = np.dtype((_NUMPY | _CODES)[tensor.dtype])
