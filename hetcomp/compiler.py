@@ -340,7 +340,9 @@ def compile(
         cuts = all_cuts(planned.plan)
         merged = MergedReader(checkpoint, planned.adapter) if planned.adapter is not None else None
         packer = WeightPacker(CutReader(merged or checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
-        external = external_weights(planned, checkpoint, cuts) if weights == EXTERNAL else None
+        external = None
+        if weights == EXTERNAL:
+            planned, external = external_weights(planned, checkpoint, cuts)
         write_artifact(planned, packer, staging, progress, ccs, tune, merged, words, external)
     return Executable(target, owner=owner)
 

@@ -27,6 +27,7 @@ _BLOCKS = {
     "Q4_K": (256, 144),
     "Q6_K": (256, 210),
 }
+WORD = 4
 SCALE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "E8M0": 1}
 
 
@@ -39,24 +40,33 @@ def places(file: int, offset: int, stride: int, shape: Sequence[int]) -> Places:
 @dataclass(frozen=True)
 class StoredScales:
     """Scales that lie apart from their codes: of each row ``places`` [.., N, 1], one for so many ``columns``. ``type``:
-    of SCALE_BYTES."""
+    of SCALE_BYTES. ``line``: bytes from a row's scale to its next; 0: they lie side by side."""
 
     type: str
     columns: int
     places: Places
+    line: int = 0
 
 
 @dataclass(frozen=True)
 class StoredRows:
     """The rows of a weight in the order in which it has them. ``places``: [.., N, 1] of a packed matrix's rows with
     ``columns`` numbers each; of other weights those of their numbers, in the weight's shape, and ``columns`` is 1.
-    ``numbers``: a type of numbers, or an encoding of codes, as the runtime calls them. ``files``: by their numbers."""
+    ``numbers``: a type of numbers, or an encoding of codes, as the runtime calls them. ``files``: by their numbers.
+    ``line``: bytes from a row's WORD bytes of codes to its next; 0: they lie side by side."""
 
     numbers: str
     files: tuple[Path, ...]
     places: Places
     columns: int
     scales: StoredScales | None = None
+    line: int = 0
+
+    @property
+    def kind(self) -> tuple[str, int, int, tuple[str, int, int] | None]:
+        """What rows of one weight have in common."""
+        scales = None if self.scales is None else (self.scales.type, self.scales.columns, self.scales.line)
+        return self.numbers, self.columns, self.line, scales
 
     @property
     def row_bytes(self) -> int:
@@ -76,10 +86,15 @@ class StoredRows:
         group = self.scales.columns if self.scales else 1
         if start % block or start % group or (stop % block and stop != self.columns):
             return None
+        before = start // block * size
+        if self.line and (before % WORD or row_bytes(self.numbers, stop - start) % WORD):
+            return None
         moved = self.scales and replace(
-            self.scales, places=self.scales.places + start // group * SCALE_BYTES[self.scales.type]
+            self.scales,
+            places=self.scales.places + start // group * (self.scales.line or SCALE_BYTES[self.scales.type]),
         )
-        return replace(self, places=self.places + start // block * size, columns=stop - start, scales=moved)
+        ahead = before // WORD * self.line if self.line else before
+        return replace(self, places=self.places + ahead, columns=stop - start, scales=moved)
 
 
 def row_bytes(numbers: str, columns: int) -> int:

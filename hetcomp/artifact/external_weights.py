@@ -117,6 +117,10 @@ class ExternalWeights:
             "columns": rows.columns,
             "matrices": matrices(rows.places),
         }
+        if rows.line:
+            entry["line"] = rows.line
+        if rows.scales is not None and rows.scales.line:
+            entry["scale_line"] = rows.scales.line
         if rows.scales is not None:
             entry |= {
                 "scales": rows.scales.type,

@@ -38,14 +38,14 @@ class WeightPlaces:
 
     def in_words(self) -> str:
         """One line, one more for each source and reason."""
-        lines = [f"weights: {_size(self.packed)} in the artifact"]
+        lines = [f"weights: {in_words(self.packed)} in the artifact"]
         if self.sources:
             lines[0] += (
-                f", {_size(self.repacked)} repacked from other files when it is loaded, {_size(self.mapped)} "
+                f", {in_words(self.repacked)} repacked from other files when it is loaded, {in_words(self.mapped)} "
                 "mapped from them"
             )
-        lines += [f"  in the artifact, {_size(count)}: {reason}" for reason, count in self.reasons.items()]
-        lines += [f"  needs {s.path} ({_size(s.bytes)}, {s.state})" for s in self.sources]
+        lines += [f"  in the artifact, {in_words(count)}: {reason}" for reason, count in self.reasons.items()]
+        lines += [f"  needs {s.path} ({in_words(s.bytes)}, {s.state})" for s in self.sources]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -115,7 +115,8 @@ def _state(source: Mapping[str, Any]) -> str:
     return "as it was" if now.st_mtime_ns == source["mtime_ns"] else "touched since"
 
 
-def _size(count: int) -> str:
+def in_words(count: int) -> str:
+    """Bytes for people."""
     for unit, each in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= each:
             return f"{count / each:.1f} {unit}"

@@ -181,7 +181,7 @@ def compile_command(
                 if weights != "packed":
                     from hetcomp.artifact.inspection import inspect_artifact
 
-                    text = f"{inspect_artifact(exe.path).in_words()}\n{text}"
+                    _err.print(inspect_artifact(exe.path).in_words(), highlight=False, markup=False, soft_wrap=True)
         typer.echo(text)
 
     guard(body, debug)

@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from hetcomp.frontend.quantisation_config import Stored
 from hetcomp.ir.plan import CheckpointTensor, WeightSource
-from hetcomp.stored_rows import SCALE_BYTES, StoredRows, StoredScales, places, row_bytes
+from hetcomp.stored_rows import SCALE_BYTES, WORD, StoredRows, StoredScales, places, row_bytes
 
 FLOATS = ("F32", "F16", "BF16")
 _SCALE_TYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F8_E8M0": "E8M0", "U8": "E8M0"}
-# How the codes of quantised safetensors are stored, where a row's lie side by side.
+# How the codes of quantised safetensors are stored, less zero points.
 _ROWS = {
     ("fp8", 8): "codes",
     ("float-quantized", 8): "codes",
@@ -25,6 +25,8 @@ _ROWS = {
     ("pack-quantized", 4): "nibbles",
     ("pack-quantized", 8): "codes",
     ("int-quantized", 8): "int8",
+    ("gptq", 4): "nibbles",
+    ("gptq", 8): "codes",
 }
 # Does something with an array of places: an order of its rows.
 View = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
@@ -54,11 +56,13 @@ def coded_rows(
     parts = dict(quantised.parts)
     bits = 8 if stored.kind.startswith("mxfp4") else stored.bits
     encoding = _ROWS.get((stored.kind, bits))
-    if encoding is None:
-        return f"codes of {quantised.label} lie column by column"
-    if not stored.symmetric or "groups" in parts:
-        return f"codes of {quantised.label} are counted from zero points, or their columns are in another order"
+    if encoding is None or not stored.symmetric:
+        return f"zero points are taken off the codes of {quantised.label}"
+    if stored.act_order:
+        return f"columns of {quantised.label} are in another order"
     codes, scales = parts["codes"], parts["scales"]
+    if stored.kind == "gptq":
+        return _word_columns(tensor, encoding, (numbers[codes.file], numbers[scales.file]), files)
     rows = block_rows(replace(tensor, offset=codes.offset), encoding, numbers[codes.file], files)
     per_rows, per_columns = quantised.block
     columns = tensor.shape[-1]
@@ -68,6 +72,21 @@ def coded_rows(
     of_blocks = places(numbers[scales.file], scales.offset, each, grid)
     of_rows = np.repeat(of_blocks, per_rows, axis=-2)[..., : tensor.shape[-2], :]
     return replace(rows, scales=StoredScales(kind, min(per_columns, columns), of_rows))
+
+
+def _word_columns(
+    tensor: CheckpointTensor, encoding: str, numbers: tuple[int, int], files: tuple[Path, ...]
+) -> StoredRows:
+    """Of GPTQ's words [K / 8, N] and scales [groups, N]. numbers: of the files of both."""
+    assert tensor.quantised is not None
+    codes, scales = tensor.quantised.part("codes"), tensor.quantised.part("scales")
+    rows, columns = tensor.shape
+    kind = _SCALE_TYPES[scales.dtype]
+    each = SCALE_BYTES[kind]
+    of_scales = places(numbers[1], scales.offset, each, (rows, 1))
+    stored = StoredScales(kind, tensor.quantised.block[1], of_scales, rows * each)
+    of_codes = places(numbers[0], codes.offset, WORD, (rows, 1))
+    return StoredRows(encoding, files, of_codes, columns, stored, rows * WORD)
 
 
 def assembled(
@@ -86,8 +105,7 @@ def assembled(
         if isinstance(part, str):
             return part
         parts.append(part)
-    kinds = {(p.numbers, p.columns, p.scales and (p.scales.type, p.scales.columns)) for p in parts}
-    if len(kinds) > 1:
+    if len({part.kind for part in parts}) > 1:
         return "their tensors are stored in several ways"
 
     def joined(each: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:

@@ -27,6 +27,7 @@ constexpr std::uint64_t kMostMatrices = 1U << 20;
 constexpr std::uint64_t kPiece = 1U << 20;
 // Rows apart by at most so many times their size are read together with what lies between them.
 constexpr std::uint64_t kReadBetween = 4;
+constexpr std::uint64_t kWord = 4;   // bytes of codes that GPTQ has side by side
 constexpr std::uint64_t kLine = 16;  // f32 numbers in 64 bytes
 
 struct Named {
@@ -56,8 +57,25 @@ std::optional<std::int32_t> named(const Named (&names)[kCount], const std::strin
 
 std::int64_t number_bytes(std::int32_t type) { return type == HETCOMP_F32 ? 4 : 2; }
 
-Rows parse_rows(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_bytes,
+// `bytes` a word, and how far apart they are if the document says so.
+Words parse_words(const CheckedJson& node, const char* key, std::uint64_t bytes, std::uint64_t row_bytes) {
+  Words words{bytes, 0};
+  if (!node.has(key)) return words;
+  words.line = node[key].number(bytes, kMostBytes);
+  if (row_bytes % bytes != 0) node[key].refuse("absent: rows are no whole words");
+  return words;
+}
+
+// Bytes from the first to behind the last of a row's.
+std::uint64_t extent(std::uint64_t row_bytes, const Words& words) {
+  if (words.line == 0) return row_bytes;
+  const std::uint64_t lines = row_bytes / words.bytes - 1;
+  return lines > kMostBytes / words.line ? kMostBytes : lines * words.line + words.bytes;
+}
+
+Rows parse_rows(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_bytes, const Words& words,
                 const std::vector<SourceRecord>& sources) {
+  const std::uint64_t whole = extent(row_bytes, words);
   Rows found;
   std::uint64_t left = rows;
   for (const CheckedJson& entry : node.elements()) {
@@ -69,8 +87,10 @@ Rows parse_rows(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_b
     const RowRun run{source, fields[1].number(0, size), fields[2].number(1, kMostRows),
                      fields[3].number(0, size)};
     const std::uint64_t room = size - run.offset;
-    if (row_bytes > room || (run.stride > 0 && run.count - 1 > (room - row_bytes) / run.stride))
+    if (whole > room || (run.stride > 0 && run.count - 1 > (room - whole) / run.stride))
       entry.refuse("inside " + sources[source].path + " (" + std::to_string(size) + " bytes)");
+    if (words.line != 0 && run.count > 1 && run.stride != words.bytes)
+      fields[3].refuse("the bytes of a word, for rows whose words are apart");
     if (run.count > left) entry.refuse("no more than the rest of " + std::to_string(rows) + " rows");
     left -= run.count;
     found.push_back(run);
@@ -80,10 +100,10 @@ Rows parse_rows(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_b
 }
 
 std::vector<Rows> parse_matrices(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_bytes,
-                                 const std::vector<SourceRecord>& sources) {
+                                 const Words& words, const std::vector<SourceRecord>& sources) {
   std::vector<Rows> matrices;
   for (const CheckedJson& matrix : node.elements())
-    matrices.push_back(parse_rows(matrix, rows, row_bytes, sources));
+    matrices.push_back(parse_rows(matrix, rows, row_bytes, words, sources));
   if (matrices.empty() || matrices.size() > kMostMatrices) node.refuse("a list of at least one matrix");
   return matrices;
 }
@@ -111,9 +131,20 @@ void parse_numbers(const CheckedJson& node, StoredWeight& weight) {
     node["format"].refuse("one that such rows go into as they are");
 }
 
-// Calls read(file, offset, rows of the result, stride) for the rows from `first` on.
-void gather(const Rows& runs, std::uint64_t row_bytes, std::uint64_t first, std::uint64_t count,
-            const SourceFiles& files, std::uint8_t* out) {
+// A word of all rows at a time, `rows` of them from `offset` on.
+void gather_words(const File& file, std::uint64_t offset, std::uint64_t rows, std::uint64_t row_bytes,
+                  const Words& words, std::byte* to) {
+  std::vector<std::byte> beside(rows * words.bytes);
+  for (std::uint64_t word = 0; word < row_bytes / words.bytes; ++word) {
+    file.read(offset + word * words.line, beside);
+    for (std::uint64_t row = 0; row < rows; ++row)
+      std::memcpy(to + row * row_bytes + word * words.bytes, beside.data() + row * words.bytes, words.bytes);
+  }
+}
+
+// The `count` rows from `first` on, side by side.
+void gather(const Rows& runs, std::uint64_t row_bytes, const Words& words, std::uint64_t first,
+            std::uint64_t count, const SourceFiles& files, std::uint8_t* out) {
   std::vector<std::byte> between;
   for (const RowRun& run : runs) {
     if (count == 0) return;
@@ -125,7 +156,9 @@ void gather(const Rows& runs, std::uint64_t row_bytes, std::uint64_t first, std:
     const std::uint64_t offset = run.offset + first * run.stride;
     auto* const to = reinterpret_cast<std::byte*>(out);
     const File& file = files[run.source];
-    if (run.stride == row_bytes) {
+    if (words.line != 0) {
+      gather_words(file, offset, rows, row_bytes, words, to);
+    } else if (run.stride == row_bytes) {
       file.read(offset, {to, rows * row_bytes});
     } else if (run.stride == 0) {
       file.read(offset, {to, row_bytes});
@@ -189,10 +222,14 @@ StoredWeight StoredWeight::parse(const CheckedJson& node, std::uint64_t bytes,
   if (weight.row_major && (weight.columns != 1 || weight.format != HETCOMP_FORMAT_F32))
     node.refuse("rows of one f32 number, in row_major");
   parse_numbers(node, weight);
-  weight.matrices = parse_matrices(node["matrices"], weight.rows, weight.row_bytes(), sources);
+  weight.words = parse_words(node, "line", kWord, weight.row_bytes());
+  weight.matrices = parse_matrices(node["matrices"], weight.rows, weight.row_bytes(), weight.words, sources);
   if (weight.row_major && weight.matrices.size() != 1) node["matrices"].refuse("one, in row_major");
   if (weight.scale_type != HETCOMP_SCALES_NONE) {
-    weight.scales = parse_matrices(node["scale_matrices"], weight.rows, weight.scale_row_bytes(), sources);
+    const auto scale = static_cast<std::uint64_t>(q::scale_bytes(weight.scale_type));
+    weight.scale_words = parse_words(node, "scale_line", scale, weight.scale_row_bytes());
+    weight.scales = parse_matrices(node["scale_matrices"], weight.rows, weight.scale_row_bytes(),
+                                   weight.scale_words, sources);
     if (weight.scales.size() != weight.matrices.size())
       node["scale_matrices"].refuse("as many as there are matrices");
   }
@@ -209,7 +246,7 @@ StoredWeight StoredWeight::parse(const CheckedJson& node, std::uint64_t bytes,
 const RowRun* StoredWeight::in_place(std::uint64_t bytes) const {
   if (!row_major || numbers.number_type != HETCOMP_F32 || matrices.front().size() != 1) return nullptr;
   const RowRun& run = matrices.front().front();
-  const bool adjacent = run.stride == row_bytes() && bytes == rows * row_bytes();
+  const bool adjacent = words.line == 0 && run.stride == row_bytes() && bytes == rows * row_bytes();
   return adjacent && run.offset % q::kAlignment == 0 ? &run : nullptr;
 }
 
@@ -241,13 +278,14 @@ void StoredReader::read(std::size_t piece, std::uint8_t* out) const {
   const std::uint64_t first = piece % pieces_per_matrix_ * units_per_piece_ * unit_rows_;
   const std::uint64_t in_half = weight_.rows / halves_;
   const std::uint64_t rows = std::min(units_per_piece_ * unit_rows_, in_half - first);
-  const auto read_rows = [&](const Rows& runs, std::uint64_t row_bytes) {
+  const auto read_rows = [&](const Rows& runs, std::uint64_t row_bytes, const Words& words) {
     std::vector<std::uint8_t> buffer(halves_ * rows * row_bytes);
     for (std::uint64_t half = 0; half < halves_; ++half)
-      gather(runs, row_bytes, half * in_half + first, rows, files_, buffer.data() + half * rows * row_bytes);
+      gather(runs, row_bytes, words, half * in_half + first, rows, files_,
+             buffer.data() + half * rows * row_bytes);
     return buffer;
   };
-  std::vector<std::uint8_t> buffer = read_rows(weight_.matrices[matrix], weight_.row_bytes());
+  std::vector<std::uint8_t> buffer = read_rows(weight_.matrices[matrix], weight_.row_bytes(), weight_.words);
   const auto out_bytes = static_cast<std::int64_t>(piece_bytes(piece));
   const auto columns = static_cast<std::int64_t>(weight_.columns);
   const auto count = static_cast<std::int64_t>(halves_ * rows);
@@ -265,7 +303,7 @@ void StoredReader::read(std::size_t piece, std::uint8_t* out) const {
     std::vector<std::uint8_t> scales;
     std::vector<const std::uint8_t*> scale_rows;
     if (!weight_.scales.empty()) {
-      scales = read_rows(weight_.scales[matrix], weight_.scale_row_bytes());
+      scales = read_rows(weight_.scales[matrix], weight_.scale_row_bytes(), weight_.scale_words);
       scale_rows = addresses(scales, weight_.scale_row_bytes());
     }
     require_done(

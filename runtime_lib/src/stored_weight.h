@@ -23,6 +23,13 @@ struct RowRun {
 };
 using Rows = std::vector<RowRun>;
 
+// Where the words of a row lie: side by side, or `line` bytes from one to the next, beside those of the next
+// row.
+struct Words {
+  std::uint64_t bytes = 0;
+  std::uint64_t line = 0;  // 0: side by side
+};
+
 // How numbers or codes are stored: one of both.
 struct StoredNumbers {
   std::optional<std::int32_t> number_type;  // hetcomp_number_type
@@ -36,11 +43,13 @@ struct StoredWeight {
   bool gate_up;         // layout panels16_glu
   std::uint64_t rows;   // of a matrix
   std::uint64_t columns;
+  Words words;
   std::vector<Rows> matrices;
 
   // Where scales lie apart.
   std::int32_t scale_type = 0;  // hetcomp_scale_type
   std::uint64_t scale_columns = 0;
+  Words scale_words;
   std::vector<Rows> scales;  // of each matrix
 
   // A weight of `bytes` bytes in memory. Throws Error if it has another size, or lies beyond the sources.

@@ -117,6 +117,12 @@ std::string weight_at(const Manifest& manifest, const std::string& file, std::ui
   return "What lies between weights";
 }
 
+// Whether the weight is used where a file has it. GPUs copy from pinned memory, which a whole source must not
+// be.
+bool is_mapped(const WeightRecord& weight, const Manifest& manifest, Residency residency) {
+  return residency == Residency::kMapped && weight.mappable() && (!weight.stored || manifest.gpus.empty());
+}
+
 std::uint64_t aligned(std::uint64_t bytes) {
   return (bytes + Manifest::kAlignment - 1) / Manifest::kAlignment * Manifest::kAlignment;
 }
@@ -126,7 +132,7 @@ std::uint64_t aligned(std::uint64_t bytes) {
 std::vector<std::uint64_t> Weights::ram_bytes(const Manifest& manifest, Residency residency) {
   std::vector<std::uint64_t> bytes(manifest.nodes.size());
   for (const WeightRecord& weight : manifest.weights)
-    if (residency == Residency::kRam || !weight.mappable()) bytes[weight.node] += aligned(weight.bytes);
+    if (!is_mapped(weight, manifest, residency)) bytes[weight.node] += aligned(weight.bytes);
   return bytes;
 }
 
@@ -182,7 +188,7 @@ Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest
   for (const WeightRecord& weight : manifest.weights) {
     node_bytes_[weight.node] += weight.bytes;
     if (!weight.stored) files.try_emplace(weight.file, locate(artifact, manifest, weight.file));
-    if (residency == Residency::kMapped && weight.mappable())
+    if (is_mapped(weight, manifest, residency))
       mapped_.try_emplace(weight.file,
                           weight.stored ? std::filesystem::path(weight.file) : files.at(weight.file).path());
   }
@@ -197,7 +203,7 @@ Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest
   std::vector<std::uint8_t*> homes;
   bool all_mapped = true;
   for (const WeightRecord& weight : manifest.weights) {
-    const bool mapped = residency == Residency::kMapped && weight.mappable();
+    const bool mapped = is_mapped(weight, manifest, residency);
     all_mapped = all_mapped && mapped;
     homes.push_back(mapped ? nullptr : next[weight.node]);
     addresses_.push_back(mapped ? mapped_.at(weight.file).data() + weight.offset : homes.back());

@@ -13,6 +13,7 @@
 #include <random>
 
 #include "fake_artifact.h"
+#include "fake_program.h"
 #include "hetcomp/hetcomp.h"
 #include "manifest.h"
 #include "status.h"
@@ -22,7 +23,6 @@ namespace {
 
 namespace fs = std::filesystem;
 using fake::FakeArtifact;
-using Json = nlohmann::json;
 
 constexpr std::int64_t kNumbers = fake::kVocab * fake::kWidth;
 constexpr std::int64_t kBytes = (kNumbers * 4 + 63) / 64 * 64;
@@ -40,7 +40,7 @@ class Referring {
                   static_cast<unsigned long long>(XXH3_64bits(numbers.data(), numbers.size())));
     struct stat info{};
     stat(source().c_str(), &info);
-    Json manifest = artifact_.manifest();
+    nlohmann::json manifest = artifact_.manifest();
     manifest["sources"] = {{{"path", source().string()},
                             {"bytes", fs::file_size(source())},
                             {"mtime_ns", info.st_mtim.tv_sec * 1'000'000'000 + info.st_mtim.tv_nsec}}};
@@ -81,7 +81,7 @@ void set_time_back(const fs::path& path) {
   fs::last_write_time(path, fs::last_write_time(path) - std::chrono::hours(1));
 }
 
-bool has(const std::string& sentence, const std::string& word) {
+bool says(const std::string& sentence, const std::string& word) {
   return sentence.find(word) != std::string::npos;
 }
 
@@ -96,16 +96,16 @@ TEST(StoredWeight, AFileThatIsNotThereOrOfAnotherSizeIsRefused) {
   const std::string path = referring.source().string();
   fs::resize_file(path, fs::file_size(path) - 1);
   std::string sentence = referring.refusal(HETCOMP_BAD_ARTIFACT);
-  EXPECT_TRUE(has(sentence, path + " has 3169 bytes, and had 3170 when the model was compiled")) << sentence;
+  EXPECT_TRUE(says(sentence, path + " has 3169 bytes, and had 3170 when the model was compiled")) << sentence;
   fs::remove(path);
   sentence = referring.refusal(HETCOMP_NOT_FOUND);
-  EXPECT_TRUE(has(sentence, path + ", which cannot be read (No such file or directory); put the file back"))
+  EXPECT_TRUE(says(sentence, path + ", which cannot be read (No such file or directory); put the file back"))
       << sentence;
   fs::create_directory(path);
-  EXPECT_TRUE(has(referring.refusal(HETCOMP_BAD_ARTIFACT), "is not a regular file"));
+  EXPECT_TRUE(says(referring.refusal(HETCOMP_BAD_ARTIFACT), "is not a regular file"));
   fs::remove(path);
   ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);  // opening it would wait for a writer
-  EXPECT_TRUE(has(referring.refusal(HETCOMP_BAD_ARTIFACT), "is not a regular file"));
+  EXPECT_TRUE(says(referring.refusal(HETCOMP_BAD_ARTIFACT), "is not a regular file"));
 }
 
 TEST(StoredWeight, AFileThatWasTouchedIsLookedAtInAnyCase) {
@@ -117,44 +117,46 @@ TEST(StoredWeight, AFileThatWasTouchedIsLookedAtInAnyCase) {
   fake::write_file(referring.source(), bytes);
   for (const bool verify : {false, true}) {
     const std::string sentence = referring.refusal(HETCOMP_BAD_ARTIFACT, verify);
-    EXPECT_TRUE(has(sentence, "The weight embed in " + referring.source().string() + " is not what it was"))
+    EXPECT_TRUE(says(sentence, "The weight embed in " + referring.source().string() + " is not what it was"))
         << sentence;
   }
 }
 
 // The refusal after a change of the manifest.
-void expect_bad(const std::string& word, const std::function<void(Json&)>& change) {
+void refused_manifest(const std::string& word, const std::function<void(nlohmann::json&)>& change) {
   const Referring referring;
-  Json manifest = referring.artifact().manifest();
+  nlohmann::json manifest = referring.artifact().manifest();
   change(manifest);
   referring.artifact().write_manifest(manifest);
   const std::string sentence = referring.refusal(HETCOMP_BAD_ARTIFACT);
-  EXPECT_TRUE(has(sentence, word)) << "'" << word << "' is not in: " << sentence;
+  EXPECT_TRUE(says(sentence, word)) << "'" << word << "' is not in: " << sentence;
 }
 
-void expect_bad_run(const Json& run, const std::string& word = "stored.matrices[0][0]") {
-  expect_bad(word, [&](Json& m) { m["weights"][0]["stored"]["matrices"][0][0] = run; });
+void refused_run(const nlohmann::json& run, const std::string& word = "stored.matrices[0][0]") {
+  refused_manifest(word, [&](nlohmann::json& m) { m["weights"][0]["stored"]["matrices"][0][0] = run; });
 }
 
 TEST(StoredWeight, RunsOutsideTheirFile) {
-  expect_bad_run({1, 66, kNumbers, 4});
-  expect_bad_run({0, 70, kNumbers, 4}, "inside ");
-  expect_bad_run({0, 1ULL << 63, kNumbers, 4});
-  expect_bad_run({0, 66, kNumbers, 5}, "inside ");
-  expect_bad_run({0, 66, kNumbers, ~0ULL});
-  expect_bad_run({0, 66, kNumbers, 1ULL << 62});
-  expect_bad_run({0, 66, kNumbers + 1, 0}, "rows");
-  expect_bad_run({0, 66, kNumbers - 1, 4}, "runs of 776 rows");
-  expect_bad_run({0, 66, 0, 4});
-  expect_bad_run({0, 66, 1ULL << 40, 0});
-  expect_bad_run({0, 66, -1, 4});
-  expect_bad_run({0, 66, kNumbers});
-  expect_bad_run("run");
+  refused_run({1, 66, kNumbers, 4});
+  refused_run({0, 70, kNumbers, 4}, "inside ");
+  refused_run({0, 1ULL << 63, kNumbers, 4});
+  refused_run({0, 66, kNumbers, 5}, "inside ");
+  refused_run({0, 66, kNumbers, ~0ULL});
+  refused_run({0, 66, kNumbers, 1ULL << 62});
+  refused_run({0, 66, kNumbers + 1, 0}, "rows");
+  refused_run({0, 66, kNumbers - 1, 4}, "runs of 776 rows");
+  refused_run({0, 66, 0, 4});
+  refused_run({0, 66, 1ULL << 40, 0});
+  refused_run({0, 66, -1, 4});
+  refused_run({0, 66, kNumbers});
+  refused_manifest("stored.line", [](nlohmann::json& m) { m["weights"][0]["stored"]["line"] = 1ULL << 60; });
+  refused_manifest("stored.line", [](nlohmann::json& m) { m["weights"][0]["stored"]["line"] = 3; });
+  refused_run("run");
 }
 
 TEST(StoredWeight, DescriptionsThatDoNotFit) {
-  const auto bad = [](const std::string& word, const std::string& key, const Json& value) {
-    expect_bad(word, [&](Json& m) { m["weights"][0]["stored"][key] = value; });
+  const auto bad = [](const std::string& word, const std::string& key, const nlohmann::json& value) {
+    refused_manifest(word, [&](nlohmann::json& m) { m["weights"][0]["stored"][key] = value; });
   };
   bad("stored.format", "format", "q5");
   bad("rows of one f32 number", "format", "bf16");
@@ -166,28 +168,30 @@ TEST(StoredWeight, DescriptionsThatDoNotFit) {
   bad("runs of 1 rows", "rows", 1);
   bad("stored.rows", "rows", 1ULL << 40);
   bad("rows of one f32 number", "columns", 2);
-  bad("stored.matrices", "matrices", Json::array());
+  bad("stored.matrices", "matrices", nlohmann::json::array());
   bad("stored.matrices", "matrices", {{"a", 1}});
-  expect_bad("3136 bytes", [](Json& m) {
+  refused_manifest("3136 bytes", [](nlohmann::json& m) {
     m["weights"][0]["stored"]["layout"] = "panels16";  // of which one number a row takes 16
     m["weights"][0]["bytes"] = 3136;
     m["weights"][0]["stored"]["columns"] = 2;
     m["weights"][0]["stored"]["matrices"] = {{{0, 66, 388, 8}, {0, 66, 388, 0}}};
   });
-  expect_bad("weights[0].bytes", [](Json& m) { m["weights"][0]["bytes"] = 1ULL << 50; });
-  expect_bad("a weight of 3200 bytes", [](Json& m) { m["weights"][0]["bytes"] = 3200; });
-  expect_bad("weights[0].file", [](Json& m) { m["weights"][0]["file"] = "weights-00001.safetensors"; });
-  expect_bad("on_demand", [](Json& m) { m["weights"][0]["on_demand"] = true; });
+  refused_manifest("weights[0].bytes", [](nlohmann::json& m) { m["weights"][0]["bytes"] = 1ULL << 50; });
+  refused_manifest("a weight of 3200 bytes", [](nlohmann::json& m) { m["weights"][0]["bytes"] = 3200; });
+  refused_manifest("weights[0].file",
+                   [](nlohmann::json& m) { m["weights"][0]["file"] = "weights-00001.safetensors"; });
+  refused_manifest("on_demand", [](nlohmann::json& m) { m["weights"][0]["on_demand"] = true; });
 }
 
 TEST(StoredWeight, SourcesThatAreNone) {
-  expect_bad("absolute path", [](Json& m) { m["sources"][0]["path"] = "model.gguf"; });
-  expect_bad("absolute path", [](Json& m) { m["sources"][0]["path"] = std::string("/a\0b", 4); });
-  expect_bad("absolute path", [](Json& m) { m["sources"][0]["path"] = ""; });
-  expect_bad("sources[0].bytes", [](Json& m) { m["sources"][0]["bytes"] = 0; });
-  expect_bad("sources[0].mtime_ns", [](Json& m) { m["sources"][0]["mtime_ns"] = "now"; });
-  expect_bad("no sources", [](Json& m) { m.erase("sources"); });
-  expect_bad("sources", [](Json& m) { m["sources"] = 7; });
+  refused_manifest("absolute path", [](nlohmann::json& m) { m["sources"][0]["path"] = "model.gguf"; });
+  refused_manifest("absolute path",
+                   [](nlohmann::json& m) { m["sources"][0]["path"] = std::string("/a\0b", 4); });
+  refused_manifest("absolute path", [](nlohmann::json& m) { m["sources"][0]["path"] = ""; });
+  refused_manifest("sources[0].bytes", [](nlohmann::json& m) { m["sources"][0]["bytes"] = 0; });
+  refused_manifest("sources[0].mtime_ns", [](nlohmann::json& m) { m["sources"][0]["mtime_ns"] = "now"; });
+  refused_manifest("no sources", [](nlohmann::json& m) { m.erase("sources"); });
+  refused_manifest("sources", [](nlohmann::json& m) { m["sources"] = 7; });
 }
 
 // Any damage of the text ends in a status, and what passes stays inside its files.
@@ -215,7 +219,7 @@ TEST(StoredWeight, ManifestFuzz) {
         }
       }
     } catch (const Error& error) {
-      EXPECT_TRUE(has(error.what(), "manifest.json"));
+      EXPECT_TRUE(says(error.what(), "manifest.json"));
     }
   }
 }

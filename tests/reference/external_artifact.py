@@ -30,7 +30,7 @@ def write(folder: Path, model: Path, nodes: int = 1, **options: Any) -> tuple[Pl
     checkpoint, plan = planned.imported.checkpoint, planned.plan
     assert checkpoint is not None
     layout, cuts = ProgramLayout.of(plan), all_cuts(plan)
-    external = external_weights(planned, checkpoint, cuts)
+    planned, external = external_weights(planned, checkpoint, cuts)
     packer = WeightPacker(CutReader(checkpoint, cuts))
     values = [v for v in layout.weights if external.stored(v) is not None]
     records = record_external(values, external, packer.chunks(values), lambda size, name: None)
@@ -47,7 +47,7 @@ def write(folder: Path, model: Path, nodes: int = 1, **options: Any) -> tuple[Pl
     ]
     del manifest["files"]["weights.safetensors"]
     file.write_text(json.dumps(manifest))
-    return plan, external
+    return planned.plan, external
 
 
 def load(folder: Path, weights: str = "ram", verify: bool = True) -> None:

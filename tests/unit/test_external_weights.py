@@ -22,7 +22,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.plan_wishes import PlanWishes
 from hetcomp.stored_rows import StoredRows, StoredScales, places, runs_of
 from tests.reference import external_artifact, gguf_models, quantised_checkpoints, tiny_models
-from tests.unit.test_quantised_checkpoints import BLOCKS, FP8, SMALL, gptq, int_pack
+from tests.unit.test_quantised_checkpoints import AWQ, BLOCKS, FP8, SMALL, gptq, int_pack
 
 Make = Callable[[Path], Path]
 WIDE = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 4, "num_hidden_layers": 2}
@@ -85,11 +85,17 @@ CASES: dict[str, tuple[Make, dict[str, Any], set[str], set[str]]] = {
         {"q4"},
         set(),
     ),
-    "GPTQ, by columns": (
+    "GPTQ, words of columns, over nodes": (
         quantised("qwen3_moe", gptq(), quantised_checkpoints.gptq(), **SMALL),
-        {},
+        {"nodes": 2},
         {"q4"},
-        {"codes of GPTQ int4, groups of 32 lie column by column"},
+        set(),
+    ),
+    "AWQ": (
+        quantised("llama", AWQ, quantised_checkpoints.awq(), intermediate_size=96),
+        {},
+        {"q8"},
+        {"zero points are taken off the codes of AWQ int4, groups of 32, zero points"},
     ),
 }
 

@@ -60,6 +60,7 @@ class GgufCheckpoint(BaseCheckpoint):
                 assert GATE_UP in parameter
                 parts[parameter] = _pairs(tensors, names, str(files.path))
         self._files = {name: number for number, name in enumerate(sorted({t.file for t in tensors.values()}))}
+        self._paths = tuple((self._folder / name).absolute() for name in self._files)
         super().__init__(str(files.path), tensors, parts, aliases)
 
     @property
@@ -92,12 +93,11 @@ class GgufCheckpoint(BaseCheckpoint):
         return next((n for end, n in self._heads.items() if f".{end}." in tensor.name), 0)
 
     def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
-        files = tuple((self._folder / name).absolute() for name in self._files)
         number, heads = self._files[tensor.file], self._heads_of(tensor)
         if tensor.quantised is not None:
-            rows = block_rows(tensor, tensor.dtype, number, files)
+            rows = block_rows(tensor, tensor.dtype, number, self._paths)
         elif tensor.dtype in FLOATS:
-            rows = number_rows(tensor, number, files, by_number)
+            rows = number_rows(tensor, number, self._paths, by_number)
         else:
             return f"{tensor.dtype} is converted"
         return replace(rows, places=_in_halves(rows.places, heads)) if heads else rows
