@@ -162,10 +162,11 @@ TEST(StoredWeight, DescriptionsThatDoNotFit) {
   bad("rows of one f32 number", "format", "bf16");
   bad("stored.layout", "layout", "panels");
   bad("stored.numbers", "numbers", "Q2_K");
-  bad("go into", "numbers", "int8");
-  bad("inside ", "numbers", "F64");
+  bad("stored.scales", "numbers", "int8");
+  bad("stored.numbers", "numbers", "F64");
+  bad("whole blocks of 32", "numbers", "Q8_0");
   bad("stored.rows", "rows", 0);
-  bad("runs of 1 rows", "rows", 1);
+  bad("rest of 1 rows", "rows", 1);
   bad("stored.rows", "rows", 1ULL << 40);
   bad("rows of one f32 number", "columns", 2);
   bad("stored.matrices", "matrices", nlohmann::json::array());
@@ -175,6 +176,10 @@ TEST(StoredWeight, DescriptionsThatDoNotFit) {
     m["weights"][0]["bytes"] = 3136;
     m["weights"][0]["stored"]["columns"] = 2;
     m["weights"][0]["stored"]["matrices"] = {{{0, 66, 388, 8}, {0, 66, 388, 0}}};
+  });
+  refused_manifest("such rows go into", [](nlohmann::json& m) {
+    m["weights"][0]["stored"].update(
+        {{"numbers", "Q8_0"}, {"columns", 32}, {"layout", "panels16"}, {"format", "q4"}});
   });
   refused_manifest("weights[0].bytes", [](nlohmann::json& m) { m["weights"][0]["bytes"] = 1ULL << 50; });
   refused_manifest("a weight of 3200 bytes", [](nlohmann::json& m) { m["weights"][0]["bytes"] = 3200; });
