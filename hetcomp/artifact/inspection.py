@@ -61,13 +61,14 @@ def inspect_artifact(artifact: Path) -> WeightPlaces:
         raise HetcompError(f"{artifact} is not a hetcomp artifact: it has no {Path(error.filename).name}.") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise HetcompError(f"{artifact} cannot be read: {error}; copy or compile it anew.") from error
+    with_gpu = len(documents) > 1  # then nothing is mapped from elsewhere
     counted: Counter[str] = Counter()
     files: dict[str, SourceFile] = {}
     for document, weights in documents:
         for source in document.get("sources", ()):
             files[source["path"]] = SourceFile(source["path"], source["bytes"], _state(source))
         for weight in weights:
-            counted[_place(weight)] += weight["bytes"]
+            counted["repacked" if with_gpu and "stored" in weight else _place(weight)] += weight["bytes"]
     return WeightPlaces(
         counted["packed"],
         counted["repacked"],
@@ -100,7 +101,6 @@ def _place(weight: Mapping[str, Any]) -> str:
         and first[0][3] == 4
         and first[0][1] % _ALIGNMENT == 0
         and weight["bytes"] == 4 * stored["rows"]
-        and "to" not in weight  # a GPU maps nothing
     )
     return "mapped" if as_it_is else "repacked"
 
