@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hetcomp
+from hetcomp.artifact.external_weights import ExternalWeights
 from hetcomp.artifact.inspection import inspect_artifact
 from hetcomp.errors import HetcompError
+from hetcomp.ir.plan import Value, ValueKind
+from hetcomp.ir.types import DType, TensorType
 from hetcomp.plan_wishes import PlanWishes
 from hetcomp.stored_rows import StoredRows, StoredScales, places, runs_of
 from tests.reference import external_artifact, gguf_models, quantised_checkpoints, tiny_models
@@ -189,6 +193,16 @@ def test_columns_are_cut_between_blocks_and_groups():
     assert cut.scales is not None
     assert (cut.places[1, 0], cut.scales.places[1, 0]) == (1192, 6)
     assert apart.cut(-1, ((32, 128),)) is None
+
+
+def test_merged_weights_are_packed():
+    rows = StoredRows("F32", (Path("/m"),), places(0, 64, 128, (16, 1)), 32)
+    reader = SimpleNamespace(stored_rows=lambda value, by_number: rows)
+    value = Value("w", TensorType(DType.F32, (16, 32), "panels16"), ValueKind.WEIGHT, "m.w", format="f32")
+    external = ExternalWeights(reader, {}, frozenset({"m.w"}))
+    assert external.stored(value) is None
+    assert external.packed == {"merged with an adapter": 16 * 32 * 4}
+    assert external.sources() == []
 
 
 def test_wishes_that_exclude_each_other_are_refused(tmp_path):
