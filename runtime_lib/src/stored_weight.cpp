@@ -19,13 +19,13 @@ namespace {
 
 namespace q = quantise;
 
-// Rows and columns of a matrix, and bytes of a weight: beyond any model, and products stay in range.
+// RowRuns and columns of a matrix, and bytes of a weight: beyond any model, and products stay in range.
 constexpr std::uint64_t kMostRows = 1U << 28;
 constexpr std::uint64_t kMostBytes = 1ULL << 46;
 constexpr std::uint64_t kMostMatrices = 1U << 20;
 // Large enough for the disk, small enough to be hashed while it is in the cache.
 constexpr std::uint64_t kPiece = 1U << 20;
-// Rows apart by at most so many times their size are read together with what lies between them.
+// RowRuns apart by at most so many times their size are read together with what lies between them.
 constexpr std::uint64_t kReadBetween = 4;
 constexpr std::uint64_t kWord = 4;   // bytes of codes that GPTQ has side by side
 constexpr std::uint64_t kLine = 16;  // f32 numbers in 64 bytes
@@ -73,10 +73,10 @@ std::uint64_t extent(std::uint64_t row_bytes, const Words& words) {
   return lines > kMostBytes / words.line ? kMostBytes : lines * words.line + words.bytes;
 }
 
-Rows parse_rows(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_bytes, const Words& words,
-                const std::vector<SourceRecord>& sources) {
+RowRuns parse_rows(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_bytes, const Words& words,
+                   const std::vector<SourceRecord>& sources) {
   const std::uint64_t whole = extent(row_bytes, words);
-  Rows found;
+  RowRuns found;
   std::uint64_t left = rows;
   for (const CheckedJson& entry : node.elements()) {
     const auto fields = entry.elements();
@@ -99,9 +99,9 @@ Rows parse_rows(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_b
   return found;
 }
 
-std::vector<Rows> parse_matrices(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_bytes,
-                                 const Words& words, const std::vector<SourceRecord>& sources) {
-  std::vector<Rows> matrices;
+std::vector<RowRuns> parse_matrices(const CheckedJson& node, std::uint64_t rows, std::uint64_t row_bytes,
+                                    const Words& words, const std::vector<SourceRecord>& sources) {
+  std::vector<RowRuns> matrices;
   for (const CheckedJson& matrix : node.elements())
     matrices.push_back(parse_rows(matrix, rows, row_bytes, words, sources));
   if (matrices.empty() || matrices.size() > kMostMatrices) node.refuse("a list of at least one matrix");
@@ -143,7 +143,7 @@ void gather_words(const File& file, std::uint64_t offset, std::uint64_t rows, st
 }
 
 // The `count` rows from `first` on, side by side.
-void gather(const Rows& runs, std::uint64_t row_bytes, const Words& words, std::uint64_t first,
+void gather(const RowRuns& runs, std::uint64_t row_bytes, const Words& words, std::uint64_t first,
             std::uint64_t count, const SourceFiles& files, std::uint8_t* out) {
   std::vector<std::byte> between;
   for (const RowRun& run : runs) {
@@ -267,7 +267,7 @@ std::uint64_t StoredReader::offset(std::size_t piece) const {
 }
 
 bool StoredReader::touched() const {
-  const auto any = [&](const Rows& rows) {
+  const auto any = [&](const RowRuns& rows) {
     return std::ranges::any_of(rows, [&](const RowRun& run) { return files_.touched(run.source); });
   };
   return std::ranges::any_of(weight_.matrices, any) || std::ranges::any_of(weight_.scales, any);
@@ -278,7 +278,7 @@ void StoredReader::read(std::size_t piece, std::uint8_t* out) const {
   const std::uint64_t first = piece % pieces_per_matrix_ * units_per_piece_ * unit_rows_;
   const std::uint64_t in_half = weight_.rows / halves_;
   const std::uint64_t rows = std::min(units_per_piece_ * unit_rows_, in_half - first);
-  const auto read_rows = [&](const Rows& runs, std::uint64_t row_bytes, const Words& words) {
+  const auto read_rows = [&](const RowRuns& runs, std::uint64_t row_bytes, const Words& words) {
     std::vector<std::uint8_t> buffer(halves_ * rows * row_bytes);
     for (std::uint64_t half = 0; half < halves_; ++half)
       gather(runs, row_bytes, words, half * in_half + first, rows, files_,

@@ -21,7 +21,7 @@ struct RowRun {
   std::uint64_t count;
   std::uint64_t stride;  // 0: it is one row, for all of them
 };
-using Rows = std::vector<RowRun>;
+using RowRuns = std::vector<RowRun>;
 
 // Where the words of a row lie: side by side, or `line` bytes from one to the next, beside those of the next
 // row.
@@ -44,13 +44,13 @@ struct StoredWeight {
   std::uint64_t rows;   // of a matrix
   std::uint64_t columns;
   Words words;
-  std::vector<Rows> matrices;
+  std::vector<RowRuns> matrices;
 
   // Where scales lie apart.
   std::int32_t scale_type = 0;  // hetcomp_scale_type
   std::uint64_t scale_columns = 0;
   Words scale_words;
-  std::vector<Rows> scales;  // of each matrix
+  std::vector<RowRuns> scales;  // of each matrix
 
   // A weight of `bytes` bytes in memory. Throws Error if it has another size, or lies beyond the sources.
   static StoredWeight parse(const CheckedJson& node, std::uint64_t bytes,
