@@ -121,14 +121,15 @@ class Repacked : public ::testing::TestWithParam<Taken> {
  protected:
   static constexpr int64_t kRows = 13;
   static constexpr int64_t kColumns = 512;
+  static constexpr int64_t kRowBytes = 544;  // of Q8_0, the longest
 
-  Repacked() : codes_(kRows * kColumns), scales_(kRows * kColumns) {
+  Repacked() : codes_(kRows * kRowBytes), scales_(kRows * kRowBytes) {
     std::mt19937 random(3);
     for (uint8_t& byte : codes_) byte = static_cast<uint8_t>(random() % 120);
     for (uint8_t& byte : scales_) byte = static_cast<uint8_t>(random() % 120);
     for (int64_t row = 0; row < kRows; ++row) {
-      code_rows_.push_back(codes_.data() + row * kColumns);
-      scale_rows_.push_back(scales_.data() + row * kColumns);
+      code_rows_.push_back(codes_.data() + row * kRowBytes);
+      scale_rows_.push_back(scales_.data() + row * kRowBytes);
     }
   }
 
