@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import hetcomp
-from hetcomp.frontend.checkpoint import has_weights
+from hetcomp.frontend.folder_tensors import has_weights
 from hetcomp.ir.plan import Plan
 from hetcomp.ir.serialise import from_json
 from hetcomp.models_zoo import find

@@ -14,6 +14,7 @@ from hetcomp.adapters.base_model import ARTIFACT_FILE, BaseModel
 from hetcomp.adapters.merge import MergedReader
 from hetcomp.artifact.chat_template import compile_chat_template, template_bytes
 from hetcomp.artifact.chat_template_parity import prove_chat_template_parity
+from hetcomp.artifact.external_weights import ExternalRecord, ExternalWeights, record_external
 from hetcomp.artifact.gpu_program_file import write_gpu_program
 from hetcomp.artifact.tokenizer import compile_tokenizer
 from hetcomp.artifact.tokenizer_parity import prove_parity
@@ -62,11 +63,12 @@ def write_artifact(
     tune: bool | None = False,
     merged: MergedReader | None = None,
     tokenizer: Path | None = None,
+    external: ExternalWeights | None = None,
 ) -> None:
     """Fills ``staging`` with the code, weights and documents of a planned model. ``tune``: whether the GPU's tiles are
     measured; None: where this machine has a GPU that code is generated for. ``merged``: what ``packer`` reads from, if
     an adapter is merged. ``tokenizer``: the folder whose tokenizer and chat template are taken instead of the model's
-    own."""
+    own. ``external``: which weights the artifact only refers to."""
     plan = planned.plan
     layout = ProgramLayout.of(plan)
     documents = _documents(planned, tokenizer, progress)
@@ -81,14 +83,15 @@ def write_artifact(
     of_gpus = (value for program in programs for value in program.weights)
     sizes = [planned.target.packed_bytes(v) for v in (*layout.weights, *of_gpus)]
     progress.stage("pack weights", total=sum(sizes))
-    records = _write_weights(layout.weights, planned, packer, staging, "weights", progress)
+    records = _write_weights(layout.weights, planned, packer, external, staging, "weights", progress)
     records = [replace(record, node=node) for record, node in zip(records, layout.weight_nodes, strict=True)]
     gpus = []
     cpu_weights = [value.id for value in layout.weights]
     for program in programs:
         stem = f"gpu{program.number}-weights"
-        gpu_records = _write_weights(program.weights, planned, packer, staging, stem, progress)
-        gpus.append(write_gpu_program(program, gpu_records, cpu_weights, compiled, staging))
+        gpu_records = _write_weights(program.weights, planned, packer, external, staging, stem, progress)
+        sources = external.sources() if external is not None else ()
+        gpus.append(write_gpu_program(program, gpu_records, cpu_weights, compiled, staging, sources))
     for name in packer.not_finite:
         progress.warn(
             f"weight {name} holds numbers that are NaN, infinite or too large for its format; the model's output will "
@@ -111,14 +114,29 @@ def write_artifact(
         staging,
         gpus,
         list(Exchange.of(plan).of_side(CPU)) if programs else (),
+        external,
     )
 
 
 def _write_weights(
-    values: Sequence[Value], planned: Planned, packer: Packer, staging: Path, stem: str, progress: ProgressSink
-) -> list[WeightRecord]:
-    sizes = [planned.target.packed_bytes(v) for v in values]
-    return write_weights(values, sizes, packer.chunks(values), staging, progress.advance, stem)
+    values: Sequence[Value],
+    planned: Planned,
+    packer: Packer,
+    external: ExternalWeights | None,
+    staging: Path,
+    stem: str,
+    progress: ProgressSink,
+) -> list[WeightRecord | ExternalRecord]:
+    """Writes those of ``values`` that ``external`` does not refer to; records of all, in order."""
+    outside = {v.id for v in values if external is not None and external.stored(v) is not None}
+    here = [v for v in values if v.id not in outside]
+    sizes = [planned.target.packed_bytes(v) for v in here]
+    written = iter(write_weights(here, sizes, packer.chunks(here), staging, progress.advance, stem))
+    if external is None:
+        return list(written)
+    there = [v for v in values if v.id in outside]
+    referred = iter(record_external(there, external, packer.chunks(there), progress.advance))
+    return [next(referred) if v.id in outside else next(written) for v in values]
 
 
 def _capabilities(planned: Planned) -> set[int]:

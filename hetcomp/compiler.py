@@ -22,6 +22,7 @@ from hetcomp.choose_expert_cache import choose_expert_cache
 from hetcomp.conversion_error import conversion_notes
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
+from hetcomp.external import EXTERNAL, check_wish, external_weights
 from hetcomp.hardware.profile import HardwareProfile, load_profile
 from hetcomp.ir.annotations import Mix
 from hetcomp.ir.deferral import moe_layers
@@ -271,6 +272,7 @@ def compile(
     merge: bool = False,
     allow_router: bool = False,
     tokenizer: str | Path | None = None,
+    weights: str = "packed",
     dump_dir: Path | None = None,
     progress: ProgressSink | None = None,
 ) -> Executable:
@@ -293,12 +295,14 @@ def compile(
     importance: a safetensors file that says how much each column of a weight matters (hetcomp.backends.importance).
     adapters: a PEFT LoRA folder, which is merged into the float weights before they are packed (merge: must be True);
     allow_router: it may change routers. tokenizer: a folder whose tokenizer and chat template are taken instead of the
-    model's own.
+    model's own. weights: ``packed`` into the artifact, or ``external``: what the checkpoint's files have as the kernels
+    compute with it stays there alone, and is repacked when the artifact is loaded, which needs the files then.
 
     Raises HetcompError, with nothing left at ``out``, if the input is damaged or unknown, the model does not fit
     the profile's memory, or the machine lacks a compiler.
     """
     progress = progress or QuietProgress()
+    check_wish(weights, wishes or PlanWishes())
     words = Path(tokenizer) if tokenizer is not None else None
     if words is not None and not (words / "tokenizer.json").is_file():
         raise HetcompError(f"{words} has no tokenizer.json; give the folder of a Hugging Face tokenizer.")
@@ -336,7 +340,10 @@ def compile(
         cuts = all_cuts(planned.plan)
         merged = MergedReader(checkpoint, planned.adapter) if planned.adapter is not None else None
         packer = WeightPacker(CutReader(merged or checkpoint, cuts), CutImportance(columns, cuts) if columns else None)
-        write_artifact(planned, packer, staging, progress, ccs, tune, merged, words)
+        external = None
+        if weights == EXTERNAL:
+            planned, external = external_weights(planned, checkpoint, cuts)
+        write_artifact(planned, packer, staging, progress, ccs, tune, merged, words, external)
     return Executable(target, owner=owner)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from hetcomp.artifact.external_weights import ExternalRecord
 from hetcomp.artifact.weight_files import WeightRecord, tensor_name
 from hetcomp.backends.exchange import EXPERT_SUM
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
@@ -27,13 +28,15 @@ _SCHEMA = [5, 0]
 
 def write_gpu_program(
     program: GpuProgram,
-    records: Sequence[WeightRecord],
+    records: Sequence[WeightRecord | ExternalRecord],
     cpu_weights: Sequence[str],
     compiled: Sequence[CompiledKernel],
     folder: Path,
+    sources: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Writes into the artifact ``folder`` and returns the program's entry in the manifest. ``records``: where its
-    weights are, in their order; ``cpu_weights``: ids of the CPU program's weights in theirs."""
+    weights are, in their order; ``cpu_weights``: ids of the CPU program's weights in theirs; ``sources``: as
+    :func:`hetcomp.artifact.writer.write_manifest`."""
     (folder / "gpu").mkdir(exist_ok=True)
     if program.constants:
         (folder / _constants(program)).write_bytes(program.constants)
@@ -45,6 +48,8 @@ def write_gpu_program(
         "buffers": [_buffer(buffer, program, records) for buffer in program.buffers()],
         "graphs": [_graph(graph, cpu_weights) for graph in program.graphs],
     }
+    if sources:
+        document["sources"] = list(sources)
     if program.pairs is not None:
         document["adapters"] = _adapters(program.pairs)
     if program.stream is not None:
@@ -56,7 +61,7 @@ def write_gpu_program(
         document["expert_cache"] = _expert_cache(program.expert_cache, program)
     file = f"gpu/program-{program.number}.json"
     (folder / file).write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
-    weight_files = sorted({record.file for record in records})
+    weight_files = sorted({record.file for record in records if isinstance(record, WeightRecord)})
     return {"device": program.device, "program": file, "weight_files": weight_files}
 
 
@@ -83,7 +88,7 @@ def _constants(program: GpuProgram) -> str:
     return f"gpu/constants-{program.number}.bin"
 
 
-def _buffer(buffer: GpuBuffer, program: GpuProgram, records: Sequence[WeightRecord]) -> dict[str, Any]:
+def _buffer(buffer: GpuBuffer, program: GpuProgram, records: Sequence[WeightRecord | ExternalRecord]) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": buffer.name, "bytes": buffer.bytes, "kind": buffer.kind}
     if buffer.name == WEIGHTS:
         places = (program.places[value.id].offset for value in program.weights)
@@ -177,11 +182,5 @@ def _adapters(pairs: PairLayout) -> dict[str, Any]:
     }
 
 
-def _source(record: WeightRecord, to: int) -> dict[str, Any]:
-    return {
-        "file": record.file,
-        "offset": record.offset,
-        "bytes": record.bytes,
-        "to": to,
-        "xxh3_64": record.xxh3_64,
-    }
+def _source(record: WeightRecord | ExternalRecord, to: int) -> dict[str, Any]:
+    return {"bytes": record.bytes, "to": to, "xxh3_64": record.xxh3_64} | record.place()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -39,6 +39,10 @@ class WeightRecord:
     bytes: int
     xxh3_64: str
     node: int = 0
+
+    def place(self) -> dict[str, Any]:
+        """Where the weight is, for a manifest."""
+        return {"file": self.file, "offset": self.offset}
 
 
 def write_weights(

@@ -6,11 +6,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hetcomp import installed_runtime
+from hetcomp.artifact.external_weights import ExternalRecord, ExternalWeights
 from hetcomp.artifact.weight_files import WeightRecord
 from hetcomp.backends.program import ProgramLayout
 from hetcomp.backends.protocol import Isa
@@ -18,7 +19,7 @@ from hetcomp.ir.expert_matrices import expert_matrices
 from hetcomp.ir.kv_pool import KvPool, row_runs
 from hetcomp.ir.plan import Plan, Value
 
-MANIFEST_SCHEMA = (1, 2)
+MANIFEST_SCHEMA = (1, 3)
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,18 @@ def copy_runtime(folder: Path) -> None:
 def write_manifest(
     plan: Plan,
     layout: ProgramLayout,
-    weights: Sequence[WeightRecord],
+    weights: Sequence[WeightRecord | ExternalRecord],
     isas: Sequence[Isa],
     version: str,
     profile: Mapping[str, str],
     folder: Path,
     gpus: Sequence[Mapping[str, Any]] = (),
     pinned: Sequence[str] = (),
+    external: ExternalWeights | None = None,
 ) -> None:
     """Writes manifest.json over everything that is already in ``folder``. ``isas``: best first. ``gpus``: an entry for
-    each GPU's program. ``pinned``: names of the buffers that CPU and GPUs share, in the order of the CPU's program."""
+    each GPU's program. ``pinned``: names of the buffers that CPU and GPUs share, in the order of the CPU's program.
+    ``external``: what knows of weights in other files."""
     dims, on_demand = plan.max_dims(), expert_matrices(plan) if plan.disk is not None else set()
     manifest: dict[str, Any] = {
         "schema": list(MANIFEST_SCHEMA),
@@ -94,14 +97,19 @@ def write_manifest(
         "tokenizer": _present(folder, "tokenizer.hetc.json"),
         "chat_template": _present(folder, "chat_template.hetc.json"),
     }
+    if external is not None:
+        manifest |= {"sources": external.sources(), "packed_because": dict(external.packed)}
     if gpus:
         manifest |= {"gpus": list(gpus), "pinned": list(pinned)}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _weight(record: WeightRecord, value: Value, layout: ProgramLayout, on_demand: set[str]) -> dict[str, Any]:
+def _weight(
+    record: WeightRecord | ExternalRecord, value: Value, layout: ProgramLayout, on_demand: set[str]
+) -> dict[str, Any]:
     whole = layout.cuts[value.id][0] if value.id in layout.cuts else value
-    return asdict(record) | ({"on_demand": True} if whole.id in on_demand else {})
+    entry = {"name": record.name, "bytes": record.bytes, "xxh3_64": record.xxh3_64, "node": record.node}
+    return entry | record.place() | ({"on_demand": True} if whole.id in on_demand else {})
 
 
 def _state(value: Value, dims: Mapping[str, int]) -> dict[str, Any]:

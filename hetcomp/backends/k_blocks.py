@@ -1,4 +1,4 @@
-"""Panels of K blocks: where the bytes of formats q4k, q5k and q6k lie, from and to codes and scales."""
+"""Panels of K blocks: where the bytes of formats q4k, q5k and q6k lie, and the codes and scales that they hold."""
 
 from __future__ import annotations
 
@@ -45,27 +45,6 @@ def finite(scales: npt.NDArray[Any], form: str) -> bool:
     return all(bool(np.isfinite(scales[field]).all()) for field in _HEADS[form])
 
 
-def write_panels(out: _Bytes, form: str, codes: _Bytes, scales: npt.NDArray[Any]) -> None:
-    """Fills ``out`` [panels, bytes of a panel] from codes u8 [panels * 16, columns padded to 32] and records
-    [panels * 16, groups]."""
-    size, panels, groups = K_BYTES[form], len(out), codes.shape[1] // GROUPS[form]
-    by_group = codes.reshape(panels, _PANEL, groups, -1)
-    by_field = scales.reshape(panels, _PANEL, groups)
-    heads = _side_by_side(by_field[:, :, :: BLOCK // GROUPS[form]], _HEADS[form])
-    vectors = _nibbles(by_group & np.uint8(15))
-    if form in _HIGH_BITS:
-        quads = by_group.reshape(panels, _PANEL, groups, -1, 4) >> np.uint8(4)
-        high = np.bitwise_or.reduce(quads << np.arange(0, 8, _HIGH_BITS[form], dtype=np.uint8)[:, None], axis=3)
-        vectors = np.concatenate([vectors, _by_row(high[..., None, :])], axis=2)
-    of_groups = np.concatenate([vectors, _side_by_side(by_field, _SCALES[form])], axis=2)
-    blocks, each = heads.shape[1], BLOCK // GROUPS[form]
-    padded = np.zeros((panels, blocks * each, size.codes + size.scales), np.uint8)
-    padded[:, :groups] = of_groups
-    whole = np.concatenate([heads, padded.reshape(panels, blocks, -1)], axis=2).reshape(panels, -1)
-    used = blocks * size.head + groups * (size.codes + size.scales)
-    out[:, :used] = whole[:, :used]
-
-
 def read_panels(panels: _Bytes, form: str, columns: int) -> QuantisedNumbers:
     """The codes and records [panels * 16, ..] of ``panels`` [panels, bytes of a panel]. columns: padded to 32."""
     size, count, groups = K_BYTES[form], len(panels), columns // GROUPS[form]
@@ -94,20 +73,3 @@ def read_panels(panels: _Bytes, form: str, columns: int) -> QuantisedNumbers:
         codes |= (steps << np.uint8(4)).reshape(codes.shape)
     by_row = codes.transpose(0, 4, 1, 2, 3, 5).reshape(count * _PANEL, columns)
     return QuantisedNumbers(form, by_row, scales.reshape(count * _PANEL, groups))
-
-
-def _nibbles(low: _Bytes) -> _Bytes:
-    """4-bit codes [panel, 16, group, columns] as [panel, group, bytes]: two adjacent steps of four columns a vector."""
-    halves = low.reshape(*low.shape[:3], -1, 2, 4)
-    return _by_row(halves[..., 0, :] | halves[..., 1, :] << np.uint8(4))
-
-
-def _by_row(vectors: _Bytes) -> _Bytes:
-    """[panel, 16, group, vector, 4] as [panel, group, bytes], the 16 rows of a vector side by side."""
-    return np.ascontiguousarray(vectors.transpose(0, 2, 3, 1, 4)).reshape(len(vectors), vectors.shape[2], -1)
-
-
-def _side_by_side(records: npt.NDArray[Any], fields: tuple[str, ...]) -> _Bytes:
-    """Fields of records [panel, 16, n] as [panel, n, bytes]."""
-    by_row = [np.ascontiguousarray(records[field].transpose(0, 2, 1)).view(np.uint8) for field in fields]
-    return np.concatenate(by_row, axis=2)

@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hetcomp.backends import k_blocks, packing
+from hetcomp.backends import k_blocks, packing, quantiser
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Value
-from hetcomp.quantised_numbers import GROUPS, K_SCALES, OFFSETS, ZERO_POINTS, QuantisedNumbers
-
-_PADDING = OFFSETS | {"mxfp4": 0, "fp8": 0, "q4z": 0}  # codes beyond the matrix
-_ROWS = 256  # at once: the copies that are made on the way stay in the caches
+from hetcomp.quantised_numbers import K_SCALES, ZERO_POINTS, QuantisedNumbers
 
 
 @dataclass(frozen=True)
@@ -45,18 +42,10 @@ def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
         return None
     each = packing.matrix_bytes(rows, columns, numbers.format, value.type.layout)
     stack = [numbers] if numbers.ndim == 2 else [numbers[i] for i in range(len(numbers))]
-    target, finite = np.zeros(len(stack) * each, np.uint8), True
+    target, finite = np.empty(len(stack) * each, np.uint8), True
     for i, matrix in enumerate(stack):
         finite &= _usable(matrix)
-        panels = target[i * each : (i + 1) * each].reshape(-1, packing.panel_bytes(columns, numbers.format))
-        for half in range(halves):
-            first, last = half * rows // halves, (half + 1) * rows // halves
-            for start in range(first, last, _ROWS):
-                part = slice(start, min(start + _ROWS, last))
-                place = (start - first) // packing.PANEL
-                count = -(-(part.stop - start) // packing.PANEL)
-                out = panels[half::halves][place : place + count]
-                _fill(out, matrix.format, matrix.codes[part], matrix.scales[part])
+        quantiser.repack(matrix, halves == 2, target[i * each : (i + 1) * each])
     return Repacked(target, finite, _exact(numbers))
 
 
@@ -89,49 +78,3 @@ def _usable(matrix: QuantisedNumbers) -> bool:
         return bool(np.isfinite(matrix.scales).all()) and not ((matrix.codes & 127) == 127).any()
     scales = _plain(matrix.scales)
     return not (np.abs(scales) >= 65520).any() and not np.isnan(scales).any()
-
-
-def _fill(out: packing.Bytes, form: str, codes: packing.Bytes, scales: npt.NDArray[Any]) -> None:
-    """Writes whole panels [panels, bytes] from rows of codes and scales."""
-    panels, columns = len(out), codes.shape[1]
-    width = packing.padded_columns(columns, form)
-    padded = _padded(codes, panels * packing.PANEL, width, _PADDING[form])
-    group = GROUPS[form]
-    if form in K_SCALES:
-        k_blocks.write_panels(out, form, padded, _padded(scales, panels * packing.PANEL, width // group, 0))
-        return
-    all_scales = _padded(scales, panels * packing.PANEL, scales.shape[1], 0)
-    if form == "fp8":
-        pairs = padded.view(np.uint16).reshape(panels, packing.PANEL, width // 2).transpose(0, 2, 1)
-        out[:, : packing.PANEL * width] = np.ascontiguousarray(pairs).view(np.uint8).reshape(panels, -1)
-        start = packing.element_bytes(columns, form)
-        shared = np.ascontiguousarray(scales[:: packing.PANEL], np.float32)
-        out[:, start : start + shared.shape[1] * 4] = shared.view(np.uint8)
-        return
-    groups = width // group
-    each = packing.group_bytes(form)
-    by_group = out[:, : groups * each].reshape(panels, groups, each)
-    if form == "q8":
-        quads = padded.reshape(panels, packing.PANEL, groups, 8, 4)
-    else:
-        nibbles = padded.reshape(panels, packing.PANEL, groups, 4, 2, 4)
-        quads = nibbles[..., 0, :] | nibbles[..., 1, :] << 4
-    words = np.ascontiguousarray(quads).view(np.uint32)[..., 0]  # [panel, row, group, vector]
-    elements = np.ascontiguousarray(words.transpose(0, 2, 3, 1)).view(np.uint8).reshape(panels, groups, -1)
-    by_group[:, :, : elements.shape[2]] = elements
-    with np.errstate(over="ignore"):
-        stored = [all_scales if form == "mxfp4" else _plain(all_scales).astype(np.float16)]
-    if form == "q4z":
-        stored.append(all_scales["zero"])
-    by_row = [np.ascontiguousarray(part.reshape(panels, packing.PANEL, groups).transpose(0, 2, 1)) for part in stored]
-    of_group = [part.view(np.uint8).reshape(panels, groups, -1) for part in by_row]
-    by_group[:, :, elements.shape[2] :] = np.concatenate(of_group, axis=2)
-
-
-def _padded(rows: npt.NDArray[Any], count: int, width: int, fill: int) -> npt.NDArray[Any]:
-    """[rows, columns] as [count, width]."""
-    if rows.shape == (count, width):
-        return np.ascontiguousarray(rows)
-    whole = np.full((count, width), fill, rows.dtype)
-    whole[: rows.shape[0], : rows.shape[1]] = rows
-    return whole

@@ -16,6 +16,7 @@ from hetcomp.cli.explain_command import explain_command
 from hetcomp.cli.export_onnx_command import export_onnx_command
 from hetcomp.cli.guard import guard
 from hetcomp.cli.importance_command import importance_command
+from hetcomp.cli.inspect_command import inspect_command
 from hetcomp.cli.options import (
     DEFAULT_ADAPTER_RANK,
     DEFAULT_MAX_KL,
@@ -110,6 +111,10 @@ def compile_command(
     tokenizer: Annotated[
         Path | None, typer.Option("--tokenizer", help="Folder of the tokenizer and chat template to take.")
     ] = None,
+    weights: Annotated[
+        str,
+        typer.Option("--weights", help="packed (a copy in the artifact), or external (MODEL's files, needed to run)."),
+    ] = "packed",
     stop_after: StopAfter = None,
     dump_dir: DumpDir = None,
     debug: Debug = False,
@@ -163,6 +168,7 @@ def compile_command(
                     plan=plan,
                     importance=importance,
                     tokenizer=tokenizer,
+                    weights=weights,
                     dump_dir=dump_dir,
                     progress=progress,
                     **options,
@@ -172,6 +178,10 @@ def compile_command(
                     from hetcomp.adapters.merge import report_line
 
                     _err.print(report_line(exe.path), highlight=False, markup=False, soft_wrap=True)
+                if weights != "packed":
+                    from hetcomp.artifact.inspection import inspect_artifact
+
+                    _err.print(inspect_artifact(exe.path).in_words(), highlight=False, markup=False, soft_wrap=True)
         typer.echo(text)
 
     guard(body, debug)
@@ -245,6 +255,7 @@ def run_command(
 
 app.add_typer(adapter_app)
 app.command("plan")(plan_command)
+app.command("inspect")(inspect_command)
 app.command("profile")(profile_command)
 app.command("importance")(importance_command)
 app.command("export-onnx")(export_onnx_command)

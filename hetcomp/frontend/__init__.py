@@ -16,7 +16,8 @@ from hetcomp.errors import HetcompError
 
 # As modules: their main functions have the same names.
 from hetcomp.frontend import fold_layers, trace
-from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, ModuleCheckpoint, has_weights
+from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, ModuleCheckpoint
+from hetcomp.frontend.folder_tensors import has_weights
 from hetcomp.frontend.gguf.checkpoint import GgufCheckpoint
 from hetcomp.frontend.gguf.model_files import ModelFiles
 from hetcomp.frontend.lower import lower_to_plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +15,15 @@ import torch
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.file_bytes import read_bytes
+from hetcomp.frontend.folder_tensors import folder_tensors
 from hetcomp.frontend.key_mapping import Parts, map_checkpoint
 from hetcomp.frontend.quantisation_config import QuantisationConfig
 from hetcomp.frontend.quantised_codes import read_quantised
 from hetcomp.frontend.quantised_tensors import quantised_tensors
-from hetcomp.frontend.safetensors_header import read_header
+from hetcomp.frontend.row_places import FLOATS, assembled, coded_rows, number_rows
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 from hetcomp.quantised_numbers import QuantisedNumbers, joined
+from hetcomp.stored_rows import StoredRows
 
 # bf16 comes as its bits in uint16: numpy has no such type.
 Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uint16] | QuantisedNumbers
@@ -39,7 +40,6 @@ _CODES = {
     "I32": np.int32,
     "I64": np.int64,
 }
-_INDEX = "model.safetensors.index.json"
 _UNUSED_BY_DESIGN = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 
 
@@ -151,6 +151,14 @@ class BaseCheckpoint(ABC):
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
         return self._expert(self.source(value), expert)
+
+    def stored_rows(self, value: Value, by_number: bool) -> StoredRows | str:
+        """Where the rows of a weight lie, or (``by_number``) each of its numbers, in its shape; or why nobody can use
+        them where they are. Reads nothing."""
+        return assembled(self.source(value), lambda tensor: self._tensor_rows(tensor, by_number), viewed, by_number)
+
+    def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
+        return f"{self._origin} is no file that numbers can be taken from where they lie"
 
     def _expert(self, source: WeightSource, expert: int) -> _Raw | QuantisedNumbers:
         if source.recipe == "plain":
@@ -289,7 +297,7 @@ class FolderCheckpoint(BaseCheckpoint):
     ) -> None:
         """Raises HetcompError naming a file that is missing, truncated or damaged, or a tensor that contradicts
         ``quantisation``."""
-        tensors = _folder_tensors(folder)
+        tensors = folder_tensors(folder)
         if quantisation is not None:
             tensors = quantised_tensors(tensors, quantisation, str(folder))
         names = [*parameters, *(a for other in (aliases or {}).values() for a in other)]
@@ -297,6 +305,12 @@ class FolderCheckpoint(BaseCheckpoint):
         super().__init__(str(folder), tensors, parts, aliases or {})
         self._folder = folder
         self._quantisation = quantisation
+        # All that there are, by number: those of scales may be others than those of codes.
+        stored = {t.file for t in tensors.values()} | {
+            part.file for t in tensors.values() if t.quantised is not None for _, part in t.quantised.parts
+        }
+        self._files = {name: number for number, name in enumerate(sorted(stored))}
+        self._paths = tuple((folder / name).absolute() for name in self._files)
 
     @property
     def quantised(self) -> bool:
@@ -316,6 +330,16 @@ class FolderCheckpoint(BaseCheckpoint):
         stored = self._quantisation.stored(tensor.name.removesuffix(".weight"))
         assert stored is not None
         return read_quantised(tensor, stored, lambda part: self._raw(part, row))
+
+    def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
+        if tensor.quantised is None:
+            if tensor.dtype not in FLOATS:
+                return f"{tensor.dtype} is converted"
+            return number_rows(tensor, self._files[tensor.file], self._paths, by_number)
+        assert self._quantisation is not None
+        stored = self._quantisation.stored(tensor.name.removesuffix(".weight"))
+        assert stored is not None
+        return coded_rows(tensor, stored, self._files, self._paths)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> _Raw:
         dtype = np.dtype((_NUMPY | _CODES)[tensor.dtype])
@@ -352,57 +376,3 @@ class ModuleCheckpoint(BaseCheckpoint):
 def _dtype_name(dtype: torch.dtype) -> str:
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
     return names.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def has_weights(folder: Path) -> bool:
-    """True if the folder holds safetensors files (or an index of them). Raises HetcompError if it has weights
-    in another format only."""
-    if (folder / _INDEX).is_file() or any(folder.glob("*.safetensors")):
-        return True
-    other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in folder.glob(pattern))
-    if other:
-        advice = "save the model again with save_pretrained"
-        if other[0].endswith(".gguf"):
-            advice = "give that file instead of the folder"
-        raise HetcompError(f"{folder} has weights as {other[0]} only; hetcomp reads safetensors ({advice})")
-    return False
-
-
-def _folder_tensors(folder: Path) -> dict[str, CheckpointTensor]:
-    index = folder / _INDEX
-    if index.is_file():
-        return _indexed_tensors(folder, index)
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if len(files) != 1:
-        raise HetcompError(
-            f"{folder} has {len(files)} safetensors files and neither model.safetensors nor {_INDEX}, so it "
-            "is unclear which belong to the model"
-        )
-    return read_header(files[0])
-
-
-def _indexed_tensors(folder: Path, index: Path) -> dict[str, CheckpointTensor]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HetcompError(f"{index} is no valid index of safetensors files: {error}") from error
-    headers: dict[str, dict[str, CheckpointTensor]] = {}
-    for file in sorted(set(items.values())):
-        path = folder / file
-        if path.name != file:
-            raise HetcompError(f"{index} names {file}, which is not a plain file name")
-        if not path.is_file():
-            missing = sum(f == file for f in items.values())
-            raise HetcompError(
-                f"{folder}: the shard {file} is missing; {_INDEX} says that it holds {missing} tensors. "
-                "Download it again"
-            )
-        headers[file] = read_header(path)
-    out = {}
-    for name, file in items.items():
-        if name not in headers[file]:
-            raise HetcompError(f"{index} says that {file} holds the tensor {name}, but it does not")
-        out[name] = headers[file][name]
-    return out

@@ -16,6 +16,8 @@ namespace {
 constexpr std::uint64_t kLargestManifest = 256U << 20;
 // Every sequence has an entry in a table; a million is beyond any machine.
 constexpr std::int32_t kMostSequences = 1 << 20;
+// Of a weight, in bytes: beyond any machine, and sums of all stay in range.
+constexpr std::uint64_t kLargestWeight = 1ULL << 46;
 
 ModelFacts model_facts(const CheckedJson& node) {
   ModelFacts model;
@@ -67,22 +69,38 @@ void read_nodes(const CheckedJson& root, Manifest& manifest) {
   manifest.main_node = root["main_node"].number(0, manifest.nodes.size() - 1);
 }
 
+// In a file of the artifact.
+void place_in_file(const CheckedJson& entry, const Manifest& manifest, WeightRecord& weight) {
+  weight.file = listed_file(entry["file"], manifest, false);
+  const std::uint64_t size = manifest.files.at(weight.file).bytes;
+  weight.offset = entry["offset"].number(0, size);
+  weight.bytes = entry["bytes"].number(1, std::max<std::uint64_t>(size, 1));
+  if (weight.bytes > size - weight.offset)
+    entry.refuse("inside " + weight.file + " (" + std::to_string(size) + " bytes)");
+  if (weight.offset % Manifest::kAlignment != 0) entry["offset"].refuse("a multiple of 64");
+}
+
+// In sources.
+void place_in_sources(const CheckedJson& entry, const Manifest& manifest, WeightRecord& weight) {
+  if (entry.has("file")) entry["file"].refuse("absent beside \"stored\"");
+  weight.bytes = entry["bytes"].number(1, kLargestWeight);
+  weight.stored = StoredWeight::parse(entry["stored"], weight.bytes, manifest.sources);
+  if (const RowRun* run = weight.stored->in_place(weight.bytes)) {
+    weight.file = manifest.sources[run->source].path;
+    weight.offset = run->offset;
+  }
+}
+
 void read_weights(const CheckedJson& node, Manifest& manifest) {
   for (const CheckedJson& entry : node.elements()) {
-    WeightRecord weight{entry["name"].text(),
-                        listed_file(entry["file"], manifest, false),
-                        0,
-                        0,
-                        entry["xxh3_64"].hash_value(),
-                        manifest.main_node};
-    const std::uint64_t size = manifest.files[weight.file].bytes;
-    weight.offset = entry["offset"].number(0, size);
-    weight.bytes = entry["bytes"].number(1, std::max<std::uint64_t>(size, 1));
-    if (weight.bytes > size - weight.offset)
-      entry.refuse("inside " + weight.file + " (" + std::to_string(size) + " bytes)");
-    if (weight.offset % Manifest::kAlignment != 0) entry["offset"].refuse("a multiple of 64");
+    WeightRecord weight{entry["name"].text(), "", 0, 0, entry["xxh3_64"].hash_value(), manifest.main_node};
+    if (entry.has("stored"))
+      place_in_sources(entry, manifest, weight);
+    else
+      place_in_file(entry, manifest, weight);
     if (entry.has("node")) weight.node = entry["node"].number(0, manifest.nodes.size() - 1);
     if (entry.has("on_demand")) weight.on_demand = entry["on_demand"].truth();
+    if (weight.on_demand && !weight.mappable()) entry["on_demand"].refuse("of a weight that can be mapped");
     manifest.weights.push_back(std::move(weight));
   }
 }
@@ -161,6 +179,7 @@ Manifest Manifest::parse(std::string_view text, const std::string& where) {
     manifest.programs.push_back({entry["isa"].text(), listed_file(entry["file"], manifest, true)});
   if (manifest.programs.empty()) root["programs"].refuse("a list of at least one program");
   read_nodes(root, manifest);
+  manifest.sources = SourceRecord::parse(root);
   read_weights(root["weights"], manifest);
   read_gpus(root, manifest, where);
   check_hashes(root["files"], manifest);

@@ -11,6 +11,9 @@
 #include <string_view>
 #include <vector>
 
+#include "source_files.h"
+#include "stored_weight.h"
+
 namespace hetcomp {
 
 struct ModelFacts {
@@ -39,14 +42,19 @@ struct ProgramRecord {
   std::string file;
 };
 
+// In a file of the artifact, or made of rows of sources. `file` and `offset` say where it can be mapped: in
+// the artifact or, by an absolute path, in a source; an empty `file`: nowhere.
 struct WeightRecord {
   std::string name;
   std::string file;
   std::uint64_t offset;
   std::uint64_t bytes;
-  std::uint64_t xxh3_64;
+  std::uint64_t xxh3_64;   // of the bytes in memory
   std::size_t node;        // index into Manifest::nodes
   bool on_demand = false;  // parts of it are read from the disk when they are chosen, if it is not in RAM
+  std::optional<StoredWeight> stored{};
+
+  bool mappable() const { return !file.empty(); }
 };
 
 // Of each slot one run of rows after the other, a row a position: those of each head, and of its scales.
@@ -70,6 +78,7 @@ struct Manifest {
 
   ModelFacts model;
   std::map<std::string, FileRecord> files;
+  std::vector<SourceRecord> sources;    // files outside of the artifact that weights are taken from
   std::vector<ProgramRecord> programs;  // best first
   std::vector<WeightRecord> weights;    // the CPU's, in the order of the program's weight indices
   std::vector<StateRecord> states;      // the CPU's, in the order of the program's state indices

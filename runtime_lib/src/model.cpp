@@ -94,10 +94,14 @@ void Model::stream_from_weights() {
 // RAM only where it leaves a fifth of the memory to everyone else, and where every node has room for its
 // part: a bound page comes from its node or the process is killed.
 Residency Model::choose_residency(hetcomp_weights wanted, std::uint64_t available) const {
-  if (wanted == HETCOMP_WEIGHTS_MMAP) return Residency::kMapped;
-  std::map<int, std::uint64_t> needed;  // by machine node; kNoNode: by the whole machine
-  const std::vector<std::uint64_t> weights = Weights::ram_bytes(manifest_);
   const std::uint64_t others = state_bytes_ + static_cast<std::uint64_t>(library_->program().arena_bytes);
+  const auto mapped = [&] {
+    Weights::require_room_for_repacked(manifest_, others, available);
+    return Residency::kMapped;
+  };
+  if (wanted == HETCOMP_WEIGHTS_MMAP) return mapped();
+  std::map<int, std::uint64_t> needed;  // by machine node; kNoNode: by the whole machine
+  const std::vector<std::uint64_t> weights = Weights::ram_bytes(manifest_, Residency::kRam);
   const std::uint64_t all = std::accumulate(weights.begin(), weights.end(), others);
   for (std::size_t n = 0; n < nodes_.size(); ++n)
     needed[nodes_[n].machine_node] += weights[n] + (n == manifest_.main_node ? others : 0);
@@ -108,7 +112,7 @@ Residency Model::choose_residency(hetcomp_weights wanted, std::uint64_t availabl
   for (const auto& [node, bytes] : needed) {
     const std::uint64_t room = node == kNoNode ? available : available_on_node(node);
     if (fits(bytes, room) && fits(all, available)) continue;
-    if (automatic) return Residency::kMapped;
+    if (automatic) return mapped();
     const bool whole = !fits(all, available) || node == kNoNode;
     throw Error(HETCOMP_OUT_OF_MEMORY,
                 "The weights need " + in_words(all - others) + " and KV cache and activations " +
@@ -122,7 +126,8 @@ Residency Model::choose_residency(hetcomp_weights wanted, std::uint64_t availabl
 
 void Model::allocate(const LoadOptions& options) {
   const CpuBudget cpus = cpu_budget(options.threads);
-  nodes_ = place_nodes(manifest_.nodes, Weights::ram_bytes(manifest_), cpus, machine_nodes(cpus.order));
+  nodes_ = place_nodes(manifest_.nodes, Weights::ram_bytes(manifest_, Residency::kRam), cpus,
+                       machine_nodes(cpus.order));
   const auto arena_bytes = static_cast<std::uint64_t>(library_->program().arena_bytes);
   for (const StateRecord& state : manifest_.states) state_bytes_ += state.bytes;
   const std::uint64_t available = available_memory();

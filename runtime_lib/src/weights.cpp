@@ -46,6 +46,26 @@ void read_weight(const WeightRecord& weight, const File& file, std::uint8_t* hom
   }
 }
 
+// The same for one that is made of rows of sources.
+void read_weight(const WeightRecord& weight, const SourceFiles& sources, std::uint8_t* home, bool verify) {
+  const StoredReader reader(*weight.stored, sources);
+  verify = verify || reader.touched();
+  if (home == nullptr && !verify) return;
+  const std::unique_ptr<XXH3_state_t, HashFree> hash(XXH3_createState());
+  if (!hash) throw std::bad_alloc();
+  XXH3_64bits_reset(hash.get());
+  std::vector<std::uint8_t> buffer;
+  for (std::size_t piece = 0; piece < reader.pieces(); ++piece) {
+    const auto size = static_cast<std::size_t>(reader.piece_bytes(piece));
+    if (home == nullptr) buffer.resize(size);
+    std::uint8_t* to = home == nullptr ? buffer.data() : home + reader.offset(piece);
+    reader.read(piece, to);
+    if (verify) XXH3_64bits_update(hash.get(), to, size);
+  }
+  if (verify && XXH3_64bits_digest(hash.get()) != weight.xxh3_64)
+    refuse_changed(reader, "The weight " + weight.name);
+}
+
 // Weights that the threads of one node read.
 struct Queue {
   std::vector<std::size_t> order;
@@ -97,16 +117,35 @@ std::string weight_at(const Manifest& manifest, const std::string& file, std::ui
   return "What lies between weights";
 }
 
+// Whether the weight is used where a file has it. GPUs copy from pinned memory, which a whole source must not
+// be.
+bool is_mapped(const WeightRecord& weight, const Manifest& manifest, Residency residency) {
+  return residency == Residency::kMapped && weight.mappable() && (!weight.stored || manifest.gpus.empty());
+}
+
 std::uint64_t aligned(std::uint64_t bytes) {
   return (bytes + Manifest::kAlignment - 1) / Manifest::kAlignment * Manifest::kAlignment;
 }
 
 }  // namespace
 
-std::vector<std::uint64_t> Weights::ram_bytes(const Manifest& manifest) {
+std::vector<std::uint64_t> Weights::ram_bytes(const Manifest& manifest, Residency residency) {
   std::vector<std::uint64_t> bytes(manifest.nodes.size());
-  for (const WeightRecord& weight : manifest.weights) bytes[weight.node] += aligned(weight.bytes);
+  for (const WeightRecord& weight : manifest.weights)
+    if (!is_mapped(weight, manifest, residency)) bytes[weight.node] += aligned(weight.bytes);
   return bytes;
+}
+
+void Weights::require_room_for_repacked(const Manifest& manifest, std::uint64_t others,
+                                        std::uint64_t available) {
+  const std::vector<std::uint64_t> sizes = ram_bytes(manifest, Residency::kMapped);
+  const std::uint64_t repacked = std::accumulate(sizes.begin(), sizes.end(), std::uint64_t{0});
+  if (repacked == 0 || repacked + others <= available) return;
+  throw Error(
+      HETCOMP_OUT_OF_MEMORY,
+      "The weights that are repacked from other files need " + in_words(repacked) +
+          " and KV cache and activations " + in_words(others) + ", but " + in_words(available) +
+          " of memory are available: compile the model with --weights packed, whose files can be mapped.");
 }
 
 std::vector<std::span<const std::uint8_t>> Weights::regions() const {
@@ -144,30 +183,34 @@ bool Weights::bound() const { return std::ranges::all_of(ram_, &Memory::bound); 
 Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest, Residency residency,
                  bool verify, const std::vector<NodePlace>& nodes)
     : residency_(residency), node_bytes_(nodes.size()) {
+  const SourceFiles sources(manifest.sources);
   std::map<std::string, File> files;
   for (const WeightRecord& weight : manifest.weights) {
     node_bytes_[weight.node] += weight.bytes;
-    const auto [file, added] = files.try_emplace(weight.file, locate(artifact, manifest, weight.file));
-    if (added && residency == Residency::kMapped) mapped_.try_emplace(weight.file, file->second.path());
+    if (!weight.stored) files.try_emplace(weight.file, locate(artifact, manifest, weight.file));
+    if (is_mapped(weight, manifest, residency))
+      mapped_.try_emplace(weight.file,
+                          weight.stored ? std::filesystem::path(weight.file) : files.at(weight.file).path());
   }
-  std::vector<std::uint8_t*> next(nodes.size());  // place of a node's next weight in RAM
-  if (residency == Residency::kRam) {
-    const std::vector<std::uint64_t> sizes = ram_bytes(manifest);
-    for (std::size_t n = 0; n < nodes.size(); ++n) {
-      const std::string where = nodes.size() > 1 ? " of node " + std::to_string(nodes[n].plan_node) : "";
-      next[n] = ram_.emplace_back(sizes[n], "the weights" + where, nodes[n].machine_node).data();
-    }
+  std::vector<std::uint8_t*> next;  // place of a node's next weight in RAM
+  const std::vector<std::uint64_t> sizes = ram_bytes(manifest, residency);
+  for (std::size_t n = 0; n < nodes.size(); ++n) {
+    const std::string where = nodes.size() > 1 ? " of node " + std::to_string(nodes[n].plan_node) : "";
+    if (sizes[n] > 0) ram_.emplace_back(sizes[n], "the weights" + where, nodes[n].machine_node);
+    next.push_back(sizes[n] > 0 ? ram_.back().data() : nullptr);
   }
 
   std::vector<std::uint8_t*> homes;
+  bool all_mapped = true;
   for (const WeightRecord& weight : manifest.weights) {
-    std::uint8_t*& home = next[weight.node];
-    homes.push_back(home);
-    addresses_.push_back(home != nullptr ? home : mapped_.at(weight.file).data() + weight.offset);
-    if (home != nullptr) home += aligned(weight.bytes);
+    const bool mapped = is_mapped(weight, manifest, residency);
+    all_mapped = all_mapped && mapped;
+    homes.push_back(mapped ? nullptr : next[weight.node]);
+    addresses_.push_back(mapped ? mapped_.at(weight.file).data() + weight.offset : homes.back());
+    if (!mapped) next[weight.node] += aligned(weight.bytes);
   }
   if (residency == Residency::kMapped) advise(manifest.weights, addresses_);
-  if (residency == Residency::kMapped && !verify) return;
+  if (all_mapped && !verify && manifest.sources.empty()) return;
 
   std::deque<Queue> queues;
   for (const NodePlace& node : nodes) {
@@ -183,7 +226,10 @@ Weights::Weights(const std::filesystem::path& artifact, const Manifest& manifest
                       [&](std::size_t i) { return manifest.weights[i].bytes; });
   in_parallel(queues, [&](std::size_t i) {
     const WeightRecord& weight = manifest.weights[i];
-    read_weight(weight, files.at(weight.file), homes[i], verify);
+    if (weight.stored)
+      read_weight(weight, sources, homes[i], verify);
+    else if (homes[i] != nullptr || verify)
+      read_weight(weight, files.at(weight.file), homes[i], verify);
   });
 }
 

@@ -21,7 +21,7 @@ class Weights {
  public:
   // nodes: one for each of the manifest's. In RAM every node's weights are in a memory of its own, bound to
   // the machine's node and first touched by its threads, which also do the reading. verify: every tensor must
-  // have its XXH3. Throws Error.
+  // have its XXH3; those of sources that were touched must in any case. Throws Error.
   Weights(const std::filesystem::path& artifact, const Manifest& manifest, Residency residency, bool verify,
           const std::vector<NodePlace>& nodes);
 
@@ -36,8 +36,12 @@ class Weights {
   // False: the kernel refused to bind memory to a node.
   bool bound() const;
 
-  // Bytes that kRam needs for each node's weights.
-  static std::vector<std::uint64_t> ram_bytes(const Manifest& manifest);
+  // Bytes of memory for each node's weights: mapped are those that can be, the others are in RAM all the
+  // same.
+  static std::vector<std::uint64_t> ram_bytes(const Manifest& manifest, Residency residency);
+  // Throws Error(HETCOMP_OUT_OF_MEMORY) if what cannot be mapped and `others` need more than is available.
+  static void require_room_for_repacked(const Manifest& manifest, std::uint64_t others,
+                                        std::uint64_t available);
 
   // Whether all that was read of mapped weights is what the files have. Any thread may ask.
   bool good() const;

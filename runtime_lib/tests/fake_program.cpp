@@ -91,21 +91,28 @@ void run(Lane* lane, const hetcomp_step* s) {
   barrier(*lane);
 }
 
-constexpr hetcomp_adaptable kAdaptable[] = {{}, {1, kVocab, kWidth, 1, 4}};
+// More than it reads, for who wants to see others loaded.
+#ifndef FAKE_WEIGHTS
+#define FAKE_WEIGHTS 2
+#endif
+#ifndef FAKE_NODES
+#define FAKE_NODES 1
+#endif
+constexpr hetcomp_adaptable kAdaptable[FAKE_WEIGHTS] = {{}, {1, kVocab, kWidth, 1, 4}};
 
 constexpr hetcomp_program kProgram = {
     .abi = HETCOMP_PROGRAM_ABI,
     .isa_size = 0,
     .isa = FAKE_ISA,
     .plan_hash = kPlanHash,
-    .n_weights = 2,
+    .n_weights = FAKE_WEIGHTS,
     .n_states = 1,
     .arena_bytes = kMaxLogitRows * kWidth * 4,
     .max_tokens = kMaxTokens,
     .max_logit_rows = kMaxLogitRows,
     .vocab = kVocab,
     .n_timers = kTimers,
-    .n_nodes = 1,
+    .n_nodes = FAKE_NODES,
     .n_pinned = 0,
     .n_flags = 0,
     .adaptable = kAdaptable,

@@ -9,6 +9,8 @@
 
 #include "quantise/panel_task.h"
 #include "quantise/quantise.h"
+#include "quantise/repack_task.h"
+#include "quantise/row_encoding.h"
 
 namespace {
 
@@ -98,5 +100,105 @@ TEST_F(QuantiseRequest, IsRefusedIfItDoesNotFit) {
     r.rows = 15;
   }));
 }
+
+struct Taken {
+  int32_t encoding;
+  int32_t scale_type;
+  int32_t format;
+};
+constexpr Taken kTaken[] = {{HETCOMP_ROWS_Q8_0, HETCOMP_SCALES_NONE, HETCOMP_FORMAT_Q8},
+                            {HETCOMP_ROWS_Q5_0, HETCOMP_SCALES_NONE, HETCOMP_FORMAT_Q8},
+                            {HETCOMP_ROWS_Q4_0, HETCOMP_SCALES_NONE, HETCOMP_FORMAT_Q4},
+                            {HETCOMP_ROWS_MXFP4, HETCOMP_SCALES_NONE, HETCOMP_FORMAT_MXFP4},
+                            {HETCOMP_ROWS_Q4_K, HETCOMP_SCALES_NONE, HETCOMP_FORMAT_Q4K},
+                            {HETCOMP_ROWS_Q6_K, HETCOMP_SCALES_NONE, HETCOMP_FORMAT_Q6K},
+                            {HETCOMP_ROWS_NIBBLES, HETCOMP_SCALES_BF16, HETCOMP_FORMAT_Q4},
+                            {HETCOMP_ROWS_INT8, HETCOMP_SCALES_F16, HETCOMP_FORMAT_Q8},
+                            {HETCOMP_ROWS_CODES, HETCOMP_SCALES_E8M0, HETCOMP_FORMAT_FP8}};
+
+// Rows of random bytes of one of them.
+class Repacked : public ::testing::TestWithParam<Taken> {
+ protected:
+  static constexpr int64_t kRows = 13;
+  static constexpr int64_t kColumns = 512;
+  static constexpr int64_t kRowBytes = 544;  // of Q8_0, the longest
+
+  Repacked() : codes_(kRows * kRowBytes), scales_(kRows * kRowBytes) {
+    std::mt19937 random(3);
+    for (uint8_t& byte : codes_) byte = static_cast<uint8_t>(random() % 120);
+    for (uint8_t& byte : scales_) byte = static_cast<uint8_t>(random() % 120);
+    for (int64_t row = 0; row < kRows; ++row) {
+      code_rows_.push_back(codes_.data() + row * kRowBytes);
+      scale_rows_.push_back(scales_.data() + row * kRowBytes);
+    }
+  }
+
+  hetcomp_repack_request request(std::vector<uint8_t>& out) const {
+    const Taken& taken = GetParam();
+    out.resize(hetcomp::quantise::matrix_bytes(taken.format, kRows, kColumns, false));
+    const bool apart = taken.scale_type != HETCOMP_SCALES_NONE;
+    return {code_rows_.data(),
+            apart ? scale_rows_.data() : nullptr,
+            kRows,
+            kColumns,
+            apart ? 128 : 0,
+            out.data(),
+            static_cast<int64_t>(out.size()),
+            taken.encoding,
+            taken.scale_type,
+            taken.format,
+            0,
+            2};
+  }
+
+  std::vector<uint8_t> codes_, scales_;
+  std::vector<const uint8_t*> code_rows_, scale_rows_;
+};
+
+TEST_P(Repacked, BothInstructionSetsGiveTheSameBytes) {
+  if (!has_avx512()) GTEST_SKIP() << "this CPU has no AVX-512";
+  std::vector<uint8_t> narrow,
+      wide(hetcomp::quantise::matrix_bytes(GetParam().format, kRows, kColumns, false));
+  const hetcomp_repack_request r = request(narrow);
+  hetcomp::quantise::RepackTask task{r.rows,
+                                     r.scales,
+                                     kRows,
+                                     kColumns,
+                                     r.scale_columns,
+                                     r.out,
+                                     hetcomp::quantise::panel_size(r.format, kColumns),
+                                     r.encoding,
+                                     r.scale_type,
+                                     r.format};
+  hetcomp::quantise::avx2::repack_panel(task);
+  task.out = wide.data();
+  hetcomp::quantise::avx512::repack_panel(task);
+  EXPECT_EQ(narrow, wide);
+  EXPECT_EQ(hetcomp_repack(&r), HETCOMP_QUANTISE_OK);
+  EXPECT_EQ(narrow, wide);
+}
+
+TEST_P(Repacked, WhatDoesNotFitIsRefused) {
+  EXPECT_EQ(hetcomp_repack(nullptr), HETCOMP_QUANTISE_BAD_REQUEST);
+  std::vector<uint8_t> out;
+  const hetcomp_repack_request good = request(out);
+  const auto refused = [&](auto change) {
+    hetcomp_repack_request changed = good;
+    change(changed);
+    return hetcomp_repack(&changed) == HETCOMP_QUANTISE_BAD_REQUEST;
+  };
+  EXPECT_FALSE(refused([](auto&) {}));
+  EXPECT_TRUE(refused([](auto& r) { r.rows = nullptr; }));
+  EXPECT_TRUE(refused([](auto& r) { r.scales = r.scales ? nullptr : r.rows; }));
+  EXPECT_TRUE(refused([](auto& r) { r.row_count = 17; }));  // a second panel
+  EXPECT_TRUE(refused([](auto& r) { r.columns = 0; }));
+  EXPECT_TRUE(refused([](auto& r) { r.format = HETCOMP_FORMAT_BF16; }));
+  EXPECT_TRUE(refused([](auto& r) { r.encoding = 9; }));
+  EXPECT_TRUE(refused([](auto& r) { r.out_bytes -= 64; }));
+  EXPECT_TRUE(refused([](auto& r) { r.gate_up = 1; }));  // 13 rows
+  EXPECT_TRUE(refused([](auto& r) { r.threads = 0; }));
+}
+
+INSTANTIATE_TEST_SUITE_P(AllEncodings, Repacked, ::testing::ValuesIn(kTaken));
 
 }  // namespace

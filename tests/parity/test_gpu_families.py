@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,8 +68,9 @@ def compile_tiny(
     formats: str | Mapping[str, str] = "f32",
     max_batch: int = MAX_BATCH,
     nodes: int = 1,
+    **options: Any,
 ) -> Executable:
-    """The model in ``folder``/hf for CPUs with AVX2 and one GPU."""
+    """The model in ``folder``/hf for CPUs with AVX2 and one GPU. options: of compile."""
     plain = avx2_machine(nodes)
     slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
     machine = plain.model_copy(update={"gpus": (gpu(),), "nodes": slow})
@@ -82,6 +84,7 @@ def compile_tiny(
         out=folder / "tiny.hetc",
         isa=("avx2",),
         wishes=wishes,
+        **options,
     )
 
 

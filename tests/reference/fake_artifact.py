@@ -53,11 +53,12 @@ class FakeModel:
         return all_ids[len(ids) :]
 
 
-def build_program(folder: Path) -> Path:
-    """Compiles the fake program for the demo model's vocabulary."""
+def build_program(folder: Path, *definitions: str) -> Path:
+    """Compiles the fake program for the demo model's vocabulary. definitions: NAME=VALUE for the compiler."""
     target = folder / "fake_program.so"
     source = ROOT / "runtime_lib" / "tests" / "fake_program.cpp"
     command = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", f"-DFAKE_VOCAB={VOCAB}"]
+    command += [f"-D{definition}" for definition in definitions]
     include = f"-I{installed_runtime.include()}"
     subprocess.run([*command, include, str(source), "-o", str(target)], check=True)
     return target

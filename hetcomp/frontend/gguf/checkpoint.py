@@ -17,8 +17,10 @@ from hetcomp.frontend.gguf.blocks import QUANTISED, decode
 from hetcomp.frontend.gguf.model_files import ModelFiles
 from hetcomp.frontend.gguf.tensor_names import ARCHITECTURES, GATE_UP, KV_B, PERMUTED, stored_as
 from hetcomp.frontend.key_mapping import Parts
+from hetcomp.frontend.row_places import FLOATS, block_rows, number_rows
 from hetcomp.ir.plan import CheckpointTensor, Quantised, Value, WeightSource
 from hetcomp.quantised_numbers import QuantisedNumbers
+from hetcomp.stored_rows import StoredRows
 
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
 # Of parts: DeepSeek's key projection, transposed, and value projection, [heads, .., ..] each.
@@ -57,6 +59,8 @@ class GgufCheckpoint(BaseCheckpoint):
             else:
                 assert GATE_UP in parameter
                 parts[parameter] = _pairs(tensors, names, str(files.path))
+        self._files = {name: number for number, name in enumerate(sorted({t.file for t in tensors.values()}))}
+        self._paths = tuple((self._folder / name).absolute() for name in self._files)
         super().__init__(str(files.path), tensors, parts, aliases)
 
     @property
@@ -81,8 +85,22 @@ class GgufCheckpoint(BaseCheckpoint):
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic] | QuantisedNumbers:
         raw = self._raw(tensor, row)
         numbers = raw if tensor.quantised is None else decode(tensor.dtype, raw)
-        heads = next((n for end, n in self._heads.items() if f".{end}." in tensor.name), 0)
+        heads = self._heads_of(tensor)
         return _in_halves(numbers, heads) if heads else numbers
+
+    def _heads_of(self, tensor: CheckpointTensor) -> int:
+        """Of a tensor whose rows llama.cpp has in another order; 0 of others."""
+        return next((n for end, n in self._heads.items() if f".{end}." in tensor.name), 0)
+
+    def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
+        number, heads = self._files[tensor.file], self._heads_of(tensor)
+        if tensor.quantised is not None:
+            rows = block_rows(tensor, tensor.dtype, number, self._paths)
+        elif tensor.dtype in FLOATS:
+            rows = number_rows(tensor, number, self._paths, by_number)
+        else:
+            return f"{tensor.dtype} is converted"
+        return replace(rows, places=_in_halves(rows.places, heads)) if heads else rows
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[Any]:
         kind = BY_NAME[tensor.dtype]

@@ -57,8 +57,9 @@ typedef struct hetcomp_generation hetcomp_generation;
 
 typedef enum hetcomp_weights {
   HETCOMP_WEIGHTS_AUTO = 0, /* RAM if weights and KV cache fit into 80 % of the available memory, else MMAP */
-  HETCOMP_WEIGHTS_MMAP = 1, /* map the files: starts at once when cached, 4 KB pages */
-  HETCOMP_WEIGHTS_RAM = 2   /* read into memory with 2 MB pages: about a fifth more bandwidth */
+  /* map the files: starts at once when cached, 4 KB pages; what is repacked from other files is in memory */
+  HETCOMP_WEIGHTS_MMAP = 1,
+  HETCOMP_WEIGHTS_RAM = 2 /* read into memory with 2 MB pages: about a fifth more bandwidth */
 } hetcomp_weights;
 
 typedef struct hetcomp_load_options {

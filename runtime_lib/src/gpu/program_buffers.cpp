@@ -2,6 +2,9 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
+#include <thread>
+
 #include "../file.h"
 #include "../mapped_file.h"
 #include "../status.h"
@@ -89,9 +92,14 @@ void ProgramBuffers::place_step(const GpuProgramRecord& program, DeviceBudget& b
 void ProgramBuffers::load(const std::filesystem::path& artifact, const GpuProgramRecord& program,
                           CUstream stream, bool verify) {
   std::map<std::string, SourceFile> files;
+  const SourceFiles sources(program.sources);
   try {
     for (std::size_t i = 0; i < program.buffers.size(); ++i) {
       for (const BufferSource& source : program.buffers[i].sources) {
+        if (source.stored) {
+          load_stored(source, program.buffers[i].name, addresses_[i] + source.to, sources, stream, verify);
+          continue;
+        }
         auto found = files.find(source.file);
         if (found == files.end()) found = files.emplace(source.file, SourceFile(artifact, source.file)).first;
         const std::uint8_t* data = found->second.piece(source, program.buffers[i].name, verify);
@@ -104,6 +112,16 @@ void ProgramBuffers::load(const std::filesystem::path& artifact, const GpuProgra
     driver_.stream_synchronize.raw(stream);  // the files must stay mapped until the last byte has left them
     throw;
   }
+}
+
+void ProgramBuffers::load_stored(const BufferSource& source, const std::string& buffer, CUdeviceptr to,
+                                 const SourceFiles& sources, CUstream stream, bool verify) {
+  const StoredReader reader(*source.stored, sources);
+  std::vector<std::uint8_t> weight(source.bytes);
+  const auto threads = static_cast<std::int32_t>(std::max(1U, std::thread::hardware_concurrency()));
+  read_stored(reader, "A weight of the buffer " + buffer, weight, verify, source.xxh3_64, threads);
+  driver_.copy_to_device(to, weight.data(), weight.size(), stream);
+  driver_.stream_synchronize(stream);  // before its memory goes
 }
 
 void ProgramBuffers::send_step(CUstream stream) const {

@@ -42,6 +42,8 @@ class ProgramBuffers {
   void place_step(const GpuProgramRecord& program, DeviceBudget& budget, CUstream stream);
   void load(const std::filesystem::path& artifact, const GpuProgramRecord& program, CUstream stream,
             bool verify);
+  void load_stored(const BufferSource& source, const std::string& buffer, CUdeviceptr to,
+                   const SourceFiles& sources, CUstream stream, bool verify);
 
   const CudaDriver& driver_;
   std::vector<DeviceMemory> memories_;

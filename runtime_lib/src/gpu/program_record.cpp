@@ -34,13 +34,19 @@ BufferKind buffer_kind(const CheckedJson& node) {
   return found->second;
 }
 
-std::vector<BufferSource> buffer_sources(const CheckedJson& node, const BufferRecord& buffer) {
+std::vector<BufferSource> buffer_sources(const CheckedJson& node, const BufferRecord& buffer,
+                                         const std::vector<SourceRecord>& files) {
   std::vector<BufferSource> sources;
   std::uint64_t end = 0;
   for (const CheckedJson& entry : node.elements()) {
-    BufferSource source{entry["file"].inner_path(), entry["offset"].number(0, GpuProgramRecord::kMostBytes),
-                        entry["bytes"].number(1, buffer.bytes), entry["to"].number(end, buffer.bytes),
+    BufferSource source{"", 0, entry["bytes"].number(1, buffer.bytes), entry["to"].number(end, buffer.bytes),
                         entry["xxh3_64"].hash_value()};
+    if (entry.has("stored")) {
+      source.stored = StoredWeight::parse(entry["stored"], source.bytes, files);
+    } else {
+      source.file = entry["file"].inner_path();
+      source.offset = entry["offset"].number(0, GpuProgramRecord::kMostBytes);
+    }
     if (source.bytes > buffer.bytes - source.to)
       entry.refuse("inside the buffer (" + std::to_string(buffer.bytes) + " bytes)");
     end = source.to + source.bytes;
@@ -67,7 +73,7 @@ CacheRecord cache_record(const CheckedJson& node, std::uint64_t bytes) {
   return cache;
 }
 
-BufferRecord buffer_record(const CheckedJson& node) {
+BufferRecord buffer_record(const CheckedJson& node, const std::vector<SourceRecord>& files) {
   BufferRecord buffer{node["name"].text(),
                       node["bytes"].number(1, GpuProgramRecord::kMostBytes),
                       buffer_kind(node["kind"]),
@@ -78,7 +84,7 @@ BufferRecord buffer_record(const CheckedJson& node) {
     buffer.cache = cache_record(node["cache"], buffer.bytes);
   }
   const bool from_files = buffer.kind == BufferKind::kWeight || buffer.kind == BufferKind::kConstant;
-  if (from_files) buffer.sources = buffer_sources(node["sources"], buffer);
+  if (from_files) buffer.sources = buffer_sources(node["sources"], buffer, files);
   if (!from_files && node.has("sources"))
     node["sources"].refuse("absent: only weights and constants have them");
   return buffer;
@@ -239,10 +245,11 @@ GpuProgramRecord GpuProgramRecord::parse(std::string_view text, const std::strin
   if (!device_number(program.device)) root["device"].refuse("gpu:N");
   program.device_bytes = root["device_bytes"].number(0, GpuProgramRecord::kMostBytes);
   program.flags = static_cast<std::uint32_t>(root["flags"].number(0, kMostFlags));
+  program.sources = SourceRecord::parse(root);
   BufferIndex index;
   bool has_cache = false;
   for (const CheckedJson& node : root["buffers"].elements()) {
-    program.buffers.push_back(buffer_record(node));
+    program.buffers.push_back(buffer_record(node, program.sources));
     if (program.buffers.back().cache && std::exchange(has_cache, true))
       node["cache"].refuse("of one buffer alone");
     if (!index.emplace(program.buffers.back().name, program.buffers.size() - 1).second)

@@ -11,6 +11,7 @@
 #include <variant>
 #include <vector>
 
+#include "../stored_weight.h"
 #include "adapter_record.h"
 #include "expert_cache_record.h"
 #include "kernel_table.h"
@@ -35,13 +36,14 @@ inline bool is_pinned(BufferKind kind) {
   return kind == BufferKind::kPinnedIn || kind == BufferKind::kPinnedOut;
 }
 
-// A piece of a file that fills a piece of a buffer.
+// A piece of a file, or a weight made of rows of sources, that fills a piece of a buffer.
 struct BufferSource {
-  std::string file;  // relative to the artifact
+  std::string file;  // relative to the artifact; empty: see stored
   std::uint64_t offset;
   std::uint64_t bytes;
   std::uint64_t to;  // offset in the buffer
   std::uint64_t xxh3_64;
+  std::optional<StoredWeight> stored{};
 };
 
 // How a buffer holds the KV cache: blocks of positions, slot_bytes of them a slot, and one block behind the
@@ -116,9 +118,10 @@ struct GpuProgramRecord {
   static GpuProgramRecord parse(std::string_view json, const std::string& where,
                                 const KernelsByName& kernels);
 
-  std::string device;          // the plan's name of the GPU: "gpu:0"
-  std::uint64_t device_bytes;  // the plan's figure: device memory of all buffers and scratch
-  std::uint32_t flags;         // hand-overs of a step, those of other GPUs included
+  std::string device;                 // the plan's name of the GPU: "gpu:0"
+  std::uint64_t device_bytes;         // the plan's figure: device memory of all buffers and scratch
+  std::uint32_t flags;                // hand-overs of a step, those of other GPUs included
+  std::vector<SourceRecord> sources;  // files outside of the artifact that weights are taken from
   std::vector<BufferRecord> buffers;
   std::optional<StreamRecord> stream;
   std::optional<WeightStreamRecord> weight_stream;

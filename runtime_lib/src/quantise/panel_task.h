@@ -16,10 +16,13 @@ constexpr int64_t kAlignment = 64;
 // groups.
 constexpr int64_t group_elements(int32_t format) {
   if (format == HETCOMP_FORMAT_Q8) return kGroup * kPanelRows;
-  return format == HETCOMP_FORMAT_Q4 || format == HETCOMP_FORMAT_MXFP4 ? kGroup * kPanelRows / 2 : 0;
+  return format == HETCOMP_FORMAT_Q4 || format == HETCOMP_FORMAT_MXFP4 || format == HETCOMP_FORMAT_Q4Z
+             ? kGroup * kPanelRows / 2
+             : 0;
 }
 constexpr int64_t group_scales(int32_t format) {
   if (format == HETCOMP_FORMAT_MXFP4) return kPanelRows;
+  if (format == HETCOMP_FORMAT_Q4Z) return 3 * kPanelRows;  // a byte of them the zero point
   return group_elements(format) ? 2 * kPanelRows : 0;
 }
 
