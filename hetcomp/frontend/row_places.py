@@ -57,7 +57,7 @@ def coded_rows(
     bits = 8 if stored.kind.startswith("mxfp4") else stored.bits
     encoding = _ROWS.get((stored.kind, bits))
     if encoding is None or not stored.symmetric:
-        return f"zero points are taken off the codes of {quantised.label}"
+        return f"zero points lie apart from the codes of {quantised.label}"
     if stored.act_order:
         return f"columns of {quantised.label} are in another order"
     codes, scales = parts["codes"], parts["scales"]

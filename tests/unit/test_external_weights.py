@@ -33,7 +33,9 @@ WIDE = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_e
 
 
 def q4_k_m(name: str) -> Type:
-    """As llama.cpp mixes types, and Q5_0."""
+    """As llama.cpp mixes types, and Q5_0 and Q5_K."""
+    if "attn_output" in name:
+        return Type.Q5_K
     if "ffn_down" in name or "attn_v" in name:
         return Type.Q6_K if "blk.0" in name else Type.Q5_0
     return Type.Q8_0 if "token_embd" in name else Type.Q4_K
@@ -65,7 +67,7 @@ CASES: dict[str, tuple[Make, dict[str, Any], set[str], set[str]]] = {
         {"q8"},
         set(),
     ),
-    "Q4_K_M over nodes": (gguf_file("qwen3_moe", q4_k_m, **WIDE), {"nodes": 2}, {"q4k", "q6k", "q8"}, set()),
+    "Q4_K_M over nodes": (gguf_file("qwen3_moe", q4_k_m, **WIDE), {"nodes": 2}, {"q4k", "q5k", "q6k", "q8"}, set()),
     "MXFP4 over nodes, biases": (gguf_file("gpt_oss", Type.MXFP4), {"nodes": 2}, {"mxfp4"}, {"zeros"}),
     "F16 as f32": (gguf_file("deepseek_v3", Type.F16), {"formats": "f32"}, set(), set()),
     "BF16, interleaved gate and up": (gguf_file("gpt_oss", Type.BF16), {"formats": "bf16"}, {"bf16"}, set()),
@@ -98,8 +100,8 @@ CASES: dict[str, tuple[Make, dict[str, Any], set[str], set[str]]] = {
     "AWQ": (
         quantised("llama", AWQ, quantised_checkpoints.awq(), intermediate_size=96),
         {},
-        {"q8"},
-        {"zero points are taken off the codes of AWQ int4, groups of 32, zero points"},
+        {"q4z"},
+        {"zero points lie apart from the codes of AWQ int4, groups of 32, zero points"},
     ),
 }
 
