@@ -19,7 +19,7 @@ import hetcomp
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import AdapterRoom, ExpertStream
 from hetcomp.ir.plan import Plan
-from hetcomp.passes import pipeline, stream_experts
+from hetcomp.passes import pipeline, placement_groups, stream_experts, stream_weights
 from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_adapters import TENSORS, logits_of
@@ -35,7 +35,11 @@ from tests.reference.tiny_models import build, save_tiny, token_ids
 BATCH, LAYERS = 3, 2
 ROOM = AdapterRoom(2, 8)
 TOKENS = 9
-_PINS = {**PINS, "two gpus": ("*@0=gpu:0", "*@1=gpu:1", "moe.experts@1=cpu")}
+_PINS = {
+    **PINS,
+    "two gpus": ("*@0=gpu:0", "*@1=gpu:1", "moe.experts@1=cpu"),
+    "linears on the cpu": ("*=gpu:0", "attn.q=cpu", "attn.o=cpu"),
+}
 EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
@@ -277,3 +281,30 @@ def test_without_room_for_what_a_gpu_computes(tmp_path):
         assert relative_error(model.decoded("experts"), model.wanted["experts"][3:]) < TOLERANCE
         model.exe(model.ids)
         assert model.exe.stats["gpu"]["streamed"]["experts_copied"] > 0
+
+
+@pytest.fixture
+def linears_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placed apart from what makes their input, which such small ones are not."""
+    for module in (placement_groups, stream_weights):
+        monkeypatch.setattr(module, "SMALL_BYTES", 512)
+
+
+def test_linears_that_are_streamed_in_prompts_of_the_base_alone(tmp_path: Path, linears_by_themselves: None):
+    adapters = {"whole": everything("qwen3_moe"), "out": {"target_modules": ["o_proj"], "r": 4}}
+    with compiled(tmp_path, "linears on the cpu", adapters=adapters) as model:
+        assert model.exe.plan.weight_stream is not None
+        for name in adapters:  # one of both sides, one of the CPU alone
+            check(model, name)
+            streamed = model.exe.stats["gpu"]["streamed_weight_bytes"]
+            model.exe(model.ids, adapter=name)
+            assert model.exe.stats["gpu"]["streamed_weight_bytes"] == streamed > 0
+        model.exe(model.ids)
+        assert model.exe.stats["gpu"]["streamed_weight_bytes"] == streamed + model.exe.plan.weight_stream.bytes
+
+
+def test_without_room_linears_that_are_streamed_cannot_be_changed(tmp_path: Path, linears_by_themselves: None):
+    adapters = {"out": {"target_modules": ["o_proj"], "r": 4}}
+    with compiled(tmp_path, "linears on the cpu", room=None, adapters=adapters) as model:
+        with pytest.raises(HetcompError, match=r"o_proj.*without room for adapters there"):
+            model.exe.load_adapter(model.folder / "out")
