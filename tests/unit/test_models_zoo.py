@@ -69,7 +69,7 @@ def test_what_the_zoo_calls_unsupported_is_refused_with_its_reason_and_does_fail
         plan_model(name, hw_profile="preset:2x8480", formats="q4")
     # The same config under another name is traced for real, and fails: the reason is still true.
     shutil.copy(models_zoo.find(name) / "config.json", tmp_path / "config.json")
-    with pytest.raises(HetcompError, match="cannot trace|keeps the state of a convolution or recurrence"):
+    with pytest.raises(HetcompError, match=r"cannot trace|keeps the state of a convolution or recurrence"):
         plan_model(tmp_path, hw_profile="preset:2x8480", formats="q4")
 
 
