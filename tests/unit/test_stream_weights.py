@@ -40,9 +40,9 @@ def machine(gpus: int, gb_per_s: float = 0.5) -> HardwareProfile:
     return plain.model_copy(update={"gpus": (gpu(),) * gpus, "nodes": nodes})
 
 
-def planned(pins: tuple[str, ...], gpus: int = 1, gb_per_s: float = 0.5, **wishes: object) -> Planned:
-    made = PlanWishes(pins=pins, **wishes)  # type: ignore[arg-type]
-    return plan_model("demo-moe", hw_profile=machine(gpus, gb_per_s), context_length=600, formats="q8", wishes=made)
+def planned(pins: tuple[str, ...], gpus: int = 1, gb_per_s: float = 0.5, room: AdapterRoom | None = None) -> Planned:
+    wishes = PlanWishes(pins=pins, adapter_room=room)
+    return plan_model("demo-moe", hw_profile=machine(gpus, gb_per_s), context_length=600, formats="q8", wishes=wishes)
 
 
 def random_pins(seed: int, gpus: int) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def test_what_the_cpu_must_see_stays():
 
 def test_adapters_of_such_weights_are_the_cpus():
     pins = ("*=gpu:0", "attn.o=cpu")
-    plan = planned(pins, adapter_room=AdapterRoom(2, 8)).plan
+    plan = planned(pins, room=AdapterRoom(2, 8)).plan
     names = streamed_to(plan, "gpu:0")
     assert len(names) == plan.model.layers and all("o_proj" in (plan.value_map()[n].fqn or "") for n in names)
     layout = PairLayout.of(plan, "gpu:0")

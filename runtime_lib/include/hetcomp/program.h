@@ -29,7 +29,8 @@ typedef struct hetcomp_hand_over {
   void (*answer)(void* host, uint32_t flag);
   // Null, or by flag, once it was waited for: 1 where there is nothing to compute, only to answer.
   const uint8_t* skip;
-  // 1: the program leaves out what the plan gives to a GPU where weights are copied to it, hand-overs included.
+  // 1: the program leaves out what the plan gives to a GPU where weights are copied to it, hand-overs
+  // included.
   int32_t streams_weights;
   uint32_t given_up;  // first flag at which the step was given up, UINT32_MAX: none; thread 0 alone writes it
 } hetcomp_hand_over;
