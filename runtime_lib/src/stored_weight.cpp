@@ -239,7 +239,7 @@ StoredWeight StoredWeight::parse(const CheckedJson& node, std::uint64_t bytes,
   const auto each = static_cast<std::uint64_t>(
       weight.row_major ? q::aligned(4 * rows)
                        : q::matrix_bytes(weight.format, rows, columns, weight.gate_up));
-  if (each > kMostBytes || weight.matrices.size() != bytes / each || bytes % each != 0)
+  if (each == 0 || each > kMostBytes || weight.matrices.size() != bytes / each || bytes % each != 0)
     node.refuse("a weight of " + std::to_string(bytes) + " bytes");
   return weight;
 }
@@ -258,7 +258,8 @@ StoredReader::StoredReader(const StoredWeight& weight, const SourceFiles& files)
   unit_bytes_ = weight.row_major ? kLine * sizeof(float)
                                  : static_cast<std::uint64_t>(q::panel_size(weight.format, columns).panel);
   units_ = (weight.rows / halves_ + unit_rows_ - 1) / unit_rows_;
-  units_per_piece_ = std::clamp<std::uint64_t>(kPiece / (halves_ * unit_bytes_), 1, units_);
+  units_per_piece_ =
+      std::clamp<std::uint64_t>(kPiece / std::max<std::uint64_t>(1, halves_ * unit_bytes_), 1, units_);
   pieces_per_matrix_ = static_cast<std::size_t>((units_ + units_per_piece_ - 1) / units_per_piece_);
 }
 
