@@ -35,13 +35,12 @@ from hetcomp.backends.select_kernels import select_kernels
 from hetcomp.backends.tvm import support_source
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.gguf.tokenizer import write_tokenizer
-from hetcomp.ir.homes import CPU, on_gpu
+from hetcomp.ir.homes import CPU, number, on_gpu
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value
 from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import to_json
 from hetcomp.passes.memory_table import gpu_limit
-from hetcomp.passes.placement_assignment import number
 from hetcomp.planned import Planned
 from hetcomp.progress import ProgressSink
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import CacheSlots, ExpertCache, Placement
 from hetcomp.ir.deferral import moe_layers
+from hetcomp.ir.homes import number
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template
 from hetcomp.passes.context import Context
@@ -81,7 +82,7 @@ def cache_experts(plan: Plan, context: Context) -> Plan:
     made = replace(plan, expert_cache=ExpertCache(policy, gpus, first))
     us = _LINK_SHARE * sliced_step_us(made, context, "decode")
     gpus = tuple(
-        replace(on, bytes_per_step=int(us * link_gb_per_s(context.profile.gpus[_number(on.gpu)]) * 1e3)) for on in gpus
+        replace(on, bytes_per_step=int(us * link_gb_per_s(context.profile.gpus[number(on.gpu)]) * 1e3)) for on in gpus
     )
     cache = ExpertCache(policy, gpus, first)
     return replace(plan, expert_cache=cache, notes=(*plan.notes, _note(cache, found, context)))
@@ -115,16 +116,11 @@ def _cached(plan: Plan, context: Context) -> list[_Cached]:
 
 def _room(plan: Plan, context: Context, gpu: str) -> int:
     """Bytes of the GPU that nothing else takes."""
-    whole = rooms_of_gpus(context)[_number(gpu)]
+    whole = rooms_of_gpus(context)[number(gpu)]
     streams = stream_bytes(plan, context, whole)
     if plan.stream is not None:  # fewer where another GPU has less room
         streams = 2 * plan.stream.slots * largest_expert(plan, context)
     return whole - streams - taken_on(plan, context, gpu)
-
-
-def _number(gpu: str) -> int:
-    """1 of ``gpu:1``."""
-    return int(gpu.partition(":")[2])
 
 
 def _hottest(shares: Sequence[float], slots: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import ExpertPlacement, Placement
 from hetcomp.ir.deferral import deferred_role, experts_on_cpu
+from hetcomp.ir.homes import number
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.adapter_time import expert_launches_us, gpu_op_us
 from hetcomp.passes.context import Context
@@ -397,4 +398,4 @@ class StepTasks:
         return self._works[key]
 
     def _gpu(self, device: str) -> Gpu:
-        return self.profile.gpus[int(device.partition(":")[2])]
+        return self.profile.gpus[number(device)]

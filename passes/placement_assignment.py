@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from hetcomp.ir.homes import number
 from hetcomp.passes.placement_groups import SMALL_BYTES
 from hetcomp.passes.placement_problem import ExpertSet, Problem
 
@@ -19,11 +20,6 @@ class Assignment:
     groups: tuple[str, ...]
     streamed: frozenset[int]
     experts: tuple[tuple[dict[str, int], ...], ...]
-
-
-def number(device: str) -> int:
-    """1 of ``gpu:1``."""
-    return int(device.partition(":")[2])
 
 
 def gpu_of(option: str, streams: bool) -> str | None:

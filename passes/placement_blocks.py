@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from hetcomp.passes.placement_assignment import Assignment, assignment_us, number
+from hetcomp.ir.homes import number
+from hetcomp.passes.placement_assignment import Assignment, assignment_us
 from hetcomp.passes.placement_problem import Edge, ExpertClass, ExpertSet, Group, Problem, Times
 
 # Devices of groups to choose (groups x GPUs) above which layers are joined. Qwen3-30B-A3B has 292 groups, DeepSeek-V3

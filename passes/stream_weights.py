@@ -16,7 +16,7 @@ import networkx as nx
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import WeightStream
 from hetcomp.ir.flat_ops import FlatOp, flat_ops
-from hetcomp.ir.homes import CPU, memory_of, read_in
+from hetcomp.ir.homes import CPU, memory_of, number, read_in
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 from hetcomp.ir.step_rows import decode_rows, prompt_rows
@@ -49,7 +49,7 @@ def stream_weights(plan: Plan, context: Context) -> Plan:
     gpus = tuple(sorted(set(moved.ops.values())))
     rooms = rooms_of_gpus(context)
     for gpu in gpus:
-        room = rooms[_number(gpu)]
+        room = rooms[number(gpu)]
         free = room - taken_on(plan, context, gpu) - sum(stream_reserves(plan, context, [room]))
         if moved.ring > min(room // _RING_PART, free):
             return plan
@@ -74,7 +74,8 @@ def ring_reserves(plan: Plan, context: Context, rooms: Sequence[int], streams: S
     if context.planning:
         return [0] * len(rooms)
     largest = max((size for t in plan.templates for size in _grouped(t, t.ops, context).values()), default=0)
-    fixed = [v for v in plan.values if v.kind in _STORED and v.id not in _not_dense(plan)]
+    others = _not_dense(plan)
+    fixed = [v for v in plan.values if v.kind in _STORED and v.id not in others]
     pool = KvPool.of(plan.max_dims())
     needed = sum(context.target.packed_bytes(v) for v in fixed)
     needed += sum(pool.gpu_bytes(v.type) for v in plan.values if v.kind is ValueKind.STATE)
@@ -223,7 +224,7 @@ def _readers(flat: Sequence[FlatOp]) -> Mapping[str, Sequence[int]]:
 def _least_tokens(plan: Plan, context: Context, moved: _Moved) -> int | None:
     """Of the smallest step that gains, by the graphs that there are: from so many tokens on its mean one does. None:
     none does."""
-    slowest = min(link_gb_per_s(context.profile.gpus[_number(gpu)]) for gpu in moved.ops.values())
+    slowest = min(link_gb_per_s(context.profile.gpus[number(gpu)]) for gpu in moved.ops.values())
     copies_us = moved.bytes / slowest / 1e3
     below = max(decode_rows(plan), default=0)
     for bound in prompt_rows(plan):
@@ -247,11 +248,6 @@ def _cpu_us(plan: Plan, context: Context, moved: _Moved, tokens: int) -> float:
             times[key] = cpu_time(op, work, step, context.profile, context.isa, 0.0).us
         total += times[key]
     return total
-
-
-def _number(gpu: str) -> int:
-    """1 of ``gpu:1``."""
-    return int(gpu.partition(":")[2])
 
 
 def _aligned(size: int) -> int:

@@ -17,6 +17,11 @@ def memory_of(device: str) -> str:
     return CPU if device.startswith("cpu:") else device
 
 
+def number(device: str) -> int:
+    """1 of ``gpu:1``."""
+    return int(device.partition(":")[2])
+
+
 def read_in(plan: Plan) -> dict[str, set[str]]:
     """By id of the plan's value: the memories (``cpu``, ``gpu:0``) in which ops read it whole; of weights that are cut
     those are other values (``cut_weights``, ``gpu_cut_weights``)."""

@@ -19,13 +19,13 @@ namespace {
 
 namespace q = quantise;
 
-// RowRuns and columns of a matrix, and bytes of a weight: beyond any model, and products stay in range.
+// Rows and columns of a matrix, and bytes of a weight: beyond any model, and products stay in range.
 constexpr std::uint64_t kMostRows = 1U << 28;
 constexpr std::uint64_t kMostBytes = 1ULL << 46;
 constexpr std::uint64_t kMostMatrices = 1U << 20;
 // Large enough for the disk, small enough to be hashed while it is in the cache.
 constexpr std::uint64_t kPiece = 1U << 20;
-// RowRuns apart by at most so many times their size are read together with what lies between them.
+// Rows apart by at most so many times their size are read together with what lies between them.
 constexpr std::uint64_t kReadBetween = 4;
 constexpr std::uint64_t kWord = 4;   // bytes of codes that GPTQ has side by side
 constexpr std::uint64_t kLine = 16;  // f32 numbers in 64 bytes

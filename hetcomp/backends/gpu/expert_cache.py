@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.expert_stream import StreamedLayer, StreamLayout
+from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import CacheSlots
 from hetcomp.ir.plan import Plan, Value
@@ -80,7 +81,7 @@ class CacheLayout:
             operands = _operands(layer, planned.slots, sizes)
             layers.append(CachedLayer(layer, row, operands, first[layer.hand_over]))
         most = max(layer.experts for layer in stream.layers)
-        return CacheLayout(cache.policy, planned, tuple(layers), _aligned(4 * most, 64), tuple(sizes.items()))
+        return CacheLayout(cache.policy, planned, tuple(layers), aligned(4 * most, 64), tuple(sizes.items()))
 
 
 def _operands(layer: StreamedLayer, slots: int, sizes: dict[str, int]) -> tuple[CachedOperand, ...]:
@@ -88,12 +89,8 @@ def _operands(layer: StreamedLayer, slots: int, sizes: dict[str, int]) -> tuple[
     for streamed in layer.operands:
         buffer = f"cache_{streamed.operand}_{streamed.bytes}"
         offset = sizes.get(buffer, 0)
-        sizes[buffer] = offset + _aligned(slots * streamed.bytes, _ALIGNMENT)
+        sizes[buffer] = offset + aligned(slots * streamed.bytes, _ALIGNMENT)
         rows = replace(streamed.slots.type, shape=(slots, *streamed.slots.type.shape[1:]))
         value = replace(streamed.slots, id=f"{buffer} {offset}", type=rows)
         found.append(CachedOperand(streamed.operand, buffer, offset, value))
     return tuple(found)
-
-
-def _aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment

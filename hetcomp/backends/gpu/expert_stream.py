@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
+from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.ir.annotations import Placement
 from hetcomp.ir.deferral import experts_on_cpu
 from hetcomp.ir.hand_overs import HandOver
@@ -130,8 +131,8 @@ class StreamLayout:
             flag, row = flag + waves, row + waves + 1
         if not layers:
             return None
-        part = _aligned(4 * max(layer.experts for layer in layers), _WORD)
-        row_bytes = _aligned(part + 2 * _WORD, 64)
+        part = aligned(4 * max(layer.experts for layer in layers), _WORD)
+        row_bytes = aligned(part + 2 * _WORD, 64)
         slots, buffers = plan.stream.ring, tuple(sizes.items())
         return StreamLayout(slots, plan.stream.slots, first_flag, tuple(layers), row_bytes, part, part + _WORD, buffers)
 
@@ -171,7 +172,3 @@ def _expert_bytes(weight: Value, experts: int) -> int:
     if len(weight.type.shape) == 3:
         return packing.packed_bytes(weight) // experts
     return weight.type.bytes({}) // experts
-
-
-def _aligned(size: int, alignment: int) -> int:
-    return -(-size // alignment) * alignment

@@ -22,9 +22,10 @@ from hetcomp.backends.gpu.prompt_ops import PromptOps, prompt_ops
 from hetcomp.backends.gpu.step_events import step_events
 from hetcomp.backends.gpu.step_graph import Place, Rows, StepGraph
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
+from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.backends.gpu.weight_stream import RING, WeightRing
 from hetcomp.ir.flat_ops import FlatOp, flat_ops
-from hetcomp.ir.homes import on_gpu, read_in
+from hetcomp.ir.homes import number, on_gpu, read_in
 from hetcomp.ir.kv_pool import GpuCacheMemory, KvPool, block_bytes
 from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value, ValueKind
@@ -83,7 +84,7 @@ class GpuProgram:
     @property
     def number(self) -> int:
         """1 of ``gpu:1``."""
-        return int(self.device.partition(":")[2])
+        return number(self.device)
 
     @property
     def kernels(self) -> tuple[GpuKernel, ...]:
@@ -95,8 +96,10 @@ class GpuProgram:
         scratch: dict[str, int] = defaultdict(int)  # a block
         for made in compiled:
             scratch[made.kernel.name] = max(scratch[made.kernel.name], made.global_scratch_bytes)
-        size = sum(_aligned(b.bytes) for b in self.buffers() if b.kind not in ("state", "pinned_in", "pinned_out"))
-        size += _aligned(self.cache.bytes)
+        size = sum(
+            aligned(b.bytes, _ALIGNMENT) for b in self.buffers() if b.kind not in ("state", "pinned_in", "pinned_out")
+        )
+        size += aligned(self.cache.bytes, _ALIGNMENT)
         for graph in self.graphs:
             each = [math.prod(node["grid"]) * scratch[node["kernel"]] for node in graph.nodes if "kernel" in node]
             size += max(each, default=0)  # nodes run one after the other
@@ -246,7 +249,7 @@ def _in_a_row(buffer: str, values: Sequence[Value]) -> dict[str, Place]:
     places, end = {}, 0
     for value in values:
         places[value.id] = Place(buffer, end)
-        end = _aligned(end + packing.packed_bytes(value))
+        end = aligned(end + packing.packed_bytes(value), _ALIGNMENT)
     return places
 
 
@@ -257,7 +260,3 @@ def _in_block(states: Sequence[Value]) -> tuple[dict[str, Place], int]:
         places[state.id] = Place(STATES, end)
         end += block_bytes(state.type)
     return places, end
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -8,6 +8,6 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def aligned(size: int) -> int:
-    """Bytes rounded up to a multiple of 64."""
-    return -(-size // 64) * 64
+def aligned(size: int, alignment: int = 64) -> int:
+    """Bytes rounded up to a multiple of ``alignment``."""
+    return -(-size // alignment) * alignment

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.errors import HetcompError
 
 RING = "weight_ring"
@@ -60,7 +61,7 @@ class Wanted:
     @property
     def bytes(self) -> int:
         """In the ring."""
-        return sum(_aligned(size) for _, size in self.weights.values())
+        return sum(aligned(size, _ALIGNMENT) for _, size in self.weights.values())
 
 
 def portions_of(wanted: Sequence[Wanted], ring: int, first_flag: int) -> tuple[Portion, ...]:
@@ -101,8 +102,4 @@ def _arrivals(users: Sequence[Wanted], at: int) -> Iterator[Arrival]:
     for user in users:
         for value, (weight, size) in user.weights.items():
             yield Arrival(value, weight, size, at)
-            at += _aligned(size)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
+            at += aligned(size, _ALIGNMENT)

@@ -27,6 +27,7 @@ void WeightStream::attach(std::span<const std::span<const std::uint8_t>> weights
 }
 
 void WeightStream::begin(const GraphRecord& graph) {
+  if (graph.portions.empty()) return;
   running_ = &graph;
   const HandShake& hand_shake = shared_.hand_shake();
   for (const WeightPortion& portion : graph.portions) {

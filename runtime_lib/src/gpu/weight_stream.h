@@ -34,7 +34,7 @@ class WeightStream {
   // so far. Throws Error: a graph wants more of a weight than there is.
   void attach(std::span<const std::span<const std::uint8_t>> weights, std::function<bool()> good);
 
-  // Before a graph that streams weights is launched.
+  // Before a graph is launched, which may stream weights or none.
   void begin(const GraphRecord& graph);
   // When the GPU is at rest, or was given up: when all copies are over. False: some of them failed.
   bool end() noexcept;
