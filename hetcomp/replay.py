@@ -114,7 +114,8 @@ def _can_be_generated(path: Path, plan: Plan, context: Context) -> None:
             raise HetcompError(
                 f"{path}: values.{value.id} has format {value.format}; there are kernels for {', '.join(FORMATS)}."
             )
-        if value.kind is ValueKind.STATE and value.type.dtype not in KV_FORMATS:
+        cache = value.kind is ValueKind.STATE and value.type.is_cache
+        if cache and value.type.dtype not in KV_FORMATS:
             raise HetcompError(
                 f"{path}: values.{value.id} is a KV cache in {value.type.dtype}; there are kernels for "
                 f"{', '.join(KV_FORMATS)}."

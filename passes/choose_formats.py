@@ -110,7 +110,7 @@ def _apply(plan: Plan, chosen: dict[str, tuple[str, str]], kv: DType) -> Plan:
         if key in chosen:
             form, layout = chosen[key]
             return replace(value, format=form, type=replace(value.type, layout=layout))
-        if value.kind is ValueKind.STATE:
+        if value.kind is ValueKind.STATE and value.type.is_cache:
             return replace(value, type=replace(value.type, dtype=kv))
         return value
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hetcomp.ir.ops import STATE_WRITERS
 from hetcomp.ir.plan import Op, Template, Value, ValueKind
 
 
 def written_by(op: Op, values: Mapping[str, Value]) -> set[str]:
-    """Values that the op writes: its outputs, and the cache of a kv_append."""
-    states = {i for i in op.inputs if values[i].kind is ValueKind.STATE} if op.kind == "kv_append" else set()
+    """Values that the op writes: its outputs, and the state of a kind that writes it."""
+    states = {i for i in op.inputs if values[i].kind is ValueKind.STATE} if op.kind in STATE_WRITERS else set()
     return {*op.outputs, *states}
 
 

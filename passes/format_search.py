@@ -133,6 +133,6 @@ def _spell(plan: Plan) -> str:
             for value in (values[actual[name]] for name in op.inputs if actual.get(name) in values):
                 if value.kind is ValueKind.WEIGHT and value.type.layout != "row_major" and value.format is not None:
                     found.setdefault(weight_role(op), set()).add(value.format)
-                elif value.kind is ValueKind.STATE:
+                elif value.kind is ValueKind.STATE and value.type.is_cache:
                     found.setdefault("kv", set()).add(value.type.dtype.value)
     return ", ".join(f"{role} {' and '.join(sorted(found[role]))}" for role in ROLES if role in found)

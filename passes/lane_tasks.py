@@ -18,6 +18,7 @@ from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.adapter_time import expert_launches_us, gpu_op_us
 from hetcomp.passes.context import Context
 from hetcomp.passes.device_time import copy_us, handshake_us, launch_us
+from hetcomp.passes.epochs import written_by
 from hetcomp.passes.expert_time import expert_cpu_us, expert_gpu_us, expert_work
 from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
@@ -36,7 +37,7 @@ from hetcomp.passes.work import Work, activation_bytes, work_of
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """An op of a call, with the plan-wide names of the values that it reads and writes (a kv_append: the cache)."""
+    """An op of a call, with the plan-wide names of the values that it reads and writes, states among them."""
 
     template: Template
     op: Op
@@ -78,10 +79,9 @@ class StepTasks:
             names = dict(zip((*template.params, *template.results), (*call.args, *call.results), strict=True))
             placements = dict(call.placements)
             for op in template.ops:
-                states = [n for n in op.inputs if values[n].kind is ValueKind.STATE] if op.kind == "kv_append" else []
                 read, written = (
                     tuple(names.get(name, f"{index}.{name}") for name in some)
-                    for some in (op.inputs, (*op.outputs, *states))
+                    for some in (op.inputs, sorted(written_by(op, values)))
                 )
                 yield _Use(template, op, placements[op.id], call.layer, read, written)
 

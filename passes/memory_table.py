@@ -50,7 +50,7 @@ def memory_table(plan: Plan, context: Context) -> tuple[MemoryRow, ...]:
         room = context.adapter_room
         rows[f"LoRA adapters, {room.count} of rank {room.rank}" if room else "LoRA adapters"] = pairs
     dims = plan.max_dims()
-    rows[f"KV cache, {KvPool.of(dims)}"] = cache_bytes(plan)
+    rows |= state_bytes(plan)
     if plan.arena_bytes:
         rows[f"activations, {dims['T']} tokens a step"] = plan.arena_bytes
     return tuple(MemoryRow(what, size) for what, size in rows.items())
@@ -59,7 +59,16 @@ def memory_table(plan: Plan, context: Context) -> tuple[MemoryRow, ...]:
 def cache_bytes(plan: Plan) -> int:
     """Of the KV cache in the CPU's memory; a GPU takes up to 63 positions a sequence more."""
     pool = KvPool.of(plan.max_dims())
-    return sum(pool.cpu_bytes(v.type) for v in plan.values if v.kind is ValueKind.STATE)
+    return sum(pool.cpu_bytes(v.type) for v in plan.values if v.kind is ValueKind.STATE and v.type.is_cache)
+
+
+def state_bytes(plan: Plan) -> dict[str, int]:
+    """Of all states in the CPU's memory, by what they are."""
+    pool = KvPool.of(plan.max_dims())
+    recurrent = [v for v in plan.values if v.kind is ValueKind.STATE and not v.type.is_cache]
+    found = {f"KV cache, {pool}": cache_bytes(plan)}
+    found[f"states of recurrences, {pool.slots} sequences"] = sum(pool.cpu_bytes(v.type) for v in recurrent)
+    return {what: size for what, size in found.items() if size}
 
 
 def refuse_if_too_large(plan: Plan, context: Context) -> None:

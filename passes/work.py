@@ -61,7 +61,7 @@ def work_of(op: Op, values: Values, step: Phase, target: KernelTarget) -> Work:
         else:
             acts += value.type.bytes(dims)
     # kv_append has no output: it writes its input to the cache.
-    made = op.outputs if op.kind != "kv_append" else op.inputs[:1]
+    made = op.outputs or op.inputs[:1]
     written = math.fsum(values[o].type.numel(dims) for o in made)
     flops = _FLOPS.get(op.kind, _elementwise)(op, step, rows, written)
     group = float(rows)
@@ -125,6 +125,8 @@ def _rows_of(value: Value, step: Phase) -> int:
 
 
 def _state_bytes(op: Op, value: Value, step: Phase) -> float:
+    if not value.type.is_cache:  # read and written whole
+        return 2.0 * value.type.bytes({"slots": 1}) * step.sequences
     per_position = value.type.bytes({"slots": 1, "context": 1})
     if isinstance(op.attrs, ops.Attention):
         last = min(step.position, op.attrs.window) if op.attrs.window else step.position
@@ -151,6 +153,19 @@ def _attention(op: Op, step: Phase, rows: int, written: float) -> float:
     return 2.0 * rows * a.heads * (a.head_dim + a.v_head_dim) * visible(a.window, step)
 
 
+def _causal_conv(op: Op, step: Phase, rows: int, written: float) -> float:
+    a = op.attrs
+    assert isinstance(a, ops.CausalConv)
+    return 2.0 * rows * a.channels * a.width
+
+
+def _gated_delta(op: Op, step: Phase, rows: int, written: float) -> float:
+    """Of each element of the state: its decay, and a multiply-add for k . S, for the update and for q . S."""
+    a = op.attrs
+    assert isinstance(a, ops.GatedDelta)
+    return 7.0 * rows * a.v_heads * a.k_dim * a.v_dim
+
+
 def _none(op: Op, step: Phase, rows: int, written: float) -> float:
     return 0.0
 
@@ -165,6 +180,8 @@ _FLOPS: dict[str, Callable[[Op, Phase, int, float], float]] = {
     "head_linear": _linear,
     "moe_experts": _experts,
     "attention": _attention,
+    "causal_conv": _causal_conv,
+    "gated_delta": _gated_delta,
     "embed": _none,
     "kv_append": _none,
     "select_rows": _none,

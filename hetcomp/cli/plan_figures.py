@@ -26,7 +26,7 @@ from hetcomp.passes.phases import Phase, phases
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.prediction import trace
 
-KV_CACHE, WORKSPACE = "KV cache", "activations"
+KV_CACHE, RECURRENT, WORKSPACE = "KV cache", "states of recurrences", "activations"
 RING, GPU_RUNTIME = "ring for streamed experts", "GPU runtime (reserved)"
 WEIGHT_RING = "ring for streamed weights"
 CACHE = "slots of the expert cache"
@@ -284,7 +284,8 @@ def device_memory(
                     for device, share in homes(op, placement).items():
                         parts[device][ADAPTERS] += round(size * share) if device.startswith("cpu") else 0
             elif value.kind is ValueKind.STATE:
-                parts[placement.device][KV_CACHE] += pool.bytes(value.type, placement.device)
+                kind = KV_CACHE if value.type.is_cache else RECURRENT
+                parts[placement.device][kind] += pool.bytes(value.type, placement.device)
         if placement.experts:
             largest_expert = max(largest_expert, experts // (placement.experts[-1].last + 1))
     for gpu in _used_gpus(plan):
@@ -334,7 +335,7 @@ def _device_memory(
     return DeviceMemory(device, name, tuple((what, size) for what, size in ordered if size), limit)
 
 
-_ORDER = {KV_CACHE: 1, WORKSPACE: 2, CACHE: 3, RING: 4, WEIGHT_RING: 4, ADAPTERS: 5, GPU_RUNTIME: 6}
+_ORDER = {KV_CACHE: 1, RECURRENT: 1, WORKSPACE: 2, CACHE: 3, RING: 4, WEIGHT_RING: 4, ADAPTERS: 5, GPU_RUNTIME: 6}
 
 
 def layer_us(events: Sequence[Event]) -> dict[int, float]:

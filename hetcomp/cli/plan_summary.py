@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 from hetcomp.backends.packing import packed_bytes
 from hetcomp.ir.annotations import PhaseCost
-from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 from hetcomp.passes.choose_formats import weight_role
-from hetcomp.passes.memory_table import cache_bytes
+from hetcomp.passes.memory_table import state_bytes
 
 _WEIGHTS = (ValueKind.WEIGHT, ValueKind.CONST)
 
@@ -147,8 +146,7 @@ def _take_timelines(plan: Plan, groups: dict[str, OpGroup]) -> None:
 def _memory(plan: Plan, weights: dict[str, int]) -> tuple[MemoryItem, ...]:
     dims = plan.max_dims()
     items = [MemoryItem(what, size) for what, size in weights.items()]
-    if cache := cache_bytes(plan):
-        items.append(MemoryItem(f"KV cache, {KvPool.of(dims)}", cache))
+    items += [MemoryItem(what, size) for what, size in state_bytes(plan).items()]
     if plan.arena_bytes:
         items.append(MemoryItem(f"activations, {dims['T']} tokens a step", plan.arena_bytes))
     return tuple(items)

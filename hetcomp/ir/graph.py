@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import networkx as nx
 
+from hetcomp.ir.ops import STATE_WRITERS
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 
 
@@ -12,7 +13,7 @@ def plan_graph(plan: Plan, phase: str | None = None) -> nx.DiGraph:
 
     Node attributes: call, template, layer, op, kind, role, device ("" before place) and us (predicted time in
     ``phase``, 0.0 without). Edges run from the writer of a value to its readers, with the value's name there as
-    ``value``; a kv_append is the writer of its cache within a call. Weights and inputs have no node.
+    ``value``; an op that writes a state is its writer within a call. Weights and inputs have no node.
     """
     graph = nx.DiGraph(phase=phase)
     writers: dict[str, str] = {}
@@ -65,7 +66,7 @@ def _add_call(
             writer = local.get(name) or writers.get(arguments.get(name, ""))
             if writer is not None:
                 graph.add_edge(writer, node, value=name)
-            if op.kind == "kv_append" and values[name].kind is ValueKind.STATE:
+            if op.kind in STATE_WRITERS and values[name].kind is ValueKind.STATE:
                 local[name] = node
         local.update(dict.fromkeys(op.outputs, node))
     # Only now: a call may read and write the same value of the plan.

@@ -1,4 +1,5 @@
-"""Memory of the KV cache: what sequences take of it that share a pool of positions, as an upper bound."""
+"""Memory of states: of the KV cache what sequences take of it that share a pool of positions, as an upper bound; of
+recurrences one a slot."""
 
 from __future__ import annotations
 
@@ -55,7 +56,9 @@ class KvPool:
 
     def cpu_bytes(self, state: TensorType) -> int:
         """Of a state in the CPU's memory [slots, heads, context, dim]: pages are touched as rows are written, and each
-        run of rows of a slot has at most two that it shares with what nobody has written."""
+        run of rows of a slot has at most two that it shares with what nobody has written. A recurrence's is whole."""
+        if not state.is_cache:
+            return self.slots * recurrent_bytes(state)
         whole = self.slots * self.context * sum(row_runs(state))
         if self.is_whole:
             return whole
@@ -63,7 +66,10 @@ class KvPool:
         return min(whole, taken)
 
     def gpu_bytes(self, state: TensorType) -> int:
-        """Of a state in a GPU's memory, without what granules waste (:attr:`granule_waste`)."""
+        """Of a state in a GPU's memory, without what granules waste (:attr:`granule_waste`). One more sequence than
+        there are slots has one: the rows that pad a step write there."""
+        if not state.is_cache:
+            return (self.slots + 1) * recurrent_bytes(state)
         return (self._blocks() + 1) * block_bytes(state)
 
     @property
@@ -106,8 +112,16 @@ class GpuCacheMemory:
         return self.addresses if self.granules is None else self.granules * GRANULE_BYTES
 
 
+def recurrent_bytes(state: TensorType) -> int:
+    """Of a sequence's state of a recurrence."""
+    return state.bytes({"slots": 1})
+
+
 def row_runs(state: TensorType) -> list[int]:
-    """Bytes of a position's row in each run of rows that a slot of a state has in the CPU's memory."""
+    """Bytes of a position's row in each run of rows that a slot of a state has in the CPU's memory; a recurrence's has
+    none."""
+    if not state.is_cache:
+        return []
     _, heads, _, dim = state.shape
     assert isinstance(heads, int) and isinstance(dim, int)
     if state.dtype is DType.Q8:  # codes, then scales

@@ -50,6 +50,12 @@ def _cache(type_: TensorType, heads: int, dim: int, what: str) -> str | None:
     return _shape(type_, ("slots", heads, "context", dim), what)
 
 
+def _recurrent(type_: TensorType, shape: Shape, what: str) -> str | None:
+    if type_.dtype is not DType.F32:
+        return f"{what} is {type_}, expected f32"
+    return _shape(type_, ("slots", *shape), what)
+
+
 def _ids(type_: TensorType, what: str) -> str | None:
     return f"{what} is {type_}, expected i32" if type_.dtype is not DType.I32 else None
 
@@ -163,6 +169,34 @@ def _attention(op: Op, i: Types, o: Types) -> str | None:
     )
 
 
+def _causal_conv(op: Op, i: Types, o: Types) -> str | None:
+    a = op.attrs
+    assert isinstance(a, ops.CausalConv)
+    return _arity(i, o, 3 + a.bias, 1) or _first(
+        _row(i[0], a.channels, "input"),
+        _shape(i[1], (a.channels, 1, a.width), "weight"),
+        _recurrent(i[2], (a.width - 1, a.channels), "state"),
+        _shape(i[3], (a.channels,), "bias") if a.bias else None,
+        _row(o[0], a.channels, "output"),
+    )
+
+
+def _gated_delta(op: Op, i: Types, o: Types) -> str | None:
+    a = op.attrs
+    assert isinstance(a, ops.GatedDelta)
+    if a.v_heads % a.k_heads:
+        return f"has {a.v_heads} heads of values for {a.k_heads} of keys"
+    return _arity(i, o, 6, 1) or _first(
+        _row(i[0], 2 * a.k_heads * a.k_dim + a.v_heads * a.v_dim, "queries, keys and values"),
+        _row(i[1], a.v_heads, "a"),
+        _row(i[2], a.v_heads, "b"),
+        _shape(i[3], (a.v_heads,), "a_log"),
+        _shape(i[4], (a.v_heads,), "dt_bias"),
+        _recurrent(i[5], (a.v_heads, a.k_dim, a.v_dim), "state"),
+        _row(o[0], a.v_heads * a.v_dim, "output"),
+    )
+
+
 def _route(op: Op, i: Types, o: Types) -> str | None:
     a = op.attrs
     assert isinstance(a, ops.Route)
@@ -261,6 +295,8 @@ _RULES: dict[str, Callable[[Op, Types, Types], str | None]] = {
     "rope": _rope,
     "kv_append": _kv_append,
     "attention": _attention,
+    "causal_conv": _causal_conv,
+    "gated_delta": _gated_delta,
     "route": _route,
     "moe_experts": _moe_experts,
     "glu": _glu,

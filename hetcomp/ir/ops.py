@@ -145,6 +145,48 @@ class Attention:
 
 
 @dataclass(frozen=True, slots=True)
+class CausalConv:
+    """x f32[T, channels], weight f32[channels, 1, width], state[slots, width - 1, channels](, bias f32[channels]) ->
+    f32[T, channels].
+
+    Each channel by itself, over its row and the width - 1 before it of the same sequence: y[t] = function(sum over j of
+    weight[:, 0, j] * x[t - (width - 1) + j] (+ bias)). Rows before position 0 count as 0; those before the step's first
+    row of a slot are in the state, the last one last, where the op leaves those of the next step. Rows of a slot are
+    neighbours in a step, in the order of their positions.
+    """
+
+    channels: int
+    width: int
+    function: Literal["none", "silu"] = "silu"
+    bias: bool = False
+    kind: Literal["causal_conv"] = "causal_conv"
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDelta:
+    """qkv f32[T, 2 * k_heads * k_dim + v_heads * v_dim] (queries, keys, values), a f32[T, v_heads], b f32[T, v_heads],
+    a_log f32[v_heads], dt_bias f32[v_heads], state[slots, v_heads, k_dim, v_dim] -> f32[T, v_heads, v_dim].
+
+    The gated delta rule (arXiv 2412.06464), for each head h of the values, whose queries and keys are those of head
+    h // (v_heads / k_heads):
+        q, k = q / sqrt(sum(q^2) + l2_eps), likewise k, if l2_eps > 0; then q *= scale
+        S = S * exp(-exp(a_log[h]) * softplus(a[t, h] + dt_bias[h]))
+        S += k (x) (sigmoid(b[t, h]) * (v - k . S))
+        y[t, h] = q . S
+    S is the state of the row's slot, 0 before position 0. Rows of a slot are neighbours in a step, in the order of
+    their positions.
+    """
+
+    k_heads: int
+    v_heads: int
+    k_dim: int
+    v_dim: int
+    scale: float
+    l2_eps: float = 0.0
+    kind: Literal["gated_delta"] = "gated_delta"
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """logits f32[T, experts](, selection bias f32[experts]) -> ids i32[T, top_k], weights f32[T, top_k].
 
@@ -332,6 +374,8 @@ Attrs = Annotated[
     | Rope
     | KvAppend
     | Attention
+    | CausalConv
+    | GatedDelta
     | Route
     | MoeExperts
     | Glu
@@ -349,3 +393,8 @@ Attrs = Annotated[
 
 # Kinds whose weight operands are stored in a packed format that choose_formats decides.
 WEIGHT_FORMAT_KINDS = frozenset({"embed", "linear", "head_linear", "moe_experts"})
+
+# Kinds that write the states among their inputs; the others only read them.
+STATE_WRITERS = frozenset({"kv_append", "causal_conv", "gated_delta"})
+# Kinds whose state is what the tokens so far have made of it: it cannot be cut back to fewer of them.
+RECURRENT_KINDS = frozenset({"causal_conv", "gated_delta"})

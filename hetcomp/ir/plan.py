@@ -32,7 +32,7 @@ from hetcomp.ir.annotations import (
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 6)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 7)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):
@@ -41,7 +41,7 @@ class ValueKind(StrEnum):
     ACT = "act"  # activation, lives in the arena
     WEIGHT = "weight"  # from the checkpoint, packed into the artifact
     CONST = "const"  # small tensor computed at compile time (rope's inv_freq), stored like a weight
-    STATE = "state"  # KV cache, lives as long as the session
+    STATE = "state"  # KV cache, or what a recurrence has come to; lives as long as the session
     INPUT = "input"  # given with each step: ids, positions
     OUTPUT = "output"  # logits
 

@@ -87,6 +87,12 @@ class TensorType:
         *rows, last = (d if isinstance(d, int) else dims[d] for d in self.shape or (1,))
         return math.prod(rows) * self.dtype.row_bytes(last)
 
+    @property
+    def is_cache(self) -> bool:
+        """Of a state: whether it has a row for each position, as keys and values do; else a sequence's tokens have
+        made it what it is (the state of a recurrence)."""
+        return "context" in self.shape
+
     def __str__(self) -> str:
         layout = "" if self.layout == "row_major" else f" {self.layout}"
         return f"{self.dtype}[{', '.join(str(d) for d in self.shape)}]{layout}"

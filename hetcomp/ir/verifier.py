@@ -10,6 +10,7 @@ from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
 from hetcomp.ir.deferral import check_deferral, deferral_buffers
 from hetcomp.ir.homes import memory_of
 from hetcomp.ir.node_parts import node_parts, plan_parts, shared_weights
+from hetcomp.ir.ops import STATE_WRITERS
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
 
 
@@ -229,7 +230,7 @@ def _scheduled(plan: Plan) -> None:
             if late:
                 raise HetcompError(f"{_where(template, op)} reads {late[0]} without a barrier after its writer.")
             written.update(op.outputs)
-            if op.kind == "kv_append":
+            if op.kind in STATE_WRITERS:
                 written.update(n for n in op.inputs if values[n].kind is ValueKind.STATE)
 
 
