@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
+
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op, Value, ValueKind, WeightSource
 
 # Only where a part goes here. Elsewhere nothing is won that is not lost in patterns of kernels (MLA's on GPUs).
 _READERS = frozenset({"activation", "glu", "causal_conv", "gated_delta"})
 
-Runs = tuple[tuple[int, int], ...]
+_Rows = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class _Part:
     """A value that is rows of a linear layer's result, in this order."""
 
     linear: Op
-    rows: tuple[int, ...]
+    rows: _Rows
 
 
 def cut_linears(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
@@ -43,7 +46,7 @@ def cut_linears(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
             if any(not r.outputs or r.outputs[0] not in of_it for r in readers.get(v, []))
         ]
         if _worthwhile(linear, ends, readers):
-            in_order = sorted(ends, key=lambda end: end[1].rows)
+            in_order = sorted(ends, key=lambda end: int(end[1].rows[0]))
             made[linear.id] = [_part_linear(linear, v, part, i, values) for i, (v, part) in enumerate(in_order)]
     dropped = {v for v, part in parts.items() if part.linear.id in made}
     out: list[Op] = []
@@ -56,10 +59,12 @@ def cut_linears(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
 
 
 def _worthwhile(linear: Op, ends: list[tuple[str, _Part]], readers: Mapping[str, list[Op]]) -> bool:
-    rows = [row for _, part in ends for row in part.rows]
+    if not ends:
+        return False
+    rows = np.concatenate([part.rows for _, part in ends])
     kinds = {r.kind for v, _ in ends for r in readers.get(v, [])}
     whole = any(v == linear.outputs[0] for v, _ in ends)
-    return not whole and len(set(rows)) == len(rows) and bool(kinds & _READERS)
+    return not whole and bool(kinds & _READERS) and len(np.unique(rows)) == len(rows)
 
 
 def _parts(lowered: list[Op], values: Mapping[str, Value]) -> dict[str, _Part]:
@@ -67,15 +72,15 @@ def _parts(lowered: list[Op], values: Mapping[str, Value]) -> dict[str, _Part]:
     parts: dict[str, _Part] = {}
     for op in lowered:
         if isinstance(op.attrs, ops.Linear):
-            parts[op.outputs[0]] = _Part(op, tuple(range(op.attrs.out_features)))
+            parts[op.outputs[0]] = _Part(op, np.arange(op.attrs.out_features))
         elif isinstance(op.attrs, ops.Slice) and op.inputs[0] in parts:
             part, last = parts[op.inputs[0]], int(values[op.inputs[0]].type.shape[-1])
-            kept = [row for i, row in enumerate(part.rows) if op.attrs.start <= i % last < op.attrs.stop]
-            parts[op.outputs[0]] = replace(part, rows=tuple(kept))
+            kept = part.rows.reshape(-1, last)[:, op.attrs.start : op.attrs.stop]
+            parts[op.outputs[0]] = replace(part, rows=kept.ravel())
         elif op.kind == "concat" and all(v in parts and len(values[v].type.shape) == 2 for v in op.inputs):
             joined = [parts[v] for v in op.inputs]
             if len({part.linear.id for part in joined}) == 1:
-                parts[op.outputs[0]] = replace(joined[0], rows=tuple(row for part in joined for row in part.rows))
+                parts[op.outputs[0]] = replace(joined[0], rows=np.concatenate([part.rows for part in joined]))
     return parts
 
 
@@ -99,11 +104,6 @@ def _part_linear(linear: Op, value: str, part: _Part, number: int, values: dict[
     )
 
 
-def _runs(rows: tuple[int, ...]) -> Runs:
-    runs: list[tuple[int, int]] = []
-    for row in rows:
-        if runs and runs[-1][1] == row:
-            runs[-1] = (runs[-1][0], row + 1)
-        else:
-            runs.append((row, row + 1))
-    return tuple(runs)
+def _runs(rows: _Rows) -> tuple[tuple[int, int], ...]:
+    pieces = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+    return tuple((int(piece[0]), int(piece[-1]) + 1) for piece in pieces)

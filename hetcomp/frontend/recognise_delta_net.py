@@ -148,17 +148,23 @@ def _candidates(module: Any) -> Iterator[DeltaNetForm]:  # noqa: ANN401
 
 def _small_copy(module: nn.Module) -> nn.Module | None:
     """The module with random CPU parameters, and but a few columns of what it reads and rows of what it returns. None
-    if its convolution is not one of each channel by itself, over its row and some before it."""
+    if its convolution is not one of each channel by itself, over its row and some before it, or linear layers have
+    biases."""
     conv = module.conv1d
     if not isinstance(conv, nn.Conv1d) or conv.groups != conv.in_channels or conv.kernel_size[0] < 2:
         return None
     small = real_copy(module)
-    small._modules = {name: None if child is None else real_copy(child) for name, child in module._modules.items()}
-    for name, child in small._modules.items():
-        if isinstance(child, nn.Linear) and child.bias is None:
-            shape = (_COLUMNS, child.in_features) if name == "out_proj" else (child.out_features, _COLUMNS)
-            weight = random_numbers(*shape, seed=len(name)) / shape[1] ** 0.5
-            child.weight = nn.Parameter(weight, requires_grad=False)
+    small._modules = {}
+    for name, child in module._modules.items():
+        if isinstance(child, nn.Linear):
+            if child.bias is not None:
+                return None
+            rows, columns = (_COLUMNS, child.in_features) if name == "out_proj" else (child.out_features, _COLUMNS)
+            linear = nn.Linear(columns, rows, bias=False)
+            linear.weight = nn.Parameter(random_numbers(rows, columns, seed=len(name)) / columns**0.5, False)
+            small._modules[name] = linear
+        else:
+            small._modules[name] = None if child is None else real_copy(child)
     return small
 
 

@@ -22,7 +22,7 @@ from hetcomp.frontend.quantisation_config import QUANTISED, QuantisationConfig, 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``raw`` is config.json as written, or what the module's config or a GGUF file says. ``module`` holds the weights
+    """``raw`` is config.json as written (of a text part its own), or what the module's config or a GGUF file says. ``module`` holds the weights
     of a model given in memory, ``gguf`` has those of GGUF files; otherwise they are in ``folder``, if anywhere,
     quantised as ``quantisation`` says. ``whole``: architecture of the multi-modal model whose text part this is."""
 
@@ -129,9 +129,10 @@ def _from_folder(folder: Path) -> ModelSource:
     quantisation = parse_quantisation(raw, str(path))
     given = {k: v for k, v in raw.items() if k not in QUANTISED}
     name, whole = folder.resolve().name, None
-    if "text_config" in raw and not any(a.endswith("ForCausalLM") for a in architectures):
+    if isinstance(raw.get("text_config"), dict) and not any(a.endswith("ForCausalLM") for a in architectures):
         whole = architectures[0]
         model_class, config = _text_part(path, whole, _config(path, given, model_type), raw)
+        raw = raw["text_config"]
     else:
         model_class, config = _model_class(path, architectures), _config(path, given, model_type)
     return ModelSource(name, config, raw, model_class, folder, None, quantisation, whole=whole)
