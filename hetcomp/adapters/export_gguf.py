@@ -64,8 +64,8 @@ def _named(weight: AdaptedWeight, base: BaseModel) -> Iterator[tuple[str, PairSt
         return
     if inside.startswith("linear_attn."):
         raise HetcompError(
-            f"llama.cpp has {weight.fqn} of {base.model_type} in parts or an order of its own, to which adapters are not "
-            "exported; leave linear attention out of the adapter's targets, or export it to another form."
+            f"llama.cpp has {weight.fqn} of {base.model_type} in parts or an order of its own, to which adapters are "
+            "not exported; leave linear attention out of the adapter's targets, or export it to another form."
         )
     name = MODULES.get(inside)
     if name is None:

@@ -46,7 +46,8 @@ class Hooks:
 
 
 class _NoLayers(list[Any]):
-    """In place of the caches of layers, which are asked for where a layer keeps another state than keys and values."""
+    """In place of the caches of layers, which are asked for where a layer keeps another state than keys and values and
+    was not recognised."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -56,8 +57,8 @@ class _NoLayers(list[Any]):
         named = self._model.named_modules()
         found = [f"{path} ({type(m).__name__})" for path, m in named if getattr(m, "layer_idx", None) == layer]
         raise HetcompError(
-            f"layer {layer}, {found[-1] if found else 'unnamed'}, keeps the state of a convolution or recurrence that "
-            "computes otherwise than a gated delta net (as Qwen3-Next's), which is the only one that hetcomp compiles"
+            f"layer {layer}, {found[-1] if found else 'unnamed'}, keeps the state of a convolution or recurrence and "
+            "computes otherwise than a gated delta net (as Qwen3-Next's), the only such layer that hetcomp compiles"
         )
 
 

@@ -156,7 +156,9 @@ def _takes_axes(module: nn.Module, positions: Tensor, got: object) -> bool:
         by_axis = module(torch.zeros(1, 4, 8), positions.expand(3, *positions.shape))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return False
-    pairs = zip(by_axis, got, strict=True) if isinstance(got, tuple) and isinstance(by_axis, tuple) else [(by_axis, got)]
+    pairs = (
+        zip(by_axis, got, strict=True) if isinstance(got, tuple) and isinstance(by_axis, tuple) else [(by_axis, got)]
+    )
     return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 

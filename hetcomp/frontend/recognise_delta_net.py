@@ -143,7 +143,9 @@ def _same(module: nn.Module, form: DeltaNetForm, x: Tensor, want: Tensor) -> boo
 def _candidates(module: Any) -> Iterator[DeltaNetForm]:  # noqa: ANN401
     eps = sorted({float(v) for v in vars(module.norm).values() if isinstance(v, float) and 0 < v < 1e-2})
     scales = (float(module.head_k_dim) ** -0.5, 1.0)
-    return itertools.starmap(DeltaNetForm, itertools.product(_PROPOSED, ("silu", "none"), scales, _L2_EPS, eps, (0.0, 1.0)))
+    return itertools.starmap(
+        DeltaNetForm, itertools.product(_PROPOSED, ("silu", "none"), scales, _L2_EPS, eps, (0.0, 1.0))
+    )
 
 
 def _small_copy(module: nn.Module) -> nn.Module | None:
@@ -157,7 +159,7 @@ def _small_copy(module: nn.Module) -> nn.Module | None:
     small._modules = {}
     for name, child in module._modules.items():
         if isinstance(child, nn.Linear):
-            if child.bias is not None:
+            if child._parameters["bias"] is not None:
                 return None
             rows, columns = (_COLUMNS, child.in_features) if name == "out_proj" else (child.out_features, _COLUMNS)
             linear = nn.Linear(columns, rows, bias=False)
@@ -191,7 +193,7 @@ class _Reference:
         scale: float,
         l2_eps: float,
     ) -> Tensor:
-        q, k, v = qkv[0].split([k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], -1)
+        q, k, v = torch.split(qkv[0], [k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], -1)
         q, k = (t.unflatten(-1, (k_heads, k_dim)).repeat_interleave(v_heads // k_heads, 1) for t in (q, k))
         if l2_eps > 0:
             q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + l2_eps) for t in (q, k))

@@ -72,8 +72,8 @@ _DELTA_NET = {("causal_conv", 0): "qkv", ("gated_delta", 0): "qkv", ("gated_delt
 
 
 def _gated(op: Op, readers: dict[str, list[Op]]) -> str | None:
-    """Of what feeds or follows a gated delta rule, or gates the output of attention: told by the data flow, since models
-    name and join these projections in ways of their own."""
+    """Of what feeds or follows a gated delta rule, or gates the output of attention: told by the data flow, since
+    models name and join these projections in ways of their own."""
     reading = [(r, r.inputs.index(v)) for v in op.outputs for r in readers.get(v, [])]
     kinds = {r.kind for r, _ in reading}
     if op.kind == "linear":

@@ -22,9 +22,10 @@ from hetcomp.frontend.quantisation_config import QUANTISED, QuantisationConfig, 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``raw`` is config.json as written (of a text part its own), or what the module's config or a GGUF file says. ``module`` holds the weights
-    of a model given in memory, ``gguf`` has those of GGUF files; otherwise they are in ``folder``, if anywhere,
-    quantised as ``quantisation`` says. ``whole``: architecture of the multi-modal model whose text part this is."""
+    """``raw`` is config.json as written (of a text part its own), or what the module's config or a GGUF file says.
+    ``module`` holds the weights of a model given in memory, ``gguf`` has those of GGUF files; otherwise they are in
+    ``folder``, if anywhere, quantised as ``quantisation`` says. ``whole``: architecture of the multi-modal model whose
+    text part this is."""
 
     name: str
     config: PreTrainedConfig

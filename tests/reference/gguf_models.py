@@ -222,8 +222,8 @@ def _delta_net(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _converted(model: PreTrainedModel, fused: bool) -> Iterator[tuple[str, Tensor, Put]]:
-    """Names that gguf-py's TensorNameMap knows, tensors as they are written, and what puts numbers of them back into the
-    model."""
+    """Names that gguf-py's TensorNameMap knows, tensors as they are written, and what puts numbers of them back into
+    the model."""
     buffers = [(n, t) for n, t in model.named_buffers() if n.endswith("e_score_correction_bias")]
     for name, parameter in [*model.named_parameters(), *buffers]:
         if model.config.model_type in DELTA_NETS and (name.endswith("norm.weight") or "linear_attn." in name):

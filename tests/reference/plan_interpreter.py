@@ -191,7 +191,10 @@ def _causal_conv(a: ops.CausalConv, x: list[Tensor], step: _Step) -> Tensor:
 def _gated_delta(a: ops.GatedDelta, x: list[Tensor], step: _Step) -> Tensor:
     qkv, state = x[0].reshape(len(step.slots), -1), x[5]
     sizes = [a.k_heads * a.k_dim, a.k_heads * a.k_dim, a.v_heads * a.v_dim]
-    q, k, v = (t.reshape(len(qkv), -1, t.shape[1] // n) for t, n in zip(qkv.split(sizes, 1), (a.k_heads, a.k_heads, a.v_heads), strict=True))
+    q, k, v = (
+        t.reshape(len(qkv), -1, t.shape[1] // n)
+        for t, n in zip(qkv.split(sizes, 1), (a.k_heads, a.k_heads, a.v_heads), strict=True)
+    )
     if a.l2_eps > 0:
         q, k = (t / torch.sqrt((t * t).sum(-1, keepdim=True) + a.l2_eps) for t in (q, k))
     decay = torch.exp(-torch.exp(x[3]) * torch.log1p(torch.exp(x[1] + x[4])))

@@ -24,8 +24,8 @@ from hetcomp.quantised_numbers import BLOCK, K_SCALES, QuantisedNumbers
 from hetcomp.stored_rows import StoredRows
 
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-# Of tensors that are views of the parameter: DeepSeek's key projection, transposed, and value projection, [heads, .., ..]
-# each; what Qwen3-Next projects to queries, keys and values, and to z.
+# Of tensors that are views of the parameter: DeepSeek's key projection, transposed, and value projection,
+# [heads, .., ..] each; what Qwen3-Next projects to queries, keys and values, and to z.
 _IN_PARTS = "in_parts"
 # What configs are made from.
 _NOT_WEIGHTS = ("rope_freqs.weight",)
@@ -48,9 +48,7 @@ class GgufCheckpoint(BaseCheckpoint):
         self._folder = files.path.parent
         assert config["model_type"] in ARCHITECTURES
         self._orders = StoredOrders.of(config)
-        tensors = {
-            name: _described(t, self._orders) for name, t in files.tensors.items() if name not in _NOT_WEIGHTS
-        }
+        tensors = {name: _described(t, self._orders) for name, t in files.tensors.items() if name not in _NOT_WEIGHTS}
         parts: dict[str, Parts] = {}
         for parameter, shape in shapes.items():
             names = next((n for n in stored_as(parameter) if all(name in tensors for name in n)), None)

@@ -21,8 +21,8 @@ Numbers = _Raw | QuantisedNumbers
 
 @dataclass(frozen=True)
 class StoredOrders:
-    """Of one model, by the end of a tensor's name (``attn_q.weight``). ``rows``: transformers' row i is the file's row
-    order[i], likewise ``columns`` in runs of ``run`` columns. ``restored``: what makes the numbers of what is stored."""
+    """Of one model, by the end of a tensor's name (``attn_q.weight``). ``rows``: transformers' row i is the file's
+    row order[i], likewise ``columns`` in runs of ``run`` columns. ``restored``: what makes the numbers of what is stored."""
 
     rows: Mapping[str, _Order] = field(default_factory=dict)
     columns: Mapping[str, _Order] = field(default_factory=dict)
@@ -46,12 +46,13 @@ class StoredOrders:
             columns["ssm_out.weight"] = _tiled(config)
         restored: dict[str, Callable[[_Raw, str], _Raw]] = {}
         if kind in ZERO_CENTRED:
-            norms = ("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm")
-            restored = {f"{name}.weight": _less_one for name in norms} | {"ssm_a": _logarithm}
+            restored["ssm_a"] = _logarithm
+            for name in ("attn_norm", "post_attention_norm", "attn_q_norm", "attn_k_norm", "output_norm"):
+                restored[f"{name}.weight"] = _less_one
         return StoredOrders(rows, columns, run, restored)
 
     def apply(self, numbers: Numbers, tensor: str) -> Numbers:
-        """Numbers of the tensor called so as transformers has them; in f32 where columns of another order cut blocks."""
+        """Numbers of the tensor called so as transformers has them; f32 where columns of another order cut blocks."""
         end = _end(tensor)
         if end in self.rows:
             numbers = _take_rows(numbers, self.rows[end])
@@ -119,8 +120,8 @@ def _less_one(numbers: _Raw, tensor: str) -> _Raw:
 
 
 def _logarithm(numbers: _Raw, tensor: str) -> _Raw:
-    """A_log out of -exp(A_log). In float64 and rounded once, it is off by at most 2^-24 of its own size, and the decay's
-    exponent by that share: A_log of models is between -7 and 3, so less than the few units that exp in f32 is off by."""
+    """A_log out of -exp(A_log). In float64 and rounded once, it is off by at most 2^-24 of its size a, and exp(A_log) by
+    2^-24 |a|: some units in the last place, as exp in f32 is itself (models have a between -7 and 3)."""
     stored = numbers.astype(np.float64)
     if not (stored < 0).all():
         raise HetcompError(f"{tensor} has numbers that are not negative; it stands for -exp(A_log)")
