@@ -18,8 +18,10 @@ KvMemory::KvMemory(const Manifest& manifest, int node)
   // Where not all slots can be full, huge pages would take far more than the rows that are written.
   const bool pool = manifest.model.kv_tokens < manifest.model.context * manifest.model.max_batch;
   for (const StateRecord& state : records_) {
-    states_.emplace_back(state.bytes_per_slot * slots, "the KV cache (" + state.name + ")", node,
-                         pool ? Pages::kSmall : Pages::kHuge);
+    const bool recurrent = manifest.model.recurrent && state.rows.empty();
+    states_.emplace_back(state.bytes_per_slot * slots,
+                         (recurrent ? "the state " : "the KV cache (") + state.name + (recurrent ? "" : ")"),
+                         node, pool && !recurrent ? Pages::kSmall : Pages::kHuge);
     addresses_.push_back(states_.back().data());
     for (const std::uint64_t row : state.rows) position_bytes_ += row;
   }

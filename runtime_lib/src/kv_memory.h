@@ -1,5 +1,5 @@
 // The KV cache in the CPU's memory: pages come as rows are written, and go back when sequences are cut or
-// end.
+// end. And the states of recurrences, whose pages stay.
 #pragma once
 
 #include <cstdint>

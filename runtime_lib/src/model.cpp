@@ -134,8 +134,10 @@ void Model::allocate(const LoadOptions& options) {
   if (state_bytes_ + arena_bytes > available) {
     throw Error(HETCOMP_OUT_OF_MEMORY,
                 "The KV cache of " + std::to_string(facts().kv_tokens) + " positions of at most " +
-                    std::to_string(facts().max_batch) + " sequences needs " + in_words(state_bytes_) +
-                    " and the activations " + in_words(arena_bytes) + ", but " + in_words(available) +
+                    std::to_string(facts().max_batch) + " sequences" +
+                    (facts().recurrent ? " with their recurrences' states" : "") + " needs " +
+                    in_words(state_bytes_) + " and the activations " + in_words(arena_bytes) + ", but " +
+                    in_words(available) +
                     " of memory are available: compile with a smaller --kv-tokens, --context or --batch.");
   }
   const Residency residency = choose_residency(options.weights, available);
