@@ -225,6 +225,16 @@ void Model::keep_positions(std::int32_t slot, std::int64_t length) {
   kv_memory_->keep(slot, length);
 }
 
+std::vector<std::byte> Model::recurrent_state(std::int32_t slot) const {
+  std::vector<std::byte> state(kv_memory_->recurrent_bytes());
+  kv_memory_->save(slot, state);
+  return state;
+}
+
+void Model::set_recurrent_state(std::int32_t slot, std::span<const std::byte> state) {
+  kv_memory_->restore(slot, state);
+}
+
 void Model::give_back_slot(std::int32_t slot) {
   keep_positions(slot, 0);
   const std::lock_guard lock(slots_mutex_);

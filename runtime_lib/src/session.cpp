@@ -10,6 +10,10 @@
 namespace hetcomp {
 namespace {
 
+// Of a sequence. Chats whose templates leave out what the model thought go on from a prompt that is the one
+// before but for its end: two reach back to before its last step.
+constexpr std::size_t kCheckpoints = 2;
+
 void check_ids(const ModelFacts& model, std::span<const std::int32_t> ids) {
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] >= 0 && ids[i] < model.vocab) continue;
@@ -55,14 +59,25 @@ void Session::truncate(std::int64_t length) {
     throw Error(HETCOMP_INVALID_ARGUMENT, "Cannot truncate a session of " + std::to_string(this->length()) +
                                               " tokens to " + std::to_string(length) + ".");
   }
-  computed_ = held(length);
+  if (length < computed_) computed_ = model_->facts().recurrent ? 0 : length;
+  std::erase_if(checkpoints_, [&](const Checkpoint& c) { return c.length > length; });
   tokens_.resize(static_cast<std::size_t>(length));
   model_->keep_positions(slot_, length);
 }
 
 std::int64_t Session::held(std::int64_t length) const {
-  if (computed_ <= length) return computed_;
-  return model_->facts().recurrent ? 0 : length;
+  if (computed_ <= length || !model_->facts().recurrent) return std::min(computed_, length);
+  std::int64_t held = 0;
+  for (const Checkpoint& checkpoint : checkpoints_)
+    if (checkpoint.length <= length) held = checkpoint.length;
+  return held;
+}
+
+void Session::keep_checkpoint() {
+  if (!model_->facts().recurrent || computed_ == 0) return;
+  if (!checkpoints_.empty() && checkpoints_.back().length == computed_) return;
+  if (checkpoints_.size() == kCheckpoints) checkpoints_.erase(checkpoints_.begin());
+  checkpoints_.push_back({computed_, model_->recurrent_state(slot_)});
 }
 
 void Session::set_adapter(const char* name) {
@@ -102,6 +117,7 @@ void Session::compute(Phase phase, std::span<const std::int32_t> ids, const Want
   std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(first));
   const std::vector<std::int32_t> slots(ids.size(), slot_);
   const std::vector<const Adapter*> adapters(adapter_ ? ids.size() : 0, adapter_.get());
+  if (phase == Phase::kPrefill) keep_checkpoint();
   begin_step();
   model_->run({phase, ids, positions, slots, wanted.logit_rows, wanted.logits, wanted.best, wanted.candidates,
                adapters});
@@ -115,6 +131,10 @@ void Session::append(Phase phase, std::span<const std::int32_t> ids, const Wante
 }
 
 void Session::catch_up() {
+  if (computed_ < length() && !checkpoints_.empty() && computed_ < checkpoints_.back().length) {
+    model_->set_recurrent_state(slot_, checkpoints_.back().state);
+    computed_ = checkpoints_.back().length;
+  }
   const auto largest = static_cast<std::size_t>(model_->facts().max_tokens);
   while (computed_ < length()) {
     const auto rest = std::span(tokens_).subspan(static_cast<std::size_t>(computed_));

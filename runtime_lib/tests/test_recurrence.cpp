@@ -97,13 +97,36 @@ TEST_F(Recurrence, GoesOnAfterTruncation) {
 
 TEST_F(Recurrence, ComputesNothingTwiceUnlessItMust) {
   const SessionPtr s = session();
-  prefill(s.get(), range(10));
+  prefill(s.get(), range(10));  // in two steps, the second behind 7 tokens
   ASSERT_EQ(hetcomp_session_truncate(s.get(), 10), HETCOMP_OK);
   prefill(s.get(), range(3));
   EXPECT_EQ(tokens("prefill"), 13);
+  // The last checkpoints are at 7 and 10.
   ASSERT_EQ(hetcomp_session_truncate(s.get(), 12), HETCOMP_OK);
-  prefill(s.get(), range(1));
-  EXPECT_EQ(tokens("prefill") + tokens("decode"), 13 + 12 + 1);
+  prefill(s.get(), range(2));
+  EXPECT_EQ(tokens("prefill"), 13 + 2 + 2);
+  ASSERT_EQ(hetcomp_session_truncate(s.get(), 9), HETCOMP_OK);
+  prefill(s.get(), range(2));
+  EXPECT_EQ(tokens("prefill"), 17 + 9 + 2);
+}
+
+TEST_F(Recurrence, GoesOnFromACheckpoint) {
+  const Ids ids = range(17), more = {90, 91, 92, 93};  // steps begin at 0, 7, 14
+  for (const std::int64_t length : {16, 14, 13, 7, 6}) {
+    const SessionPtr s = session();
+    prefill(s.get(), ids);
+    ASSERT_EQ(hetcomp_model_reset_stats(model_.get()), HETCOMP_OK);
+    Ids other(ids.begin(), ids.begin() + length);
+    other = joined(other, more);
+    std::int64_t kept = -1;
+    ASSERT_EQ(hetcomp_session_reuse(s.get(), other.data(), static_cast<std::int64_t>(other.size()), &kept),
+              HETCOMP_OK);
+    EXPECT_EQ(kept, length >= 14 ? 14 : length >= 7 ? 7 : 0);
+    const Ids rest(other.begin() + kept, other.end());
+    const std::vector<float> logits = prefill(s.get(), rest);
+    EXPECT_EQ(tokens("prefill"), static_cast<std::int64_t>(rest.size()));
+    EXPECT_EQ(logits, fresh(other));
+  }
 }
 
 TEST_F(Recurrence, ReusesAPrefixThatIsAllOfIt) {
@@ -115,14 +138,10 @@ TEST_F(Recurrence, ReusesAPrefixThatIsAllOfIt) {
   ASSERT_EQ(hetcomp_session_reuse(s.get(), longer.data(), 14, &kept), HETCOMP_OK);
   EXPECT_EQ(kept, 12);
   EXPECT_EQ(prefill(s.get(), {30, 31}), fresh(longer));
-  Ids other = longer;
-  other[11] = 44;
-  ASSERT_EQ(hetcomp_session_reuse(s.get(), other.data(), 14, &kept), HETCOMP_OK);
-  EXPECT_EQ(kept, 0);
-  EXPECT_EQ(prefill(s.get(), other), fresh(other));
-  // One token must remain to be computed, and the state is behind it.
-  ASSERT_EQ(hetcomp_session_reuse(s.get(), other.data(), 14, &kept), HETCOMP_OK);
-  EXPECT_EQ(kept, 0);
+  // One token must remain to be computed, and the state is behind it: its last step is, too.
+  ASSERT_EQ(hetcomp_session_reuse(s.get(), longer.data(), 14, &kept), HETCOMP_OK);
+  EXPECT_EQ(kept, 12);
+  EXPECT_EQ(prefill(s.get(), {30, 31}), fresh(longer));
 }
 
 TEST_F(Recurrence, IsWholeAgainAfterAFailedStep) {

@@ -263,7 +263,8 @@ HETCOMP_EXPORT hetcomp_status hetcomp_session_truncate(hetcomp_session* session,
 HETCOMP_EXPORT hetcomp_status hetcomp_session_length(const hetcomp_session* session, int64_t* length);
 /* Prepares for a prompt that repeats what the session holds (the next turn of a chat): truncates to the
  * longest common prefix with ids, but at most n - 1 tokens, and sets *kept to its length. Go on with ids +
- * kept. Where the model has recurrences it keeps all tokens if they are that prefix, else none. */
+ * kept. Where the model has recurrences it keeps all tokens if they are that prefix, else those up to the
+ * last step of a prompt that begins in it. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_reuse(hetcomp_session* session, const int32_t* ids, int64_t n,
                                                     int64_t* kept);
 
