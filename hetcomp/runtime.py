@@ -123,8 +123,8 @@ class Session:
         call("hetcomp_session_truncate", self._handle.pointer, length)
 
     def reuse(self, ids: IdsLike) -> int:
-        """Truncates to the longest common prefix with ``ids`` (at most all but one); returns its length. Where the model
-        has recurrences: to the last step of a prompt that begins in it, unless all tokens are in that prefix."""
+        """Truncates to the longest common prefix with ``ids`` (at most all but one); returns its length. Where the
+        model has recurrences: to the last step of a prompt that begins in it, unless all tokens are in that prefix."""
         array = _ids(ids)
         kept = ctypes.c_int64()
         call("hetcomp_session_reuse", self._handle.pointer, array.ctypes.data, array.size, ctypes.byref(kept))
