@@ -210,9 +210,12 @@ std::span<std::byte> GpuStep::pinned_buffer(const std::string& name) const {
   refuse(programs_[0].record(), "has no pinned buffer " + name);
 }
 
-// Rows that pad a step write to a block of their own.
+// Rows that pad a step write to a block, or a place, of their own.
 void GpuStep::check_cache(const GpuProgramRecord& record, const ModelFacts& model) {
   for (const BufferRecord& buffer : record.buffers) {
+    if (buffer.recurrent && buffer.recurrent->slots != model.max_batch)
+      refuse(record, "has states of recurrences of " + std::to_string(buffer.recurrent->slots) +
+                         " sequences, not of " + std::to_string(model.max_batch));
     if (buffer.kind != BufferKind::kState) continue;
     if (!buffer.cache) refuse(record, "has the state " + buffer.name + " without a place for rows of nobody");
     const CacheRecord& cache = *buffer.cache;
