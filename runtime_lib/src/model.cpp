@@ -226,13 +226,20 @@ void Model::keep_positions(std::int32_t slot, std::int64_t length) {
 }
 
 std::vector<std::byte> Model::recurrent_state(std::int32_t slot) const {
-  std::vector<std::byte> state(kv_memory_->recurrent_bytes());
-  kv_memory_->save(slot, state);
+  const std::lock_guard lock(step_mutex_);  // GPUs must be at rest
+  const std::size_t of_gpus = gpu_ ? gpu_->recurrent_bytes() : 0;
+  std::vector<std::byte> state(of_gpus + kv_memory_->recurrent_bytes());
+  const std::span<std::byte> all(state);
+  if (of_gpus > 0) gpu_->save_recurrent(slot, all.first(of_gpus));
+  kv_memory_->save(slot, all.subspan(of_gpus));
   return state;
 }
 
 void Model::set_recurrent_state(std::int32_t slot, std::span<const std::byte> state) {
-  kv_memory_->restore(slot, state);
+  const std::lock_guard lock(step_mutex_);
+  const std::size_t of_gpus = gpu_ ? gpu_->recurrent_bytes() : 0;
+  if (of_gpus > 0) gpu_->restore_recurrent(slot, state.first(of_gpus));
+  kv_memory_->restore(slot, state.subspan(of_gpus));
 }
 
 void Model::give_back_slot(std::int32_t slot) {
