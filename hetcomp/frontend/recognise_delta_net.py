@@ -194,12 +194,12 @@ class _Reference:
         l2_eps: float,
     ) -> Tensor:
         q, k, v = torch.split(qkv[0], [k_heads * k_dim, k_heads * k_dim, v_heads * v_dim], -1)
-        q, k = (t.unflatten(-1, (k_heads, k_dim)).repeat_interleave(v_heads // k_heads, 1) for t in (q, k))
+        q, k = (t.reshape(-1, k_heads, k_dim).repeat_interleave(v_heads // k_heads, 1) for t in (q, k))
         if l2_eps > 0:
             q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + l2_eps) for t in (q, k))
         decay = torch.exp(-a_log.exp() * nn.functional.softplus(a[0] + dt_bias))
         state, rows = torch.zeros(v_heads, k_dim, v_dim), []
-        for t, values in enumerate(v.unflatten(-1, (v_heads, v_dim))):
+        for t, values in enumerate(v.reshape(-1, v_heads, v_dim)):
             state = state * decay[t, :, None, None]
             known = torch.einsum("hk,hkv->hv", k[t], state)
             state = state + torch.einsum("hk,hv->hkv", k[t], b[0, t, :, None].sigmoid() * (values - known))

@@ -22,7 +22,8 @@ Numbers = _Raw | QuantisedNumbers
 @dataclass(frozen=True)
 class StoredOrders:
     """Of one model, by the end of a tensor's name (``attn_q.weight``). ``rows``: transformers' row i is the file's
-    row order[i], likewise ``columns`` in runs of ``run`` columns. ``restored``: what makes the numbers of what is stored."""
+    row order[i], likewise ``columns`` in runs of ``run`` columns. ``restored``: what makes the numbers of what is
+    stored."""
 
     rows: Mapping[str, _Order] = field(default_factory=dict)
     columns: Mapping[str, _Order] = field(default_factory=dict)
@@ -120,8 +121,8 @@ def _less_one(numbers: _Raw, tensor: str) -> _Raw:
 
 
 def _logarithm(numbers: _Raw, tensor: str) -> _Raw:
-    """A_log out of -exp(A_log). In float64 and rounded once, it is off by at most 2^-24 of its size a, and exp(A_log) by
-    2^-24 |a|: some units in the last place, as exp in f32 is itself (models have a between -7 and 3)."""
+    """A_log out of -exp(A_log). In float64 and rounded once, it is off by at most 2^-24 of its size a, and exp(A_log)
+    by 2^-24 |a|: some units in the last place, as exp in f32 is itself (models have a between -7 and 3)."""
     stored = numbers.astype(np.float64)
     if not (stored < 0).all():
         raise HetcompError(f"{tensor} has numbers that are not negative; it stands for -exp(A_log)")
