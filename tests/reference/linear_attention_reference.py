@@ -18,8 +18,7 @@ def causal_conv_reference(
     y, bound = np.zeros_like(x), np.zeros_like(x)
     taps = weight[:, 0].T
     for t, (position, slot) in enumerate(zip(step.positions, step.slots, strict=True)):
-        if position == 0:
-            state[slot] = 0
+        state[slot, : max(0, a.width - 1 - position)] = 0  # rows before position 0
         window = np.concatenate([state[slot], x[t : t + 1]])
         state[slot] = window[1:]
         products = [*(taps * window), *([bias] if a.bias else [])]

@@ -10,10 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.models.qwen3_next.modeling_qwen3_next import (
-    torch_chunk_gated_delta_rule,
-    torch_recurrent_gated_delta_rule,
-)
 
 from hetcomp.backends.protocol import Isa, Kernel
 from hetcomp.ir.ops import CausalConv, GatedDelta
@@ -89,31 +85,31 @@ def _kept(numbers: Floats) -> Floats:
     return copy
 
 
-def _run(kernel: CompiledKernel, inputs: list[Floats], state: int, width: int, step: Step, threads: int = 1) -> Floats:
-    """The op's result [T, width]; the state among the inputs is changed. What is stored of a slot that begins at
-    position 0 counts for nothing: it is NaN."""
-    assert step.positions is not None
-    assert step.slots is not None
-    inputs[state][step.slots[step.positions == 0]] = np.nan
-    rows = len(step.slots)
-    (y,) = kernel(inputs, [(rows, width)], rows=rows, threads=threads, step=step, in_place=[state])
-    return y
-
-
 @dataclass
 class _Case:
-    """What an op computes with: ``inputs`` in the order of the kernel's, the state's index among them."""
+    """What an op computes with: ``inputs`` in the order of the kernel's, of which those of ``by_row`` have rows and
+    ``state`` is the state; ``width`` of a row of the result. ``history``: rows of a state that are the last rows."""
 
     kernel: CompiledKernel
     inputs: list[Floats]
     by_row: tuple[int, ...]
     state: int
     width: int
+    history: bool
 
-    def run(self, step: Step, threads: int, rows: slice = slice(None)) -> Floats:
-        """The result for ``rows`` of the inputs that have rows; ``step`` tells of these."""
+    def run(self, step: Step, threads: int, rows: slice | list[int] = slice(None)) -> Floats:
+        """The result for ``rows`` of the inputs, of which ``step`` tells; the state is changed. What is stored and
+        counts for nothing, for it is of positions below 0, is NaN."""
+        assert step.positions is not None
+        assert step.slots is not None
+        stored = self.inputs[self.state]
+        for slot in np.unique(step.slots):
+            first = step.positions[step.slots == slot][0]
+            stored[slot, : max(0, stored.shape[1] - first) if self.history else len(stored[slot]) * (first == 0)] = np.nan
         cut = [x[rows] if i in self.by_row else x for i, x in enumerate(self.inputs)]
-        return _run(self.kernel, cut, self.state, self.width, step, threads)
+        shape = len(step.slots), self.width
+        (y,) = self.kernel(cut, [shape], rows=shape[0], threads=threads, step=step, in_place=[self.state])
+        return y
 
     def again(self) -> _Case:
         """The same with a state of its own."""
@@ -126,7 +122,7 @@ def _conv_case(name: str, isa: Isa, rows: int, seed: int) -> _Case:
     state = _kept(draw(rng, (SLOTS, a.width - 1, a.channels)))
     inputs = [draw(rng, (rows, a.channels)), draw(rng, (a.channels, 1, a.width)), state]
     inputs += [draw(rng, (a.channels,))] if a.bias else []
-    return _Case(_conv(name, isa), inputs, (0,), 2, a.channels)
+    return _Case(_conv(name, isa), inputs, (0,), 2, a.channels, history=True)
 
 
 def _delta_case(name: str, isa: Isa, rows: int, seed: int) -> _Case:
@@ -136,7 +132,7 @@ def _delta_case(name: str, isa: Isa, rows: int, seed: int) -> _Case:
     per_head = [np.log(rng.uniform(1, 16, a.v_heads)).astype(np.float32), draw(rng, (a.v_heads,)) - np.float32(3)]
     qkv = draw(rng, (rows, 2 * a.k_heads * a.k_dim + a.v_heads * a.v_dim))
     state = _kept(draw(rng, (SLOTS, a.v_heads, a.k_dim, a.v_dim)))
-    return _Case(_delta(name, isa), [qkv, *gates, *per_head, state], (0, 1, 2), 5, a.v_heads * a.v_dim)
+    return _Case(_delta(name, isa), [qkv, *gates, *per_head, state], (0, 1, 2), 5, a.v_heads * a.v_dim, history=False)
 
 
 @st.composite
@@ -220,9 +216,8 @@ def _rows(first: int, rows: int) -> Step:
 
 def _beside_others(case: _Case, past: int, t: int) -> Floats:
     """Row t of slot 1 in a step in which slots 0 and 2 have rows with the same numbers."""
-    inputs = [x[[t] * 3] if i in case.by_row else x for i, x in enumerate(case.inputs)]
     step = Step(np.array([7, past + t, 9], np.int32), np.array([2, 1, 0], np.int32))
-    return _run(case.kernel, inputs, case.state, case.width, step, 2)[1]
+    return case.run(step, 2, [t] * 3)[1]
 
 
 @pytest.mark.parametrize("isa", weakest_and_best())
@@ -241,6 +236,8 @@ def test_decays_near_0_and_1_and_keys_of_zero(isa):
 
 def test_transformers_agrees():
     """Both of its forms; the chunked one adds up in another order, in chunks of 64 rows."""
+    from transformers.models.qwen3_next import modeling_qwen3_next as theirs  # seconds, for this test alone
+
     name, rows = "whole", 50
     a, case = DELTAS[name], _delta_case(name, isas_here()[-1], rows, 3)
     qkv, gate, b, a_log, dt_bias = (torch.from_numpy(x) for x in case.inputs[:5])
@@ -252,7 +249,7 @@ def test_transformers_agrees():
     g = -a_log.exp() * torch.nn.functional.softplus(gate + dt_bias)
     ask = {"g": g[None], "beta": b.sigmoid()[None], "initial_state": None, "output_final_state": True}
     y = case.run(_rows(0, rows), 2).reshape(rows, 2, a.v_dim)
-    for rule in (torch_recurrent_gated_delta_rule, torch_chunk_gated_delta_rule):
+    for rule in (theirs.torch_recurrent_gated_delta_rule, theirs.torch_chunk_gated_delta_rule):
         want, state = rule(q, k, v, use_qk_l2norm_in_kernel=True, **ask)
         # Both round; a chunk's exponents are sums of up to 64 rows' and as large as these.
         limit = EPS * (4 + np.sqrt(a.k_dim) + np.abs(g.sum(0).numpy()).max())
