@@ -165,6 +165,35 @@ def _attention(a: ops.Attention, x: list[Tensor], step: _Step) -> Tensor:
     return out
 
 
+def _causal_conv(a: ops.CausalConv, x: list[Tensor], step: _Step) -> Tensor:
+    rows, state = x[0].reshape(-1, a.channels), x[2]
+    out = torch.zeros_like(rows)
+    for t, (slot, position) in enumerate(zip(step.slots.tolist(), step.positions.tolist(), strict=True)):
+        if position == 0:
+            state[slot] = 0
+        window = torch.cat([state[slot], rows[t : t + 1]])
+        state[slot] = window[1:]
+        out[t] = (window.T * x[1][:, 0]).sum(1) + (x[3] if a.bias else 0.0)
+    return out if a.function == "none" else _function(a.function, out)
+
+
+def _gated_delta(a: ops.GatedDelta, x: list[Tensor], step: _Step) -> Tensor:
+    keys, state = a.k_heads * a.k_dim, x[5]
+    q, k, v = x[0].reshape(-1, 2 * keys + a.v_heads * a.v_dim).split([keys, keys, a.v_heads * a.v_dim], -1)
+    q, k = (w.reshape(-1, a.k_heads, a.k_dim).repeat_interleave(a.v_heads // a.k_heads, 1) for w in (q, k))
+    if a.l2_eps > 0:
+        q, k = (w / torch.sqrt((w * w).sum(-1, keepdim=True) + a.l2_eps) for w in (q, k))
+    decay = torch.exp(-x[3].exp() * torch.nn.functional.softplus(x[1].flatten(1) + x[4]))
+    beta = torch.sigmoid(x[2].flatten(1))
+    out = torch.zeros(len(q), a.v_heads, a.v_dim)
+    for t, (slot, position) in enumerate(zip(step.slots.tolist(), step.positions.tolist(), strict=True)):
+        before = state[slot] * (position > 0) * decay[t, :, None, None]
+        missing = v[t].reshape(a.v_heads, a.v_dim) - torch.einsum("hk,hkv->hv", k[t], before)
+        state[slot] = before + k[t, :, :, None] * (beta[t, :, None] * missing)[:, None]
+        out[t] = torch.einsum("hk,hkv->hv", q[t] * a.scale, state[slot])
+    return out
+
+
 def _route(a: ops.Route, x: list[Tensor], step: _Step) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(x[0]), a.top_k, dtype=torch.int32)
     weights = torch.zeros(len(x[0]), a.top_k)
@@ -290,6 +319,8 @@ _KINDS: dict[str, Callable[[Any, list[Tensor], _Step], Any]] = {
     "rope": _rope,
     "kv_append": _kv_append,
     "attention": _attention,
+    "causal_conv": _causal_conv,
+    "gated_delta": _gated_delta,
     "route": _route,
     "moe_experts": _moe_experts,
     "glu": _glu,
