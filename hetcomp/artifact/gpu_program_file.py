@@ -16,14 +16,14 @@ from hetcomp.backends.exchange import EXPERT_SUM
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CacheLayout
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamLayout
-from hetcomp.backends.gpu.gpu_program import CONSTANTS, STATES, WEIGHTS, GpuBuffer, GpuProgram
+from hetcomp.backends.gpu.gpu_program import CONSTANTS, RECURRENT, STATES, WEIGHTS, GpuBuffer, GpuProgram
 from hetcomp.backends.gpu.low_rank import PAIR_TABLE, PAIRS
 from hetcomp.backends.gpu.pair_layout import PairLayout
 from hetcomp.backends.gpu.step_graph import StepGraph
 from hetcomp.backends.gpu.weight_stream import RING
-from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES
+from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GRANULE_BYTES, recurrent_bytes
 
-_SCHEMA = [5, 0]
+_SCHEMA = [5, 1]  # 5.1: states of recurrences
 
 
 def write_gpu_program(
@@ -98,6 +98,14 @@ def _buffer(buffer: GpuBuffer, program: GpuProgram, records: Sequence[WeightReco
         entry["sources"] = [_source(WeightRecord(CONSTANTS, _constants(program), 0, buffer.bytes, digest), 0)]
     elif buffer.name == STATES:
         entry["cache"] = _cache(program)
+    elif buffer.name == RECURRENT:
+        entry["recurrent"] = {
+            "slots": program.plan.dim("slots").max,
+            "states": [
+                {"offset": program.places[value.id].offset, "slot_bytes": recurrent_bytes(value.type)}
+                for value in program.recurrent
+            ],
+        }
     return entry
 
 

@@ -16,7 +16,7 @@ _GAP = 128  # bytes behind the states that are known
 
 def cache_block(values: Sequence[Value]) -> int:
     """Bytes of a block with the states among ``values`` and some that nobody may touch."""
-    return sum(block_bytes(v.type) for v in values if v.kind is ValueKind.STATE) + _GAP
+    return sum(block_bytes(v.type) for v in values if v.kind is ValueKind.STATE and v.type.is_cache) + _GAP
 
 
 def slot_blocks(context: int) -> int:

@@ -31,7 +31,7 @@ from hetcomp.ir.node_parts import Cut, gpu_cut_weights
 from hetcomp.ir.plan import Plan, Value, ValueKind
 from hetcomp.ir.step_rows import decode_rows, prompt_rows
 
-WEIGHTS, STATES, CONSTANTS = "weights", "states", "constants"
+WEIGHTS, STATES, RECURRENT, CONSTANTS = "weights", "states", "recurrent", "constants"
 _ALIGNMENT = 256  # of everything in a buffer: what cuMemAlloc gives
 # Buffers that the host fills for each step, and the dimension of their i32, or f32 (empty: one number).
 _STEP = {
@@ -59,14 +59,17 @@ class GpuBuffer:
 class GpuProgram:
     """``device``: the plan's name of the GPU. ``weights`` in the order of their places in the buffer of weights;
     ``cuts``: of those that are a GPU's part of one, by id: the whole weight and the cut. ``cache``: the memory whose
-    blocks the states lie in. ``constants``: bytes of the buffer of constants. ``pairs``: memory for adapters, which
-    half of the graphs then add: there is one of each number of rows with and one without."""
+    blocks the caches among the states lie in; ``recurrent``: the other states, in the order of their places in a buffer
+    of their own, each for all slots and then for the rows of nobody. ``constants``: bytes of the buffer of constants.
+    ``pairs``: memory for adapters, which half of the graphs then add: there is one of each number of rows with and one
+    without."""
 
     plan: Plan
     device: str
     weights: tuple[Value, ...]
     cuts: Mapping[str, tuple[Value, Cut]]
     cache: GpuCacheMemory
+    recurrent: tuple[Value, ...]
     places: Mapping[str, Place]
     constants: bytes
     graphs: tuple[StepGraph, ...]
@@ -113,6 +116,7 @@ class GpuProgram:
         found = [
             GpuBuffer(WEIGHTS, self._end(self.weights), "weight"),
             GpuBuffer(STATES, self.cache.addresses, "state"),
+            GpuBuffer(RECURRENT, self._recurrent_end(), "recurrent"),
             GpuBuffer(CONSTANTS, len(self.constants), "constant"),
             GpuBuffer(ARENA, max(g.arena_bytes for g in self.graphs), "arena"),
             *(GpuBuffer(name, 4 * dims.get(dim, 1), "step") for name, dim in _STEP.items() if name in named),
@@ -153,6 +157,10 @@ class GpuProgram:
     def _end(self, values: Sequence[Value]) -> int:
         return max((self.places[v.id].offset + packing.packed_bytes(v) for v in values), default=0)
 
+    def _recurrent_end(self) -> int:
+        pool = KvPool.of(self.plan.max_dims())
+        return max((self.places[v.id].offset + pool.gpu_bytes(v.type) for v in self.recurrent), default=0)
+
 
 def lower_programs(plan: Plan, tiles: TileChoices = BY_TABLE) -> tuple[GpuProgram, ...]:
     """The GPUs' parts of a plan whose memory is planned, one a GPU that it uses, in their order. ``tiles``: of the
@@ -187,10 +195,12 @@ def _lower(
     stored = [v for v in plan.values if v.kind in (ValueKind.WEIGHT, ValueKind.CONST)]
     weights = [cuts[v.id][0] if v.id in cuts else v for v in stored if v.id in cuts or gpu in readers[v.id]]
     states = [v for v in plan.values if v.kind is ValueKind.STATE and gpu in readers[v.id]]
-    in_block, block = _in_block(states)
-    cache = KvPool.of(plan.max_dims()).gpu_memory(block)
+    in_block, block = _in_block([v for v in states if v.type.is_cache])
+    recurrent, pool = [v for v in states if not v.type.is_cache], KvPool.of(plan.max_dims())
+    cache = pool.gpu_memory(block)
     dims = {**plan.max_dims(), "cache_block": block, "slot_blocks": cache.slot_blocks}
-    places = {**_in_a_row(WEIGHTS, weights), **in_block}
+    places = {**_in_a_row(WEIGHTS, {v.id: packing.packed_bytes(v) for v in weights}), **in_block}
+    places |= _in_a_row(RECURRENT, {v.id: pool.gpu_bytes(v.type) for v in recurrent})
     places |= {v.id: Place(v.fqn or v.id) for v in plan.values if v.kind is ValueKind.INPUT}
     constants: dict[tuple[int, ...], int] = {}
     pairs = PairLayout.of(plan, gpu)
@@ -229,6 +239,7 @@ def _lower(
         tuple(weights),
         by_part,
         cache,
+        tuple(recurrent),
         places,
         table,
         tuple(graphs),
@@ -245,16 +256,17 @@ def _all_rows(plan: Plan) -> list[Rows]:
     return [*exact, *(Rows(n, False, min(n, plan.dim("R").max)) for n in prompt_rows(plan))]
 
 
-def _in_a_row(buffer: str, values: Sequence[Value]) -> dict[str, Place]:
+def _in_a_row(buffer: str, sizes: Mapping[str, int]) -> dict[str, Place]:
+    """Places one after the other in a buffer, by id."""
     places, end = {}, 0
-    for value in values:
-        places[value.id] = Place(buffer, end)
-        end = aligned(end + packing.packed_bytes(value), _ALIGNMENT)
+    for name, size in sizes.items():
+        places[name] = Place(buffer, end)
+        end = aligned(end + size, _ALIGNMENT)
     return places
 
 
 def _in_block(states: Sequence[Value]) -> tuple[dict[str, Place], int]:
-    """The states' places in the first block of the KV cache, and its bytes."""
+    """The caches' places in the first block of the KV cache, and its bytes."""
     places, end = {}, 0
     for state in states:
         places[state.id] = Place(STATES, end)

@@ -10,7 +10,7 @@ from hetcomp.backends.gpu.gemv import GEMV_ROWS, MAX_ADDED, split_of
 from hetcomp.backends.gpu.heads import HeadAttrs
 from hetcomp.backends.gpu.mla import LatentOps, find_latent_ops
 from hetcomp.backends.gpu.rounded_values import find_rounded
-from hetcomp.ir.ops import Attention, KvAppend, Linear, RmsNorm, Rope
+from hetcomp.ir.ops import STATE_WRITERS, Attention, KvAppend, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value, ValueKind
 
 # A GEMV of more panels takes longer by the norm's multiplications, done by every program, than a launch saved.
@@ -137,7 +137,7 @@ class Run:
         return result in self.wanted or not all(self.folds(j, result) for j in self.readers.get(result, []))
 
     def _state_order(self) -> list[set[int]]:
-        """For each op the ops that must have been run because of a state: appends before reads, and the reverse."""
+        """For each op the ops that must have been run because of a state: writes before reads, and the reverse."""
         waits: list[set[int]] = []
         touched: dict[str, list[int]] = {}
         for i, op in enumerate(self.ops):
@@ -145,8 +145,8 @@ class Run:
             for v in op.inputs:
                 if self.values[v].kind is ValueKind.STATE:
                     earlier = touched.setdefault(v, [])
-                    append = op.kind == "kv_append"
-                    before.update(j for j in earlier if append or self.ops[j].kind == "kv_append")
+                    writes = op.kind in STATE_WRITERS
+                    before.update(j for j in earlier if writes or self.ops[j].kind in STATE_WRITERS)
                     earlier.append(i)
             waits.append(before)
         return waits

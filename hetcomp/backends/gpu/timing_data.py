@@ -40,7 +40,8 @@ class TimingData:
         dtype, shape = value.type.dtype, value.type.shape
         if value.kind is ValueKind.WEIGHT:
             return self._weight(value)
-        size = self._cache_bytes if value.kind is ValueKind.STATE else value.type.bytes(self._dims)
+        cached = value.kind is ValueKind.STATE and value.type.is_cache
+        size = self._cache_bytes if cached else value.type.bytes(self._dims)
         if dtype is DType.FP8:
             return TimedBuffer(size)  # random bytes would be NaN now and then
         if dtype is not DType.I32:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hetcomp.backends import packing
-from hetcomp.backends.gpu import attention, experts, linear, rowwise
+from hetcomp.backends.gpu import attention, experts, linear, linear_attention, rowwise
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest
 from hetcomp.backends.gpu.words import PER_WORD
 from hetcomp.errors import HetcompError
-from hetcomp.ir.ops import Attention
+from hetcomp.ir.ops import Attention, GatedDelta
 from hetcomp.ir.types import DType
 
 _EMITTERS: dict[str, Callable[[GpuRequest], GpuCode]] = {
@@ -22,6 +22,8 @@ _EMITTERS: dict[str, Callable[[GpuRequest], GpuCode]] = {
     "rope": rowwise.rope,
     "kv_append": attention.kv_append,
     "attention": attention.attention,
+    "causal_conv": linear_attention.causal_conv,
+    "gated_delta": linear_attention.gated_delta,
     "route": rowwise.route,
     "moe_experts": experts.moe_experts,
     "glu": rowwise.glu,
@@ -62,6 +64,10 @@ class TritonBackend:
         forms = {str(value.format) for value in request.inputs[3:5]} if kind == "moe_experts" else set()
         if len(forms) > 1 and "f32" in forms:
             return f"gate_up and down are {' and '.join(sorted(forms))}, between which numbers are kept in other types."
+        attrs = request.op.attrs
+        if isinstance(attrs, GatedDelta) and attrs.k_dim > linear_attention.MAX_KEY_DIM:
+            widest = linear_attention.MAX_KEY_DIM
+            return f"keys of {attrs.k_dim} in a recurrent state are too wide; expected at most {widest} on a GPU."
         return _cache_refusal(request)
 
     def workspace_bytes(self, request: GpuRequest) -> int:

@@ -210,9 +210,12 @@ std::span<std::byte> GpuStep::pinned_buffer(const std::string& name) const {
   refuse(programs_[0].record(), "has no pinned buffer " + name);
 }
 
-// Rows that pad a step write to a block of their own.
+// Rows that pad a step write to a block, or a place, of their own.
 void GpuStep::check_cache(const GpuProgramRecord& record, const ModelFacts& model) {
   for (const BufferRecord& buffer : record.buffers) {
+    if (buffer.recurrent && buffer.recurrent->slots != model.max_batch)
+      refuse(record, "has states of recurrences of " + std::to_string(buffer.recurrent->slots) +
+                         " sequences, not of " + std::to_string(model.max_batch));
     if (buffer.kind != BufferKind::kState) continue;
     if (!buffer.cache) refuse(record, "has the state " + buffer.name + " without a place for rows of nobody");
     const CacheRecord& cache = *buffer.cache;
@@ -364,6 +367,28 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
     logits_->fetch("logits", std::as_writable_bytes(std::span(logits, rows * vocab_)));
   if (best != nullptr) std::ranges::copy(best_.first(rows), best);
   return graph.batch;
+}
+
+std::size_t GpuStep::recurrent_bytes() const {
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < programs_.size(); ++i) bytes += programs_[i].recurrent_bytes();
+  return bytes;
+}
+
+void GpuStep::save_recurrent(std::int32_t slot, std::span<std::byte> to) const {
+  for (std::size_t i = 0; i < programs_.size(); ++i) {
+    const std::size_t bytes = programs_[i].recurrent_bytes();
+    programs_[i].save_recurrent(slot, to.first(bytes));
+    to = to.subspan(bytes);
+  }
+}
+
+void GpuStep::restore_recurrent(std::int32_t slot, std::span<const std::byte> from) const {
+  for (std::size_t i = 0; i < programs_.size(); ++i) {
+    const std::size_t bytes = programs_[i].recurrent_bytes();
+    programs_[i].restore_recurrent(slot, from.first(bytes));
+    from = from.subspan(bytes);
+  }
 }
 
 std::vector<hetcomp_gpu_event> GpuStep::events() const {

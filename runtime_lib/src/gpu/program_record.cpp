@@ -25,12 +25,14 @@ BufferKind buffer_kind(const CheckedJson& node) {
   static const std::map<std::string, BufferKind> kKinds{
       {"arena", BufferKind::kArena},        {"weight", BufferKind::kWeight},
       {"constant", BufferKind::kConstant},  {"state", BufferKind::kState},
+      {"recurrent", BufferKind::kRecurrent},
       {"result", BufferKind::kResult},      {"step", BufferKind::kStep},
       {"pinned_in", BufferKind::kPinnedIn}, {"pinned_out", BufferKind::kPinnedOut},
       {"stream", BufferKind::kStream},      {"pairs", BufferKind::kPairs}};
   const auto found = kKinds.find(node.text());
   if (found == kKinds.end())
-    node.refuse("arena, weight, constant, state, result, step, pinned_in, pinned_out, stream or pairs");
+    node.refuse(
+        "arena, weight, constant, state, recurrent, result, step, pinned_in, pinned_out, stream or pairs");
   return found->second;
 }
 
@@ -73,16 +75,33 @@ CacheRecord cache_record(const CheckedJson& node, std::uint64_t bytes) {
   return cache;
 }
 
+RecurrentRecord recurrent_record(const CheckedJson& node, std::uint64_t bytes) {
+  RecurrentRecord recurrent{node["slots"].count(1, kMostSlots), {}};
+  const std::uint64_t places = static_cast<std::uint64_t>(recurrent.slots) + 1;
+  std::uint64_t end = 0;
+  for (const CheckedJson& entry : node["states"].elements()) {
+    const RecurrentRecord::State state{entry["offset"].number(end, bytes - 1),
+                                       entry["slot_bytes"].number(1, bytes)};
+    if (state.slot_bytes > (bytes - state.offset) / places)
+      entry.refuse("of all slots and one more within the buffer (" + std::to_string(bytes) + " bytes)");
+    end = state.offset + places * state.slot_bytes;
+    recurrent.states.push_back(state);
+  }
+  if (recurrent.states.empty()) node["states"].refuse("a list of at least one state");
+  return recurrent;
+}
+
 BufferRecord buffer_record(const CheckedJson& node, const std::vector<SourceRecord>& files) {
   BufferRecord buffer{node["name"].text(),
                       node["bytes"].number(1, GpuProgramRecord::kMostBytes),
                       buffer_kind(node["kind"]),
-                      {},
                       {}};
   if (node.has("cache")) {
     if (buffer.kind != BufferKind::kState) node["cache"].refuse("absent: only a state has it");
     buffer.cache = cache_record(node["cache"], buffer.bytes);
   }
+  if (buffer.kind == BufferKind::kRecurrent)
+    buffer.recurrent = recurrent_record(node["recurrent"], buffer.bytes);
   const bool from_files = buffer.kind == BufferKind::kWeight || buffer.kind == BufferKind::kConstant;
   if (from_files) buffer.sources = buffer_sources(node["sources"], buffer, files);
   if (!from_files && node.has("sources"))
@@ -97,6 +116,10 @@ ArgumentValue buffer_address(const CheckedJson& node, const GpuProgramRecord& pr
   const CheckedJson offset = node["offset"];
   const BufferAddress address{found->second, offset.number(0, program.buffers[found->second].bytes - 1)};
   if (address.offset % GpuProgramRecord::kAlignment != 0) offset.refuse("a multiple of 16");
+  const auto& recurrent = program.buffers[found->second].recurrent;
+  if (recurrent && std::ranges::find(recurrent->states, address.offset, &RecurrentRecord::State::offset) ==
+                       recurrent->states.end())
+    offset.refuse("where one of the buffer's states begins");
   return address;
 }
 

@@ -24,7 +24,8 @@ enum class BufferKind {
   kArena,      // between kernels of a step
   kWeight,     // read from files, never written
   kConstant,   // the same, but not of the model
-  kState,      // lives from step to step
+  kState,      // the KV cache: lives from step to step
+  kRecurrent,  // what recurrences have come to: lives from step to step
   kResult,     // of a step, which the host may fetch when it is over
   kStep,       // the host writes it before a step, kernels read it in device memory
   kPinnedIn,   // in host memory: what the CPU or another GPU hands to kernels
@@ -58,12 +59,24 @@ struct CacheRecord {
   std::uint64_t granules;
 };
 
+// How a buffer holds states of recurrences: each for all slots, one after the other, and once more for rows
+// of nobody.
+struct RecurrentRecord {
+  struct State {
+    std::uint64_t offset;
+    std::uint64_t slot_bytes;
+  };
+  std::int32_t slots;
+  std::vector<State> states;  // ascending, not overlapping
+};
+
 struct BufferRecord {
   std::string name;
   std::uint64_t bytes;
   BufferKind kind;
   std::vector<BufferSource> sources;  // of weights and constants; ascending, not overlapping
-  std::optional<CacheRecord> cache;   // of a state
+  std::optional<CacheRecord> cache{};          // of a state
+  std::optional<RecurrentRecord> recurrent{};  // of a recurrent one
 };
 
 struct BufferAddress {
