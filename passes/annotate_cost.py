@@ -20,8 +20,8 @@ from hetcomp.passes.work import Values, work_of
 def annotate_cost(plan: Plan, context: Context) -> Plan:
     """Sets ``cost`` of every op: its work, and its time on the profile's CPU (see device_time).
 
-    Where the profile's figures are not measured, were measured on a busy machine, or lack a kernel of the plan's, a note
-    says so.
+    Where the profile's figures are not measured, were measured on a busy machine, or lack the plan's recurrences, a
+    note says so.
     """
     profile = context.profile
     notes = [profile.caveat] if profile.caveat else []

@@ -207,13 +207,15 @@ def _attention_us(curve: KernelCurve, attrs: ops.Attention, work: Work, step: Ph
 def _gated_delta_us(
     op: Op, work: Work, step: Phase, profile: HardwareProfile, isa: str | None, cached: float
 ) -> float | None:
-    curves = [profile.curve("gated_delta", variant, "f32", isa) for variant in ("dram", "cache")]
     assert isinstance(op.attrs, ops.GatedDelta)
+    cold, warm = (profile.curve("gated_delta", variant, "f32", isa) for variant in ("dram", "cache"))
+    if cold is None:
+        return None
     elements = work.rows * op.attrs.v_heads * op.attrs.k_dim * op.attrs.v_dim
-    cold, warm = (c and elements / (c.rate(step.tokens / step.sequences) * 1e3) for c in curves)
-    if cold is None or warm is None:
-        return cold
-    return (1 - cached) * cold + cached * min(cold, warm)
+    rows = step.tokens / step.sequences
+    rate = cold.rate(rows)
+    best = max(rate, warm.rate(rows)) if warm is not None else rate
+    return elements / 1e3 * ((1 - cached) / rate + cached / best)
 
 
 # Whose curve an op's time is taken from where its own kind has none.

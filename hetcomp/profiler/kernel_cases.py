@@ -283,8 +283,12 @@ def _gated_delta(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
     type_ = TensorType(DType.F32, ("slots", heads, dim, dim))
     kernel = emit(
         ops.GatedDelta(DELTA_KEY_HEADS, heads, dim, dim, dim**-0.5, 1e-6),
-        [_act("x", "T", row), *(_act(n, "T", heads) for n in "ab"), *(_act(n, heads) for n in "ld")]
-        + [Value("s", type_, ValueKind.STATE)],
+        [
+            _act("x", "T", row),
+            *(_act(n, "T", heads) for n in "ab"),
+            *(_act(n, heads) for n in "ld"),
+            Value("s", type_, ValueKind.STATE),
+        ],
         [_act("y", "T", heads, dim)],
     )
     state = type_.bytes({"slots": 1})
