@@ -189,9 +189,7 @@ def test_gated_delta_row_by_row(attrs, rows):
     np.testing.assert_allclose(
         y, want, rtol=0, atol=EPS * 8 * np.sqrt(attrs.k_dim) * max(1, np.abs(want).max(initial=0))
     )
-    np.testing.assert_allclose(
-        after, want_states, rtol=0, atol=2e-6 * max(1, np.nan_to_num(np.abs(want_states)).max())
-    )
+    np.testing.assert_allclose(after, want_states, rtol=0, atol=2e-6 * max(1, np.nan_to_num(np.abs(want_states)).max()))
 
 
 # One chunk and a part of one; several, continued; whole chunks.
@@ -208,5 +206,5 @@ def test_gated_delta_in_chunks(attrs, rows):
     states = _states(rng, rows, attrs.v_heads, attrs.k_dim, attrs.v_dim)
     y, after = _run(attrs, *given_.operands(), states, rows, attrs.v_heads * attrs.v_dim)
     want, want_states = _delta_rule(given_, states, rows)
-    print(np.abs(y-want).max()/np.abs(want).max(), np.sqrt(((y-want)**2).mean()/(want**2).mean()))
+    print(np.abs(y - want).max() / np.abs(want).max(), np.sqrt(((y - want) ** 2).mean() / (want**2).mean()))
     assert 0
