@@ -3,7 +3,8 @@
 python -m benchmarks.cpu_kernels [--shape NAME] [--threads N] [--isa avx512] [--formats q4,q8] [--only WORD]
 
 Weights take turns over a buffer far larger than the last-level cache, so decode reads them from memory.
-GB/s counts weight (or KV cache) bytes, once a call for each matrix that is touched.
+GB/s counts weight (or KV cache) bytes, once a call for each matrix that is touched, and of a recurrence's state what is
+read and what is written.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ from benchmarks import read_bandwidth
 from benchmarks.record import Record
 from hetcomp.backends import packing
 from hetcomp.backends.protocol import Isa
-from hetcomp.ir.ops import Attention, Linear, MoeExperts
-from hetcomp.ir.plan import Value
-from hetcomp.ir.types import DType
+from hetcomp.ir.ops import Attention, CausalConv, GatedDelta, Linear, MoeExperts
+from hetcomp.ir.plan import Value, ValueKind
+from hetcomp.ir.types import DType, TensorType
 from tests.reference.kernel_harness import CompiledKernel, Step, activation, aligned, build, cache, isas_here, weight
 
 STREAM_BYTES = 512 << 20  # 16 times the L3 cache of the development machine
 ROWS = 512
+# Linear attention of Qwen3-Next.
+DELTA = GatedDelta(k_heads=16, v_heads=32, k_dim=128, v_dim=128, scale=128**-0.5, l2_eps=1e-6)
 
 Arrays = list[npt.NDArray[Any]]
 
@@ -201,6 +204,58 @@ def attention(shape: Shape, isa: Isa, data: npt.NDArray[np.uint8], dtype: DType)
         )
 
 
+def linear_attention(isa: Isa, data: npt.NDArray[np.uint8]) -> Iterator[Case]:
+    """The recurrence and the convolution in front of it, at one and at ROWS rows of a sequence; states take turns."""
+    channels, heads = 2 * DELTA.k_heads * DELTA.k_dim + DELTA.v_heads * DELTA.v_dim, DELTA.v_heads
+    shape = heads, DELTA.k_dim, DELTA.v_dim
+    state = Value("s", TensorType(DType.F32, ("slots", *shape)), ValueKind.STATE)
+    delta = build(
+        DELTA,
+        [
+            activation("x", "T", channels),
+            *(activation(n, "T", heads) for n in "ab"),
+            *(activation(n, heads) for n in "ld"),
+            state,
+        ],
+        [activation("y", "T", heads, DELTA.v_dim)],
+        isa,
+        {"T": ROWS, "slots": 1},
+    )
+    conv = CausalConv(channels, 4)
+    history = Value("s", TensorType(DType.F32, ("slots", conv.width - 1, channels)), ValueKind.STATE)
+    taps = activation("w", channels, 1, conv.width)
+    convolve = build(
+        conv, [activation("x", "T", channels), taps, history], [activation("y", "T", channels)], isa, {"T": ROWS}
+    )
+    elements = int(np.prod(shape))
+    states = data[: data.size // (4 * elements) * 4 * elements].view(np.float32).reshape(-1, *shape)
+    states[:] = activations(*shape)
+    numbers, last = activations(channels, 1, conv.width), activations(1, conv.width - 1, channels)
+    for rows in (1, ROWS):
+        x, gates, per_head = activations(rows, channels), activations(rows, heads), activations(heads)
+        step = Step(np.arange(1, rows + 1, dtype=np.int32), np.zeros(rows, np.int32))
+        yield Case(
+            f"gated_delta T={rows}",
+            delta,
+            [[x, gates, gates, per_head, per_head, s] for s in states],
+            activations(rows, heads, DELTA.v_dim),
+            rows,
+            8.0 * elements,
+            7.0 * elements * rows,
+            step,
+        )
+        yield Case(
+            f"causal_conv T={rows}",
+            convolve,
+            [[x, numbers, last]],
+            activations(rows, channels),
+            rows,
+            8.0 * rows * channels,
+            2.0 * rows * channels * conv.width,
+            step,
+        )
+
+
 def measure(case: Case, threads: int, budget: float) -> float:
     """Seconds a call: the best of several batches of calls within about ``budget`` seconds."""
 
@@ -247,6 +302,8 @@ def main() -> None:
         cases = (case for group in groups(shape, o.isa, weight_format, data) for case in group)
         if weight_format in ("f32", "bf16"):
             cases = itertools.chain(cases, attention(shape, o.isa, data, DType(weight_format)))
+        if weight_format == "f32":
+            cases = itertools.chain(cases, linear_attention(o.isa, data))
         for case in (c for c in cases if o.only in c.name):
             name = f"{weight_format} {case.name}"
             for _ in range(o.repeats):

@@ -97,6 +97,9 @@ _CANDIDATES = {
     "hand-shakes and barriers at half the time": "handover=0.5x",
 }
 
+# Kernels of the CPU that wait for memory with few tokens and for their arithmetic with many.
+_BY_TOKENS = ("linear", "moe_experts", "gated_delta")
+
 New = Callable[[float], float]
 
 
@@ -111,13 +114,15 @@ def _dram_bandwidth(profile: HardwareProfile, new: New) -> HardwareProfile:
         return n.model_copy(update={"read_bandwidth": points})
 
     def curve(c: KernelCurve) -> KernelCurve:
-        if c.kernel not in ("linear", "moe_experts") or c.variant not in ("dram", "wide", "small"):
+        if c.kernel not in _BY_TOKENS or c.variant not in ("dram", "wide", "small"):
             return c
         # Of small operands, whose activations would hold wide ones to their speed.
         warm = None if c.variant == "wide" else profile.curve(c.kernel, "cache", c.weight_format, c.isa)
         peak = max(p.rate * p.size for p in c.points)
 
         def ceiling(size: int) -> float:
+            if c.kernel == "gated_delta":  # a rate of work done, whatever the size
+                return max(p.rate for p in c.points)
             cached = warm.rate(size) if warm is not None and size <= MEMORY_BOUND_TOKENS else math.inf
             return min(peak / size, cached)
 
@@ -148,9 +153,9 @@ def _cpu_flops(profile: HardwareProfile, new: New) -> HardwareProfile:
     def curve(c: KernelCurve) -> KernelCurve:
         if c.kernel == "elementwise":
             return c
-        matrix = c.kernel in ("linear", "moe_experts")
+        waits = c.kernel in _BY_TOKENS
         points = tuple(
-            p.model_copy(update={"rate": p.rate * factor}) if not matrix or p.size > MEMORY_BOUND_TOKENS else p
+            p.model_copy(update={"rate": p.rate * factor}) if not waits or p.size > MEMORY_BOUND_TOKENS else p
             for p in c.points
         )
         return c.model_copy(update={"points": points})

@@ -20,10 +20,18 @@ from hetcomp.passes.work import Values, work_of
 def annotate_cost(plan: Plan, context: Context) -> Plan:
     """Sets ``cost`` of every op: its work, and its time on the profile's CPU (see device_time).
 
-    Where the profile's figures are not measured, or were measured on a busy machine, a note says so.
+    Where the profile's figures are not measured, were measured on a busy machine, or lack the plan's recurrences, a
+    note says so.
     """
-    caveat = context.profile.caveat
-    return replace(cost_plan(plan, phases(plan), context), notes=(*plan.notes, caveat) if caveat else plan.notes)
+    profile = context.profile
+    notes = [profile.caveat] if profile.caveat else []
+    recurrent = any(op.kind == "gated_delta" for template in plan.templates for op in template.ops)
+    if recurrent and profile.curves and profile.curve("gated_delta", "dram", "f32", context.isa) is None:
+        notes.append(
+            f"{profile.name}: gated_delta was not measured; its time on the CPU is from bandwidth and rates "
+            "(hetcomp profile measures it)"
+        )
+    return replace(cost_plan(plan, phases(plan), context), notes=(*plan.notes, *notes))
 
 
 def cost_plan(plan: Plan, steps: tuple[Phase, ...], context: Context) -> Plan:

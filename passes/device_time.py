@@ -51,6 +51,8 @@ def term_of(op: Op, step: Phase) -> KernelName:
         return "moe_experts"
     if isinstance(op.attrs, ops.Attention):
         return "attention_decode" if step.tokens == step.sequences else "attention_prefill"
+    if isinstance(op.attrs, ops.GatedDelta):
+        return "gated_delta"
     return "elementwise"
 
 
@@ -163,12 +165,14 @@ def _from_curve(
     if kernel in ("linear", "moe_experts"):
         return _matrix_us(kernel, work, profile, isa, cached)
     if kernel == "elementwise":
-        variant = op.kind if op.kind in _ELEMENTWISE_LIKE else _ELEMENTWISE_KIN.get(op.kind, "add")
-        curve = profile.curve(kernel, variant, "f32", isa)
+        variants = op.kind, _ELEMENTWISE_KIN.get(op.kind, "add")
+        curve = next((c for v in variants if (c := profile.curve(kernel, v, "f32", isa)) is not None), None)
         if curve is None:
             return None
         rows = work.written / curve.shape.get("width", 1024)
         return work.written / (curve.rate(max(rows, 1e-9)) * 1e3) if work.written else None
+    if kernel == "gated_delta":
+        return _gated_delta_us(op, work, step, profile, isa, cached)
     form = work.state_format
     if form == "fp8" and profile.curve(kernel, "dram", form, isa) is None:
         form = "q8"  # of an older profile: as many bytes, unpacked as cheaply
@@ -200,8 +204,22 @@ def _attention_us(curve: KernelCurve, attrs: ops.Attention, work: Work, step: Ph
     return work.flops / 2 / (curve.rate(size) * 1e3)
 
 
-_ELEMENTWISE_LIKE = frozenset({"rms_norm", "rope", "add", "route", "glu", "kv_append"})
-_ELEMENTWISE_KIN = {"rope_table": "rope", "layer_norm": "rms_norm", "activation": "glu"}
+def _gated_delta_us(
+    op: Op, work: Work, step: Phase, profile: HardwareProfile, isa: str | None, cached: float
+) -> float | None:
+    assert isinstance(op.attrs, ops.GatedDelta)
+    cold, warm = (profile.curve("gated_delta", variant, "f32", isa) for variant in ("dram", "cache"))
+    if cold is None:
+        return None
+    elements = work.rows * op.attrs.v_heads * op.attrs.k_dim * op.attrs.v_dim
+    rows = step.tokens / step.sequences
+    rate = cold.rate(rows)
+    best = max(rate, warm.rate(rows)) if warm is not None else rate
+    return elements / 1e3 * ((1 - cached) / rate + cached / best)
+
+
+# Whose curve an op's time is taken from where its own kind has none.
+_ELEMENTWISE_KIN = {"rope_table": "rope", "layer_norm": "rms_norm", "activation": "glu", "causal_conv": "glu"}
 
 
 def _matrix_us(

@@ -21,10 +21,10 @@ from hetcomp.ir.types import CACHE_DTYPES
 
 FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q5k", "q4z", "q4k", "q4", "mxfp4")
 _NAME = "kernel_name_goes_here"
-# Channels that a thread takes through all rows of a convolution: 512 bytes of a row in one go.
-_CONV_TILE = 128
-# Panels of a recurrence's state that a task works on: one alone waits for the last multiply-add of its sums as long as two
-# take together, four of 128 rows fill a first-level cache of 32 KB.
+# Channels that a thread takes through all rows of a convolution: a kilobyte of a row in one go.
+_CONV_TILE = 256
+# Panels of a recurrence's state that a task works on: one alone waits for the last multiply-add of its sums as long as
+# two take together, four of 128 rows fill a first-level cache of 32 KB.
 _STATE_PANELS = 2
 
 

@@ -157,5 +157,7 @@ def _speed(curve: KernelCurve, point: KernelPoint) -> str:
         return f"{point.size} tokens: {2 * point.size * point.rate:.0f} GFLOP/s"
     if curve.kernel == "elementwise":
         return f"{point.size} tokens: {point.rate:.2f} G elements/s"
+    if curve.kernel == "gated_delta":
+        return f"{point.size} tokens: {7 * point.rate:.0f} GFLOP/s"
     unit = "positions" if curve.kernel == "attention_decode" else "tokens"
     return f"{point.size} {unit}: {2 * point.rate:.0f} GFLOP/s"

@@ -92,7 +92,7 @@ class KernelRate(Model):
     source: Source
 
 
-KernelName = Literal["linear", "moe_experts", "attention_decode", "attention_prefill", "elementwise"]
+KernelName = Literal["linear", "moe_experts", "attention_decode", "attention_prefill", "gated_delta", "elementwise"]
 
 
 class KernelPoint(Model):
@@ -113,6 +113,7 @@ class KernelCurve(Model):
     moe_experts         tokens routed to an expert   weights of the experts that got tokens
     attention_decode    positions in the KV cache    multiply-adds (heads * (head_dim + v_head_dim) * positions)
     attention_prefill   tokens, cache empty before   multiply-adds (the causal half of tokens^2)
+    gated_delta         tokens of a sequence         elements of the states, once a token
     elementwise         tokens                       elements written
     ==================  ===========================  =====================================================
 

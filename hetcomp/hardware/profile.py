@@ -26,7 +26,7 @@ from hetcomp.hardware.figures import (
 )
 from hetcomp.hardware.tuning import KernelTuning
 
-SCHEMA = (2, 1)  # major: readers refuse another; minor: fields were added
+SCHEMA = (2, 2)  # major: readers refuse another; minor: fields were added
 
 # Estimated part of a data sheet's peak that is reached in practice: by reads of all cores together, and by GEMM.
 DATA_SHEET_READS = 0.8

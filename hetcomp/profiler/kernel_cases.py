@@ -26,6 +26,7 @@ WIDE_EXPERTS = (4, 2, 7168, 2048)
 _WIDE_FORMATS = ("q8", "q4")
 ROWS, COLUMNS = 2048, 2048
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
+DELTA_KEY_HEADS, DELTA_HEADS = 8, 16  # of HEAD_DIM, too
 CONTEXT = 16384
 MOST_TOKENS = 4096
 # Width of the small operands: a second shape shows what a kernel pays for rows of activations besides its weights and
@@ -127,6 +128,7 @@ def curve_plans(
     if detail is Detail.FULL:
         for dtype in CACHE_DTYPES:
             yield from _attention(emit, dtype, cold_bytes)
+        yield from _gated_delta(emit, cold_bytes)
         yield from _tail(emit, cold_bytes)
 
 
@@ -301,6 +303,34 @@ def _attention_curves(
         yield CurvePlan("attention_prefill", variant, dtype.value, shape, kernel, prefill)
 
 
+def _gated_delta(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
+    heads, dim = DELTA_HEADS, HEAD_DIM
+    row = (2 * DELTA_KEY_HEADS + heads) * dim
+    type_ = TensorType(DType.F32, ("slots", heads, dim, dim))
+    kernel = emit(
+        ops.GatedDelta(DELTA_KEY_HEADS, heads, dim, dim, dim**-0.5, 1e-6),
+        [
+            _act("x", "T", row),
+            *(_act(n, "T", heads) for n in "ab"),
+            *(_act(n, heads) for n in "ld"),
+            Value("s", type_, ValueKind.STATE),
+        ],
+        [_act("y", "T", heads, dim)],
+    )
+    state = type_.bytes({"slots": 1})
+
+    def case(rows: int, sets: int) -> Case:
+        gates, per_head = Operand("a", 4 * rows * heads), Operand("a", 4 * heads)
+        inputs = (Operand("a", 4 * rows * row), gates, gates, per_head, per_head, Operand("s", state, sets))
+        work = float(rows * heads * dim * dim)
+        return Case(rows, rows, work, inputs, (4 * rows * heads * dim,), rows)  # from position 1 on: the state is read
+
+    shape = {"k_heads": DELTA_KEY_HEADS, "v_heads": heads, "k_dim": dim, "v_dim": dim}
+    cold = tuple(case(rows, _sets(cold_bytes, state)) for rows in ROW_COUNTS)
+    yield CurvePlan("gated_delta", "dram", "f32", shape, kernel, cold)
+    yield CurvePlan("gated_delta", "cache", "f32", shape, kernel, (case(1, 1),))
+
+
 def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
     x, y = _act("x", "T", HIDDEN), _act("y", "T", HIDDEN)
     norm = Value("w", TensorType(DType.F32, (HIDDEN,)), ValueKind.WEIGHT, fqn="w", format="f32")
@@ -312,6 +342,8 @@ def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
     cache = Value("k", TensorType(DType.BF16, ("slots", KV_HEADS, "context", HEAD_DIM)), ValueKind.STATE)
     append = _act("x", "T", KV_HEADS, HEAD_DIM)
     gate, up, glu = (_act(n, "T", INTERMEDIATE) for n in ("g", "u", "z"))
+    taps = Value("w", TensorType(DType.F32, (HIDDEN, 1, 4)), ValueKind.WEIGHT, fqn="w", format="f32")
+    history = Value("h", TensorType(DType.F32, ("slots", 3, HIDDEN)), ValueKind.STATE)
     kinds: list[tuple[Attrs, list[Value], list[Value], int]] = [
         (ops.RmsNorm(HIDDEN, 1e-6), [x, norm], [y], HIDDEN),
         (ops.Rope(HEADS, HEAD_DIM, HEAD_DIM), [wide, *angles], [turned], rows),
@@ -319,6 +351,7 @@ def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
         (ops.Route(EXPERTS, TOP_K, "softmax", True), [logits], [ids, chosen], 2 * TOP_K),
         (ops.Glu(INTERMEDIATE), [gate, up], [glu], INTERMEDIATE),
         (ops.KvAppend(KV_HEADS, HEAD_DIM), [append, cache], [], KV_HEADS * HEAD_DIM),
+        (ops.CausalConv(HIDDEN, 4), [x, taps, history], [y], HIDDEN),
     ]
     for attrs, inputs, outputs, width in kinds:
         cases = []
@@ -327,7 +360,7 @@ def _tail(emit: Emit, cold_bytes: int) -> Iterator[CurvePlan]:
             made = tuple(v.type.bytes(dims) for v in outputs)
             moved = sum(v.type.bytes(dims) for v in inputs) + sum(made)
             # Of a KV cache only the new rows are touched, so that more of it must take turns.
-            turning = cold_bytes if any(v.kind is ValueKind.STATE for v in inputs) else min(TAIL_BYTES, cold_bytes)
+            turning = cold_bytes if any(v.type.is_cache for v in inputs) else min(TAIL_BYTES, cold_bytes)
             sets = _sets(turning, moved) if t >= _TURNING_ROWS else 1
             operands = tuple(
                 Operand("s" if v.kind is ValueKind.STATE else "w", v.type.bytes(dims), sets) for v in inputs

@@ -44,9 +44,9 @@ def gated_delta_reference(
     """The rule [T, v_heads, v_dim], the error it may have, and that of the states, [slots, v_heads, v_dim] for all rows
     of a column; leaves in ``state`` what the next step needs.
 
-    A state's error goes the way of the state: a row multiplies it by decay * (I - beta k k^T), whose norm is at most the
-    decay where k is at most 1 long. So the Euclidean norm of a column's error shrinks with every row, and what the row's
-    own arithmetic adds is added to it."""
+    A state's error goes the way of the state: a row multiplies it by decay * (I - beta k k^T), whose norm is at most
+    the decay where k is at most 1 long. So the Euclidean norm of a column's error shrinks with every row, and what the
+    row's own arithmetic adds is added to it."""
     assert step.positions is not None
     assert step.slots is not None
     heads, keys = a.v_heads, a.k_heads * a.k_dim

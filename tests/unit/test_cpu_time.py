@@ -8,8 +8,10 @@ import pytest
 
 from hetcomp.hardware.figures import Cache, KernelCurve, KernelPoint, Source, WorkingSetPoint
 from hetcomp.hardware.profile import HardwareProfile
-from hetcomp.ir.plan import Op
-from hetcomp.passes.annotate_cost import Cached, cost_plan, step_bytes, working_set
+from hetcomp.ir.ops import CausalConv, GatedDelta
+from hetcomp.ir.plan import Call, Op, Template, Value, ValueKind
+from hetcomp.ir.types import DType, TensorType
+from hetcomp.passes.annotate_cost import Cached, annotate_cost, cost_plan, step_bytes, working_set
 from hetcomp.passes.device_time import cpu_time
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.pipeline import run_pipeline
@@ -162,6 +164,69 @@ def test_a_kv_cache_in_the_caches_saves_what_it_saves_narrow_heads(rate, cached,
     )
     got = cpu_time(op, work, DECODE, machine, "avx512", cached).us
     assert got == pytest.approx(work.flops / 2 / 1e3 * time)
+
+
+DELTA = GatedDelta(2, 4, 32, 64, 1.0)
+ELEMENTS = 4 * 32 * 64  # of its state
+
+
+def delta_op() -> tuple[Op, dict[str, Value]]:
+    shapes = {"x": ("T", 2 * 2 * 32 + 4 * 64), "a": ("T", 4), "b": ("T", 4), "l": (4,), "d": (4,)}
+    values = {i: Value(i, TensorType(DType.F32, shape), ValueKind.ACT) for i, shape in shapes.items()}
+    values["s"] = Value("s", TensorType(DType.F32, ("slots", 4, 32, 64)), ValueKind.STATE)
+    values["y"] = Value("y", TensorType(DType.F32, ("T", 4, 64)), ValueKind.ACT)
+    return Op("delta", DELTA, tuple("xablds"), ("y",)), values
+
+
+@pytest.mark.parametrize(
+    ("step", "cached", "rate"),
+    [
+        (DECODE, 0.0, 10.0),
+        (DECODE, 1.0, 40.0),
+        (DECODE, 0.5, 16.0),
+        (Phase("decode", 3, 3, 50), 0.0, 10.0),  # each sequence's state comes from memory, for one row
+        (Phase("prefill", 4096, 1, 4096), 0.0, 80.0),
+    ],
+)
+def test_a_recurrence_takes_its_time_by_rows_of_a_sequence(step, cached, rate):
+    points = tuple(KernelPoint(size=size, rate=r) for size, r in ((1, 10.0), (512, 80.0)))
+    cold = curve("gated_delta", "dram", {}, 1.0, "f32").model_copy(update={"points": points})
+    machine = with_curves(cold, curve("gated_delta", "cache", {}, 40.0, "f32"))
+    op, values = delta_op()
+    time = cpu_time(op, work_of(op, values, step, HandTarget()), step, machine, "avx512", cached)
+    assert time.measured
+    assert time.us == pytest.approx(step.tokens * ELEMENTS / rate / 1e3)
+
+
+def test_without_a_curve_of_recurrences_the_roofline_counts_and_the_plan_says_so():
+    op, values = delta_op()
+    machine = with_curves(THREE[0])
+    step = Phase("decode", 2, 2, 50)
+    work = work_of(op, values, step, HandTarget())
+    assert work.state_bytes == 2 * 2 * ELEMENTS * 4
+    time = cpu_time(op, work, step, machine, "avx512", 0.0)
+    reached = machine.bandwidth() * machine.rate("f32").bandwidth_fraction
+    assert (time.measured, time.bound, time.us) == (False, "memory", pytest.approx(work.bytes / reached / 1e3))
+    params = tuple("xablds")
+    template = Template("net", tuple(values.values()), (op,), params, ("y",))
+    plan = replace(tiny_plan(), templates=(template,), calls=(Call("net", 0, params, ("y",)),))
+    said = annotate_cost(plan, replace(context("bf16"), profile=machine)).notes
+    assert "gated_delta was not measured" in said[-1]
+    own = with_curves(THREE[0], curve("gated_delta", "dram", {}, 10.0, "f32"))
+    assert not any("gated_delta" in note for note in annotate_cost(plan, replace(context("bf16"), profile=own)).notes)
+
+
+@pytest.mark.parametrize(("variants", "rate"), [(("glu", "causal_conv"), 3.0), (("glu",), 2.0)])
+def test_a_convolution_takes_its_own_curve_or_that_of_glu(variants, rate):
+    """Of older profiles: glu computes silu of as many numbers."""
+    rates = {"glu": 2.0, "causal_conv": 3.0}
+    machine = with_curves(*(curve("elementwise", v, {"width": 64}, rates[v], "f32") for v in variants))
+    shapes = {"x": ("T", 64), "w": (64, 1, 4), "y": ("T", 64)}
+    values = {i: Value(i, TensorType(DType.F32, shape), ValueKind.ACT) for i, shape in shapes.items()}
+    values["s"] = Value("s", TensorType(DType.F32, ("slots", 3, 64)), ValueKind.STATE)
+    op = Op("conv", CausalConv(64, 4), ("x", "w", "s"), ("y",))
+    time = cpu_time(op, work_of(op, values, DECODE, HandTarget()), DECODE, machine, "avx512", 0.0)
+    assert (time.measured, time.us) == (True, pytest.approx(64 / rate / 1e3))
 
 
 def test_prompts_find_no_weights_in_caches_and_the_kv_cache_takes_part_of_them():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,7 +106,9 @@ class _Case:
         stored = self.inputs[self.state]
         for slot in np.unique(step.slots):
             first = step.positions[step.slots == slot][0]
-            stored[slot, : max(0, stored.shape[1] - first) if self.history else len(stored[slot]) * (first == 0)] = np.nan
+            # Rows of positions below 0, or, where the state is no history, all of it in front of position 0.
+            dead = max(0, stored.shape[1] - first) if self.history else stored.shape[1] * (first == 0)
+            stored[slot, :dead] = np.nan
         cut = [x[rows] if i in self.by_row else x for i, x in enumerate(self.inputs)]
         shape = len(step.slots), self.width
         (y,) = self.kernel(cut, [shape], rows=shape[0], threads=threads, step=step, in_place=[self.state])
@@ -201,7 +204,7 @@ def test_a_prompt_in_pieces_gives_the_bytes_of_the_whole(isa, make, name, cuts, 
     edges = [0, *sorted(cuts), rows]
     parts = [
         pieces.run(_rows(past + first, last - first), 1, slice(first, last))
-        for first, last in zip(edges, edges[1:], strict=False)
+        for first, last in itertools.pairwise(edges)
     ]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     np.testing.assert_array_equal(pieces.inputs[case.state], case.inputs[case.state])

@@ -75,6 +75,19 @@ def test_more_bandwidth_raises_a_measured_curve_until_arithmetic_holds_it():
     assert faster == [10.0, 4.0, 0.5]
 
 
+def test_more_bandwidth_helps_a_recurrence_where_it_waits_for_its_state():
+    points = tuple(KernelPoint(size=s, rate=r) for s, r in ((1, 5.0), (4, 12.0), (512, 40.0)))
+    curve = KernelCurve(
+        kernel="gated_delta", variant="dram", isa="avx512", weight_format="f32", shape={},
+        points=points, source=Source.MEASURED,
+    )  # fmt: skip
+    machine = profile().model_copy(update={"curves": (curve,)})
+    rates = [p.rate for p in apply_change(machine, parse_change("dram_bandwidth=4x")).curves[0].points]
+    assert rates == [20.0, 40.0, 40.0]
+    faster = [p.rate for p in apply_change(machine, parse_change("cpu_flops=2x")).curves[0].points]
+    assert faster == [5.0, 12.0, 80.0]
+
+
 def test_improvements_are_planned_anew_and_sorted():
     ctx = context(gpus=(gpu(1 << 30),))
     ctx = replace(ctx, use_gpus=False)
