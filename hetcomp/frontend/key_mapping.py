@@ -43,7 +43,7 @@ class KeyMapping:
 
     def place(self, name: str) -> TensorPlace:
         """The place of the tensor ``name``; a tensor that no rule concerns is the parameter of its name. A name that
-        lacks the base model's prefix (``model.``), or has it too much, is found as well."""
+        lacks the base model's prefix (``model.``), or has it or ``language_model.`` too much, is found as well."""
         target, transform, pattern, matched = name, None, None, name
         for candidate in self._transforms:
             converts = bool(getattr(candidate, "operations", None))
@@ -107,7 +107,7 @@ def map_checkpoint(names: Iterable[str], parameters: Iterable[str], model_type: 
 def _prefixed(name: str, known: set[str]) -> str:
     if name in known:
         return name
-    for other in (f"model.{name}", name.removeprefix("model.")):
+    for other in (f"model.{name}", name.removeprefix("model."), name.replace("language_model.", "", 1)):
         if other in known:
             return other
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -162,8 +163,9 @@ def _small_copy(module: nn.Module) -> nn.Module | None:
             if child._parameters["bias"] is not None:
                 return None
             rows, columns = (_COLUMNS, child.in_features) if name == "out_proj" else (child.out_features, _COLUMNS)
-            linear = nn.Linear(columns, rows, bias=False)
-            linear.weight = nn.Parameter(random_numbers(rows, columns, seed=len(name)) / columns**0.5, False)
+            linear = copy.copy(child)
+            weight = random_numbers(rows, columns, seed=len(name)) / columns**0.5
+            linear.__dict__ = child.__dict__ | {"_parameters": {"weight": nn.Parameter(weight, False), "bias": None}}
             small._modules[name] = linear
         else:
             small._modules[name] = None if child is None else real_copy(child)

@@ -220,11 +220,10 @@ def _qwen3(odd: bool) -> dict[str, Any]:
 
 def _delta_net(k_heads: int, v_heads: int, width: int, odd: bool) -> dict[str, Any]:
     """Linear attention in all layers but every second (odd) or fourth, partial rotary embedding in the others."""
-    layers = ["linear_attention", "full_attention"] if odd else ["linear_attention"] * 3 + ["full_attention"]
     return {
         "head_dim": 20 if odd else 16,
         "num_hidden_layers": 3 if odd else 4,
-        "layer_types": (layers * 2)[:3] if odd else layers,
+        "full_attention_interval": 2 if odd else 4,
         "linear_num_key_heads": k_heads,
         "linear_num_value_heads": v_heads,
         "linear_key_head_dim": 11 if odd else 16,

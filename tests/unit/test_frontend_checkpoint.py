@@ -112,6 +112,15 @@ def test_names_without_the_base_prefix_are_found(folder):
     assert imported.checkpoint.read(weights(imported)[0]).shape == (256, 64)
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_names_in_a_model_that_takes_images_are_found(folder, prefix):
+    """Of families for which transformers has no rule of its own."""
+    rewrite(folder, lambda t: {k.replace("model.", prefix, 1): v for k, v in t.items()})
+    imported = load(folder)
+    assert imported.unused == ()
+    assert all(imported.checkpoint.source(value).tensors[0].name.startswith(prefix) for value in weights(imported))
+
+
 def test_a_tied_head_may_be_stored_under_its_own_name(folder):
     rewrite(folder, lambda t: {k.replace("model.embed_tokens", "lm_head"): v for k, v in t.items()})
     imported = load(folder)

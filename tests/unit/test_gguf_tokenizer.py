@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors, trainers
+from transformers.models.qwen3_5 import tokenization_qwen3_5
 from transformers.tokenization_utils_base import generate_merges
 
 from hetcomp.artifact.chat_template import template_sources
@@ -92,6 +93,7 @@ def test_patterns_are_those_of_other_tests():
     assert PRE_TOKENIZERS["gpt-4o"].patterns == (made.O200K,)
     assert PRE_TOKENIZERS["deepseek-v3"].patterns == (r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", made.DEEPSEEK_LETTERS)
     assert PRE_TOKENIZERS["glm4"].patterns == (made.LLAMA3,)
+    assert PRE_TOKENIZERS["qwen35"].patterns == (tokenization_qwen3_5.PRETOKENIZE_REGEX,)
 
 
 @pytest.mark.parametrize("prefix", [True, False])

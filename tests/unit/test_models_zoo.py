@@ -91,7 +91,9 @@ def _config_folder(tmp_path: Path, family: str, **overrides: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "minimax_m2", "llama"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "minimax_m2", "llama", "qwen3_5_moe"]
+)
 def test_synthetic_checkpoint_loads_completely(tmp_path, family):
     out = synthesise(_config_folder(tmp_path, family), tmp_path / "model", max_shard_gb=1e-4, progress=False)
     index = json.loads((out / "model.safetensors.index.json").read_text())

@@ -69,6 +69,8 @@ def viewed_delta(weight: AdaptedWeight, view: WeightSource) -> np.ndarray:
         heads, start, stop = view.head_split
         delta = delta.reshape(heads, -1, delta.shape[-1])[:, start:stop]
         delta = delta.swapaxes(1, 2) if view.head_transpose else delta
+    if view.row_runs:
+        delta = np.concatenate([delta[:, start:stop] for start, stop in view.row_runs], axis=1)
     return delta
 
 
@@ -82,6 +84,7 @@ def viewed_delta(weight: AdaptedWeight, view: WeightSource) -> np.ndarray:
         ("deepseek_v3", False, "f32"),
         ("deepseek_v3", True, "f32"),
         ("gpt_oss", True, "f32"),
+        ("qwen3_next", True, "f32"),
     ],
 )
 def test_pairs_stand_for_the_deltas(family, odd, formats, tmp_path):

@@ -20,6 +20,8 @@ class PreTokenizer:
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Marks belong to words.
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -40,6 +42,7 @@ PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer(),
     "olmo": PreTokenizer(nfc=True),
     "qwen2": PreTokenizer((_QWEN2,), nfc=True),
+    "qwen35": PreTokenizer((_QWEN35,), nfc=True),
     "deepseek-r1-qwen": PreTokenizer((_QWEN2,)),
     "deepseek-v3": PreTokenizer(_DEEPSEEK_V3),
     "glm4": PreTokenizer((_LLAMA3,)),
