@@ -84,7 +84,7 @@ def compile_objects(
     """
     compiler = find_cxx()
     flags = (*_FLAGS, *_COMPILER_FLAGS[compiler.kind], *_ISA_FLAGS[isa], f"-I{include}")
-    contract = _contract_hash(include)
+    contract = contract_digest(include)
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -96,7 +96,7 @@ def compile_objects(
 
     # One after the other, as most sources share one.
     headers = {
-        source: precompiled_header(compiler, flags[:-1], source.text, folder.parent / "headers")
+        source: precompiled_header(compiler, flags, source.text, contract, folder.parent / "headers")
         for source in sources
         if not object_of(source).exists()
     }
@@ -161,7 +161,8 @@ def _compile(compiler: CxxCompiler, flags: Sequence[str], source: Source, target
         staged.replace(target)
 
 
-def _contract_hash(include: Path) -> str:
+def contract_digest(include: Path) -> str:
+    """Of the contract headers' names and text."""
     digest = hashlib.sha256()
     for header in sorted((include / "hetcomp").glob("*.h")):
         digest.update(header.name.encode())

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.backends.cpu import CpuBackend
-from hetcomp.backends.native_compiler import cache_folder, isa_flags
+from hetcomp.backends.native_compiler import cache_folder, contract_digest, isa_flags
 from hetcomp.backends.packing import PANELS, TAKEN_OVER
 from hetcomp.backends.precompiled_header import precompiled_header
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
@@ -28,9 +28,10 @@ from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 
 ROOT = Path(__file__).resolve().parents[2]
+_CONTRACT = ROOT / "runtime_lib" / "include"
 _COMMON = (
     *("-std=c++20", "-fPIC", "-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-shared"),
-    *("-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'runtime_lib' / 'include'}"),
+    *("-Wall", "-Wextra", "-Werror", f"-I{_CONTRACT}"),
 )
 # GCC 12 sees uninitialised reads inside its own AVX-512 intrinsics (GCC bug 105593).
 _GCC = ("-Wno-maybe-uninitialized", "-Wno-uninitialized")
@@ -101,7 +102,8 @@ def _compile(compiler: str, isa: Isa, source: Path, library: Path, emulate: bool
     optimisation, headers = _optimisation(isa), cache_folder().parent / "headers"
     if found.kind == "g++":
         flags = (*_COMMON, optimisation, *_GCC, *isa_flags(isa), "-pthread")
-        early = (*_GCC, "-Winvalid-pch", *precompiled_header(found, flags, source.read_text(), headers))
+        before = precompiled_header(found, flags, source.read_text(), contract_digest(_CONTRACT), headers)
+        early = (*_GCC, "-Winvalid-pch", *before)
     if emulate:
         early = (*early, "-include", str(Path(__file__).with_name("emulated_tiles.h")))
     command = [compiler, *_COMMON, optimisation, *early, *isa_flags(isa), "-pthread", "-o", str(library), str(source)]

@@ -31,6 +31,19 @@ extern "C" float largest(const float* x, long n) {
 }
 """
 
+CONTRACT = """#include "hetcomp/kernel.h"
+
+namespace hetcomp {
+void copy(Lane& lane, const KernelArgs& args) {
+  const auto* x = static_cast<const float*>(args.in[0]);
+  auto* y = static_cast<float*>(args.out[0]);
+  parallel_for(lane, args.rows, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) y[i] = x[i];
+  });
+}
+}  // namespace hetcomp
+"""
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -47,12 +60,25 @@ needs_gcc = pytest.mark.skipif(find_cxx().kind != "g++", reason="clang++ compile
 
 
 @needs_gcc
-def test_objects_are_the_same_with_and_without(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    behind = compiled()
+@pytest.mark.parametrize("text", [KERNEL, CONTRACT, KERNEL.partition("\n")[0] + "\n" + CONTRACT])
+def test_objects_are_the_same_with_and_without(text: str, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    behind = compiled(text=text)
     assert len(list((cache / "headers").glob("*.gch"))) == 1
     shutil.rmtree(cache / "objects")
     monkeypatch.setattr(native_compiler, "precompiled_header", lambda *_: ())
-    assert compiled() == behind
+    assert compiled(text=text) == behind
+
+
+@needs_gcc
+def test_a_changed_contract_has_a_header_of_its_own(cache: Path):
+    """g++ would take the old one without a word."""
+    compiled(text=CONTRACT)
+    changed = Path(shutil.copytree(include(), cache / "include"))
+    compile_objects([Source("copy", CONTRACT)], Isa.AVX2, changed, threads=1)
+    kernel = changed / "hetcomp" / "kernel.h"
+    kernel.write_text(kernel.read_text().replace("namespace hetcomp {", "namespace hetcomp {\n#error changed", 1))
+    with pytest.raises(HetcompError, match="changed"):
+        compile_objects([Source("copy", CONTRACT)], Isa.AVX2, changed, threads=1)
 
 
 @needs_gcc
