@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from hetcomp.frontend import layout as lay
-from hetcomp.frontend import lower_attention, lower_norms, lower_router
+from hetcomp.frontend import lower_attention, lower_linear_attention, lower_norms, lower_router
 from hetcomp.frontend.lower import Lowering, Ref, RowsOnly, Several, memory_shape
 from hetcomp.frontend.trace import module_path
 from hetcomp.ir import ops
@@ -335,6 +335,7 @@ def _cat(low: Lowering, node: fx.Node) -> Ref | None:
 
 HANDLERS: dict[str, Callable[[Lowering, fx.Node], Any]] = {
     **lower_attention.HANDLERS,
+    **lower_linear_attention.HANDLERS,
     **lower_norms.HANDLERS,
     **lower_router.HANDLERS,
     "aten.view": _view,

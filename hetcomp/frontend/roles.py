@@ -46,7 +46,7 @@ def assign_roles(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
     for op in lowered:
         for value in op.inputs:
             readers.setdefault(value, []).append(op)
-    attention = {op.layer: op.origin for op in lowered if op.kind == "attention"}
+    attention = {op.layer: op.origin for op in lowered if op.kind in ("attention", "gated_delta")}
     experts = {op.layer: _parent(op.origin) for op in lowered if op.kind == "moe_experts"}
     roles: dict[str, str] = {}
     for op in lowered:

@@ -165,6 +165,38 @@ def _attention(a: ops.Attention, x: list[Tensor], step: _Step) -> Tensor:
     return out
 
 
+def _causal_conv(a: ops.CausalConv, x: list[Tensor], step: _Step) -> Tensor:
+    rows, weight, state = x[0].reshape(-1, a.channels), x[1][:, 0].T, x[2]
+    out = torch.zeros_like(rows)
+    for t, (slot, position) in enumerate(zip(step.slots.tolist(), step.positions.tolist(), strict=True)):
+        before = state[slot] if position else torch.zeros_like(state[slot])
+        seen = torch.cat([before, rows[t : t + 1]])
+        out[t] = (seen * weight).sum(0) + (x[3] if a.bias else 0.0)
+        state[slot] = seen[1:]
+    return _function("silu", out) if a.function == "silu" else out
+
+
+def _gated_delta(a: ops.GatedDelta, x: list[Tensor], step: _Step) -> Tensor:
+    keys = a.k_heads * a.k_dim
+    q, k, v = x[0].reshape(len(x[0]), -1).split([keys, keys, a.v_heads * a.v_dim], -1)
+    q, k = (r.reshape(-1, a.k_heads, a.k_dim) for r in (q, k))
+    if a.l2_eps > 0:
+        q, k = (r / torch.sqrt((r * r).sum(-1, keepdim=True) + a.l2_eps) for r in (q, k))
+    v, decay = v.reshape(-1, a.v_heads, a.v_dim), x[1].reshape(-1, a.v_heads) + x[4]
+    decay = torch.exp(-torch.exp(x[3]) * torch.log1p(torch.exp(decay)))
+    rate, state = 1 / (1 + torch.exp(-x[2].reshape(-1, a.v_heads))), x[5]
+    out = torch.zeros_like(v)
+    for t, (slot, position) in enumerate(zip(step.slots.tolist(), step.positions.tolist(), strict=True)):
+        for h in range(a.v_heads):
+            key_head = h // (a.v_heads // a.k_heads)
+            key = k[t, key_head]
+            s = state[slot, h] * decay[t, h] if position else torch.zeros_like(state[slot, h])
+            s = s + torch.outer(key, rate[t, h] * (v[t, h] - key @ s))
+            out[t, h] = q[t, key_head] * a.scale @ s
+            state[slot, h] = s
+    return out
+
+
 def _route(a: ops.Route, x: list[Tensor], step: _Step) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(x[0]), a.top_k, dtype=torch.int32)
     weights = torch.zeros(len(x[0]), a.top_k)
@@ -290,6 +322,8 @@ _KINDS: dict[str, Callable[[Any, list[Tensor], _Step], Any]] = {
     "rope": _rope,
     "kv_append": _kv_append,
     "attention": _attention,
+    "causal_conv": _causal_conv,
+    "gated_delta": _gated_delta,
     "route": _route,
     "moe_experts": _moe_experts,
     "glu": _glu,
