@@ -40,7 +40,7 @@ class _Form:
         self._node = node
         self.nodes: list[Node] = []
 
-    def add(self, op: str, *inputs: str, to: Sequence[str] = (), **attributes: Any) -> str:
+    def add(self, op: str, *inputs: str, to: Sequence[str] = (), **attributes: Any) -> str:  # noqa: ANN401 - as graphs have them
         """A node; its (first) result, which has the names ``to`` if they are given."""
         name = f"{self._node.outputs[0]}:{len(self.nodes)}"
         results = tuple(to) or (name,)
