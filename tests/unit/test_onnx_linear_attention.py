@@ -107,7 +107,7 @@ def test_exported_again_it_is_the_same_plan(form, written, tmp_path):
 # ---------------------------------------------------------------- refusals
 
 
-def refusal(tmp_path, model, form: str, change=lambda graph: None, **attributes) -> str:
+def refusal(tmp_path, model, form: str, change=lambda graph: None, **attributes: object) -> str:
     path = models.write(tmp_path / "m.onnx", model, form, **attributes)
     made = onnx.load(path)
     change(made.graph)
