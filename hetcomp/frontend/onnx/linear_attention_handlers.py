@@ -9,6 +9,7 @@ from hetcomp.frontend.onnx.graph import Node
 from hetcomp.frontend.onnx.linear_attention_op import CAUSAL_CONV, check_state
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.to_fx import Handler, Writer
+from hetcomp.frontend.plan_builder import layer_of
 
 aten = torch.ops.aten
 hetcomp = torch.ops.hetcomp
@@ -34,7 +35,9 @@ def _causal_conv(w: Writer, node: Node) -> fx.Node:
 
 def _convolved(w: Writer, x: fx.Node, weight: str, bias: str, function: str) -> fx.Node:
     given = w.parameter(weight), w.parameter(bias) if bias else None
-    return w.call(hetcomp.causal_conv.default, x, *given, w.layer(), function)
+    # A layer may have a convolution and nothing that counts it.
+    layer = layer_of(w.scope)
+    return w.call(hetcomp.causal_conv.default, x, *given, w.layer() if layer is None else layer, function)
 
 
 def _gated_delta(w: Writer, node: Node) -> fx.Node:
