@@ -16,7 +16,11 @@ from hetcomp.ir.types import DType, TensorType
 
 
 def _state(low: Lowering, layer: int, part: str, *sizes: int) -> str:
-    name = f"l{layer}.cache.{part}"
+    """A state of its own for every op, also where a layer has several of a kind."""
+    name, number = f"l{layer}.cache.{part}", 1
+    while name in low.builder.values:
+        number += 1
+        name = f"l{layer}.cache.{part}.{number}"
     type_ = TensorType(DType.F32, ("slots", *sizes))
     return low.builder.add_value(Value(name, type_, ValueKind.STATE, fqn=name))
 
@@ -53,7 +57,7 @@ def _gated_delta(low: Lowering, node: fx.Node) -> Ref | None:
     a, b = (_rows(low, n, v_heads) for n in node.args[1:3])
     if qkv is None or a is None or b is None or any(low.parameter(n) is None for n in node.args[3:5]):
         return None
-    of_heads = [low.weight(n) for n in node.args[3:5]]
+    of_heads = [low.weight(n, (v_heads,)) for n in node.args[3:5]]
     state = _state(low, layer, "delta", v_heads, k_dim, v_dim)
     out = low.result(node)
     attrs = ops.GatedDelta(k_heads, v_heads, k_dim, v_dim, scale, l2_eps)

@@ -32,7 +32,7 @@ from hetcomp.ir.annotations import (
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 8)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 7)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):

@@ -70,6 +70,9 @@ def _packed(codes: _Array, bits: int) -> _Array:
 class Builder:
     """Writes one model."""
 
+    opset = 21
+    positions: tuple[str | int, ...] = ("batch_size", "sequence_length")
+
     def __init__(self, model: PreTrainedModel, choices: Choices) -> None:
         self.config, self.choices = model.config, choices
         self.weights = {n: p.detach().float().numpy() for n, p in model.state_dict().items()}
@@ -126,22 +129,20 @@ class Builder:
 
     def build(self) -> onnx.ModelProto:
         config = self.config
-        layers, kv = config.num_hidden_layers, config.num_key_value_heads
+        layers = config.num_hidden_layers
         info = helper.make_tensor_value_info
         inputs = [
             info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"]),
             info("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]),
         ]
         if not self.choices.rotary:
-            inputs.append(info("position_ids", TensorProto.INT64, ["batch_size", "sequence_length"]))
+            inputs.append(info("position_ids", TensorProto.INT64, self.positions))
         outputs = [info("logits", TensorProto.FLOAT, ["batch_size", "sequence_length", config.vocab_size])]
-        width = self.head_dim if self.choices.sized else "kv_cache_dim"
         for layer in range(layers):
-            for part in ("key", "value"):
-                past = ["batch_size", kv, "past_sequence_length", width]
-                inputs.append(info(f"past_key_values.{layer}.{part}", TensorProto.FLOAT, past))
-                present = ["batch_size", kv, "total_sequence_length", width]
-                outputs.append(info(f"present.{layer}.{part}", TensorProto.FLOAT, present))
+            for past, present, shape in self.memory(layer):
+                inputs.append(info(past, TensorProto.FLOAT, shape))
+                seen = ["total_sequence_length" if d == "past_sequence_length" else d for d in shape]
+                outputs.append(info(present, TensorProto.FLOAT, seen))
         self.lengths()
         x, skip = self.embedding(), ""
         for layer in range(layers):
@@ -160,8 +161,14 @@ class Builder:
         logits = self.linear("/lm_head", x, self.weights["lm_head.weight"], self.weights.get("lm_head.bias"))
         self.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="/logits/Identity"))
         graph = helper.make_graph(self.nodes, "main_graph", inputs, outputs, self.initialisers)
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
+        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+    def memory(self, layer: int) -> list[tuple[str, str, list[str | int]]]:
+        """Names of what a layer keeps of tokens before, as it comes and as it is left, and its shape."""
+        width = self.head_dim if self.choices.sized else "kv_cache_dim"
+        shape = ["batch_size", self.config.num_key_value_heads, "past_sequence_length", width]
+        return [(f"past_key_values.{layer}.{p}", f"present.{layer}.{p}", shape) for p in ("key", "value")]
 
     def lengths(self) -> None:
         base = "/model/attn_mask_reformat/attn_mask_subgraph"

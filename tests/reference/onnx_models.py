@@ -71,31 +71,35 @@ def export(path: Path, model: PreTrainedModel, attention: str = "eager", caches:
 
 
 def reference_logits(path: Path, ids: list[int], split: int, head_dim: int = 0, as_written: bool = False) -> Floats:
-    """onnxruntime's logits [len(ids), vocab], in two steps, the second from the caches that the first left. head_dim:
-    of the caches, where the file has only a name for it. as_written: nothing is fused; a product with what is
+    """onnxruntime's logits [len(ids), vocab], in two steps, the second from the caches and states that the first left.
+    head_dim: of the caches, where the file has only a name for it. as_written: nothing is fused; a product with what is
     dequantised would else round activations to 8 bits."""
     options = onnxruntime.SessionOptions()
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
+    given = {i.name: i.shape for i in session.get_inputs()}
     past = {
-        i.name: np.zeros((1, i.shape[1], 0, head_dim or i.shape[3]), np.float32)
-        for i in session.get_inputs()
-        if i.name.startswith("past_key_values")
+        name: np.zeros((1, shape[1], 0, head_dim or shape[3]), np.float32)
+        for name, shape in given.items()
+        if name.startswith("past_key_values")
     }
+    past |= {name: np.zeros((1, *shape[1:]), np.float32) for name, shape in given.items() if name.startswith("past.")}
     seen, rows = 0, []
     for part in (part for part in (ids[:split], ids[split:]) if part):
         total = seen + len(part)
         known = {
             "input_ids": np.array([part]),
-            "position_ids": np.arange(seen, total)[None],
+            "position_ids": np.broadcast_to(
+                np.arange(seen, total), (*given.get("position_ids", [1])[:-2], 1, total - seen)
+            ),
             "attention_mask": np.ones((1, total), np.int64),
         }
-        wanted = {i.name for i in session.get_inputs()}
-        made = session.run(None, {k: v for k, v in known.items() if k in wanted} | past)
+        made = session.run(None, {k: v for k, v in known.items() if k in given} | past)
         rows.append(made[0][0])
-        past = {name.replace("present", "past_key_values"): v for name, v in zip(names[1:], made[1:], strict=True)}
+        left = dict(zip(names[1:], made[1:], strict=True))
+        past = {v: left[v.replace("past_key_values", "present").replace("past.", "present.")] for v in past}
         seen = total
     return np.concatenate(rows)
 

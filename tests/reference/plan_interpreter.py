@@ -197,8 +197,8 @@ def _gated_delta(a: ops.GatedDelta, x: list[Tensor], step: _Step) -> Tensor:
     )
     if a.l2_eps > 0:
         q, k = (t / torch.sqrt((t * t).sum(-1, keepdim=True) + a.l2_eps) for t in (q, k))
-    decay = torch.exp(-torch.exp(x[3]) * torch.log1p(torch.exp(x[1] + x[4])))
-    beta = 1 / (1 + torch.exp(-x[2]))
+    decay = torch.exp(-torch.exp(x[3]) * torch.log1p(torch.exp(x[1].reshape(-1, a.v_heads) + x[4])))
+    beta = 1 / (1 + torch.exp(-x[2].reshape(-1, a.v_heads)))
     out = torch.zeros(len(qkv), a.v_heads, a.v_dim)
     for slot, run in _slot_rows(step):
         if int(step.positions[run[0]]) == 0:

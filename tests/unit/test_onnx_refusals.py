@@ -230,14 +230,18 @@ def test_an_input_that_is_no_decoders(exported, tmp_path):
 
 
 def test_linear_attention_is_named_with_its_layer(exported, tmp_path):
-    """As genai's builder writes Qwen3.5's layers."""
+    """As genai's builder writes Qwen3.5's layers for several sequences in one row."""
 
     def change(model):
         state = helper.make_tensor_value_info("past.1.recurrent", TensorProto.FLOAT, ["batch_size", 4, 16, 16])
         model.graph.input.append(state)
         operands = ["logits_", "past.1.recurrent"]
         made = helper.make_node(
-            "GatedDeltaNet", operands, ["logits"], "/model/layers.1/linear_attn/GatedDeltaNet", domain="com.microsoft"
+            "VarlenCausalConvWithState",
+            operands,
+            ["logits"],
+            "/model/layers.1/linear_attn/Conv",
+            domain="com.microsoft",
         )
         last = next(n for n in model.graph.node if "logits" in n.output)
         last.output[:] = ["logits_"]
@@ -245,7 +249,7 @@ def test_linear_attention_is_named_with_its_layer(exported, tmp_path):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
     text = refused(tmp_path, exported, change)
-    assert "node /model/layers.1/linear_attn/GatedDeltaNet (com.microsoft.GatedDeltaNet) keeps the state" in text
+    assert "node /model/layers.1/linear_attn/Conv (com.microsoft.VarlenCausalConvWithState) keeps the state" in text
     assert "past.1.recurrent" in text
 
 

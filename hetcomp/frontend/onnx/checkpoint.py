@@ -13,6 +13,7 @@ from hetcomp.frontend.key_mapping import Parts
 from hetcomp.frontend.onnx.dequantised_weights import Dequantised
 from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.parameters import Parameter
+from hetcomp.frontend.onnx.torch_ops import from_numpy
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 from hetcomp.quantised_numbers import QuantisedNumbers, joined
 
@@ -67,6 +68,9 @@ class OnnxCheckpoint(BaseCheckpoint):
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic] | QuantisedNumbers:
         parameter, whole, at = self._place(tensor, row)
         packed = parameter.packed
+        if parameter.log_of:
+            numbers = from_numpy(self._raw(tensor, row), bits=whole.dtype == "BF16")
+            return np.asarray((numbers * parameter.log_of).double().log().float())
         if packed is None or whole.quantised is None:
             return super()._numbers(tensor, row)
         if at is None and len(packed.shape) > 2:

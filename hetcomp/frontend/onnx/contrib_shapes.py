@@ -8,6 +8,12 @@ import torch
 from torch import Tensor
 
 from hetcomp.frontend.onnx.graph import Node
+from hetcomp.frontend.onnx.linear_attention_op import (
+    CAUSAL_CONV,
+    LINEAR_ATTENTION,
+    causal_conv_shapes,
+    linear_attention_shapes,
+)
 from hetcomp.frontend.onnx.not_computable import NotComputable
 
 Maybe = Tensor | None
@@ -65,12 +71,18 @@ def _latent_attention(node: Node, q: Tensor, *rest: Maybe) -> Tensor:
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], int(node.attributes["v_dim"])))
 
 
+def _gated_delta(node: Node, qkv: Tensor, *rest: Maybe) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:-1], int(node.attributes["v_heads"]), int(node.attributes["v_dim"])))
+
+
 def _route(node: Node, logits: Tensor, bias: Maybe = None) -> tuple[Tensor, ...]:
     shape = (logits.shape[:-1].numel(), int(node.attributes["top_k"]))
     return logits.new_empty(shape, dtype=torch.int64, device="meta"), logits.new_empty(shape, device="meta")
 
 
 SHAPES: dict[str, Callable[..., Tensor | tuple[Maybe, ...]]] = {
+    **dict.fromkeys(CAUSAL_CONV, causal_conv_shapes),
+    **dict.fromkeys(LINEAR_ATTENTION, linear_attention_shapes),
     "RotaryEmbedding": _same,
     "com.microsoft.RotaryEmbedding": _same,
     "com.microsoft.GatherBlockQuantized": _gather,
@@ -81,6 +93,8 @@ SHAPES: dict[str, Callable[..., Tensor | tuple[Maybe, ...]]] = {
     "com.microsoft.SkipLayerNormalization": _skip_norm,
     "com.microsoft.SkipSimplifiedLayerNormalization": _skip_norm,
     "hetcomp.Attention": _rows_of_heads,
+    "hetcomp.CausalConv": _same,
+    "hetcomp.GatedDelta": _gated_delta,
     "hetcomp.KvAppend": _kv_append,
     "hetcomp.MlaAttention": _latent_attention,
     "hetcomp.MoeExperts": _same,

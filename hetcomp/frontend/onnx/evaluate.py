@@ -16,6 +16,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.contrib_shapes import SHAPES
 from hetcomp.frontend.onnx.dequantised_weights import BITS, Dequantised, whole_numbers
 from hetcomp.frontend.onnx.graph import Graph, Input, Node
+from hetcomp.frontend.onnx.linear_attention_op import is_state
 from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.torch_ops import compute, from_numpy
@@ -35,7 +36,7 @@ TABLES = {
 _OF_QUANTISED_ACTIVATIONS = frozenset(
     {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul", "QuantizeLinear"}
 )
-# Ops of linear attention and state-space models, onnxruntime's and ONNX's.
+# Ops of linear attention and state-space models.
 _RECURRENT = re.compile(r"ConvWithState|ConvState|GatedDeltaNet|LinearAttention|Mamba")
 _PAST = re.compile(r"past|cache", re.IGNORECASE)
 
@@ -124,7 +125,9 @@ class Evaluator:
         if kind == "ids":
             return torch.empty((1, tokens), dtype=torch.int64, device="meta")
         if kind == "positions":
-            return torch.arange(past, past + tokens)[None]
+            positions = torch.arange(past, past + tokens)[None]
+            # A third axis: the places of pictures in three dimensions, which for text are the same.
+            return positions if len(given.shape) == 2 else positions.expand(3, 1, tokens)
         if kind == "mask":
             return torch.ones((1, past + tokens), dtype=torch.int64)
         if kind == "last":
@@ -133,6 +136,8 @@ class Evaluator:
             return torch.tensor([True])
         if kind == "total":
             return torch.tensor(past + tokens, dtype=torch.int32).reshape((1,) * len(given.shape))
+        if kind == "state":
+            return torch.empty([d if isinstance(d, int) else 1 for d in given.shape], device="meta")
         heads, width = (d if isinstance(d, int) else 1 for d in (given.shape[1], given.shape[3]))
         return torch.empty((1, heads, past, width), device="meta")
 
@@ -218,16 +223,20 @@ def _passed(node: Node, weight: Weight, rank: int) -> Weight | None:
 
 
 def kind_of(given: Input, file: OnnxFile) -> str:
-    """What an input of the graph is for: ids, positions, mask, past (a cache), last (the position of the last token),
-    total (of positions) or cached (whether there are caches). Raises HetcompError for others."""
+    """What an input of the graph is for: ids, positions, mask, past (a cache), state (of a convolution or recurrence),
+    last (the position of the last token), total (of positions) or cached (whether there are caches). Raises
+    HetcompError for others."""
+    if is_state(file.graph, given.name):
+        return "state"
     recurrent = next((n for n in file.graph.nodes if given.name in n.inputs and _RECURRENT.search(n.op)), None)
     if recurrent is not None:
         raise HetcompError(
-            f"{file.path}: {recurrent} keeps the state of a convolution or recurrence, {given.name}; hetcomp compiles "
-            "attention with keys and values only"
+            f"{file.path}: {recurrent} keeps the state of a convolution or recurrence, {given.name}, in a way that "
+            "hetcomp does not know"
         )
     rank, integral = len(given.shape), given.dtype in ("I64", "I32")
-    along = given.shape[1 if integral else 2] if rank in (2, 4) else "?"
+    pictures = rank == 3 and integral and "position" in given.name.lower() and given.shape[0] == 3
+    along = given.shape[-1 if integral else 2] if rank in (2, 4) or pictures else "?"
     if isinstance(along, int):
         raise HetcompError(
             f"{file.path}: input {given.name} has the shape {list(given.shape)}, for {along} positions and no other "
@@ -236,7 +245,7 @@ def kind_of(given: Input, file: OnnxFile) -> str:
     name = given.name.lower()
     if integral and rank == 2 and name in ("input_ids", "ids", "tokens"):
         return "ids"
-    if integral and rank == 2 and "position" in name:
+    if integral and (rank == 2 or pictures) and "position" in name:
         return "positions"
     if integral and rank == 2 and "mask" in name:
         return "mask"

@@ -145,6 +145,17 @@ def _mla_attention(g: GraphExport, node: fx.Node) -> str:
     return g.add(node, "hetcomp.MlaAttention", inputs, **dict(zip(names, node.args[5:9], strict=True)))
 
 
+def _causal_conv(g: GraphExport, node: fx.Node) -> str:
+    inputs = [g.value(a) for a in node.args[:3] if a is not None]
+    return g.add(node, "hetcomp.CausalConv", inputs, function=node.args[4])
+
+
+def _gated_delta(g: GraphExport, node: fx.Node) -> str:
+    inputs = [g.value(a) for a in node.args[:5]]
+    names = ("k_heads", "v_heads", "k_dim", "v_dim", "scale", "l2_eps")
+    return g.add(node, "hetcomp.GatedDelta", inputs, **dict(zip(names, node.args[6:12], strict=True)))
+
+
 def _moe_experts(g: GraphExport, node: fx.Node) -> str:
     router = g.routers.get(node)
     if router is None:
@@ -196,6 +207,8 @@ HANDLERS: dict[str, _Handler] = {
     "hetcomp.rope": _rope,
     "hetcomp.kv_append": _kv_append,
     "hetcomp.attention": _attention,
+    "hetcomp.causal_conv": _causal_conv,
+    "hetcomp.gated_delta": _gated_delta,
     "hetcomp.mla_attention": _mla_attention,
     "hetcomp.moe_experts": _moe_experts,
 }

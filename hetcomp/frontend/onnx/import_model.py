@@ -15,9 +15,11 @@ from hetcomp.frontend.onnx.model_facts import UNKNOWN_POSITIONS, ModelFacts, exp
 from hetcomp.frontend.onnx.model_file import OnnxFile, open_model
 from hetcomp.frontend.onnx.parameters import Parameters
 from hetcomp.frontend.onnx.recognise_attention import replace_attention
+from hetcomp.frontend.onnx.recognise_linear_attention import replace_linear_attention
 from hetcomp.frontend.onnx.recognise_norm import replace_norms
 from hetcomp.frontend.onnx.recognise_rope import replace_ropes
-from hetcomp.frontend.onnx.to_fx import ATTENTION, to_fx
+from hetcomp.frontend.onnx.to_fx import count_layers, to_fx
+from hetcomp.frontend.onnx.written_out import written_out
 from hetcomp.frontend.trace import TracedModel
 from hetcomp.ir.plan import ModelInfo
 
@@ -53,13 +55,14 @@ def read_model(path: Path, context: int | None = None) -> OnnxModel:
     evaluator = Evaluator(file)
     graph = file.graph.replaced({}, file.graph.outputs[:1])
     straight = without_branches(graph, evaluator, positions, str(path))
-    graph = _with_inputs(straight.graph)
+    graph = _with_inputs(written_out(straight.graph, str(path)))
     unread = frozenset(graph.initialisers) - {v for node in graph.nodes for v in node.inputs}
     run = evaluator.run(graph, *step_sizes(graph))
     positions = min([positions, *table_rows(graph, run)])
     positions, far = _far(evaluator, graph, run, positions)
     graph = replace_norms(_without_empty_parts(graph, run), run)
     graph = replace_attention(graph, run, far, str(path))
+    graph = replace_linear_attention(graph, run, str(path))
     graph = replace_ropes(graph, run, far[0], str(path))
     return OnnxModel(file, facts, graph, run, positions, unread, exported, straight.by_length)
 
@@ -111,7 +114,7 @@ def traced_model(model: OnnxModel, context: int) -> tuple[TracedModel, OnnxCheck
 def model_info(model: OnnxModel, config_sha256: str) -> ModelInfo:
     """Facts for the Plan. Raises HetcompError if the graph is no language model with attention."""
     logits = model.graph.outputs[0]
-    layers = sum(node.op in ATTENTION for node in model.graph.nodes)
+    layers = count_layers(model.graph)
     table = next((n for n in model.graph.nodes if n.op in _EMBEDDINGS and n.inputs[0] in model.run.weights), None)
     if not layers or table is None or not model.run.is_activation(logits):
         raise HetcompError(

@@ -19,7 +19,8 @@ _CODES = re.compile(r"\.q?weight(?:_(?:DQ_)?(?:Q|quant)\w*)?$")
 class Parameter:
     """The parameter ``fqn`` of ``shape``: the tensor of the file, transposed: with its last two axes swapped.
     ``packed``: how it is quantised; then the tensor is the one that holds its codes. ``halves``: instead of a tensor,
-    what it consists of: of each expert the rows of the first, then those of the second."""
+    what it consists of: of each expert the rows of the first, then those of the second. ``log_of``: not 0 where the
+    parameter is the logarithm of the tensor times this."""
 
     fqn: str
     shape: tuple[int, ...]
@@ -27,6 +28,7 @@ class Parameter:
     transposed: bool = False
     packed: Packed | Dequantised | None = None
     halves: tuple[Parameter, Parameter] | None = None
+    log_of: int = 0
 
 
 class Parameters:
@@ -34,19 +36,25 @@ class Parameters:
 
     def __init__(self) -> None:
         self.all: dict[str, Parameter] = {}
-        self._known: dict[tuple[str, bool], Parameter] = {}
+        self._known: dict[tuple[str, bool, int], Parameter] = {}
         self._pairs: dict[tuple[str, str], Parameter] = {}
 
     def of(
-        self, weight: Weight, shape: tuple[int, ...], scope: str, packed: Packed | Dequantised | None = None
+        self,
+        weight: Weight,
+        shape: tuple[int, ...],
+        scope: str,
+        packed: Packed | Dequantised | None = None,
+        log_of: int = 0,
     ) -> Parameter:
         """The parameter that ``weight`` is. scope: path of the module that uses it."""
-        key = (weight.name, weight.transposed)
+        key = (weight.name, weight.transposed, log_of)
         if key not in self._known:
             fqn = self._free(_name(weight.name, scope))
             # What is dequantised comes in the order that is wanted.
             turned = weight.transposed and not isinstance(packed, Dequantised)
-            self.all[fqn] = self._known[key] = Parameter(fqn, shape, weight.name, turned, packed)
+            made = Parameter(fqn, shape, weight.name, turned, packed, log_of=log_of)
+            self.all[fqn] = self._known[key] = made
         return self._known[key]
 
     def pair(self, first: Parameter, second: Parameter) -> Parameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from hetcomp.frontend.onnx.evaluate import Run
@@ -74,6 +74,22 @@ class Regions:
             if not frontier or any(v in self.run.weights for v in frontier):
                 return None
         return None
+
+    def behind(self, results: Iterable[str], opened: Callable[[str], bool], limit: int = 60) -> Iterator[Region]:
+        """Regions that make the first of ``results``, and all others, larger and larger: each has one node more than
+        the one before, at most ``limit``. opened: values that nodes are asked for although they are known numbers."""
+        first, *others = results
+        members: set[Node] = set()
+        frontier = {first, *others}
+        while len(members) < limit:
+            made = [(self._at[self.producers[v]], v) for v in frontier if v in self.producers]
+            if not made:
+                return
+            node = self.producers[max(made)[1]]
+            members.add(node)
+            frontier.difference_update(node.outputs)
+            frontier.update(v for v in node.inputs if v and (self._is_unknown(v) or opened(v)))
+            yield Region(self._ordered(members), tuple(sorted(frontier)), first)
 
     def _ordered(self, members: set[Node]) -> tuple[Node, ...]:
         return tuple(sorted(members, key=lambda n: self._at[n]))

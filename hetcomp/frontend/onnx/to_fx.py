@@ -15,14 +15,19 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend import custom_ops  # noqa: F401  (defines torch.ops.hetcomp)
 from hetcomp.frontend.onnx.evaluate import Run, Weight
 from hetcomp.frontend.onnx.graph import Graph, Node
+from hetcomp.frontend.onnx.linear_attention_op import CAUSAL_CONV
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.onnx.parameters import Parameter, Parameters
 from hetcomp.frontend.onnx.rope_frequencies import RopeFrequencies
+from hetcomp.frontend.plan_builder import layer_of
 from hetcomp.frontend.recognise import RopeTableData
 from hetcomp.frontend.trace import TracedModel
 
-# Ops of which every layer has one.
+# Ops whose other outputs are caches.
 ATTENTION = frozenset({"hetcomp.Attention", "hetcomp.MlaAttention", "com.microsoft.GroupQueryAttention"})
+# Ops of which a layer has one, and those that have to do with tokens before in any way.
+_LAYERS = ATTENTION | {"hetcomp.GatedDelta"}
+_MIXERS = _LAYERS | {"hetcomp.CausalConv"} | CAUSAL_CONV
 _IDS, _POSITIONS = "input_ids", "position_ids"
 
 
@@ -43,6 +48,13 @@ def to_fx(
                 text = " ".join(str(error).split())[:200]
                 raise HetcompError(f"{origin}: {node} cannot be expressed in torch: {text}") from error
     return writer.finish(graph.outputs[0])
+
+
+def count_layers(graph: Graph) -> int:
+    """Layers that have to do with tokens before: by their numbers, where modules around nodes say them."""
+    scopes = [node.scope for node in graph.nodes if node.op in _MIXERS]
+    numbers = [number for number in map(layer_of, scopes) if number is not None]
+    return max(numbers) + 1 if numbers else sum(node.op in _LAYERS for node in graph.nodes)
 
 
 class Writer:
@@ -81,7 +93,7 @@ class Writer:
         self._table_nodes: dict[int, tuple[fx.Node, fx.Node]] = {}
         self.consumers, self.producers = graph.consumers(), graph.producers()
         self.needed = self._needed()
-        self.layers = sum(node.op in ATTENTION for node in graph.nodes)
+        self.layers = count_layers(graph)
         self.layers_done = 0
         self.scope = ""
 
@@ -124,9 +136,9 @@ class Writer:
         """The placeholder of a weight; see known_parameter."""
         return self.placeholder(self.known_parameter(value, transposed))
 
-    def known_parameter(self, value: str, transposed: bool = False) -> Parameter:
-        """The parameter that a weight is; transposed: of what the file has, its last two axes swapped. Raises
-        NotComputable if ``value`` is no weight."""
+    def known_parameter(self, value: str, transposed: bool = False, log_of: int = 0) -> Parameter:
+        """The parameter that a weight is; transposed: of what the file has, its last two axes swapped; log_of: the
+        logarithm of what the file has, times this. Raises NotComputable if ``value`` is no weight."""
         weight = self.run.weights.get(value)
         if weight is None:
             raise NotComputable(f"takes {value} for a weight, which is computed")
@@ -135,7 +147,7 @@ class Writer:
             weight, shape = Weight(weight.name, not weight.transposed), (*shape[:-2], shape[-1], shape[-2])
         dequantised = self.run.dequantised.get(weight.name)
         if dequantised is None:
-            return self.parameters.of(weight, shape, self.scope)
+            return self.parameters.of(weight, shape, self.scope, log_of=log_of)
         stored = dequantised.in_order(weight.transposed)
         stored.described("", self.graph.initialisers)
         return self.parameters.of(Weight(stored.codes, weight.transposed), shape, self.scope, stored)
@@ -157,7 +169,8 @@ class Writer:
         if list(node.meta["val"].shape) == wanted:
             return node
         plain = [self.size if d is self.rows else d for d in wanted]
-        return self.call(torch.ops.aten.view.default, node, plain)
+        apart = not node.meta["val"].is_contiguous()  # as parts of a row are
+        return self.call((torch.ops.aten.reshape if apart else torch.ops.aten.view).default, node, plain)
 
     def _with_tokens_apart(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """``shape`` with tokens and heads as two axes where a norm of heads has them as one."""
@@ -196,11 +209,17 @@ class Writer:
 
     def write(self, node: Node) -> None:
         """Adds what ``node`` becomes. Raises NotComputable."""
-        from hetcomp.frontend.onnx import contrib_handlers, handlers, moe_handlers, own_handlers
+        from hetcomp.frontend.onnx import (
+            contrib_handlers,
+            handlers,
+            linear_attention_handlers,
+            moe_handlers,
+            own_handlers,
+        )
 
         self._check_sizes(node)
-        tables = handlers.HANDLERS, contrib_handlers.HANDLERS, moe_handlers.HANDLERS, own_handlers.HANDLERS
-        handler = next((table[node.op] for table in tables if node.op in table), None)
+        modules = handlers, contrib_handlers, linear_attention_handlers, moe_handlers, own_handlers
+        handler = next((m.HANDLERS[node.op] for m in modules if node.op in m.HANDLERS), None)
         if handler is None:
             raise NotComputable("is of a kind that hetcomp cannot compile")
         self.scope = node.scope

@@ -274,6 +274,12 @@ def _layer_norm(node: Node, x: Tensor, weight: Tensor, bias: Maybe = None) -> Te
     return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, float(node.get("epsilon", 1e-5)))
 
 
+def _lp_normalised(node: Node, x: Tensor) -> Tensor:
+    order, axis = int(node.get("p", 2)), int(node.get("axis", -1))
+    length = x.norm(order, axis, keepdim=True)
+    return torch.where(length == 0, torch.zeros_like(x), x / length)
+
+
 def _logical(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
     return lambda node, a, b: function(a.bool(), b.bool())
 
@@ -320,6 +326,7 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "Less": _binary(torch.lt),
     "LessOrEqual": _binary(torch.le),
     "Log": _unary(torch.log),
+    "LpNormalization": _lp_normalised,
     "MatMul": _binary(torch.matmul),
     "Max": _minimum(torch.maximum),
     "Min": _minimum(torch.minimum),
@@ -332,6 +339,7 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "RMSNormalization": _rms,
     "Range": _range,
     "Reciprocal": _unary(torch.reciprocal),
+    "ReduceL2": _reduced(lambda x, axis, kept: x.norm(2, axis, keepdim=kept)),
     "ReduceMax": _reduced(torch.amax),
     "ReduceMean": _reduced(torch.mean),
     "ReduceMin": _reduced(torch.amin),
@@ -384,6 +392,7 @@ _REAL_OPERANDS = {
     "Tile": frozenset({1}),
     "TopK": frozenset({1}),
     "CumSum": frozenset({1}),
+    "ReduceL2": frozenset({1}),
     "ReduceMax": frozenset({1}),
     "ReduceMean": frozenset({1}),
     "ReduceMin": frozenset({1}),
