@@ -33,6 +33,15 @@ class ColumnTile:
     stages: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True)
+class ConvTile:
+    """Rows and channels that a program takes (of exact rows: all), and its warps."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
 # First the fastest on an H100, then what was close.
 _ROW_TILES = (
     ColumnTile(16, 2),
@@ -42,15 +51,18 @@ _ROW_TILES = (
     ColumnTile(32, 8),
     ColumnTile(64, 8),
 )
-_CHUNK_TILES = (ColumnTile(64, 4), ColumnTile(128, 8), ColumnTile(64, 8), ColumnTile(32, 4))
+# 64 rows are the tensor cores' of four warps: more would compute the same.
+_CHUNK_TILES = (ColumnTile(64, 4), ColumnTile(32, 4), ColumnTile(128, 4))
 _SCAN_TILES = (
     ColumnTile(32, 4, (2, 1)),
     ColumnTile(32, 4, (3, 1)),
     ColumnTile(16, 4, (3, 1)),
     ColumnTile(64, 4, (2, 1)),
-    ColumnTile(64, 8, (2, 1)),
+    ColumnTile(16, 4, (2, 1)),
     ColumnTile(32, 4, (1, 1)),
 )
+_EXACT_CONV_TILES = (ConvTile(0, 64, 2), ConvTile(0, 128, 4), ConvTile(0, 32, 1), ConvTile(0, 64, 4))
+_CONV_TILES = (ConvTile(32, 128, 4), ConvTile(16, 128, 4), ConvTile(32, 64, 4), ConvTile(8, 256, 4))
 
 
 def causal_conv(request: GpuRequest) -> GpuCode:
@@ -58,15 +70,17 @@ def causal_conv(request: GpuRequest) -> GpuCode:
     a = request.op.attrs
     assert isinstance(a, CausalConv)
     exact = request.rows is not None and request.rows <= DECODE_ROWS
-    row_tile = power_of_two(request.max_rows()) if exact else 32
-    channels = min(power_of_two(a.channels), 64 if exact else 128)
+    stem = f"causal_conv_{a.channels}x{a.width}"
+    key = f"{stem}, {'exactly' if exact else 'up to'} {request.max_rows()} rows"
+    tile, choice = request.tiles.pick(key, _EXACT_CONV_TILES if exact else _CONV_TILES)
+    row_tile = power_of_two(request.max_rows()) if exact else tile.rows
+    channels = min(power_of_two(a.channels), tile.channels)
     grid = GridAxis(-(-a.channels // channels)), ONE if exact else GridAxis(tile=row_tile), ONE
     x, state = ("*fp32", Operand("input", 0)), ("*fp32", Operand("input", 2))
     step = {name: ("*i32", Operand("step", name=name)) for name in ("positions", "slots")}
     n_rows = None if exact else ("*i32", Operand("step", name="rows"))
     shape: dict[str, Constant] = {"CHANNELS": a.channels, "WIDTH": a.width}
-    tile: dict[str, Constant] = {"ROW_TILE": row_tile, "CHANNEL_TILE": channels}
-    stem = f"causal_conv_{a.channels}x{a.width}"
+    sides: dict[str, Constant] = {"ROW_TILE": row_tile, "CHANNEL_TILE": channels}
     made = launch(
         "causal_conv",
         "causal_conv",
@@ -81,13 +95,16 @@ def causal_conv(request: GpuRequest) -> GpuCode:
             "n_rows": n_rows,
             "y": ("*fp32", Operand("output", 0)),
         },
-        {**shape, "FUNCTION": a.function, "ROWS": request.rows if exact else 0, **tile},
-        warps=2 if exact else 4,
+        {**shape, "FUNCTION": a.function, "ROWS": request.rows if exact else 0, **sides},
+        warps=tile.warps,
+        tile=choice,
     )
     if exact:
         return GpuCode((made,))
     operands = {"x": x, "state": state, **step, "n_rows": n_rows}
-    left = launch("causal_conv", "leave_state", f"{stem}_state", grid, operands, {**shape, **tile})
+    left = launch(
+        "causal_conv", "leave_state", f"{stem}_state", grid, operands, {**shape, **sides}, warps=tile.warps, tile=choice
+    )
     return GpuCode((made, left))
 
 
