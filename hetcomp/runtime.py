@@ -117,12 +117,14 @@ class Session:
         self.truncate(0)
 
     def truncate(self, length: int) -> None:
-        """Keeps the first ``length`` tokens. Raises HetcompError if there are fewer."""
+        """Keeps the first ``length`` tokens; where the model has recurrences (linear attention) they are computed again
+        before the next ones. Raises HetcompError if there are fewer."""
         _check_range("length", length, 0, 2**63 - 1)
         call("hetcomp_session_truncate", self._handle.pointer, length)
 
     def reuse(self, ids: IdsLike) -> int:
-        """Truncates to the longest common prefix with ``ids`` (at most all but one); returns its length."""
+        """Truncates to the longest common prefix with ``ids`` (at most all but one); returns its length. Where the
+        model has recurrences: to the last step of a prompt that begins in it, unless all tokens are in that prefix."""
         array = _ids(ids)
         kept = ctypes.c_int64()
         call("hetcomp_session_reuse", self._handle.pointer, array.ctypes.data, array.size, ctypes.byref(kept))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from hetcomp.errors import DoesNotFit
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.expert_matrices import expert_matrices
-from hetcomp.ir.kv_pool import KvPool
+from hetcomp.ir.kv_pool import CHECKPOINTS, KvPool
 from hetcomp.ir.plan import Plan, ValueKind
 from hetcomp.passes.adapter_memory import pair_bytes
 from hetcomp.passes.choose_formats import ROW_MAJOR, weight_role
@@ -67,7 +67,8 @@ def state_bytes(plan: Plan) -> dict[str, int]:
     pool = KvPool.of(plan.max_dims())
     recurrent = [v for v in plan.values if v.kind is ValueKind.STATE and not v.type.is_cache]
     found = {f"KV cache, {pool}": cache_bytes(plan)}
-    found[f"states of recurrences, {pool.slots} sequences"] = sum(pool.cpu_bytes(v.type) for v in recurrent)
+    states = sum(pool.cpu_bytes(v.type) for v in recurrent)
+    found[f"states of recurrences, {pool.slots} sequences, with checkpoints"] = (1 + CHECKPOINTS) * states
     return {what: size for what, size in found.items() if size}
 
 

@@ -17,9 +17,9 @@ from hetcomp.backends.program import ProgramLayout
 from hetcomp.backends.protocol import Isa
 from hetcomp.ir.expert_matrices import expert_matrices
 from hetcomp.ir.kv_pool import KvPool, row_runs
-from hetcomp.ir.plan import Plan, Value
+from hetcomp.ir.plan import Plan, Value, ValueKind
 
-MANIFEST_SCHEMA = (1, 3)
+MANIFEST_SCHEMA = (1, 4)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def write_manifest(
             "max_logit_rows": dims["R"],
             "eos_token_ids": list(plan.model.eos_token_ids),
             "bos_token_id": plan.model.bos_token_id,
+            "recurrent": any(v.kind is ValueKind.STATE and not v.type.is_cache for v in plan.values),
             "config_sha256": plan.model.config_sha256,
         },
         "hw_profile": dict(profile),

@@ -17,7 +17,7 @@ from hetcomp.ir.adaptable import adaptable_weights
 from hetcomp.ir.annotations import Placement
 from hetcomp.ir.deferral import experts_on_cpu, whole_role
 from hetcomp.ir.events import Event
-from hetcomp.ir.kv_pool import KvPool
+from hetcomp.ir.kv_pool import CHECKPOINTS, KvPool
 from hetcomp.ir.plan import Op, Plan, ValueKind
 from hetcomp.passes.choose_formats import weight_role
 from hetcomp.passes.device_time import GPU_READS, gpu_tflops
@@ -303,6 +303,8 @@ def device_memory(
         if plan.expert_cache is not None and (cache := plan.expert_cache.on(gpu)) is not None:
             parts[gpu][CACHE] += cache.bytes
     main = next((p.device for _, _, p in placed_ops(plan) if p.device.startswith("cpu")), "cpu:0")
+    recurrent = [v.type for v in plan.values if v.kind is ValueKind.STATE and not v.type.is_cache]
+    parts[main][RECURRENT] += CHECKPOINTS * sum(map(pool.cpu_bytes, recurrent))
     for device in [d for d in parts if d.startswith("gpu") or d == main]:
         parts[device][WORKSPACE] += plan.arena_bytes
     return tuple(_device_memory(d, parts[d], profile, vram) for d in sorted(parts))

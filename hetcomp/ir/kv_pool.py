@@ -112,6 +112,11 @@ class GpuCacheMemory:
         return self.addresses if self.granules is None else self.granules * GRANULE_BYTES
 
 
+# Copies of a sequence's states of recurrences that the runtime keeps in the CPU's memory, wherever the states are
+# (runtime_lib/src/session.cpp).
+CHECKPOINTS = 2
+
+
 def recurrent_bytes(state: TensorType) -> int:
     """Of a sequence's state of a recurrence."""
     return state.bytes({"slots": 1})

@@ -1,6 +1,7 @@
 #include "kv_memory.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace hetcomp {
 namespace {
@@ -18,9 +19,15 @@ KvMemory::KvMemory(const Manifest& manifest, int node)
   // Where not all slots can be full, huge pages would take far more than the rows that are written.
   const bool pool = manifest.model.kv_tokens < manifest.model.context * manifest.model.max_batch;
   for (const StateRecord& state : records_) {
-    states_.emplace_back(state.bytes_per_slot * slots, "the KV cache (" + state.name + ")", node,
-                         pool ? Pages::kSmall : Pages::kHuge);
+    const bool recurrent = manifest.model.recurrent && state.rows.empty();
+    states_.emplace_back(state.bytes_per_slot * slots,
+                         (recurrent ? "the state " : "the KV cache (") + state.name + (recurrent ? "" : ")"),
+                         node, pool && !recurrent ? Pages::kSmall : Pages::kHuge);
     addresses_.push_back(states_.back().data());
+    if (recurrent) {
+      recurrent_.push_back(addresses_.size() - 1);
+      recurrent_bytes_ += state.bytes_per_slot;
+    }
     for (const std::uint64_t row : state.rows) position_bytes_ += row;
   }
 }
@@ -47,6 +54,22 @@ void KvMemory::keep(std::int32_t slot, std::int64_t length) {
   const auto index = static_cast<std::size_t>(slot);
   const std::int64_t over = written_[index] - length;
   if (over > 0 && static_cast<std::uint64_t>(over) * position_bytes_ >= kMuch) release(index, length);
+}
+
+void KvMemory::save(std::int32_t slot, std::span<std::byte> to) const {
+  for (const std::size_t i : recurrent_) {
+    const std::uint64_t bytes = records_[i].bytes_per_slot;
+    std::memcpy(to.data(), addresses_[i] + static_cast<std::uint64_t>(slot) * bytes, bytes);
+    to = to.subspan(bytes);
+  }
+}
+
+void KvMemory::restore(std::int32_t slot, std::span<const std::byte> from) {
+  for (const std::size_t i : recurrent_) {
+    const std::uint64_t bytes = records_[i].bytes_per_slot;
+    std::memcpy(addresses_[i] + static_cast<std::uint64_t>(slot) * bytes, from.data(), bytes);
+    from = from.subspan(bytes);
+  }
 }
 
 void KvMemory::release(std::size_t slot, std::int64_t length) {

@@ -1,7 +1,8 @@
 // The KV cache in the CPU's memory: pages come as rows are written, and go back when sequences are cut or
-// end.
+// end. And the states of recurrences, whose pages stay.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <span>
@@ -31,6 +32,12 @@ class KvMemory {
   // fetch it again, page by page.
   void keep(std::int32_t slot, std::int64_t length);
 
+  // Of a sequence's recurrences.
+  std::size_t recurrent_bytes() const { return recurrent_bytes_; }
+  // Copies them; of a slot that no step is running for. to, from: [recurrent_bytes()].
+  void save(std::int32_t slot, std::span<std::byte> to) const;
+  void restore(std::int32_t slot, std::span<const std::byte> from);
+
  private:
   void release(std::size_t slot, std::int64_t length);
 
@@ -39,6 +46,8 @@ class KvMemory {
   std::vector<std::uint8_t*> addresses_;
   std::uint64_t position_bytes_ = 0;
   std::uint64_t context_ = 0;
+  std::vector<std::size_t> recurrent_;  // indices of the recurrences' states
+  std::size_t recurrent_bytes_ = 0;     // of a slot
   std::mutex mutex_;
   std::vector<std::int64_t> written_;  // positions by slot, that may have memory
   std::int64_t all_written_ = 0;

@@ -33,6 +33,7 @@ ModelFacts model_facts(const CheckedJson& node) {
   model.max_tokens = node["max_tokens"].count(1);
   model.max_logit_rows = node["max_logit_rows"].count(1);
   for (const CheckedJson& id : node["eos_token_ids"].elements()) model.eos_token_ids.push_back(id.count(0));
+  if (node.has("recurrent")) model.recurrent = node["recurrent"].truth();
   if (node.has("bos_token_id")) model.bos_token_id = node["bos_token_id"].count(0);
   return model;
 }
@@ -155,6 +156,7 @@ StateRecord state_record(const CheckedJson& entry, const ModelFacts& model) {
     position += state.rows.back();
     if (position > state.bytes_per_slot) break;
   }
+  if (state.rows.empty() && model.recurrent) return state;
   const auto context = static_cast<std::uint64_t>(model.context);
   if (position != state.bytes_per_slot / context || state.bytes_per_slot % context != 0)
     entry["rows"].refuse("rows whose sum is what bytes_per_slot has for each position");

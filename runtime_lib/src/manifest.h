@@ -27,6 +27,8 @@ struct ModelFacts {
   std::int32_t max_logit_rows;
   std::vector<std::int32_t> eos_token_ids;
   std::optional<std::int32_t> bos_token_id;
+  // Whether a sequence has states that its tokens so far have made and that cannot be cut back to fewer.
+  bool recurrent = false;
 
   // Positions of the longest sequence that there can be.
   std::int64_t longest() const { return std::min(context, kv_tokens); }
@@ -57,12 +59,13 @@ struct WeightRecord {
   bool mappable() const { return !file.empty(); }
 };
 
-// Of each slot one run of rows after the other, a row a position: those of each head, and of its scales.
+// Of a KV cache: of each slot one run of rows after the other, a row a position: those of each head, and of
+// its scales. Of a recurrence: no rows.
 struct StateRecord {
   std::string name;
   std::uint64_t bytes_per_slot;
   std::uint64_t bytes;              // of memory that the sequences take together, at most
-  std::vector<std::uint64_t> rows;  // bytes of a row, by run; empty: not known
+  std::vector<std::uint64_t> rows;  // bytes of a row, by run; empty: not known, or none
 };
 
 // What is computed on a GPU: a program, with kernels of gpu/kernels.json.

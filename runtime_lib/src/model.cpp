@@ -134,8 +134,10 @@ void Model::allocate(const LoadOptions& options) {
   if (state_bytes_ + arena_bytes > available) {
     throw Error(HETCOMP_OUT_OF_MEMORY,
                 "The KV cache of " + std::to_string(facts().kv_tokens) + " positions of at most " +
-                    std::to_string(facts().max_batch) + " sequences needs " + in_words(state_bytes_) +
-                    " and the activations " + in_words(arena_bytes) + ", but " + in_words(available) +
+                    std::to_string(facts().max_batch) + " sequences" +
+                    (facts().recurrent ? " with their recurrences' states" : "") + " needs " +
+                    in_words(state_bytes_) + " and the activations " + in_words(arena_bytes) + ", but " +
+                    in_words(available) +
                     " of memory are available: compile with a smaller --kv-tokens, --context or --batch.");
   }
   const Residency residency = choose_residency(options.weights, available);
@@ -221,6 +223,23 @@ std::int32_t Model::take_slot() {
 void Model::keep_positions(std::int32_t slot, std::int64_t length) {
   kv_pool_->give_back(slot, length);
   kv_memory_->keep(slot, length);
+}
+
+std::vector<std::byte> Model::recurrent_state(std::int32_t slot) const {
+  const std::lock_guard lock(step_mutex_);  // GPUs must be at rest
+  const std::size_t of_gpus = gpu_ ? gpu_->recurrent_bytes() : 0;
+  std::vector<std::byte> state(of_gpus + kv_memory_->recurrent_bytes());
+  const std::span<std::byte> all(state);
+  if (of_gpus > 0) gpu_->save_recurrent(slot, all.first(of_gpus));
+  kv_memory_->save(slot, all.subspan(of_gpus));
+  return state;
+}
+
+void Model::set_recurrent_state(std::int32_t slot, std::span<const std::byte> state) {
+  const std::lock_guard lock(step_mutex_);
+  const std::size_t of_gpus = gpu_ ? gpu_->recurrent_bytes() : 0;
+  if (of_gpus > 0) gpu_->restore_recurrent(slot, state.first(of_gpus));
+  kv_memory_->restore(slot, state.subspan(of_gpus));
 }
 
 void Model::give_back_slot(std::int32_t slot) {

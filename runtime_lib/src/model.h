@@ -83,6 +83,10 @@ class Model {
   // A sequence that no step is running for keeps its first `length` positions; the others are free.
   void keep_positions(std::int32_t slot, std::int64_t length);
 
+  // What a sequence's recurrences have come to, whoever computes them. No step may be running for it.
+  std::vector<std::byte> recurrent_state(std::int32_t slot) const;
+  void set_recurrent_state(std::int32_t slot, std::span<const std::byte> state);
+
   // Adapters by name, which sessions choose from. The first three throw Error.
   void load_adapter(const std::filesystem::path& file, const std::string& name);
   void unload_adapter(const std::string& name);

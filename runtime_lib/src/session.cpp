@@ -10,6 +10,10 @@
 namespace hetcomp {
 namespace {
 
+// Of a sequence. Chats whose templates leave out what the model thought go on from a prompt that is the one
+// before but for its end: two reach back to before its last step.
+constexpr std::size_t kCheckpoints = 2;
+
 void check_ids(const ModelFacts& model, std::span<const std::int32_t> ids) {
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] >= 0 && ids[i] < model.vocab) continue;
@@ -55,8 +59,25 @@ void Session::truncate(std::int64_t length) {
     throw Error(HETCOMP_INVALID_ARGUMENT, "Cannot truncate a session of " + std::to_string(this->length()) +
                                               " tokens to " + std::to_string(length) + ".");
   }
+  if (length < computed_) computed_ = model_->facts().recurrent ? 0 : length;
+  std::erase_if(checkpoints_, [&](const Checkpoint& c) { return c.length > length; });
   tokens_.resize(static_cast<std::size_t>(length));
   model_->keep_positions(slot_, length);
+}
+
+std::int64_t Session::held(std::int64_t length) const {
+  if (computed_ <= length || !model_->facts().recurrent) return std::min(computed_, length);
+  std::int64_t held = 0;
+  for (const Checkpoint& checkpoint : checkpoints_)
+    if (checkpoint.length <= length) held = checkpoint.length;
+  return held;
+}
+
+void Session::keep_checkpoint() {
+  if (!model_->facts().recurrent || computed_ == 0) return;
+  if (!checkpoints_.empty() && checkpoints_.back().length == computed_) return;
+  if (checkpoints_.size() == kCheckpoints) checkpoints_.erase(checkpoints_.begin());
+  checkpoints_.push_back({computed_, model_->recurrent_state(slot_)});
 }
 
 void Session::set_adapter(const char* name) {
@@ -70,9 +91,8 @@ std::int64_t Session::reuse(std::span<const std::int32_t> ids) {
   if (ids.empty())
     throw Error(HETCOMP_INVALID_ARGUMENT, "The prompt is empty: at least one token is needed.");
   const auto usable = ids.first(ids.size() - 1);
-  const auto differs = std::ranges::mismatch(tokens_, usable).in1;
-  tokens_.erase(differs, tokens_.end());
-  model_->keep_positions(slot_, length());
+  const std::int64_t common = std::ranges::mismatch(tokens_, usable).in1 - tokens_.begin();
+  truncate(common < computed_ ? held(common) : common);
   return length();
 }
 
@@ -91,15 +111,35 @@ void Session::check(std::span<const std::int32_t> ids) const {
                                         (shared ? "--kv-tokens." : "--context."));
 }
 
-void Session::step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
-                   float* logits, std::int32_t* best, const CandidateRequest* candidates) {
+void Session::compute(Phase phase, std::span<const std::int32_t> ids, const Wanted& wanted) {
+  const std::int64_t first = computed_;
   std::vector<std::int32_t> positions(ids.size());
-  std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(length()));
+  std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(first));
   const std::vector<std::int32_t> slots(ids.size(), slot_);
-  tokens_.reserve(tokens_.size() + ids.size());
   const std::vector<const Adapter*> adapters(adapter_ ? ids.size() : 0, adapter_.get());
-  model_->run({phase, ids, positions, slots, logit_rows, logits, best, candidates, adapters});
+  if (phase == Phase::kPrefill) keep_checkpoint();
+  begin_step();
+  model_->run({phase, ids, positions, slots, wanted.logit_rows, wanted.logits, wanted.best, wanted.candidates,
+               adapters});
+  computed_ = first + static_cast<std::int64_t>(ids.size());
+}
+
+void Session::append(Phase phase, std::span<const std::int32_t> ids, const Wanted& wanted) {
+  tokens_.reserve(tokens_.size() + ids.size());
+  compute(phase, ids, wanted);
   tokens_.insert(tokens_.end(), ids.begin(), ids.end());
+}
+
+void Session::catch_up() {
+  if (computed_ < length() && !checkpoints_.empty() && computed_ < checkpoints_.back().length) {
+    model_->set_recurrent_state(slot_, checkpoints_.back().state);
+    computed_ = checkpoints_.back().length;
+  }
+  const auto largest = static_cast<std::size_t>(model_->facts().max_tokens);
+  while (computed_ < length()) {
+    const auto rest = std::span(tokens_).subspan(static_cast<std::size_t>(computed_));
+    compute(Phase::kPrefill, rest.first(std::min(largest, rest.size())), {});
+  }
 }
 
 void Session::forward(std::span<const std::int32_t> ids, float* logits) {
@@ -108,12 +148,13 @@ void Session::forward(std::span<const std::int32_t> ids, float* logits) {
   const Growth growth({&self, 1}, static_cast<std::int64_t>(ids.size()), 0);
   const ModelFacts& model = model_->facts();
   const Phase phase = phase_of(ids);
+  catch_up();
   const auto largest = static_cast<std::size_t>(std::min(model.max_tokens, model.max_logit_rows));
   std::vector<std::int32_t> rows(std::min(largest, ids.size()));
   std::iota(rows.begin(), rows.end(), 0);
   while (!ids.empty()) {
     const std::size_t n = std::min(largest, ids.size());
-    step(phase, ids.first(n), std::span(rows).first(n), logits);
+    append(phase, ids.first(n), {.logit_rows = std::span(rows).first(n), .logits = logits});
     ids = ids.subspan(n);
     logits += n * static_cast<std::size_t>(model.vocab);
   }
@@ -124,13 +165,13 @@ void Session::prefill(std::span<const std::int32_t> ids, float* logits, Phase ph
   check(ids);
   Session* const self = this;
   Growth growth({&self, 1}, static_cast<std::int64_t>(ids.size()), more);
+  catch_up();
   const auto largest = static_cast<std::size_t>(model_->facts().max_tokens);
   while (!ids.empty()) {
     const std::size_t n = std::min(largest, ids.size());
     const std::int32_t last = static_cast<std::int32_t>(n) - 1;
     const bool wanted = n == ids.size() && (logits != nullptr || best != nullptr);
-    step(phase, ids.first(n), {&last, wanted ? 1U : 0U}, wanted ? logits : nullptr, wanted ? best : nullptr,
-         wanted ? candidates : nullptr);
+    append(phase, ids.first(n), wanted ? Wanted{{&last, 1}, logits, best, candidates} : Wanted{});
     ids = ids.subspan(n);
   }
   growth.keep(more);
@@ -150,6 +191,7 @@ void Session::decode(Model& model, std::span<Session* const> sessions, std::span
     sessions[i]->check(ids.subspan(i, 1));
   }
   const Growth growth(sessions, 1, 0);
+  for (Session* session : sessions) session->catch_up();
   const auto largest =
       static_cast<std::size_t>(std::min(model.facts().max_tokens, model.facts().max_logit_rows));
   for (std::size_t at = 0; at < sessions.size(); at += largest) {
@@ -164,10 +206,15 @@ void Session::decode(Model& model, std::span<Session* const> sessions, std::span
       slots.push_back(session->slot_);
       adapters.push_back(session->adapter_.get());
       session->tokens_.reserve(session->tokens_.size() + 1);
+      session->begin_step();
     }
     float* out = logits + at * static_cast<std::size_t>(model.facts().vocab);
     model.run({Phase::kDecode, ids.subspan(at, n), positions, slots, rows, out, nullptr, nullptr, adapters});
-    for (std::size_t i = 0; i < n; ++i) sessions[at + i]->tokens_.push_back(ids[at + i]);
+    for (std::size_t i = 0; i < n; ++i) {
+      Session& session = *sessions[at + i];
+      session.tokens_.push_back(ids[at + i]);
+      session.computed_ = session.length();
+    }
   }
 }
 

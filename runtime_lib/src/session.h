@@ -24,13 +24,16 @@ class Session {
   // Tokens that it can still get if no other sequence has any.
   std::int64_t room() const { return model_->facts().longest() - length(); }
 
+  // Where the model has recurrences, those that stay are computed once more with the next tokens, from the
+  // last checkpoint among them on.
   void truncate(std::int64_t length);
 
   // The adapter of the tokens from here on; null: none, the model as it is. Where it is another than before,
   // the session forgets its tokens: their keys and values are the other's. Throws Error.
   void set_adapter(const char* name);
 
-  // Truncates to the longest common prefix with `ids`, at most ids.size() - 1, and returns its length.
+  // Truncates to the longest common prefix with `ids`, at most ids.size() - 1, and returns its length. Where
+  // the model has recurrences: to the last checkpoint in it, unless all tokens are in that prefix.
   std::int64_t reuse(std::span<const std::int32_t> ids);
 
   // Appends ids. logits: [n, vocab].
@@ -56,13 +59,37 @@ class Session {
     return ids.size() == 1 && length() > 0 ? Phase::kDecode : Phase::kPrefill;
   }
   class Growth;
-  void step(Phase phase, std::span<const std::int32_t> ids, std::span<const std::int32_t> logit_rows,
-            float* logits, std::int32_t* best = nullptr, const CandidateRequest* candidates = nullptr);
+  // What a step may be asked for; see StepRequest.
+  struct Wanted {
+    std::span<const std::int32_t> logit_rows = {};
+    float* logits = nullptr;
+    std::int32_t* best = nullptr;
+    const CandidateRequest* candidates = nullptr;
+  };
+  // Runs ids as the tokens behind those that are computed.
+  void compute(Phase phase, std::span<const std::int32_t> ids, const Wanted& wanted);
+  void append(Phase phase, std::span<const std::int32_t> ids, const Wanted& wanted);
+  // Computes the tokens that states do not hold.
+  void catch_up();
+  // Of the recurrences, in front of a step of a prompt: another prompt has to be computed from there on only.
+  void keep_checkpoint();
+  // A step that fails leaves states of which nobody knows what they hold.
+  void begin_step() {
+    if (model_->facts().recurrent) computed_ = 0;
+  }
+  // How many of the first `length` tokens states hold, or have held at a checkpoint.
+  std::int64_t held(std::int64_t length) const;
 
   std::shared_ptr<Model> model_;
   std::int32_t slot_;
   std::vector<std::int32_t> tokens_;
-  ResidentAdapters::Use adapter_;  // null: none
+  std::int64_t computed_ = 0;  // tokens that states hold: the first ones, mostly all
+  struct Checkpoint {
+    std::int64_t length;
+    std::vector<std::byte> state;
+  };
+  std::vector<Checkpoint> checkpoints_;  // by rising length, none beyond length()
+  ResidentAdapters::Use adapter_;        // null: none
 };
 
 }  // namespace hetcomp

@@ -256,13 +256,15 @@ HETCOMP_EXPORT hetcomp_status hetcomp_session_create(hetcomp_model* model, hetco
 HETCOMP_EXPORT void hetcomp_session_free(hetcomp_session* session);
 /* Forgets all tokens. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_reset(hetcomp_session* session);
-/* Keeps the first `length` tokens. */
+/* Keeps the first `length` tokens. Where the model has recurrences (linear attention) these are computed again
+ * before the next ones: their states cannot be cut back. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_truncate(hetcomp_session* session, int64_t length);
 /* Tokens in the KV cache. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_length(const hetcomp_session* session, int64_t* length);
 /* Prepares for a prompt that repeats what the session holds (the next turn of a chat): truncates to the
  * longest common prefix with ids, but at most n - 1 tokens, and sets *kept to its length. Go on with ids +
- * kept. */
+ * kept. Where the model has recurrences it keeps all tokens if they are that prefix, else those up to the
+ * last step of a prompt that begins in it. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_reuse(hetcomp_session* session, const int32_t* ids, int64_t n,
                                                     int64_t* kept);
 

@@ -238,6 +238,42 @@ void GpuProgram::fetch(const std::string& buffer, std::span<std::byte> to) const
   throw Error(HETCOMP_INVALID_ARGUMENT, "The GPU program has no result buffer " + buffer + ".");
 }
 
+std::vector<GpuProgram::RecurrentState> GpuProgram::recurrent_states(std::int32_t slot) const {
+  std::vector<RecurrentState> states;
+  for (std::size_t i = 0; i < record_.buffers.size(); ++i) {
+    if (!record_.buffers[i].recurrent) continue;
+    for (const RecurrentRecord::State& state : record_.buffers[i].recurrent->states) {
+      const std::uint64_t offset = state.offset + static_cast<std::uint64_t>(slot) * state.slot_bytes;
+      states.push_back({resources_->buffers.address({i, offset}), state.slot_bytes});
+    }
+  }
+  return states;
+}
+
+std::size_t GpuProgram::recurrent_bytes() const {
+  std::size_t bytes = 0;
+  for (const RecurrentState& state : recurrent_states(0)) bytes += state.bytes;
+  return bytes;
+}
+
+void GpuProgram::save_recurrent(std::int32_t slot, std::span<std::byte> to) const {
+  const CurrentContext current(driver_, context_);
+  for (const RecurrentState& state : recurrent_states(slot)) {
+    driver_.copy_to_host(to.data(), state.address, state.bytes, resources_->stream.get());
+    to = to.subspan(state.bytes);
+  }
+  driver_.stream_synchronize(resources_->stream.get());
+}
+
+void GpuProgram::restore_recurrent(std::int32_t slot, std::span<const std::byte> from) const {
+  const CurrentContext current(driver_, context_);
+  for (const RecurrentState& state : recurrent_states(slot)) {
+    driver_.copy_to_device(state.address, from.data(), state.bytes, resources_->stream.get());
+    from = from.subspan(state.bytes);
+  }
+  driver_.stream_synchronize(resources_->stream.get());
+}
+
 std::uint64_t GpuProgram::device_bytes() const { return resources_->budget.taken(); }
 
 }  // namespace hetcomp::gpu

@@ -92,11 +92,23 @@ class GpuProgram {
   // Copies the beginning of a result buffer, between steps. Throws Error for any other name.
   void fetch(const std::string& buffer, std::span<std::byte> to) const;
 
+  // Of a sequence's recurrences here, and copies of them, between steps. to, from: [recurrent_bytes()]. Throw
+  // Error.
+  std::size_t recurrent_bytes() const;
+  void save_recurrent(std::int32_t slot, std::span<std::byte> to) const;
+  void restore_recurrent(std::int32_t slot, std::span<const std::byte> from) const;
+
   const GpuProgramRecord& record() const { return record_; }
   const Device& device() const { return device_; }
   std::uint64_t device_bytes() const;  // taken of the plan's figure
 
  private:
+  struct RecurrentState {
+    CUdeviceptr address;
+    std::uint64_t bytes;
+  };
+  std::vector<RecurrentState> recurrent_states(std::int32_t slot) const;
+
   struct Resources;
 
   CUresult query() const;

@@ -369,6 +369,28 @@ std::int32_t GpuStep::run(hetcomp_step step, std::int32_t* best, const Candidate
   return graph.batch;
 }
 
+std::size_t GpuStep::recurrent_bytes() const {
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < programs_.size(); ++i) bytes += programs_[i].recurrent_bytes();
+  return bytes;
+}
+
+void GpuStep::save_recurrent(std::int32_t slot, std::span<std::byte> to) const {
+  for (std::size_t i = 0; i < programs_.size(); ++i) {
+    const std::size_t bytes = programs_[i].recurrent_bytes();
+    programs_[i].save_recurrent(slot, to.first(bytes));
+    to = to.subspan(bytes);
+  }
+}
+
+void GpuStep::restore_recurrent(std::int32_t slot, std::span<const std::byte> from) const {
+  for (std::size_t i = 0; i < programs_.size(); ++i) {
+    const std::size_t bytes = programs_[i].recurrent_bytes();
+    programs_[i].restore_recurrent(slot, from.first(bytes));
+    from = from.subspan(bytes);
+  }
+}
+
 std::vector<hetcomp_gpu_event> GpuStep::events() const {
   std::vector<hetcomp_gpu_event> events;
   for (std::size_t i = 0; i < programs_.size(); ++i) {

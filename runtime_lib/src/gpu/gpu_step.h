@@ -75,6 +75,11 @@ class GpuStep {
   // Of the last step, where times are taken; strings of this object. Throws Error.
   std::vector<hetcomp_gpu_event> events() const;
 
+  // Of a sequence's recurrences on all GPUs; what GpuProgram's do.
+  std::size_t recurrent_bytes() const;
+  void save_recurrent(std::int32_t slot, std::span<std::byte> to) const;
+  void restore_recurrent(std::int32_t slot, std::span<const std::byte> from) const;
+
   const ProgramSet& programs() const { return programs_; }
 
  private:
