@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hetcomp.backends.gpu.attention import DECODE_ROWS
 from hetcomp.backends.gpu.kernels import (
@@ -20,7 +21,7 @@ from hetcomp.ir.ops import CausalConv, GatedDelta
 
 MAX_KEY_DIM = 256  # of a head: a chunk's queries, keys and state must fit in 99 KB of shared memory
 CHUNK = 64  # rows, as in codegen_templates/gpu/gated_delta.py
-# Of the rows of a step with several slots in a graph of many rows: programs look for first rows of slots in one each.
+# Of the rows of a step with several slots in a graph of many rows: programs look for rows of slots in one each.
 _ROW_PARTS = 16
 
 
@@ -34,6 +35,15 @@ class ColumnTile:
 
 
 @dataclass(frozen=True)
+class ChunkTile:
+    """Columns of the values that a program multiplies at once, rows that are solved one by one, and its warps."""
+
+    columns: int
+    block: int
+    warps: int
+
+
+@dataclass(frozen=True)
 class ConvTile:
     """Rows and channels that a program takes (of exact rows: all), and its warps."""
 
@@ -42,27 +52,34 @@ class ConvTile:
     warps: int
 
 
-# First the fastest on an H100, then what was close.
-_ROW_TILES = (
-    ColumnTile(16, 2),
-    ColumnTile(32, 4),
-    ColumnTile(8, 1),
-    ColumnTile(16, 4),
-    ColumnTile(32, 8),
-    ColumnTile(64, 8),
+T = TypeVar("T", ColumnTile, ChunkTile)
+
+# First the fastest on an H200 at Qwen3-Next's shape, then what was close (benchmarks/gpu_linear_attention.py).
+_ROW_TILES = (ColumnTile(16, 2), ColumnTile(32, 4), ColumnTile(16, 4), ColumnTile(8, 1))
+_BATCH_TILES = (ColumnTile(32, 4), ColumnTile(64, 8), ColumnTile(32, 8), ColumnTile(64, 4), ColumnTile(128, 8))
+_CHUNK_TILES = (
+    ChunkTile(64, 16, 4),
+    ChunkTile(64, 8, 4),
+    ChunkTile(64, 16, 8),
+    ChunkTile(64, 8, 8),
+    ChunkTile(128, 8, 8),
 )
-# 64 rows are the tensor cores' of four warps: more would compute the same.
-_CHUNK_TILES = (ColumnTile(64, 4), ColumnTile(32, 4), ColumnTile(128, 4))
 _SCAN_TILES = (
-    ColumnTile(32, 4, (2, 1)),
     ColumnTile(32, 4, (3, 1)),
-    ColumnTile(16, 4, (3, 1)),
-    ColumnTile(64, 4, (2, 1)),
+    ColumnTile(32, 8, (3, 1)),
+    ColumnTile(64, 8, (3, 1)),
     ColumnTile(16, 4, (2, 1)),
-    ColumnTile(32, 4, (1, 1)),
+    ColumnTile(64, 4, (3, 1)),
 )
 _EXACT_CONV_TILES = (ConvTile(0, 64, 2), ConvTile(0, 128, 4), ConvTile(0, 32, 1), ConvTile(0, 64, 4))
-_CONV_TILES = (ConvTile(32, 128, 4), ConvTile(16, 128, 4), ConvTile(32, 64, 4), ConvTile(8, 256, 4))
+_CONV_TILES = (
+    ConvTile(16, 128, 4),
+    ConvTile(32, 128, 4),
+    ConvTile(16, 256, 4),
+    ConvTile(8, 256, 4),
+    ConvTile(32, 128, 8),
+)
+_STATE_CHANNELS = 256  # of a program that leaves the state of a convolution
 
 
 def causal_conv(request: GpuRequest) -> GpuCode:
@@ -101,9 +118,16 @@ def causal_conv(request: GpuRequest) -> GpuCode:
     )
     if exact:
         return GpuCode((made,))
-    operands = {"x": x, "state": state, **step, "n_rows": n_rows}
+    channels = min(power_of_two(a.channels), _STATE_CHANNELS)
+    row_tile = -(-request.max_rows() // _ROW_PARTS)
     left = launch(
-        "causal_conv", "leave_state", f"{stem}_state", grid, operands, {**shape, **sides}, warps=tile.warps, tile=choice
+        "causal_conv",
+        "leave_state",
+        f"{stem}_state",
+        (GridAxis(-(-a.channels // channels)), GridAxis(tile=row_tile), ONE),
+        {"x": x, "state": state, **step, "n_rows": n_rows},
+        {**shape, "ROW_TILE": row_tile, "CHANNEL_TILE": channels},
+        warps=4,
     )
     return GpuCode((made, left))
 
@@ -125,7 +149,7 @@ def _stem(a: GatedDelta) -> str:
     return f"gated_delta_{a.k_heads}x{a.k_dim}_{a.v_heads}x{a.v_dim}"
 
 
-def _columns(a: GatedDelta, tiles: tuple[ColumnTile, ...]) -> tuple[ColumnTile, ...]:
+def _columns(a: GatedDelta, tiles: tuple[T, ...]) -> tuple[T, ...]:
     """Those no wider than the values; the narrowest if none is."""
     most = max(16, power_of_two(a.v_dim))
     return tuple(tile for tile in tiles if tile.columns <= most) or (min(tiles, key=lambda tile: tile.columns),)
@@ -145,7 +169,7 @@ def _rows(request: GpuRequest) -> Launch:
     exact = rows is not None and rows <= DECODE_ROWS
     row_tile = 1 if exact else -(-most // _ROW_PARTS)
     key = f"{_stem(a)}, {'exactly' if exact else 'several slots in up to'} {most} rows"
-    tile, choice = request.tiles.pick(key, _columns(a, _ROW_TILES))
+    tile, choice = request.tiles.pick(key, _columns(a, _ROW_TILES if exact else _BATCH_TILES))
     return launch(
         "gated_delta",
         "gated_delta_rows",
@@ -194,7 +218,7 @@ def _chunks(request: GpuRequest) -> tuple[Launch, Launch, int]:
         f"{_stem(a)}_chunks",
         (GridAxis(tile=CHUNK), GridAxis(a.v_heads), ONE),
         {**_INPUTS, "slots": _STEP["slots"], "n_rows": _N_ROWS, **between},
-        {**shape, "L2_EPS": a.l2_eps, "V_TILE": chunk_tile.columns},
+        {**shape, "L2_EPS": a.l2_eps, "V_TILE": chunk_tile.columns, "BLOCK": chunk_tile.block},
         warps=chunk_tile.warps,
         tile=chunk_choice,
     )
