@@ -71,7 +71,8 @@ class _Binding:
         path = module.path
         while path.endswith(_WRAPPED):
             path = path.removesuffix(_WRAPPED)
-        names = (path, f"model.{path}", path.removeprefix("model."))
+        renamed = self.base.mapping.place(f"{path}.weight").parameter.removesuffix(".weight")
+        names = (path, f"model.{path}", path.removeprefix("model."), renamed)
         container = next((name for name in names if self.base.has_experts(name)), None)
         if container is not None:
             self._add_stacked(module, container, depth=(len(module.path) - len(path)) // len(_WRAPPED))

@@ -62,6 +62,11 @@ def _named(weight: AdaptedWeight, base: BaseModel) -> Iterator[tuple[str, PairSt
         yield f"blk.{layer}.ffn_gate_exps", gate, False
         yield f"blk.{layer}.ffn_up_exps", up, False
         return
+    if inside.startswith("linear_attn."):
+        raise HetcompError(
+            f"llama.cpp has {weight.fqn} of {base.model_type} in parts or an order of its own, to which adapters are "
+            "not exported; leave linear attention out of the adapter's targets, or export it to another form."
+        )
     name = MODULES.get(inside)
     if name is None:
         raise HetcompError(

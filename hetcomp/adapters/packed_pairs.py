@@ -39,6 +39,8 @@ def viewed_pairs(stack: PairStack, view: WeightSource) -> PairStack:
         a = np.broadcast_to(a, (heads, *a.shape[1:]))
         if view.head_transpose:
             a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+    if view.row_runs:
+        b = _runs(b, 1, view.row_runs)
     return replace(stack, a=a, b=b)
 
 

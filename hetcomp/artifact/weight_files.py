@@ -119,7 +119,7 @@ def create(path: Path) -> BinaryIO:
 
 def tensor_name(value: Value) -> str:
     """Name of a weight in the files: the parameter's name; cut-out parts of one carry the value's id."""
-    if value.view is None or value.view.head_split is None:
+    if value.view is None or (value.view.head_split is None and not value.view.row_runs):
         return value.fqn or value.id
     return f"{value.fqn or value.id}#{value.id}"
 

@@ -16,11 +16,16 @@ from hetcomp.backends.protocol import Kernel, KernelRequest
 from hetcomp.backends.templates import environment, render
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.tuning import Tuning
-from hetcomp.ir.ops import Attention, Embed, HeadLinear, KvAppend, Linear, MoeExperts
+from hetcomp.ir.ops import Attention, CausalConv, Embed, GatedDelta, HeadLinear, KvAppend, Linear, MoeExperts
 from hetcomp.ir.types import CACHE_DTYPES
 
 FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q5k", "q4z", "q4k", "q4", "mxfp4")
 _NAME = "kernel_name_goes_here"
+# Channels that a thread takes through all rows of a convolution: 512 bytes of a row in one go.
+_CONV_TILE = 128
+# Panels of a recurrence's state that a task works on: one alone waits for the last multiply-add of its sums as long as two
+# take together, four of 128 rows fill a first-level cache of 32 KB.
+_STATE_PANELS = 2
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ class _Rendering:
 
 
 class CpuBackend:
-    """Generates embed, linear, head_linear, moe_experts, attention, kv_append and select_rows for every ISA. Weights
-    in any of FORMATS (``hetcomp.backends.packing``), activations f32, KV cache f32, bf16, q8 or fp8."""
+    """Generates embed, linear, head_linear, moe_experts, attention, kv_append, causal_conv, gated_delta and select_rows
+    for every ISA. Weights in any of FORMATS (``hetcomp.backends.packing``), activations f32, KV cache f32, bf16, q8 or
+    fp8, states of recurrences f32."""
 
     name = "cpu"
 
@@ -205,6 +211,39 @@ def _kv_append(request: KernelRequest) -> _Rendering:
     )
 
 
+def _causal_conv(request: KernelRequest) -> _Rendering:
+    attrs = _attrs(request, CausalConv)
+    return _Rendering(
+        "cpu/causal_conv.cpp.j2",
+        f"causal_conv_{attrs.channels}x{attrs.width}",
+        {
+            "channels": attrs.channels,
+            "width": attrs.width,
+            "function": attrs.function,
+            "bias": attrs.bias,
+            "tile": _CONV_TILE,
+        },
+    )
+
+
+def _gated_delta(request: KernelRequest) -> _Rendering:
+    attrs = _attrs(request, GatedDelta)
+    return _Rendering(
+        "cpu/gated_delta.cpp.j2",
+        f"gated_delta_{attrs.v_heads}x{attrs.k_dim}x{attrs.v_dim}",
+        {
+            "k_heads": attrs.k_heads,
+            "v_heads": attrs.v_heads,
+            "k_dim": attrs.k_dim,
+            "v_dim": attrs.v_dim,
+            "scale": attrs.scale,
+            "l2_eps": attrs.l2_eps,
+            "panels": min(_STATE_PANELS, -(-attrs.v_dim // 16)),
+        },
+        _max_rows(request) * attrs.v_heads * 16,
+    )
+
+
 def _select_rows(request: KernelRequest) -> _Rendering:
     width = math.prod(d for d in request.inputs[0].type.shape[1:] if isinstance(d, int))
     return _Rendering("cpu/select_rows.cpp.j2", f"select_rows_{width}", {"width": width})
@@ -217,6 +256,8 @@ _RENDERINGS: dict[str, Callable[[KernelRequest], _Rendering]] = {
     "moe_experts": _moe_experts,
     "attention": _attention,
     "kv_append": _kv_append,
+    "causal_conv": _causal_conv,
+    "gated_delta": _gated_delta,
     "select_rows": _select_rows,
 }
 

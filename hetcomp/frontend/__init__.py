@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def load(
     unused: tuple[str, ...] = ()
     if checkpoint is not None:
         weights = [v for v in lowered.values if v.kind is ValueKind.WEIGHT]
-        unused = tuple(checkpoint.unused(weights))
+        unused = tuple(name for name in checkpoint.unused(weights) if not re.match(given.left_out, name))
     folded = fold_layers.fold_layers(lowered, _stored(lowered, checkpoint))
     if given.quantised_by is not None and checkpoint is None:
         note = (
@@ -113,7 +114,8 @@ def load(
 
 @dataclass(frozen=True)
 class Given:
-    """What the user gave, before a context is chosen. ``trace`` makes a graph for one, with the checkpoint."""
+    """What the user gave, before a context is chosen. ``trace`` makes a graph for one, with the checkpoint.
+    ``left_out``: a pattern of the checkpoint's tensors that the model's class does without by design."""
 
     info: ModelInfo
     config: PreTrainedConfig
@@ -123,6 +125,7 @@ class Given:
     quantised_by: str | None = None
     gguf: ModelFiles | None = None
     onnx: Path | None = None
+    left_out: str = "$^"
 
 
 def find(model: str | Path | nn.Module) -> Given:
@@ -145,10 +148,14 @@ def _from_onnx(path: Path) -> Given:
 def _from_transformers(source: ModelSource) -> Given:
     def traced(context: int) -> tuple[trace.TracedModel, BaseCheckpoint | None]:
         made = trace.trace(trace.meta_model(source.model_class, source.config), context)
-        return replace(made, notes=_longrope_notes(source.config, context)), _checkpoint(source, made)
+        notes = (*_text_part_notes(source), *_longrope_notes(source.config, context))
+        return replace(made, notes=notes), _checkpoint(source, made)
 
     method = None if source.quantisation is None else source.quantisation.method
-    return Given(_model_info(source), source.config, source.raw, source.folder, traced, method, source.gguf)
+    # Predicting further tokens (mtp), images.
+    left_out = "|".join(source.model_class._keys_to_ignore_on_load_unexpected or ["$^"])
+    info = _model_info(source)
+    return Given(info, source.config, source.raw, source.folder, traced, method, source.gguf, left_out=left_out)
 
 
 def _digest(raw: dict[str, Any]) -> str:
@@ -193,6 +200,15 @@ def _context(info: ModelInfo, wanted: int | None, default: int) -> int:
             f"a context of {wanted} positions was asked for; {info.name} takes 1 to {info.max_positions}"
         )
     return wanted
+
+
+def _text_part_notes(source: ModelSource) -> tuple[str, ...]:
+    if source.whole is None:
+        return ()
+    return (
+        f"{source.whole} is compiled as its text part, {source.model_class.__name__}: images (and what else it takes "
+        "besides text) are left out",
+    )
 
 
 def _longrope_notes(config: PreTrainedConfig, context: int) -> tuple[str, ...]:

@@ -121,7 +121,7 @@ def _add_source(low: Lowering, region: _Region, source: fx.Node) -> None:
         region.refs[source] = region.add_input(low.weight(source), shape, "float32")
         return
     known = low.bound.get(source)
-    if isinstance(known, RowsOnly):
+    if isinstance(known, RowsOnly) and low.dims(source) == (1, lay.ROWS):
         ref = region.add_input(known.value, (1, lay.ROWS), "int32")
         region.refs[source] = region.add(
             "aten._to_copy.default", (ref,), "int64", (1, lay.ROWS), (("dtype", "torch.int64"),)

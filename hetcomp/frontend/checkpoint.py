@@ -203,6 +203,10 @@ def viewed_shape(source: WeightSource) -> tuple[int, ...] | None:
             return None
         inner = (stop - start, shape[1])
         shape = (heads, *(inner[::-1] if source.head_transpose else inner))
+    if source.row_runs:
+        if max(stop for _, stop in source.row_runs) > shape[0]:
+            return None
+        shape = (sum(stop - start for start, stop in source.row_runs), *shape[1:])
     return shape
 
 
@@ -237,6 +241,8 @@ def viewed(numbers: _Raw, source: WeightSource) -> _Raw:
         numbers = numbers.reshape(heads, -1, numbers.shape[-1])[:, start:stop]
         if source.head_transpose:
             numbers = np.swapaxes(numbers, -1, -2)
+    if source.row_runs:
+        numbers = np.concatenate([numbers[start:stop] for start, stop in source.row_runs])
     return numbers
 
 
@@ -255,7 +261,7 @@ def _viewed(numbers: _Raw | QuantisedNumbers, source: WeightSource) -> _Raw | Qu
         numbers = numbers.heads(*source.head_split)
         if source.head_transpose:
             return numbers.transposed()
-    return numbers
+    return numbers.cut(0, source.row_runs) if source.row_runs else numbers
 
 
 def _is_matrix(source: WeightSource) -> bool:

@@ -21,6 +21,10 @@ _SCHEMAS = {
     "float softcap) -> Tensor",
     "mla_attention": "(Tensor q, Tensor latent, Tensor k_rot, Tensor kv_b, int layer, float scale, "
     "int nope_dim, int v_dim, float softcap) -> Tensor",
+    # Their states are the layer's: what the step's rows of a slot continue from.
+    "causal_conv": "(Tensor x, Tensor weight, Tensor? bias, int layer, str function) -> Tensor",
+    "gated_delta": "(Tensor qkv, Tensor a, Tensor b, Tensor a_log, Tensor dt_bias, int layer, int k_heads, "
+    "int v_heads, int k_dim, int v_dim, float scale, float l2_eps) -> Tensor",
     # Fields as those of ir.ops.Route; ids and weights [tokens, top_k].
     "route": "(Tensor logits, Tensor? bias, int top_k, str scoring, bool normalise, float norm_eps, int groups, "
     "int top_groups, str group_score, str outside_groups, float scaling, float jitter) -> (Tensor, Tensor)",
@@ -80,6 +84,27 @@ def _mla_attention(
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v_dim))
 
 
+def _causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, function: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _gated_delta(
+    qkv: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    layer: int,
+    k_heads: int,
+    v_heads: int,
+    k_dim: int,
+    v_dim: int,
+    scale: float,
+    l2_eps: float,
+) -> Tensor:
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1], v_heads, v_dim))
+
+
 def _route(
     logits: Tensor,
     bias: Tensor | None,
@@ -122,6 +147,8 @@ _FAKES: dict[str, Callable[..., object]] = {
     "kv_append": _kv_append,
     "attention": _attention,
     "mla_attention": _mla_attention,
+    "causal_conv": _causal_conv,
+    "gated_delta": _gated_delta,
     "route": _route,
     "moe_experts": _moe_experts,
 }

@@ -30,6 +30,7 @@ from hetcomp.frontend.recognise import (
     rope_style,
     rope_table_data,
 )
+from hetcomp.frontend.recognise_delta_net import DeltaNetForm, compute, delta_net_form
 
 IMPLEMENTATION = "hetcomp"
 _KNOWN_OPERANDS = frozenset({"position_ids", "cache_position"})
@@ -45,7 +46,8 @@ class Hooks:
 
 
 class _NoLayers(list[Any]):
-    """In place of the caches of layers, which are asked for where a layer keeps another state than keys and values."""
+    """In place of the caches of layers, which are asked for where a layer keeps another state than keys and values and
+    was not recognised."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -55,8 +57,8 @@ class _NoLayers(list[Any]):
         named = self._model.named_modules()
         found = [f"{path} ({type(m).__name__})" for path, m in named if getattr(m, "layer_idx", None) == layer]
         raise HetcompError(
-            f"layer {layer}, {found[-1] if found else 'unnamed'}, keeps the state of a convolution or recurrence, as "
-            "linear attention and state-space models do; hetcomp compiles attention with keys and values only"
+            f"layer {layer}, {found[-1] if found else 'unnamed'}, keeps the state of a convolution or recurrence and "
+            "computes otherwise than a gated delta net (as Qwen3-Next's), the only such layer that hetcomp compiles"
         )
 
 
@@ -161,6 +163,34 @@ def _experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     return out
 
 
+# ---------------------------------------------------------------- linear attention
+
+
+def _replace_delta_nets(model: PreTrainedModel, patches: _Patches) -> None:
+    """Puts ``hetcomp::causal_conv`` and ``gated_delta`` in place of what gated delta nets do. Others keep their own
+    forward, which asks for states (see _NoLayers)."""
+    known: dict[tuple[object, ...], DeltaNetForm | None] = {}
+    for module in model.modules():
+        if not hasattr(module, "A_log"):
+            continue
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str)) and k != "layer_idx"}
+        key = (type(module), *sorted(plain.items(), key=lambda item: item[0]))
+        if key not in known:
+            known[key] = delta_net_form(module)
+        form = known[key]
+        if form is not None:
+            patches.set(module, "forward", _delta_net_forward(module, form))
+
+
+def _delta_net_forward(module: nn.Module, form: DeltaNetForm) -> Callable[..., Tensor]:
+    def forward(hidden_states: Tensor, cache_params: Cache | None = None, **kwargs: object) -> Tensor:
+        if kwargs.get("attention_mask") is not None:
+            raise HetcompError(f"{type(module).__name__} is given a mask, which hetcomp does not compile")
+        return compute(module, form, hidden_states, torch.ops.hetcomp)
+
+    return forward
+
+
 # ---------------------------------------------------------------- norms
 
 
@@ -200,7 +230,7 @@ def _replace_rotary_tables(model: PreTrainedModel, patches: _Patches, hooks: Hoo
         if table is None:
             continue
         hooks.rope_tables.append(table)
-        patches.set(module, "forward", _table_forward(len(hooks.rope_tables) - 1, table))
+        patches.set(module, "forward", _table_forward(path, len(hooks.rope_tables) - 1, table))
 
 
 class _ComplexTable(tuple[Tensor, Tensor]):
@@ -210,8 +240,12 @@ class _ComplexTable(tuple[Tensor, Tensor]):
         return self
 
 
-def _table_forward(index: int, table: RopeTableData) -> Callable[..., tuple[Tensor, Tensor]]:
+def _table_forward(path: str, index: int, table: RopeTableData) -> Callable[..., tuple[Tensor, Tensor]]:
     def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if position_ids.dim() == 3:  # by time, height and width: of a text all are the place in it
+            if not table.by_axis:
+                raise HetcompError(f"{path} is given positions of several kinds, which hetcomp does not compile")
+            position_ids = position_ids[0]
         pair: tuple[Tensor, Tensor] = torch.ops.hetcomp.rope_table(position_ids, index, table.width)
         return _ComplexTable(pair) if table.complex_pair else pair
 
@@ -335,6 +369,7 @@ def tracing_hooks(model: PreTrainedModel, context: int) -> Iterator[Hooks]:
             _select_implementations(model, patches)
             _bypass_mla(model, patches)
             _mark_experts(model, patches)
+            _replace_delta_nets(model, patches)
             _replace_norms(model, patches, hooks)
             _replace_rotary_tables(model, patches, hooks, context)
             _replace_rope_functions(model, patches, hooks)

@@ -38,7 +38,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class RowsOnly:
-    """The step's ids or positions, int64[1, T] in torch and i32[T] in the Plan."""
+    """The step's ids or positions, int64[.., T] in torch, where every row has the same, and i32[T] in the Plan."""
 
     value: str
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from hetcomp.frontend import layout as lay
-from hetcomp.frontend import lower_attention, lower_norms, lower_router
+from hetcomp.frontend import lower_attention, lower_linear_attention, lower_norms, lower_router
 from hetcomp.frontend.lower import Lowering, Ref, RowsOnly, Several, memory_shape
 from hetcomp.frontend.trace import module_path
 from hetcomp.ir import ops
@@ -29,6 +29,16 @@ def _view(low: Lowering, node: fx.Node) -> Ref | None:
     source = low.ref(node.args[0])
     made = lay.view(source.layout, low.dims(node)) if source else None
     return Ref(source.value, made) if source and made else None
+
+
+def _unsqueeze(low: Lowering, node: fx.Node) -> Ref | RowsOnly | None:
+    return _rows_only(low, node) or _view(low, node)
+
+
+def _rows_only(low: Lowering, node: fx.Node) -> RowsOnly | None:
+    """Ids or positions with more axes in front, as where images would have positions of several kinds."""
+    source, dims = low.bound.get(node.args[0]), low.dims(node)  # type: ignore[arg-type]
+    return source if isinstance(source, RowsOnly) and dims[-1] == lay.ROWS else None
 
 
 def _same(low: Lowering, node: fx.Node) -> Ref | None:
@@ -298,7 +308,10 @@ def _parts(low: Lowering, node: fx.Node, source: Ref, sizes: list[int]) -> Sever
     return Several(tuple(parts))
 
 
-def _slice(low: Lowering, node: fx.Node) -> Ref | None:
+def _slice(low: Lowering, node: fx.Node) -> Ref | RowsOnly | None:
+    rows = _rows_only(low, node)
+    if rows is not None:
+        return rows
     source = low.ref(node.args[0])
     dim, step = int(_arg(node, 1, "dim", 0)), int(_arg(node, 4, "step", 1))
     if source is None or step != 1 or dim % len(source.layout) != len(source.layout) - 1:
@@ -335,6 +348,7 @@ def _cat(low: Lowering, node: fx.Node) -> Ref | None:
 
 HANDLERS: dict[str, Callable[[Lowering, fx.Node], Any]] = {
     **lower_attention.HANDLERS,
+    **lower_linear_attention.HANDLERS,
     **lower_norms.HANDLERS,
     **lower_router.HANDLERS,
     "aten.view": _view,
@@ -342,7 +356,9 @@ HANDLERS: dict[str, Callable[[Lowering, fx.Node], Any]] = {
     "aten._unsafe_view": _view,
     "aten.flatten": _view,
     "aten.unflatten": _view,
-    "aten.unsqueeze": _view,
+    "aten.unsqueeze": _unsqueeze,
+    "aten.expand": _rows_only,
+    "aten.select": _rows_only,
     "aten.squeeze": _view,
     "aten.contiguous": _same,
     "aten.clone": _same,

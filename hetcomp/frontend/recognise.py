@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,12 +22,14 @@ class RopeTableData:
     """Frequencies of one rotary module: ``inv_freq`` of rotary_dim / 2 floats; cos and sin times ``scaling``.
 
     ``width`` is the last dimension that the module's forward returns (rotary_dim, or half of it).
-    ``complex_pair``: it returns cos + i sin in one tensor (DeepSeek-V2)."""
+    ``complex_pair``: it returns cos + i sin in one tensor (DeepSeek-V2). ``by_axis``: positions may be given for three
+    axes (time, height, width), which gives the same where they are equal (Qwen's mrope)."""
 
     inv_freq: tuple[float, ...]
     scaling: float
     width: int
     complex_pair: bool = False
+    by_axis: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE))
 
 
-def _random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+def random_numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normally distributed, the same ones for a seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
@@ -70,7 +73,7 @@ def experts_form(module: nn.Module, path: str) -> ExpertsForm:
             f"{path}: experts of class {name} have no gate or a norm of their own, which hetcomp does not compile yet"
         )
     # Wide enough that clamps at GPT-OSS's limit of 7 are reached.
-    gate_up = _random(64, 48, seed=3, scale=6.0)
+    gate_up = random_numbers(64, 48, seed=3, scale=6.0)
     apply_gate: Callable[[Tensor], Tensor] = module._apply_gate  # type: ignore[assignment]
     want = apply_gate(gate_up)
     alpha, limit = float(getattr(module, "alpha", 0.0) or 0.0), float(getattr(module, "limit", 0.0) or 0.0)
@@ -85,12 +88,12 @@ def experts_form(module: nn.Module, path: str) -> ExpertsForm:
     raise HetcompError(f"{path}: the activation of {name} is none that hetcomp knows")
 
 
-def _real_copy(module: nn.Module) -> nn.Module:
+def real_copy(module: nn.Module) -> nn.Module:
     """The module with random CPU parameters in place of its own; shares nothing that is written to."""
     clone = copy.copy(module)
     clone.__dict__ = dict(module.__dict__)
     clone._parameters = {
-        k: nn.Parameter(_random(*p.shape, seed=7) + 0.5, requires_grad=False) if p is not None else None
+        k: nn.Parameter(random_numbers(*p.shape, seed=7) + 0.5, requires_grad=False) if p is not None else None
         for k, p in module._parameters.items()
     }
     return clone
@@ -104,9 +107,9 @@ def rms_form(module: nn.Module) -> tuple[float, float] | None:
     if weight is None or weight.dim() != 1:
         return None
     eps_candidates = {float(v) for v in vars(module).values() if isinstance(v, float) and 0 < v < 1e-2}
-    clone = _real_copy(module)
+    clone = real_copy(module)
     # Small enough that eps shows in the result.
-    x = torch.cat([_random(3, weight.shape[0], seed=1), _random(3, weight.shape[0], seed=2, scale=1e-3)])
+    x = torch.cat([random_numbers(3, weight.shape[0], seed=1), random_numbers(3, weight.shape[0], seed=2, scale=1e-3)])
     try:
         want = clone(x)
     except (RuntimeError, TypeError, ValueError):
@@ -143,7 +146,20 @@ def rope_table_data(module: nn.Module, path: str, context: int) -> RopeTableData
     # Of longrope it is the one for this length, but for Phi-MoE, which always takes the original one.
     candidates = [getattr(real, name) for name in ("inv_freq", "original_inv_freq") if hasattr(real, name)]
     made = (_table_of(got, positions, torch.as_tensor(inv_freq).float(), scaling) for inv_freq in candidates)
-    return next((table for table in made if table is not None), None)
+    table = next((table for table in made if table is not None), None)
+    return None if table is None else replace(table, by_axis=_takes_axes(real, positions, got))
+
+
+def _takes_axes(module: nn.Module, positions: Tensor, got: object) -> bool:
+    """Whether the module gives the same for positions by axis, all equal."""
+    try:
+        by_axis = module(torch.zeros(1, 4, 8), positions.expand(3, *positions.shape))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    pairs = (
+        zip(by_axis, got, strict=True) if isinstance(got, tuple) and isinstance(by_axis, tuple) else [(by_axis, got)]
+    )
+    return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
 def _table_of(got: object, positions: Tensor, inv_freq: Tensor, scaling: float) -> RopeTableData | None:
@@ -179,8 +195,8 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int, style: 
 def rope_style(function: Callable[..., Any], table: RopeTableData, head_dim: int) -> RopeStyle | None:
     """The style in which ``function`` rotates heads of ``head_dim`` with such a table; None: none of ours."""
     rotary_dim = 2 * len(table.inv_freq)
-    cos, sin = (_random(1, 5, rotary_dim // 2, seed=s) for s in (11, 12))
-    q, k = _random(1, 3, 5, head_dim, seed=13), _random(1, 2, 5, head_dim, seed=14)
+    cos, sin = (random_numbers(1, 5, rotary_dim // 2, seed=s) for s in (11, 12))
+    q, k = random_numbers(1, 3, 5, head_dim, seed=13), random_numbers(1, 2, 5, head_dim, seed=14)
     repeats = table.width // cos.shape[-1]
     given = [torch.complex(cos, sin)] if table.complex_pair else [torch.cat([t] * repeats, -1) for t in (cos, sin)]
     try:

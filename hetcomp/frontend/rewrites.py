@@ -1,13 +1,15 @@
-"""Clean-ups of the ops as lowered, before they are assembled: fuse glu, move select_rows forward, drop dead
-ops, give roles and names."""
+"""Clean-ups of the ops as lowered, before they are assembled: take linear layers apart, fuse glu, move select_rows
+forward, drop dead ops, give roles and names."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from hetcomp.frontend.cut_linears import cut_linears
 from hetcomp.frontend.plan_builder import name_ops
 from hetcomp.frontend.roles import assign_roles
 from hetcomp.ir import ops
+from hetcomp.ir.ops import STATE_WRITERS
 from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import Shape
 
@@ -17,7 +19,7 @@ _ROW_WISE = ("rms_norm", "layer_norm", "scale", "activation")
 
 def finish(lowered: list[Op], values: dict[str, Value], logits: str) -> tuple[list[Op], dict[str, Value]]:
     """All clean-ups in order; ops and values ready for assembly."""
-    made = _fuse_glu(drop_dead(lowered, logits), values)
+    made = _fuse_glu(cut_linears(drop_dead(lowered, logits), values), values)
     made = _select_rows(made, values, logits)
     made = assign_roles(drop_dead(made, logits), values)
     return name_ops(made, values)
@@ -28,7 +30,7 @@ def drop_dead(lowered: list[Op], logits: str) -> list[Op]:
     alive: set[str] = {logits}
     kept: list[Op] = []
     for op in reversed(lowered):
-        if op.kind == "kv_append" or any(v in alive for v in op.outputs):
+        if op.kind in STATE_WRITERS or any(v in alive for v in op.outputs):
             kept.append(op)
             alive.update(op.inputs)
     return kept[::-1]
@@ -57,7 +59,7 @@ def _fuse_glu(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
     dropped: set[str] = set()
     fused: dict[str, Op] = {}
     for op in lowered:
-        if op.kind != "mul" or values[op.inputs[0]].type.shape != values[op.inputs[1]].type.shape:
+        if op.kind != "mul" or len({_row_width(values[v].type.shape) for v in op.inputs}) > 1:
             continue
         for gate, up in (op.inputs, op.inputs[::-1]):
             maker = makers.get(gate)

@@ -46,7 +46,7 @@ def assign_roles(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
     for op in lowered:
         for value in op.inputs:
             readers.setdefault(value, []).append(op)
-    attention = {op.layer: op.origin for op in lowered if op.kind == "attention"}
+    attention = {op.layer: op.origin for op in lowered if op.kind in ("attention", "gated_delta")}
     experts = {op.layer: _parent(op.origin) for op in lowered if op.kind == "moe_experts"}
     roles: dict[str, str] = {}
     for op in lowered:
@@ -55,7 +55,8 @@ def assign_roles(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
         elif op.layer is None:
             roles[op.id] = _outside(op, readers)
         elif op.layer in attention and _inside(op.origin, attention[op.layer]):
-            roles[op.id] = f"attn.{_ATTENTION.get(_leaf(op.origin)) or _own(op, attention[op.layer])}"
+            named = _gated(op, readers) or _ATTENTION.get(_leaf(op.origin)) or _own(op, attention[op.layer])
+            roles[op.id] = f"attn.{named}"
         elif op.layer in experts and _inside(op.origin, experts[op.layer]):
             roles[op.id] = _moe(op, readers)
         elif op.kind not in (*_NORMS, "add", "scale"):
@@ -64,6 +65,27 @@ def assign_roles(lowered: list[Op], values: dict[str, Value]) -> list[Op]:
         if op.id not in roles:
             roles[op.id] = _between(op, readers, roles)
     return [replace(op, role=roles[op.id]) for op in lowered]
+
+
+# By kind and place of the operand what a linear layer makes of a gated delta net.
+_DELTA_NET = {("causal_conv", 0): "qkv", ("gated_delta", 0): "qkv", ("gated_delta", 1): "a", ("gated_delta", 2): "b"}
+
+
+def _gated(op: Op, readers: dict[str, list[Op]]) -> str | None:
+    """Of what feeds or follows a gated delta rule, or gates the output of attention: told by the data flow, since
+    models name and join these projections in ways of their own."""
+    reading = [(r, r.inputs.index(v)) for v in op.outputs for r in readers.get(v, [])]
+    kinds = {r.kind for r, _ in reading}
+    if op.kind == "linear":
+        found = {_DELTA_NET.get((r.kind, i)) for r, i in reading}
+        if found - {None}:
+            return found.pop() if len(found) == 1 else None
+        if kinds == {"glu"}:
+            return "z"
+        return "gate" if kinds == {"activation"} else None
+    if op.kind in ("rms_norm", "layer_norm") and kinds == {"glu"}:
+        return "out_norm"
+    return {"glu": "out_gate", "activation": "gate_act", "mul": "out_gate"}.get(op.kind)
 
 
 def _own(op: Op, module: str) -> str:

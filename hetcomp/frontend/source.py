@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hetcomp import models_zoo
 from hetcomp.errors import HetcompError
@@ -21,9 +22,10 @@ from hetcomp.frontend.quantisation_config import QUANTISED, QuantisationConfig, 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``raw`` is config.json as written, or what the module's config or a GGUF file says. ``module`` holds the weights
-    of a model given in memory, ``gguf`` has those of GGUF files; otherwise they are in ``folder``, if anywhere,
-    quantised as ``quantisation`` says."""
+    """``raw`` is config.json as written (of a text part its own), or what the module's config or a GGUF file says.
+    ``module`` holds the weights of a model given in memory, ``gguf`` has those of GGUF files; otherwise they are in
+    ``folder``, if anywhere, quantised as ``quantisation`` says. ``whole``: architecture of the multi-modal model whose
+    text part this is."""
 
     name: str
     config: PreTrainedConfig
@@ -33,6 +35,7 @@ class ModelSource:
     module: PreTrainedModel | None
     quantisation: QuantisationConfig | None = None
     gguf: ModelFiles | None = None
+    whole: str | None = None
 
     def refuse_quantised(self, purpose: str) -> None:
         """Raises HetcompError if the weights are quantised or in a GGUF file: ``purpose`` runs the model in
@@ -124,11 +127,33 @@ def _from_folder(folder: Path) -> ModelSource:
             f"{path}: model_type {model_type!r} is unknown to transformers {transformers.__version__}; "
             "models with their own code (trust_remote_code) are not run"
         )
-    model_class = _model_class(path, architectures)
     quantisation = parse_quantisation(raw, str(path))
-    config = _config(path, {k: v for k, v in raw.items() if k not in QUANTISED}, model_type)
-    name = folder.resolve().name
-    return ModelSource(name, config, raw, model_class, folder, None, quantisation)
+    given = {k: v for k, v in raw.items() if k not in QUANTISED}
+    name, whole = folder.resolve().name, None
+    if isinstance(raw.get("text_config"), dict) and not any(a.endswith("ForCausalLM") for a in architectures):
+        whole = architectures[0]
+        model_class, config = _text_part(path, whole, _config(path, given, model_type), raw)
+        raw = raw["text_config"]
+    else:
+        model_class, config = _model_class(path, architectures), _config(path, given, model_type)
+    return ModelSource(name, config, raw, model_class, folder, None, quantisation, whole=whole)
+
+
+def _text_part(
+    path: Path, whole: str, config: PreTrainedConfig, raw: dict[str, Any]
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The causal language model in a model that also takes images, as transformers has it for the text's config."""
+    text = getattr(config, "text_config", None)
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(getattr(text, "model_type", None)), "")
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(text, PreTrainedConfig) and isinstance(found, type) and str(name).endswith("ForCausalLM")):
+        raise HetcompError(
+            f"{path}: architecture {whole} is not a causal language model (...ForCausalLM), and transformers "
+            f"{transformers.__version__} has none for its text_config"
+        )
+    if "tie_word_embeddings" in raw:  # of the whole, which decides there
+        text.tie_word_embeddings = bool(raw["tie_word_embeddings"])
+    return found, text
 
 
 def _from_gguf(path: Path) -> ModelSource:

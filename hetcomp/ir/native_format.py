@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
@@ -39,7 +39,7 @@ def native_format(value: Value, layout: str) -> Native | None:
         return Native(first.format, first.inexact, label, bits)
     if first.format == "fp8":
         key = tuple((t.shape[-2:], t.quantised.block) for t in _distinct(source) if t.quantised is not None)
-        if not _fits_fp8(key, source.transpose, source.deinterleave, source.head_split, source.head_transpose, layout):
+        if not _fits_fp8(key, replace(source, tensors=()), layout):
             return Native("q8", "16 rows by 128 columns of it do not share a scale", label, bits)
     elif source.transpose or source.head_transpose:
         return Native("q8", "its transpose is stored, whose groups of columns share no scale", label, bits)
@@ -56,28 +56,27 @@ def _distinct(source: WeightSource) -> Sequence[CheckpointTensor]:
 @lru_cache(maxsize=256)
 def _fits_fp8(
     tensors: tuple[tuple[tuple[int, ...], tuple[int, int]], ...],
-    transpose: bool,
-    deinterleave: bool,
-    head_split: tuple[int, int, int] | None,
-    head_transpose: bool,
+    view: WeightSource,
     layout: str,
 ) -> bool:
     """Whether the blocks of ``tensors`` (shape, block) still cover whole panels and 128 columns once they are joined
     and viewed; see WeightSource."""
     rows = [(i, r // block[0]) for i, (shape, block) in enumerate(tensors) for r in range(shape[0])]
     columns = [(0, c // tensors[0][1][1]) for c in range(tensors[0][0][1])]
-    if transpose:
+    if view.transpose:
         rows, columns = columns, rows
-    if deinterleave:
+    if view.deinterleave:
         rows = rows[::2] + rows[1::2]
-    if head_split is None:
+    if view.row_runs:
+        rows = [row for start, stop in view.row_runs for row in rows[start:stop]]
+    if view.head_split is None:
         half = len(rows) // 2
         parts = (rows[:half], rows[half:]) if layout == "panels16_glu" else (rows,)
         return all(_alike(part, _PANEL) for part in parts) and _alike(columns, _BLOCK)
-    heads, start, stop = head_split
+    heads, start, stop = view.head_split
     each = len(rows) // heads
     split = [rows[h * each + start : h * each + stop] for h in range(heads)]
-    if head_transpose:
+    if view.head_transpose:
         return _alike(columns, _PANEL) and all(_alike(part, _BLOCK) for part in split)
     return _alike(columns, _BLOCK) and all(_alike(part, _PANEL) for part in split)
 

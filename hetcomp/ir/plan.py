@@ -32,7 +32,7 @@ from hetcomp.ir.annotations import (
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 7)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 8)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):
@@ -91,9 +91,10 @@ class WeightSource:
     ``concat``: tensors joined along the rows.
     Then, in this order: ``transpose`` swaps the last two axes (GPT-OSS stores [E, in, out]);
     ``deinterleave`` moves even rows to the front, odd ones behind them (GPT-OSS's gate_up; on a bias it acts
-    on the last axis); ``rows`` keeps rows start..stop of the last-but-one axis; ``head_split`` (heads, start,
+    on the last axis); ``head_split`` (heads, start,
     stop) reads [heads * n, k] as [heads, n, k] and keeps rows start..stop of every head, and
-    ``head_transpose`` swaps its last two axes (MLA's absorbed key projection).
+    ``head_transpose`` swaps its last two axes (MLA's absorbed key projection); ``row_runs`` keeps the rows (numbers, of
+    a bias) start..stop of each run, one run behind the other (a part of what is projected in one for all heads).
     """
 
     recipe: str
@@ -102,6 +103,7 @@ class WeightSource:
     deinterleave: bool = False
     head_split: tuple[int, int, int] | None = None
     head_transpose: bool = False
+    row_runs: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

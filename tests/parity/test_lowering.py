@@ -63,6 +63,25 @@ def test_slots_do_not_see_each_other_and_rows_can_be_chosen():
     assert relative_error(got[1], want[0][5]) < BOUND
 
 
+def test_recurrent_states_of_slots_that_prompts_in_pieces_leave_behind():
+    """What was in the states before position 0 is not seen; a step's rows of a slot go on from the slot's last."""
+    model = tiny_models.build("qwen3_next", odd=True)
+    a, b = (tiny_models.token_ids(model, 9, seed)[0].tolist() for seed in (1, 2))
+    with torch.no_grad():
+        want = [model(input_ids=torch.tensor([x])).logits[0] for x in (a, b)]
+    run = interpreter(model)
+    for state in run.states.values():
+        state.fill_(7.0)
+    got_a = [run.step(a[:2], range(2), slots=[1] * 2), run.step(a[2:6], range(2, 6), slots=[1] * 4)]
+    got_b = [run.step(b[:1], [0], slots=[0])]
+    for i in range(6, 9):
+        rows = run.step([*b[2 * i - 11 : 2 * i - 9], a[i]], [2 * i - 11, 2 * i - 10, i], slots=[0, 0, 1])
+        got_b.append(rows[:2])
+        got_a.append(rows[2:])
+    assert relative_error(torch.cat(got_a), want[0]) < BOUND
+    assert relative_error(torch.cat(got_b), want[1][:7]) < BOUND
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_moe"])
 def test_what_is_not_recognised_becomes_aten_regions_and_stays_right(name, monkeypatch):
     for recognise in ("_replace_norms", "_replace_rope_functions"):

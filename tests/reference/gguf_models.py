@@ -32,6 +32,9 @@ ARCHITECTURES = {
     "minimax_m2": gguf.MODEL_ARCH.MINIMAXM2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT,
+    "qwen3_5_moe_text": gguf.MODEL_ARCH.QWEN35MOE,
+    "qwen3_5_text": gguf.MODEL_ARCH.QWEN35,
 }
 # K types have no quantiser in gguf-py: blocks of random codes, with scales that make numbers of a spread of some 0.15.
 _SCALES = {
@@ -40,6 +43,8 @@ _SCALES = {
     Type.Q6_K: {208: 1.5e-4},
 }
 Choose = Callable[[str], Type]
+Put = Callable[[Tensor], object]
+DELTA_NETS = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
 
 
 def write(
@@ -59,10 +64,10 @@ def write(
     _describe(writer, config)
     facts(writer)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for hf_name, view in _converted(model, fused):
+    for hf_name, view, put in _converted(model, fused):
         name = hf_name if hf_name.startswith("blk.") else names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
         assert name is not None, hf_name
-        _add(writer, name, view, choose)
+        _add(writer, name, view, choose, put)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -79,9 +84,11 @@ def add_words(writer: gguf.GGUFWriter) -> None:
     writer.add_token_merges(["a b"])
 
 
-def _add(writer: gguf.GGUFWriter, name: str, view: Tensor, choose: Choose) -> None:
+def _add(writer: gguf.GGUFWriter, name: str, view: Tensor, choose: Choose, put: Put) -> None:
     numbers = _stored(name, view.detach().numpy())
-    matrix = numbers.ndim > 1 and name.endswith(".weight") and "_norm" not in name and "ffn_gate_inp" not in name
+    # prepare_tensors of the converter; gates of linear attention are as small as routers.
+    single = ("_norm", "ffn_gate_inp", "ssm_conv1d")
+    matrix = numbers.ndim > 1 and name.endswith(".weight") and not any(part in name for part in single)
     kind = choose(name) if matrix else Type.F32
     if kind == Type.F32:
         writer.add_tensor(name, numbers)
@@ -89,7 +96,7 @@ def _add(writer: gguf.GGUFWriter, name: str, view: Tensor, choose: Choose) -> No
     raw = quantise(numbers, kind)
     writer.add_tensor(name, raw, raw_dtype=kind)
     with torch.no_grad():
-        view.copy_(torch.from_numpy(np.copy(gguf.quants.dequantize(raw, kind))).reshape(view.shape))
+        put(torch.from_numpy(np.copy(gguf.quants.dequantize(raw, kind))).reshape(view.shape))
 
 
 def _stored(name: str, numbers: np.ndarray) -> np.ndarray:
@@ -119,7 +126,8 @@ def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    if config.model_type != "qwen3_5_moe_text":
+        writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(1 if deepseek else config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -130,9 +138,9 @@ def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
     if experts is not None and not shared:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    if kind in ("qwen3_moe", "qwen2_moe"):
+    if kind in ("qwen3_moe", "qwen2_moe", "qwen3_next", "qwen3_5_moe_text"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if kind == "qwen2_moe":
+    if kind in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text"):
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     if kind in ("gpt_oss", "minimax_m2"):
         writer.add_expert_feed_forward_length(config.intermediate_size)
@@ -154,6 +162,8 @@ def _describe(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if deepseek:
         _latent(writer, config)
+    if kind in DELTA_NETS:
+        _delta_net(writer, config)
 
 
 def _rope(writer: gguf.GGUFWriter, config: Any, deepseek: bool) -> None:
@@ -196,19 +206,80 @@ def _latent(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_rope_dimension_count(config.qk_rope_head_dim)
 
 
+def _delta_net(writer: gguf.GGUFWriter, config: Any) -> None:
+    """Qwen3NextModel.set_gguf_parameters."""
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(config.linear_key_head_dim)
+    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+    writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
+    writer.add_rope_dimension_count(int(config.head_dim * config.rope_parameters["partial_rotary_factor"]))
+    if config.model_type != "qwen3_next":
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
+
+
 # ---------------------------------------------------------------- tensors: modify_tensors
 
 
-def _converted(model: PreTrainedModel, fused: bool) -> Iterator[tuple[str, Tensor]]:
-    """Names that gguf-py's TensorNameMap knows, and views of the model's tensors."""
+def _converted(model: PreTrainedModel, fused: bool) -> Iterator[tuple[str, Tensor, Put]]:
+    """Names that gguf-py's TensorNameMap knows, tensors as they are written, and what puts numbers of them back into
+    the model."""
     buffers = [(n, t) for n, t in model.named_buffers() if n.endswith("e_score_correction_bias")]
     for name, parameter in [*model.named_parameters(), *buffers]:
-        if fused and name.endswith("gate_up_proj"):
-            yield f"blk.{name.split('.')[2]}.ffn_gate_up_exps.weight", parameter.data
+        if model.config.model_type in DELTA_NETS and (name.endswith("norm.weight") or "linear_attn." in name):
+            yield from _of_delta_nets(name, parameter.data, model.config)
+        elif fused and name.endswith("gate_up_proj"):
+            yield f"blk.{name.split('.')[2]}.ffn_gate_up_exps.weight", parameter.data, parameter.data.copy_
         else:
-            yield from _modified(name, parameter.data, model.config)
+            for converted, view in _modified(name, parameter.data, model.config):
+                yield converted, view, view.copy_
     if model.config.rope_parameters["rope_type"] == "llama3":
-        yield "rope_freqs.weight", _llama3_factors(model.config)
+        factors = _llama3_factors(model.config)
+        yield "rope_freqs.weight", factors, factors.copy_
+
+
+def _of_delta_nets(name: str, data: Tensor, config: Any) -> Iterator[tuple[str, Tensor, Put]]:
+    """Qwen3NextModel.modify_tensors, behind _LinearAttentionVReorderBase's for Qwen3.5."""
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    k_dim, v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+    each = values // keys
+    if name.endswith("in_proj_qkvz.weight"):
+        of_heads = torch.arange(len(data)).view(keys, -1).split([k_dim, k_dim, each * v_dim, each * v_dim], 1)
+        block = f"blk.{name.split('.')[2]}"
+        for tensor, parts in ((f"{block}.attn_qkv.weight", of_heads[:3]), (f"{block}.attn_gate.weight", of_heads[3:])):
+            rows = torch.cat([part.flatten() for part in parts])
+            yield tensor, data[rows], _putting(data, rows)
+        return
+    order = _reordered(name, data, config, keys, each, k_dim, v_dim)
+    axis = 1 if name.endswith("out_proj.weight") else 0
+    stored = data.index_select(axis, order)
+    if name.endswith("A_log"):
+        stored = -torch.exp(stored)
+        data[order] = torch.log(-stored.double()).float()
+    elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+        stored = stored + 1
+        data.copy_(stored - 1)
+    name = name.replace("dt_bias", "dt_proj.bias")
+    yield name, stored.squeeze(), _putting(data if axis == 0 else data.T, order, turned=axis == 1)
+
+
+def _reordered(name: str, data: Tensor, config: Any, keys: int, each: int, k_dim: int, v_dim: int) -> Tensor:
+    """Which of transformers' rows (columns, of out_proj) is written at each place."""
+    part = name.split("linear_attn.")[-1].split(".")[0]
+    order = torch.arange(data.shape[1 if part == "out_proj" else 0])
+    if config.model_type == "qwen3_next" or "linear_attn." not in name or part == "norm":
+        return order
+    first = 2 * keys * k_dim if part in ("in_proj_qkv", "conv1d") else 0
+    width = v_dim if part in ("in_proj_qkv", "conv1d", "in_proj_z", "out_proj") else 1
+    tiled = order[first:].view(keys, each, width).swapaxes(0, 1).flatten()
+    return torch.cat([order[:first], tiled])
+
+
+def _putting(data: Tensor, order: Tensor, turned: bool = False) -> Put:
+    def put(numbers: Tensor) -> None:
+        data[order] = (numbers.T if turned else numbers).reshape(len(order), *data.shape[1:])
+
+    return put
 
 
 def _modified(name: str, data: Tensor, config: Any) -> Iterator[tuple[str, Tensor]]:

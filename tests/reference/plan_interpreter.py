@@ -165,6 +165,54 @@ def _attention(a: ops.Attention, x: list[Tensor], step: _Step) -> Tensor:
     return out
 
 
+def _slot_rows(step: _Step) -> list[tuple[int, list[int]]]:
+    """Each run of rows of one slot."""
+    runs: list[tuple[int, list[int]]] = []
+    for t, slot in enumerate(step.slots.tolist()):
+        if not runs or runs[-1][0] != slot:
+            runs.append((slot, []))
+        runs[-1][1].append(t)
+    return runs
+
+
+def _causal_conv(a: ops.CausalConv, x: list[Tensor], step: _Step) -> Tensor:
+    rows, state = x[0].reshape(-1, a.channels), x[2]
+    out = torch.zeros(len(rows), a.channels)
+    for slot, run in _slot_rows(step):
+        before = state[slot] * (0.0 if int(step.positions[run[0]]) == 0 else 1.0)
+        window = torch.cat([before, rows[run]])
+        for i, t in enumerate(run):
+            y = (window[i : i + a.width] * x[1][:, 0].T).sum(0) + (x[3] if a.bias else 0.0)
+            out[t] = _function(a.function, y) if a.function != "none" else y
+        state[slot] = window[-(a.width - 1) :]
+    return out
+
+
+def _gated_delta(a: ops.GatedDelta, x: list[Tensor], step: _Step) -> Tensor:
+    qkv, state = x[0].reshape(len(step.slots), -1), x[5]
+    sizes = [a.k_heads * a.k_dim, a.k_heads * a.k_dim, a.v_heads * a.v_dim]
+    q, k, v = (
+        t.reshape(len(qkv), -1, t.shape[1] // n)
+        for t, n in zip(qkv.split(sizes, 1), (a.k_heads, a.k_heads, a.v_heads), strict=True)
+    )
+    if a.l2_eps > 0:
+        q, k = (t / torch.sqrt((t * t).sum(-1, keepdim=True) + a.l2_eps) for t in (q, k))
+    decay = torch.exp(-torch.exp(x[3]) * torch.log1p(torch.exp(x[1] + x[4])))
+    beta = 1 / (1 + torch.exp(-x[2]))
+    out = torch.zeros(len(qkv), a.v_heads, a.v_dim)
+    for slot, run in _slot_rows(step):
+        if int(step.positions[run[0]]) == 0:
+            state[slot] = 0.0
+        for t in run:
+            for h in range(a.v_heads):
+                of_key = h // (a.v_heads // a.k_heads)
+                s = state[slot, h] * decay[t, h]
+                s = s + torch.outer(k[t, of_key], beta[t, h] * (v[t, h] - k[t, of_key] @ s))
+                state[slot, h] = s
+                out[t, h] = a.scale * q[t, of_key] @ s
+    return out
+
+
 def _route(a: ops.Route, x: list[Tensor], step: _Step) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(x[0]), a.top_k, dtype=torch.int32)
     weights = torch.zeros(len(x[0]), a.top_k)
@@ -229,7 +277,7 @@ def _moe_experts(a: ops.MoeExperts, x: list[Tensor], step: _Step) -> Tensor:
 
 
 def _glu(a: ops.Glu, x: list[Tensor], step: _Step) -> Tensor:
-    return _gated(a.function, x[0], x[1], a.alpha, a.limit)
+    return _gated(a.function, x[0].reshape(x[1].shape), x[1], a.alpha, a.limit)
 
 
 def _mul(a: ops.Mul, x: list[Tensor], step: _Step) -> Tensor:
@@ -290,6 +338,8 @@ _KINDS: dict[str, Callable[[Any, list[Tensor], _Step], Any]] = {
     "rope": _rope,
     "kv_append": _kv_append,
     "attention": _attention,
+    "causal_conv": _causal_conv,
+    "gated_delta": _gated_delta,
     "route": _route,
     "moe_experts": _moe_experts,
     "glu": _glu,

@@ -26,10 +26,13 @@ FAMILIES = (
     "gpt_oss",
     "minimax_m2",
     "phimoe",
+    "qwen3_next",
+    "qwen3_5_moe",
     "llama",
     "qwen3",
+    "qwen3_5",
 )
-MOE_FAMILIES = FAMILIES[:9]
+MOE_FAMILIES = FAMILIES[:11]
 # Not promised, but their configs are in the zoo.
 EXTRA_FAMILIES = ("deepseek_v2",)
 
@@ -215,6 +218,42 @@ def _qwen3(odd: bool) -> dict[str, Any]:
     }
 
 
+def _delta_net(k_heads: int, v_heads: int, width: int, odd: bool) -> dict[str, Any]:
+    """Linear attention in all layers but every second (odd) or fourth, partial rotary embedding in the others."""
+    layers = ["linear_attention", "full_attention"] if odd else ["linear_attention"] * 3 + ["full_attention"]
+    return {
+        "head_dim": 20 if odd else 16,
+        "num_hidden_layers": 3 if odd else 4,
+        "layer_types": (layers * 2)[:3] if odd else layers,
+        "linear_num_key_heads": k_heads,
+        "linear_num_value_heads": v_heads,
+        "linear_key_head_dim": 11 if odd else 16,
+        "linear_value_head_dim": 13 if odd else 16,
+        "linear_conv_kernel_dim": width,
+        "attention_bias": odd,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5 if odd else 0.25,
+        },
+    }
+
+
+def _qwen3_next(odd: bool) -> dict[str, Any]:
+    return _qwen3_moe(odd) | _qwen2_moe(odd) | _delta_net(*((3, 6, 3) if odd else (2, 4, 4)), odd)
+
+
+def _qwen3_5_moe(odd: bool) -> dict[str, Any]:
+    experts = _qwen2_moe(odd)
+    return {k: experts[k] for k in experts if k not in ("intermediate_size", "norm_topk_prob")} | _delta_net(
+        *((1, 4, 2) if odd else (2, 4, 4)), odd
+    )
+
+
+def _qwen3_5(odd: bool) -> dict[str, Any]:
+    return _qwen3(odd) | _delta_net(*((5, 5, 3) if odd else (2, 8, 4)), odd)
+
+
 _SPECIFIC: dict[str, tuple[str, Callable[[bool], dict[str, Any]]]] = {
     "qwen3_moe": ("Qwen3Moe", _qwen3_moe),
     "qwen2_moe": ("Qwen2Moe", _qwen2_moe),
@@ -228,6 +267,9 @@ _SPECIFIC: dict[str, tuple[str, Callable[[bool], dict[str, Any]]]] = {
     "phimoe": ("Phimoe", _phimoe),
     "llama": ("Llama", _llama),
     "qwen3": ("Qwen3", _qwen3),
+    "qwen3_next": ("Qwen3Next", _qwen3_next),
+    "qwen3_5_moe": ("Qwen3_5Moe", _qwen3_5_moe),
+    "qwen3_5": ("Qwen3_5", _qwen3_5),
 }
 
 
@@ -235,7 +277,9 @@ def config(name: str, odd: bool = False, **overrides: Any) -> transformers.PreTr
     """Configuration of the tiny model ``name``; KeyError for an unknown family."""
     prefix, specific = _SPECIFIC[name]
     fields = _common(odd, layers=4 if name == "gpt_oss" else 3) | specific(odd) | overrides
-    made: transformers.PreTrainedConfig = getattr(transformers, f"{prefix}Config")(**fields)
+    # Of a model that takes images as well, the text's.
+    named = getattr(transformers, f"{prefix}TextConfig", None) or getattr(transformers, f"{prefix}Config")
+    made: transformers.PreTrainedConfig = named(**fields)
     made.architectures = [f"{prefix}ForCausalLM"]
     return made
 

@@ -200,12 +200,13 @@ def test_gguf_is_read_by_its_package(case, tmp_path):
     assert len(tensors) == 2 * sum(2 if name.endswith(EXPERTS[0]) else 1 for name in adapter.weights)
 
 
-def test_gguf_refuses_what_llama_cpp_splits(tmp_path):
-    save_tiny("deepseek_v3", tmp_path / "hf")
-    make_adapter(build("deepseek_v3"), tmp_path / "a", target_modules=["kv_b_proj"])
+@pytest.mark.parametrize(("family", "module"), [("deepseek_v3", "kv_b_proj"), ("qwen3_next", "linear_attn.out_proj")])
+def test_gguf_refuses_what_llama_cpp_splits(family, module, tmp_path):
+    save_tiny(family, tmp_path / "hf")
+    make_adapter(build(family), tmp_path / "a", target_modules=[module])
     arguments = ["adapter", "export", f"{tmp_path}/a", "--to", "gguf", "-o", f"{tmp_path}/out", "--model"]
     result = CliRunner().invoke(app, [*arguments, f"{tmp_path}/hf"])
-    assert result.exit_code == 1 and "kv_b_proj" in result.output
+    assert result.exit_code == 1 and module in result.output
     assert {p.name for p in tmp_path.iterdir()} == {"a", "hf"}
 
 

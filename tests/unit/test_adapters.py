@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -36,16 +37,27 @@ from tests.reference.peft_adapters import (
 from tests.reference.tiny_models import build
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
+LINEAR_ATTENTION = (("qwen3_next", True), ("qwen3_5_moe", False))
 
 
 # ---------------------------------------------------------------- what peft writes
 
 
-@pytest.mark.parametrize("odd", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "odd"), [*itertools.product(FAMILIES, (False, True)), *LINEAR_ATTENTION])
 def test_every_target_as_peft_applies_it(family, odd, bases, tmp_path):
     _, base, parameters = bases(family, odd)
     wrapped = make_adapter(build(family, odd), tmp_path / "a", **everything(family))
+    assert_same(read_adapter(tmp_path / "a", base), deltas_of(wrapped, parameters))
+
+
+def test_an_adapter_of_a_model_that_takes_images(bases, tmp_path):
+    """Made for the whole model: its text part has names of its own there, and is all that is compiled."""
+    _, base, parameters = bases("qwen3_5_moe")
+    wrapped = make_adapter(build("qwen3_5_moe"), tmp_path / "a", **everything("qwen3_5_moe"))
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    renamed = {name.replace(".model.layers.", ".model.language_model.layers."): t for name, t in tensors.items()}
+    assert not tensors.keys() & renamed.keys()
+    save_file(renamed, tmp_path / "a" / TENSORS, metadata={"format": "pt"})
     assert_same(read_adapter(tmp_path / "a", base), deltas_of(wrapped, parameters))
 
 

@@ -50,7 +50,8 @@ def test_folding_and_unfolding_are_inverse(name):
     verify(folded)
     assert unfold_layers(folded) == plan
     layers = [t.name for t in folded.templates if t.name.startswith("layer_")]
-    kinds = {"deepseek_v3": 2, "glm4_moe": 2, "gpt_oss": 2}.get(name, 1)
+    two = ("deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_next", "qwen3_5_moe", "qwen3_5")
+    kinds = 2 if name in two else 1
     assert layers == [f"layer_{i}" for i in range(kinds)]
     assert [c.layer for c in folded.calls] == [None, *range(len(folded.calls) - 2), None]
     assert folded.calls[0].template == "prologue" and folded.calls[-1].template == "epilogue"
@@ -74,6 +75,9 @@ ROLES = {
     "qwen2_moe": "attn.norm attn.q attn.k attn.v attn.rope attn.rope attn.kv_append attn.kv_append attn.core "
     "attn.o residual moe.norm moe.shared.gate moe.shared.up moe.shared.act moe.shared.down moe.router "
     "moe.route moe.experts moe.shared.expert_gate moe.shared.expert_gate_act moe.shared.mul moe.shared.add "
+    "residual",
+    "qwen3_5": "attn.norm attn.q attn.gate attn.q_norm attn.k attn.k_norm attn.v attn.rope attn.rope attn.kv_append "
+    "attn.kv_append attn.core attn.gate_act attn.out_gate attn.o residual mlp.norm mlp.gate mlp.up mlp.act mlp.down "
     "residual",
     "llama": "attn.norm attn.q attn.k attn.v attn.rope attn.rope attn.kv_append attn.kv_append attn.core "
     "attn.o residual mlp.norm mlp.gate mlp.up mlp.act mlp.down residual",

@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hetcomp import frontend
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.source import resolve
 from tests.reference import tiny_models
+from tests.reference.plan_interpreter import PlanInterpreter
 
 BOUNDS = {"context_length": 32, "max_batch": 1, "max_tokens": 8, "max_logit_rows": 8}
 
@@ -133,16 +135,66 @@ def test_the_users_model_is_left_as_it_was():
     assert model.config._attn_implementation == "eager"
 
 
-def test_layers_that_keep_other_states_than_keys_and_values_are_named():
-    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_value_heads": 2, "linear_num_key_heads": 1}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    config = transformers.Qwen3NextConfig(
-        **sizes,
-        **heads,
-        **experts,
-        shared_expert_intermediate_size=16,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
+SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+DELTA = {"linear_num_value_heads": 2, "linear_num_key_heads": 1, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+KINDS = {"layer_types": ["linear_attention", "full_attention"]}
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fields", "layer"),
+    [
+        ("Jamba", JAMBA | {"use_mamba_kernels": False}, "mamba (JambaMambaMixer)"),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "conv (Lfm2ShortConv)"),
+        # A gated delta net, but beta goes to 2.
+        ("OlmoHybrid", DELTA | KINDS, "linear_attn (OlmoHybridGatedDeltaNet)"),
+        # As the family's, but for the activation.
+        ("Qwen3_5Text", DELTA | KINDS | {"hidden_act": "gelu"}, "linear_attn (Qwen3_5GatedDeltaNet)"),
+    ],
+)
+def test_layers_that_keep_other_states_are_named(prefix, fields, layer):
+    config = getattr(transformers, f"{prefix}Config")(**SIZES | HEADS | fields)
+    model = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")(config)
+    refused(model, f"layer 0, model.layers.0.{layer}", "keeps the state of a convolution or recurrence")
+
+
+def multi_modal(family, folder, **text: object):
+    """A whole Qwen3.5 with a tiny image part, as its checkpoints are; saved."""
+    prefix = {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}[family]
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
+    config = getattr(transformers, f"{prefix}Config")(
+        text_config=tiny_models.config(family, **text).to_dict(),
+        vision_config=vision,
+        tie_word_embeddings=family == "qwen3_5",
     )
-    refused(transformers.Qwen3NextForCausalLM(config), "layer 0, model.layers.0.linear_attn (Qwen3NextGatedDeltaNet)")
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config).float().eval()
+    model.save_pretrained(folder)
+    with_mtp = load_file(folder / "model.safetensors") | {"mtp.fc.weight": torch.ones(2, 2)}
+    save_file(with_mtp, folder / "model.safetensors", {"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_the_text_part_of_a_model_that_takes_images(family, tmp_path):
+    torch.manual_seed(0)
+    model = multi_modal(family, tmp_path)
+    names = load_file(tmp_path / "model.safetensors")
+    assert any("model.visual." in n for n in names) and any("model.language_model." in n for n in names)
+    got = frontend.load(tmp_path, **BOUNDS)
+    assert got.unused == ()
+    (note,) = got.plan.notes
+    assert "ForConditionalGeneration is compiled as its text part" in note and "images" in note
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        want = model(input_ids=ids).logits[0]
+    run = PlanInterpreter(got.plan, got.checkpoint)
+    assert torch.allclose(run.step(ids[0].tolist(), range(8)), want, atol=1e-4 * float(want.abs().max()))
+
+
+def test_a_model_without_a_language_model_of_its_own_is_refused(tmp_path):
+    config = json.loads(transformers.ViltConfig().to_json_string())
+    config |= {"architectures": ["ViltForQuestionAnswering"], "text_config": {"model_type": "bert"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, "ViltForQuestionAnswering", "is not a causal language model", "text_config")

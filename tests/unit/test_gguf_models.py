@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.frontend.checkpoint import ModuleCheckpoint
 from hetcomp.frontend.gguf.model_files import open_model
 from hetcomp.frontend.source import resolve
+from hetcomp.ir.native_format import native_format
 from hetcomp.ir.plan import ValueKind
 from hetcomp.quantised_numbers import QuantisedNumbers
 from tests.reference import gguf_models, tiny_models
@@ -28,9 +30,11 @@ FIXED = {
     "qwen2_moe": {"norm_topk_prob": False},
     "olmoe": {"norm_topk_prob": False},
     "mixtral": {"sliding_window": None, "head_dim": 10},
+    "qwen3_next": {"mlp_only_layers": [], "norm_topk_prob": True},
 }
 OF_GGUF = tuple(family for family in tiny_models.FAMILIES if family != "phimoe")
-FEW = {"gpt_oss": {}}  # layers of two kinds, listed
+# Layers of two kinds, listed.
+FEW = {"gpt_oss": {}, "qwen3_next": {}, "qwen3_5_moe": {}, "qwen3_5": {}}
 # Of no effect on what is computed.
 INDIFFERENT = ("dtype", "pad_token_id", "eos_token_id", "bos_token_id", "initializer_range", "_name_or_path")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -48,7 +52,7 @@ def assert_same_weights(path, model):
     for value in (v for v in got.plan.values if v.kind is ValueKind.WEIGHT):
         expected = want.read(value)
         np.testing.assert_array_equal(numbers(got.checkpoint.read(value)), expected, value.fqn)
-        if len(value.type.shape) == 3 and (value.view is None or value.view.head_split is None):
+        if ".experts." in value.fqn:
             one = numbers(got.checkpoint.read_expert(value, 1))
             np.testing.assert_array_equal(one, expected[1], value.fqn)
     return got
@@ -91,6 +95,52 @@ def test_types_through_permutations_and_experts(kind, tmp_path):
     values = [v for v in got.plan.values if v.kind is ValueKind.WEIGHT and len(v.type.shape) > 1]
     stored = {t.dtype for v in values for t in got.checkpoint.source(v).tensors if "ffn_gate_inp" not in t.name}
     assert stored == {kind.name}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("qwen3_next", Type.Q4_K), ("qwen3_5", Type.F16), ("qwen3_5", Type.Q4_0), ("qwen3_5", Type.Q4_K)],
+)
+def test_types_through_the_orders_of_linear_attention(family, kind, tmp_path):
+    """Columns of Qwen3.5's out_proj are in another order by heads of 64: whole blocks of 32, but not of K's 256, whose
+    numbers come in f32 and are quantised to q8."""
+    wide = {"hidden_size": 256, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    wide |= {"intermediate_size": 256, "linear_value_head_dim": 64, "head_dim": 64}
+    if family == "qwen3_next":
+        wide |= {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256, "num_experts": 3}
+    model = tiny_models.build(family, **wide)
+    path = gguf_models.write(tmp_path / "m.gguf", model, lambda name: kind)
+    got = assert_same_weights(path, model)
+    out_proj = next(v for v in got.plan.values if v.id.endswith("out_proj.weight"))
+    bound = replace(out_proj, source=got.checkpoint.source(out_proj))
+    cut = (family, kind) == ("qwen3_5", Type.Q4_K)
+    native = native_format(bound, "panels16")
+    assert (native is None) == (kind == Type.F16)
+    if native is not None:
+        assert ("cuts blocks of 256" in native.inexact, native.format == "q8") == (cut, cut)
+
+
+def test_decays_are_as_exact_as_one_rounding(tmp_path):
+    """A_log comes from the -exp(A_log) that is stored: exp and log in f32 and one rounding of the logarithm."""
+    model = tiny_models.build("qwen3_5", layer_types=["linear_attention"] * 4)
+    decays = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("A_log")}
+    got = frontend.load(gguf_models.write(tmp_path / "m.gguf", model), **BOUNDS)
+    for value in (v for v in got.plan.values if v.id in decays):
+        error = np.abs(got.checkpoint.read(value) - decays[value.id].numpy())
+        assert error.max() <= 2**-22, value.id  # an error of e^a of half a unit is one of 2^-24 of a
+
+
+def test_a_decay_that_grows_is_refused(tmp_path):
+    model = tiny_models.build("qwen3_next")
+    path = gguf_models.write(tmp_path / "m.gguf", model)
+    place = open_model(path).tensors["blk.1.ssm_a"].offset
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(np.float32(0.5).tobytes())
+    got = frontend.load(path, **BOUNDS)
+    value = next(v for v in got.plan.values if v.id == "model.layers.1.linear_attn.A_log")
+    with pytest.raises(HetcompError, match=r"blk\.1\.ssm_a has numbers that are not negative"):
+        got.checkpoint.read(value)
 
 
 def test_mxfp4_experts_of_gpt_oss(tmp_path):

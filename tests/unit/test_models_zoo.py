@@ -41,7 +41,10 @@ PUBLISHED = {
     "qwen3-235b-a22b": 235.1,
     "qwen3-30b-a3b": 30.5,
     "qwen3-8b": 8.19,
+    "qwen3-next-80b-a3b": 79.7,
 }
+# Cards give whole billions, with some 0.5 for images.
+IN_BILLIONS = {"qwen3.5-35b-a3b": 35, "qwen3.5-122b-a10b": 122, "qwen3.5-397b-a17b": 397}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -49,6 +52,13 @@ def test_config_has_the_published_size(name):
     shapes, _ = checkpoint_shapes(models_zoo.find(name))
     billions = sum(math.prod(shape) for shape in shapes.values()) / 1e9
     assert billions == pytest.approx(PUBLISHED[name], rel=0.004)
+
+
+@pytest.mark.parametrize("name", IN_BILLIONS)
+def test_text_part_has_the_size_of_the_name(name):
+    shapes, _ = checkpoint_shapes(models_zoo.find(name))
+    billions = sum(math.prod(shape) for shape in shapes.values()) / 1e9
+    assert abs(billions + 0.5 - IN_BILLIONS[name]) <= 0.7
 
 
 def test_every_name_is_found_and_an_unknown_one_lists_them():

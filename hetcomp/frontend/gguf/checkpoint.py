@@ -15,16 +15,18 @@ from hetcomp.frontend.checkpoint import BaseCheckpoint, read_tensor
 from hetcomp.frontend.gguf.block_types import BY_NAME
 from hetcomp.frontend.gguf.blocks import QUANTISED, decode
 from hetcomp.frontend.gguf.model_files import ModelFiles
-from hetcomp.frontend.gguf.tensor_names import ARCHITECTURES, GATE_UP, KV_B, PERMUTED, stored_as
+from hetcomp.frontend.gguf.stored_orders import StoredOrders
+from hetcomp.frontend.gguf.tensor_names import ARCHITECTURES, GATE_UP, stored_as
 from hetcomp.frontend.key_mapping import Parts
 from hetcomp.frontend.row_places import FLOATS, block_rows, number_rows
 from hetcomp.ir.plan import CheckpointTensor, Quantised, Value, WeightSource
-from hetcomp.quantised_numbers import QuantisedNumbers
+from hetcomp.quantised_numbers import BLOCK, K_SCALES, QuantisedNumbers
 from hetcomp.stored_rows import StoredRows
 
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-# Of parts: DeepSeek's key projection, transposed, and value projection, [heads, .., ..] each.
-_SPLIT_KV_B = "split_kv_b"
+# Of tensors that are views of the parameter: DeepSeek's key projection, transposed, and value projection,
+# [heads, .., ..] each; what Qwen3-Next projects to queries, keys and values, and to z.
+_IN_PARTS = "in_parts"
 # What configs are made from.
 _NOT_WEIGHTS = ("rope_freqs.weight",)
 
@@ -44,8 +46,9 @@ class GgufCheckpoint(BaseCheckpoint):
         """config: what model_config made of the files. shapes: of the model's parameters. Raises HetcompError if gate
         and up projections of experts do not fit together."""
         self._folder = files.path.parent
-        self._heads = _permuted_heads(config)
-        tensors = {name: _described(t) for name, t in files.tensors.items() if name not in _NOT_WEIGHTS}
+        assert config["model_type"] in ARCHITECTURES
+        self._orders = StoredOrders.of(config)
+        tensors = {name: _described(t, self._orders) for name, t in files.tensors.items() if name not in _NOT_WEIGHTS}
         parts: dict[str, Parts] = {}
         for parameter, shape in shapes.items():
             names = next((n for n in stored_as(parameter) if all(name in tensors for name in n)), None)
@@ -54,11 +57,10 @@ class GgufCheckpoint(BaseCheckpoint):
             if len(names) == 1:
                 tensors[names[0]] = _with_unit_axes(tensors[names[0]], shape)
                 parts[parameter] = Parts("plain", names)
-            elif KV_B in parameter:
-                parts[parameter] = Parts(_SPLIT_KV_B, names)
-            else:
-                assert GATE_UP in parameter
+            elif GATE_UP in parameter:
                 parts[parameter] = _pairs(tensors, names, str(files.path))
+            else:
+                parts[parameter] = Parts(_IN_PARTS, names)
         self._files = {name: number for number, name in enumerate(sorted({t.file for t in tensors.values()}))}
         self._paths = tuple((self._folder / name).absolute() for name in self._files)
         super().__init__(str(files.path), tensors, parts, aliases)
@@ -71,11 +73,12 @@ class GgufCheckpoint(BaseCheckpoint):
     def source(self, value: Value) -> WeightSource:
         """See ir.target.Checkpoint."""
         parts = self._find(value)
-        if parts.recipe != _SPLIT_KV_B:
+        if parts.recipe != _IN_PARTS:
             return super().source(value)
         # The file has both views of the parameter as tensors of their own.
-        assert value.view is not None and value.view.head_split is not None
-        name = parts.names[0 if value.view.head_transpose else 1]
+        assert value.view is not None
+        first = value.view.row_runs[0][0] == 0 if value.view.row_runs else value.view.head_transpose
+        name = parts.names[0 if first else 1]
         return self._checked(value, WeightSource("plain", (self._tensors[name],)))
 
     def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
@@ -84,23 +87,18 @@ class GgufCheckpoint(BaseCheckpoint):
 
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic] | QuantisedNumbers:
         raw = self._raw(tensor, row)
-        numbers = raw if tensor.quantised is None else decode(tensor.dtype, raw)
-        heads = self._heads_of(tensor)
-        return _in_halves(numbers, heads) if heads else numbers
-
-    def _heads_of(self, tensor: CheckpointTensor) -> int:
-        """Of a tensor whose rows llama.cpp has in another order; 0 of others."""
-        return next((n for end, n in self._heads.items() if f".{end}." in tensor.name), 0)
+        return self._orders.apply(raw if tensor.quantised is None else decode(tensor.dtype, raw), tensor.name)
 
     def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
-        number, heads = self._files[tensor.file], self._heads_of(tensor)
+        number = self._files[tensor.file]
         if tensor.quantised is not None:
             rows = block_rows(tensor, tensor.dtype, number, self._paths)
         elif tensor.dtype in FLOATS:
             rows = number_rows(tensor, number, self._paths, by_number)
         else:
             return f"{tensor.dtype} is converted"
-        return replace(rows, places=_in_halves(rows.places, heads)) if heads else rows
+        places = self._orders.row_places(rows.places, tensor.name)
+        return places if isinstance(places, str) else replace(rows, places=places)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[Any]:
         kind = BY_NAME[tensor.dtype]
@@ -115,18 +113,22 @@ class GgufCheckpoint(BaseCheckpoint):
         return numbers.astype(np.float32) if tensor.dtype == "F64" else numbers
 
 
-def _described(tensor: CheckpointTensor) -> CheckpointTensor:
+def _described(tensor: CheckpointTensor, orders: StoredOrders) -> CheckpointTensor:
     """The tensor; of a block type, with what it is quantised as."""
     kind = QUANTISED.get(tensor.dtype)
     if kind is None:
         return tensor
+    form, inexact = kind.format, kind.inexact
+    block = BLOCK if form in K_SCALES else kind.group
+    if orders.cuts(tensor.name, block):
+        form, inexact = "q8", f"llama.cpp has its columns in an order of its own, which cuts blocks of {block}"
     quantised = Quantised(
         tensor.dtype,
         f"GGUF {tensor.dtype}",
         (1, kind.group),
         (("codes", tensor),),
-        kind.format,
-        kind.inexact,
+        form,
+        inexact,
         BY_NAME[tensor.dtype].bits,
     )
     return replace(tensor, quantised=quantised)
@@ -155,18 +157,3 @@ def _pairs(tensors: dict[str, CheckpointTensor], names: tuple[str, ...], origin:
             offset = tensor.offset + expert * each
             tensors[name] = replace(tensor, name=name, shape=tensor.shape[1:], offset=offset, bytes=each)
     return Parts("stack_pair", tuple(f"{name}[{expert}]" for expert in range(experts) for name in names))
-
-
-def _permuted_heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """Of the tensors whose rows llama.cpp has in the order of its rope, the number of heads."""
-    assert config["model_type"] in ARCHITECTURES
-    if config["model_type"] not in PERMUTED:
-        return {}
-    return {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-
-
-def _in_halves(numbers: Any, heads: int) -> Any:  # noqa: ANN401  (an array or QuantisedNumbers)
-    """Rows with the halves of each head one behind the other, out of llama.cpp's order: a row of each half in turn."""
-    rows = numbers.shape[0]
-    order = np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
-    return numbers.rows(order) if isinstance(numbers, QuantisedNumbers) else numbers[order]

@@ -201,11 +201,10 @@ def _qwen_moe(model: ModelFacts) -> Json:
 
 def _qwen2_moe(model: ModelFacts) -> Json:
     _only(model, _SOFTMAX)
-    shared = model.width("expert_shared_feed_forward_length", model.columns("ffn_down_shexp.weight"))
     return (
         _common(model, "Qwen2Moe", "qwen2_moe")
         | _qwen_moe(model)
-        | {"shared_expert_intermediate_size": shared, "norm_topk_prob": _norm_topk(model, False)}
+        | {"shared_expert_intermediate_size": _shared_expert(model), "norm_topk_prob": _norm_topk(model, False)}
     )
 
 
@@ -219,6 +218,62 @@ def _qwen3_moe(model: ModelFacts) -> Json:
             "norm_topk_prob": _norm_topk(model, True),
             "attention_bias": model.has("blk.0.attn_q.bias"),
         }
+    )
+
+
+def _delta_net(model: ModelFacts) -> Json:
+    """Layers of linear attention, told by their tensors, and full attention with a gate beside each head's queries."""
+    linear = [model.has(f"blk.{layer}.ssm_a") for layer in range(model.layers)]
+    values = model.width("ssm.time_step_rank")
+    inner = model.width("ssm.inner_size")
+    if inner % values:
+        raise model.refuse("ssm.inner_size", inner, f"a multiple of the {values} heads of ssm.time_step_rank")
+    head_dim = model.width("attention.key_length", max(1, model.width("embedding_length") // model.heads))
+    return {
+        "layer_types": ["linear_attention" if is_linear else "full_attention" for is_linear in linear],
+        "linear_conv_kernel_dim": model.width("ssm.conv_kernel"),
+        "linear_key_head_dim": model.width("ssm.state_size"),
+        "linear_num_key_heads": model.width("ssm.group_count"),
+        "linear_num_value_heads": values,
+        "linear_value_head_dim": inner // values,
+        "head_dim": head_dim,
+        "partial_rotary_factor": model.rotary(head_dim, head_dim // 4) / head_dim,
+        "attention_bias": any(model.has(f"blk.{layer}.attn_q.bias") for layer in range(model.layers)),
+    }
+
+
+def _shared_expert(model: ModelFacts) -> int:
+    return model.width("expert_shared_feed_forward_length", model.columns("ffn_down_shexp.weight"))
+
+
+def _qwen3_next(model: ModelFacts) -> Json:
+    _only(model, _SOFTMAX)
+    return (
+        _common(model, "Qwen3Next", "qwen3_next")
+        | _qwen_moe(model)
+        | _delta_net(model)
+        | {"shared_expert_intermediate_size": _shared_expert(model), "norm_topk_prob": _norm_topk(model, True)}
+    )
+
+
+def _qwen35_moe(model: ModelFacts) -> Json:
+    _only(model, _SOFTMAX)
+    if not _norm_topk(model, True):
+        raise model.refuse("expert_weights_norm", False, "true, as Qwen3.5 has it")
+    experts = _qwen_moe(model)
+    return (
+        _common(model, "Qwen3_5Moe", "qwen3_5_moe_text")
+        | {k: experts[k] for k in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")}
+        | _delta_net(model)
+        | {"shared_expert_intermediate_size": _shared_expert(model)}
+    )
+
+
+def _qwen35(model: ModelFacts) -> Json:
+    return (
+        _common(model, "Qwen3_5", "qwen3_5_text")
+        | {"intermediate_size": model.width("feed_forward_length")}
+        | _delta_net(model)
     )
 
 
@@ -348,4 +403,7 @@ FAMILIES: dict[str, Callable[[ModelFacts], Json]] = {
     "minimax-m2": _minimax_m2,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen3next": _qwen3_next,
+    "qwen35moe": _qwen35_moe,
+    "qwen35": _qwen35,
 }

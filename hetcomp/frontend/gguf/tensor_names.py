@@ -17,10 +17,17 @@ ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2moe",
     "qwen3": "qwen3",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_text": "qwen35",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
 }
 # Whose rows of q and k llama.cpp has in the order of its own rope (LlamaModel.permute of its converter).
 PERMUTED = ("llama", "mixtral")
+# Whose norms it stores with the 1 added that the model adds, and A_log as -exp(A_log).
+ZERO_CENTRED = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_text")
+# Of those, whose value heads of linear attention it has in turn by key heads.
+TILED = ("qwen3_5_moe_text", "qwen3_5_text")
 # A block's tensor by the module's name in the layer; gate and up of experts in one are written apart.
 MODULES = {
     "self_attn.q_proj": "attn_q",
@@ -56,15 +63,30 @@ _OTHERS = {
     "self_attn.q_a_layernorm": ("attn_q_a_norm",),
     "self_attn.kv_a_layernorm": ("attn_kv_a_norm",),
     KV_B: ("attn_kv_b",),
+    "linear_attn.in_proj_qkvz": ("ssm_in",),
+    "linear_attn.in_proj_qkv": ("attn_qkv",),
+    "linear_attn.in_proj_z": ("attn_gate",),
+    "linear_attn.in_proj_ba": ("ssm_ba",),
+    "linear_attn.in_proj_b": ("ssm_beta",),
+    "linear_attn.in_proj_a": ("ssm_alpha",),
+    "linear_attn.conv1d": ("ssm_conv1d",),
+    "linear_attn.norm": ("ssm_norm",),
+    "linear_attn.out_proj": ("ssm_out",),
 }
 # Parameters whose last part is no weight or bias of a module.
-_BARE = {"sinks": "attn_sinks.weight", "e_score_correction_bias": "exp_probs_b.bias"}
+_BARE = {
+    "sinks": "attn_sinks.weight",
+    "e_score_correction_bias": "exp_probs_b.bias",
+    "A_log": "ssm_a",
+    "dt_bias": "ssm_dt.bias",
+}
+# In two tensors, each of which is a part that models multiply with by itself.
+IN_PARTS = {KV_B: ("attn_k_b", "attn_v_b"), "linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate")}
 
 
 def stored_as(parameter: str) -> list[tuple[str, ...]]:
     """In which tensors a file may have a parameter, in the order of how they are joined: one tensor, or two whose
-    experts' rows lie behind each other, or for DeepSeek's kv_b of which each is a part. Empty if GGUF has no name for
-    it."""
+    experts' rows lie behind each other, or (see IN_PARTS) of which each is a part. Empty if GGUF has no name for it."""
     module, suffix = _suffix(parameter)
     if module in _OUTSIDE:
         return [(f"{_OUTSIDE[module]}.{suffix}",)]
@@ -80,8 +102,8 @@ def stored_as(parameter: str) -> list[tuple[str, ...]]:
         return [pair, (f"{block}.ffn_gate_up_exps.{suffix}",)]
     names = _OTHERS.get(inside, (MODULES[inside],) if inside in MODULES else ())
     candidates: list[tuple[str, ...]] = [(f"{block}.{name}.{suffix}",) for name in names]
-    if inside == KV_B:
-        candidates.append((f"{block}.attn_k_b.{suffix}", f"{block}.attn_v_b.{suffix}"))
+    if inside in IN_PARTS:
+        candidates.append(tuple(f"{block}.{name}.{suffix}" for name in IN_PARTS[inside]))
     return candidates
 
 
