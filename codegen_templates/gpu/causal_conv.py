@@ -142,8 +142,8 @@ def leave_state(
     ROW_TILE: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
 ):
-    """The state behind a causal_conv of n_rows[0] rows; operands as there. Grid: (blocks of CHANNEL_TILE channels, blocks
-    of ROW_TILE rows, in which a program looks for the last rows of slots)."""
+    """The state behind a causal_conv of n_rows[0] rows; operands as there. Grid: (blocks of CHANNEL_TILE channels,
+    blocks of ROW_TILE rows, in which a program looks for the last rows of slots)."""
     limit = tl.load(n_rows)
     first = tl.program_id(1) * ROW_TILE
     if first >= limit:

@@ -158,9 +158,9 @@ def _join_blocks(lower, inverse, SIZE: tl.constexpr):
 def _inverse(lower, BLOCK: tl.constexpr):
     """(I + lower)^-1 for ``lower`` f32[CHUNK, CHUNK], 0 on and above the diagonal. BLOCK: 8 or 16.
 
-    First blocks of BLOCK rows on the diagonal, one row after the other; then twice as large ones of two: [[P, 0], [X, Q]]^-1 =
-    [[P^-1, 0], [-Q^-1 X P^-1, Q^-1]]. Only inverses of parts of the matrix appear on the way, no powers of it, which
-    are larger by orders of magnitude where keys are alike.
+    First blocks of BLOCK rows on the diagonal, one row after the other; then twice as large ones of two: [[P, 0],
+    [X, Q]]^-1 = [[P^-1, 0], [-Q^-1 X P^-1, Q^-1]]. Only inverses of parts of the matrix appear on the way, no powers of
+    it, which are larger by orders of magnitude where keys are alike.
     """
     COUNT: tl.constexpr = CHUNK // BLOCK
     block, r = tl.arange(0, COUNT), tl.arange(0, BLOCK)

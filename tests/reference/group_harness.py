@@ -22,9 +22,9 @@ Arrays = dict[str, npt.NDArray[Any]]
 def run_groups(
     groups: Sequence[GpuGroup], values: Mapping[str, Value], given: Arrays, rows: int, step: Step | None = None
 ) -> Arrays:
-    """All values after the groups, by id. given: weights as stored, caches [slots, heads, context, dim] and other states
-    as their types say, activations that no group writes. States are written in place; the groups are made for blocks of cache_block(values). A group
-    that reads what nobody has written fails."""
+    """All values after the groups, by id. given: weights as stored, caches [slots, heads, context, dim] and other
+    states as their types say, activations that no group writes. States are written in place; the groups are made for
+    blocks of cache_block(values). A group that reads what nobody has written fails."""
     have = dict(given)
     states = {v.id for v in values.values() if v.kind is ValueKind.STATE and v.type.is_cache} & have.keys()
     block = cache_block(list(values.values()))

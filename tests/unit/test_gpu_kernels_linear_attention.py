@@ -78,10 +78,19 @@ def _states(rng: np.random.Generator, rows: Rows, *shape: int) -> Floats:
     return states
 
 
+CONVOLUTIONS = ((5, 4, "silu", False), (70, 2, "none", True), (130, 3, "silu", True))  # channels, width, function, bias
+
+
 @pytest.mark.parametrize(
-    ("channels", "width", "function", "bias"), [(5, 4, "silu", False), (70, 2, "none", True), (130, 3, "silu", True)]
+    ("channels", "width", "function", "bias", "rows"),
+    [
+        *((*CONVOLUTIONS[i % 3], rows) for i, rows in enumerate(MIXED)),
+        *((*CONVOLUTIONS[0], rows) for rows in (MIXED[1], MIXED[3])),
+        (*CONVOLUTIONS[1], Rows(((1, 5, 80),), False)),
+        (*CONVOLUTIONS[2], Rows(((1, 0, 33),), False)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("rows", [*MIXED, Rows(((1, 5, 80),), False), Rows(((1, 0, 33),), False)], ids=str)
 def test_causal_conv(channels, width, function, bias, rows):
     rng = np.random.default_rng(0)
     attrs = ops.CausalConv(channels, width, function, bias)
@@ -171,8 +180,11 @@ SHAPES = (
 )
 
 
-@pytest.mark.parametrize("attrs", SHAPES, ids=lambda a: f"{a.k_heads}x{a.k_dim}-{a.v_heads}x{a.v_dim}")
-@pytest.mark.parametrize("rows", MIXED, ids=str)
+@pytest.mark.parametrize(
+    ("attrs", "rows"),
+    [*((SHAPES[0], rows) for rows in MIXED), (SHAPES[1], MIXED[1]), (SHAPES[2], MIXED[3])],
+    ids=str,
+)
 def test_gated_delta_row_by_row(attrs, rows):
     rng = np.random.default_rng(1)
     given_ = Delta.draw(rng, attrs, rows.count)
@@ -193,9 +205,9 @@ LONG = (Rows(((1, 0, CHUNK + 6),), False), Rows(((2, 3, 3 * CHUNK + 5),), False)
 
 
 def _check_chunks(given_: Delta, rows: Rows, seed: int, growth: float = 1.0) -> None:
-    """Queries, keys, values, w, S, v' and q . k are rounded to bf16, by at most 2^-9 of themselves: where what is rounded
-    is not larger than the result, the differences' mean square stays at that of seven such roundings, and none is larger
-    than a few of them. ``growth``: where it is larger."""
+    """Queries, keys, values, w, S, v' and q . k are rounded to bf16, by at most 2^-9 of themselves: where what is
+    rounded is not larger than the result, the differences' mean square stays at that of seven such roundings, and none
+    is larger than a few of them. ``growth``: where it is larger."""
     attrs = given_.attrs
     states = _states(np.random.default_rng(seed), rows, attrs.v_heads, attrs.k_dim, attrs.v_dim)
     y, after = _run(attrs, *given_.operands(), states, rows, attrs.v_heads * attrs.v_dim)
@@ -209,8 +221,7 @@ def _check_chunks(given_: Delta, rows: Rows, seed: int, growth: float = 1.0) -> 
     np.testing.assert_array_equal(after[others], states[others])
 
 
-@pytest.mark.parametrize("attrs", SHAPES, ids=lambda a: f"{a.k_heads}x{a.k_dim}-{a.v_heads}x{a.v_dim}")
-@pytest.mark.parametrize("rows", LONG, ids=str)
+@pytest.mark.parametrize(("attrs", "rows"), [*zip(SHAPES, LONG, strict=True), (SHAPES[0], LONG[1])], ids=str)
 def test_gated_delta_in_chunks(attrs, rows):
     given_ = Delta.draw(np.random.default_rng(2), attrs, rows.count)
     if attrs.l2_eps == 0:
