@@ -205,9 +205,9 @@ LONG = (Rows(((1, 0, CHUNK + 6),), False), Rows(((2, 3, 3 * CHUNK + 5),), False)
 
 
 def _check_chunks(given_: Delta, rows: Rows, seed: int, growth: float = 1.0) -> None:
-    """Queries, keys, values, w, S, v' and q . k are rounded to bf16, by at most 2^-9 of themselves: where what is
-    rounded is not larger than the result, the differences' mean square stays at that of seven such roundings, and none
-    is larger than a few of them. ``growth``: where it is larger."""
+    """Queries, keys, values, w, S, v' and q . k are rounded to bf16, by at most 2^-8 of themselves and 2^-9 in the root
+    of the mean square: where what is rounded is not larger than the result, the differences' stays at that of seven
+    such roundings, and none is larger than a few of them. ``growth``: where it is larger."""
     attrs = given_.attrs
     states = _states(np.random.default_rng(seed), rows, attrs.v_heads, attrs.k_dim, attrs.v_dim)
     y, after = _run(attrs, *given_.operands(), states, rows, attrs.v_heads * attrs.v_dim)
