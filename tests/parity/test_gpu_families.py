@@ -125,9 +125,10 @@ def pair(
 
 
 def of_prompts(model: PreTrainedModel) -> float:
-    """What logits may be off behind prompts longer than exact graphs: gated delta nets round to bf16 in chunks."""
-    delta_net = "linear_attention" in (getattr(model.config, "layer_types", None) or ())
-    return BF16_TOLERANCE if delta_net else TOLERANCE
+    """What logits may be off behind prompts longer than exact graphs: gated delta nets round to bf16 in chunks, so that
+    each layer is off by up to six roundings (tests/unit/test_gpu_kernels_linear_attention.py)."""
+    layers = (getattr(model.config, "layer_types", None) or ()).count("linear_attention")
+    return layers * 6 * 2.0**-9 or TOLERANCE
 
 
 def _is_split(exe: Executable, call: int) -> bool:

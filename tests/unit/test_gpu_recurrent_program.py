@@ -144,7 +144,7 @@ def test_the_runtime_is_told_where_each_state_is(program, tmp_path: Path):
 
 
 def test_launches_of_a_layer_of_linear_attention(program):
-    """Decode: norm and projections (those of the rule's gates, f32, by themselves), convolution, rule, gated norm, output
+    """Decode: norm and projections (those of the gates, f32, by themselves), convolution, rule, gated norm, output
     with the residual. Prompts: what is linear or a norm by itself; convolution and its state, the rule in three."""
     decode = next(g for g in program.graphs if g.rows.exact and g.rows.count == 1)
     layer = [node for node in decode.nodes if node.get("layer") == 1]
