@@ -7,7 +7,8 @@ python -m benchmarks.random_artifact --weights-of OUT.hetc [--routing ..]
 The first compiles the zoo's config NAME (--hollow: files of weights have their size, but nothing is written to them);
 the second only writes the weights of an artifact that was copied here without them (the same bytes: they follow from
 the plan). --routing: weights with which the model routes as a trace does (benchmarks/routed_weights.py), as far as
-OUT.routing.safetensors goes, which is written beside it for hetcomp bench --replay.
+OUT.routing.safetensors goes, which is written beside it for hetcomp bench --replay; or even: tokens choose experts
+about evenly (benchmarks/even_weights.py), as a plan without --stats predicts them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import models
+from benchmarks.even_weights import EvenPacker
 from benchmarks.random_weights import RandomPacker
 from benchmarks.routed_weights import RoutedPacker
 from hetcomp import compiler
@@ -75,6 +77,8 @@ def followed_trace(artifact: Path) -> Path:
 
 def packer_of(plan: Plan, routing: str | None) -> RandomPacker:
     """The weights of an artifact of ``plan``."""
+    if routing == "even":
+        return EvenPacker(plan)
     return RandomPacker() if routing is None else RoutedPacker(plan, routing)
 
 
@@ -129,7 +133,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=0)
     parser.add_argument("--adapter-rank", type=int, default=DEFAULT_ADAPTER_RANK)
     parser.add_argument("--no-adapter-experts", action="store_true")
-    parser.add_argument("--routing", help="a trace of hetcomp trace --routing, or zipf:1.1,markov:0.9")
+    parser.add_argument("--routing", help="even, a trace of hetcomp trace --routing, or zipf:1.1,markov:0.9")
     parser.add_argument("--hollow", action="store_true")
     parser.add_argument("--weights-of", type=Path)
     o = parser.parse_args()

@@ -36,11 +36,15 @@ class RandomPacker:
                 numbers = np.ones(shape) if value.data is None else np.asarray(value.data).reshape(shape)
                 yield value, packing.pack(numbers.astype(np.float32), value)[0]
                 continue
-            pattern = _panels(int(value.type.shape[-1]), str(value.format), self._std)
-            size = packing.packed_bytes(value)
-            piece = np.tile(pattern, min(-(-size // pattern.size), max(1, _CHUNK_BYTES // pattern.size)))
-            for at in range(0, size, piece.size):
-                yield value, piece[: size - at]
+            yield from repeated(value, _panels(int(value.type.shape[-1]), str(value.format), self._std))
+
+
+def repeated(value: Value, pattern: NDArray[np.uint8]) -> Generator[tuple[Value, NDArray[np.uint8]]]:
+    """The bytes of ``value``: ``pattern`` again and again, in pieces."""
+    size = packing.packed_bytes(value)
+    piece = np.tile(pattern, min(-(-size // pattern.size), max(1, _CHUNK_BYTES // pattern.size)))
+    for at in range(0, size, piece.size):
+        yield value, piece[: size - at]
 
 
 @cache

@@ -50,7 +50,7 @@ class RoutedPacker(RandomPacker):
         layer = 0
         # Behind a norm an embedding's numbers are larger where others are zero.
         scale = np.sqrt(order / hidden) / order
-        for role, weight in _weights(plan):
+        for role, weight in weights_by_role(plan):
             if role == "embed":
                 self._rows[weight] = embedding
             elif role == "lm_head":
@@ -78,7 +78,7 @@ class RoutedPacker(RandomPacker):
                     yield value, piece
 
 
-def _weights(plan: Plan) -> Generator[tuple[str, str]]:
+def weights_by_role(plan: Plan) -> Generator[tuple[str, str]]:
     """Role and the plan's name of the weight of embedding, routers and output layer, in the order of the step."""
     for call in plan.calls:
         template = plan.template(call.template)

@@ -111,9 +111,10 @@ def _dram_bandwidth(profile: HardwareProfile, new: New) -> HardwareProfile:
         return n.model_copy(update={"read_bandwidth": points})
 
     def curve(c: KernelCurve) -> KernelCurve:
-        if c.kernel not in ("linear", "moe_experts") or c.variant not in ("dram", "small"):
+        if c.kernel not in ("linear", "moe_experts") or c.variant not in ("dram", "wide", "small"):
             return c
-        warm = profile.curve(c.kernel, "cache", c.weight_format, c.isa)
+        # Of small operands, whose activations would hold wide ones to their speed.
+        warm = None if c.variant == "wide" else profile.curve(c.kernel, "cache", c.weight_format, c.isa)
         peak = max(p.rate * p.size for p in c.points)
 
         def ceiling(size: int) -> float:

@@ -224,14 +224,17 @@ def _by_curves(
     if large is None:
         return None
     us = _pass_us(large, work)
+    at_large = _borders(large)
+    here = work.borders / work.weights if work.weights else at_large
+    # A kernel's time a weight grows with what it has to do for the activations at the weights' borders, and small
+    # matrices are short streams: lines between two shapes. What is wider than the wide one takes as long.
+    wide = profile.curve(kernel, "wide", work.weight_format, isa)
+    if wide is not None and here < at_large:
+        us += (_pass_us(wide, work) - us) * (at_large - here) / (at_large - min(here, _borders(wide)))
     warm = profile.curve(kernel, "cache", work.weight_format, isa)
     if warm is None:
         return us
-    # A kernel's time a weight grows with what it has to do for the activations at the weights' borders, and small
-    # matrices are short streams; two shapes give that line. 1 is the small one.
-    at_large, at_small = _borders(large), _borders(warm)
-    here = work.borders / work.weights if work.weights else at_large
-    place = max(0.0, (here - at_large) / (at_small - at_large))
+    place = max(0.0, (here - at_large) / (_borders(warm) - at_large))  # 1 is the small shape
     cold = profile.curve(kernel, "small", work.weight_format, isa)
     if cold is not None:
         from_memory = us + max(0.0, _pass_us(cold, work) - us) * place

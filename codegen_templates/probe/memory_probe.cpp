@@ -29,6 +29,7 @@ namespace {
 
 constexpr int kRepeats = 5;
 constexpr std::int64_t kPage = 4096;
+constexpr std::int64_t kDraw = 256 << 10;  // bytes of a part, as Tuning.draw_bytes
 constexpr std::int64_t kSmallestSet = 256 << 10, kBytesOfASet = 256 << 20;
 volatile std::uint64_t sink;
 
@@ -98,20 +99,18 @@ void print_readings(std::int64_t key, const std::vector<double>& seconds,
   comma = ", ";
 }
 
-void print_reads(const std::vector<int>& cpus, int threads, const std::uint8_t* data, std::int64_t bytes,
-                 std::int64_t key, std::int64_t passes) {
-  const std::int64_t part = bytes / threads / kPage * kPage;
-  if (part == 0) return;
-  const auto seconds = timed(cpus, threads, kRepeats, [&](int t, hetcomp::Lane&) {
+// Threads draw their parts, as those of kernels do: in equal parts the slowest thread would say how fast
+// memory is.
+void print_reads(const std::vector<int>& cpus, int threads, const std::uint8_t* data, std::int64_t bytes) {
+  const std::int64_t parts = bytes / kDraw;
+  const auto seconds = timed(cpus, threads, kRepeats, [&](int, hetcomp::Lane& lane) {
     std::uint64_t sum = 0;
-    for (std::int64_t i = 0; i < passes; ++i) {
-      asm volatile("" : : : "memory");  // a second pass reads again
-      sum ^= read_all(data + t * part, data + (t + 1) * part);
-    }
+    hetcomp::parallel_for(lane, parts, 1, [&](std::int64_t begin, std::int64_t end) {
+      sum ^= read_all(data + begin * kDraw, data + end * kDraw);
+    });
     sink = sum;
   });
-  const double moved = static_cast<double>(part * threads * passes);
-  print_readings(key, seconds, [&](double s) { return moved / s * 1e-9; });
+  print_readings(threads, seconds, [&](double s) { return static_cast<double>(parts * kDraw) / s * 1e-9; });
 }
 
 std::vector<int> thread_counts(int all) {
@@ -165,10 +164,26 @@ std::uint8_t* allocate(std::int64_t bytes, int node, const std::vector<int>& tou
   return data;
 }
 
+// Every thread reads the same part again and again.
+void print_set(const std::vector<int>& cpus, const std::uint8_t* data, std::int64_t bytes) {
+  const auto threads = static_cast<std::int64_t>(cpus.size());
+  const std::int64_t part = bytes / threads / kPage * kPage;
+  const std::int64_t passes = std::max<std::int64_t>(1, kBytesOfASet / bytes);
+  if (part == 0) return;
+  const auto seconds = timed(cpus, static_cast<int>(threads), kRepeats, [&](int t, hetcomp::Lane&) {
+    std::uint64_t sum = 0;
+    for (std::int64_t i = 0; i < passes; ++i) {
+      asm volatile("" : : : "memory");  // a second pass reads again
+      sum ^= read_all(data + t * part, data + (t + 1) * part);
+    }
+    sink = sum;
+  });
+  const auto moved = static_cast<double>(part * threads * passes);
+  print_readings(bytes, seconds, [&](double s) { return moved / s * 1e-9; });
+}
+
 void print_sets(const std::vector<int>& cpus, const std::uint8_t* data, std::int64_t bytes) {
-  for (std::int64_t size = kSmallestSet; size <= bytes; size *= 2)
-    print_reads(cpus, static_cast<int>(cpus.size()), data, size, size,
-                std::max<std::int64_t>(1, kBytesOfASet / size));
+  for (std::int64_t size = kSmallestSet; size <= bytes; size *= 2) print_set(cpus, data, size);
 }
 
 void print_barrier(const std::vector<int>& cpus) {
@@ -196,9 +211,9 @@ int main(int argc, char** argv) {
   const std::uint8_t* data = mode == "barrier" ? nullptr : allocate(bytes, std::atoi(argv[4]), touch, cpus);
   std::printf("[");
   if (mode == "read") {
-    for (const int threads : thread_counts(all)) print_reads(cpus, threads, data, bytes, threads, 1);
+    for (const int threads : thread_counts(all)) print_reads(cpus, threads, data, bytes);
   } else if (mode == "all") {
-    print_reads(cpus, all, data, bytes, all, 1);
+    print_reads(cpus, all, data, bytes);
   } else if (mode == "sets") {
     print_sets(cpus, data, bytes);
   } else if (mode == "barrier") {

@@ -1,9 +1,10 @@
 // Reads a large buffer with 1 .. n threads and prints the DRAM read bandwidth of each count as JSON.
 //   read_bandwidth THREADS [MEBIBYTES=2048] [REPEATS=5] [FIRST=1] [CPU,CPU,...]
 // Counts go from FIRST to THREADS. With a list of CPUs thread i keeps to the i-th, and the buffer lies on
-// the NUMA node of the first. Every thread streams its own contiguous part with four independent chains of
-// vector loads, as a GEMV kernel would. Huge pages are asked for: decode speed is bounded by what the
-// machine gives with them.
+// the NUMA node of the first. Threads draw parts of the buffer, as those of kernels draw their tasks: in
+// equal parts the slowest thread would say how fast memory is. They stream them with four independent
+// chains of vector loads, as a GEMV kernel would. Huge pages are asked for: decode speed is bounded by what
+// the machine gives with them.
 #include <sched.h>
 #include <sys/mman.h>
 
@@ -17,6 +18,8 @@
 #include <vector>
 
 namespace {
+
+constexpr std::size_t kDraw = 256 << 10;  // bytes of a part, as memory_probe.cpp's
 
 using Vector = std::uint64_t __attribute__((vector_size(64)));
 
@@ -45,17 +48,20 @@ double seconds_of_one_pass(const std::uint8_t* data, std::size_t bytes, int thre
                            const std::vector<int>& cpus, std::uint64_t* sink) {
   std::atomic<int> ready{0};
   std::atomic<bool> go{false};
+  std::atomic<std::size_t> drawn{0};
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(threads) * 8);  // one cache line a thread
   std::vector<std::thread> workers;
-  const std::size_t part = bytes / static_cast<std::size_t>(threads) / 4096 * 4096;
+  const std::size_t parts = bytes / kDraw;
   for (int t = 0; t < threads; ++t) {
     workers.emplace_back([&, t] {
       pin(cpus, t);
       ready.fetch_add(1);
       while (!go.load(std::memory_order_acquire)) {
       }
-      const std::uint8_t* begin = data + part * static_cast<std::size_t>(t);
-      sums[static_cast<std::size_t>(t) * 8] = stream(begin, begin + part);
+      std::uint64_t sum = 0;
+      for (std::size_t i = drawn.fetch_add(1); i < parts; i = drawn.fetch_add(1))
+        sum ^= stream(data + i * kDraw, data + (i + 1) * kDraw);
+      sums[static_cast<std::size_t>(t) * 8] = sum;
     });
   }
   while (ready.load() != threads) std::this_thread::yield();
@@ -64,8 +70,7 @@ double seconds_of_one_pass(const std::uint8_t* data, std::size_t bytes, int thre
   for (auto& worker : workers) worker.join();
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
   for (const std::uint64_t sum : sums) *sink ^= sum;
-  return elapsed.count() * static_cast<double>(bytes) /
-         static_cast<double>(part * static_cast<std::size_t>(threads));
+  return elapsed.count() * static_cast<double>(bytes) / static_cast<double>(parts * kDraw);
 }
 
 }  // namespace

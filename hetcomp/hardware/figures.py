@@ -116,10 +116,10 @@ class KernelCurve(Model):
     elementwise         tokens                       elements written
     ==================  ===========================  =====================================================
 
-    ``variant``: ``dram`` (operands come from memory), ``small`` (as well, of smaller matrices or heads) or ``cache``
-    (operands as for ``small``, just used); for elementwise the op kind (``rms_norm``, ``rope``, ``add``, ``route``,
-    ``glu``, ...). ``weight_format`` is the KV cache's for attention and ``f32`` for elementwise. ``shape`` says on
-    which operands it was measured.
+    ``variant``: ``dram`` (operands come from memory), ``wide`` or ``small`` (as well, of wider experts, or of smaller
+    matrices or heads) or ``cache`` (operands as for ``small``, just used); for elementwise the op kind (``rms_norm``,
+    ``rope``, ``add``, ``route``, ``glu``, ...). ``weight_format`` is the KV cache's for attention and ``f32`` for
+    elementwise. ``shape`` says on which operands it was measured.
     """
 
     kernel: KernelName

@@ -18,6 +18,12 @@ from hetcomp.ir.types import CACHE_DTYPES, DType, TensorType
 
 # Shapes of a mid-size MoE layer; a curve is used for others in proportion to their weights.
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 1024, 512, 64, 8
+# Experts, top-k, hidden and intermediate size of the wide experts: DeepSeek-V3's, of which each row of activations is
+# shared by most weights. As many as show the kernel at work; a few tens of tokens take long on few cores.
+WIDE_EXPERTS = (4, 2, 7168, 2048)
+# Formats that gain from width, 1.3 to 1.5 times from 4 to 32 tokens on AMX; bf16 does not (0.96 to 1.07 from 4 tokens
+# on, docs/decisions/cost-from-our-kernels.md).
+_WIDE_FORMATS = ("q8", "q4")
 ROWS, COLUMNS = 2048, 2048
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 128
 CONTEXT = 16384
@@ -37,9 +43,13 @@ PROMPTS = (16, 64, 256, 512, 1024)
 SMALL_POSITIONS, SMALL_PROMPTS = (128, 512, 2048), (16, 64, 256, 1024)
 ROW_COUNTS = (1, 4, 16, 64, 512)
 COARSE = (1, 8, 64, 512)
-# With 64 tokens an expert fills several tiles; more would take a second a call and show the same, but with AMX, whose
-# tiles multiply quantised weights only beyond (docs/decisions/amx-for-many-tokens.md) and much faster.
-COARSE_EXPERT_TOKENS, COARSE_EXPERT_TOKENS_AMX = (1, 8, 64), (1, 8, 64, 256)
+# Between one token and many lies the bend from memory to compute, which no line through few points follows. With 64
+# tokens an expert fills several tiles; more would take a second a call and show the same.
+COARSE_EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+# With AMX the height of a register tile shows (16 tokens take 1.4 times as long as 12, which fill one), and from 64
+# tokens on tiles of bf16 multiply quantised weights (docs/decisions/amx-for-many-tokens.md), 1.3 to 1.5 times as fast:
+# a step, with a point on either side.
+_AMX_EXPERT_TOKENS = (12, 24, 48, 63, 128, 256)
 # From this many rows on activations come from another core's cache, or from memory: so they do in a step, whose ops
 # divide their rows differently.
 _TURNING_ROWS = 16
@@ -91,7 +101,7 @@ Emit = Callable[[Attrs, Sequence[Value], Sequence[Value]], Kernel]
 class Detail(StrEnum):
     """How much is measured: ``FULL``, all curves of the usual formats, attention and elementwise kinds (through TVM)
     included; ``COARSE``, few points of the other formats; ``QUICK``, few points of the usual ones, of large matrices
-    only."""
+    and wide experts only."""
 
     FULL = "full"
     COARSE = "coarse"
@@ -113,8 +123,7 @@ def curve_plans(
     emit = _emitter(isa, tunings)
     for form in _FORMATS[detail]:
         yield from _linear(emit, form, detail, cold_bytes)
-        coarse = COARSE_EXPERT_TOKENS_AMX if isa is Isa.AMX_BF16 else COARSE_EXPERT_TOKENS
-        yield from _experts(emit, form, detail, EXPERT_TOKENS if detail is Detail.FULL else coarse, cold_bytes)
+        yield from _experts(emit, form, detail, isa, cold_bytes)
     if detail is Detail.FULL:
         for dtype in CACHE_DTYPES:
             yield from _attention(emit, dtype, cold_bytes)
@@ -190,8 +199,12 @@ def _linear_curve(
     return CurvePlan("linear", variant, form, {"out_features": rows, "in_features": columns}, kernel, cases)
 
 
-def _experts(emit: Emit, form: str, detail: Detail, sizes: Sequence[int], cold_bytes: int) -> Iterator[CurvePlan]:
+def _experts(emit: Emit, form: str, detail: Detail, isa: Isa, cold_bytes: int) -> Iterator[CurvePlan]:
+    coarse = _expert_tokens(COARSE_EXPERT_TOKENS, isa)
+    sizes = _expert_tokens(EXPERT_TOKENS, isa) if detail is Detail.FULL else coarse
     yield _expert_curve(emit, form, "dram", (EXPERTS, TOP_K, HIDDEN, INTERMEDIATE), sizes, cold_bytes)
+    if form in _WIDE_FORMATS and _expert_bytes(form, WIDE_EXPERTS) <= cold_bytes:
+        yield _expert_curve(emit, form, "wide", WIDE_EXPERTS, coarse, cold_bytes)
     if detail is not Detail.QUICK:
         # Small enough that the second-level caches of two cores hold all experts that a call touches.
         shape = (8, 2, SMALL, SMALL // 2)
@@ -199,16 +212,29 @@ def _experts(emit: Emit, form: str, detail: Detail, sizes: Sequence[int], cold_b
         yield _expert_curve(emit, form, "cache", shape, _small_tokens(detail), 0)
 
 
+def _expert_tokens(sizes: Sequence[int], isa: Isa) -> Sequence[int]:
+    return sorted({*sizes, *_AMX_EXPERT_TOKENS}) if isa is Isa.AMX_BF16 else sizes
+
+
 def _small_tokens(detail: Detail) -> Sequence[int]:
     return SMALL_TOKENS if detail is Detail.FULL else COARSE
+
+
+def _expert_weights(form: str, shape: tuple[int, int, int, int]) -> tuple[Value, Value]:
+    experts, _, hidden, width = shape
+    gate_up = _weight("gate_up", (experts, 2 * width, hidden), form, packing.PANELS_GLU)
+    return gate_up, _weight("down", (experts, hidden, width), form, packing.PANELS)
+
+
+def _expert_bytes(form: str, shape: tuple[int, int, int, int]) -> int:
+    return sum(packing.packed_bytes(weight) for weight in _expert_weights(form, shape))
 
 
 def _expert_curve(
     emit: Emit, form: str, variant: str, shape: tuple[int, int, int, int], sizes: Sequence[int], cold_bytes: int
 ) -> CurvePlan:
     experts, top_k, hidden, width = shape
-    gate_up = _weight("gate_up", (experts, 2 * width, hidden), form, packing.PANELS_GLU)
-    down = _weight("down", (experts, hidden, width), form, packing.PANELS)
+    gate_up, down = _expert_weights(form, shape)
     each = packing.packed_bytes(gate_up), packing.packed_bytes(down)
     routed = (_act("ids", "T", top_k, dtype=DType.I32), _act("weights", "T", top_k))
     kernel = emit(

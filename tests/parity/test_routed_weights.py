@@ -66,6 +66,16 @@ def test_beside_a_gpu_its_routing_can_be_replayed(tmp_path):
 
 
 @pytest.mark.slow
+def test_even_weights_use_all_experts_and_wander_through_the_vocabulary(tmp_path):
+    save_tiny("qwen3_moe", tmp_path / "hf", odd=True)
+    exe = routed(tmp_path, avx2_machine(1), "even", vram=0)
+    made = record_text(exe, list(range(32)), "ids")
+    assert all(len(np.unique(made.experts[:, layer])) == made.n_experts for layer in range(made.experts.shape[1]))
+    tokens = [token.id for token in exe.runtime.generate([29], max_new_tokens=5, ignore_eos=True)]
+    assert tokens == [30, 31, 32, 33, 34]
+
+
+@pytest.mark.slow
 def test_a_tied_output_layer_is_refused(tmp_path):
     save_tiny("qwen3_moe", tmp_path / "hf")
     with pytest.raises(HetcompError, match="ties its output layer"):

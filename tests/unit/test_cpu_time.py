@@ -19,6 +19,7 @@ from tests.reference.plan_builder import HandTarget, context, profile, tiny_plan
 DECODE = Phase("decode", 1, 1, 50)
 LARGE = {"experts": 64, "top_k": 8, "hidden": 1024, "intermediate": 512}
 SMALL = {"experts": 8, "top_k": 2, "hidden": 64, "intermediate": 32}
+BROAD = {"experts": 4, "top_k": 2, "hidden": 7168, "intermediate": 2048}
 NARROW = {"heads": 4, "kv_heads": 2, "head_dim": 64}
 WIDE = {"heads": 16, "kv_heads": 4, "head_dim": 128}
 
@@ -90,6 +91,28 @@ def test_larger_experts_than_measured_take_what_the_large_ones_take():
     _, work = op_and_work("experts")
     here = borders(LARGE) / 2 * work.weights
     assert us("experts", with_curves(*THREE), borders=here) == pytest.approx(work.weights / 20 / 1e3)
+
+
+@pytest.mark.parametrize(
+    ("part", "time"), [(-0.5, 1.5 / 20), (0.0, 1 / 20), (0.5, 1.5 / 40), (1.0, 1 / 40), (1.2, 1 / 40)]
+)
+def test_a_wide_shape_bends_the_line_and_ends_it(part, time):
+    """part: 0 at the large shape, 1 at the wide one, whose rate is 40; the small one lies beyond the large."""
+    _, work = op_and_work("experts")
+    ends = (SMALL, LARGE) if part < 0 else (LARGE, BROAD)
+    here = borders(LARGE) + abs(part) * (borders(ends[0 if part < 0 else 1]) - borders(LARGE))
+    machine = with_curves(*THREE, curve("moe_experts", "wide", BROAD, 40.0))
+    assert us("experts", machine, borders=here * work.weights) == pytest.approx(work.weights * time / 1e3)
+
+
+def test_a_wide_shape_serves_formats_that_are_not_measured_too():
+    machine = with_curves(
+        curve("moe_experts", "dram", LARGE, 20.0, "q4"), curve("moe_experts", "wide", BROAD, 40.0, "q4")
+    )
+    op, work = op_and_work("experts")
+    own = replace(work, weight_format="q4k", borders=borders(BROAD) * work.weights, group=512)
+    got = cpu_time(op, own, DECODE, machine, "avx512", 0.0)
+    assert got.measured and got.us == pytest.approx(work.weights / 40 / 1e3)
 
 
 def test_what_caches_hold_is_read_at_their_rate():

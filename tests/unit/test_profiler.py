@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Isa
 from hetcomp.cli.main import app
 from hetcomp.errors import HetcompError
@@ -20,7 +22,7 @@ from hetcomp.hardware.figures import Cache, Disk, KernelCurve, KernelPoint, Sour
 from hetcomp.hardware.profile import KIN, HardwareProfile, load_profile, parse_profile
 from hetcomp.passes.context import FORMATS
 from hetcomp.profiler import disk, kernel_curves, measure_machine, memory
-from hetcomp.profiler.kernel_cases import Detail, bytes_a_weight, curve_plans, stream_bytes
+from hetcomp.profiler.kernel_cases import CurvePlan, Detail, bytes_a_weight, curve_plans, stream_bytes
 from hetcomp.profiler.memory import MemoryRounds, Mode, Task
 from tests.unit.test_hardware_detect import two_sockets
 
@@ -242,9 +244,15 @@ def test_a_cpu_without_instruction_sets_is_not_measured():
     assert measure_machine.estimated_profile(machine(isas=()), "why").rates
 
 
+@cache
+def plans_of(isa: Isa, detail: Detail) -> tuple[CurvePlan, ...]:
+    """Kernels are rendered for each."""
+    return tuple(curve_plans(isa, detail, 512 << 20))
+
+
 @pytest.mark.parametrize("isa", list(Isa))
 def test_curves_of_every_format_have_rising_sizes_and_bounded_memory(isa):
-    full, coarse, quick = (list(curve_plans(isa, detail, 512 << 20)) for detail in Detail)
+    full, coarse, quick = (plans_of(isa, detail) for detail in Detail)
     for kernel in ("linear", "moe_experts"):
         measured = [p.weight_format for p in (*full, *coarse) if p.name == kernel and p.variant == "dram"]
         assert sorted(measured) == sorted(set(FORMATS) - set(KIN))  # each once
@@ -256,13 +264,26 @@ def test_curves_of_every_format_have_rising_sizes_and_bounded_memory(isa):
     assert max(stream_bytes(plans) for plans in (full, coarse, quick)) <= 512 << 20
 
 
-def test_experts_with_amx_are_measured_where_its_tiles_begin_to_multiply():
-    def largest(isa: Isa, detail: Detail) -> int:
-        plans = curve_plans(isa, detail, 64 << 20)
-        return min(p.cases[-1].size for p in plans if p.name == "moe_experts" and p.variant == "dram")
+def expert_sizes(isa: Isa, detail: Detail, variant: str) -> dict[str, list[int]]:
+    """Sizes of the experts' curves by format."""
+    found = [p for p in plans_of(isa, detail) if (p.name, p.variant) == ("moe_experts", variant)]
+    return {p.weight_format: [case.size for case in p.cases] for p in found}
 
-    assert largest(Isa.AVX512_VNNI, Detail.QUICK) == 64 and largest(Isa.AMX_BF16, Detail.QUICK) == 256
-    assert largest(Isa.AMX_BF16, Detail.FULL) == largest(Isa.AVX512_VNNI, Detail.FULL) == 512
+
+def test_experts_with_amx_are_measured_on_both_sides_of_where_its_tiles_begin_to_multiply():
+    for detail in Detail:
+        assert all({63, 64, 256} <= set(sizes) for sizes in expert_sizes(Isa.AMX_BF16, detail, "dram").values())
+    assert cpu_isa(Isa.AMX_BF16).many_rows == 64
+    assert all(sizes[-1] == 64 for sizes in expert_sizes(Isa.AVX512_VNNI, Detail.QUICK, "dram").values())
+    assert all(sizes[-1] == 512 for sizes in expert_sizes(Isa.AVX512_VNNI, Detail.FULL, "dram").values())
+
+
+def test_wide_experts_of_whole_numbers_are_measured_at_the_quick_points_where_memory_holds_them():
+    for isa in (Isa.AVX2, Isa.AMX_BF16):
+        quick = expert_sizes(isa, Detail.QUICK, "wide")
+        assert set(quick) == {"q8", "q4"} and quick == expert_sizes(isa, Detail.FULL, "wide")
+        assert quick == {form: expert_sizes(isa, Detail.QUICK, "dram")[form] for form in quick}
+    assert all(plan.variant != "wide" for plan in curve_plans(Isa.AVX2, Detail.QUICK, 64 << 20))
 
 
 def test_more_points_get_less_time_each_within_bounds():
