@@ -100,11 +100,13 @@ class Device:
         assert kind == "constant", kind
         return torch.full((count,), more[0], dtype=torch.int32, device="cuda")
 
-    def microseconds(self, functions: list[Any], launches: list[_Json], copies: list[dict[str, Any]]) -> float:
-        """Of the launches one after the other."""
+    def microseconds(
+        self, functions: list[Any], launches: list[_Json], copies: list[dict[str, Any]], repeats: int = _REPEATS
+    ) -> float:
+        """Of the launches one after the other, on one copy of the buffers after the other."""
         torch, graph = self.torch, self.torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for i in range(_REPEATS):
+            for i in range(repeats):
                 for function, launch in zip(functions, launches, strict=True):
                     self.launch(function, launch, copies[i % len(copies)])
         graph.replay()
@@ -115,7 +117,7 @@ class Device:
             graph.replay()
             end.record()
             torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / _REPEATS)
+            times.append(start.elapsed_time(end) * 1e3 / repeats)
         return float(sorted(times)[2])
 
     def launch(self, function: ctypes.c_void_p, launch: _Json, buffers: dict[str, Any]) -> None:

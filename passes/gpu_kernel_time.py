@@ -25,6 +25,10 @@ ATTENTION_PEAK, ATTENTION_US = 0.47, 4.0
 # the times of a tile: 644 TFLOP/s, and unpacking its q4 weights takes as long as 94 rows more.
 EXPERTS_PEAK, UNPACK_ROWS = 0.65, 94
 
+# Qwen3-Next's rule (32 heads, 128 x 128) in chunks on an H200: 42, 138 and 267 us for 512, 2,048 and 4,096 rows
+# (benchmarks/gpu_linear_attention.py): 10 us, and 159 TFLOP/s of what the chunks multiply.
+DELTA_PEAK, DELTA_US, DELTA_CHUNK = 0.16, 8.0, 64
+
 # Three TF32 products, each at half of bf16's rate, for weights stored as f32: 2.1 GFLOP of a router in 46 us.
 F32_PEAK = 0.28 / 6
 # What cuBLAS reaches of the data sheet's peak where the profile's rate was measured with it (784 of 989 on an H200,
@@ -61,7 +65,11 @@ def compute_us(op: Op, work: Work, step: Phase, gpu: Gpu) -> float | None:
         return LINEAR_US + work.flops * flop_us / (F32_PEAK if work.weight_format == "f32" else LINEAR_PEAK)
     if isinstance(attrs, ops.MoeExperts):
         return _experts_flop(attrs, work, step) * flop_us
-    if isinstance(attrs, ops.Attention) and step.tokens != step.sequences:
+    if step.tokens == step.sequences:
+        return None
+    if isinstance(attrs, ops.GatedDelta):
+        return DELTA_US + _chunks_flop(attrs, step.tokens) * flop_us / DELTA_PEAK
+    if isinstance(attrs, ops.Attention):
         return ATTENTION_US + work.flops * flop_us / ATTENTION_PEAK
     return None
 
@@ -89,6 +97,14 @@ def _experts_flop(a: ops.MoeExperts, work: Work, step: Phase) -> float:
     narrow = work.weight_format != "f32"
     rows = height + (UNPACK_ROWS if narrow else 0)
     return tiles * rows * 2.0 * whole / (EXPERTS_PEAK if narrow else F32_PEAK)
+
+
+def _chunks_flop(a: ops.GatedDelta, rows: int) -> float:
+    """What the tensor cores multiply for rows of one sequence (codegen_templates/gpu/gated_delta.py)."""
+    c, k, v = DELTA_CHUNK, a.k_dim, a.v_dim
+    # q . k and k . k; w and u of T in two parts; T's twelve products; w S, q S and the update; scores times v'.
+    products = 2 * c * c * k + 2 * c * c * (k + v) + 12 * c * c * c + 3 * c * k * v + c * c * v
+    return 2.0 * -(-rows // c) * a.v_heads * products
 
 
 def _tile_rows(share: float, weight_format: str) -> int:

@@ -28,13 +28,15 @@ def _row_before(
     slot,
     position,
     before,
+    least,
     c,
     mask,
     BACK: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The rows BACK before ``rows``, f32[rows, channels c]: of the step or of the state, 0 before position 0."""
+    """The rows BACK before ``rows``, f32[rows, channels c]: of the step or of the state, 0 before position 0. ``least``
+    of ``before``, or less: whether the state has any of them."""
     mask = mask & (position >= BACK)[:, None]
     if BACK == 0:
         return tl.load(x + rows.to(tl.int64)[:, None] * CHANNELS + c[None, :], mask=mask, other=0.0)
@@ -43,7 +45,9 @@ def _row_before(
         of_step = (rows - BACK).to(tl.int64)[:, None] * CHANNELS + c[None, :]
         of_state = (slot.to(tl.int64) * (WIDTH - 1) + (WIDTH - 1 - BACK + before))[:, None] * CHANNELS + c[None, :]
         given = tl.load(x + of_step, mask=mask & step, other=0.0)
-        return tl.where(step, given, tl.load(state + of_state, mask=mask & ~step, other=0.0))
+        if least < BACK:
+            given = tl.where(step, given, tl.load(state + of_state, mask=mask & ~step, other=0.0))
+        return given
 
 
 @triton.jit
@@ -67,7 +71,7 @@ def _leave_state(
     mask = mask & (behind != slot)[:, None]
     kept = ()
     for i in tl.static_range(WIDTH - 1):
-        kept = kept + (_row_before(x, state, rows, slot, position, before, c, mask, WIDTH - 2 - i, CHANNELS, WIDTH),)
+        kept = kept + (_row_before(x, state, rows, slot, position, before, 0, c, mask, WIDTH - 2 - i, CHANNELS, WIDTH),)
     tl.debug_barrier()
     for i in tl.static_range(WIDTH - 1):
         at = (slot.to(tl.int64) * (WIDTH - 1) + i)[:, None] * CHANNELS + c[None, :]
@@ -107,11 +111,15 @@ def causal_conv(
     slot = tl.load(slots + rows, mask=rows < limit, other=-2)
     position = tl.load(positions + rows, mask=rows < limit, other=0)
     before = _rows_back(slots, rows, slot, limit, WIDTH)
+    if n_rows is None:
+        least = 0
+    else:
+        least = tl.min(before, axis=0)
     mask = (rows < limit)[:, None] & (c < CHANNELS)[None, :]
     sums = tl.zeros((ROW_TILE, CHANNEL_TILE), tl.float32)
     for j in tl.static_range(WIDTH):
         factor = tl.load(weight + c * WIDTH + j, mask=c < CHANNELS, other=0.0)
-        taps = _row_before(x, state, rows, slot, position, before, c, mask, WIDTH - 1 - j, CHANNELS, WIDTH)
+        taps = _row_before(x, state, rows, slot, position, before, least, c, mask, WIDTH - 1 - j, CHANNELS, WIDTH)
         sums += factor[None, :] * taps
     if bias is not None:
         sums += tl.load(bias + c, mask=c < CHANNELS, other=0.0)[None, :]
@@ -134,14 +142,21 @@ def leave_state(
     ROW_TILE: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
 ):
-    """The state behind a causal_conv of n_rows[0] rows; operands and grid as there."""
+    """The state behind a causal_conv of n_rows[0] rows; operands as there. Grid: (blocks of CHANNEL_TILE channels,
+    blocks of ROW_TILE rows, in which a program looks for the last rows of slots)."""
     limit = tl.load(n_rows)
-    if tl.program_id(1) * ROW_TILE >= limit:
+    first = tl.program_id(1) * ROW_TILE
+    if first >= limit:
         return
+    end = tl.minimum(first + ROW_TILE, limit)
+    if tl.load(slots) == tl.load(slots + limit - 1):  # one slot: its rows are neighbours
+        first = tl.where(end == limit, end - 1, end)
     c = tl.program_id(0) * CHANNEL_TILE + tl.arange(0, CHANNEL_TILE)
-    rows = tl.program_id(1) * ROW_TILE + tl.arange(0, ROW_TILE)
-    slot = tl.load(slots + rows, mask=rows < limit, other=-2)
-    position = tl.load(positions + rows, mask=rows < limit, other=0)
-    before = _rows_back(slots, rows, slot, limit, WIDTH)
-    mask = (rows < limit)[:, None] & (c < CHANNELS)[None, :]
-    _leave_state(x, state, slots, rows, slot, position, before, c, mask, limit, CHANNELS, WIDTH)
+    for row in range(first, end):
+        rows = row + tl.arange(0, 1)
+        slot = tl.load(slots + rows)
+        if tl.max(tl.load(slots + rows + 1, mask=rows + 1 < limit, other=-1) - slot, axis=0) != 0:
+            position = tl.load(positions + rows)
+            before = _rows_back(slots, rows, slot, limit, WIDTH)
+            mask = (c < CHANNELS)[None, :]
+            _leave_state(x, state, slots, rows, slot, position, before, c, mask, limit, CHANNELS, WIDTH)

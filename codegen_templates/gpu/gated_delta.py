@@ -2,21 +2,19 @@
 
 Chunks are those of arXiv 2412.06464 (section 3.3) and 2406.06484: with G the sum of log decays from a chunk's first
 row on, A[i, j] = beta_i k_i . k_j exp(G_i - G_j) below the diagonal and T = (I + A)^-1, a chunk's rows change the state
-S in front of them to S exp(G_last) + sum of k_i exp(G_last - G_i) (x) v'_i, where v' = T (beta v) - T (beta exp(G) k) S.
+S in front of them to S exp(G_last) + sum of k_i exp(G_last - G_i) (x) v'_i, where v' = T (beta v) - w S and w = T (beta
+exp(G) k).
 
-Queries and keys are rounded to bf16 once, behind their norms, and are the same numbers wherever they are multiplied:
-keys that differed between A and the update would not be those that the rule reads back. Products of them are exact in
-f32. T is made in f32 (three TF32 products), its products with values and keys are TF32's. Behind that w = T (beta
-exp(G) k), S and v' are rounded to bf16 where they are operands; S itself stays f32 between chunks. exp is taken of
-differences of G, never of negative G.
+Queries, keys and values are rounded to bf16 once, the former behind their norms, and are the same numbers wherever they
+are multiplied: keys that differed between A and the update would not be those that the rule reads back. T is made and
+multiplied as pairs of bf16 numbers (16 bits). Behind that w, S and v' are rounded to bf16 where they are operands; S
+itself stays f32 from chunk to chunk. exp is taken of differences of G, which are not above 0, never of G and -G each.
 """
 
 import triton
 import triton.language as tl
 
-# Rows of a chunk, and of the blocks on the diagonal of T that are solved row by row.
-CHUNK: tl.constexpr = tl.constexpr(64)
-_BLOCK: tl.constexpr = tl.constexpr(16)
+CHUNK: tl.constexpr = tl.constexpr(64)  # rows
 # exp of less is 0 in f32; sums of a chunk's stay small enough for their differences.
 _LEAST_LOG: tl.constexpr = tl.constexpr(-128.0)
 
@@ -125,34 +123,59 @@ def _normed(x, rows, mask, d, WIDTH: tl.constexpr, L2_EPS: tl.constexpr):
 
 
 @triton.jit
+def _split(x):
+    """x f32 as the sum of two bf16 numbers, to 2^-17 of itself."""
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _product(a, b):
+    """a f32 @ b bf16."""
+    high, low = _split(a)
+    return tl.dot(high, b, tl.dot(low, b))
+
+
+@triton.jit
+def _wide_product(a, b):
+    """a f32 @ b f32, without the product of what their first bf16 numbers leave."""
+    high, low = _split(a)
+    b_high, b_low = _split(b)
+    return tl.dot(high, b_high, tl.dot(high, b_low, tl.dot(low, b_high)))
+
+
+@triton.jit
 def _join_blocks(lower, inverse, SIZE: tl.constexpr):
     """The inverses of blocks of 2 * SIZE on the diagonal from those of SIZE."""
     i = tl.arange(0, CHUNK)
     block = i // SIZE
     below = ((block // 2)[:, None] == (block // 2)[None, :]) & (block[:, None] != block[None, :])
-    product = tl.dot(tl.where(below, lower, 0.0), inverse, input_precision="tf32x3")
-    return inverse - tl.dot(inverse, product, input_precision="tf32x3")
+    product = _wide_product(tl.where(below, lower, 0.0), inverse)
+    return inverse - _wide_product(inverse, product)
 
 
 @triton.jit
-def _inverse(lower):
-    """(I + lower)^-1 for ``lower`` f32[CHUNK, CHUNK], 0 on and above the diagonal.
+def _inverse(lower, BLOCK: tl.constexpr):
+    """(I + lower)^-1 for ``lower`` f32[CHUNK, CHUNK], 0 on and above the diagonal. BLOCK: 8 or 16.
 
-    First the blocks on the diagonal, one row after the other; then twice as large ones of two: [[P, 0], [X, Q]]^-1 =
-    [[P^-1, 0], [-Q^-1 X P^-1, Q^-1]]. Only inverses of parts of the matrix appear on the way, no powers of it, which
-    are larger by orders of magnitude where keys are alike.
+    First blocks of BLOCK rows on the diagonal, one row after the other; then twice as large ones of two: [[P, 0],
+    [X, Q]]^-1 = [[P^-1, 0], [-Q^-1 X P^-1, Q^-1]]. Only inverses of parts of the matrix appear on the way, no powers of
+    it, which are larger by orders of magnitude where keys are alike.
     """
-    COUNT: tl.constexpr = CHUNK // _BLOCK
-    block, r = tl.arange(0, COUNT), tl.arange(0, _BLOCK)
+    COUNT: tl.constexpr = CHUNK // BLOCK
+    block, r = tl.arange(0, COUNT), tl.arange(0, BLOCK)
     on_diagonal = (block[:, None] == block[None, :])[:, None, :, None]
-    parts = tl.sum(tl.where(on_diagonal, tl.reshape(lower, (COUNT, _BLOCK, COUNT, _BLOCK)), 0.0), axis=2)
+    parts = tl.sum(tl.where(on_diagonal, tl.reshape(lower, (COUNT, BLOCK, COUNT, BLOCK)), 0.0), axis=2)
     solved = tl.where((r[:, None] == r[None, :])[None, :, :], 1.0, parts * 0.0)
-    for step in range(_BLOCK - 1):
+    for step in range(BLOCK - 1):
         of_step = tl.sum(tl.where((r == step)[None, None, :], parts, 0.0), axis=2)
         row = tl.sum(tl.where((r == step)[None, :, None], solved, 0.0), axis=1)
         solved -= of_step[:, :, None] * row[:, None, :]
     wide = tl.where(on_diagonal, solved[:, :, None, :], 0.0)
-    return _join_blocks(lower, _join_blocks(lower, tl.reshape(wide, (CHUNK, CHUNK)), _BLOCK), 2 * _BLOCK)
+    inverse = tl.reshape(wide, (CHUNK, CHUNK))
+    if BLOCK == 8:
+        inverse = _join_blocks(lower, inverse, 8)
+    return _join_blocks(lower, _join_blocks(lower, inverse, 16), 32)
 
 
 @triton.jit
@@ -179,6 +202,7 @@ def gated_delta_chunks(
     K_PADDED: tl.constexpr,
     V_PADDED: tl.constexpr,
     V_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """What a chunk is without the state in front of it, for steps of one slot: operands as of gated_delta_rows.
 
@@ -219,14 +243,14 @@ def gated_delta_chunks(
     scores = tl.dot(q, tl.trans(k)) * decay * SCALE
     tl.store(within + head * CHUNK + i[:, None] * CHUNK + i[None, :], scores.to(tl.bfloat16))
     products = tl.dot(k, tl.trans(k)) * decay * beta[:, None]
-    inverse = _inverse(tl.where(i[:, None] > i[None, :], products, 0.0)) * beta[None, :]
-    of_keys = tl.dot(inverse * tl.exp(g)[None, :], k.to(tl.float32), input_precision="tf32")
+    inverse = _inverse(tl.where(i[:, None] > i[None, :], products, 0.0), BLOCK) * beta[None, :]
+    of_keys = _product(inverse * tl.exp(g)[None, :], k)
     tl.store(w + head * K_PADDED + i[:, None] * K_PADDED + d[None, :], of_keys.to(tl.bfloat16))
     for first in tl.static_range(0, V_PADDED, V_TILE):
         c = first + tl.arange(0, V_TILE)
         values = qkv + 2 * K_HEADS * K_DIM + h * V_DIM + rows.to(tl.int64)[:, None] * WIDTH + c[None, :]
         v = tl.load(values, mask=here[:, None] & (c < V_DIM)[None, :], other=0.0)
-        of_values = tl.dot(inverse, v, input_precision="tf32")
+        of_values = _product(inverse, v.to(tl.bfloat16))
         tl.store(u + head * V_PADDED + i[:, None] * V_PADDED + c[None, :], of_values)
 
 

@@ -180,6 +180,9 @@ def linear_gemv(
     w_2,
     bias_2,
     y_2,
+    w_3,
+    bias_3,
+    y_3,
     normed,
     low_rank,
     of_row,
@@ -187,10 +190,12 @@ def linear_gemv(
     table,
     table_1,
     table_2,
+    table_3,
     K: tl.constexpr,
     N: tl.constexpr,
     N_1: tl.constexpr,
     N_2: tl.constexpr,
+    N_3: tl.constexpr,
     HEADS: tl.constexpr,
     X_GAP: tl.constexpr,
     Y_GAP: tl.constexpr,
@@ -209,7 +214,7 @@ def linear_gemv(
     are not written. With more than one of PARTS, y is f32[PARTS, ROWS, N], the sums of parts of k, to be added up by
     who reads it; HEADS is 1 then. Grid: (panels of all matrices, HEADS, PARTS).
 
-    norm: None or the weight of x's rms_norm (panel_products). w_1, w_2: None, or further matrices [N_1, K], [N_2, K] to
+    norm: None or the weight of x's rms_norm (panel_products). w_1 to w_3: None, or further matrices [N_1, K] .. to
     multiply the same x with, with a bias if the first has one; HEADS is 1 then. added, added_1: None, or f32 of y's
     shape to be added to it. normed: None, or where the norm's result f32[ROWS, K] is wanted, NORMED columns a program.
     low_rank: None, or the h f32[matrices, ROWS, HEADS, RANK] of pairs that are added (low_rank.py), whose tables are
@@ -234,6 +239,13 @@ def linear_gemv(
             panel = tl.program_id(0) - BEFORE_2
             if low_rank is not None:
                 its_table, its_h = table_2, low_rank + 2 * ROWS * HEADS * RANK
+    if w_3 is not None:
+        BEFORE_3: tl.constexpr = (N + 15) // 16 + (N_1 + 15) // 16 + (N_2 + 15) // 16
+        if tl.program_id(0) >= BEFORE_3:
+            matrix, its_bias, its_y, width = w_3, bias_3, y_3, panel * 0 + N_3
+            panel = tl.program_id(0) - BEFORE_3
+            if low_rank is not None:
+                its_table, its_h = table_3, low_rank + 3 * ROWS * HEADS * RANK
     r = tl.arange(0, 16)
     n = panel * 16 + r
     totals = panel_products(

@@ -52,6 +52,7 @@ def shrink_gemv(
     table,
     table_1,
     table_2,
+    table_3,
     h,
     K: tl.constexpr,
     HEADS: tl.constexpr,
@@ -67,7 +68,7 @@ def shrink_gemv(
 
     A head has a matrix of its own, and a row of x unless X_HEADS is 1. ids: None, or i32[rows, HEADS]: which matrix (a
     chosen expert); those for which ``resident``, if it is given, has -1 are left out. norm: None, or f32[K], the weight
-    of an rms_norm of x that is done on the way. table_1, table_2: None, or of further weights.
+    of an rms_norm of x that is done on the way. table_1 to table_3: None, or of further weights.
     """
     r, weight = tl.program_id(0) % RANK, tl.program_id(0) // RANK
     head, row = tl.program_id(1), tl.program_id(2)
@@ -78,6 +79,9 @@ def shrink_gemv(
     if table_2 is not None:
         if weight == 2:
             its_table = table_2
+    if table_3 is not None:
+        if weight == 3:
+            its_table = table_3
     slot = tl.load(of_row + row)
     rank = _rank(its_table, slot, slot >= 0)
     if r >= rank:

@@ -6,6 +6,7 @@
 import triton
 import triton.language as tl
 
+from hetcomp.codegen_templates.gpu.functions import activate
 from hetcomp.codegen_templates.gpu.weights import (
     element,
     elements_of_word,
@@ -29,6 +30,7 @@ def beyond(row, n_rows):
 def rms_norm(
     x,
     weight,
+    gate,
     n_rows,
     y,
     rounded,
@@ -36,11 +38,12 @@ def rms_norm(
     GROUPS: tl.constexpr,
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
+    FUNCTION: tl.constexpr,
     RUNS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """x f32[rows, GROUPS, WIDTH], weight f32[WIDTH] -> y of x's shape, f32 or bf16, and rounded, None or bf16.
-    Grid: (rows, blocks of RUNS groups)."""
+    """x f32[rows, GROUPS, WIDTH], weight f32[WIDTH] -> y of x's shape, f32 or bf16, and rounded, None or bf16. gate:
+    None, or f32 of x's shape whose FUNCTION the result is multiplied by. Grid: (rows, blocks of RUNS groups)."""
     row = tl.program_id(0)
     if beyond(row, n_rows):
         return
@@ -53,6 +56,8 @@ def rms_norm(
     factor = 1.0 / tl.sqrt_rn(mean + EPS)
     scale = tl.load(weight + d, mask=d < WIDTH, other=0.0) + WEIGHT_OFFSET
     normed = numbers * factor[:, None] * scale[None, :]
+    if gate is not None:
+        normed *= activate(tl.load(gate + at, mask=mask, other=0.0), FUNCTION)
     tl.store(y + at, normed.to(y.dtype.element_ty), mask=mask)
     if rounded is not None:
         tl.store(rounded + at, normed.to(tl.bfloat16), mask=mask)

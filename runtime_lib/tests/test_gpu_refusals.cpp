@@ -245,6 +245,37 @@ TEST_F(GpuRefusals, Buffers) {
   });
 }
 
+// The buffer 8: two states of two slots and of the rows of nobody.
+TEST_F(GpuRefusals, StatesOfRecurrences) {
+  const auto expect = [this](const std::string& word, const std::function<void(Json&)>& change) {
+    expect_bad_program(word, [&](Json& p) {
+      p["buffers"].push_back(
+          {{"name", "recurrent"},
+           {"bytes", 448},
+           {"kind", "recurrent"},
+           {"recurrent",
+            {{"slots", 2},
+             {"states", {{{"offset", 0}, {"slot_bytes", 64}}, {{"offset", 256}, {"slot_bytes", 64}}}}}}});
+      p["graphs"][0]["nodes"][0]["arguments"][0] = {{"buffer", "recurrent"}, {"offset", 256}};
+      change(p["buffers"][8]);
+    });
+  };
+  expect("buffers[8].recurrent must be present", [](Json& b) { b.erase("recurrent"); });
+  expect("recurrent.slots", [](Json& b) { b["recurrent"]["slots"] = 0; });
+  expect("recurrent.slots", [](Json& b) { b["recurrent"]["slots"] = 1 << 21; });
+  expect("states must be a list of at least one", [](Json& b) { b["recurrent"]["states"] = Json::array(); });
+  const auto bad_state = [&](const std::string& word, int state, const std::string& key, const Json& value) {
+    expect(word, [&](Json& b) { b["recurrent"]["states"][state][key] = value; });
+  };
+  bad_state("states[1].offset", 1, "offset", 191);
+  bad_state("states[1].offset", 1, "offset", 448);
+  bad_state("states[0].slot_bytes", 0, "slot_bytes", 0);
+  bad_state("states[0].slot_bytes", 0, "slot_bytes", ~0ULL);
+  bad_state("states[1] must be of all slots and one more within the buffer (448 bytes)", 1, "slot_bytes", 65);
+  bad_state("offset must be where one of the buffer's states begins", 1, "offset", 240);
+  expect("recurrent must be absent: only", [](Json& b) { b["kind"] = "arena"; });
+}
+
 TEST_F(GpuRefusals, Weights) {
   const auto bad = [this](const std::string& key, const Json& value, const std::vector<std::string>& words) {
     const Json good = artifact_.read("program.json");

@@ -133,6 +133,26 @@ TEST_F(HybridRefusals, StepBuffers) {
   });
 }
 
+TEST_F(HybridRefusals, StatesOfRecurrences) {
+  const auto with_states_of = [](Json& p, int slots) {
+    const Json states{{{"offset", 0}, {"slot_bytes", 64}}};
+    p["buffers"].push_back({{"name", "recurrent"},
+                            {"bytes", 64 * (slots + 1)},
+                            {"kind", "recurrent"},
+                            {"recurrent", {{"slots", slots}, {"states", states}}}});
+  };
+  constexpr int kSlots = fake::FakeArtifact::kMaxBatch;
+  expect_bad_program(
+      "recurrences of " + std::to_string(kSlots + 1) + " sequences, not of " + std::to_string(kSlots),
+      [&](Json& p) { with_states_of(p, kSlots + 1); });
+  Json good = artifact_.program();
+  with_states_of(good, kSlots);
+  artifact_.write_program(good);
+  hetcomp_model* model = nullptr;
+  check(hetcomp_load(artifact_.path().c_str(), nullptr, &model));
+  hetcomp_model_free(model);
+}
+
 TEST_F(HybridRefusals, PinnedBuffers) {
   expect_bad_program("bytes for the buffer logits, not 1940",
                      [](Json& p) { buffer(p, "logits")["bytes"] = 97 * 4; });

@@ -95,10 +95,14 @@ CASES = [
     Case("deepseek_v3", True, "gpu"),
     Case("llama", True, "gpu"),
     Case("phimoe", False, "gpu"),
+    Case("qwen3_next", False, "gpu"),
+    Case("qwen3_5_moe", True, "gpu"),
     Case("qwen3_moe", True, "experts"),
     Case("glm4_moe", True, "experts"),
     Case("deepseek_v3", False, "experts"),
+    Case("qwen3_next", True, "experts"),
     Case("qwen3", False, "layer"),
+    Case("qwen3_5", True, "layer"),
     Case("qwen2_moe", False, "split", 900_000),
     Case("gpt_oss", False, "split", 900_000),
     Case("gpt_oss", False, "split", 900_000, nodes=2),  # of some experts each node has a slice, biases too
@@ -120,6 +124,13 @@ def pair(
         exe.runtime.close()
 
 
+def of_prompts(model: PreTrainedModel) -> float:
+    """What logits may be off behind prompts longer than exact graphs: gated delta nets round to bf16 in chunks, so that
+    each layer is off by up to six roundings (tests/unit/test_gpu_kernels_linear_attention.py)."""
+    layers = (getattr(model.config, "layer_types", None) or ()).count("linear_attention")
+    return layers * 6 * 2.0**-9 or TOLERANCE
+
+
 def _is_split(exe: Executable, call: int) -> bool:
     placed = [p for _, p in exe.plan.calls[call].placements]
     return any(len({e.device for e in p.experts}) > 1 for p in placed)
@@ -129,17 +140,21 @@ def _is_split(exe: Executable, call: int) -> bool:
 def test_a_prompt_of_several_tokens(pair):
     model, exe = pair
     ids = token_ids(model, 9)
-    assert relative_error(exe(ids[0].tolist()), reference_logits(model, ids)) < TOLERANCE
+    assert relative_error(exe(ids[0].tolist()), reference_logits(model, ids)) < of_prompts(model)
 
 
 @pytest.mark.slow
-def test_decode_behind_a_prompt(pair):
+def test_decode_behind_a_prompt_and_prompts_behind_what_is_left(pair):
     model, exe = pair
-    ids = token_ids(model, 9, seed=3)
+    ids = token_ids(model, 11, seed=3)
+    want = reference_logits(model, ids)
     with exe.runtime.session() as session:
-        rows = [session.prefill(ids[0, :6].tolist())]
-        rows += [exe.runtime.decode([session], [int(i)])[0] for i in ids[0, 6:]]
-    assert relative_error(np.stack(rows), reference_logits(model, ids)[5:]) < TOLERANCE
+        rows = [session.prefill(ids[0, :4].tolist())]
+        rows += [exe.runtime.decode([session], [int(i)])[0] for i in ids[0, 4:7]]
+        assert relative_error(np.stack(rows), want[3:7]) < TOLERANCE
+        session.truncate(2)
+        rows = [session.prefill(ids[0, part].tolist()) for part in (slice(2, 8), slice(8, 11))]
+    assert relative_error(np.stack(rows), want[[7, 10]]) < of_prompts(model)
 
 
 @pytest.mark.slow
@@ -153,7 +168,7 @@ def test_sessions_of_different_lengths_in_one_batch(pair):
     for step in (-2, -1):
         rows = exe.runtime.decode(sessions, [int(ids[0, step]) for ids in texts])
         want = np.stack([reference_logits(model, ids)[step] for ids in texts])
-        assert relative_error(rows, want) < TOLERANCE
+        assert relative_error(rows, want) < of_prompts(model)
     for session in sessions:
         session.close()
 

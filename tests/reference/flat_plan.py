@@ -49,7 +49,7 @@ def flatten(plan: Plan, format_of: Callable[[Op], str], cache: DType) -> FlatPla
 
 
 def _stored(value: Value, layout: str, weight_format: str, cache: DType) -> Value:
-    if value.kind is ValueKind.STATE:
+    if value.kind is ValueKind.STATE and value.type.is_cache:
         return replace(value, type=replace(value.type, dtype=cache))
     if value.kind is not ValueKind.WEIGHT or layout == packing.ROW_MAJOR:
         return value

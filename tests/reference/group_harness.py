@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.backends.gpu.groups import GpuGroup
+from hetcomp.ir.ops import STATE_WRITERS
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType
 from tests.reference.cache_blocks import cache_block, from_blocks, to_blocks
@@ -21,24 +22,25 @@ Arrays = dict[str, npt.NDArray[Any]]
 def run_groups(
     groups: Sequence[GpuGroup], values: Mapping[str, Value], given: Arrays, rows: int, step: Step | None = None
 ) -> Arrays:
-    """All values after the groups, by id. given: weights as stored, states [slots, heads, context, dim], activations
-    that no group writes. States are written in place; the groups are made for blocks of cache_block(values). A group
-    that reads what nobody has written fails."""
+    """All values after the groups, by id. given: weights as stored, caches [slots, heads, context, dim] and other
+    states as their types say, activations that no group writes. States are written in place; the groups are made for
+    blocks of cache_block(values). A group that reads what nobody has written fails."""
     have = dict(given)
-    states = {v.id for v in values.values() if v.kind is ValueKind.STATE} & have.keys()
+    states = {v.id for v in values.values() if v.kind is ValueKind.STATE and v.type.is_cache} & have.keys()
     block = cache_block(list(values.values()))
     have.update((name, to_blocks(have[name], block)) for name in states)
     values = {**values, **{v.id: v for group in groups for v in group.own}}
     for group in groups:
-        appended = {op.inputs[1] for op in group.ops if op.kind == "kv_append"}
-        assert appended <= set(group.inputs)
+        writers = [op for op in group.ops if op.kind in STATE_WRITERS]
+        written = {v for op in writers for v in op.inputs if values[v].kind is ValueKind.STATE}
+        assert written <= set(group.inputs)
         made = run(
             group.code,
             [have[v] for v in group.inputs],
             [(_shape(values[v], rows), _NUMPY[values[v].type.dtype]) for v in group.outputs],
             rows=rows,
             step=step,
-            changed={i: have[v] for i, v in enumerate(group.inputs) if v in appended},
+            changed={i: have[v] for i, v in enumerate(group.inputs) if v in written},
         )
         have.update(zip(group.outputs, made, strict=True))
     for name in states:

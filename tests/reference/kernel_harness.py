@@ -172,6 +172,11 @@ def cache(id: str, dtype: DType, heads: int, dim: int) -> Value:
     return Value(id, TensorType(dtype, ("slots", heads, "context", dim)), ValueKind.STATE)
 
 
+def state(id: str, *shape: int) -> Value:
+    """A state of a recurrence; ``shape``: a sequence's."""
+    return Value(id, TensorType(DType.F32, ("slots", *shape)), ValueKind.STATE)
+
+
 def emit(
     attrs: Attrs,
     inputs: Sequence[Value],

@@ -112,11 +112,11 @@ def test_norm_and_linears_are_one_launch(weight_format, k, bias, rows):
     g = Graph(rows)
     x = g.given("x", k, spread=0.02)  # the sum of squares is about as large as eps
     n = g.norm("norm", x, k)
-    sizes = {"q": 70, "k": 17, "v": 32}
+    sizes = {"q": 70, "k": 17, "v": 32, "z": 5}
     for name, out in sizes.items():
         g.linear(name, n, out, k, weight_format, bias)
     groups = g.groups(*sizes)
-    assert covered(groups) == [("norm", "q", "k", "v")] and launches(groups) == 1
+    assert covered(groups) == [("norm", "q", "k", "v", "z")] and launches(groups) == 1
     made = g.run(*sizes)
     normed = g.normed(x, "norm.w")
     for name in sizes:
@@ -153,11 +153,11 @@ def test_formats_and_biases_that_differ_are_launches_of_their_own():
     n = g.norm("norm", g.given("x", 32), 32)
     for name, weight_format, bias in (("a", "q4", False), ("b", "q8", False), ("c", "q4", True), ("d", "q4", False)):
         g.linear(name, n, 16, 32, weight_format, bias)
-    for name in "efg":
+    for name in "efgh":
         g.linear(name, n, 16, 32, "q8")
-    assert covered(g.groups(*"abcdefg")) == [("norm", "a", "d"), ("b", "e", "f"), ("c",), ("g",)]
-    made, normed = g.run(*"abcdefg"), g.normed("x", "norm.w")
-    for name in "abcdefg":
+    assert covered(g.groups(*"abcdefgh")) == [("norm", "a", "d"), ("b", "e", "f", "g"), ("c",), ("h",)]
+    made, normed = g.run(*"abcdefgh"), g.normed("x", "norm.w")
+    for name in "abcdefgh":
         want = normed @ g.numbers[f"{name}.w"].T + (g.numbers["c.b"] if name == "c" else 0)
         np.testing.assert_allclose(made[name], want, rtol=1e-5, atol=1e-4)
 
@@ -382,6 +382,43 @@ def test_a_router_in_parts_and_its_route(weight_format, k, bias, rows):
 
 def _ids(name: str, top_k: int) -> Value:
     return replace(activation(name, "T", top_k), type=TensorType(DType.I32, ("T", top_k)))
+
+
+@pytest.mark.parametrize(("rows", "wanted"), [(2, "y"), (20, "y"), (20, "glu")])
+def test_a_norm_and_its_gate_are_one_launch(rows, wanted):
+    """As behind linear attention: heads are normed, and multiplied by a function of another linear's result."""
+    heads, dim, out = 3, 10, 48
+    g = Graph(rows)
+    x, z = g.given("x", heads * dim), g.given("z", heads * dim)
+    attrs = ops.RmsNorm(dim, NORM_EPS, heads, 0.5)
+    g.op("norm", attrs, [x, g.plain("norm.w", dim)], heads * dim)
+    g.op("glu", ops.Glu(heads * dim), [z, "norm"], heads * dim)
+    g.linear("y", "glu", out, heads * dim, "q8")
+    groups = group_ops(g.ops, g.values, (wanted, "y"), DIMS, rows if rows < 20 else None)
+    assert covered(groups)[0] == ("norm", "glu") and launches(groups[:1]) == 1
+    made = run_groups(groups, g.values, g.arrays, rows)
+    runs = g.numbers["x"].reshape(rows, heads, dim)
+    normed = runs / np.sqrt((runs**2).mean(axis=2, keepdims=True) + NORM_EPS) * (g.numbers["norm.w"] + 0.5)
+    gate = g.numbers["z"]
+    want = normed.reshape(rows, -1) * gate / (1 + np.exp(-gate))
+    if rows == 20 and wanted == "y":  # the linear alone reads it, as bf16
+        assert "glu" not in made
+        numbers, error = packing.to_f32(made["glu bf16"]), 2.0**-8 + 4e-6
+    else:
+        numbers, error = made["glu"], 4e-6
+    np.testing.assert_allclose(numbers, want, rtol=error, atol=1e-7)
+
+
+def test_a_gate_that_is_no_product_of_the_norm_is_left_alone():
+    g = Graph(1)
+    x = g.given("x", 30)
+    for name, read in (("n", "up"), ("m", "gate"), ("k", "both")):
+        g.op(name, ops.RmsNorm(10, NORM_EPS, 3), [x, g.plain(f"{name}.w", 10)], 30)
+        pair = {"up": ["x", "n"], "gate": ["m", "x"], "both": ["k", "k"]}[read]
+        attrs = ops.Glu(30, "swiglu_oai", 1.7, 7.0) if read == "up" else ops.Glu(30)
+        g.op(f"{name}.y", attrs, pair, 30)
+    groups = g.groups("n.y", "m.y", "k.y")
+    assert all(len(group.ops) == 1 for group in groups)
 
 
 @pytest.mark.parametrize(("summed", "rows"), [(True, 20), (False, 20), (False, 9)])

@@ -11,13 +11,16 @@ from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.figures import Gpu, Source
 from hetcomp.hardware.presets import gpu_preset
+from hetcomp.ir import ops
 from hetcomp.ir.annotations import Mix
+from hetcomp.ir.plan import Op
 from hetcomp.passes.device_time import gpu_time
 from hetcomp.passes.gpu_kernel_time import CUBLAS_PEAK, peak_tflops
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.pipeline import run_pipeline
 from hetcomp.passes.work import work_of
 from hetcomp.plan_wishes import PlanWishes
+from tests.reference.kernel_harness import activation, state
 from tests.reference.plan_builder import HandTarget, context, tiny_plan
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -49,6 +52,21 @@ def us(op_id: str, tokens: int, gpu: Gpu, form: str = "bf16", sequences: int = 1
     op = next(o for o in template.ops if o.id == op_id)
     step = Phase("any", tokens, sequences, max(50, tokens))
     return gpu_time(op, work_of(op, template.value_map(), step, HandTarget()), step, gpu).us
+
+
+# us of Qwen3-Next's rule on an H200 (docs/decisions/linear-attention.md): rows, sequences.
+RULE = {(1, 1): 3.9, (4, 4): 6.9, (16, 16): 22.7, (512, 1): 42.3, (2048, 1): 138, (4096, 1): 267}
+
+
+@pytest.mark.parametrize(("rows", "sequences"), RULE, ids=str)
+def test_the_gated_delta_rule_on_an_h200_is_predicted_within_30_percent(rows, sequences):
+    attrs = ops.GatedDelta(16, 32, 128, 128, 128**-0.5, 1e-6)
+    acts = {"qkv": ("T", 8192), "a": ("T", 32), "b": ("T", 32), "a_log": (32,), "dt_bias": (32,), "y": ("T", 4096)}
+    values = {name: activation(name, *shape) for name, shape in acts.items()} | {"s": state("s", 32, 128, 128)}
+    op = Op("rule", attrs, ("qkv", "a", "b", "a_log", "dt_bias", "s"), ("y",))
+    step = Phase("any", rows, sequences, rows)
+    predicted = gpu_time(op, work_of(op, values, step, HandTarget()), step, gpu_preset("h200").gpu).us
+    assert predicted == pytest.approx(RULE[rows, sequences], rel=0.3)
 
 
 @pytest.mark.parametrize("op", ["q", "attend", "experts"])

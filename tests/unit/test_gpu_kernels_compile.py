@@ -27,7 +27,7 @@ from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
 from hetcomp.ir.types import DType
 from tests.reference.experts_case import expert_weights
-from tests.reference.kernel_harness import activation, cache, weight
+from tests.reference.kernel_harness import activation, cache, state, weight
 from tests.reference.triton_harness import emit, request
 
 CCS = (80, 86, 89, 90, 120)
@@ -60,6 +60,21 @@ def _attention(a: ops.Attention, rows: int | None, dtype: DType = DType.BF16) ->
     operands += [] if a.shared_kv else [cache("v", dtype, a.kv_heads, a.v_head_dim)]
     operands += [activation("s", a.heads)] * a.sinks
     return request(a, operands, [activation("y", "T", a.heads, a.v_head_dim)], DIMS, rows)
+
+
+def _linear_attention() -> list[GpuRequest]:
+    """Qwen3-Next's convolution and recurrence, and a recurrence of the widest keys."""
+    conv, width = ops.CausalConv(8192, 4), 8192
+    operands = [activation("x", "T", width), activation("w", width, 1, 4), state("s", 3, width)]
+    asked = [request(conv, operands, [activation("y", "T", width)], DIMS, rows) for rows in (1, 16, None)]
+    next_, widest = ops.GatedDelta(16, 32, 128, 128, 0.09, 1e-6), ops.GatedDelta(4, 4, 256, 256, 0.0625)
+    for a, rows in ((next_, 1), (next_, None), (widest, None)):
+        columns = 2 * a.k_heads * a.k_dim + a.v_heads * a.v_dim
+        operands = [activation("qkv", "T", columns), activation("a", "T", a.v_heads), activation("b", "T", a.v_heads)]
+        operands += [activation("a_log", a.v_heads), activation("dt_bias", a.v_heads)]
+        operands.append(state("s", a.v_heads, a.k_dim, a.v_dim))
+        asked.append(request(a, operands, [activation("y", "T", a.v_heads * a.v_dim)], DIMS, rows))
+    return asked
 
 
 def _small(rows: int | None) -> list[GpuRequest]:
@@ -223,6 +238,7 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
         *(_with_pairs(_experts("q4", rows), rank) for rows in (1, None) for rank in (16, 128)),
         *(group for rows in (1, 8) for group in _grouped("q4", rows, _pairs(32, "bf16", *_GROUPED_WEIGHTS))),
     ],
+    "linear-attention": _linear_attention(),
     "small": _small(None),
     "sampling": [argmax(151936, 64, False), candidates(151936, 1), candidates(8192, 4)],
     **{f"groups-{form}-{rows}": _grouped(form, rows) for form in ("q4", "fp8") for rows in (1, 8)},
@@ -236,6 +252,7 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
 }
 ALL_CCS = {
     *("linear-q4", "experts-q4", "attention-gqa", "attention-gpt-oss", "attention-mla", "small", "sampling"),
+    "linear-attention",
     *("groups-q4-1", "groups-heads"),
 }
 

@@ -15,7 +15,7 @@ from hetcomp.backends.gpu.words import MORE_THAN_SCALES, PER_WORD, matrix_words,
 from hetcomp.ir.ops import Glu
 
 GEMV_ROWS = 8
-MAX_MATRICES = 3  # of one launch
+MAX_MATRICES = 4  # of one launch
 MAX_ADDED = 2
 _GEMV_STEPS = (256, 128, 64, 32, 16)
 _MAX_PARTS = 16  # of a split GEMV: its reader loads them one after the other
@@ -134,7 +134,7 @@ def linear_gemv(
     tiles: TileChoices = BY_TABLE,
     pairs: Added | None = None,
 ) -> Launch:
-    """Products of x with one matrix (of ``heads`` heads) or up to three; all of them have a bias or none has.
+    """Products of x with one matrix (of ``heads`` heads) or up to four; all of them have a bias or none has.
 
     head_gaps: elements of x and of the result behind each head that are others' business. added: what is added to the
     result of the only matrix. normed: where the norm's own result is to be written. split: the result of the only

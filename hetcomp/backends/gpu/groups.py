@@ -13,7 +13,7 @@ from hetcomp.backends.gpu.low_rank import Pairs, PairTables
 from hetcomp.backends.gpu.mla import LatentOperands, LatentOps, latents_to_cache
 from hetcomp.backends.gpu.patterns import GluPair, HeadOps, Run
 from hetcomp.backends.gpu.rounded_values import reads_bf16
-from hetcomp.backends.gpu.rowwise import add_rms_norm, rms_norm, route_parts
+from hetcomp.backends.gpu.rowwise import add_rms_norm, gated_rms_norm, rms_norm, route_parts
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.tiles import aligned
 from hetcomp.backends.gpu.triton_backend import TritonBackend
@@ -144,6 +144,8 @@ class _Grouping:
             return self._router(i, run.routes[i])
         if i in run.normed_adds:
             return self._normed_add(i, run.normed_adds[i])
+        if i in run.gated_norms:
+            return self._gated_norm(i, run.gated_norms[i])
         if run.decode and kind == "linear":
             return self._linears(i)
         if run.decode and kind == "moe_experts":
@@ -342,6 +344,16 @@ class _Grouping:
         copy = operands.write(rounded.copy.id) if rounded else None
         code = add_rms_norm(self._request(norm), a, b, weight, total, y, copy)
         return self._made([add, norm], operands, code)
+
+    def _gated_norm(self, norm: int, glu: int) -> GpuGroup:
+        run, operands = self.run, _Operands()
+        for j in (norm, glu):
+            _BACKEND.require(self._request(j))
+        for v in run.ops[norm].inputs:
+            operands.read(v)
+        gate, request = operands.read(run.ops[glu].inputs[0]), self._request(glu)
+        operands.write(request.outputs[0].id)
+        return self._made([norm, glu], operands, gated_rms_norm(self._request(norm), request, gate))
 
     def _matrix(self, i: int, result: str, operands: _Operands) -> Matrix:
         op = self.run.ops[i]

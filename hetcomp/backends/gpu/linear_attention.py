@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from hetcomp.backends.gpu.attention import DECODE_ROWS
 from hetcomp.backends.gpu.kernels import (
@@ -20,7 +21,7 @@ from hetcomp.ir.ops import CausalConv, GatedDelta
 
 MAX_KEY_DIM = 256  # of a head: a chunk's queries, keys and state must fit in 99 KB of shared memory
 CHUNK = 64  # rows, as in codegen_templates/gpu/gated_delta.py
-# Of the rows of a step with several slots in a graph of many rows: programs look for first rows of slots in one each.
+# Of the rows of a step with several slots in a graph of many rows: programs look for rows of slots in one each.
 _ROW_PARTS = 16
 
 
@@ -33,24 +34,52 @@ class ColumnTile:
     stages: tuple[int, int] | None = None
 
 
-# First the fastest on an H100, then what was close.
-_ROW_TILES = (
-    ColumnTile(16, 2),
-    ColumnTile(32, 4),
-    ColumnTile(8, 1),
-    ColumnTile(16, 4),
-    ColumnTile(32, 8),
-    ColumnTile(64, 8),
+@dataclass(frozen=True)
+class ChunkTile:
+    """Columns of the values that a program multiplies at once, rows that are solved one by one, and its warps."""
+
+    columns: int
+    block: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """Rows and channels that a program takes (of exact rows: all), and its warps."""
+
+    rows: int
+    channels: int
+    warps: int
+
+
+T = TypeVar("T", ColumnTile, ChunkTile)
+
+# First the fastest on an H200 at Qwen3-Next's shape, then what was close (benchmarks/gpu_linear_attention.py).
+_ROW_TILES = (ColumnTile(16, 2), ColumnTile(32, 4), ColumnTile(16, 4), ColumnTile(8, 1))
+_BATCH_TILES = (ColumnTile(32, 4), ColumnTile(64, 8), ColumnTile(32, 8), ColumnTile(64, 4), ColumnTile(128, 8))
+_CHUNK_TILES = (
+    ChunkTile(64, 16, 4),
+    ChunkTile(64, 8, 4),
+    ChunkTile(64, 16, 8),
+    ChunkTile(64, 8, 8),
+    ChunkTile(128, 8, 8),
 )
-_CHUNK_TILES = (ColumnTile(64, 4), ColumnTile(128, 8), ColumnTile(64, 8), ColumnTile(32, 4))
 _SCAN_TILES = (
-    ColumnTile(32, 4, (2, 1)),
     ColumnTile(32, 4, (3, 1)),
-    ColumnTile(16, 4, (3, 1)),
-    ColumnTile(64, 4, (2, 1)),
-    ColumnTile(64, 8, (2, 1)),
-    ColumnTile(32, 4, (1, 1)),
+    ColumnTile(32, 8, (3, 1)),
+    ColumnTile(64, 8, (3, 1)),
+    ColumnTile(16, 4, (2, 1)),
+    ColumnTile(64, 4, (3, 1)),
 )
+_EXACT_CONV_TILES = (ConvTile(0, 64, 2), ConvTile(0, 128, 4), ConvTile(0, 32, 1), ConvTile(0, 64, 4))
+_CONV_TILES = (
+    ConvTile(16, 128, 4),
+    ConvTile(32, 128, 4),
+    ConvTile(16, 256, 4),
+    ConvTile(8, 256, 4),
+    ConvTile(32, 128, 8),
+)
+_STATE_CHANNELS = 256  # of a program that leaves the state of a convolution
 
 
 def causal_conv(request: GpuRequest) -> GpuCode:
@@ -58,15 +87,17 @@ def causal_conv(request: GpuRequest) -> GpuCode:
     a = request.op.attrs
     assert isinstance(a, CausalConv)
     exact = request.rows is not None and request.rows <= DECODE_ROWS
-    row_tile = power_of_two(request.max_rows()) if exact else 32
-    channels = min(power_of_two(a.channels), 64 if exact else 128)
+    stem = f"causal_conv_{a.channels}x{a.width}"
+    key = f"{stem}, {'exactly' if exact else 'up to'} {request.max_rows()} rows"
+    tile, choice = request.tiles.pick(key, _EXACT_CONV_TILES if exact else _CONV_TILES)
+    row_tile = power_of_two(request.max_rows()) if exact else tile.rows
+    channels = min(power_of_two(a.channels), tile.channels)
     grid = GridAxis(-(-a.channels // channels)), ONE if exact else GridAxis(tile=row_tile), ONE
     x, state = ("*fp32", Operand("input", 0)), ("*fp32", Operand("input", 2))
     step = {name: ("*i32", Operand("step", name=name)) for name in ("positions", "slots")}
     n_rows = None if exact else ("*i32", Operand("step", name="rows"))
     shape: dict[str, Constant] = {"CHANNELS": a.channels, "WIDTH": a.width}
-    tile: dict[str, Constant] = {"ROW_TILE": row_tile, "CHANNEL_TILE": channels}
-    stem = f"causal_conv_{a.channels}x{a.width}"
+    sides: dict[str, Constant] = {"ROW_TILE": row_tile, "CHANNEL_TILE": channels}
     made = launch(
         "causal_conv",
         "causal_conv",
@@ -81,13 +112,23 @@ def causal_conv(request: GpuRequest) -> GpuCode:
             "n_rows": n_rows,
             "y": ("*fp32", Operand("output", 0)),
         },
-        {**shape, "FUNCTION": a.function, "ROWS": request.rows if exact else 0, **tile},
-        warps=2 if exact else 4,
+        {**shape, "FUNCTION": a.function, "ROWS": request.rows if exact else 0, **sides},
+        warps=tile.warps,
+        tile=choice,
     )
     if exact:
         return GpuCode((made,))
-    operands = {"x": x, "state": state, **step, "n_rows": n_rows}
-    left = launch("causal_conv", "leave_state", f"{stem}_state", grid, operands, {**shape, **tile})
+    channels = min(power_of_two(a.channels), _STATE_CHANNELS)
+    row_tile = -(-request.max_rows() // _ROW_PARTS)
+    left = launch(
+        "causal_conv",
+        "leave_state",
+        f"{stem}_state",
+        (GridAxis(-(-a.channels // channels)), GridAxis(tile=row_tile), ONE),
+        {"x": x, "state": state, **step, "n_rows": n_rows},
+        {**shape, "ROW_TILE": row_tile, "CHANNEL_TILE": channels},
+        warps=4,
+    )
     return GpuCode((made, left))
 
 
@@ -108,7 +149,7 @@ def _stem(a: GatedDelta) -> str:
     return f"gated_delta_{a.k_heads}x{a.k_dim}_{a.v_heads}x{a.v_dim}"
 
 
-def _columns(a: GatedDelta, tiles: tuple[ColumnTile, ...]) -> tuple[ColumnTile, ...]:
+def _columns(a: GatedDelta, tiles: tuple[T, ...]) -> tuple[T, ...]:
     """Those no wider than the values; the narrowest if none is."""
     most = max(16, power_of_two(a.v_dim))
     return tuple(tile for tile in tiles if tile.columns <= most) or (min(tiles, key=lambda tile: tile.columns),)
@@ -128,7 +169,7 @@ def _rows(request: GpuRequest) -> Launch:
     exact = rows is not None and rows <= DECODE_ROWS
     row_tile = 1 if exact else -(-most // _ROW_PARTS)
     key = f"{_stem(a)}, {'exactly' if exact else 'several slots in up to'} {most} rows"
-    tile, choice = request.tiles.pick(key, _columns(a, _ROW_TILES))
+    tile, choice = request.tiles.pick(key, _columns(a, _ROW_TILES if exact else _BATCH_TILES))
     return launch(
         "gated_delta",
         "gated_delta_rows",
@@ -177,7 +218,7 @@ def _chunks(request: GpuRequest) -> tuple[Launch, Launch, int]:
         f"{_stem(a)}_chunks",
         (GridAxis(tile=CHUNK), GridAxis(a.v_heads), ONE),
         {**_INPUTS, "slots": _STEP["slots"], "n_rows": _N_ROWS, **between},
-        {**shape, "L2_EPS": a.l2_eps, "V_TILE": chunk_tile.columns},
+        {**shape, "L2_EPS": a.l2_eps, "V_TILE": chunk_tile.columns, "BLOCK": chunk_tile.block},
         warps=chunk_tile.warps,
         tile=chunk_choice,
     )

@@ -11,7 +11,7 @@ from hetcomp.backends.gpu.tiles import power_of_two
 PAIRS, PAIR_TABLE = "pairs", "pair_table"
 # By the first dimension of an op's result: what a step says of its rows' adapters.
 OF_ROW = {"T": "adapters", "R": "logit_adapters"}
-_TABLES = ("table", "table_1", "table_2")
+_TABLES = ("table", "table_1", "table_2", "table_3")
 ADDED = ("low_rank", "of_row", "pairs", *_TABLES)  # what a GEMV that adds pairs takes
 _COLUMNS = 1024  # of a row of a, that a block takes at a time
 _LEAST_RANK = 16  # of a tensor core's product

@@ -10,7 +10,7 @@ from hetcomp.backends.gpu.gemv import GEMV_ROWS, MAX_ADDED, split_of
 from hetcomp.backends.gpu.heads import HeadAttrs
 from hetcomp.backends.gpu.mla import LatentOps, find_latent_ops
 from hetcomp.backends.gpu.rounded_values import find_rounded
-from hetcomp.ir.ops import STATE_WRITERS, Attention, KvAppend, Linear, RmsNorm, Rope
+from hetcomp.ir.ops import STATE_WRITERS, Attention, Glu, KvAppend, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value, ValueKind
 
 # A GEMV of more panels takes longer by the norm's multiplications, done by every program, than a launch saved.
@@ -67,12 +67,14 @@ class Run:
         self.latents: dict[int, LatentOps] = {}
         self.routes: dict[int, int] = {}  # by the linear whose result only they read
         self.normed_adds: dict[int, int] = {}  # norms by the add whose result they read
+        self.gated_norms: dict[int, int] = {}  # glus by the norm whose result they alone read, as ``up``
         self._find_heads()
         if self.decode:
             self._find_glus()
             self._find_adds()
             self._find_routes()
         self._find_normed_adds()
+        self._find_gated_norms()
         self.rounded = find_rounded(self)
 
     def parts(self, i: int) -> list[int]:
@@ -88,6 +90,8 @@ class Run:
             return [i, self.routes[i]]
         if i in self.normed_adds:
             return [i, self.normed_adds[i]]
+        if i in self.gated_norms:
+            return [i, self.gated_norms[i]]
         return [i, *self.adds.get(i, [])]
 
     def sole_reader(self, value: str) -> int | None:
@@ -272,10 +276,26 @@ class Run:
                     self.normed_adds[i] = j
                     break
 
+    def _find_gated_norms(self) -> None:
+        """Norms and the glu behind each (of linear attention's result): a gate that is made before the norm's input, or
+        beside it, is there when the norm is."""
+        taken = {*self.normed_adds.values(), *self.heads, *self.latents}
+        for i, op in enumerate(self.ops):
+            if not isinstance(op.attrs, RmsNorm) or i in taken or self.foldable(i):
+                continue
+            j = self.sole_reader(op.outputs[0])
+            if j is None:
+                continue
+            glu = self.ops[j]
+            if isinstance(glu.attrs, Glu) and glu.attrs.function != "swiglu_oai":
+                if glu.inputs[1] == op.outputs[0] != glu.inputs[0]:
+                    self.gated_norms[i] = j
+
     def dissolve(self, i: int) -> None:
         """Takes apart the pattern that op ``i`` begins: its parts are ops of their own."""
         self.adds.pop(i, None)
         self.routes.pop(i, None)
+        self.gated_norms.pop(i, None)
         for found in (self.heads.get(i), self.latents.get(i)):
             for j in found.members() if found else ():
                 self.heads.pop(j, None)

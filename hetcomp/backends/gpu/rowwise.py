@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hetcomp.backends.gpu.kernels import (
     NUMBER_TYPES,
@@ -54,18 +55,30 @@ def _number(request: GpuRequest) -> _Argument:
 
 def rms_norm(request: GpuRequest, rounded: Operand | None = None) -> GpuCode:
     """``rms_norm``, of f32 or bf16; ``rounded``: the same in bf16 beside it."""
+    return GpuCode((_rms_norm(request, rounded, None, ""),))
+
+
+def gated_rms_norm(norm: GpuRequest, glu: GpuRequest, gate: Operand) -> GpuCode:
+    """``rms_norm`` and the ``glu`` that reads its result as ``up``."""
+    a = glu.op.attrs
+    assert isinstance(a, ops.Glu)
+    return GpuCode((_rms_norm(replace(norm, outputs=glu.outputs), None, gate, a.function),))
+
+
+def _rms_norm(request: GpuRequest, rounded: Operand | None, gate: Operand | None, function: str) -> Launch:
     a = request.op.attrs
     assert isinstance(a, ops.RmsNorm)
     padded = power_of_two(a.width)
     runs = min(power_of_two(a.groups), max(1, _RUN_ELEMENTS // padded))
-    made = launch(
+    return launch(
         "rowwise",
         "rms_norm",
-        f"rms_norm_{a.groups}x{a.width}",
+        f"{'gated_' if gate else ''}rms_norm_{a.groups}x{a.width}",
         (ROWS, GridAxis(-(-a.groups // runs)), ONE),
         {
             "x": _X,
             "weight": _second(),
+            "gate": ("*fp32", gate) if gate else None,
             "n_rows": _n_rows(request),
             "y": _number(request),
             "rounded": ("*bf16", rounded) if rounded else None,
@@ -75,12 +88,12 @@ def rms_norm(request: GpuRequest, rounded: Operand | None = None) -> GpuCode:
             "GROUPS": a.groups,
             "EPS": a.eps,
             "WEIGHT_OFFSET": a.weight_offset,
+            "FUNCTION": function,
             "RUNS": runs,
             "PADDED": padded,
         },
         warps=8 if padded > 2048 else 4,
     )
-    return GpuCode((made,))
 
 
 def add_rms_norm(

@@ -22,13 +22,17 @@ constexpr std::uint64_t kMostBlocksYZ = 0xffff;
 using BufferIndex = std::map<std::string, std::size_t>;
 
 BufferKind buffer_kind(const CheckedJson& node) {
-  static const std::map<std::string, BufferKind> kKinds{
-      {"arena", BufferKind::kArena},        {"weight", BufferKind::kWeight},
-      {"constant", BufferKind::kConstant},  {"state", BufferKind::kState},
-      {"recurrent", BufferKind::kRecurrent},
-      {"result", BufferKind::kResult},      {"step", BufferKind::kStep},
-      {"pinned_in", BufferKind::kPinnedIn}, {"pinned_out", BufferKind::kPinnedOut},
-      {"stream", BufferKind::kStream},      {"pairs", BufferKind::kPairs}};
+  static const std::map<std::string, BufferKind> kKinds{{"arena", BufferKind::kArena},
+                                                        {"weight", BufferKind::kWeight},
+                                                        {"constant", BufferKind::kConstant},
+                                                        {"state", BufferKind::kState},
+                                                        {"recurrent", BufferKind::kRecurrent},
+                                                        {"result", BufferKind::kResult},
+                                                        {"step", BufferKind::kStep},
+                                                        {"pinned_in", BufferKind::kPinnedIn},
+                                                        {"pinned_out", BufferKind::kPinnedOut},
+                                                        {"stream", BufferKind::kStream},
+                                                        {"pairs", BufferKind::kPairs}};
   const auto found = kKinds.find(node.text());
   if (found == kKinds.end())
     node.refuse(
@@ -102,6 +106,8 @@ BufferRecord buffer_record(const CheckedJson& node, const std::vector<SourceReco
   }
   if (buffer.kind == BufferKind::kRecurrent)
     buffer.recurrent = recurrent_record(node["recurrent"], buffer.bytes);
+  else if (node.has("recurrent"))
+    node["recurrent"].refuse("absent: only states of recurrences have it");
   const bool from_files = buffer.kind == BufferKind::kWeight || buffer.kind == BufferKind::kConstant;
   if (from_files) buffer.sources = buffer_sources(node["sources"], buffer, files);
   if (!from_files && node.has("sources"))

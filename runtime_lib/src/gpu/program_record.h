@@ -74,7 +74,7 @@ struct BufferRecord {
   std::string name;
   std::uint64_t bytes;
   BufferKind kind;
-  std::vector<BufferSource> sources;  // of weights and constants; ascending, not overlapping
+  std::vector<BufferSource> sources;           // of weights and constants; ascending, not overlapping
   std::optional<CacheRecord> cache{};          // of a state
   std::optional<RecurrentRecord> recurrent{};  // of a recurrent one
 };
