@@ -284,8 +284,10 @@ class Run:
             if not isinstance(op.attrs, RmsNorm) or i in taken or self.foldable(i):
                 continue
             j = self.sole_reader(op.outputs[0])
-            glu = None if j is None else self.ops[j]
-            if glu is not None and isinstance(glu.attrs, Glu) and glu.attrs.function != "swiglu_oai":
+            if j is None:
+                continue
+            glu = self.ops[j]
+            if isinstance(glu.attrs, Glu) and glu.attrs.function != "swiglu_oai":
                 if glu.inputs[1] == op.outputs[0] != glu.inputs[0]:
                     self.gated_norms[i] = j
 
