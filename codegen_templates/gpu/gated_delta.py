@@ -14,7 +14,7 @@ itself stays f32 from chunk to chunk. exp is taken of differences of G, which ar
 import triton
 import triton.language as tl
 
-# Rows of a chunk, and of the blocks on the diagonal of T that are solved row by row (8 are as fast: three products of
+# Rows of a chunk, and of the blocks on the diagonal of T that are solved row by row (8 are as fast: six products of
 # blocks more).
 CHUNK: tl.constexpr = tl.constexpr(64)
 _BLOCK: tl.constexpr = tl.constexpr(16)
