@@ -25,9 +25,9 @@ ATTENTION_PEAK, ATTENTION_US = 0.47, 4.0
 # the times of a tile: 644 TFLOP/s, and unpacking its q4 weights takes as long as 94 rows more.
 EXPERTS_PEAK, UNPACK_ROWS = 0.65, 94
 
-# Qwen3-Next's rule (32 heads, 128 x 128) in chunks on an H200: 42, 138 and 267 us for 512, 2,048 and 4,096 rows
-# (benchmarks/gpu_linear_attention.py): 10 us, and 159 TFLOP/s of what the chunks multiply.
-DELTA_PEAK, DELTA_US, DELTA_CHUNK = 0.16, 8.0, 64
+# Qwen3-Next's rule (32 heads, 128 x 128) in chunks on an H200: 41, 131 and 252 us for 512, 2,048 and 4,096 rows
+# (benchmarks/gpu_linear_attention.py): 10.5 us, and 169 TFLOP/s of what the chunks multiply.
+DELTA_PEAK, DELTA_US, DELTA_CHUNK = 0.17, 8.5, 64
 
 # Three TF32 products, each at half of bf16's rate, for weights stored as f32: 2.1 GFLOP of a router in 46 us.
 F32_PEAK = 0.28 / 6

@@ -14,7 +14,10 @@ itself stays f32 from chunk to chunk. exp is taken of differences of G, which ar
 import triton
 import triton.language as tl
 
-CHUNK: tl.constexpr = tl.constexpr(64)  # rows
+# Rows of a chunk, and of the blocks on the diagonal of T that are solved row by row (8 are as fast: six products of
+# blocks more).
+CHUNK: tl.constexpr = tl.constexpr(64)
+_BLOCK: tl.constexpr = tl.constexpr(16)
 # exp of less is 0 in f32; sums of a chunk's stay small enough for their differences.
 _LEAST_LOG: tl.constexpr = tl.constexpr(-128.0)
 
@@ -155,27 +158,25 @@ def _join_blocks(lower, inverse, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _inverse(lower, BLOCK: tl.constexpr):
-    """(I + lower)^-1 for ``lower`` f32[CHUNK, CHUNK], 0 on and above the diagonal. BLOCK: 8 or 16.
+def _inverse(lower):
+    """(I + lower)^-1 for ``lower`` f32[CHUNK, CHUNK], 0 on and above the diagonal.
 
-    First blocks of BLOCK rows on the diagonal, one row after the other; then twice as large ones of two: [[P, 0],
+    First blocks of _BLOCK rows on the diagonal, one row after the other; then twice as large ones of two: [[P, 0],
     [X, Q]]^-1 = [[P^-1, 0], [-Q^-1 X P^-1, Q^-1]]. Only inverses of parts of the matrix appear on the way, no powers of
     it, which are larger by orders of magnitude where keys are alike.
     """
-    COUNT: tl.constexpr = CHUNK // BLOCK
-    block, r = tl.arange(0, COUNT), tl.arange(0, BLOCK)
+    COUNT: tl.constexpr = CHUNK // _BLOCK
+    block, r = tl.arange(0, COUNT), tl.arange(0, _BLOCK)
     on_diagonal = (block[:, None] == block[None, :])[:, None, :, None]
-    parts = tl.sum(tl.where(on_diagonal, tl.reshape(lower, (COUNT, BLOCK, COUNT, BLOCK)), 0.0), axis=2)
+    parts = tl.sum(tl.where(on_diagonal, tl.reshape(lower, (COUNT, _BLOCK, COUNT, _BLOCK)), 0.0), axis=2)
     solved = tl.where((r[:, None] == r[None, :])[None, :, :], 1.0, parts * 0.0)
-    for step in range(BLOCK - 1):
+    for step in range(_BLOCK - 1):
         of_step = tl.sum(tl.where((r == step)[None, None, :], parts, 0.0), axis=2)
         row = tl.sum(tl.where((r == step)[None, :, None], solved, 0.0), axis=1)
         solved -= of_step[:, :, None] * row[:, None, :]
     wide = tl.where(on_diagonal, solved[:, :, None, :], 0.0)
     inverse = tl.reshape(wide, (CHUNK, CHUNK))
-    if BLOCK == 8:
-        inverse = _join_blocks(lower, inverse, 8)
-    return _join_blocks(lower, _join_blocks(lower, inverse, 16), 32)
+    return _join_blocks(lower, _join_blocks(lower, inverse, _BLOCK), 2 * _BLOCK)
 
 
 @triton.jit
@@ -202,7 +203,6 @@ def gated_delta_chunks(
     K_PADDED: tl.constexpr,
     V_PADDED: tl.constexpr,
     V_TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """What a chunk is without the state in front of it, for steps of one slot: operands as of gated_delta_rows.
 
@@ -243,7 +243,7 @@ def gated_delta_chunks(
     scores = tl.dot(q, tl.trans(k)) * decay * SCALE
     tl.store(within + head * CHUNK + i[:, None] * CHUNK + i[None, :], scores.to(tl.bfloat16))
     products = tl.dot(k, tl.trans(k)) * decay * beta[:, None]
-    inverse = _inverse(tl.where(i[:, None] > i[None, :], products, 0.0), BLOCK) * beta[None, :]
+    inverse = _inverse(tl.where(i[:, None] > i[None, :], products, 0.0)) * beta[None, :]
     of_keys = _product(inverse * tl.exp(g)[None, :], k)
     tl.store(w + head * K_PADDED + i[:, None] * K_PADDED + d[None, :], of_keys.to(tl.bfloat16))
     for first in tl.static_range(0, V_PADDED, V_TILE):

@@ -96,7 +96,7 @@ CASES = [
     Case("llama", True, "gpu"),
     Case("phimoe", False, "gpu"),
     Case("qwen3_next", False, "gpu"),
-    Case("qwen3_5_moe", True, "gpu"),
+    Case("qwen3_5", False, "gpu"),  # no router, which bf16 could tip where two experts are nearly equal
     Case("qwen3_moe", True, "experts"),
     Case("glm4_moe", True, "experts"),
     Case("deepseek_v3", False, "experts"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 from hetcomp.backends.gpu.attention import DECODE_ROWS
 from hetcomp.backends.gpu.kernels import (
@@ -35,15 +34,6 @@ class ColumnTile:
 
 
 @dataclass(frozen=True)
-class ChunkTile:
-    """Columns of the values that a program multiplies at once, rows that are solved one by one, and its warps."""
-
-    columns: int
-    block: int
-    warps: int
-
-
-@dataclass(frozen=True)
 class ConvTile:
     """Rows and channels that a program takes (of exact rows: all), and its warps."""
 
@@ -52,33 +42,15 @@ class ConvTile:
     warps: int
 
 
-T = TypeVar("T", ColumnTile, ChunkTile)
-
 # First the fastest on an H200 at Qwen3-Next's shape, then what was close (benchmarks/gpu_linear_attention.py).
 _ROW_TILES = (ColumnTile(16, 2), ColumnTile(32, 4), ColumnTile(16, 4), ColumnTile(8, 1))
-_BATCH_TILES = (ColumnTile(32, 4), ColumnTile(64, 8), ColumnTile(32, 8), ColumnTile(64, 4), ColumnTile(128, 8))
-_CHUNK_TILES = (
-    ChunkTile(64, 16, 4),
-    ChunkTile(64, 8, 4),
-    ChunkTile(64, 16, 8),
-    ChunkTile(64, 8, 8),
-    ChunkTile(128, 8, 8),
-)
-_SCAN_TILES = (
-    ColumnTile(32, 4, (3, 1)),
-    ColumnTile(32, 8, (3, 1)),
-    ColumnTile(64, 8, (3, 1)),
-    ColumnTile(16, 4, (2, 1)),
-    ColumnTile(64, 4, (3, 1)),
-)
+_BATCH_TILES = (ColumnTile(32, 4), ColumnTile(64, 4))
+# 64 rows are the tensor cores' of four warps: more compute the same.
+_CHUNK_TILES = (ColumnTile(64, 4), ColumnTile(128, 4), ColumnTile(32, 4))
+_SCAN_TILES = (ColumnTile(32, 4, (3, 1)), ColumnTile(16, 4, (3, 1)), ColumnTile(64, 4, (3, 1)))
+_WIDE_SCAN_TILES = (ColumnTile(32, 4, (2, 1)), ColumnTile(16, 4, (2, 1)))  # of keys wider than 128
 _EXACT_CONV_TILES = (ConvTile(0, 64, 2), ConvTile(0, 128, 4), ConvTile(0, 32, 1), ConvTile(0, 64, 4))
-_CONV_TILES = (
-    ConvTile(16, 128, 4),
-    ConvTile(32, 128, 4),
-    ConvTile(16, 256, 4),
-    ConvTile(8, 256, 4),
-    ConvTile(32, 128, 8),
-)
+_CONV_TILES = (ConvTile(16, 128, 4), ConvTile(32, 128, 4), ConvTile(8, 256, 4))
 _STATE_CHANNELS = 256  # of a program that leaves the state of a convolution
 
 
@@ -149,7 +121,7 @@ def _stem(a: GatedDelta) -> str:
     return f"gated_delta_{a.k_heads}x{a.k_dim}_{a.v_heads}x{a.v_dim}"
 
 
-def _columns(a: GatedDelta, tiles: tuple[T, ...]) -> tuple[T, ...]:
+def _columns(a: GatedDelta, tiles: tuple[ColumnTile, ...]) -> tuple[ColumnTile, ...]:
     """Those no wider than the values; the narrowest if none is."""
     most = max(16, power_of_two(a.v_dim))
     return tuple(tile for tile in tiles if tile.columns <= most) or (min(tiles, key=lambda tile: tile.columns),)
@@ -196,8 +168,10 @@ def _chunks(request: GpuRequest) -> tuple[Launch, Launch, int]:
     rows = -(-request.max_rows() // CHUNK) * CHUNK
     chunk_key, scan_key = (f"{_stem(a)}, {what} of up to {rows} rows" for what in ("chunks", "scan"))
     chunk_tile, chunk_choice = request.tiles.pick(chunk_key, _columns(a, _CHUNK_TILES))
-    scan_tile, scan_choice = request.tiles.pick(scan_key, _columns(a, _SCAN_TILES))
-    padded, values = max(16, power_of_two(a.k_dim)), max(chunk_tile.columns, scan_tile.columns, power_of_two(a.v_dim))
+    padded = max(16, power_of_two(a.k_dim))
+    scan_tiles = _SCAN_TILES if padded <= 128 else _WIDE_SCAN_TILES
+    scan_tile, scan_choice = request.tiles.pick(scan_key, _columns(a, scan_tiles))
+    values = max(chunk_tile.columns, scan_tile.columns, power_of_two(a.v_dim))
     sizes = {
         "queries": ("*bf16", 2 * rows * a.k_heads * padded),
         "keys": ("*bf16", 2 * rows * a.k_heads * padded),
@@ -218,7 +192,7 @@ def _chunks(request: GpuRequest) -> tuple[Launch, Launch, int]:
         f"{_stem(a)}_chunks",
         (GridAxis(tile=CHUNK), GridAxis(a.v_heads), ONE),
         {**_INPUTS, "slots": _STEP["slots"], "n_rows": _N_ROWS, **between},
-        {**shape, "L2_EPS": a.l2_eps, "V_TILE": chunk_tile.columns, "BLOCK": chunk_tile.block},
+        {**shape, "L2_EPS": a.l2_eps, "V_TILE": chunk_tile.columns},
         warps=chunk_tile.warps,
         tile=chunk_choice,
     )
