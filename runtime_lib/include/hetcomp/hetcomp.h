@@ -256,8 +256,8 @@ HETCOMP_EXPORT hetcomp_status hetcomp_session_create(hetcomp_model* model, hetco
 HETCOMP_EXPORT void hetcomp_session_free(hetcomp_session* session);
 /* Forgets all tokens. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_reset(hetcomp_session* session);
-/* Keeps the first `length` tokens. Where the model has recurrences (linear attention) these are computed again
- * before the next ones: their states cannot be cut back. */
+/* Keeps the first `length` tokens. Where the model has recurrences (linear attention) these are computed
+ * again before the next ones: their states cannot be cut back. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_truncate(hetcomp_session* session, int64_t length);
 /* Tokens in the KV cache. */
 HETCOMP_EXPORT hetcomp_status hetcomp_session_length(const hetcomp_session* session, int64_t* length);
