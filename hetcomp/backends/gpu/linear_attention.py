@@ -48,7 +48,7 @@ _BATCH_TILES = (ColumnTile(32, 4), ColumnTile(64, 4))
 # 64 rows are the tensor cores' of four warps: more compute the same.
 _CHUNK_TILES = (ColumnTile(64, 4), ColumnTile(128, 4), ColumnTile(32, 4))
 _SCAN_TILES = (ColumnTile(32, 4, (3, 1)), ColumnTile(16, 4, (3, 1)), ColumnTile(64, 4, (3, 1)))
-_WIDE_SCAN_TILES = (ColumnTile(32, 4, (2, 1)), ColumnTile(16, 4, (2, 1)))  # of keys wider than 128
+_WIDE_SCAN_TILES = (ColumnTile(32, 4, (1, 1)), ColumnTile(16, 4, (1, 1)))  # of keys wider than 128
 _EXACT_CONV_TILES = (ConvTile(0, 64, 2), ConvTile(0, 128, 4), ConvTile(0, 32, 1), ConvTile(0, 64, 4))
 _CONV_TILES = (ConvTile(16, 128, 4), ConvTile(32, 128, 4), ConvTile(8, 256, 4))
 _STATE_CHANNELS = 256  # of a program that leaves the state of a convolution
