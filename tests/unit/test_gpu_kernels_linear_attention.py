@@ -251,5 +251,5 @@ def test_decays_beyond_what_exp_can_say(rows):
 def test_keys_too_wide_for_a_gpu_are_refused():
     attrs = ops.GatedDelta(k_heads=1, v_heads=1, k_dim=300, v_dim=16, scale=1.0)
     operands, _ = Delta.draw(np.random.default_rng(0), attrs, 1).operands()
-    with pytest.raises(HetcompError, match=r"keys of 300 in a recurrent state are too wide; expected at most 256"):
+    with pytest.raises(HetcompError, match=r"keys of 300 in a recurrent state are too wide; expected at most 128"):
         emit(request(attrs, operands, [activation("y", "T", 16)], {"T": 64}))

@@ -18,7 +18,7 @@ from hetcomp.backends.gpu.kernels import (
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
 from hetcomp.ir.ops import CausalConv, GatedDelta
 
-MAX_KEY_DIM = 256  # of a head: a chunk's queries, keys and state must fit in 99 KB of shared memory
+MAX_KEY_DIM = 128  # of a head: a chunk's queries and keys of 256 leave their registers by kilobytes
 CHUNK = 64  # rows, as in codegen_templates/gpu/gated_delta.py
 # Of the rows of a step with several slots in a graph of many rows: programs look for rows of slots in one each.
 _ROW_PARTS = 16
@@ -48,7 +48,6 @@ _BATCH_TILES = (ColumnTile(32, 4), ColumnTile(64, 4))
 # 64 rows are the tensor cores' of four warps: more compute the same.
 _CHUNK_TILES = (ColumnTile(64, 4), ColumnTile(128, 4), ColumnTile(32, 4))
 _SCAN_TILES = (ColumnTile(32, 4, (3, 1)), ColumnTile(16, 4, (3, 1)), ColumnTile(64, 4, (3, 1)))
-_WIDE_SCAN_TILES = (ColumnTile(32, 4, (2, 1)), ColumnTile(16, 4, (2, 1)))  # of keys wider than 128
 _EXACT_CONV_TILES = (ConvTile(0, 64, 2), ConvTile(0, 128, 4), ConvTile(0, 32, 1), ConvTile(0, 64, 4))
 _CONV_TILES = (ConvTile(16, 128, 4), ConvTile(32, 128, 4), ConvTile(8, 256, 4))
 _STATE_CHANNELS = 256  # of a program that leaves the state of a convolution
@@ -168,10 +167,8 @@ def _chunks(request: GpuRequest) -> tuple[Launch, Launch, int]:
     rows = -(-request.max_rows() // CHUNK) * CHUNK
     chunk_key, scan_key = (f"{_stem(a)}, {what} of up to {rows} rows" for what in ("chunks", "scan"))
     chunk_tile, chunk_choice = request.tiles.pick(chunk_key, _columns(a, _CHUNK_TILES))
-    padded = max(16, power_of_two(a.k_dim))
-    scan_tiles = _SCAN_TILES if padded <= 128 else _WIDE_SCAN_TILES
-    scan_tile, scan_choice = request.tiles.pick(scan_key, _columns(a, scan_tiles))
-    values = max(chunk_tile.columns, scan_tile.columns, power_of_two(a.v_dim))
+    scan_tile, scan_choice = request.tiles.pick(scan_key, _columns(a, _SCAN_TILES))
+    padded, values = max(16, power_of_two(a.k_dim)), max(chunk_tile.columns, scan_tile.columns, power_of_two(a.v_dim))
     sizes = {
         "queries": ("*bf16", 2 * rows * a.k_heads * padded),
         "keys": ("*bf16", 2 * rows * a.k_heads * padded),
