@@ -46,7 +46,7 @@ class ConvTile:
 _ROW_TILES = (ColumnTile(16, 2), ColumnTile(32, 4), ColumnTile(16, 4), ColumnTile(8, 1))
 _BATCH_TILES = (ColumnTile(32, 4), ColumnTile(64, 4))
 # 64 rows are the tensor cores' of four warps: more compute the same.
-_CHUNK_TILES = (ColumnTile(64, 4), ColumnTile(128, 4), ColumnTile(32, 4))
+_CHUNK_TILES = (ColumnTile(128, 4), ColumnTile(64, 4), ColumnTile(32, 4))
 _SCAN_TILES = (ColumnTile(32, 4, (3, 1)), ColumnTile(16, 4, (3, 1)), ColumnTile(64, 4, (3, 1)))
 _EXACT_CONV_TILES = (ConvTile(0, 64, 2), ConvTile(0, 128, 4), ConvTile(0, 32, 1), ConvTile(0, 64, 4))
 _CONV_TILES = (ConvTile(16, 128, 4), ConvTile(32, 128, 4), ConvTile(8, 256, 4))
