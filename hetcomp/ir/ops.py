@@ -396,5 +396,3 @@ WEIGHT_FORMAT_KINDS = frozenset({"embed", "linear", "head_linear", "moe_experts"
 
 # Kinds that write the states among their inputs; the others only read them.
 STATE_WRITERS = frozenset({"kv_append", "causal_conv", "gated_delta"})
-# Kinds whose state is what the tokens so far have made of it: it cannot be cut back to fewer of them.
-RECURRENT_KINDS = frozenset({"causal_conv", "gated_delta"})

@@ -66,7 +66,7 @@ void Session::truncate(std::int64_t length) {
 }
 
 std::int64_t Session::held(std::int64_t length) const {
-  if (computed_ <= length || !model_->facts().recurrent) return std::min(computed_, length);
+  if (!model_->facts().recurrent) return length;
   std::int64_t held = 0;
   for (const Checkpoint& checkpoint : checkpoints_)
     if (checkpoint.length <= length) held = checkpoint.length;

@@ -77,7 +77,8 @@ class Session {
   void begin_step() {
     if (model_->facts().recurrent) computed_ = 0;
   }
-  // How many of the first `length` tokens states hold, or have held at a checkpoint.
+  // How many of the first `length` tokens, fewer than are computed, need not be computed again: all of them,
+  // or of recurrences those that a checkpoint holds.
   std::int64_t held(std::int64_t length) const;
 
   std::shared_ptr<Model> model_;
