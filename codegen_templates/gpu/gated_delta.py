@@ -70,13 +70,14 @@ def gated_delta_rows(
     V_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_TILE: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
     """Row by row, for columns of the values that have nothing to do with each other: qkv f32[rows, 2 * K_HEADS * K_DIM
     + V_HEADS * V_DIM], a, b f32[rows, V_HEADS], a_log, dt_bias f32[V_HEADS], state f32[slots, V_HEADS, K_DIM, V_DIM] ->
     y f32[rows, V_HEADS, V_DIM]. Grid: (blocks of V_TILE columns, V_HEADS, blocks of ROW_TILE rows).
 
-    A program goes over all rows of the slots whose first row is among its ROW_TILE. n_rows None: exactly ROWS rows;
-    otherwise it leaves steps of one slot to the chunks.
+    A program goes over all rows of the slots whose first row is among its ROW_TILE. n_rows None: exactly ROWS rows.
+    CHUNKS: it leaves steps of one slot to the chunks.
     """
     first = tl.program_id(2) * ROW_TILE
     n = first * 0 + ROWS
@@ -84,8 +85,9 @@ def gated_delta_rows(
         n = tl.load(n_rows)
         if first >= n:
             return
-        if _is_one_slot(slots, n):
-            return
+        if CHUNKS:
+            if _is_one_slot(slots, n):
+                return
     h = tl.program_id(1)
     k_head = h // (V_HEADS // K_HEADS)
     d, c = tl.arange(0, K_PADDED), tl.program_id(0) * V_TILE + tl.arange(0, V_TILE)

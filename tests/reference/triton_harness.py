@@ -31,10 +31,12 @@ def request(
     dims: Mapping[str, int],
     rows: int | None = None,
     resident: bool = False,
+    f32: bool = False,
 ) -> GpuRequest:
     """A request around ``attrs``; KV caches are in blocks (tests.reference.cache_blocks)."""
     op = Op("op", attrs, (), (), origin="model.layers.0.test")
-    return GpuRequest(op, tuple(inputs), tuple(outputs), {"cache_block": cache_block(inputs), **dims}, rows, resident)
+    dims = {"cache_block": cache_block(inputs), **dims}
+    return GpuRequest(op, tuple(inputs), tuple(outputs), dims, rows, resident, f32=f32)
 
 
 def emit(asked: GpuRequest) -> GpuCode:

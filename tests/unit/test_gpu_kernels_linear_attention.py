@@ -23,10 +23,12 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rows:
-    """A step's runs of rows of a slot each: slot, first position, rows. ``exact``: as a graph for exactly as many."""
+    """A step's runs of rows of a slot each: slot, first position, rows. ``exact``: as a graph for exactly as many.
+    ``f32``: of a plan in which nothing may be rounded."""
 
     runs: tuple[tuple[int, int, int], ...]
     exact: bool
+    f32: bool = False
 
     @property
     def count(self) -> int:
@@ -39,25 +41,27 @@ class Rows:
 
 
 # Decode; a short prompt, others' next tokens behind it, rows that pad; rows beginning and going on; a batch too large
-# for an exact graph; none.
+# for an exact graph; none; a prompt in f32.
 MIXED = (
     Rows(((2, 7, 1),), True),
     Rows(((1, 0, 4), (0, 3, 1), (2, 1, 2)), True),
     Rows(((0, 0, 1), (SLOTS, 0, 1), (SLOTS, 0, 1), (SLOTS, 0, 1)), True),
     Rows(((3, 0, 1), (1, 9, 3), (0, 1, 37), (2, 0, 2)), False),
     Rows((), False),
+    Rows(((1, 3, 21),), False, f32=True),
 )
 
 
 def _run(attrs, operands, arrays, states, rows: Rows, width: int) -> tuple[Floats, Floats]:
     """The op's result and the states behind it. What nobody may read of the states is NaN."""
-    asked = request(attrs, operands, [activation("y", "T", width)], {"T": 200}, rows.count if rows.exact else None)
+    y = activation("y", "T", width)
+    asked = request(attrs, operands, [y], {"T": 200}, rows.count if rows.exact else None, f32=rows.f32)
     changed = states.copy()
     at = next(i for i, value in enumerate(operands) if value.kind is ValueKind.STATE)
     given_ = [*arrays[:at], changed, *arrays[at:]]
     count = rows.count
     grid = count if rows.exact else 200
-    (y,) = run(
+    (result,) = run(
         asked,
         given_,
         [((count, width), np.float32)],
@@ -66,7 +70,7 @@ def _run(attrs, operands, arrays, states, rows: Rows, width: int) -> tuple[Float
         step=rows.step(),
         changed={at: changed},
     )
-    return y, changed
+    return result, changed
 
 
 def _states(rng: np.random.Generator, rows: Rows, *shape: int) -> Floats:

@@ -177,7 +177,14 @@ class _Grouping:
             run.rounded[v].copy if v in run.rounded and run.rounded[v].alone else run.values[v] for v in op.outputs
         ]
         return GpuRequest(
-            op, tuple(inputs), tuple(outputs), self.dims, self.rows, tiles=self.tiles, pairs=self._pairs(i)
+            op,
+            tuple(inputs),
+            tuple(outputs),
+            self.dims,
+            self.rows,
+            tiles=self.tiles,
+            pairs=self._pairs(i),
+            f32=run.f32,
         )
 
     def _pairs(self, *ops: int) -> Pairs | None:

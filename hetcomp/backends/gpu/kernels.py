@@ -29,7 +29,8 @@ class GpuRequest:
     read the number from memory (prefill). ``resident``: of ``moe_experts``, only some experts' weights are here;
     inputs[3] and what follows then have these experts alone, and a further last input i32[experts] says where each
     expert lies among them, -1 for those elsewhere, which add nothing to the result. ``tiles``: of the launches.
-    ``pairs``: what adapters add to products with the op's weights; None: nothing.
+    ``pairs``: what adapters add to products with the op's weights; None: nothing. ``f32``: all weights and caches of
+    the step are, so that nothing may be rounded.
     """
 
     op: Op
@@ -40,6 +41,7 @@ class GpuRequest:
     resident: bool = False
     tiles: TileChoices = BY_TABLE
     pairs: Pairs | None = None
+    f32: bool = False
 
     def max_rows(self) -> int:
         """``rows``, or the upper bound of the op's rows (kv_append has no output; its input's)."""

@@ -105,11 +105,11 @@ def causal_conv(request: GpuRequest) -> GpuCode:
 
 def gated_delta(request: GpuRequest) -> GpuCode:
     """``gated_delta``. In graphs of many rows steps of one slot are computed in chunks, others row by row: whichever
-    does not take part in a step leaves at once."""
-    if request.rows is not None and request.rows <= DECODE_ROWS:
-        return GpuCode((_rows(request),))
+    does not take part in a step leaves at once. Chunks round to bf16: what must not be rounded goes row by row."""
+    if request.f32 or (request.rows is not None and request.rows <= DECODE_ROWS):
+        return GpuCode((_rows(request, chunks=False),))
     chunks, scan, workspace = _chunks(request)
-    return GpuCode((_rows(request), chunks, scan), workspace)
+    return GpuCode((_rows(request, chunks=True), chunks, scan), workspace)
 
 
 def _shape(a: GatedDelta) -> dict[str, Constant]:
@@ -133,7 +133,8 @@ _N_ROWS = ("*i32", Operand("step", name="rows"))
 _Y = ("*fp32", Operand("output", 0))
 
 
-def _rows(request: GpuRequest) -> Launch:
+def _rows(request: GpuRequest, chunks: bool) -> Launch:
+    """``chunks``: other launches compute steps of one slot."""
     a = request.op.attrs
     assert isinstance(a, GatedDelta)
     rows, most = request.rows, request.max_rows()
@@ -154,6 +155,7 @@ def _rows(request: GpuRequest) -> Launch:
             "V_TILE": tile.columns,
             "ROWS": rows if exact else 0,
             "ROW_TILE": row_tile,
+            "CHUNKS": chunks,
         },
         warps=tile.warps,
         tile=choice,

@@ -12,6 +12,7 @@ from hetcomp.backends.gpu.mla import LatentOps, find_latent_ops
 from hetcomp.backends.gpu.rounded_values import find_rounded
 from hetcomp.ir.ops import STATE_WRITERS, Attention, Glu, KvAppend, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value, ValueKind
+from hetcomp.ir.types import DType
 
 # A GEMV of more panels takes longer by the norm's multiplications, done by every program, than a launch saved.
 _FOLDED_PANELS = 2048
@@ -55,6 +56,8 @@ class Run:
         self.wanted = wanted
         self.rows = rows
         self.decode = rows is not None and rows <= GEMV_ROWS
+        kept = [v for v in values.values() if v.kind in (ValueKind.WEIGHT, ValueKind.STATE)]
+        self.f32 = all(v.format in (None, "f32") and v.type.dtype is DType.F32 for v in kept)
         self.writer: dict[str, int] = {v: i for i, op in enumerate(ops) for v in op.outputs}
         self.readers: dict[str, list[int]] = {}
         for i, op in enumerate(ops):
