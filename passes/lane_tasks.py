@@ -24,14 +24,8 @@ from hetcomp.passes.lane_engine import Task
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.placement_problem import STAGED_EXPERTS
 from hetcomp.passes.routing import ReplayedStep, sample_deferral
-from hetcomp.passes.step_placement import (
-    by_device,
-    kinds_of_devices,
-    lane_shares,
-    moved_to,
-    with_cached,
-    with_streamed,
-)
+from hetcomp.passes.step_placement import by_device, kinds_of_devices, lane_shares, moved_to, with_cached
+from hetcomp.passes.streamed_step import StreamedStep
 from hetcomp.passes.work import Work, activation_bytes, work_of
 
 
@@ -91,6 +85,8 @@ class StepTasks:
         self._tasks: list[Task] = list(self._cache_copies(replayed.copied_bytes)) if replayed is not None else []
         self._ready: dict[str, tuple[int, ...]] = defaultdict(tuple)
         self._streamed: dict[str, list[int]] = defaultdict(list)
+        self._streams: dict[str, StreamedStep] = {}
+        self._routed: dict[str, tuple[int, ...]] = defaultdict(tuple)  # of the streamed layer before
         self._moe_layer = self._cached_layer = 0
         self._left = False  # the MoE layer before has deferred experts
         generator = np.random.default_rng(seed)
@@ -175,17 +171,27 @@ class StepTasks:
             self._gpu_us[key] = gpu_op_us(template, op, work, self.step, self._gpu(key[2]), self.context.adapted_rank)
         us = self._gpu_us[key]
         if placement.streamed and work.weight_bytes:
-            return self._stream(op, layer, placement.device, work.weight_bytes, us, after)
+            return self._stream(op, layer, placement.device, ((work.weight_bytes, ()),), us, after)
         return self._add(op, layer, placement.device, us, after)
 
     def _stream(
-        self, op: Op, layer: int | None, device: str, moved: float, us: float, after: tuple[int, ...]
+        self,
+        op: Op,
+        layer: int | None,
+        device: str,
+        copies: tuple[tuple[float, tuple[int, ...]], ...],
+        us: float,
+        after: tuple[int, ...],
     ) -> tuple[int, ...]:
-        """A copy of weights into one of two buffers, which waits for the work that read that buffer before, and the
-        work on them. Activations have queues of their own (mapped memory), so that they never wait for weights."""
-        copy = copy_us(self._gpu(device), moved)
-        before = self._streamed[device][-2:-1]
-        copied = self._add(op, layer, f"{device} copy weights", copy, tuple(before), moved / copy / 1e3)
+        """Copies of weights into one of two buffers, which wait for the work that read that buffer before and each for
+        what it is decided by, and the work on them. Activations have queues of their own (mapped memory), so that they
+        never wait for weights."""
+        before, copied = self._streamed[device][-2:-1], ()
+        for moved, decided in copies:
+            if moved:
+                copy = copy_us(self._gpu(device), moved)
+                lane = f"{device} copy weights"
+                copied = self._add(op, layer, lane, copy, (*before, *decided), moved / copy / 1e3)
         done = self._add(op, layer, device, us, (*after, *copied))
         self._streamed[device] += done
         return done
@@ -226,8 +232,10 @@ class StepTasks:
         if self.plan.expert_cache is not None and placement.device.startswith("gpu:"):
             placement = with_cached(placement, self._held())
             self._cached_layer += 1
-        if self.plan.stream is not None and self.step.tokens != self.step.sequences:
-            placement = with_streamed(placement, a, self.plan.stream, tokens, self.step.tokens, size)
+        ahead = 0
+        if (stream := self.plan.stream) and placement.device[:4] == "gpu:" and self.step.tokens != self.step.sequences:
+            of_gpu = self._streams.setdefault(placement.device, StreamedStep(stream, self.step.tokens))
+            placement, ahead = of_gpu.layer(placement, a, tokens, size)
         done: list[int] = []
         at_once, left = _CpuExperts(), _CpuExperts()
         homes = by_device(placement, self.step)
@@ -239,7 +247,7 @@ class StepTasks:
         asked = self._ask_cpu(op, placement, layer, at_once, left, after)
         for device, runs in homes.items():
             if device.startswith("gpu:"):
-                done += self._gpu_experts(template, op, device, runs, tokens, size, layer, after, placement)
+                done += self._gpu_experts(template, op, device, runs, tokens, size, layer, after, placement, ahead)
         done += self._cpu_experts(op, placement, layer, at_once, left, after, asked)
         self._left = deferred > 0
         return tuple(done)
@@ -262,11 +270,11 @@ class StepTasks:
         layer: int | None,
         after: tuple[int, ...],
         placement: Placement,
+        ahead: int,
     ) -> tuple[int, ...]:
         mine = [tokens[r.first : r.last + 1] for r in runs if r.device == device]
         streamed = [tokens[r.first : r.last + 1] for r in runs if r.device != device]
         resident, passing = (np.concatenate([*parts, tokens[:0]]) for parts in (mine, streamed))
-        passing = passing[passing > 0]
         if not resident.any() and not passing.size:
             return after
         if placement.device != device:
@@ -280,8 +288,12 @@ class StepTasks:
         for start in range(0, passing.size, wave):
             part = passing[start : start + wave]
             work = us + self._sum_us(template, op, part, size, device)
-            done = self._stream(op, layer, device, part.size * size, work, after)
+            early = min(part.size, max(0, ahead - start))
+            copies = ((early * size, self._routed[device]), ((part.size - early) * size, after))
+            done = self._stream(op, layer, device, copies, work, after)
             us = 0.0
+        if passing.size:
+            self._routed[device] = after
         return self._cross(op, layer, device, "out", done) if placement.device != device else done
 
     def _ask_cpu(

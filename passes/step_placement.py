@@ -6,14 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hetcomp.ir.annotations import ExpertPlacement, ExpertStream, Placement
-from hetcomp.ir.ops import MoeExperts
+from hetcomp.ir.annotations import ExpertPlacement, Placement
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.phases import Phase
-from hetcomp.passes.stream_split import SplitInput, split_experts, time_at
 
 
 def lane_shares(placement: Placement) -> dict[str, float]:
@@ -52,41 +47,6 @@ def with_cached(placement: Placement, held: Iterable[int]) -> Placement:
     cached = set(held)
     runs = [
         replace(run, first=e, last=e, device=placement.device if e in cached else run.device)
-        for run in placement.experts
-        for e in range(run.first, run.last + 1)
-    ]
-    return replace(placement, experts=tuple(runs))
-
-
-def with_streamed(
-    placement: Placement,
-    attrs: MoeExperts,
-    stream: ExpertStream,
-    tokens: NDArray[np.int64],
-    step_tokens: int,
-    expert_bytes: float,
-) -> Placement:
-    """The placement with those of the CPU's experts streamed that the runtime would stream in a step of a prompt, where
-    experts get ``tokens``, i64 [experts]."""
-    gpu = placement.device
-    if not gpu.startswith("gpu:"):
-        return placement
-    mine = [e for run in placement.experts for e in range(run.first, run.last + 1) if run.device == gpu]
-    others = [e for run in placement.experts for e in range(run.first, run.last + 1) if run.device != gpu]
-    order = sorted((e for e in others if tokens[e]), key=lambda e: (-int(tokens[e]), e))
-    given = SplitInput(
-        tokens=[int(tokens[e]) for e in order],
-        copied=0,
-        most=len(order),
-        slots=stream.ring,
-        step_tokens=step_tokens,
-        resident_us=sum(time_at(stream.rates.gpu_expert_us, int(tokens[e])) for e in mine if tokens[e]),
-        expert_bytes=expert_bytes,
-        activation_bytes=4.0 * attrs.hidden,
-    )
-    chosen = set(order[: split_experts(given, stream.rates)])
-    runs = [
-        replace(run, first=e, last=e, streamed_to=gpu if e in chosen else None)
         for run in placement.experts
         for e in range(run.first, run.last + 1)
     ]

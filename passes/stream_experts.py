@@ -32,7 +32,8 @@ from hetcomp.passes.work import Work, work_of
 _STREAM_PART = 8
 # Of a layer's experts at once: with fewer (unless it has fewer) its waves would be many launches of little work.
 _LEAST_SLOTS = 8
-_EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# Between powers of two where curves have steps (hetcomp/profiler/kernel_cases.py).
+_EXPERT_TOKENS = (1, 2, 4, 8, 12, 13, 16, 24, 25, 32, 48, 64, 128, 256, 512, 1024)
 _STEP_TOKENS = (32, 128, 512, 2048, 8192)
 
 

@@ -5,6 +5,7 @@ runtime_lib/src/gpu/stream_split.cpp is the same in C++; tests/data/stream_split
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,18 +15,28 @@ from hetcomp.ir.annotations import Curve, StreamRates
 @dataclass(frozen=True)
 class SplitInput:
     """``tokens`` of each expert that the GPU has not got, in the order to copy them; ``copied``: so many are, whatever
-    is decided; ``most``: so many can be; ``slots``: more of them must wait until some are computed. ``resident_us``: of
-    the experts that the GPU has; ``expert_bytes``: to copy one; ``activation_bytes``: of a row that CPU and GPU hand to
-    each other."""
+    is decided; ``most``: so many can be; ``slots``: more of them must wait until some are computed. ``lead_us``: so
+    long before the layer's routing is known its copies have begun. ``resident_us``: of the experts that the GPU has;
+    ``expert_bytes``: to copy one; ``activation_bytes``: of a row that CPU and GPU hand to each other."""
 
     tokens: Sequence[int]
     copied: int
     most: int
     slots: int
     step_tokens: int
+    lead_us: float
     resident_us: float
     expert_bytes: float
     activation_bytes: float
+
+
+@dataclass(frozen=True)
+class Split:
+    """``copied``: experts, from the first on. ``lead_us``: from the last of these copies until the next layer's routing
+    is known."""
+
+    copied: int
+    lead_us: float
 
 
 def time_at(curve: Curve, tokens: float) -> float:
@@ -44,9 +55,9 @@ def shared_memory_us(cpu_us: float, copied: float, read: float, rates: StreamRat
     return max(0.0, (read + beside) / (rates.joint_gb_per_s * 1e3) - cpu_us)
 
 
-def split_experts(given: SplitInput, rates: StreamRates) -> int:
-    """How many of the experts, from the first on, are copied: so many that a layer takes least in a prompt of many
-    layers, where the copies of one layer run while the layer before is computed."""
+def split_experts(given: SplitInput, rates: StreamRates) -> Split:
+    """The number of copies with which a layer is done first; what the link does before the next layer's routing is
+    known is the next layer's lead."""
     link = rates.link_gb_per_s * 1e3
     most = min(len(given.tokens), given.most)
     copy = given.expert_bytes / link
@@ -57,19 +68,28 @@ def split_experts(given: SplitInput, rates: StreamRates) -> int:
         n = given.tokens[i]
         cpu_us[i] = cpu_us[i + 1] + (time_at(rates.cpu_expert_us, n) if n > 0 else 0.0)
         read[i] = read[i + 1] + (given.expert_bytes if n > 0 else 0.0)
-    gpu, best, best_us = given.resident_us, given.copied, float("inf")
+    gpu, best, best_us = given.resident_us, Split(given.copied, spine), float("inf")
     for count in range(most + 1):
         if count > 0 and given.tokens[count - 1] > 0:
             gpu += time_at(rates.gpu_expert_us, given.tokens[count - 1])
         if count < min(given.copied, most):
             continue
         shared = exchange if cpu_us[count] > 0 else 0.0
-        # What has no slot is copied when the GPU has come to those that have: the layer's first slots are free.
-        late = spine + given.resident_us + (count - given.slots) * copy if count > given.slots else 0.0
         slowed = shared_memory_us(cpu_us[count], count * given.expert_bytes, read[count], rates)
-        link_us = count * copy + shared + (slowed if count > 0 else 0.0)
-        us = max(link_us, late, spine + 2 * shared + max(gpu, cpu_us[count] + slowed))
+        copies = max(0.0, count * copy - given.lead_us) + shared + (slowed if count > 0 else 0.0)
+        # What has no slot is copied when the GPU has come to those that have: the layer's first slots are free.
+        late = given.resident_us + (count - given.slots) * copy if count > given.slots else 0.0
+        link_us = max(copies, late)
+        us = max(link_us, 2 * shared + max(gpu, cpu_us[count] + slowed))
         # Of equals the one that copies most: the CPU is free for others.
         if us <= best_us:
-            best, best_us = count, us
+            best, best_us = Split(count, us - link_us + spine), us
     return best
+
+
+def slots_left(wave: int, each: float, expert_bytes: float, rates: StreamRates) -> int:
+    """Of a ring of two waves, how many slots copies leave free that are made before the layer's routing is known: what
+    is decided then has to be copied while the GPU computes the first wave, each expert for ``each`` tokens."""
+    computing = wave * time_at(rates.gpu_expert_us, each)
+    # One more: the GPU has to hear of its first wave.
+    return min(math.ceil(computing * rates.link_gb_per_s * 1e3 / expert_bytes) + 1, wave // 2)

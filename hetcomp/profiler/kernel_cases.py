@@ -47,10 +47,10 @@ COARSE = (1, 8, 64, 512)
 # Between one token and many lies the bend from memory to compute, which no line through few points follows. With 64
 # tokens an expert fills several tiles; more would take a second a call and show the same.
 COARSE_EXPERT_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-# With AMX the height of a register tile shows (16 tokens take 1.4 times as long as 12, which fill one), and from 64
-# tokens on tiles of bf16 multiply quantised weights (docs/decisions/amx-for-many-tokens.md), 1.3 to 1.5 times as fast:
-# a step, with a point on either side.
-_AMX_EXPERT_TOKENS = (12, 24, 48, 63, 128, 256)
+# With AMX the height of a register tile shows (16 tokens take 1.4 times as long as 12, which fill one, and 13 what 16
+# do), and from 64 tokens on tiles of bf16 multiply quantised weights (docs/decisions/amx-for-many-tokens.md), 1.3 to
+# 1.5 times as fast: steps, with a point on either side.
+_AMX_EXPERT_TOKENS = (12, 13, 24, 25, 48, 63, 128, 256)
 # From this many rows on activations come from another core's cache, or from memory: so they do in a step, whose ops
 # divide their rows differently.
 _TURNING_ROWS = 16

@@ -35,18 +35,20 @@ TEST(StreamSplit, IsThePlannersOwn) {
     const Json& rates = entry["rates"];
     const Json& input = entry["input"];
     const std::vector<std::int32_t> tokens = input["tokens"];
-    const std::size_t found = split_experts(
+    const Split found = split_experts(
         {.tokens = tokens,
          .copied = input["copied"],
          .most = input["most"],
          .slots = input["slots"],
          .step_tokens = input["step_tokens"],
+         .lead_us = input["lead_us"],
          .resident_us = input["resident_us"],
          .expert_bytes = input["expert_bytes"],
          .activation_bytes = input["activation_bytes"]},
         {rates["link_gb_per_s"].get<double>() * 1e3, rates["joint_gb_per_s"].get<double>() * 1e3,
          curve_of(rates["cpu_expert_us"]), curve_of(rates["gpu_expert_us"]), curve_of(rates["spine_us"])});
-    EXPECT_EQ(found, entry["copied"].get<std::size_t>()) << entry.dump();
+    EXPECT_EQ(found.copied, entry["split"]["copied"].get<std::size_t>()) << entry.dump();
+    EXPECT_NEAR(found.lead_us, entry["split"]["lead_us"].get<double>(), 1e-6) << entry.dump();
   }
 }
 

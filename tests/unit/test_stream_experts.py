@@ -105,7 +105,8 @@ def test_the_prediction_streams_every_expert_however_few_slots_there_are(ample, 
     phase = next(i for i, step in enumerate(steps) if step.name == "prefill")
     tasks = StepTasks(plan, phase, steps[phase], ample.context).tasks(0)
     copies = [task for task in tasks if task.lane == "gpu:0 copy weights"]
-    assert len(copies) == LAYERS * -(-EXPERTS // slots)
+    # Of 5 + 5 slots two are left until the routing is known: the second wave comes in two parts.
+    assert len(copies) == LAYERS * (-(-EXPERTS // slots) + (slots < EXPERTS))
     (program,) = lower_programs(plan)
     assert program.stream is not None
     whole = sum(operand.bytes for layer in program.stream.layers for operand in layer.operands) * EXPERTS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetcomp.ir.annotations import StreamRates
-from hetcomp.passes.stream_split import SplitInput, shared_memory_us, split_experts, time_at
+from hetcomp.passes.stream_split import SplitInput, shared_memory_us, slots_left, split_experts, time_at
 
 # Read by runtime_lib/tests/test_expert_stream.cpp too; running this file makes it anew.
 CASES = Path(__file__).resolve().parents[1] / "data" / "stream_splits.json"
@@ -28,33 +28,66 @@ def inputs(draw: st.DrawFn) -> SplitInput:
     tokens = draw(st.lists(st.integers(0, 300), max_size=20))
     most = draw(st.integers(0, 24))
     copied, slots = draw(st.integers(0, min(most, len(tokens)))), draw(st.integers(1, 24))
-    return SplitInput(tokens, copied, most, slots, draw(st.integers(17, 9000)), draw(st.floats(0, 1e4)), 2.6e6, 8192.0)
+    step_tokens, lead_us, resident_us = draw(st.integers(17, 9000)), draw(st.floats(0, 3e3)), draw(st.floats(0, 1e4))
+    return SplitInput(tokens, copied, most, slots, step_tokens, lead_us, resident_us, 2.6e6, 8192.0)
 
 
-def layer_us(given: SplitInput, rates: StreamRates, count: int) -> float:
-    """The definition, for one number of copied experts."""
+def layer_us(given: SplitInput, rates: StreamRates, count: int) -> tuple[float, float]:
+    """The definition, for one number of copied experts: from the routing on until the link is done, and until the layer
+    is."""
     link = rates.link_gb_per_s * 1e3
     cpu = sum(time_at(rates.cpu_expert_us, n) for n in given.tokens[count:] if n)
     gpu = given.resident_us + sum(time_at(rates.gpu_expert_us, n) for n in given.tokens[:count] if n)
     exchange = given.step_tokens * given.activation_bytes / link if cpu else 0.0
-    spine = time_at(rates.spine_us, given.step_tokens)
     copy = given.expert_bytes / link
-    late = spine + given.resident_us + (count - given.slots) * copy if count > given.slots else 0.0
+    late = given.resident_us + (count - given.slots) * copy if count > given.slots else 0.0
     read = sum(given.expert_bytes for n in given.tokens[count:] if n)
     # While the CPU computes, the link copies at its rate, if there is so much; the memory gives both of them less.
     beside = min(count * given.expert_bytes, cpu * link)
     contended = max(cpu, (read + beside) / (rates.joint_gb_per_s * 1e3))
-    copies = count * copy + exchange + (contended - cpu if count else 0.0)
-    return max(copies, late, spine + 2 * exchange + max(gpu, contended))
+    copies = max(0.0, count * copy - given.lead_us) + exchange + (contended - cpu if count else 0.0)
+    return max(copies, late), max(copies, late, 2 * exchange + max(gpu, contended))
 
 
 @given(inputs(), rates_of)
 def test_no_other_number_of_copies_is_faster(given_input, rates):
     found = split_experts(given_input, rates)
     choices = range(given_input.copied, max(given_input.copied, min(len(given_input.tokens), given_input.most)) + 1)
-    assert found in choices
-    best = min(layer_us(given_input, rates, n) for n in choices)
-    assert layer_us(given_input, rates, found) <= best * (1 + 1e-9)
+    assert found.copied in choices
+    best = min(layer_us(given_input, rates, n)[1] for n in choices)
+    link, whole = layer_us(given_input, rates, found.copied)
+    assert whole <= best * (1 + 1e-9)
+    if found.copied <= given_input.most:
+        spine = time_at(rates.spine_us, given_input.step_tokens)
+        assert found.lead_us == pytest.approx(whole - link + spine)
+
+
+@given(inputs(), rates_of)
+def test_a_longer_lead_is_never_slower_and_copies_no_less(given_input, rates):
+    later = replace(given_input, lead_us=given_input.lead_us + 500.0)
+    found, with_more = (split_experts(one, rates).copied for one in (given_input, later))
+    assert layer_us(later, rates, with_more)[1] <= layer_us(given_input, rates, found)[1] * (1 + 1e-9)
+
+
+def test_layers_that_are_alike_come_to_where_link_and_cpu_are_busy_all_the_time():
+    """A layer's experts all take the link 100 us or the CPU 150, which waits 600 us a layer for the spine."""
+    flat = ((1, 150.0), (64, 150.0)), ((1, 1.0), (64, 1.0)), ((1, 600.0), (64, 600.0))
+    rates = StreamRates(26.0, 1e6, *flat)
+    lead_us, copied = 600.0, []
+    for _ in range(8):
+        found = split_experts(SplitInput([4] * 100, 0, 100, 100, 4, lead_us, 0.0, 2.6e6, 1.0), rates)
+        lead_us = found.lead_us
+        copied.append(found.copied)
+    period = (100 * 150 + 600) / (1 + 150 / 100)  # of n copies: 100 n us, and 150 (100 - n) + 600
+    assert copied[-1] == pytest.approx(period / 100, abs=1)
+
+
+def test_slots_are_left_for_what_is_copied_while_the_first_wave_is_computed():
+    flat = ((1, 1.0), (64, 1.0))
+    rates = StreamRates(26.0, 1e6, flat, ((1, 10.0), (16, 25.0), (256, 400.0)), flat)
+    assert slots_left(40, 16, 2.6e6, rates) == 40 * 25 / 100 + 1
+    assert slots_left(40, 256, 2.6e6, rates) == 20
+    assert slots_left(1, 1, 2.6e6, rates) == 0
 
 
 def test_cpu_and_copies_share_the_memory_as_they_were_measured_to():
@@ -76,7 +109,7 @@ def test_cpu_and_copies_share_the_memory_as_they_were_measured_to():
 def test_the_cases_that_the_runtime_is_held_to_are_these():
     for case in json.loads(CASES.read_text()):
         rates = StreamRates(**{k: tuple(map(tuple, v)) if isinstance(v, list) else v for k, v in case["rates"].items()})
-        assert split_experts(SplitInput(**case["input"]), rates) == case["copied"]
+        assert asdict(split_experts(SplitInput(**case["input"]), rates)) == case["split"]
 
 
 def write_cases() -> None:
@@ -94,11 +127,12 @@ def write_cases() -> None:
         tokens = sorted((draw.randrange(0, 200) for _ in range(draw.randrange(0, 130))), reverse=True)
         most, slots = draw.randrange(0, 140), draw.choice((4, 16, 64, 256))
         copied = draw.randrange(0, min(most, slots, len(tokens)) + 1) if draw.random() < 0.5 else 0
+        lead_us, resident_us = draw.choice((0.0, draw.uniform(0, 2000))), draw.uniform(0, 500)
         given_input = SplitInput(
-            tokens, copied, most, slots, draw.randrange(17, 8193), draw.uniform(0, 500), 2654208.0, 8192.0
+            tokens, copied, most, slots, draw.randrange(17, 8193), lead_us, resident_us, 2654208.0, 8192.0
         )
         found = split_experts(given_input, rates)
-        cases.append({"input": asdict(given_input), "rates": asdict(rates), "copied": found})
+        cases.append({"input": asdict(given_input), "rates": asdict(rates), "split": asdict(found)})
     CASES.write_text(json.dumps(cases, separators=(",", ":")) + "\n")
 
 

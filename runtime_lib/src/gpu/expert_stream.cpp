@@ -86,6 +86,7 @@ void ExpertStream::begin(std::int64_t tokens) {
   computed_ = kNobody;
   std::ranges::fill(slots_, Slot{});
   layers_[0].first_slot = 0;
+  layers_[0].lead_us = record_.rates.spine_us.at(static_cast<double>(tokens));
   const std::size_t first = expect(0);
   send_with_step(1);
   copy_ahead(0, first);
@@ -121,27 +122,36 @@ std::size_t ExpertStream::expect(std::size_t index) {
   layer.cache_slot.assign(static_cast<std::size_t>(record.experts), CachePolicy::kNone);
   const double share = std::min(1.0, static_cast<double>(record.top_k) / record.experts);
   const auto tokens = static_cast<double>(tokens_);
+  const double each = std::max(1.0, tokens * share);
+  layer.most_ahead =
+      record_.slots - slots_left(record_.wave, each, static_cast<double>(layer.expert_bytes), record_.rates);
   std::size_t wanted = 0;
   if (1.0 - std::pow(1.0 - share, tokens) > kLikely) {
-    const double each = std::max(1.0, tokens * share);
     const std::vector expected(layer.order.size(), static_cast<std::int32_t>(each));
     const auto resident = static_cast<double>(record.experts) - static_cast<double>(expected.size());
-    wanted = split(layer, expected, record, resident * record_.rates.gpu_expert_us.at(each));
+    const double resident_us = resident * record_.rates.gpu_expert_us.at(each);
+    wanted = split(index, expected, 0, layer.most_ahead, resident_us).copied;
   }
   layer.asked = wanted < layer.order.size();
   word(record.row - 1, record_.ask_offset) = layer.asked ? 1 : 0;
   return wanted;
 }
 
-std::size_t ExpertStream::split(const Layer& layer, std::span<const std::int32_t> tokens,
-                                const StreamLayer& record, double resident_us) const {
+// ahead: copies that are made before the routing is known.
+Split ExpertStream::split(std::size_t index, std::span<const std::int32_t> tokens, std::size_t copied,
+                          std::size_t ahead, double resident_us) const {
+  const Layer& layer = layers_[index];
+  const StreamLayer& record = record_.layers[index];
+  const auto expert_bytes = static_cast<double>(layer.expert_bytes);
+  const double ahead_us = static_cast<double>(ahead) * expert_bytes / record_.rates.link_bytes_per_us;
   return split_experts({.tokens = tokens,
-                        .copied = layer.copied,
+                        .copied = copied,
                         .most = most_of(record),
                         .slots = record_.slots,
                         .step_tokens = tokens_,
+                        .lead_us = std::min(layer.lead_us, ahead_us),
                         .resident_us = resident_us,
-                        .expert_bytes = static_cast<double>(layer.expert_bytes),
+                        .expert_bytes = expert_bytes,
                         .activation_bytes = 4.0 * record.hidden},
                        record_.rates);
 }
@@ -214,10 +224,9 @@ void ExpertStream::fill_slot(std::size_t index, std::size_t place) {
     slot.stays = {index, expert, to};
 }
 
-// Before the layer's routing is known. What is decided then comes behind it, and so the layer's first wave:
-// half a wave of slots is left, so that the link has something to do while the GPU computes that.
+// Before the layer's routing is known. What is decided then comes behind it, and so the layer's first wave.
 void ExpertStream::copy_ahead(std::size_t index, std::size_t wanted) {
-  copy(index, std::min(wanted, record_.slots - record_.wave / 2));
+  copy(index, std::min(wanted, layers_[index].most_ahead));
 }
 
 void ExpertStream::route(std::uint32_t flag) {
@@ -269,7 +278,6 @@ std::span<std::int32_t> ExpertStream::choices(const StreamLayer& record) const {
 // Puts the layer's order right and says how many experts of it the GPU computes.
 std::size_t ExpertStream::decide(std::size_t index, const std::vector<std::int32_t>& count) {
   Layer& layer = layers_[index];
-  const StreamLayer& record = record_.layers[index];
   const auto tokens_of = [&](std::int32_t e) { return count[static_cast<std::size_t>(e)]; };
   // Behind those that are on their way: the others that are needed, those of most tokens first.
   std::stable_sort(layer.order.begin() + static_cast<std::ptrdiff_t>(layer.copied), layer.order.end(),
@@ -283,7 +291,9 @@ std::size_t ExpertStream::decide(std::size_t index, const std::vector<std::int32
   double resident_us = 0;
   for (const std::int32_t n : others)
     if (n > 0) resident_us += record_.rates.gpu_expert_us.at(n);
-  const std::size_t streamed = layer.asked ? split(layer, tokens, record, resident_us) : layer.order.size();
+  const std::size_t least = layer.asked ? layer.copied : layer.order.size();
+  const auto [streamed, lead_us] = split(index, tokens, least, layer.copied, resident_us);
+  if (index + 1 < layers_.size()) layers_[index + 1].lead_us = lead_us;
   // Which come first is all the same to the GPU; neighbours in memory are copied together.
   std::sort(layer.order.begin() + static_cast<std::ptrdiff_t>(layer.copied),
             layer.order.begin() + static_cast<std::ptrdiff_t>(streamed));

@@ -21,6 +21,7 @@
 #include "program_buffers.h"
 #include "program_record.h"
 #include "shared_memory.h"
+#include "stream_split.h"
 
 namespace hetcomp::gpu {
 
@@ -81,6 +82,8 @@ class ExpertStream {
     std::vector<std::int32_t> order;        // in this step: those to copy, one after the other
     std::size_t first_slot = 0;             // in this step: of the first of them
     std::size_t copied = 0;                 // of them, so far
+    double lead_us = 0;                     // in this step: see SplitInput
+    std::size_t most_ahead = 0;             // in this step: copies before the routing is known
     std::vector<std::int32_t> cache_slot;   // in this step: by expert, where one that is copied stays
     bool asked = true;                      // whether the CPU gets the layer's input
     std::uint64_t expert_bytes = 0;         // of all operands
@@ -93,8 +96,8 @@ class ExpertStream {
   std::size_t expect(std::size_t index);
   std::span<std::int32_t> choices(const StreamLayer& record) const;
   std::size_t decide(std::size_t index, const std::vector<std::int32_t>& count);
-  std::size_t split(const Layer& layer, std::span<const std::int32_t> tokens, const StreamLayer& record,
-                    double resident_us) const;
+  Split split(std::size_t index, std::span<const std::int32_t> tokens, std::size_t copied, std::size_t ahead,
+              double resident_us) const;
   void keep(std::size_t index, std::size_t streamed);
   void copy(std::size_t index, std::size_t to);
   void copy_run(std::size_t index, std::size_t end);

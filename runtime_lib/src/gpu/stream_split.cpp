@@ -1,6 +1,7 @@
 #include "stream_split.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 namespace hetcomp::gpu {
@@ -26,7 +27,7 @@ double TimeCurve::at(double tokens) const {
   return std::max(0.0, y0 + slope * (tokens - static_cast<double>(x0)));
 }
 
-std::size_t split_experts(const SplitInput& input, const StreamRates& rates) {
+Split split_experts(const SplitInput& input, const StreamRates& rates) {
   const std::size_t most = std::min(input.tokens.size(), input.most);
   const double spine = rates.spine_us.at(static_cast<double>(input.step_tokens));
   // One direction of what a layer's experts on the CPU cost beside their work: their input, or their sum.
@@ -42,25 +43,34 @@ std::size_t split_experts(const SplitInput& input, const StreamRates& rates) {
   }
   double gpu = input.resident_us;
   double best_us = std::numeric_limits<double>::infinity();
-  std::size_t best = input.copied;
+  Split best{input.copied, spine};
   for (std::size_t n = 0; n <= most; ++n) {
     if (n > 0 && input.tokens[n - 1] > 0) gpu += rates.gpu_expert_us.at(input.tokens[n - 1]);
     if (n < std::min(input.copied, most)) continue;
     const double shared = cpu_us[n] > 0 ? exchange : 0.0;
     const double slowed =
         shared_memory_us(cpu_us[n], static_cast<double>(n) * input.expert_bytes, read[n], rates);
-    const double link = static_cast<double>(n) * copy + shared + (n > 0 ? slowed : 0.0);
+    const double copies =
+        std::max(0.0, static_cast<double>(n) * copy - input.lead_us) + shared + (n > 0 ? slowed : 0.0);
     // What has no slot is copied when the GPU has come to those that have: the layer's first slots are free.
     const double late =
-        n > input.slots ? spine + input.resident_us + static_cast<double>(n - input.slots) * copy : 0.0;
-    const double compute = spine + 2 * shared + std::max(gpu, cpu_us[n] + slowed);
+        n > input.slots ? input.resident_us + static_cast<double>(n - input.slots) * copy : 0.0;
+    const double link = std::max(copies, late);
+    const double compute = 2 * shared + std::max(gpu, cpu_us[n] + slowed);
     // Of equals the one that copies most: the CPU is free for others.
-    if (const double us = std::max({link, late, compute}); us <= best_us) {
+    if (const double us = std::max(link, compute); us <= best_us) {
       best_us = us;
-      best = n;
+      best = {n, us - link + spine};
     }
   }
   return best;
+}
+
+std::size_t slots_left(std::size_t wave, double each, double expert_bytes, const StreamRates& rates) {
+  const double computing = static_cast<double>(wave) * rates.gpu_expert_us.at(each);
+  // One more: the GPU has to hear of its first wave.
+  const double left = std::ceil(computing * rates.link_bytes_per_us / expert_bytes) + 1;
+  return static_cast<std::size_t>(std::min(left, static_cast<double>(wave / 2)));
 }
 
 }  // namespace hetcomp::gpu

@@ -35,14 +35,24 @@ struct SplitInput {
   std::size_t most;                      // at most so many can be; at least `copied`
   std::size_t slots;                     // for copies: more of them must wait until some are computed
   std::int64_t step_tokens;
+  double lead_us;           // so long before the layer's routing is known its copies have begun
   double resident_us;       // of the experts that the GPU has
   double expert_bytes;      // to copy one
   double activation_bytes;  // of a row that CPU and GPU hand to each other
 };
 
-// How many of the experts, from the first on, are copied: the number with which a layer takes least in a
-// prompt of many layers, where the copies of one layer run while the layer before is computed. It depends on
-// nothing but its arguments: a prompt gets the same numbers each time.
-std::size_t split_experts(const SplitInput& input, const StreamRates& rates);
+struct Split {
+  std::size_t copied;  // experts, from the first on
+  double lead_us;      // from the last of these copies until the next layer's routing is known
+};
+
+// The number of copies with which a layer is done first; what the link does before the next layer's routing
+// is known is the next layer's lead. It depends on nothing but its arguments, on no clock: a prompt gets the
+// same numbers each time.
+Split split_experts(const SplitInput& input, const StreamRates& rates);
+
+// Of a ring of two waves, how many slots copies leave free that are made before the layer's routing is known:
+// what is decided then has to be copied while the GPU computes the first wave, each expert for `each` tokens.
+std::size_t slots_left(std::size_t wave, double each, double expert_bytes, const StreamRates& rates);
 
 }  // namespace hetcomp::gpu
