@@ -186,7 +186,8 @@ class StepTasks:
         """Copies of weights into one of two buffers, which wait for the work that read that buffer before and each for
         what it is decided by, and the work on them. Activations have queues of their own (mapped memory), so that they
         never wait for weights."""
-        before, copied = self._streamed[device][-2:-1], ()
+        before = self._streamed[device][-2:-1]
+        copied: tuple[int, ...] = ()
         for moved, decided in copies:
             if moved:
                 copy = copy_us(self._gpu(device), moved)
