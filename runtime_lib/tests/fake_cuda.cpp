@@ -66,6 +66,12 @@ struct CUevent_st {
              .count();
   }
 };
+// A waiting device must not take the core from those it waits for.
+void give_way_after(int looks) {
+  if (looks < 1000) return std::this_thread::yield();
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
+}
+
 // A device hangs that is given more, beside hand-overs.
 constexpr int kMostGraphEvents = 110;
 
@@ -335,7 +341,7 @@ ENTRY cuEventRecord(CUevent event, CUstream stream) {
 }
 ENTRY cuEventSynchronize(CUevent event) {
   COUNTED;
-  while (event->coming > 0) std::this_thread::yield();
+  for (int looks = 0; event->coming > 0; ++looks) give_way_after(looks);
   return CUDA_SUCCESS;
 }
 ENTRY cuEventElapsedTime(float* milliseconds, CUevent begin, CUevent end) {
@@ -356,8 +362,8 @@ ENTRY cuStreamWaitValue32_v2(CUstream stream, CUdeviceptr at, std::uint32_t valu
   if (!reaches(stream->device, at, true)) return CUDA_ERROR_INVALID_VALUE;
   stream->enqueue([=] {
     const std::atomic_ref flag(*reinterpret_cast<std::uint32_t*>(at));
-    while (static_cast<std::int32_t>(flag.load(std::memory_order_acquire) - value) < 0)
-      std::this_thread::yield();
+    for (int looks = 0; static_cast<std::int32_t>(flag.load(std::memory_order_acquire) - value) < 0; ++looks)
+      give_way_after(looks);
     return CUDA_SUCCESS;
   });
   return CUDA_SUCCESS;

@@ -3,13 +3,13 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <thread>
+
+#include "give_way.h"
 
 namespace hetcomp::gpu {
 namespace {
 
-// About 50 us (a pause is 40 to 140 cycles): longer than a kernel of a decode step. Then the thread gives its
-// core to others between looks.
+// About 50 us (a pause is 40 to 140 cycles): longer than a kernel of a decode step.
 constexpr int kSpins = 2000;
 constexpr auto kLook = std::chrono::milliseconds(1);
 
@@ -47,8 +47,8 @@ bool HandShake::wait_patiently(std::atomic_ref<std::uint32_t> raised, std::uint3
   Clock::time_point look = start + kLook;
   while (!aborted()) {
     if (raised.load(std::memory_order_acquire) == kRaised) return true;
-    std::this_thread::yield();
     const Clock::time_point now = Clock::now();
+    give_way(now - start);
     if (now < look) continue;
     look = now + kLook;
     const std::string wrong = health_();

@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <iterator>
 #include <map>
-#include <thread>
 #include <tuple>
 
 #include "../status.h"
+#include "give_way.h"
 #include "program_match.h"
 
 namespace hetcomp::gpu {
@@ -292,7 +292,7 @@ void ProgramSet::wait_for_end() {
                        " ms: a hand-over was not answered, or a kernel hangs; the step was given up.");
     }
     if (hand_shake.aborted()) return drain();
-    if (waited > kSpin) std::this_thread::yield();
+    if (waited > kSpin) give_way(waited);
     _mm_pause();
   }
 }
@@ -300,14 +300,15 @@ void ProgramSet::wait_for_end() {
 void ProgramSet::drain() {
   const Clock::time_point start = Clock::now();
   while (!at_rest()) {
-    if (Clock::now() - start > options_.drain) {
+    const auto waited = Clock::now() - start;
+    if (waited > options_.drain) {
       for (const auto& program : programs_)
         if (program->state() == State::kRunning)
           program->set_broken("it did not come to rest " + std::to_string(options_.drain.count()) +
                               " ms after a step was given up");
       return;
     }
-    std::this_thread::yield();
+    give_way(waited);
   }
 }
 
