@@ -31,7 +31,7 @@ from tests.reference.kernel_harness import activation, cache, state, weight
 from tests.reference.triton_harness import emit, request
 
 CCS = (80, 86, 89, 90, 120)
-# For most kernels: mma and wgmma, 99 and 227 KB of shared memory. The others differ from one of them in nothing that is ours.
+# For most kernels: mma and wgmma, 99 and 227 KB of shared memory. Nothing of ours is different in the others.
 FEW_CCS = (86, 90)
 DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096, "cache_block": 1 << 20}
 GQA = ops.Attention(heads=32, kv_heads=4, head_dim=128, v_head_dim=128, scale=0.09)
