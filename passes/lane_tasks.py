@@ -234,7 +234,8 @@ class StepTasks:
             placement = with_cached(placement, self._held())
             self._cached_layer += 1
         ahead = 0
-        if (stream := self.plan.stream) and placement.device[:4] == "gpu:" and self.step.tokens != self.step.sequences:
+        stream, prompt = self.plan.stream, self.step.tokens != self.step.sequences
+        if stream is not None and prompt and placement.device.startswith("gpu:"):
             of_gpu = self._streams.setdefault(placement.device, StreamedStep(stream, self.step.tokens))
             placement, ahead = of_gpu.layer(placement, a, tokens, size)
         done: list[int] = []

@@ -31,8 +31,7 @@ from tests.reference.kernel_harness import activation, cache, state, weight
 from tests.reference.triton_harness import emit, request
 
 CCS = (80, 86, 89, 90, 120)
-# For most kernels: mma and wgmma, 99 and 227 KB of shared memory. Nothing of ours is different in the others.
-FEW_CCS = (86, 90)
+FEW_CCS = (86, 90)  # for the other formats of a family: mma and wgmma, 99 and 227 KB of shared memory
 DIMS = {"T": 512, "R": 512, "slots": 4, "context": 4096, "cache_block": 1 << 20}
 GQA = ops.Attention(heads=32, kv_heads=4, head_dim=128, v_head_dim=128, scale=0.09)
 GPT_OSS = ops.Attention(heads=64, kv_heads=8, head_dim=64, v_head_dim=64, scale=0.125, window=128, sinks=True)
@@ -234,9 +233,9 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
     "attention-f32": [_attention(GQA, rows, DType.F32) for rows in (1, None)],
     "attention-wide": [_attention(WIDE, rows) for rows in (1, 4, None)],
     "adapters": [
-        *(_with_pairs(_linear("q4", rows)) for rows in (8, None)),
+        *(_with_pairs(_linear(form, rows)) for form in ("q4", "fp8") for rows in (8, None)),
         *(_with_pairs(_linear("f32", rows), 64, "fp32") for rows in (8, None)),
-        *(_with_pairs(_experts("q4", rows), 128) for rows in (1, None)),
+        *(_with_pairs(_experts("q4", rows), rank) for rows in (1, None) for rank in (16, 128)),
         *(group for rows in (1, 8) for group in _grouped("q4", rows, _pairs(32, "bf16", *_GROUPED_WEIGHTS))),
     ],
     "linear-attention": _linear_attention(),
@@ -251,7 +250,11 @@ FAMILIES: dict[str, Sequence[GpuRequest | GpuGroup | GpuCode]] = {
         *_grouped_sum(),
     ],
 }
-ALL_CCS = {"linear-q4", "experts-q4", "attention-gqa", "attention-mla", "small"}
+ALL_CCS = {
+    *("linear-q4", "experts-q4", "attention-gqa", "attention-gpt-oss", "attention-mla", "small", "sampling"),
+    "linear-attention",
+    *("groups-q4-1", "groups-heads"),
+}
 
 
 def _kernels(family: str) -> list[GpuKernel]:
