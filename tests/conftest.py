@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-# Triton decides at its import whether kernels are interpreted, and torch imports it when it likes. Whoever compiles GPU
-# kernels does it in processes of its own (hetcomp/backends/gpu/compile_worker.py), which do not listen to this.
-os.environ["TRITON_INTERPRET"] = "1"
 # A worker of pytest-xdist has a core: torch's threads would spin on it while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -26,7 +26,7 @@ import pytest
 import hetcomp.backends.gpu.compile_kernels as real
 from hetcomp.backends.gpu.compile_kernels import CompiledKernel
 from hetcomp.backends.gpu.kernels import GpuKernel
-from tests.reference.triton_interpreter import run_kernel
+from tests.reference.ttir_interpreter import run_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOADER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)

@@ -18,7 +18,7 @@ from hetcomp.ir.plan import Op, Value
 from tests.gpu.record_cases import buffer_name, folder, record
 from tests.reference.cache_blocks import cache_block, slot_blocks
 from tests.reference.kernel_harness import Step
-from tests.reference.triton_interpreter import run_kernel
+from tests.reference.ttir_interpreter import run_kernel
 
 _GUARD = 256  # bytes in front of and behind a buffer
 _BACKEND = TritonBackend()

@@ -12,7 +12,7 @@ from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.hybrid_artifact import VOCAB, HybridModel, write_hybrid_artifact
 from tests.reference.kernel_harness import activation
 from tests.reference.triton_harness import emit, request
-from tests.reference.triton_interpreter import run_kernel
+from tests.reference.ttir_interpreter import run_kernel
 
 MODEL = HybridModel()
 ROW = activation("row", "T", 8)
