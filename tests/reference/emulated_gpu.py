@@ -1,4 +1,4 @@
-"""A GPU without a GPU: the runtime's fake driver, whose kernels Triton's interpreter runs on host memory.
+"""A GPU without a GPU: the runtime's fake driver, whose kernels run on host memory (ttir_interpreter.py).
 
 Within :func:`emulated_gpu`, ``hetcomp.compile`` writes stand-ins for cubins, and the runtime of this process finds one
 GPU or several, each with memory and streams of its own. Everything else is real: the artifact, its CPU program on its
@@ -65,7 +65,7 @@ class EmulatedGpu:
         self.failures: list[Exception] = []
         self._kernels: list[GpuKernel] = []
         self._ids: dict[str, int] = {}  # by the image's SHA-256
-        self._one = threading.Lock()  # the interpreter holds the place in the grid in one variable
+        self._counting = threading.Lock()  # of launches, on the threads of several streams
 
     def stand_in(self, kernel: GpuKernel) -> bytes:
         """An image that the fake driver takes for ``kernel`` from now on."""
@@ -87,9 +87,9 @@ class EmulatedGpu:
             values = {name: _value(kind, words[i]) for i, (name, kind) in enumerate(kernel.arguments)}
             pointers = {words[i] for i, (_, kind) in enumerate(kernel.arguments) if kind.startswith("*")}
             memory = [area for pointer in pointers for area in _memory(pointer)]
-            with self._one:
+            with self._counting:
                 self.launches[kernel.stem] += 1
-                run_kernel(kernel, (grid[0], grid[1], grid[2]), values, memory, find_overflows=False)
+            run_kernel(kernel, (grid[0], grid[1], grid[2]), values, memory)
         except Exception as error:  # no exception passes the driver
             error.add_note(f"in {kernel.name}, grid {grid[0]} x {grid[1]} x {grid[2]}")
             self.failures.append(error)

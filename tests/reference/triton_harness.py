@@ -1,4 +1,4 @@
-"""Runs the GPU backend's launches on numpy arrays in Triton's interpreter (tests/conftest.py turns it on)."""
+"""Runs the GPU backend's launches on numpy arrays, interpreted (ttir_interpreter.py)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from tests.reference.ttir_operations import Array
 class Launch:
     memory: Sequence[range]  # addresses that the kernel may touch
     grid: tuple[int, int, int]
-    find_overflows: bool
 
 
 class Frame:

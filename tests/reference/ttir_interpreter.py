@@ -242,7 +242,7 @@ def _computed(operation: Operation) -> Step:
             for name, value in zip(results, found, strict=True):
                 frame[name] = value
             return
-        if launch.find_overflows and overflows(operation, given, found):
+        if overflows(operation, given, found):
             raise OverflowError(f"{operation.name} of {' and '.join(names)} does not fit in 32 bits")
         frame[results[0]] = found
 
@@ -275,16 +275,19 @@ def _axis(operation: Operation) -> str:
 
 @functools.cache
 def _program(kernel: GpuKernel) -> _Program:
-    """What Triton's frontend makes of the kernel."""
     module = import_module(f"hetcomp.codegen_templates.gpu.{kernel.module}")
-    function, given = getattr(module, kernel.function), dict(kernel.arguments)
     constants = dict(kernel.constants) | ({"STAGES": _STAGES} if kernel.stages else {})
-    signature = {name: given.get(name, "constexpr") for name in function.arg_names}
+    return _translated(getattr(module, kernel.function), dict(kernel.arguments), constants)
+
+
+def _translated(function: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> _Program:
+    """What Triton's frontend makes of a function; ``types``: of its arguments that are not constants."""
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     with _TRANSLATION:
-        source = ASTSource(fn=function, signature=signature, constexprs=constants)
+        source = ASTSource(fn=function, signature=signature, constexprs=dict(constants))
         target = GPUTarget("cuda", _CC, 32)
         backend = make_backend(target)
-        options = backend.parse_options({"num_warps": kernel.warps, "enable_fp_fusion": True})
+        options = backend.parse_options({"enable_fp_fusion": True})
         context = ir.context()
         ir.load_dialects(context)
         backend.load_dialects(context)
@@ -295,28 +298,39 @@ def _program(kernel: GpuKernel) -> _Program:
 
 
 def run_kernel(
-    kernel: GpuKernel,
-    grid: tuple[int, int, int],
-    values: Mapping[str, int | float],
-    memory: Sequence[range],
-    *,
-    find_overflows: bool = True,
+    kernel: GpuKernel, grid: tuple[int, int, int], values: Mapping[str, int | float], memory: Sequence[range]
 ) -> None:
     """Runs all programs of ``grid``. ``values``: the kernel's arguments by name, addresses for pointers. Raises
-    IndexError when it leaves the addresses of ``memory``, and with ``find_overflows`` OverflowError where sums and
-    products of 32 bits do not fit."""
-    program = _program(kernel)
-    launch = Launch(memory, grid, find_overflows)
-    scalars = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}
-    arguments = [np.array([values[name]], scalars.get(kind, np.int64)) for name, kind in kernel.arguments]
+    IndexError when it leaves the addresses of ``memory``, and OverflowError where sums and products of 32 bits do not
+    fit."""
+    _run(_program(kernel), grid, [_argument(kind, values[name]) for name, kind in kernel.arguments], memory)
+
+
+def run_function(
+    function: Any,
+    grid: tuple[int, int, int],
+    arguments: Mapping[str, tuple[str, int | float]],
+    constants: Mapping[str, Any],
+    memory: Sequence[range],
+) -> None:
+    """As :func:`run_kernel`, any function of Triton; ``arguments``: type and value by name, in order."""
+    program = _translated(function, {name: kind for name, (kind, _) in arguments.items()}, constants)
+    _run(program, grid, [_argument(kind, value) for kind, value in arguments.values()], memory)
+
+
+def _argument(kind: str, value: int | float) -> Array:
+    return np.array([value], {"i32": np.int32, "fp32": np.float32}.get(kind, np.int64))
+
+
+def _run(program: _Program, grid: tuple[int, int, int], arguments: Sequence[Array], memory: Sequence[range]) -> None:
+    launch = Launch(memory, grid)
     programs = int(np.prod(grid))
     at_once = max(_NUMBERS_AT_ONCE // program.largest, 1)
     with np.errstate(all="ignore"):
         for first in range(0, programs, at_once):
             numbers = np.arange(first, min(first + at_once, programs))
             frame = Frame(len(numbers))
-            places = np.unravel_index(numbers, grid)
-            for axis, place in zip(_AXES, places, strict=True):
+            for axis, place in zip(_AXES, np.unravel_index(numbers, grid), strict=True):
                 frame[f"program {axis}"] = place.astype(np.int32)
             for name, value in zip(program.arguments, arguments, strict=True):
                 frame[name] = value

@@ -1,4 +1,4 @@
-"""Groups of ops on a GPU: fused kernels in Triton's interpreter against numpy in float64, and what is grouped."""
+"""Groups of ops on a GPU: fused kernels, interpreted, against numpy in float64, and what is grouped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole steps of tiny models as groups of GPU ops in Triton's interpreter, against the plan's interpreter; launches."""
+"""Whole steps of tiny models as groups of GPU ops, interpreted, against the plan's interpreter; launches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPU kernels of attention and kv_append in Triton's interpreter against numpy in float64."""
+"""GPU kernels of attention and kv_append, interpreted, against numpy in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPU kernels of moe_experts in Triton's interpreter against numpy in float64."""
+"""GPU kernels of moe_experts, interpreted, against numpy in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPU kernels of linear, head_linear and embed in Triton's interpreter against numpy in float64."""
+"""GPU kernels of linear, head_linear and embed, interpreted, against numpy in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPU kernels of the causal convolution and the gated delta rule in Triton's interpreter, against float64."""
+"""GPU kernels of the causal convolution and the gated delta rule, interpreted, against float64."""
 
 from __future__ import annotations
 

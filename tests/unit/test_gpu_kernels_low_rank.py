@@ -1,4 +1,4 @@
-"""What adapters add on a GPU: kernels in Triton's interpreter against numpy in float64, rows of a step with different
+"""What adapters add on a GPU: kernels, interpreted, against numpy in float64, rows of a step with different
 adapters."""
 
 from __future__ import annotations

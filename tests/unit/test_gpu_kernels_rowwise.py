@@ -1,4 +1,4 @@
-"""GPU kernels of norms, rotary embedding, routing, elementwise ops and row selection in Triton's interpreter, against
+"""GPU kernels of norms, rotary embedding, routing, elementwise ops and row selection, interpreted, against
 the plan interpreter's meaning of each op."""
 
 from __future__ import annotations
