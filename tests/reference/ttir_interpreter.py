@@ -11,6 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from triton._C.libtriton import ir
