@@ -2,8 +2,8 @@
 # Brings a bare Debian or Ubuntu machine to the point where hetcomp builds and runs: system packages (where
 # missing and permitted), a virtual environment, torch, hetcomp itself. Run by the Makefile; safe to run again.
 #   scripts/bootstrap.sh VENV_DIR [--test-packages]
-# With --test-packages it adds what only the tests need (a browser that opens the plan's HTML report, qemu and a kernel
-# to boot in it, Triton), nothing else; HETCOMP_SKIP_QEMU=1 leaves qemu and the kernel out.
+# With --test-packages it adds what only the tests need (a browser that opens the plan's HTML report, qemu, a kernel
+# to boot in it and mke2fs for its disk, Triton), nothing else; HETCOMP_SKIP_QEMU=1 leaves these three out.
 set -euo pipefail
 venv=${1:?usage: scripts/bootstrap.sh VENV_DIR [--test-packages]}
 purpose=${2:-run}
@@ -27,7 +27,9 @@ test_kernel=build/test-kernel/vmlinuz  # what tests/e2e/virtual_machine.py boots
 
 missing_test_packages() {
   missing_browser
-  [ "${HETCOMP_SKIP_QEMU:-}" = 1 ] || command -v qemu-system-x86_64 >/dev/null 2>&1 || echo qemu-system-x86
+  [ "${HETCOMP_SKIP_QEMU:-}" != 1 ] || return 0
+  command -v qemu-system-x86_64 >/dev/null 2>&1 || echo qemu-system-x86
+  PATH="$PATH:/usr/sbin:/sbin" command -v mke2fs >/dev/null 2>&1 || echo e2fsprogs
 }
 
 missing_browser() {  # a browser that tests/unit/test_plan_html.py finds, or the package that has one
