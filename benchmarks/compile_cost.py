@@ -68,7 +68,7 @@ def _write_gb_per_s(folder: Path) -> float:
 def _compile(checkpoint: Path, formats: str, out: Path, cache: Path) -> tuple[float, float]:
     """Seconds, and the largest memory of the process or of one that it started, in GB."""
     shutil.rmtree(out, ignore_errors=True)
-    program = [sys.executable, "-c", "from hetcomp.cli.main import main; main()"]
+    program = [sys.executable, "-c", "from hetcomp.cli.start import main; main()"]
     command = [*program, "compile", str(checkpoint), "--formats", formats, "--context", "1024", "-o", str(out)]
     start = time.perf_counter()
     with subprocess.Popen(

@@ -86,7 +86,7 @@ def _errors(of: str, deviations: list[float]) -> dict[str, float]:
 
 
 def _bench(artifact: Path, profile: Path, rounds: int) -> BenchRecord:
-    command = [sys.executable, "-c", "from hetcomp.cli.main import main; main()", "bench", str(artifact)]
+    command = [sys.executable, "-c", "from hetcomp.cli.start import main; main()", "bench", str(artifact)]
     subprocess.run([*command, "--hw", str(profile), "--rounds", str(rounds)], check=True, capture_output=True)
     return read_record(record_path(artifact))
 

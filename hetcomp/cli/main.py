@@ -280,13 +280,13 @@ def doctor_command(
 
 
 def main() -> None:
-    """Entry point of ``hetcomp``."""
+    """``hetcomp``."""
     _collect_rarely()
     app()
 
 
 def plan_main() -> None:
-    """Entry point of ``hetcomp-plan``."""
+    """``hetcomp-plan``."""
     _collect_rarely()
     alone = typer.Typer(name="hetcomp-plan", add_completion=False, pretty_exceptions_enable=False)
     alone.command()(plan_command)

@@ -17,13 +17,14 @@ import pytest
 
 import hetcomp
 from hetcomp.artifact.staging import staged_folder
+from hetcomp.cli.start import INTERRUPTED
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.detect import detect_machine
 from hetcomp.hardware.measure import cache_file
 from tests.e2e.command_line import listing, refusal
 from tests.reference import tiny_models
 
-_COMMAND = [sys.executable, "-c", "from hetcomp.cli.main import main; main()"]
+_COMMAND = [sys.executable, "-c", "from hetcomp.cli.start import main; main()"]
 
 
 def _start(
@@ -113,6 +114,24 @@ def test_ctrl_c_leaves_nothing(tiny_checkpoint, tmp_path, stage):
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert listing(place) == []
+
+
+@pytest.mark.parametrize("command", ["main", "plan_main"])
+def test_ctrl_c_while_the_command_is_imported(command):
+    program = f"""
+import os, signal, sys
+from hetcomp.cli import start
+class Interrupts:  # as a finder of modules, asked for all that a command imports
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts)
+start.{command}()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr == f"{INTERRUPTED}\n"
 
 
 def test_ctrl_c_while_replacing_keeps_the_old_artifact(artifact, monkeypatch):

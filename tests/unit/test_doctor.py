@@ -72,7 +72,7 @@ def test_json_tells_what_is_ready(monkeypatch, capsys):
 
 def test_this_machine_from_the_command_line():
     done = subprocess.run(
-        [sys.executable, "-c", "from hetcomp.cli.main import main; main()", "doctor", "--json"],
+        [sys.executable, "-c", "from hetcomp.cli.start import main; main()", "doctor", "--json"],
         capture_output=True,
         text=True,
     )
