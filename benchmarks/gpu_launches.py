@@ -17,6 +17,7 @@ import argparse
 import ctypes
 import itertools
 import json
+import math
 import shutil
 import sys
 import zlib
@@ -51,6 +52,7 @@ class Device:
         self.torch = import_module("torch")
         self.cuda = ctypes.CDLL("libcuda.so.1")
         self.torch.zeros(1, device="cuda")
+        self._scratch: _Tensor = None
 
     def call(self, name: str, *arguments: object) -> None:
         code = getattr(self.cuda, name)(*arguments)
@@ -100,6 +102,13 @@ class Device:
         assert kind == "constant", kind
         return torch.full((count,), more[0], dtype=torch.int32, device="cuda")
 
+    def scratch(self, size: int) -> int:
+        """The address of ``size`` bytes that every kernel may use."""
+        if self._scratch is None or self._scratch.nbytes < size:
+            assert not self.torch.cuda.is_current_stream_capturing(), "a launch outside of a graph comes first"
+            self._scratch = self.torch.empty(size, dtype=self.torch.uint8, device="cuda")
+        return int(self._scratch.data_ptr())
+
     def microseconds(
         self, functions: list[Any], launches: list[_Json], copies: list[dict[str, Any]], repeats: int = _REPEATS
     ) -> float:
@@ -125,7 +134,9 @@ class Device:
             ctypes.c_int32(a["i32"]) if "i32" in a else ctypes.c_uint64(buffers[a["buffer"]].data_ptr() + a["offset"])
             for a in launch["arguments"]
         ]
-        values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]
+        # Scratch memory of all programs (tensor copies' descriptors), and none for profiling.
+        scratch = self.scratch(launch["made"]["scratch"] * math.prod(launch["grid"]))
+        values += [ctypes.c_uint64(scratch), ctypes.c_uint64(0)]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
         stream = ctypes.c_void_p(self.torch.cuda.current_stream().cuda_stream)
         made = launch["made"]
@@ -264,6 +275,7 @@ class Describer:
             its = made[launch.pop("kernel").name]
             shutil.copyfile(its.cubin, folder / its.cubin.name)
             facts = {"entry": its.entry, "threads": 32 * its.num_warps, "shared": its.shared_bytes}
+            facts["scratch"] = its.global_scratch_bytes
             launch["made"] = {**facts, "cubin": its.cubin.name}
         (folder / "cases.json").write_text(json.dumps(self.cases))
         shutil.copyfile(__file__, folder / "gpu_launches.py")

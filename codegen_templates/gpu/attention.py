@@ -81,19 +81,17 @@ def _attend(
     V_DIM: tl.constexpr,
     V_FIRST: tl.constexpr,
     V_SECOND: tl.constexpr,
+    SHARED: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """One block of keys: the new running maximum, total and sums (a tuple of f32 [rows, part of the values]).
 
     k, v: so that the rows of the slot's head at positions ``j`` i32[keys], which are of one block of the cache, lie
-    DIM and V_ROW elements apart. Keys from ``end`` on are not read. visible [rows, keys]. WHOLE: all keys are below
-    ``end`` and visible to all rows; neither is looked at.
+    DIM and V_ROW elements apart; SHARED: the values are the keys' first V_FIRST numbers. Keys from ``end`` on are not
+    read. visible [rows, keys]. WHOLE: all keys are below ``end`` and visible to all rows; neither is looked at.
     """
-    scores = _product(
-        queries[0],
-        tl.trans(_rows_of_cache(k, j, end, DIM, 0, FIRST, DIM, WHOLE)),
-        tl.zeros((queries[0].shape[0], j.shape[0]), tl.float32),
-    )
+    keys = _rows_of_cache(k, j, end, DIM, 0, FIRST, DIM, WHOLE)
+    scores = _product(queries[0], tl.trans(keys), tl.zeros((queries[0].shape[0], j.shape[0]), tl.float32))
     if SECOND > 0:
         scores = _product(queries[1], tl.trans(_rows_of_cache(k, j, end, DIM, FIRST, SECOND, DIM, WHOLE)), scores)
     if SOFTCAP > 0:
@@ -106,7 +104,7 @@ def _attend(
     p = tl.exp2(scores * FACTOR - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(p, axis=1)
-    values = _rows_of_cache(v, j, end, V_ROW, 0, V_FIRST, V_DIM, WHOLE)
+    values = keys if SHARED else _rows_of_cache(v, j, end, V_ROW, 0, V_FIRST, V_DIM, WHOLE)
     new_sums = (_product(p, values, sums[0] * shrink[:, None]),)
     if V_SECOND > 0:
         rest = _rows_of_cache(v, j, end, V_ROW, V_FIRST, V_SECOND, V_DIM, WHOLE)
@@ -173,6 +171,7 @@ def attention_decode(
     V_DIM: tl.constexpr,
     V_FIRST: tl.constexpr,
     V_SECOND: tl.constexpr,
+    SHARED: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -213,7 +212,7 @@ def attention_decode(
         its_v = v + cache_block(slot, kv_head, first, slot_blocks, BLOCK, V_ROW)
         top, total, sums = _attend(
             queries, its_k, its_v, j, end, visible, top, total, sums,
-            SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, False,
+            SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, SHARED, False,
         )  # fmt: skip
     at = row * PARTS + part
     tl.store(stats + at * 2, top, mask=valid)
@@ -283,6 +282,7 @@ def attention_prefill(
     V_DIM: tl.constexpr,
     V_FIRST: tl.constexpr,
     V_SECOND: tl.constexpr,
+    SHARED: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -326,6 +326,8 @@ def attention_prefill(
     sums = _no_sums(ROWS, V_FIRST, V_SECOND)
     first_slot = tl.min(tl.where(token < rows, slot, 0x7FFFFFFF), axis=0)
     last_slot = tl.max(slot, axis=0)
+    # Of the loop behind that for keys that all see. Those of latents are too many to pass through registers.
+    LAST_STAGES: tl.constexpr = 1 if WINDOW == 0 and SOFTCAP == 0 and not SHARED else STAGES
     seen_by_all = tl.min(tl.where(token < rows, position, 0x7FFFFFFE), axis=0) + 1
     if DESCRIPTORS:
         cache_rows = (last_slot + 1) * slot_blocks * (BLOCK // DIM)
@@ -350,9 +352,9 @@ def attention_prefill(
                     its_v = v + cache_block(s, kv_head, first, slot_blocks, BLOCK, V_ROW)
                     top, total, sums = _attend(
                         queries, its_k, its_v, j, end, mine, top, total, sums,
-                        SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, True,
+                        SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, SHARED, True,
                     )  # fmt: skip
-        for first in tl.range(begin, end, KEYS, num_stages=1 if WINDOW == 0 and SOFTCAP == 0 else STAGES):
+        for first in tl.range(begin, end, KEYS, num_stages=LAST_STAGES):
             j = first + tl.arange(0, KEYS)
             visible = mine[:, None] & (j[None, :] <= position[:, None])
             if WINDOW > 0:
@@ -361,7 +363,7 @@ def attention_prefill(
             its_v = v + cache_block(s, kv_head, first, slot_blocks, BLOCK, V_ROW)
             top, total, sums = _attend(
                 queries, its_k, its_v, j, end, visible, top, total, sums,
-                SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, False,
+                SCALE, SOFTCAP, DIM, FIRST, SECOND, V_ROW, V_DIM, V_FIRST, V_SECOND, SHARED, False,
             )  # fmt: skip
     shrink = tl.full((ROWS,), 1.0, tl.float32)
     if sinks is not None:

@@ -277,7 +277,7 @@ def _axis(operation: Operation) -> str:
 @functools.cache
 def _program(kernel: GpuKernel) -> _Program:
     module = import_module(f"hetcomp.codegen_templates.gpu.{kernel.module}")
-    constants = dict(kernel.constants) | ({"STAGES": _STAGES} if kernel.stages else {})
+    constants = dict(kernel.constants) | ({"STAGES": _STAGES} if "STAGES" in dict(kernel.constants) else {})
     return _translated(getattr(module, kernel.function), dict(kernel.arguments), constants)
 
 

@@ -20,7 +20,7 @@ def shared_limit(cc: int) -> int:
 
 
 def has_deep_memory(cc: int) -> bool:
-    """Whether a block has room for the deeper pipelines (``GpuKernel.stages``)."""
+    """Whether a block has room for the deeper pipelines (``GpuKernel.shallow``)."""
     return shared_limit(cc) >= 160 * 1024
 
 

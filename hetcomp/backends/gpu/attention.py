@@ -37,6 +37,11 @@ def split_width(dim: int) -> tuple[int, int]:
     return (below, 0) if below == dim else (below, max(16, power_of_two(dim - below)))
 
 
+def _values_are_keys(a: Attention) -> bool:
+    """Whether a row's values are the first part of its key, so that one read serves for both."""
+    return a.shared_kv and split_width(a.v_head_dim) == (split_width(a.head_dim)[0], 0)
+
+
 def _shape(a: Attention, request: GpuRequest) -> dict[str, Constant]:
     first, second = split_width(a.head_dim)
     v_first, v_second = split_width(a.v_head_dim)
@@ -50,6 +55,7 @@ def _shape(a: Attention, request: GpuRequest) -> dict[str, Constant]:
         "V_DIM": a.v_head_dim,
         "V_FIRST": v_first,
         "V_SECOND": v_second,
+        "SHARED": _values_are_keys(a),
         "SCALE": a.scale,
         "SOFTCAP": a.softcap,
         "WINDOW": a.window,
@@ -71,13 +77,14 @@ def _keys(a: Attention, dtype: DType) -> tuple[int, tuple[int, int]]:
 @dataclass(frozen=True)
 class PrefillTile:
     """Rows of queries (tokens times heads of a group), keys of a block, warps, pipeline depths; whether keys come by
-    tensor copies, where the architecture has them."""
+    tensor copies, where the architecture has them; keys of a block where blocks have less shared memory."""
 
     rows: int
     keys: int
     warps: int
     stages: tuple[int, int]
     descriptors: bool = False
+    shallow_keys: int = 0  # as many
 
 
 def _has_descriptors(a: Attention, dtype: DType, block: int) -> bool:
@@ -89,6 +96,8 @@ def _has_descriptors(a: Attention, dtype: DType, block: int) -> bool:
 def _prefill_tiles(a: Attention, dtype: DType, block: int) -> tuple[PrefillTile, ...]:
     """First the fastest on an H200, then what was close. Queries, scores and sums stay in registers."""
     keys, stages = _keys(a, dtype)
+    if _values_are_keys(a) and a.head_dim > 256:
+        return PrefillTile(32, 64, 4, (2, 2), shallow_keys=32), PrefillTile(32, 32, 4, (3, 2))
     if a.head_dim > 256 or dtype is DType.F32:
         return (PrefillTile(32, keys, 8 if a.head_dim > 128 else 4, stages),)
     if a.head_dim > 128:
@@ -210,6 +219,7 @@ def _prefill(request: GpuRequest) -> GpuCode:
         },
         warps=tile.warps,
         stages=tile.stages,
+        shallow={"KEYS": tile.shallow_keys or tile.keys},
         tile=choice,
     )
     return GpuCode((made,))

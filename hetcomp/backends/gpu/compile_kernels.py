@@ -124,8 +124,8 @@ def sources_hash() -> str:
 
 def _job(kernel: GpuKernel, cc: int) -> dict[str, Any]:
     constants = dict(kernel.constants)
-    if kernel.stages is not None:
-        constants["STAGES"] = kernel.stages[0 if has_deep_memory(cc) else 1]
+    if not has_deep_memory(cc):
+        constants.update(kernel.shallow)
     if constants.get("DESCRIPTORS"):
         constants["DESCRIPTORS"] = has_tensor_copies(cc)
     return {

@@ -98,10 +98,10 @@ ROWS = GridAxis(tile=1)
 class GpuKernel:
     """One Triton function of ``codegen_templates/gpu`` with its constants.
 
-    ``arguments``: name and Triton type (``*fp32``, ``i32``) of what a launch passes, in order. ``stages``: of how many
-    turns of its loop a kernel with the constant STAGES holds the loads at once: first where a block may have 160 KB of
-    shared memory, then elsewhere. None: it has no such constant. A constant DESCRIPTORS is False on architectures
-    without tensor copies. None of these, nor ``warps``, moves the grid.
+    ``arguments``: name and Triton type (``*fp32``, ``i32``) of what a launch passes, in order. ``shallow``: constants
+    that are others where a block may have less than 160 KB of shared memory; STAGES among them is of how many turns of
+    its loop a kernel holds the loads at once. A constant DESCRIPTORS is False on architectures without tensor copies.
+    None of these, nor ``warps``, moves the grid.
     """
 
     stem: str
@@ -110,7 +110,7 @@ class GpuKernel:
     arguments: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Constant], ...]
     warps: int = 4
-    stages: tuple[int, int] | None = None
+    shallow: tuple[tuple[str, Constant], ...] = ()
 
     @property
     def name(self) -> str:
@@ -147,19 +147,21 @@ def launch(
     *,
     warps: int = 4,
     stages: tuple[int, int] | None = None,
+    shallow: Mapping[str, Constant] | None = None,
     tile: Tile | None = None,
 ) -> Launch:
     """A launch whose ``arguments`` name their Triton type and operand. An argument that is None is absent: the kernel
-    is compiled without it."""
+    is compiled without it. ``stages``: the constant STAGES, and what it is among ``shallow``."""
     given = {name: value for name, value in arguments.items() if value is not None}
     absent = {name: None for name, value in arguments.items() if value is None}
+    deep, other = ({"STAGES": stages[0]}, {"STAGES": stages[1]}) if stages else ({}, {})
     kernel = GpuKernel(
         stem,
         module,
         function,
         tuple((name, kind) for name, (kind, _) in given.items()),
-        tuple({**absent, **constants}.items()),
+        tuple({**absent, **constants, **deep}.items()),
         warps,
-        stages,
+        tuple({**other, **(shallow or {})}.items()),
     )
     return Launch(kernel, grid, tuple(operand for _, operand in given.values()), tile)
