@@ -15,6 +15,7 @@ from hetcomp.backends.cpu import FORMATS, CpuBackend
 from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
 from hetcomp.errors import HetcompError
+from hetcomp.ir.layouts import with_act_order
 from hetcomp.ir.ops import Embed, HeadLinear, Linear, RmsNorm, SelectRows
 from hetcomp.ir.plan import Op
 from tests.reference.kernel_harness import (
@@ -26,11 +27,13 @@ from tests.reference.kernel_harness import (
     emit,
     isas_here,
     isas_of,
+    isas_to_test,
     thorough_isas,
     weakest_and_best,
     weight,
 )
 from tests.reference.kernel_numbers import (
+    column_orders,
     dot_error,
     draw,
     family,
@@ -47,12 +50,16 @@ DIMS = {"T": ROWS, "R": ROWS, "slots": 1, "context": 16}
 
 
 @functools.cache
-def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> CompiledKernel:
-    return CompiledKernel(_emitted_linear(out, k, bias, weight_format, isa), isa)
+def _linear(
+    out: int, k: int, bias: bool, weight_format: str, isa: Isa, layout: str = packing.PANELS
+) -> CompiledKernel:
+    return CompiledKernel(_emitted_linear(out, k, bias, weight_format, isa, layout), isa)
 
 
-def _emitted_linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> Kernel:
-    inputs = [activation("x", "T", k), weight("w", (out, k), weight_format, packing.PANELS)]
+def _emitted_linear(
+    out: int, k: int, bias: bool, weight_format: str, isa: Isa, layout: str = packing.PANELS
+) -> Kernel:
+    inputs = [activation("x", "T", k), weight("w", (out, k), weight_format, layout)]
     inputs += [activation("b", out)] if bias else []
     return emit(Linear(k, out, bias), inputs, [activation("y", "T", out)], isa, DIMS)
 
@@ -88,6 +95,30 @@ def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     assert (exact <= bound + rounding_of(x.astype(np.float64), by) @ np.abs(w64.T)).all()
     (alone,) = kernel(inputs, [(rows, out)], rows=rows, threads=1)
     np.testing.assert_array_equal(y, alone)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "isa", "bias"),
+    [("q4", isas_here()[0], False), ("q4z", isas_here()[-1], True), ("q8", isas_to_test()[-1], False)],
+)
+@settings(max_examples=12, deadline=None)
+@given(rows=st.integers(0, 40), threads=st.integers(1, 3), seed=st.integers(0, 999))
+@example(rows=ROWS, threads=3, seed=0)
+def test_linear_whose_columns_have_an_order_of_their_own(isa, weight_format, bias, rows, threads, seed):
+    """Bit for bit what the kernel without an order makes of activations in that order."""
+    out, k = 50, 640
+    rng = np.random.default_rng(seed)
+    x, b = draw(rng, (rows, k)), [draw(rng, (out,))] * bias
+    value = weight("w", (out, k), weight_format, with_act_order(packing.PANELS))
+    data, _ = packed(draw(rng, (out, k)), value)
+    orders = column_orders(data, value)
+    assert orders is not None
+    (y,) = _linear(out, k, bias, weight_format, isa, value.type.layout)(
+        [x, data, *b], [(rows, out)], rows=rows, threads=threads
+    )
+    plain = [np.ascontiguousarray(x[:, orders[0]]), data[: -4 * k], *b]
+    (want,) = _linear(out, k, bias, weight_format, isa)(plain, [(rows, out)], rows=rows, threads=threads)
+    np.testing.assert_array_equal(y, want)
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ def gptq(bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": True, "desc_act": False, **more}
 
 
-def int_pack(bits: int, group: int, symmetric: bool = True) -> dict[str, Any]:
+def int_pack(bits: int, group: int, symmetric: bool = True, **more: Any) -> dict[str, Any]:
     strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-    return compressed("pack-quantized", num_bits=bits, type="int", **strategy, symmetric=symmetric)
+    return compressed("pack-quantized", num_bits=bits, type="int", **strategy, symmetric=symmetric, **more)
 
 
 def planned(folder: Path, formats: str | Mapping[str, str] = "auto") -> Planned:
@@ -150,6 +150,23 @@ EXACT: dict[str, tuple[str, str, Mapping[str, Any], made.Quantiser, Mapping[str,
     "gptq": ("q4", "qwen3_moe", gptq(), made.gptq(), SMALL),
     "gptq, groups of 64": ("q4", "llama", gptq(group=64), made.gptq(group=64), {"intermediate_size": 128}),
     "gptq, a row, order": ("q4", "qwen3_moe", gptq(group=-1, desc_act=True), made.gptq(group=0, act_order=True), SMALL),
+    "gptq, order": ("q4", "qwen3_moe", gptq(desc_act=True), made.gptq(act_order=True), SMALL),
+    "gptq, order, zero points": (
+        "q4z",
+        "qwen3_moe",
+        gptq(group=64, sym=False, desc_act=True),
+        made.gptq(group=64, symmetric=False, act_order=True),
+        SMALL | {"moe_intermediate_size": 128},
+    ),
+    "gptq, order, 8 bits": ("q8", "llama", gptq(8, desc_act=True), made.gptq(8, act_order=True), {}),
+    "gptq, order of runs": ("q4", "llama", gptq(desc_act=True), made.gptq(), {}),
+    "compressed int4, order": (
+        "q4",
+        "qwen3_moe",
+        int_pack(4, 32, actorder="group"),
+        made.packed_quantized(4, 32, act_order=True),
+        SMALL,
+    ),
     "gptq, zero points": ("q4z", "qwen3_moe", gptq(sym=False), made.gptq(symmetric=False), SMALL),
     "gptq v2": (
         "q4z",
@@ -224,7 +241,13 @@ CONVERTED: dict[str, tuple[str, Mapping[str, Any], made.Quantiser, float]] = {
         made.fp8((1, 10**6), torch.bfloat16, "weight_scale"),
         7e-3,
     ),
-    "gptq, order": ("no runs", gptq(desc_act=True), made.gptq(act_order=True), 7e-3),
+    "gptq, several orders": (
+        "several orders",
+        gptq(desc_act=True),
+        made.gptq(act_order=True, seed=lambda weight: int(weight.abs().sum() * 1e6)),
+        7e-3,
+    ),
+    "gptq, order, groups of 16": ("no runs", gptq(group=16, desc_act=True), made.gptq(group=16, act_order=True), 7e-3),
     "gptq, 8 bits, zero points": ("need 9", gptq(8, sym=False), made.gptq(8, symmetric=False), 7e-3),
     # Rounding a scale to fp16: at most 2^-11 of it.
     "int8, f32 scales": (
