@@ -36,7 +36,7 @@ def choose_formats(plan: Plan, context: Context) -> Plan:
     it fits into 80 % of the free memory and bf16 otherwise, with a note; what is quantised is taken over in the format
     that holds it (see hetcomp.ir.native_format). Without a checkpoint auto is bf16.
     Where memory wants coarser formats than these, or the user allowed several, format_search decides which request
-    comes here. Columns that a checkpoint has in the order of activations keep it in its own format, and lose it in others.
+    comes here. Columns that a checkpoint has in the order of activations keep it in its own format alone.
     One-dimensional weights stay f32 row-major. The KV cache is f32 if attention is, else bf16.
     Raises HetcompError if two ops want one weight in different formats, or a weight is to have a format that the
     checkpoint does not have it in and that none is converted to.

@@ -14,8 +14,8 @@ from hetcomp.backends import packing
 from hetcomp.backends.cpu_isa import WHOLE_NUMBERS
 from hetcomp.ir import adaptable
 from hetcomp.ir.adaptable import OPERANDS
-from hetcomp.ir.layouts import has_gate_up
 from hetcomp.ir.cpu_side import CpuRole, cpu_templates
+from hetcomp.ir.layouts import has_gate_up
 from hetcomp.ir.node_parts import Cut, NodePart, part_id, plan_parts
 from hetcomp.ir.ops import Attrs, HeadLinear, Linear, MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind

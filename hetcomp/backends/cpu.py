@@ -154,8 +154,8 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
     tokens = _max_rows(request)
     entries = tokens * attrs.top_k
     up_order, down_order = (has_act_order(value.type.layout) for value in request.inputs[3:5])
-    # few: h of the entries; grouped: five tables an expert, a word for 32 columns, the entries, packed x, packed h, h in
-    # f32 where it is brought into the order of down's columns, prepared rows.
+    # few: h of the entries; grouped: five tables an expert, a word for 32 columns, the entries, packed x, packed h, f32
+    # h where it is brought into the order of down's columns, prepared rows.
     floats = -(-attrs.intermediate // packing.PANEL) * packing.PANEL * 4
     of_h = floats if down_order else isa.row_bytes(attrs.intermediate, down)
     few = min(tokens, isa.few_tokens) * attrs.top_k * of_h

@@ -16,7 +16,8 @@ _PACKED = {
 
 
 def layouts_for(kind: str, operand: int) -> tuple[str, ...]:
-    """Layouts of weight operand ``operand`` (index into the op's inputs) of an op of kind ``kind``, the usual one first.
+    """Layouts of weight operand ``operand`` (index into the op's inputs) of an op of kind ``kind``: the usual one, and
+    that with an order of columns if the kernels have it.
 
     ``row_major`` for operands that are not stored in a weight format (biases, norm weights, sinks).
     """

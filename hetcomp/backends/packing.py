@@ -28,8 +28,8 @@ activations of zero meet them. The last of a row's K blocks has the groups that 
 such matrix, or several (experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has
 the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in panels of their own, in turn (gate panel 0, up panel
 0, gate panel 1, ..) so that a task streams both halves of 16 columns; blocks of 128 rows are counted in each half by
-itself. In layouts that end in ``_act_order`` (of weights whose groups of columns are scattered: GPTQ's act-order) i32 [K]
-lie behind each matrix: the column of the numbers, and of the activations, that each column of its panels is.
+itself. In layouts that end in ``_act_order`` (of weights whose groups of columns are scattered: GPTQ's act-order) i32
+[K] lie behind each matrix: the column of the numbers, and of the activations, that each column of its panels is.
 Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 

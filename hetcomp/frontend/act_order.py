@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from hetcomp.frontend.quantised_codes import Read, groups_of_columns
 from hetcomp.frontend.quantisation_config import Stored
+from hetcomp.frontend.quantised_codes import Read, groups_of_columns
 from hetcomp.ir.plan import CheckpointTensor
 
 _Groups = npt.NDArray[np.int64] | None  # of the columns; None: they are runs
@@ -22,7 +22,8 @@ def settled(
     stored: Callable[[CheckpointTensor], Stored],
     read: Read,
 ) -> tuple[CheckpointTensor, ...]:
-    """The tensors of one weight, with ``act_order`` as their groups are, which are read where the config leaves it open.
+    """The tensors of one weight, with ``act_order`` as their groups are, which are read where the config leaves that
+    open.
 
     of_matrix: tensors in turn whose rows are those of one matrix, so that their columns must be in one order. stored:
     how the config says that a tensor is stored. Raises HetcompError if a tensor has groups that it cannot have."""

@@ -259,8 +259,8 @@ def _per_row(found: _Found, rows: int, groups: int) -> list[tuple[int, ...]]:
 
 
 def _whole_numbers(found: _Found, method: str, rows: int, columns: int, groups: int) -> CheckpointTensor:
-    """Scales times whole numbers, less zero points: q4 holds 4 bits about 8, q4z less any zero point. Whether columns are
-    in the order of activations, where the config says so, is for act_order.settled to find out."""
+    """Scales times whole numbers, less zero points: q4 holds 4 bits about 8, q4z less any zero point. Whether columns
+    are in the order of activations, where the config says so, is for act_order.settled to find out."""
     stored, group, act_order = found.stored, columns // groups, False
     parts = [f"{method} int{stored.bits}"]
     parts.append(f"groups of {group}" if stored.group else "a scale a tensor" if stored.block else "a scale a row")

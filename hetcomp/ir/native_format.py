@@ -15,8 +15,8 @@ _PANEL, _BLOCK = 16, 128  # rows and columns of a packed panel in fp8 that share
 @dataclass(frozen=True, slots=True)
 class Native:
     """How a quantised weight is taken over: in ``format``, bit for bit unless ``inexact`` says why not. ``label`` and
-    ``bits`` (of a weight, with scales) are those of the checkpoint. ``act_order``: that takes a layout whose columns have
-    an order of their own."""
+    ``bits`` (of a weight, with scales) are those of the checkpoint. ``act_order``: that takes a layout whose columns
+    have an order of their own."""
 
     format: str
     inexact: str

@@ -18,8 +18,8 @@ class KernelTarget(Protocol):
         ...
 
     def weight_layout(self, op: Op, operand: int, act_order: bool) -> str:
-        """Layout in which input ``operand`` of the op is stored: ``row_major`` or a packed one; ``act_order``: one whose
-        columns have an order of their own, if the op's kernels have such."""
+        """Layout in which input ``operand`` of the op is stored: ``row_major`` or a packed one; ``act_order``: one
+        whose columns have an order of their own, if the op's kernels have such."""
         ...
 
     def gpu_refusal(self, op: Op, template: Template) -> str | None:

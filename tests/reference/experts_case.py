@@ -12,12 +12,22 @@ from hetcomp.ir.layouts import has_act_order, with_act_order
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value
 from tests.reference.kernel_harness import weight
-from tests.reference.kernel_numbers import EPS, Doubles, column_orders, draw, packed, rounding_of, seen, terms, weight_rounding
+from tests.reference.kernel_numbers import (
+    EPS,
+    Doubles,
+    column_orders,
+    draw,
+    packed,
+    rounding_of,
+    seen,
+    terms,
+    weight_rounding,
+)
 
 
 def expert_weights(a: MoeExperts, weight_format: str) -> tuple[Value, Value]:
-    """gate_up and down of the op. weight_format: of both, or of each: ``q4k+q6k``; behind that of one whose columns have
-    an order of their own stands ``:order``."""
+    """gate_up and down of the op. weight_format: of both, or of each: ``q4k+q6k``; with ``:order`` behind it, of a
+    weight whose columns have an order of their own."""
     gate_up, _, down = weight_format.partition("+")
 
     def of(name: str, shape: tuple[int, ...], spelled: str, layout: str) -> Value:

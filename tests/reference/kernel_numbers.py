@@ -176,8 +176,8 @@ def family(weight_format: str, isa: CpuIsa, rows: float, gemv: bool) -> Gemm:
 
 
 def seen(x: Floats, by: Gemm, order: npt.NDArray[np.int32] | None = None) -> Doubles:
-    """Activations [.., K] as the kernel multiplies them: int8 in groups of 32 (of columns in ``order``), bf16, or as they
-    are."""
+    """Activations [.., K] as the kernel multiplies them: int8 in groups of 32 (of columns in ``order``), bf16, or as
+    they are."""
     if order is not None:
         return seen(x[..., order], by)[..., np.argsort(order)]
     if by in ("bf16", "amx_bf16"):

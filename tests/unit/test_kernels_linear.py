@@ -50,15 +50,11 @@ DIMS = {"T": ROWS, "R": ROWS, "slots": 1, "context": 16}
 
 
 @functools.cache
-def _linear(
-    out: int, k: int, bias: bool, weight_format: str, isa: Isa, layout: str = packing.PANELS
-) -> CompiledKernel:
+def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa, layout: str = packing.PANELS) -> CompiledKernel:
     return CompiledKernel(_emitted_linear(out, k, bias, weight_format, isa, layout), isa)
 
 
-def _emitted_linear(
-    out: int, k: int, bias: bool, weight_format: str, isa: Isa, layout: str = packing.PANELS
-) -> Kernel:
+def _emitted_linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa, layout: str = packing.PANELS) -> Kernel:
     inputs = [activation("x", "T", k), weight("w", (out, k), weight_format, layout)]
     inputs += [activation("b", out)] if bias else []
     return emit(Linear(k, out, bias), inputs, [activation("y", "T", out)], isa, DIMS)
