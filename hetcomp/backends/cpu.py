@@ -17,7 +17,7 @@ from hetcomp.backends.protocol import Kernel, KernelRequest
 from hetcomp.backends.templates import environment, render
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.tuning import Tuning
-from hetcomp.ir.layouts import has_act_order
+from hetcomp.ir.layouts import ORDERED_FORMATS, has_act_order
 from hetcomp.ir.ops import Attention, CausalConv, Embed, GatedDelta, HeadLinear, KvAppend, Linear, MoeExperts
 from hetcomp.ir.types import CACHE_DTYPES
 
@@ -94,8 +94,9 @@ def _refusal(request: KernelRequest) -> str | None:
             return f"weight {value.fqn or value.id} has format {value.format}; expected one of {', '.join(FORMATS)}."
         if value.type.layout not in layouts:
             return f"weight {value.fqn or value.id} has layout {value.type.layout}; expected {' or '.join(layouts)}."
-        if has_act_order(value.type.layout) and value.format not in WHOLE_NUMBERS:
-            return f"weight {value.fqn or value.id} has columns in an order of their own, which {value.format} has not."
+        if has_act_order(value.type.layout) and value.format not in ORDERED_FORMATS:
+            name, expected = value.fqn or value.id, ", ".join(ORDERED_FORMATS)
+            return f"weight {name} is {value.format}, its columns have an order of their own; expected {expected}."
     if kind == "moe_experts":
         forms = {str(value.format) for value in request.inputs[3:5]}
         if len(forms) > 1 and not forms <= set(WHOLE_NUMBERS):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Weight formats whose columns may have an order: what GPTQ and compressed-tensors store in one.
+ORDERED_FORMATS = ("q4", "q4z", "q8")
 _GATE_UP = "panels16_glu"
 _ACT_ORDER = "_act_order"
 
