@@ -25,9 +25,9 @@ def slice_numa(plan: Plan, context: Context) -> Plan:
     """Sets ``slices`` of ops with large weights: rows of a linear, the intermediate dimension of experts.
 
     Where columns of down have an order of their own, whose runs are none of the intermediate dimension, nodes get whole
-    experts. On one node, or where the cut leaves one node all of it, there is one slice. Experts that `place` gave to nodes as a
-    whole are not sliced, nor is what lives on a GPU or is read by several ops (tied embeddings); of experts that live
-    on both, the slices are those of the CPU's.
+    experts. On one node, or where the cut leaves one node all of it, there is one slice. Experts that `place` gave to
+    nodes as a whole are not sliced, nor is what lives on a GPU or is read by several ops (tied embeddings); of experts
+    that live on both, the slices are those of the CPU's.
     """
     shared = shared_weights(plan)
     return replace(plan, calls=tuple(_slice_call(plan, call, context.profile, shared) for call in plan.calls))
