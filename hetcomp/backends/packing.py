@@ -153,9 +153,10 @@ def pack(
         raise HetcompError(_shape_message(value, array.shape, shape))
     assert value.format is not None
     if value.format in TAKEN_OVER or has_act_order(value.type.layout):
+        ordered = " with an order of columns" if has_act_order(value.type.layout) else ""
         raise HetcompError(
-            f"Numbers cannot be packed as {value.format} in layout {value.type.layout}: weight "
-            f"{value.fqn or value.id} is not stored so; give one of {', '.join(FORMATS)}."
+            f"Numbers cannot be packed as {value.format}{ordered}: weight {value.fqn or value.id} is not stored so; "
+            f"give one of {', '.join(FORMATS)}."
         )
     rows, columns = shape[-2:]
     stack = array.reshape((-1, rows, columns)) if array.ndim != 2 else array[None]
