@@ -85,7 +85,7 @@ def _check(a: MoeExperts, weight_format: str, isa: Isa, case: ExpertsCase, threa
         # Columns in an order of their own, of both matrices or of one.
         *((isa, ORDERED, "q4:order") for isa in thorough_isas()),
         (isas_here()[-1], ORDERED, "q4z:order+q8"),
-        (isas_here()[-1], ORDERED, "q4+q8:order"),
+        (thorough_isas()[-1], ORDERED, "q4+q8:order"),
         *(
             (isa, attrs, form)
             for isa in thorough_isas()

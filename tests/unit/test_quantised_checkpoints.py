@@ -298,6 +298,16 @@ def test_an_order_of_columns_is_in_the_plan_only_where_groups_are_scattered(scat
     assert not any(differences(plan, twin)["f32"])
 
 
+def test_a_layer_with_scattered_groups_shares_no_code_with_others(tmp_path):
+    quantised, _ = made.write(tmp_path, "llama", gptq(desc_act=True), made.gptq())
+    scattered = "model.layers.0.self_attn.q_proj.g_idx"
+    rewrite(quantised, lambda tensors: tensors | {scattered: tensors[scattered].flip(0)})
+    plan = planned(quantised).plan
+    layouts = [plan.value_map()[f"model.layers.{i}.self_attn.q_proj.weight"].type.layout for i in (0, 1)]
+    assert layouts == ["panels16_act_order", "panels16"]
+    assert len({call.template for call in plan.calls if call.layer is not None}) == 2
+
+
 def test_another_format_only_where_asked_for_and_with_a_note(tmp_path):
     quantised, twin = made.write(tmp_path, "qwen3_moe", FP8, made.fp8(), **BLOCKS)
     plan = planned(quantised, {"experts": "q4"})
