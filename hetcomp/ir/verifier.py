@@ -116,7 +116,7 @@ def _formats_chosen(plan: Plan) -> None:
                 )
             if has_act_order(values[actual].type.layout) and values[actual].format not in ORDERED_FORMATS:
                 raise HetcompError(
-                    f"Weight {actual} is stored as {stored}; only {', '.join(ORDERED_FORMATS)} have an order of columns."
+                    f"Weight {actual} is stored as {stored}; columns have an order in {' or '.join(ORDERED_FORMATS)}."
                 )
 
 
