@@ -174,10 +174,11 @@ def _multiply_turn(
         here = which >= 0
         order = w + which.to(tl.int64) * MATRIX + matrix_words(N, K, FORMAT)
     for o in tl.static_range(PER):
-        at = k + o
         if ACT_ORDER:
-            at = ordered_columns(order, at, here & (at < K), K)
-        column = tl.load(its + at, mask=here & (at < K), other=0.0)
+            at = ordered_columns(order, k + o, here & (k + o < K), K)
+            column = tl.load(its + at, mask=at < K, other=0.0)
+        else:
+            column = tl.load(its + k + o, mask=here & (k + o < K), other=0.0)
         parts += element(words, o, FORMAT) * column[:, None]
         columns += column
     if has_minima(FORMAT):
