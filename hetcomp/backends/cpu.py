@@ -158,7 +158,7 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
     # few: h of the entries; grouped: five tables an expert, a word for 32 columns, the entries, packed x, packed h, f32
     # h where it is brought into the order of down's columns, prepared rows.
     floats = -(-attrs.intermediate // packing.PANEL) * packing.PANEL * 4
-    of_h = floats if down_order else isa.row_bytes(attrs.intermediate, down)
+    of_h = isa.row_bytes(attrs.intermediate, down) + floats * down_order
     few = min(tokens, isa.few_tokens) * attrs.top_k * of_h
     grouping = 24 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1) + -(-attrs.hidden // 32) * 4
     tables = _align(grouping) + _align(isa.entry_rows(entries, form) * 4)
