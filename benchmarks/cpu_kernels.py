@@ -3,6 +3,7 @@
 python -m benchmarks.cpu_kernels [--shape NAME] [--threads N] [--isa avx512] [--formats q4,q8] [--only WORD]
 
 Weights take turns over a buffer far larger than the last-level cache, so decode reads them from memory.
+Behind a format :order is of columns in an order of their own (act-order).
 GB/s counts weight (or KV cache) bytes, once a call for each matrix that is touched, and of a recurrence's state what is
 read and what is written.
 """
@@ -24,6 +25,7 @@ from benchmarks import read_bandwidth
 from benchmarks.record import Record
 from hetcomp.backends import packing
 from hetcomp.backends.protocol import Isa
+from hetcomp.ir.layouts import has_act_order, has_gate_up, with_act_order
 from hetcomp.ir.ops import Attention, CausalConv, GatedDelta, Linear, MoeExperts
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
@@ -82,14 +84,24 @@ def huge(size: int) -> npt.NDArray[np.uint8]:
 
 def copies(value: Value, data: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
     """The packed bytes of a weight of normal numbers, as often as ``data`` has room for them."""
-    one = replace(value, type=replace(value.type, shape=value.type.shape[-2:]))
-    numbers = np.random.default_rng(0).standard_normal(one.type.shape, np.float32) * np.float32(0.02)
+    layout = packing.PANELS_GLU if has_gate_up(value.type.layout) else packing.PANELS
+    one = replace(value, type=replace(value.type, shape=value.type.shape[-2:], layout=layout))
+    random = np.random.default_rng(0)
+    numbers = random.standard_normal(one.type.shape, np.float32) * np.float32(0.02)
     matrix = packing.pack(numbers, one)[0]
+    if has_act_order(value.type.layout):
+        matrix = np.concatenate([matrix, random.permutation(numbers.shape[-1]).astype(np.int32).view(np.uint8)])
     size = packing.packed_bytes(value)
     found = [data[i * size : (i + 1) * size] for i in range(max(1, data.size // size))]
     for copy in found:
         copy.reshape(-1, matrix.size)[:] = matrix
     return found
+
+
+def stored(name: str, shape: tuple[int, ...], weight_format: str, layout: str) -> Value:
+    """A weight in a format, with an order of its columns where ``:order`` is behind it."""
+    form, _, ordered = weight_format.partition(":")
+    return weight(name, shape, form, with_act_order(layout) if ordered else layout)
 
 
 def activations(*shape: int) -> npt.NDArray[np.float32]:
@@ -108,7 +120,7 @@ def integers(array: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
 
 def linear(n: int, k: int, isa: Isa, weight_format: str, data: npt.NDArray[np.uint8]) -> Iterator[Case]:
     """A dense projection at 1, 8, 64 and ROWS tokens."""
-    w = weight("w", (n, k), weight_format, packing.PANELS)
+    w = stored("w", (n, k), weight_format, packing.PANELS)
     size = packing.packed_bytes(w)
     kernel = build(Linear(k, n), [activation("x", "T", k), w], [activation("y", "T", n)], isa, {"T": ROWS})
     sets = copies(w, data)
@@ -134,10 +146,10 @@ def moe(
     tokens: Sequence[int] = (1, 8, 64, ROWS, 2048),
 ) -> Iterator[Case]:
     """The expert layer with uniform random routing, and with one expert that every token chooses."""
-    gate_up = weight(
+    gate_up = stored(
         "gate_up", (shape.experts, 2 * shape.intermediate, shape.hidden), weight_format, packing.PANELS_GLU
     )
-    down = weight("down", (shape.experts, shape.hidden, shape.intermediate), weight_format, packing.PANELS)
+    down = stored("down", (shape.experts, shape.hidden, shape.intermediate), weight_format, packing.PANELS)
     sizes = packing.packed_bytes(gate_up), packing.packed_bytes(down)
     part = data.size // sum(sizes) * sizes[0]
     pairs = list(zip(copies(gate_up, data[:part]), copies(down, data[part:]), strict=False))

@@ -2,7 +2,7 @@
 steps of so many rows.
 
     python -m benchmarks.gpu_launches FOLDER [--rows 64 512 4096] [--exact] [--kv fp8] [--only WORD ..]
-        [--formats q4 q4k+q6k]
+        [--formats q4 q4k+q6k q4:order]
     python3 FOLDER/gpu_launches.py FOLDER
 
 The first writes a folder, on any machine: launches in cases.json, and their kernels compiled for compute capability 90.
@@ -91,6 +91,11 @@ class Device:
             scales = (torch.rand(count // size, 16, device="cuda", generator=random) * 0.01 + 0.005).half()
             data[:, size - 32 :] = scales.view(torch.uint8)
             return data
+        if kind == "ordered":  # groups, and behind the panels of each matrix an order of its columns
+            size, matrices, columns = more
+            panels = self.fill(name, ["groups", count - 4 * matrices * columns, size]).view(matrices, -1)
+            orders = torch.rand(matrices, columns, device="cuda", generator=random).argsort(dim=1).int()
+            return torch.cat([panels, orders.view(torch.uint8)], dim=1)
         if kind == "codes":  # bytes of which none is NaN as e4m3 or fp16
             return torch.randint(0, 120, (count,), device="cuda", generator=random, dtype=torch.uint8)
         if kind == "ids":
@@ -244,6 +249,7 @@ class Describer:
         """What Device.fill makes of it."""
         from hetcomp.backends import packing
         from hetcomp.ir.kv_pool import BLOCK_POSITIONS
+        from hetcomp.ir.layouts import has_act_order
         from hetcomp.ir.plan import ValueKind
 
         dims = {"T": rows, "R": rows}
@@ -255,6 +261,8 @@ class Describer:
             if value.format != "q4":
                 return ["codes", size]
             assert isinstance(columns, int) and columns % 64 == 0, "panels without padding"
+            if has_act_order(value.type.layout):
+                return ["ordered", size, 288, packing.matrices(value), columns]
             return ["groups", size, 288]
         if value.kind is ValueKind.STATE:
             size = -(-self.context // BLOCK_POSITIONS) * cache_block(value.type)
@@ -289,22 +297,26 @@ def cache_block(state: TensorType) -> int:
 
 
 def layer(rows: int, exact: bool, kv: str, forms: str = "q4") -> tuple[Sequence[GpuGroup], dict[str, Value]]:
-    """A layer in a format, or one and, behind a +, that of the experts' down projections; its router in f32; from its
-    first norm to the second addition, as groups; the values."""
+    """A layer in a format, or one and, behind a +, that of the experts' down projections (with :order behind both, of
+    columns in an order of their own); its router in f32; from its first norm to the second addition, as groups; the
+    values."""
     from hetcomp.backends import packing
     from hetcomp.backends.gpu.groups import group_ops
     from hetcomp.ir import ops
+    from hetcomp.ir.layouts import with_act_order
     from hetcomp.ir.plan import Op, Value, ValueKind
     from hetcomp.ir.types import DType, TensorType
 
     values: dict[str, Value] = {}
     graph: list[Op] = []
+    forms, _, ordered = forms.partition(":")
     most, _, of_down = forms.partition("+")
 
     def value(name: str, *shape: int | str, dtype: DType = DType.F32, kind: ValueKind = ValueKind.ACT) -> None:
         values[name] = Value(name, TensorType(dtype, shape), kind, fqn=name)
 
     def weight(name: str, shape: tuple[int, ...], form: str, layout: str = packing.PANELS) -> None:
+        layout = with_act_order(layout) if ordered and form != "f32" else layout
         values[name] = Value(name, TensorType(DType.BF16, shape, layout), ValueKind.WEIGHT, format=form, fqn=name)
 
     def op(name: str, attrs: Attrs, inputs: Sequence[str], *shape: int) -> None:

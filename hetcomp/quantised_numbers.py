@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,11 +49,13 @@ class QuantisedNumbers:
     e2m1 (mxfp4), e4m3fn (fp8), q (q4k, q5k), q + 32 (q6k). scales [.., N, ceil(K / group)]: f32, the e8m0 bytes of
     mxfp4, records of ZERO_POINTS (q4z; zero points 0..16) or of K_SCALES, whose fp16 numbers are equal in all groups of
     a block of 256 columns. A group is 32 columns, in fp8 128, in q6k 16. A number is its code's value times the scale;
-    in q4k and q5k d * scale * q - d_minimum * minimum, in q6k d * scale * q."""
+    in q4k and q5k d * scale * q - d_minimum * minimum, in q6k d * scale * q. order: i32 [K], or [E, K]: which column of
+    the numbers each column of codes is, where they are not in the numbers' own order (K is whole groups then)."""
 
     format: str
     codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[Any]
+    order: npt.NDArray[np.int32] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,21 +72,23 @@ class QuantisedNumbers:
 
     def __getitem__(self, index: int | None) -> QuantisedNumbers:
         """One matrix of several; with None one of one."""
-        return QuantisedNumbers(self.format, self.codes[index], self.scales[index])
+        order = None if self.order is None else self.order[index]
+        return QuantisedNumbers(self.format, self.codes[index], self.scales[index], order)
 
     def rows(self, order: npt.NDArray[np.int64]) -> QuantisedNumbers:
         """Rows in this order."""
         take = [np.take(part, order, axis=-2) for part in (self.codes, self.scales)]
-        return QuantisedNumbers(self.format, take[0], take[1])
+        return QuantisedNumbers(self.format, take[0], take[1], self.order)
 
     def heads(self, heads: int, start: int, stop: int) -> QuantisedNumbers:
         """[heads * n, K] as [heads, stop - start, K]: of every head's rows those from start to stop."""
         split = [part.reshape(heads, -1, part.shape[-1])[:, start:stop] for part in (self.codes, self.scales)]
-        return QuantisedNumbers(self.format, split[0], split[1])
+        order = None if self.order is None else np.broadcast_to(self.order, (heads, self.order.size))
+        return QuantisedNumbers(self.format, split[0], split[1], order)
 
     def transposed(self) -> QuantisedNumbers | _Floats:
         """Rows and columns swapped; as f32 where the transpose has groups whose numbers share no scale."""
-        if self.format in K_SCALES:
+        if self.format in K_SCALES or self.order is not None:
             return np.swapaxes(self.to_f32(), -1, -2)
         group = GROUPS[self.format]
         each = np.swapaxes(np.repeat(self.scales, group, axis=-1)[..., : self.shape[-1]], -1, -2)
@@ -94,25 +98,32 @@ class QuantisedNumbers:
         return np.swapaxes(self.to_f32(), -1, -2)
 
     def cut(self, axis: int, runs: Sequence[tuple[int, int]]) -> QuantisedNumbers | _Floats:
-        """The runs (start, stop) of an axis, one after the other; as f32 where one of columns cuts a group or block."""
+        """The runs (start, stop) of an axis, one after the other; as f32 where one of columns cuts a group or block, or
+        columns are in another order."""
         of_columns = axis in (-1, self.ndim - 1)
+        if of_columns and self.order is not None:
+            return _taken(self.to_f32(), axis, runs)
         group = GROUPS[self.format] if of_columns else 1
         whole = BLOCK if of_columns and self.format in K_SCALES else group
         if any(start % whole for start, _ in runs) or any(stop % whole for _, stop in runs[:-1]):
             return _taken(self.to_f32(), axis, runs)
         of_groups = [(start // group, -(-stop // group)) for start, stop in runs]
-        return QuantisedNumbers(self.format, _taken(self.codes, axis, runs), _taken(self.scales, axis, of_groups))
+        order = self.order if self.order is None or self.order.ndim == 1 or axis else _taken(self.order, 0, runs)
+        return QuantisedNumbers(
+            self.format, _taken(self.codes, axis, runs), _taken(self.scales, axis, of_groups), order
+        )
 
     def in_format(self, weight_format: str | None) -> QuantisedNumbers | None:
         """The same numbers in another format, exactly; None if that does not go without rounding."""
         if self.format == weight_format:
             return self
         if (self.format, weight_format) == ("q4", "q8"):
-            return QuantisedNumbers("q8", self.codes + np.uint8(OFFSETS["q8"] - OFFSETS["q4"]), self.scales)
+            codes = self.codes + np.uint8(OFFSETS["q8"] - OFFSETS["q4"])
+            return replace(self, format="q8", codes=codes)
         if (self.format, weight_format) == ("q4z", "q8"):
             # At most 15 + 128; what wraps in bytes on the way comes out right.
             codes = self.codes - self._each(self.scales["zero"]) + np.uint8(OFFSETS["q8"])
-            return QuantisedNumbers("q8", codes, np.ascontiguousarray(self.scales["scale"]))
+            return replace(self, format="q8", codes=codes, scales=np.ascontiguousarray(self.scales["scale"]))
         return None
 
     def to_f32(self) -> _Floats:
@@ -128,6 +139,8 @@ class QuantisedNumbers:
         values *= self._each(self._scales())
         if self.format in ("q4k", "q5k"):
             values -= self._each(_product(self.scales, "d_minimum", "minimum"))
+        if self.order is not None:
+            return np.take_along_axis(values, np.argsort(self.order, axis=-1)[..., None, :], axis=-1)
         return values
 
     def _scales(self) -> _Floats:
@@ -164,8 +177,13 @@ def _taken(array: npt.NDArray[Any], axis: int, runs: Sequence[tuple[int, int]]) 
 
 
 def joined(parts: Sequence[QuantisedNumbers]) -> QuantisedNumbers | _Floats:
-    """One after the other along the first axis; as f32 where their formats differ."""
-    if len({part.format for part in parts}) > 1:
+    """One after the other along the first axis; as f32 where their formats differ, or the orders of a matrix's
+    columns."""
+    orders = [part.order for part in parts if part.order is not None]
+    of_each = parts[0].ndim > 2
+    alike = of_each or all(np.array_equal(orders[0], order) for order in orders[1:])
+    if len({part.format for part in parts}) > 1 or len(orders) not in (0, len(parts)) or not alike:
         return np.concatenate([part.to_f32() for part in parts])
     codes = np.concatenate([part.codes for part in parts])
-    return QuantisedNumbers(parts[0].format, codes, np.concatenate([part.scales for part in parts]))
+    order = None if not orders else np.concatenate(orders) if of_each else orders[0]
+    return QuantisedNumbers(parts[0].format, codes, np.concatenate([part.scales for part in parts]), order)

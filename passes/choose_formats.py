@@ -36,7 +36,8 @@ def choose_formats(plan: Plan, context: Context) -> Plan:
     it fits into 80 % of the free memory and bf16 otherwise, with a note; what is quantised is taken over in the format
     that holds it (see hetcomp.ir.native_format). Without a checkpoint auto is bf16.
     Where memory wants coarser formats than these, or the user allowed several, format_search decides which request
-    comes here. One-dimensional weights stay f32 row-major. The KV cache is f32 if attention is, else bf16.
+    comes here. Columns that a checkpoint has in the order of activations keep it in its own format alone.
+    One-dimensional weights stay f32 row-major. The KV cache is f32 if attention is, else bf16.
     Raises HetcompError if two ops want one weight in different formats, or a weight is to have a format that the
     checkpoint does not have it in and that none is converted to.
     """
@@ -48,11 +49,14 @@ def choose_formats(plan: Plan, context: Context) -> Plan:
         template = templates[call.template]
         actual = dict(zip(template.params, call.args, strict=True))
         for op, operand, formal in _weight_operands(template):
-            layout = context.target.weight_layout(op, operand)
+            layout = context.target.weight_layout(op, operand, False)
             if layout == ROW_MAJOR:
                 form = "f32"
             else:
-                form = _format(values[actual[formal]], layout, weight_role(op), context) or fallback
+                weight, ordered = values[actual[formal]], context.target.weight_layout(op, operand, True)
+                form = _format(weight, ordered, weight_role(op), context) or fallback
+                if _keeps_order(weight, ordered, form):
+                    layout = ordered
             earlier = chosen.setdefault(actual[formal], (form, layout))
             if earlier != (form, layout):
                 raise HetcompError(
@@ -80,6 +84,12 @@ def _format(weight: Value, layout: str, role: Role, context: Context) -> str | N
             f"format for {role}."
         )
     return None if wanted == "auto" else wanted
+
+
+def _keeps_order(weight: Value, layout: str, form: str) -> bool:
+    """Whether the weight is taken over in the order of columns that the checkpoint's groups give it."""
+    native = native_format(weight, layout)
+    return native is not None and native.act_order and native.format == form
 
 
 def _weight_operands(template: Template) -> Iterator[tuple[Op, int, str]]:

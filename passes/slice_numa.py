@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from hetcomp.hardware.profile import HardwareProfile
 from hetcomp.ir import ops
-from hetcomp.ir.annotations import NodeSlice, Placement
+from hetcomp.ir.annotations import ExpertPlacement, NodeSlice, Placement
+from hetcomp.ir.layouts import has_act_order, has_gate_up
 from hetcomp.ir.node_parts import shared_weights
 from hetcomp.ir.plan import Call, Op, Plan, Template
 from hetcomp.passes.context import Context
@@ -23,9 +24,10 @@ K_BLOCK = 256  # columns that share one in K blocks
 def slice_numa(plan: Plan, context: Context) -> Plan:
     """Sets ``slices`` of ops with large weights: rows of a linear, the intermediate dimension of experts.
 
-    On one node, or where the cut leaves one node all of it, there is one slice. Experts that `place` gave to nodes as a
-    whole are not sliced, nor is what lives on a GPU or is read by several ops (tied embeddings); of experts that live
-    on both, the slices are those of the CPU's.
+    Where columns of down have an order of their own, whose runs are none of the intermediate dimension, nodes get whole
+    experts. On one node, or where the cut leaves one node all of it, there is one slice. Experts that `place` gave to
+    nodes as a whole are not sliced, nor is what lives on a GPU or is read by several ops (tied embeddings); of experts
+    that live on both, the slices are those of the CPU's.
     """
     shared = shared_weights(plan)
     return replace(plan, calls=tuple(_slice_call(plan, call, context.profile, shared) for call in plan.calls))
@@ -70,8 +72,28 @@ def _slice(op: Op, template: Template, placement: Placement, profile: HardwarePr
     formats = {values[name].format for name in op.inputs}
     if isinstance(op.attrs, ops.MoeExperts):
         step = K_BLOCK if formats & set(K_SCALES) else BLOCK if "fp8" in formats else GROUP
-        return replace(placement, slices=node_slices(op.attrs.intermediate, profile, step))
+        slices = node_slices(op.attrs.intermediate, profile, step)
+        layouts = {values[name].type.layout for name in op.inputs}
+        if len(slices) > 1 and any(has_act_order(layout) and not has_gate_up(layout) for layout in layouts):
+            return replace(placement, experts=_whole_experts(placement.experts, profile))
+        return replace(placement, slices=slices)
     if isinstance(op.attrs, ops.Linear):
         step = BLOCK if "fp8" in formats else PANEL
         return replace(placement, slices=node_slices(op.attrs.out_features, profile, step))
     return placement
+
+
+def _whole_experts(runs: tuple[ExpertPlacement, ...], profile: HardwareProfile) -> tuple[ExpertPlacement, ...]:
+    """The runs of experts with those of the CPU given to its nodes in proportion to their bandwidths."""
+    ours = [run for run in runs if run.device.startswith("cpu:")]
+    found = [run for run in runs if run not in ours]
+    before = 0
+    for run in ours:
+        count = run.last - run.first + 1
+        for part in node_slices(sum(r.last - r.first + 1 for r in ours), profile, 1):
+            start, stop = max(part.start - before, 0), min(part.stop - before, count)
+            if start < stop:
+                ends = run.first + start, run.first + stop - 1
+                found.append(replace(run, first=ends[0], last=ends[1], device=f"cpu:{part.node}"))
+        before += count
+    return tuple(sorted(found, key=lambda run: run.first))

@@ -108,3 +108,16 @@ def round_rows(x, n_rows, y, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = row.to(tl.int64) * WIDTH + n
     tl.store(y + at, tl.load(x + at, mask=n < WIDTH).to(tl.bfloat16), mask=n < WIDTH)
+
+
+@triton.jit
+def rows_in_order(x, order, n_rows, y, WIDTH: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x f32 or bf16[rows, WIDTH] -> y bf16[rows, WIDTH] with columns in the order i32[WIDTH] that lies WORDS words
+    behind ``order``. Grid: (rows, column blocks)."""
+    row = tl.program_id(0)
+    if beyond(row, n_rows):
+        return
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.load(order + WORDS + n, mask=n < WIDTH, other=0)
+    at = row.to(tl.int64) * WIDTH
+    tl.store(y + at + n, tl.load(x + at + columns, mask=n < WIDTH).to(tl.bfloat16), mask=n < WIDTH)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from hetcomp.codegen_templates.gpu.functions import glu
-from hetcomp.codegen_templates.gpu.gemv import panel_products
+from hetcomp.codegen_templates.gpu.gemv import ordered_columns, panel_products
 from hetcomp.codegen_templates.gpu.low_rank import expand_panel
 from hetcomp.codegen_templates.gpu.weights import (
     element,
@@ -17,6 +17,7 @@ from hetcomp.codegen_templates.gpu.weights import (
     has_scales,
     load_scales,
     load_words,
+    matrix_words,
     padded_steps,
 )
 
@@ -50,6 +51,7 @@ def experts_gate_up_gemv(
     EPS: tl.constexpr,
     WEIGHT_OFFSET: tl.constexpr,
     FORMAT: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
     FUNCTION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -58,17 +60,22 @@ def experts_gate_up_gemv(
 ):
     """x f32[T, HIDDEN], norm as in panel_products, ids i32[T, TOP_K], w matrices of MATRIX words in layout
     panels16_glu, bias f32[experts, 2 * INTERMEDIATE] or None -> h f32[T, TOP_K, INTERMEDIATE]. low_rank: None, or the h
-    f32[T, TOP_K, RANK] of pairs that are added (low_rank.py), one for each of all experts. Grid: (pairs of panels,
-    TOP_K, T)."""
+    f32[T, TOP_K, RANK] of pairs that are added (low_rank.py), one for each of all experts. ACT_ORDER: behind each
+    matrix lies an order of its columns. Grid: (pairs of panels, TOP_K, T)."""
     pair, entry = tl.program_id(0), tl.program_id(2) * TOP_K + tl.program_id(1)
     expert = expert_of(ids, resident, entry)
     if expert < 0:
         return
     c = tl.arange(0, 32)
+    matrix = w + expert.to(tl.int64) * MATRIX
+    order = None
+    if ACT_ORDER:
+        order = matrix + 2 * matrix_words(INTERMEDIATE, HIDDEN, FORMAT)
     totals = panel_products(
         x + tl.program_id(2) * HIDDEN,
         norm,
-        w + expert.to(tl.int64) * MATRIX,
+        matrix,
+        order,
         pair * 2 + c // 16,
         c % 16,
         0,
@@ -108,10 +115,12 @@ def _load_turn(
     TOP_K: tl.constexpr,
     MATRIX: tl.constexpr,
     FORMAT: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """Words of the steps from ``first`` on, where a token's chosen experts' panels lie behind each other; what their
-    products must be multiplied by and what is subtracted from each weight then; and whether there is such a step."""
+    products must be multiplied by and what is subtracted from each weight then; and whether there is such a step, or
+    (ACT_ORDER) of which matrices, -1: there is none."""
     ALL: tl.constexpr = padded_steps(K, FORMAT)
     s = first + tl.arange(0, STEPS)
     entry, steps = token * TOP_K + s // ALL, s % ALL
@@ -120,30 +129,37 @@ def _load_turn(
     if resident is not None:
         expert = tl.load(resident + expert, mask=inside, other=-1)
     here = expert >= 0
+    which = here
+    if ACT_ORDER:
+        which = expert
     factor = tl.load(weights + entry, mask=here, other=0.0)[:, None]
     valid = here[:, None] & (rows >= 0)[None, :]
     matrices = w + (expert.to(tl.int64) * MATRIX)[:, None]
     words = load_words(matrices, panels, rows, steps, valid, K, FORMAT, True)
     if has_scales(FORMAT):
         scales, minima = load_scales(matrices, panels, rows, steps, valid, K, FORMAT, True)
-        return words, scales * factor, minima * factor if has_minima(FORMAT) else 0.0, here
+        return words, scales * factor, minima * factor if has_minima(FORMAT) else 0.0, which
     else:
-        return words, factor + tl.zeros((STEPS, rows.shape[0]), tl.float32), 0.0, here
+        return words, factor + tl.zeros((STEPS, rows.shape[0]), tl.float32), 0.0, which
 
 
 @triton.jit
 def _multiply_turn(
     h,
+    w,
     words,
     factors,
     minima,
-    here,
+    which,
     sums,
     token,
     first,
+    N: tl.constexpr,
     K: tl.constexpr,
     TOP_K: tl.constexpr,
+    MATRIX: tl.constexpr,
     FORMAT: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     ALL: tl.constexpr = padded_steps(K, FORMAT)
@@ -153,8 +169,16 @@ def _multiply_turn(
     its = h + (token * TOP_K + s // ALL) * K
     parts = tl.zeros((STEPS, words.shape[1]), tl.float32)
     columns = tl.zeros((STEPS,), tl.float32)
+    here = which
+    if ACT_ORDER:
+        here = which >= 0
+        order = w + which.to(tl.int64) * MATRIX + matrix_words(N, K, FORMAT)
     for o in tl.static_range(PER):
-        column = tl.load(its + k + o, mask=here & (k + o < K), other=0.0)
+        if ACT_ORDER:
+            at = ordered_columns(order, k + o, here & (k + o < K), K)
+            column = tl.load(its + at, mask=at < K, other=0.0)
+        else:
+            column = tl.load(its + k + o, mask=here & (k + o < K), other=0.0)
         parts += element(words, o, FORMAT) * column[:, None]
         columns += column
     if has_minima(FORMAT):
@@ -183,6 +207,7 @@ def experts_down_gemv(
     TOP_K: tl.constexpr,
     MATRIX: tl.constexpr,
     FORMAT: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
     RANK: tl.constexpr,
     STEPS: tl.constexpr,
 ):
@@ -200,16 +225,23 @@ def experts_down_gemv(
     TOTAL: tl.constexpr = TOP_K * padded_steps(INTERMEDIATE, FORMAT)
     LAST: tl.constexpr = (TOTAL - 1) // STEPS * STEPS
     sums = tl.zeros((STEPS, 16), tl.float32)
-    words, factors, minima, here = _load_turn(
-        w, ids, weights, resident, token, panels, r, 0, INTERMEDIATE, TOP_K, MATRIX, FORMAT, STEPS
+    words, factors, minima, which = _load_turn(
+        w, ids, weights, resident, token, panels, r, 0, INTERMEDIATE, TOP_K, MATRIX, FORMAT, ACT_ORDER, STEPS
     )
     for first in tl.range(0, LAST, STEPS, num_stages=1):
-        next_words, next_factors, next_minima, next_here = _load_turn(
-            w, ids, weights, resident, token, panels, r, first + STEPS, INTERMEDIATE, TOP_K, MATRIX, FORMAT, STEPS
-        )
-        sums = _multiply_turn(h, words, factors, minima, here, sums, token, first, INTERMEDIATE, TOP_K, FORMAT, STEPS)
-        words, factors, minima, here = next_words, next_factors, next_minima, next_here
-    sums = _multiply_turn(h, words, factors, minima, here, sums, token, LAST, INTERMEDIATE, TOP_K, FORMAT, STEPS)
+        next_words, next_factors, next_minima, next_which = _load_turn(
+            w, ids, weights, resident, token, panels, r, first + STEPS,
+            INTERMEDIATE, TOP_K, MATRIX, FORMAT, ACT_ORDER, STEPS,
+        )  # fmt: skip
+        sums = _multiply_turn(
+            h, w, words, factors, minima, which, sums, token, first,
+            HIDDEN, INTERMEDIATE, TOP_K, MATRIX, FORMAT, ACT_ORDER, STEPS,
+        )  # fmt: skip
+        words, factors, minima, which = next_words, next_factors, next_minima, next_which
+    sums = _multiply_turn(
+        h, w, words, factors, minima, which, sums, token, LAST,
+        HIDDEN, INTERMEDIATE, TOP_K, MATRIX, FORMAT, ACT_ORDER, STEPS,
+    )  # fmt: skip
     total = tl.sum(sums, axis=0)
     at = token * HIDDEN + n
     if bias is not None:

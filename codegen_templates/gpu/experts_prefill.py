@@ -62,6 +62,42 @@ def _run_of_tile(starts, tile, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constex
 
 
 @triton.jit
+def experts_in_order(
+    x,
+    starts,
+    order,
+    ids,
+    resident,
+    w,
+    y,
+    K: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    MATRIX: tl.constexpr,
+    ORDER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """x bf16[rows, K] of the entries in their order or, BY_TOKEN, of the tokens -> y bf16[entries in order, K]: each
+    with its columns in the order that lies ORDER words behind the start of its expert's matrix. Grid: (entries, column
+    blocks)."""
+    place = tl.program_id(0)
+    if place >= tl.load(starts + EXPERTS):
+        return
+    entry = tl.load(order + place)
+    expert = tl.load(ids + entry)
+    if resident is not None:
+        expert = tl.load(resident + expert)
+    row = place
+    if BY_TOKEN:
+        row = entry // TOP_K
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.load(w + expert.to(tl.int64) * MATRIX + ORDER + n, mask=n < K, other=0)
+    numbers = tl.load(x + row.to(tl.int64) * K + columns, mask=n < K)
+    tl.store(y + place.to(tl.int64) * K + n, numbers, mask=n < K)
+
+
+@triton.jit
 def experts_gate_up_gemm(
     x,
     starts,
@@ -86,15 +122,16 @@ def experts_gate_up_gemm(
     LIMIT: tl.constexpr,
     RANK: tl.constexpr,
     SLOTS: tl.constexpr,
+    BY_ENTRY: tl.constexpr,
     M_TILE: tl.constexpr,
     N_TILE: tl.constexpr,
     STEPS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x bf16 or f32[rows, HIDDEN], the order of experts_sort, w in layout panels16_glu, bias f32[EXPERTS, 2 *
-    INTERMEDIATE] or None -> h[entries in order, INTERMEDIATE], bf16 (what the down product rounds it to; f32 beside f32
-    weights). Panels of gate and up take turns: a tile of 2 * N_TILE columns has both. low_rank: None, or the h of
-    experts_shrink, of pairs that are added. Grid: (row tiles, column tiles)."""
+    """x bf16 or f32[rows, HIDDEN] (BY_ENTRY: [entries in order, HIDDEN]), the order of experts_sort, w in layout
+    panels16_glu, bias f32[EXPERTS, 2 * INTERMEDIATE] or None -> h[entries in order, INTERMEDIATE], bf16 (what the down
+    product rounds it to; f32 beside f32 weights). Panels of gate and up take turns: a tile of 2 * N_TILE columns has
+    both. low_rank: None, or the h of experts_shrink, of pairs that are added. Grid: (row tiles, column tiles)."""
     expert, begin, end = _run_of_tile(starts, tl.program_id(0), EXPERTS, EXPERTS_PADDED, M_TILE)
     if begin >= end:
         return
@@ -106,7 +143,10 @@ def experts_gate_up_gemm(
     PANELS: tl.constexpr = (INTERMEDIATE + 15) // 16 * 2
     MASKED: tl.constexpr = ALL % STEPS != 0 or ALL * PER != HIDDEN
     matrix = w + expert.to(tl.int64) * MATRIX
-    offsets = token.to(tl.int64) * HIDDEN
+    if BY_ENTRY:
+        offsets = place.to(tl.int64) * HIDDEN
+    else:
+        offsets = token.to(tl.int64) * HIDDEN
     panel = tl.program_id(1) * (N_TILE // 8)
     sums = tl.zeros((M_TILE, 2 * N_TILE), tl.float32)
     for first in tl.range(0, ALL, STEPS, num_stages=STAGES):

@@ -16,6 +16,7 @@ from hetcomp.codegen_templates.gpu.weights import (
     has_scales,
     load_scales,
     load_words,
+    matrix_words,
     padded_steps,
 )
 
@@ -46,6 +47,13 @@ def _load_columns(x, k, K: tl.constexpr, MASKED: tl.constexpr):
 
 
 @triton.jit
+def ordered_columns(order, k, valid, K: tl.constexpr):
+    """Columns of the activations that columns ``k`` of a weight meet, whose order lies at ``order``; K where k is not
+    ``valid``."""
+    return tl.load(order + k, mask=valid, other=K)
+
+
+@triton.jit
 def norm_factors(x, X_ROW: tl.constexpr, K: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr):
     """1 / sqrt(mean(x^2) + EPS) of ROWS rows of K elements, X_ROW apart: a tuple of f32."""
     factors = ()
@@ -66,6 +74,7 @@ def _multiply_turn(
     words,
     scales,
     minima,
+    order,
     sums,
     first,
     X_ROW: tl.constexpr,
@@ -87,12 +96,15 @@ def _multiply_turn(
         columns = (tl.zeros((STEPS,), tl.float32),) * ROWS
     for o in tl.static_range(PER):
         number = element(words, o, FORMAT)
+        at = k + o
+        if order is not None:
+            at = ordered_columns(order, at, at < K, K)
         if norm is not None:
-            weight = _load_columns(norm, k + o, K, MASKED) + WEIGHT_OFFSET
+            weight = _load_columns(norm, at, K, MASKED) + WEIGHT_OFFSET
         added = ()
         added_columns = ()
         for m in tl.static_range(ROWS):
-            column = _load_columns(x + m * X_ROW, k + o, K, MASKED)
+            column = _load_columns(x + m * X_ROW, at, K, MASKED)
             if norm is not None:
                 column *= weight
             added = added + (parts[m] + number * column[:, None],)
@@ -117,6 +129,7 @@ def panel_products(
     x,
     norm,
     w,
+    order,
     panels,
     rows,
     part,
@@ -133,9 +146,10 @@ def panel_products(
 
     x: f32 rows X_ROW elements apart. norm: None, or f32[K], the weight of an rms_norm of x that is done on the way: its
     sum of squares is that of the row and its factor that of the whole product. w, panels, rows i32[columns]: see
-    weights.load_words. STEPS: steps of a turn, fewer than a block's threads: then Triton loads a turn's activations
-    where they are used, without shared memory. The weights of a turn are loaded while those of the turn before are
-    multiplied. part: which of PARTS equal parts of k is summed; more than one have whole turns.
+    weights.load_words. order: None, or i32[K]: the column of x (and norm) that each column of w meets. STEPS: steps of
+    a turn, fewer than a block's threads: then Triton loads a turn's activations where they are used, without shared
+    memory. The weights of a turn are loaded while those of the turn before are multiplied. part: which of PARTS equal
+    parts of k is summed; more than one have whole turns.
     """
     COUNT: tl.constexpr = padded_steps(K, FORMAT) // PARTS
     LAST: tl.constexpr = (COUNT - 1) // STEPS * STEPS
@@ -148,11 +162,11 @@ def panel_products(
     for first in tl.range(0, LAST, STEPS, num_stages=1):
         next_words, next_scales, next_minima = _load_turn(w, panels, rows, begin + first + STEPS, K, FORMAT, STEPS)
         sums = _multiply_turn(
-            x, norm, words, scales, minima, sums, begin + first, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS
+            x, norm, words, scales, minima, order, sums, begin + first, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS
         )
         words, scales, minima = next_words, next_scales, next_minima
     sums = _multiply_turn(
-        x, norm, words, scales, minima, sums, begin + LAST, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS
+        x, norm, words, scales, minima, order, sums, begin + LAST, X_ROW, K, WEIGHT_OFFSET, FORMAT, ROWS, STEPS
     )
     if norm is not None and ROWS > 4:
         factors = norm_factors(x, X_ROW, K, EPS, ROWS)
@@ -204,6 +218,7 @@ def linear_gemv(
     WEIGHT_OFFSET: tl.constexpr,
     NORMED: tl.constexpr,
     FORMAT: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -218,7 +233,7 @@ def linear_gemv(
     multiply the same x with, with a bias if the first has one; HEADS is 1 then. added, added_1: None, or f32 of y's
     shape to be added to it. normed: None, or where the norm's result f32[ROWS, K] is wanted, NORMED columns a program.
     low_rank: None, or the h f32[matrices, ROWS, HEADS, RANK] of pairs that are added (low_rank.py), whose tables are
-    those of the matrices.
+    those of the matrices. ACT_ORDER: columns of a matrix have an order of their own, which lies behind it; HEADS is 1.
     """
     panel, head, part = tl.program_id(0), tl.program_id(1), 0
     adds = panel >= 0
@@ -248,8 +263,11 @@ def linear_gemv(
                 its_table, its_h = table_3, low_rank + 3 * ROWS * HEADS * RANK
     r = tl.arange(0, 16)
     n = panel * 16 + r
+    order = None
+    if ACT_ORDER:
+        order = matrix + matrix_words(width, K, FORMAT)
     totals = panel_products(
-        x + head * (K + X_GAP), norm, matrix + head.to(tl.int64) * MATRIX, panel + r * 0, r, part,
+        x + head * (K + X_GAP), norm, matrix + head.to(tl.int64) * MATRIX, order, panel + r * 0, r, part,
         HEADS * (K + X_GAP), K, EPS, WEIGHT_OFFSET, FORMAT, PARTS, ROWS, STEPS,
     )  # fmt: skip
     for m in tl.static_range(ROWS):
@@ -310,7 +328,7 @@ def glu_gemv(
     apart = tl.multiple_of((up.to(tl.int64) - gate.to(tl.int64)) // WORD, 16 // WORD)
     matrices = (gate + (c // 16) * apart)[None, :]
     totals = panel_products(
-        x, norm, matrices, tl.program_id(0) + c * 0, c % 16, 0, K, K, EPS, WEIGHT_OFFSET, FORMAT, 1, ROWS, STEPS
+        x, norm, matrices, None, tl.program_id(0) + c * 0, c % 16, 0, K, K, EPS, WEIGHT_OFFSET, FORMAT, 1, ROWS, STEPS
     )
     n = tl.program_id(0) * 16 + tl.arange(0, 16)
     for m in tl.static_range(ROWS):

@@ -15,6 +15,7 @@ from hetcomp.backends.cpu_isa import WHOLE_NUMBERS
 from hetcomp.ir import adaptable
 from hetcomp.ir.adaptable import OPERANDS
 from hetcomp.ir.cpu_side import CpuRole, cpu_templates
+from hetcomp.ir.layouts import has_gate_up
 from hetcomp.ir.node_parts import Cut, NodePart, part_id, plan_parts
 from hetcomp.ir.ops import Attrs, HeadLinear, Linear, MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
@@ -91,7 +92,7 @@ def shape_of(value: Value) -> AdaptableWeight:
     if value.kind is not ValueKind.WEIGHT:
         return AdaptableWeight()
     *_, rows, columns = (int(d) for d in value.type.shape)
-    halves = 2 if value.type.layout == packing.PANELS_GLU else 1
+    halves = 2 if has_gate_up(value.type.layout) else 1
     return AdaptableWeight(packing.matrices(value), rows, columns, halves, number_bytes(value))
 
 

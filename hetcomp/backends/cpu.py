@@ -12,15 +12,18 @@ from typing import Any, TypeVar
 from hetcomp.backends import packing
 from hetcomp.backends.cpu_attention import attention_tile, attention_workspace
 from hetcomp.backends.cpu_isa import WHOLE_NUMBERS, cpu_isa
+from hetcomp.backends.operand_layouts import layouts_for
 from hetcomp.backends.protocol import Kernel, KernelRequest
 from hetcomp.backends.templates import environment, render
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.tuning import Tuning
+from hetcomp.ir.layouts import ORDERED_FORMATS, has_act_order
 from hetcomp.ir.ops import Attention, CausalConv, Embed, GatedDelta, HeadLinear, KvAppend, Linear, MoeExperts
 from hetcomp.ir.types import CACHE_DTYPES
 
 FORMATS = ("f32", "bf16", "q8", "fp8", "q6k", "q5k", "q4z", "q4k", "q4", "mxfp4")
 _NAME = "kernel_name_goes_here"
+_ORDERED = "_act_order"
 # Channels that a thread takes through all rows of a convolution: a kilobyte of a row in one go.
 _CONV_TILE = 256
 # Panels of a recurrence's state that a task works on: one alone waits for the last multiply-add of its sums as long as
@@ -84,13 +87,16 @@ def _refusal(request: KernelRequest) -> str | None:
     if kind not in _RENDERINGS:
         return f"there is no template for '{kind}'."
     for i, value in enumerate(request.inputs):
-        layout = packing.layout_for(kind, i)
-        if layout == packing.ROW_MAJOR:
+        layouts = layouts_for(kind, i)
+        if layouts == (packing.ROW_MAJOR,):
             continue
         if value.format not in FORMATS:
             return f"weight {value.fqn or value.id} has format {value.format}; expected one of {', '.join(FORMATS)}."
-        if value.type.layout != layout:
-            return f"weight {value.fqn or value.id} has layout {value.type.layout}; expected {layout}."
+        if value.type.layout not in layouts:
+            return f"weight {value.fqn or value.id} has layout {value.type.layout}; expected {' or '.join(layouts)}."
+        if has_act_order(value.type.layout) and value.format not in ORDERED_FORMATS:
+            name, expected = value.fqn or value.id, ", ".join(ORDERED_FORMATS)
+            return f"weight {name} is {value.format}, its columns have an order of their own; expected {expected}."
     if kind == "moe_experts":
         forms = {str(value.format) for value in request.inputs[3:5]}
         if len(forms) > 1 and not forms <= set(WHOLE_NUMBERS):
@@ -118,7 +124,7 @@ def _linear(request: KernelRequest) -> _Rendering:
     assert isinstance(attrs, (Linear, HeadLinear))
     heads = attrs.heads if isinstance(attrs, HeadLinear) else 1
     bias = attrs.bias if isinstance(attrs, Linear) else False
-    weight_format = request.inputs[1].format
+    weight_format, act_order = request.inputs[1].format, has_act_order(request.inputs[1].type.layout)
     stem = f"{request.op.kind}_{f'{heads}x' if heads > 1 else ''}{attrs.out_features}x{attrs.in_features}"
     isa, form = cpu_isa(request.isa), str(weight_format)
     rows, tuning = _max_rows(request), _tuning(request, form)
@@ -127,7 +133,7 @@ def _linear(request: KernelRequest) -> _Rendering:
         packed = heads * isa.block_bytes(rows, attrs.in_features, form)
     return _Rendering(
         "cpu/linear.cpp.j2",
-        f"{stem}{'_bias' if bias else ''}_{weight_format}",
+        f"{stem}{'_bias' if bias else ''}_{weight_format}{_ORDERED * act_order}",
         {
             "heads": heads,
             "in_features": attrs.in_features,
@@ -135,6 +141,7 @@ def _linear(request: KernelRequest) -> _Rendering:
             "out_row": math.prod(d for d in request.outputs[0].type.shape[1:] if isinstance(d, int)),
             "bias": bias,
             "format": weight_format,
+            "act_order": act_order,
             "tuning": tuning,
         },
         packed,
@@ -147,18 +154,22 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
     isa, forms = cpu_isa(request.isa), dict.fromkeys((form, down))
     tokens = _max_rows(request)
     entries = tokens * attrs.top_k
-    # few: h of the entries; grouped: five tables an expert, a word for 32 columns, the entries, packed x, packed h,
-    # prepared rows.
-    few = min(tokens, isa.few_tokens) * attrs.top_k * isa.row_bytes(attrs.intermediate, down)
+    up_order, down_order = (has_act_order(value.type.layout) for value in request.inputs[3:5])
+    # few: h of the entries; grouped: five tables an expert, a word for 32 columns, the entries, packed x, packed h, f32
+    # h where it is brought into the order of down's columns, prepared rows.
+    floats = -(-attrs.intermediate // packing.PANEL) * packing.PANEL * 4
+    of_h = isa.row_bytes(attrs.intermediate, down) + floats * down_order
+    few = min(tokens, isa.few_tokens) * attrs.top_k * of_h
     grouping = 24 + attrs.experts * 12 + 2 * 8 * (attrs.experts + 1) + -(-attrs.hidden // 32) * 4
     tables = _align(grouping) + _align(isa.entry_rows(entries, form) * 4)
     products = ((attrs.hidden, form), (attrs.intermediate, down))
     blocks = [_align(isa.block_bytes(entries, columns, of)) for columns, of in products]
-    prepared = tokens * isa.row_bytes(attrs.hidden, form) if "int8" in isa.gemms(form) else 0
-    grouped = tables + sum(blocks) + prepared
+    prepared = tokens * isa.row_bytes(attrs.hidden, form) if "int8" in isa.gemms(form) and not up_order else 0
+    grouped = tables + sum(blocks) + isa.entry_rows(entries, form) * floats * down_order + prepared
     return _Rendering(
         "cpu/moe_experts.cpp.j2",
-        f"moe_experts_{attrs.experts}x{attrs.intermediate}x{attrs.hidden}_{attrs.function}_{'_'.join(forms)}",
+        f"moe_experts_{attrs.experts}x{attrs.intermediate}x{attrs.hidden}_{attrs.function}_{'_'.join(forms)}"
+        f"{_ORDERED * (up_order or down_order)}",
         {
             "experts": attrs.experts,
             "top_k": attrs.top_k,
@@ -170,6 +181,9 @@ def _moe_experts(request: KernelRequest) -> _Rendering:
             "bias": attrs.bias,
             "format": form,
             "down_format": down,
+            "act_order": up_order or down_order,
+            "up_act_order": up_order,
+            "down_act_order": down_order,
             "tuning": _tuning(request, form),
             "from_disk": request.from_disk,
         },

@@ -28,7 +28,9 @@ activations of zero meet them. The last of a row's K blocks has the groups that 
 such matrix, or several (experts, heads: all axes before the last two) one after the other. Layout ``panels16_glu`` has
 the gate rows 0 .. I-1 and the up rows I .. 2I-1 of each matrix in panels of their own, in turn (gate panel 0, up panel
 0, gate panel 1, ..) so that a task streams both halves of 16 columns; blocks of 128 rows are counted in each half by
-itself. Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
+itself. In layouts that end in ``_act_order`` (of weights whose groups of columns are scattered: GPTQ's act-order) i32
+[K] lie behind each matrix: the column of the numbers, and of the activations, that each column of its panels is.
+Everything else (norm weights, biases, sinks, constants) is ``row_major`` in f32.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ import numpy.typing as npt
 from hetcomp.backends.k_blocks import K_BYTES, read_panels
 from hetcomp.backends.quantiser import Numbers, quantise
 from hetcomp.errors import HetcompError
+from hetcomp.ir.layouts import has_act_order, has_gate_up, with_act_order
 from hetcomp.ir.plan import Value
 from hetcomp.quantised_numbers import BLOCK, E2M1, E4M3, GROUPS, e8m0
 
@@ -55,17 +58,6 @@ PANELS_GLU = "panels16_glu"
 
 Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
-
-
-def layout_for(kind: str, operand: int) -> str:
-    """Layout of weight operand ``operand`` (index into the op's inputs) of an op of kind ``kind``.
-
-    ``row_major`` for operands that are not stored in a weight format (biases, norm weights, sinks).
-    """
-    packed = {("embed", 1), ("linear", 1), ("head_linear", 1), ("moe_experts", 4)}
-    if (kind, operand) == ("moe_experts", 3):
-        return PANELS_GLU
-    return PANELS if (kind, operand) in packed else ROW_MAJOR
 
 
 def padded_columns(columns: int, weight_format: str) -> int:
@@ -98,14 +90,19 @@ def group_bytes(weight_format: str) -> int:
 
 def panels(rows: int, layout: str) -> int:
     """Number of panels of a matrix of ``rows`` rows in ``layout``."""
-    if layout == PANELS_GLU:
+    if has_gate_up(layout):
         return 2 * -(-(rows // 2) // PANEL)
     return -(-rows // PANEL)
 
 
+def order_bytes(columns: int, layout: str) -> int:
+    """Bytes of the order of the columns of one matrix; a multiple of 64."""
+    return _up(4 * columns, ALIGNMENT) if has_act_order(layout) else 0
+
+
 def matrix_bytes(rows: int, columns: int, weight_format: str, layout: str = PANELS) -> int:
-    """Bytes of one packed matrix [rows, columns]; a multiple of 64."""
-    return panels(rows, layout) * panel_bytes(columns, weight_format)
+    """Bytes of one packed matrix [rows, columns], the order of its columns included; a multiple of 64."""
+    return panels(rows, layout) * panel_bytes(columns, weight_format) + order_bytes(columns, layout)
 
 
 def matrices(value: Value) -> int:
@@ -144,7 +141,7 @@ def pack(
 
     Returns the bytes and whether all numbers are finite (NaN and infinity are the caller's to report; a
     finite f32 that bf16 cannot hold, or whose scale fp16 cannot, counts as infinite). Raises HetcompError if
-    shape or dtype do not fit, or for a format of ``TAKEN_OVER``.
+    shape or dtype do not fit, or for a format of ``TAKEN_OVER`` or an order of columns, which only checkpoints have.
     """
     _check(value)
     shape = _shape(value)
@@ -155,9 +152,10 @@ def pack(
     if array.ndim < 2 or array.shape[-2:] != shape[-2:] or array.ndim > max(len(shape), 2):
         raise HetcompError(_shape_message(value, array.shape, shape))
     assert value.format is not None
-    if value.format in TAKEN_OVER:
+    if value.format in TAKEN_OVER or has_act_order(value.type.layout):
+        ordered = " with an order of columns" if has_act_order(value.type.layout) else ""
         raise HetcompError(
-            f"Numbers cannot be packed as {value.format}: weight {value.fqn or value.id} is not stored so; "
+            f"Numbers cannot be packed as {value.format}{ordered}: weight {value.fqn or value.id} is not stored so; "
             f"give one of {', '.join(FORMATS)}."
         )
     rows, columns = shape[-2:]
@@ -169,7 +167,7 @@ def pack(
     for i, matrix in enumerate(stack):
         part = target[i * each : (i + 1) * each]
         own = None if weights is None else weights[i]
-        finite &= quantise(matrix, value.format, value.type.layout == PANELS_GLU, part, own, threads)
+        finite &= quantise(matrix, value.format, has_gate_up(value.type.layout), part, own, threads)
     return target, finite
 
 
@@ -240,8 +238,11 @@ def unpack(data: Bytes | bytes, value: Value) -> _Floats:
 
 def unpack_matrix(data: Bytes, rows: int, columns: int, weight_format: str, layout: str = PANELS) -> _Floats:
     """One matrix f32 [rows, columns] from its ``matrix_bytes`` bytes, as :func:`unpack`."""
-    panel = unpack_panels(data, columns, weight_format)[:, :, :columns]
-    if layout == PANELS:
+    end = len(data) - order_bytes(columns, layout)
+    panel = unpack_panels(data[:end], columns, weight_format)[:, :, :columns]
+    if has_act_order(layout):
+        panel = panel[:, :, np.argsort(data[end:].view(np.int32)[:columns])]
+    if not has_gate_up(layout):
         return panel.reshape(-1, columns)[:rows]
     halves = [panel[i::2].reshape(-1, columns)[: rows // 2] for i in (0, 1)]
     return np.concatenate(halves)
@@ -361,14 +362,15 @@ def _check(value: Value) -> None:
         if value.format not in (None, "f32"):
             raise HetcompError(f"Weight {name} has format {value.format} but layout row_major; expected {PANELS}.")
         return
-    if value.type.layout not in (PANELS, PANELS_GLU):
+    if value.type.layout not in (*(PANELS, PANELS_GLU), *map(with_act_order, (PANELS, PANELS_GLU))):
         raise HetcompError(f"Weight {name} has the unknown layout '{value.type.layout}'.")
     if value.format is None:
         raise HetcompError(f"Weight {name} has layout {value.type.layout} but no format; run choose_formats.")
     if value.format not in K_BYTES:
         _form(value.format)
     shape = _shape(value)
-    if len(shape) < 2 or (value.type.layout == PANELS_GLU and shape[-2] % 2):
+    layout = value.type.layout
+    if len(shape) < 2 or (has_gate_up(layout) and shape[-2] % 2) or (has_act_order(layout) and shape[-1] % 32):
         raise HetcompError(f"Weight {name} of shape {list(shape)} does not fit layout {value.type.layout}.")
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from hetcomp.backends import k_blocks, packing, quantiser
 from hetcomp.errors import HetcompError
+from hetcomp.ir.layouts import has_act_order, has_gate_up
 from hetcomp.ir.plan import Value
 from hetcomp.quantised_numbers import K_SCALES, ZERO_POINTS, QuantisedNumbers
 
@@ -25,7 +26,8 @@ class Repacked:
 
 def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
     """The packed bytes of the weight ``value``, or of one or several of its matrices; None if the layout cannot hold
-    them: rows of a panel in fp8 share their scales, groups of a K block its fp16 numbers.
+    them: rows of a panel in fp8 share their scales, groups of a K block its fp16 numbers, and an order of columns is
+    that of one layout.
 
     numbers: in the value's format, [N, K] or [E, N, K]. Raises HetcompError if the shape does not fit.
     """
@@ -35,17 +37,23 @@ def repack(numbers: QuantisedNumbers, value: Value) -> Repacked | None:
             f"Weight {value.fqn or value.id} is {value.format} [{rows}, {columns}], but its codes are "
             f"{numbers.format} {list(numbers.shape)}."
         )
-    halves = 2 if value.type.layout == packing.PANELS_GLU else 1
+    layout = value.type.layout
+    if has_act_order(layout) != (numbers.order is not None):
+        return None
+    halves = 2 if has_gate_up(layout) else 1
     if numbers.format == "fp8" and not _panels_share_scales(numbers.scales, halves):
         return None
     if numbers.format in K_SCALES and not k_blocks.whole_blocks(numbers.scales, numbers.format):
         return None
-    each = packing.matrix_bytes(rows, columns, numbers.format, value.type.layout)
+    each = packing.matrix_bytes(rows, columns, numbers.format, layout)
+    panels = each - packing.order_bytes(columns, layout)
     stack = [numbers] if numbers.ndim == 2 else [numbers[i] for i in range(len(numbers))]
     target, finite = np.empty(len(stack) * each, np.uint8), True
     for i, matrix in enumerate(stack):
         finite &= _usable(matrix)
-        quantiser.repack(matrix, halves == 2, target[i * each : (i + 1) * each])
+        quantiser.repack(matrix, halves == 2, target[i * each : i * each + panels])
+        if matrix.order is not None:
+            target[i * each + panels : (i + 1) * each].view(np.int32)[:columns] = matrix.order
     return Repacked(target, finite, _exact(numbers))
 
 

@@ -9,6 +9,7 @@ from hetcomp.backends import adapted_ops, packing
 from hetcomp.backends.cpu import CpuBackend
 from hetcomp.backends.gpu.kernels import GpuRequest
 from hetcomp.backends.gpu.triton_backend import TritonBackend
+from hetcomp.backends.operand_layouts import layouts_for
 from hetcomp.backends.protocol import Isa, Kernel, KernelBackend, KernelRequest
 from hetcomp.backends.tvm import TvmBackend
 from hetcomp.errors import HetcompError
@@ -51,9 +52,9 @@ class CpuTarget:
         inputs, outputs = tuple(values[i] for i in op.inputs), tuple(values[o] for o in op.outputs)
         return TritonBackend().refusal(GpuRequest(op, inputs, outputs))
 
-    def weight_layout(self, op: Op, operand: int) -> str:
+    def weight_layout(self, op: Op, operand: int, act_order: bool) -> str:
         """Layout in which input ``operand`` of the op is stored."""
-        return packing.layout_for(op.kind, operand)
+        return layouts_for(op.kind, operand)[-1 if act_order else 0]
 
     def packed_bytes(self, value: Value) -> int:
         """Bytes of the packed weight, padding included."""

@@ -186,7 +186,7 @@ def _stored(plan: Plan, checkpoint: BaseCheckpoint | None) -> dict[str, str]:
         return {}
     sources = {v.id: checkpoint.source(v) for v in plan.values if v.kind is ValueKind.WEIGHT}
     labels = {
-        name: dict.fromkeys(t.quantised.label if t.quantised else "" for t in source.tensors)
+        name: dict.fromkeys(f"{t.quantised.label} {t.quantised.inexact}" if t.quantised else "" for t in source.tensors)
         for name, source in sources.items()
     }
     return {name: ", ".join(found) for name, found in labels.items()}

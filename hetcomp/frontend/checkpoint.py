@@ -14,10 +14,11 @@ import numpy.typing as npt
 import torch
 
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.act_order import settled
 from hetcomp.frontend.file_bytes import read_bytes
 from hetcomp.frontend.folder_tensors import folder_tensors
 from hetcomp.frontend.key_mapping import Parts, map_checkpoint
-from hetcomp.frontend.quantisation_config import QuantisationConfig
+from hetcomp.frontend.quantisation_config import QuantisationConfig, Stored
 from hetcomp.frontend.quantised_codes import read_quantised
 from hetcomp.frontend.quantised_tensors import quantised_tensors
 from hetcomp.frontend.row_places import FLOATS, assembled, coded_rows, number_rows
@@ -77,8 +78,11 @@ class BaseCheckpoint(ABC):
     def source(self, value: Value) -> WeightSource:
         """See ir.target.Checkpoint."""
         parts = self._find(value)
-        tensors = tuple(self._tensors[name] for name in parts.names)
+        tensors = self._tensors_of(parts)
         return self._checked(value, replace(self._view(value, tensors), recipe=parts.recipe, tensors=tensors))
+
+    def _tensors_of(self, parts: Parts) -> tuple[CheckpointTensor, ...]:
+        return tuple(self._tensors[name] for name in parts.names)
 
     def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
         """How the weight is cut out of what is stored."""
@@ -317,6 +321,7 @@ class FolderCheckpoint(BaseCheckpoint):
         }
         self._files = {name: number for number, name in enumerate(sorted(stored))}
         self._paths = tuple((folder / name).absolute() for name in self._files)
+        self._settled: dict[tuple[str, ...], tuple[CheckpointTensor, ...]] = {}
 
     @property
     def quantised(self) -> bool:
@@ -330,22 +335,31 @@ class FolderCheckpoint(BaseCheckpoint):
         rows = sum(t.shape[0] for t in tensors)
         return self._numbers(replace(first, shape=(rows, *first.shape[1:]), bytes=sum(t.bytes for t in tensors)))
 
-    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
-        if tensor.quantised is None or self._quantisation is None:
-            return super()._numbers(tensor, row)
+    def _tensors_of(self, parts: Parts) -> tuple[CheckpointTensor, ...]:
+        if parts.names not in self._settled:
+            tensors = super()._tensors_of(parts)
+            of_matrix = {"stack_pair": 2, "concat": len(tensors)}.get(parts.recipe, 1)
+            made = settled(tensors, of_matrix, self._stored, lambda part: self._raw(part, None))
+            self._settled[parts.names] = made
+        return self._settled[parts.names]
+
+    def _stored(self, tensor: CheckpointTensor) -> Stored:
+        assert self._quantisation is not None
         stored = self._quantisation.stored(tensor.name.removesuffix(".weight"))
         assert stored is not None
-        return read_quantised(tensor, stored, lambda part: self._raw(part, row))
+        return stored
+
+    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
+        if tensor.quantised is None:
+            return super()._numbers(tensor, row)
+        return read_quantised(tensor, self._stored(tensor), lambda part: self._raw(part, row))
 
     def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
         if tensor.quantised is None:
             if tensor.dtype not in FLOATS:
                 return f"{tensor.dtype} is converted"
             return number_rows(tensor, self._files[tensor.file], self._paths, by_number)
-        assert self._quantisation is not None
-        stored = self._quantisation.stored(tensor.name.removesuffix(".weight"))
-        assert stored is not None
-        return coded_rows(tensor, stored, self._files, self._paths)
+        return coded_rows(tensor, self._stored(tensor), self._files, self._paths)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> _Raw:
         dtype = np.dtype((_NUMPY | _CODES)[tensor.dtype])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.quantisation_config import Stored
-from hetcomp.frontend.quantised_tensors import GROUP, has_runs
+from hetcomp.frontend.quantised_tensors import GROUP, has_whole_groups
 from hetcomp.ir.plan import CheckpointTensor
 from hetcomp.quantised_numbers import E4M3, GROUPS, OFFSETS, QuantisedNumbers, e8m0, with_zero_points
 
@@ -27,8 +27,9 @@ Read = Callable[[CheckpointTensor], _Raw]
 
 
 def read_quantised(tensor: CheckpointTensor, stored: Stored, read: Read) -> QuantisedNumbers | _Floats:
-    """The weight ``tensor``, or one expert of it: codes and scales, or f32 numbers where its scales are not those of
-    runs of columns, or its whole numbers too many.
+    """The weight ``tensor``, or one expert of it: codes and scales, with columns brought into runs that share a scale
+    where they are in the order of activations; or f32 numbers where scales are not those of runs of columns, or whole
+    numbers too many.
 
     read: the raw array of a part, or the wanted expert's slice of it. Raises HetcompError if the numbers contradict the
     config."""
@@ -49,8 +50,11 @@ def read_quantised(tensor: CheckpointTensor, stored: Stored, read: Read) -> Quan
         scales, zeros = scales.T, None if zeros is None else zeros.T
     scales = _rows(scales, rows)
     zeros = None if zeros is None or stored.symmetric else _rows(zeros, rows)
-    groups = _group_of_columns(parts.get("groups"), stored, tensor)
-    runs = groups is None and has_runs(replace(stored, act_order=False), columns)
+    groups = groups_of_columns(parts.get("groups"), stored, tensor)
+    if tensor.quantised.act_order:
+        order = np.arange(columns) if groups is None else np.argsort(groups, kind="stable")
+        return replace(_in_runs(codes[:, order], zeros, scales, stored), order=order.astype(np.int32))
+    runs = groups is None and has_whole_groups(stored, columns)
     if runs and (zeros is None or stored.bits == 4):
         return _in_runs(codes, zeros, scales, stored)
     if groups is None:
@@ -142,7 +146,7 @@ def _check_symmetric(zeros: _Bytes | None, stored: Stored, tensor: CheckpointTen
         )
 
 
-def _group_of_columns(raw: _Raw | None, stored: Stored, tensor: CheckpointTensor) -> npt.NDArray[np.int64] | None:
+def groups_of_columns(raw: _Raw | None, stored: Stored, tensor: CheckpointTensor) -> npt.NDArray[np.int64] | None:
     """Each column's group; None if they are runs. Raises HetcompError if the config says so, but they are not."""
     if raw is None:
         return None

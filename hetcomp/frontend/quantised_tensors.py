@@ -93,10 +93,10 @@ def _fused_fp8(
     return _fp8(_Found(name, stored, {"codes": tensor, "scales": tensors[f"{name}_scale_inv"]}, origin))
 
 
-def has_runs(stored: Stored, columns: int) -> bool:
-    """Whether the groups of whole numbers are runs of columns that q4 and q8 can repeat their scales over."""
+def has_whole_groups(stored: Stored, columns: int) -> bool:
+    """Whether groups of whole numbers have so many columns that q4 and q8 can repeat their scales over them."""
     groups = columns // stored.group if stored.group else 1
-    return groups == 1 or not (stored.act_order or stored.group % GROUP)
+    return groups == 1 or not stored.group % GROUP
 
 
 class _Found:
@@ -140,9 +140,16 @@ class _Found:
         return columns // group
 
     def made(
-        self, shape: tuple[int, ...], label: str, form: str, block: tuple[int, int], inexact: str, zero_bits: int = 0
+        self,
+        shape: tuple[int, ...],
+        label: str,
+        form: str,
+        block: tuple[int, int],
+        inexact: str,
+        zero_bits: int = 0,
+        act_order: bool = False,
     ) -> CheckpointTensor:
-        """The weight. ``block``: rows and columns of a scale."""
+        """The weight. ``block``: rows and columns of a scale. ``act_order``: its groups may be scattered."""
         per_scale = _SCALE_BITS[self.scales.dtype] + zero_bits
         quantised = Quantised(
             self.stored.kind,
@@ -152,6 +159,7 @@ class _Found:
             form,
             inexact,
             self.stored.bits + per_scale / (block[0] * block[1]),
+            act_order,
         )
         return replace(self.codes, name=self.name, shape=shape, quantised=quantised)
 
@@ -251,23 +259,24 @@ def _per_row(found: _Found, rows: int, groups: int) -> list[tuple[int, ...]]:
 
 
 def _whole_numbers(found: _Found, method: str, rows: int, columns: int, groups: int) -> CheckpointTensor:
-    """Scales times whole numbers, less zero points: q4 holds 4 bits about 8, q4z less any zero point."""
-    stored, group = found.stored, columns // groups
+    """Scales times whole numbers, less zero points: q4 holds 4 bits about 8, q4z less any zero point. Whether columns
+    are in the order of activations, where the config says so, is for act_order.settled to find out."""
+    stored, group, act_order = found.stored, columns // groups, False
     parts = [f"{method} int{stored.bits}"]
     parts.append(f"groups of {group}" if stored.group else "a scale a tensor" if stored.block else "a scale a row")
     if not stored.symmetric:
         parts.append("zero points")
-    if not has_runs(stored, columns):
-        parts += ["columns in the order of activations"] * stored.act_order
+    if not has_whole_groups(stored, columns):
         form, inexact = "q8", f"its groups are no runs of {GROUP} columns"
     elif not stored.symmetric and stored.bits == 8:
         form, inexact = "q8", "8 bits less a zero point need 9"
     else:
         form = "q8" if stored.bits == 8 else "q4" if stored.symmetric else "q4z"
         inexact = "its scales are f32, those of the format fp16" if found.scales.dtype == "F32" else ""
+        act_order = stored.act_order and groups > 1
     block = (rows, columns) if stored.block else (1, group)
     zero_bits = 0 if stored.symmetric and stored.kind not in ("gptq", "awq") else stored.bits
-    return found.made((rows, columns), ", ".join(parts), form, block, inexact, zero_bits)
+    return found.made((rows, columns), ", ".join(parts), form, block, inexact, zero_bits, act_order)
 
 
 _CHECKS: Mapping[str, Callable[[_Found], CheckpointTensor]] = {

@@ -58,7 +58,7 @@ def coded_rows(
     encoding = _ROWS.get((stored.kind, bits))
     if encoding is None or not stored.symmetric:
         return f"zero points lie apart from the codes of {quantised.label}"
-    if stored.act_order:
+    if quantised.act_order:
         return f"columns of {quantised.label} are in another order"
     codes, scales = parts["codes"], parts["scales"]
     if stored.kind == "gptq":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from hetcomp.ir.layouts import has_act_order, has_gate_up
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 
 _PANEL, _BLOCK = 16, 128  # rows and columns of a packed panel in fp8 that share a scale
@@ -14,12 +15,14 @@ _PANEL, _BLOCK = 16, 128  # rows and columns of a packed panel in fp8 that share
 @dataclass(frozen=True, slots=True)
 class Native:
     """How a quantised weight is taken over: in ``format``, bit for bit unless ``inexact`` says why not. ``label`` and
-    ``bits`` (of a weight, with scales) are those of the checkpoint."""
+    ``bits`` (of a weight, with scales) are those of the checkpoint. ``act_order``: that takes a layout whose columns
+    have an order of their own."""
 
     format: str
     inexact: str
     label: str
     bits: float
+    act_order: bool = False
 
 
 def native_format(value: Value, layout: str) -> Native | None:
@@ -33,8 +36,12 @@ def native_format(value: Value, layout: str) -> Native | None:
     bits = sum(q.bits for q in stored) / len(stored)
     if first is None or len(stored) < len(source.tensors):
         return Native("bf16", "some of its tensors are not quantised", label, bits)
-    if len({(q.format, q.inexact) for q in stored}) > 1:
+    if len({(q.format, q.inexact, q.act_order) for q in stored}) > 1:
         return Native("q8", "its tensors are quantised in several ways", label, bits)
+    if first.act_order:
+        if not has_act_order(layout) or source.transpose or source.head_split is not None:
+            return Native("q8", "its columns are in the order of activations", label, bits)
+        return Native(first.format, first.inexact, label, bits, act_order=True)
     if first.inexact:
         return Native(first.format, first.inexact, label, bits)
     if first.format == "fp8":
@@ -71,7 +78,7 @@ def _fits_fp8(
         rows = [row for start, stop in view.row_runs for row in rows[start:stop]]
     if view.head_split is None:
         half = len(rows) // 2
-        parts = (rows[:half], rows[half:]) if layout == "panels16_glu" else (rows,)
+        parts = (rows[:half], rows[half:]) if has_gate_up(layout) else (rows,)
         return all(_alike(part, _PANEL) for part in parts) and _alike(columns, _BLOCK)
     heads, start, stop = view.head_split
     each = len(rows) // heads

@@ -32,7 +32,7 @@ from hetcomp.ir.annotations import (
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.types import Dim, TensorType
 
-SCHEMA = (1, 7)  # major: readers refuse another; minor: fields were added
+SCHEMA = (1, 8)  # major: readers refuse another; minor: fields were added
 
 
 class ValueKind(StrEnum):
@@ -53,7 +53,7 @@ class Quantised:
     ``scheme`` and ``label`` name it, for the reader and for people (``FP8, blocks of 128 x 128``). ``block``: rows and
     columns that share a scale. ``parts``: what is stored, by what it is for (``codes``, ``scales``, ``zeros``, ...).
     ``format`` is the weight format that holds it; where that is not exact, ``inexact`` says why. ``bits`` of a weight,
-    scales included."""
+    scales included. ``act_order``: its groups of columns are scattered, as the part ``groups`` says (GPTQ's g_idx)."""
 
     scheme: str
     label: str
@@ -62,6 +62,7 @@ class Quantised:
     format: str
     inexact: str
     bits: float
+    act_order: bool = False
 
     def part(self, name: str) -> CheckpointTensor:
         """What is stored for ``name``; KeyError if there is none."""

@@ -17,8 +17,9 @@ class KernelTarget(Protocol):
         """Bytes of scratch memory that the op's kernel needs at the given dimension sizes."""
         ...
 
-    def weight_layout(self, op: Op, operand: int) -> str:
-        """Layout in which input ``operand`` of the op is stored: ``row_major`` or a packed one."""
+    def weight_layout(self, op: Op, operand: int, act_order: bool) -> str:
+        """Layout in which input ``operand`` of the op is stored: ``row_major`` or a packed one; ``act_order``: one
+        whose columns have an order of their own, if the op's kernels have such."""
         ...
 
     def gpu_refusal(self, op: Op, template: Template) -> str | None:

@@ -9,6 +9,7 @@ from hetcomp.ir import op_types
 from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
 from hetcomp.ir.deferral import check_deferral, deferral_buffers
 from hetcomp.ir.homes import memory_of
+from hetcomp.ir.layouts import ORDERED_FORMATS, has_act_order
 from hetcomp.ir.node_parts import node_parts, plan_parts, shared_weights
 from hetcomp.ir.ops import STATE_WRITERS
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
@@ -107,11 +108,15 @@ def _formats_chosen(plan: Plan) -> None:
         template = plan.template(call.template)
         formals = template.value_map()
         for name, actual in zip(template.params, call.args, strict=True):
-            # Kernels are generated for the template's format, weights are packed in the plan's.
-            if formals[name].format != values[actual].format:
+            # Kernels are generated for the template's format and layout, weights are packed in the plan's.
+            read, stored = (f"{v.format} in {v.type.layout}" for v in (formals[name], values[actual]))
+            if values[actual].kind is ValueKind.WEIGHT and read != stored:
                 raise HetcompError(
-                    f"Weight {actual} is stored as {values[actual].format}, "
-                    f"but template {template.name} reads it as {formals[name].format}."
+                    f"Weight {actual} is stored as {stored}, but template {template.name} reads it as {read}."
+                )
+            if has_act_order(values[actual].type.layout) and values[actual].format not in ORDERED_FORMATS:
+                raise HetcompError(
+                    f"Weight {actual} is stored as {stored}; columns have an order in {' or '.join(ORDERED_FORMATS)}."
                 )
 
 

@@ -21,9 +21,11 @@ from tests.parity.test_families import TOLERANCE, reference_logits, relative_err
 from tests.parity.test_gguf_files import WIDE, mixed
 from tests.parity.test_gpu_families import BF16_TOLERANCE
 from tests.reference import gguf_models, tiny_models
+from tests.reference import quantised_checkpoints as made
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import save_tiny, token_ids
+from tests.unit.test_quantised_checkpoints import SMALL, gptq
 
 TOKENS, CONTEXT = 40, 48
 # An expert costs the CPU a hundred times as much as a copy; as much; next to nothing.
@@ -129,14 +131,19 @@ def test_streamed_experts_give_the_logits_of_transformers(case: Case, tmp_path: 
         assert 0 < streamed["experts_copied"] < streamed["experts_wanted"]
 
 
-@pytest.mark.parametrize("formats", ["f32", "q4"])
+@pytest.mark.parametrize("formats", ["f32", "q4, order"])
 def test_waves_give_the_bytes_of_resident_experts(formats: str, tmp_path: Path, rates):
+    """Of columns in an order of their own (GPTQ) that comes with each expert."""
     found = []
+    model = save_tiny("qwen3_moe", tmp_path / "f32")
+    if formats != "f32":
+        quantised, _ = made.write(tmp_path, "qwen3_moe", gptq(desc_act=True), made.gptq(act_order=True), **SMALL)
+        quantised.rename(tmp_path / formats)
     with emulated_gpu(compute_capability=89):
         for folder, pins in ((tmp_path / "resident", ()), (tmp_path / "waves", ("moe.experts=cpu",))):
             if pins:
                 rates(ALL, 3)
-            model, exe = build(folder, "qwen3_moe", pins, formats=formats)
+            exe = compiled(tmp_path / formats, folder, pins, formats=formats if formats == "f32" else "auto")
             found.append(exe(token_ids(model, TOKENS)[0].tolist()).tobytes())
             streamed = exe.stats["gpu"].get("streamed")
             exe.runtime.close()

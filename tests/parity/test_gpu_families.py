@@ -17,6 +17,7 @@ import hetcomp
 from hetcomp.backends import packing
 from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
+from hetcomp.ir.annotations import AdapterRoom
 from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
@@ -68,13 +69,14 @@ def compile_tiny(
     formats: str | Mapping[str, str] = "f32",
     max_batch: int = MAX_BATCH,
     nodes: int = 1,
+    adapter_room: AdapterRoom | None = None,
     **options: Any,
 ) -> Executable:
     """The model in ``folder``/hf for CPUs with AVX2 and one GPU. options: of compile."""
     plain = avx2_machine(nodes)
     slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
     machine = plain.model_copy(update={"gpus": (gpu(),), "nodes": slow})
-    wishes = PlanWishes(pins=PINS[placement], vram=GPU_RESERVE + vram if vram else None)
+    wishes = PlanWishes(pins=PINS[placement], vram=GPU_RESERVE + vram if vram else None, adapter_room=adapter_room)
     return hetcomp.compile(
         folder / "hf",
         machine,

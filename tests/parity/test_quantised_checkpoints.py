@@ -10,9 +10,11 @@ import torch
 import transformers
 
 import hetcomp
-from tests.parity.test_gpu_families import compile_tiny
+from hetcomp.ir.annotations import AdapterRoom
+from tests.parity.test_gpu_families import BF16_TOLERANCE, compile_tiny
 from tests.reference import quantised_checkpoints as made
 from tests.reference.emulated_gpu import emulated_gpu
+from tests.reference.peft_adapters import everything, make_adapter
 from tests.reference.tiny_models import token_ids
 from tests.unit.test_quantised_checkpoints import AWQ, BLOCKS, FP8, SMALL, gptq, int_pack
 
@@ -48,23 +50,52 @@ def written(request, tmp_path_factory) -> tuple[Path, torch.nn.Module, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("placement", "vram", "nodes", "bound"), [("gpu", 0, 1, 1e-4), ("split", 500_000, 2, 0.1)])
-@pytest.mark.parametrize("name", ["fp8", "mxfp4"])
-def test_on_a_gpu_and_cut_over_nodes(name, placement, vram, nodes, bound, tmp_path):
+@pytest.mark.parametrize(("name", "form"), [("fp8", "fp8"), ("mxfp4", "mxfp4"), ("gptq, order", "q4")])
+def test_on_a_gpu_and_cut_over_nodes(name, form, placement, vram, nodes, bound, tmp_path):
     """Decoding, the GPU multiplies in float32 with the codes' own numbers; the CPU's experts round activations. Parts
-    on nodes and of a GPU are cut out of the codes."""
+    on nodes and of a GPU are cut out of the codes; of columns in an order of their own nodes get whole experts."""
     quantised, twin = WRITTEN[name](tmp_path)
     (tmp_path / "hf").symlink_to(quantised)
     model = loaded(twin)
     with emulated_gpu(compute_capability=89):
         exe = compile_tiny(tmp_path, placement, vram, formats="auto", max_batch=1, nodes=nodes)
         assert {v.format for v in exe.plan.values if v.fqn and ".experts." in v.fqn and len(v.type.shape) == 3} == {
-            name
+            form
         }
+        whole = [p.experts for call in exe.plan.calls for _, p in call.placements if p.experts and not p.slices]
+        assert any(run.device == "cpu:1" for runs in whole for run in runs) == (nodes == 2 and form == "q4")
         ids = token_ids(model, 6)
         with exe.runtime.session() as session:
             decoded = np.concatenate([exe.runtime.decode([session], [int(i)]) for i in ids[0]])
         exe.runtime.close()
     assert np.median(differences(model, ids, decoded)) < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "bits", "symmetric", "placement", "bound"),
+    [("q4z", 4, False, "gpu", BF16_TOLERANCE), ("q8", 8, True, "split", 0.1)],
+)
+def test_an_adapter_beside_columns_in_an_order_of_their_own(form, bits, symmetric, placement, bound, tmp_path):
+    """An adapter's pairs meet activations in the order of those. In a prompt a GPU rounds to bf16."""
+    config = gptq(bits, sym=symmetric, desc_act=True)
+    quantiser = made.gptq(bits, symmetric=symmetric, act_order=True)
+    quantised, twin = made.write(tmp_path, "qwen3_moe", config, quantiser, **SMALL)
+    (tmp_path / "hf").symlink_to(quantised)
+    ids = token_ids(loaded(twin), 20)
+    adapted = make_adapter(loaded(twin), tmp_path / "adapter", **everything("qwen3_moe"))
+    with emulated_gpu(compute_capability=89):
+        exe = compile_tiny(
+            tmp_path, placement, 500_000 * (placement == "split"), "auto", adapter_room=AdapterRoom(1, 4)
+        )
+        assert {v.format for v in exe.plan.values if v.type.layout.endswith("act_order")} == {form}
+        before = differences(loaded(twin), ids, exe(ids[0].tolist()))
+        exe.load_adapter(tmp_path / "adapter")
+        changed = exe(ids[0].tolist(), adapter="adapter")
+        exe.runtime.close()
+    assert np.median(before) < bound
+    assert np.median(differences(adapted, ids, changed)) < bound
+    assert np.median(differences(loaded(twin), ids, changed)) > 2 * bound  # the adapter matters
 
 
 def errors(model: torch.nn.Module, exe: hetcomp.Executable) -> np.ndarray:

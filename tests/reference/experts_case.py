@@ -8,18 +8,35 @@ import numpy as np
 
 from hetcomp.backends import packing
 from hetcomp.backends.cpu_isa import Gemm
+from hetcomp.ir.layouts import has_act_order, with_act_order
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value
 from tests.reference.kernel_harness import weight
-from tests.reference.kernel_numbers import EPS, Doubles, draw, packed, rounding_of, seen, terms, weight_rounding
+from tests.reference.kernel_numbers import (
+    EPS,
+    Doubles,
+    column_orders,
+    draw,
+    packed,
+    rounding_of,
+    seen,
+    terms,
+    weight_rounding,
+)
 
 
 def expert_weights(a: MoeExperts, weight_format: str) -> tuple[Value, Value]:
-    """gate_up and down of the op. weight_format: of both, or of each: ``q4k+q6k``."""
+    """gate_up and down of the op. weight_format: of both, or of each: ``q4k+q6k``; with ``:order`` behind it, of a
+    weight whose columns have an order of their own."""
     gate_up, _, down = weight_format.partition("+")
+
+    def of(name: str, shape: tuple[int, ...], spelled: str, layout: str) -> Value:
+        form, _, ordered = spelled.partition(":")
+        return weight(name, shape, form, with_act_order(layout) if ordered else layout)
+
     return (
-        weight("gate_up", (a.experts, 2 * a.intermediate, a.hidden), gate_up, packing.PANELS_GLU),
-        weight("down", (a.experts, a.hidden, a.intermediate), down or gate_up, packing.PANELS),
+        of("gate_up", (a.experts, 2 * a.intermediate, a.hidden), gate_up, packing.PANELS_GLU),
+        of("down", (a.experts, a.hidden, a.intermediate), down or gate_up, packing.PANELS),
     )
 
 
@@ -78,13 +95,16 @@ class ExpertsCase:
         t1, t2 = (terms(data, v).astype(np.float64) for (data, _), v in zip(stored, values, strict=True))
         b1, b2 = (b.astype(np.float64) * a.bias for b in biases)
         of_weight = weight_rounding(weight_format, by)
-        x64 = seen(x, by)
+        up_order, down_order = (
+            column_orders(data, v) if has_act_order(v.type.layout) else [None] * a.experts
+            for (data, _), v in zip(stored, values, strict=True)
+        )
         for t in range(rows):
             for k in np.flatnonzero(ids[t] >= 0):
                 e, r = ids[t, k], float(weights[t, k])
-                h, h_bound = self._hidden(a, w1[e], t1[e], x64[t], b1[e], of_weight)
+                h, h_bound = self._hidden(a, w1[e], t1[e], seen(x[t], by, up_order[e]), b1[e], of_weight)
                 # h is rounded once more before down; its own error may move what it is rounded to.
-                h_bound += rounding_of(np.abs(h) + h_bound, by)
+                h_bound += rounding_of(np.abs(h) + h_bound, by, down_order[e])
                 self.want[t] += r * (w2[e] @ h + b2[e])
                 sums = t2[e] @ np.abs(h) + np.abs(b2[e])
                 rounding = (EPS * (6 + np.sqrt(a.intermediate) + a.top_k) + of_weight) * sums

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.backends import packing
+from hetcomp.backends.operand_layouts import layouts_for
 from hetcomp.ir.plan import Op, Plan, Value, ValueKind
 from hetcomp.ir.types import DType
 from tests.reference.group_harness import Arrays
@@ -44,7 +45,7 @@ def flatten(plan: Plan, format_of: Callable[[Op], str], cache: DType) -> FlatPla
             inputs, outputs = (tuple(names[v] for v in ids) for ids in (op.inputs, op.outputs))
             made.append(replace(op, id=f"{number}.{op.id}", inputs=inputs, outputs=outputs))
             for i, v in enumerate(inputs):
-                values[v] = _stored(values[v], packing.layout_for(op.kind, i), format_of(op), cache)
+                values[v] = _stored(values[v], layouts_for(op.kind, i)[0], format_of(op), cache)
     return FlatPlan(made, values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from hetcomp.backends import packing
 from hetcomp.backends.cpu_isa import CpuIsa, Gemm
 from hetcomp.backends.repacking import repack
+from hetcomp.ir.layouts import has_act_order
 from hetcomp.ir.plan import Value
 from hetcomp.quantised_numbers import GROUPS, K_SCALES, ZERO_POINTS, QuantisedNumbers
 from tests.reference import plain_quantiser
@@ -28,7 +30,15 @@ def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
 
 
 def packed(numbers: Floats, value: Value) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """The weight as it is stored, and the numbers that the stored bytes mean."""
+    """The weight as it is stored, and the numbers that the stored bytes mean. In a layout with an order of columns each
+    matrix has a random one."""
+    if has_act_order(value.type.layout):
+        columns, rng = numbers.shape[-1], np.random.default_rng(numbers.size)
+        each = numbers.reshape(-1, *numbers.shape[-2:])
+        order = np.stack([rng.permutation(columns) for _ in each]).astype(np.int32)
+        panels, _ = packed(np.take_along_axis(each, order[:, None], axis=-1).reshape(numbers.shape), _in_order(value))
+        data = np.concatenate([panels.reshape(len(each), -1), order.view(np.uint8)], axis=1).reshape(-1)
+        return data, packing.unpack(data, value)
     if value.format in packing.TAKEN_OVER:
         done = repack(plain_quantiser.quantised(numbers, str(value.format)), value)
         assert done is not None
@@ -38,10 +48,27 @@ def packed(numbers: Floats, value: Value) -> tuple[npt.NDArray[np.uint8], Floats
     return data, packing.unpack(data, value)
 
 
+def _in_order(value: Value) -> Value:
+    """The weight in the layout without an order of columns."""
+    return replace(value, type=replace(value.type, layout=value.type.layout.removesuffix("_act_order")))
+
+
+def column_orders(data: npt.NDArray[np.uint8], value: Value) -> npt.NDArray[np.int32] | None:
+    """The orders i32 [matrices, K] that lie behind the matrices of a weight; None if its layout has none."""
+    if not has_act_order(value.type.layout):
+        return None
+    return data.reshape(packing.matrices(value), -1)[:, -4 * int(value.type.shape[-1]) :].copy().view(np.int32)
+
+
 def terms(data: npt.NDArray[np.uint8], value: Value) -> Floats:
     """Magnitudes of what a kernel adds up for each weight: in q4k and q5k the product with the scale and the minimum
     apart, in q4z those with the code and with the zero point."""
     columns = int(value.type.shape[-1])
+    orders = column_orders(data, value)
+    if orders is not None:
+        panels = data.reshape(len(orders), -1)[:, : -4 * columns].reshape(-1)
+        back = np.argsort(orders, axis=-1).reshape(*value.type.shape[:-2], 1, columns)
+        return np.take_along_axis(terms(panels, _in_order(value)), back, axis=-1)
     if value.format == "q4z":
         panels = data.reshape(-1, packing.panel_bytes(columns, "q4z"))
         of_codes, of_zeros = panels.copy(), panels.copy()
@@ -148,8 +175,11 @@ def family(weight_format: str, isa: CpuIsa, rows: float, gemv: bool) -> Gemm:
     return isa.gemm(weight_format, rows)
 
 
-def seen(x: Floats, by: Gemm) -> Doubles:
-    """Activations [.., K] as the kernel multiplies them: int8 in groups of 32, bf16, or as they are."""
+def seen(x: Floats, by: Gemm, order: npt.NDArray[np.int32] | None = None) -> Doubles:
+    """Activations [.., K] as the kernel multiplies them: int8 in groups of 32 (of columns in ``order``), bf16, or as
+    they are."""
+    if order is not None:
+        return seen(x[..., order], by)[..., np.argsort(order)]
     if by in ("bf16", "amx_bf16"):
         return packing.to_f32(packing.to_bf16_bits(x)).astype(np.float64)
     return quantised(x) if by == "int8" else x.astype(np.float64)
@@ -168,9 +198,11 @@ def quantised(x: Floats) -> Doubles:
     return back.reshape(wide.shape)[..., :k]
 
 
-def rounding_of(x: Doubles, by: Gemm) -> Doubles:
+def rounding_of(x: Doubles, by: Gemm, order: npt.NDArray[np.int32] | None = None) -> Doubles:
     """Bound, element by element, on what :func:`seen` changes: half a step of the group's scale, with a part of a step
     for the f32 arithmetic before; or half a unit in the last place of bf16."""
+    if order is not None:
+        return rounding_of(x[..., order], by)[..., np.argsort(order)]
     if by in ("bf16", "amx_bf16"):
         return np.abs(x) * 2.0**-8
     if by == "float":

@@ -138,7 +138,7 @@ class HandTarget:
     def gpu_refusal(self, op: Op, template: Template) -> str | None:
         return None
 
-    def weight_layout(self, op: Op, operand: int) -> str:
+    def weight_layout(self, op: Op, operand: int, act_order: bool) -> str:
         return "row_major" if op.kind == "rms_norm" else "panels16"
 
     def packed_bytes(self, value: Value) -> int:

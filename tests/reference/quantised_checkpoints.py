@@ -151,20 +151,39 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
+def _width(weight: Tensor) -> int:
+    return weight.shape[1]
+
+
+def _in_order(
+    weight: Tensor, group: int, bits: int, symmetric: bool, dtype: torch.dtype, seed: Callable[[Tensor], int] | None
+) -> tuple[Tensor, ...]:
+    """As :func:`_groups`, and the group of each column: of columns in a random order if there is a seed."""
+    columns = weight.shape[1]
+    order = torch.arange(columns)
+    if seed is not None:
+        order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed(weight)))
+    codes, scales, zeros = _groups(weight[:, order], group, bits, symmetric, dtype)
+    groups = torch.empty(columns, dtype=torch.int32)
+    groups[order] = (torch.arange(columns) // (group or columns)).to(torch.int32)
+    return codes[:, order.argsort()], scales, zeros, groups
+
+
 def gptq(
-    bits: int = 4, group: int = 32, symmetric: bool = True, act_order: bool = False, version: int = 1
+    bits: int = 4,
+    group: int = 32,
+    symmetric: bool = True,
+    act_order: bool = False,
+    version: int = 1,
+    seed: Callable[[Tensor], int] = _width,
 ) -> Quantiser:
-    """As AutoGPTQ's QuantLinear packs it (auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py)."""
+    """As AutoGPTQ's QuantLinear packs it (auto_gptq/nn_modules/qlinear/qlinear_cuda_old.py). ``seed`` of the order of
+    columns: GPTQ gives matrices with the same inputs the same one."""
 
     def quantise(weight: Tensor) -> tuple[Tensors, Tensor]:
-        columns = weight.shape[1]
-        order = torch.arange(columns)
-        if act_order:
-            order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
-        codes, scales, zeros = _groups(weight[:, order], group, bits, symmetric, torch.float16)
-        groups = torch.empty(columns, dtype=torch.int32)
-        groups[order] = (torch.arange(columns) // (group or columns)).to(torch.int32)
-        codes = codes[:, order.argsort()]
+        codes, scales, zeros, groups = _in_order(
+            weight, group, bits, symmetric, torch.float16, seed if act_order else None
+        )
         stored_zeros = _words(zeros.T, bits)
         if version == 1:
             ones = 0x11111111 if bits == 4 else 0x01010101
@@ -194,19 +213,23 @@ def awq(group: int = 32) -> Quantiser:
 
 
 def packed_quantized(
-    bits: int = 4, group: int = 32, symmetric: bool = True, dtype: torch.dtype = torch.bfloat16
+    bits: int = 4,
+    group: int = 32,
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    act_order: bool = False,
 ) -> Quantiser:
     """compressed-tensors' pack-quantized: int32 words along the columns, zero points along the rows."""
 
     def quantise(weight: Tensor) -> tuple[Tensors, Tensor]:
-        codes, scales, zeros = _groups(weight, group, bits, symmetric, dtype)
-        each = group or weight.shape[1]
-        numbers = (codes - zeros.repeat_interleave(each, 1)) * scales.float().repeat_interleave(each, 1)
+        codes, scales, zeros, groups = _in_order(weight, group, bits, symmetric, dtype, _width if act_order else None)
+        numbers = (codes - zeros[:, groups.long()]) * scales.float()[:, groups.long()]
         made = {
             "weight_packed": _words(codes, bits),
             "weight_scale": scales,
             "weight_shape": torch.tensor(weight.shape),
         }
+        made |= {"weight_g_idx": groups} if act_order else {}
         return made | ({} if symmetric else {"weight_zero_point": _words(zeros.T, bits).T}), numbers
 
     return quantise

@@ -11,6 +11,7 @@ import pytest
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
 from hetcomp.ir import ops
+from hetcomp.ir.layouts import with_act_order
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value
 from hetcomp.ir.types import DType, TensorType
@@ -64,8 +65,10 @@ class Graph:
         return name
 
     def linear(self, name: str, x: str, out: int, k: int, weight_format: str, bias: bool = False) -> str:
-        """A linear with a weight of its own."""
-        w = self.packed(weight(f"{name}.w", (out, k), weight_format, packing.PANELS))
+        """A linear with a weight of its own, whose columns have an order where ``:order`` is behind the format."""
+        form, _, ordered = weight_format.partition(":")
+        layout = with_act_order(packing.PANELS) if ordered else packing.PANELS
+        w = self.packed(weight(f"{name}.w", (out, k), form, layout))
         operands = [x, w, *([self.plain(f"{name}.b", out)] if bias else [])]
         return self.op(name, ops.Linear(k, out, bias), operands, out)
 
@@ -107,7 +110,10 @@ def norm_error(k: int, magnitude: Doubles) -> Doubles:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize(("weight_format", "k", "bias"), [("q4", 300, True), ("bf16", 33, False), ("fp8", 1030, True)])
+@pytest.mark.parametrize(
+    ("weight_format", "k", "bias"),
+    [("q4", 300, True), ("bf16", 33, False), ("fp8", 1030, True), ("q4z:order", 96, True)],
+)
 def test_norm_and_linears_are_one_launch(weight_format, k, bias, rows):
     g = Graph(rows)
     x = g.given("x", k, spread=0.02)  # the sum of squares is about as large as eps
@@ -230,6 +236,20 @@ def test_gate_up_and_glu_are_one_launch(weight_format, function, bias, rows):
         a = np.minimum(a, 2)
         want = (np.clip(b, -2, 2) + 1) * a / (1 + np.exp(-1.702 * a))
     np.testing.assert_allclose(made["act"], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+def test_gate_and_up_with_orders_of_columns_are_a_launch_and_their_glu_another():
+    """For each has an order of its own, and one that has none is a launch by itself."""
+    g = Graph(2)
+    n = g.norm("norm", g.given("x", 32), 32)
+    for name, weight_format in (("gate", "q8:order"), ("up", "q8:order"), ("z", "q8")):
+        g.linear(name, n, 21, 32, weight_format)
+    g.op("act", ops.Glu(21), ["gate", "up"], 21)
+    assert covered(g.groups("act", "z")) == [("norm", "gate", "up"), ("z",), ("act",)]
+    normed = g.normed("x", "norm.w")
+    a, b = (normed @ g.numbers[f"{name}.w"].T for name in ("gate", "up"))
+    want = a / (1 + np.exp(-a)) * b
+    np.testing.assert_allclose(g.run("act", "z")["act"], want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -70,6 +70,8 @@ def test_moe_experts(weight_format, rows, exact):
         (OAI, "mxfp4"),
         (WIDE, "q4k+q6k"),
         (WIDE, "q4z"),
+        (EVEN, "q4:order"),
+        (EVEN, "q8+q4z:order"),
         *((a, "f32") for a in OTHERS),
     ],
 )

@@ -10,11 +10,21 @@ import numpy.typing as npt
 import pytest
 
 from hetcomp.backends import packing
+from hetcomp.ir.layouts import with_act_order
 from hetcomp.ir.ops import Embed, HeadLinear, Linear
 from hetcomp.ir.plan import Value
 from hetcomp.ir.types import DType, TensorType
 from tests.reference.kernel_harness import activation, weight
-from tests.reference.kernel_numbers import Doubles, Floats, dot_error, draw, packed, packed_extremes, terms
+from tests.reference.kernel_numbers import (
+    Doubles,
+    Floats,
+    column_orders,
+    dot_error,
+    draw,
+    packed,
+    packed_extremes,
+    terms,
+)
 from tests.reference.triton_harness import request, run
 
 DIMS = {"T": 150, "R": 150, "slots": 1, "context": 16}
@@ -92,6 +102,29 @@ def test_linear_takes_codes_that_only_checkpoints_have(weight_format, rows, exac
 @pytest.mark.parametrize(("out", "k"), [(1, 1), (17, 33), (130, 129), (64, 256)])
 def test_linear_of_odd_and_even_sizes(weight_format, out, k, rows, exact):
     _check_linear(weight_format, out, k, False, rows, exact)
+
+
+@pytest.mark.parametrize(
+    ("weight_format", "rows", "tokens"), [("q4", 2, 2), ("q4z", 3, 3), ("q8", 20, 150), ("q4", 20, 1024)]
+)
+def test_linear_whose_columns_have_an_order_of_their_own(weight_format, rows, tokens):
+    """Bit for bit what the kernel without an order makes of activations in that order: a GEMV, tiles of packed weights,
+    weights that are unpacked once."""
+    out, k = 50, 288
+    rng = np.random.default_rng(rows)
+    x, b = draw(rng, (rows, k)), draw(rng, (out,))
+    value = weight("w", (out, k), weight_format, with_act_order(packing.PANELS))
+    data, _ = packed(draw(rng, (out, k)), value)
+    orders = column_orders(data, value)
+    assert orders is not None
+    in_order = np.ascontiguousarray(x[:, orders[0]])
+    results = []
+    for layout, its_x, its_data in ((value.type.layout, x, data), (packing.PANELS, in_order, data[: -4 * k])):
+        operands = [activation("x", "T", k), weight("w", (out, k), weight_format, layout), activation("b", out)]
+        exact = rows if tokens == rows else None
+        asked = request(Linear(k, out, True), operands, [activation("y", "T", out)], {**DIMS, "T": tokens}, exact)
+        results += run(asked, [its_x, its_data, b], [((rows, out), np.float32)], rows=rows, grid_rows=rows)
+    np.testing.assert_array_equal(*results)
 
 
 def test_linear_of_many_rows():

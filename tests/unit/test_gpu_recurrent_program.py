@@ -12,6 +12,7 @@ from hetcomp.artifact.gpu_program_file import write_gpu_program
 from hetcomp.artifact.weight_files import WeightRecord
 from hetcomp.backends import packing
 from hetcomp.backends.gpu.gpu_program import GpuProgram, lower_programs
+from hetcomp.backends.operand_layouts import layouts_for
 from hetcomp.ir import ops
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.plan import Call, Op, Plan, Template, Value, ValueKind
@@ -90,8 +91,8 @@ def mixed_plan(*, attention: bool) -> Plan:
 class Target(HandTarget):
     """With the layouts that the GPU's kernels read."""
 
-    def weight_layout(self, op: Op, operand: int) -> str:
-        return packing.layout_for(op.kind, operand)
+    def weight_layout(self, op: Op, operand: int, act_order: bool) -> str:
+        return layouts_for(op.kind, operand)[-1 if act_order else 0]
 
     def packed_bytes(self, value: Value) -> int:
         return packing.packed_bytes(value)

@@ -15,8 +15,9 @@ from hetcomp.backends.cpu import FORMATS, CpuBackend
 from hetcomp.backends.cpu_isa import cpu_isa
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
 from hetcomp.errors import HetcompError
+from hetcomp.ir.layouts import with_act_order
 from hetcomp.ir.ops import Embed, HeadLinear, Linear, RmsNorm, SelectRows
-from hetcomp.ir.plan import Op
+from hetcomp.ir.plan import Op, Value
 from tests.reference.kernel_harness import (
     CompiledKernel,
     Step,
@@ -26,11 +27,13 @@ from tests.reference.kernel_harness import (
     emit,
     isas_here,
     isas_of,
+    isas_to_test,
     thorough_isas,
     weakest_and_best,
     weight,
 )
 from tests.reference.kernel_numbers import (
+    column_orders,
     dot_error,
     draw,
     family,
@@ -46,13 +49,19 @@ ROWS = 64
 DIMS = {"T": ROWS, "R": ROWS, "slots": 1, "context": 16}
 
 
+def _weight(out: int, k: int, weight_format: str) -> Value:
+    """With ``:order`` behind the format, of columns in an order of their own."""
+    form, _, ordered = weight_format.partition(":")
+    return weight("w", (out, k), form, with_act_order(packing.PANELS) if ordered else packing.PANELS)
+
+
 @functools.cache
 def _linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> CompiledKernel:
     return CompiledKernel(_emitted_linear(out, k, bias, weight_format, isa), isa)
 
 
 def _emitted_linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) -> Kernel:
-    inputs = [activation("x", "T", k), weight("w", (out, k), weight_format, packing.PANELS)]
+    inputs = [activation("x", "T", k), _weight(out, k, weight_format)]
     inputs += [activation("b", out)] if bias else []
     return emit(Linear(k, out, bias), inputs, [activation("y", "T", out)], isa, DIMS)
 
@@ -63,6 +72,10 @@ def _emitted_linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) 
         *((form, isa, 80, 600, False) for form in FORMATS for isa in isas_of(form)),
         *((form, isa, 17, 33, True) for form in FORMATS if form not in ("q4z", "q5k") for isa in thorough_isas()),
         *((form, isa, 1, 1, False) for form in packing.FORMATS for isa in thorough_isas()),
+        # Columns in an order of their own, more than a packing task takes.
+        ("q4:order", isas_here()[0], 50, 640, False),
+        ("q4z:order", isas_here()[-1], 50, 640, True),
+        ("q8:order", isas_to_test()[-1], 50, 640, False),
     ],
 )
 @settings(max_examples=12, deadline=None)
@@ -71,21 +84,23 @@ def _emitted_linear(out: int, k: int, bias: bool, weight_format: str, isa: Isa) 
 def test_linear(isa, weight_format, out, k, bias, rows, threads, seed):
     rng = np.random.default_rng(seed)
     x = draw(rng, (rows, k))
-    value = weight("w", (out, k), weight_format, packing.PANELS)
+    value = _weight(out, k, weight_format)
     data, w = packed(draw(rng, (out, k)), value)
+    orders, form = column_orders(data, value), str(value.format)
+    order = None if orders is None else orders[0]
     b = draw(rng, (out,)) if bias else np.zeros(out, np.float32)
     kernel = _linear(out, k, bias, weight_format, isa)
     inputs = [x, data, b] if bias else [x, data]
     (y,) = kernel(inputs, [(rows, out)], rows=rows, threads=threads)
     facts = cpu_isa(isa)
-    by = family(weight_format, facts, rows, rows <= facts.tuning(weight_format).gemv_rows)
-    w64, x64 = w.astype(np.float64), seen(x, by)
+    by = family(form, facts, rows, rows <= facts.tuning(form).gemv_rows)
+    w64, x64 = w.astype(np.float64), seen(x, by, order)
     magnitude = np.abs(x64) @ terms(data, value).T
-    bound = dot_error(k, magnitude + np.abs(b)) + weight_rounding(weight_format, by) * magnitude
+    bound = dot_error(k, magnitude + np.abs(b)) + weight_rounding(form, by) * magnitude
     assert (np.abs(y - (x64 @ w64.T + b)) <= bound).all()
     # Against activations that were not rounded: each term is off by its activation's rounding at most.
     exact = np.abs(y - (x.astype(np.float64) @ w64.T + b))
-    assert (exact <= bound + rounding_of(x.astype(np.float64), by) @ np.abs(w64.T)).all()
+    assert (exact <= bound + rounding_of(x.astype(np.float64), by, order) @ np.abs(w64.T)).all()
     (alone,) = kernel(inputs, [(rows, out)], rows=rows, threads=1)
     np.testing.assert_array_equal(y, alone)
 

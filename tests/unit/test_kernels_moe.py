@@ -31,6 +31,7 @@ from tests.reference.kernel_numbers import family
 ROWS = 200
 SILU = MoeExperts(experts=7, top_k=3, hidden=33, intermediate=21)
 EVEN = MoeExperts(experts=4, top_k=2, hidden=64, intermediate=48)
+ORDERED = MoeExperts(experts=3, top_k=2, hidden=96, intermediate=64)  # whole groups
 DEEP = MoeExperts(experts=2, top_k=1, hidden=1100, intermediate=40)  # more columns than a slice of tiles has
 OAI = MoeExperts(
     experts=5, top_k=2, hidden=20, intermediate=37, function="swiglu_oai", alpha=1.702, limit=2.0, bias=True
@@ -62,7 +63,7 @@ def _emitted(a: MoeExperts, weight_format: str, isa: Isa) -> Kernel:
 
 
 def _case(a: MoeExperts, weight_format: str, rows: int, hot: bool, seed: int, isa: Isa, away: float = 0) -> ExpertsCase:
-    form = weight_format.partition("+")[0]
+    form = weight_format.partition("+")[0].partition(":")[0]
     by = family(form, cpu_isa(isa), rows * a.top_k / a.experts, rows <= cpu_isa(isa).few_tokens)
     return ExpertsCase(a, weight_format, rows, hot, seed, by, away)
 
@@ -81,6 +82,10 @@ def _check(a: MoeExperts, weight_format: str, isa: Isa, case: ExpertsCase, threa
     [
         *((isa, SILU, form) for form in FORMATS if form not in ("q4z", "q5k") for isa in isas_of(form)),
         (isas_here()[-1], SILU, "q5k+q4z"),
+        # Columns in an order of their own, of both matrices or of one.
+        *((isa, ORDERED, "q4:order") for isa in thorough_isas()),
+        (isas_here()[-1], ORDERED, "q4z:order+q8"),
+        (thorough_isas()[-1], ORDERED, "q4+q8:order"),
         *(
             (isa, attrs, form)
             for isa in thorough_isas()

@@ -21,6 +21,7 @@ from hetcomp.frontend import checkpoint
 from hetcomp.frontend.file_bytes import read_bytes
 from hetcomp.frontend.quantisation_config import parse_quantisation
 from hetcomp.ir.plan import ValueKind
+from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.planned import Planned
 from tests.reference import quantised_checkpoints as made
@@ -48,9 +49,9 @@ def gptq(bits: int = 4, group: int = 32, **more: Any) -> dict[str, Any]:
     return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": True, "desc_act": False, **more}
 
 
-def int_pack(bits: int, group: int, symmetric: bool = True) -> dict[str, Any]:
+def int_pack(bits: int, group: int, symmetric: bool = True, **more: Any) -> dict[str, Any]:
     strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-    return compressed("pack-quantized", num_bits=bits, type="int", **strategy, symmetric=symmetric)
+    return compressed("pack-quantized", num_bits=bits, type="int", **strategy, symmetric=symmetric, **more)
 
 
 def planned(folder: Path, formats: str | Mapping[str, str] = "auto") -> Planned:
@@ -150,6 +151,23 @@ EXACT: dict[str, tuple[str, str, Mapping[str, Any], made.Quantiser, Mapping[str,
     "gptq": ("q4", "qwen3_moe", gptq(), made.gptq(), SMALL),
     "gptq, groups of 64": ("q4", "llama", gptq(group=64), made.gptq(group=64), {"intermediate_size": 128}),
     "gptq, a row, order": ("q4", "qwen3_moe", gptq(group=-1, desc_act=True), made.gptq(group=0, act_order=True), SMALL),
+    "gptq, order": ("q4", "qwen3_moe", gptq(desc_act=True), made.gptq(act_order=True), SMALL),
+    "gptq, order, zero points": (
+        "q4z",
+        "qwen3_moe",
+        gptq(group=64, sym=False, desc_act=True),
+        made.gptq(group=64, symmetric=False, act_order=True),
+        SMALL | {"moe_intermediate_size": 128},
+    ),
+    "gptq, order, 8 bits": ("q8", "llama", gptq(8, desc_act=True), made.gptq(8, act_order=True), {}),
+    "gptq, order of runs": ("q4", "llama", gptq(desc_act=True), made.gptq(), {}),
+    "compressed int4, order": (
+        "q4",
+        "qwen3_moe",
+        int_pack(4, 32, actorder="group"),
+        made.packed_quantized(4, 32, act_order=True),
+        SMALL,
+    ),
     "gptq, zero points": ("q4z", "qwen3_moe", gptq(sym=False), made.gptq(symmetric=False), SMALL),
     "gptq v2": (
         "q4z",
@@ -224,7 +242,7 @@ CONVERTED: dict[str, tuple[str, Mapping[str, Any], made.Quantiser, float]] = {
         made.fp8((1, 10**6), torch.bfloat16, "weight_scale"),
         7e-3,
     ),
-    "gptq, order": ("no runs", gptq(desc_act=True), made.gptq(act_order=True), 7e-3),
+    "gptq, order, groups of 16": ("no runs", gptq(group=16, desc_act=True), made.gptq(group=16, act_order=True), 7e-3),
     "gptq, 8 bits, zero points": ("need 9", gptq(8, sym=False), made.gptq(8, symmetric=False), 7e-3),
     # Rounding a scale to fp16: at most 2^-11 of it.
     "int8, f32 scales": (
@@ -250,6 +268,44 @@ def test_what_no_format_holds_goes_into_q8_and_the_plan_says_at_what_cost(case, 
         assert why in note
         measured = float(note.split("is ")[-1].split()[0])
         assert max(found["q8"]) / 3 < measured < max(found["q8"]) * 3
+
+
+def test_gate_and_up_in_different_orders_of_columns_become_q8(tmp_path):
+    """They are one matrix here, which has one order; every other matrix keeps its own."""
+    each = made.gptq(act_order=True, seed=lambda weight: int(weight.abs().sum() * 1e6))
+    quantised, twin = made.write(tmp_path, "qwen3_moe", gptq(desc_act=True), each, **SMALL)
+    plan = planned(quantised)
+    found = differences(plan, twin)
+    assert 0 < max(found["q8"]) < 7e-3
+    assert not any(found["q4"])
+    forms = {v.fqn: (v.format, v.type.layout) for v in plan.plan.values if v.kind is ValueKind.WEIGHT}
+    assert forms["model.layers.0.mlp.experts.gate_up_proj"] == ("q8", "panels16_glu")
+    assert forms["model.layers.0.mlp.experts.down_proj"] == ("q4", "panels16_act_order")
+    (note,) = [note for note in plan.plan.notes if "converted" in note]
+    assert "several orders" in note
+
+
+@pytest.mark.parametrize(("scattered", "layout"), [(True, "panels16_act_order"), (False, "panels16")])
+def test_an_order_of_columns_is_in_the_plan_only_where_groups_are_scattered(scattered, layout, tmp_path):
+    """Whatever the config says: what it leaves open, the groups of the columns answer. In formats other than the
+    checkpoint's there is none."""
+    quantised, twin = made.write(tmp_path, "llama", gptq(desc_act=True), made.gptq(act_order=scattered))
+    for formats, expected in (("auto", layout), ("q8", "panels16"), ("f32", "panels16")):
+        plan = planned(quantised, formats)
+        weight = plan.plan.value_map()["model.layers.0.mlp.down_proj.weight"]
+        assert weight.type.layout == expected
+        assert (layout in print_plan(plan.plan)) == (layout == expected)
+    assert not any(differences(plan, twin)["f32"])
+
+
+def test_a_layer_with_scattered_groups_shares_no_code_with_others(tmp_path):
+    quantised, _ = made.write(tmp_path, "llama", gptq(desc_act=True), made.gptq())
+    scattered = "model.layers.0.self_attn.q_proj.g_idx"
+    rewrite(quantised, lambda tensors: tensors | {scattered: tensors[scattered].flip(0)})
+    plan = planned(quantised).plan
+    layouts = [plan.value_map()[f"model.layers.{i}.self_attn.q_proj.weight"].type.layout for i in (0, 1)]
+    assert layouts == ["panels16_act_order", "panels16"]
+    assert len({call.template for call in plan.calls if call.layer is not None}) == 2
 
 
 def test_another_format_only_where_asked_for_and_with_a_note(tmp_path):

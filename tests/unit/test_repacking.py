@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.backends.repacking import repack
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.gguf.blocks import decode
+from hetcomp.ir.layouts import ORDERED_FORMATS, with_act_order
 from hetcomp.ir.node_parts import Cut, cut_value
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
@@ -81,6 +84,43 @@ def test_panels_hold_the_codes_and_scales(form, layout, experts, half, columns, 
     beyond = panels.reshape(experts, -1, packing.padded_columns(columns, form))
     if layout == packing.PANELS:
         assert not beyond[:, 2 * half :].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    form=st.sampled_from(ORDERED_FORMATS),
+    layout=st.sampled_from([packing.PANELS, packing.PANELS_GLU]),
+    half=st.integers(1, 20),
+    groups=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_an_order_of_columns_lies_behind_each_matrix(form, layout, half, groups, seed):
+    """Also of parts: rows and experts keep it, columns are numbers, for they are no runs of groups."""
+    shape = (3, 2 * half, 32 * groups)
+    rng, plain = np.random.default_rng(seed), drawn(form, shape, seed)
+    order = np.stack([rng.permutation(shape[2]) for _ in range(3)]).astype(np.int32)
+    numbers, value = replace(plain, order=order), weight(form, shape, with_act_order(layout))
+    want = np.empty(shape, np.float32)
+    np.put_along_axis(want, order[:, None].repeat(shape[1], 1), plain.to_f32(), axis=-1)
+    np.testing.assert_array_equal(numbers.to_f32(), want)
+    done = repack(numbers, value)
+    assert done is not None
+    np.testing.assert_array_equal(packing.unpack(done.data, value), want)
+    assert repack(plain, value) is None
+    assert repack(numbers, weight(form, shape, layout)) is None
+    last = ((shape[2] - 32, shape[2]),)
+    for axis, runs in ((0, ((0, 1), (2, 3))), (-2, ((half, 2 * half), (0, half))), (-1, last)):
+        part = numbers.cut(axis, runs)
+        assert isinstance(part, QuantisedNumbers) == (axis != -1)
+        kept = np.concatenate([np.arange(shape[axis])[start:stop] for start, stop in runs])
+        np.testing.assert_array_equal(_numbers(part), np.take(want, kept, axis=axis))
+    for index in (0, 1):  # halves of one matrix; of two, whose orders differ
+        both = joined([numbers[0].rows(np.arange(half)), numbers[index].rows(np.arange(half))])
+        np.testing.assert_array_equal(_numbers(both), np.concatenate([want[0, :half], want[index, :half]]))
+
+
+def _numbers(part: QuantisedNumbers | np.ndarray) -> np.ndarray:
+    return part.to_f32() if isinstance(part, QuantisedNumbers) else part
 
 
 def test_rows_of_a_panel_in_fp8_share_their_scales():

@@ -81,6 +81,23 @@ def test_experts_are_cut_where_columns_stop_sharing_scales(form, border):
     assert cut.slices == (NodeSlice(0, 0, border), NodeSlice(1, border, 768))
 
 
+def test_experts_whose_down_has_an_order_of_columns_are_spread_whole():
+    """Those on the CPU, in proportion to the nodes' bandwidths; what a GPU has stays there."""
+    shape = TensorType(DType.F32, (8, HIDDEN, 768), "panels16_act_order")
+    down = Value("down", shape, ValueKind.WEIGHT, format="q4")
+    op = Op("experts", ops.MoeExperts(8, TOP_K, HIDDEN, 768), ("down",), ("y",))
+    template = Template("t", (down,), (op,), ("down",), ())
+    runs = (ExpertPlacement(0, 2, "cpu:0"), ExpertPlacement(3, 3, "gpu:0"), ExpertPlacement(4, 7, "cpu:0"))
+    cut = _slice(op, template, Placement("cpu:0", runs), profile(nodes=2, bandwidths=(50.0, 20.0)))
+    assert cut.slices == ()
+    assert cut.experts == (
+        *(ExpertPlacement(0, 2, "cpu:0"), ExpertPlacement(3, 3, "gpu:0")),
+        *(ExpertPlacement(4, 5, "cpu:0"), ExpertPlacement(6, 7, "cpu:1")),
+    )
+    one = _slice(op, template, Placement("cpu:0", runs[:1]), profile())
+    assert (one.experts, one.slices) == (runs[:1], (NodeSlice(0, 0, 768),))
+
+
 def test_weights_that_another_op_reads_are_not_cut():
     plan = two_nodes("slice_numa")  # embeddings and lm_head are tied
     assert placements(plan, -1)["head"].slices == ()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hetcomp.backends import packing
 from hetcomp.backends.gpu.kernels import NUMBER_TYPES, Constant, GpuRequest, Operand
-from hetcomp.backends.gpu.words import matrix_words, word_type
+from hetcomp.backends.gpu.words import ORDERED, matrix_words, word_type
+from hetcomp.ir.layouts import has_act_order
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.types import DType
 
@@ -36,8 +36,10 @@ class ExpertOperands:
         self.weights = ("*fp32", Operand("input", 2))
         self.tiles = request.tiles
         self.pairs = request.pairs
+        self.up_layout, self.down_layout = (value.type.layout for value in request.inputs[3:5])
         forms = "_".join(dict.fromkeys((self.weight_format, self.down_format)))
-        self.stem = f"experts_{forms}_{self.here}x{attrs.intermediate}x{attrs.hidden}"
+        ordered = ORDERED * (has_act_order(self.up_layout) or has_act_order(self.down_layout))
+        self.stem = f"experts_{forms}_{self.here}x{attrs.intermediate}x{attrs.hidden}{ordered}"
         self.shape: dict[str, Constant] = {"HIDDEN": attrs.hidden, "INTERMEDIATE": attrs.intermediate}
 
     def gate_up(self) -> tuple[dict[str, Argument], dict[str, Constant]]:
@@ -49,7 +51,7 @@ class ExpertOperands:
         }
         constants: dict[str, Constant] = {
             **self.shape,
-            "MATRIX": matrix_words(2 * a.intermediate, a.hidden, self.weight_format, packing.PANELS_GLU),
+            "MATRIX": matrix_words(2 * a.intermediate, a.hidden, self.weight_format, self.up_layout),
             "FORMAT": self.weight_format,
         }
         return arguments, constants
@@ -67,7 +69,7 @@ class ExpertOperands:
         }
         constants: dict[str, Constant] = {
             **self.shape,
-            "MATRIX": matrix_words(a.hidden, a.intermediate, self.down_format, packing.PANELS),
+            "MATRIX": matrix_words(a.hidden, a.intermediate, self.down_format, self.down_layout),
             "FORMAT": self.down_format,
         }
         return arguments, constants

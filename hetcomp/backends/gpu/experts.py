@@ -28,8 +28,10 @@ from hetcomp.backends.gpu.kernels import (
 )
 from hetcomp.backends.gpu.linear import GemmTile, round_rows, rounded
 from hetcomp.backends.gpu.low_rank import Added, rank_constant, slots_constant
+from hetcomp.backends.gpu.ordered_entries import h_in_order, place_of_ordered, x_in_order
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
 from hetcomp.backends.gpu.words import MORE_THAN_SCALES, PER_WORD
+from hetcomp.ir.layouts import has_act_order
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.types import TensorType
 
@@ -104,6 +106,7 @@ class _Experts(ExpertOperands):
             },
             {
                 **constants,
+                "ACT_ORDER": has_act_order(self.up_layout),
                 **norm_constants(norm),
                 "TOP_K": a.top_k,
                 **self.glu(),
@@ -131,7 +134,13 @@ class _Experts(ExpertOperands):
                 "y": ("*fp32", Operand("output", 0)),
                 **low_rank.added_arguments(of_down, _ADDED),
             },
-            {**constants, "TOP_K": a.top_k, **rank_constant(of_down), "STEPS": turn.steps},
+            {
+                **constants,
+                "ACT_ORDER": has_act_order(self.down_layout),
+                "TOP_K": a.top_k,
+                **rank_constant(of_down),
+                "STEPS": turn.steps,
+            },
             warps=turn.warps,
             tile=choice,
         )
@@ -187,13 +196,22 @@ class _Experts(ExpertOperands):
         kinds = ("*i32", "*i32", pointer_to(self.weight_format))
         regions = [(kind, Operand("workspace", offset=at)) for kind, at in zip(kinds, offsets, strict=True)]
         starts, order, h = regions
+        up_x, end = place_of_ordered(self.up_layout, entries * a.hidden, end)
+        down_h, end = place_of_ordered(self.down_layout, entries * a.intermediate, end)
         ends: list[Added | None] = []
         for which in range(2):
             pairs = self.pairs.only(which) if self.pairs else None
             ends.append(Added(pairs, Operand("workspace", offset=end)) if pairs else None)
             end += aligned(4 * entries * pairs.rank) if pairs else 0
-        products = self._products(rows, x, starts, order, h, out, ends[0], ends[1])
-        return (self._sort(starts, order, entries), *products), end
+        entry_places = starts, order
+        up, down = self._products(rows, up_x or x, starts, order, h, down_h, out, ends[0], ends[1])
+        before = self._shrink_entries(ends[0], x, a.hidden, *entry_places, rows, by_token=True)
+        between = self._shrink_entries(ends[1], h, a.intermediate, *entry_places, rows, by_token=False)
+        if up_x is not None:
+            before = (*before, x_in_order(self, x, up_x, *entry_places))
+        if down_h is not None:
+            between = (*between, h_in_order(self, h, down_h, *entry_places))
+        return (self._sort(starts, order, entries), *before, up, *between, down), end
 
     def _shrink_entries(
         self,
@@ -297,10 +315,12 @@ class _Experts(ExpertOperands):
         starts: Argument,
         order: Argument,
         h: Argument,
+        down_h: Argument,
         out: Argument,
         of_up: Added | None,
         of_down: Added | None,
-    ) -> tuple[Launch, ...]:
+    ) -> tuple[Launch, Launch]:
+        """Gate and up, which writes ``h``, and down, which reads it or ``down_h``: in another order."""
         a = self.attrs
         ups, downs = self._tiles(rows)
         key = f"{self.stem}, up to {rows} rows"
@@ -320,6 +340,7 @@ class _Experts(ExpertOperands):
                 **self.glu(),
                 **rank_constant(of_up),
                 **slots_constant(of_up),
+                "BY_ENTRY": has_act_order(self.up_layout),
                 **tile.constants(),
             },
             warps=tile.warps,
@@ -333,7 +354,7 @@ class _Experts(ExpertOperands):
             f"{self.stem}_down_tile{wide.rows}",
             (self._row_tiles(wide.rows), GridAxis(-(-a.hidden // wide.columns)), ONE),
             {
-                "h": h,
+                "h": down_h or h,
                 "starts": starts,
                 "order": order,
                 "weights": self.weights,
@@ -353,9 +374,7 @@ class _Experts(ExpertOperands):
             stages=wide.stages,
             tile=down_choice,
         )
-        before = self._shrink_entries(of_up, x, a.hidden, starts, order, rows, by_token=True)
-        between = self._shrink_entries(of_down, h, a.intermediate, starts, order, rows, by_token=False)
-        return *before, up, *between, down
+        return up, down
 
     def _added(self, added: Added | None) -> dict[str, Argument]:
         given = low_rank.added_arguments(added, _ADDED)

@@ -11,7 +11,7 @@ from hetcomp.backends.gpu.kernels import ONE, Constant, GridAxis, Launch, Operan
 from hetcomp.backends.gpu.low_rank import Added, rank_constant
 from hetcomp.backends.gpu.tile_choices import BY_TABLE, TileChoices
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
-from hetcomp.backends.gpu.words import MORE_THAN_SCALES, PER_WORD, matrix_words, word_type
+from hetcomp.backends.gpu.words import MORE_THAN_SCALES, ORDERED, PER_WORD, matrix_words, word_type
 from hetcomp.ir.ops import Glu
 
 GEMV_ROWS = 8
@@ -133,14 +133,17 @@ def linear_gemv(
     split: Split | None = None,
     tiles: TileChoices = BY_TABLE,
     pairs: Added | None = None,
+    act_order: bool = False,
 ) -> Launch:
     """Products of x with one matrix (of ``heads`` heads) or up to four; all of them have a bias or none has.
 
     head_gaps: elements of x and of the result behind each head that are others' business. added: what is added to the
     result of the only matrix. normed: where the norm's own result is to be written. split: the result of the only
-    matrix is sums of parts, f32[parts, rows, n]. pairs: what adapters add.
+    matrix is sums of parts, f32[parts, rows, n]. pairs: what adapters add. act_order: columns of the matrices have
+    orders of their own.
     """
     word = word_type(weight_format)
+    stem = f"{stem}{ORDERED * act_order}"
     first, *others = matrices
     panels = [-(-m.rows // packing.PANEL) for m in matrices]
     if split:
@@ -181,6 +184,7 @@ def linear_gemv(
             **norm_constants(norm),
             "NORMED": power_of_two(-(-columns // sum(panels))),
             "FORMAT": weight_format,
+            "ACT_ORDER": act_order,
             "PARTS": parts,
             **rank_constant(pairs),
             "ROWS": rows,

@@ -231,6 +231,7 @@ class _Grouping:
             normed=normed,
             tiles=self.tiles,
             pairs=pairs,
+            act_order=run.act_order(first),
         )
         return self._made([*members, *chain], operands, GpuCode((*before, made), size))
 
@@ -252,7 +253,16 @@ class _Grouping:
         workspace = aligned(4 * split.parts * rows * attrs.out_features)
         before, pairs, workspace = pairs_of_gemv(self._pairs(router), x, attrs.in_features, rows, workspace, norm=norm)
         product = linear_gemv(
-            stem, x, (matrix,), attrs.in_features, weight_format, rows, norm=norm, split=split, pairs=pairs
+            stem,
+            x,
+            (matrix,),
+            attrs.in_features,
+            weight_format,
+            rows,
+            norm=norm,
+            split=split,
+            pairs=pairs,
+            act_order=run.act_order(router),
         )
         selection_bias = operands.read(choice.inputs[1]) if len(choice.inputs) > 1 else None
         for v in choice.outputs:

@@ -20,7 +20,8 @@ from hetcomp.backends.gpu.kernels import (
 )
 from hetcomp.backends.gpu.low_rank import Added, expand_rows, shrink_rows
 from hetcomp.backends.gpu.tiles import aligned, power_of_two
-from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type
+from hetcomp.backends.gpu.words import PER_WORD, matrix_words, word_type, words_before_order
+from hetcomp.ir.layouts import has_act_order
 from hetcomp.ir.ops import HeadLinear, Linear
 from hetcomp.ir.types import DType
 
@@ -120,6 +121,33 @@ def round_rows(request: GpuRequest, width: int, y: Operand) -> Launch:
     )
 
 
+def _activations(request: GpuRequest, width: int, offset: int) -> tuple[tuple[Launch, ...], tuple[str, Operand], int]:
+    """As :func:`rounded`, with columns in the order that the weight's have."""
+    weight = request.inputs[1]
+    if not has_act_order(weight.type.layout):
+        return rounded(request, width, offset)
+    rows, weight_format = int(weight.type.shape[0]), str(weight.format)
+    y, columns = ("*bf16", Operand("workspace", offset=offset)), min(power_of_two(width), _COLUMNS)
+    made = launch(
+        "elementwise",
+        "rows_in_order",
+        f"rows_in_order_{width}",
+        (ROWS, GridAxis(-(-width // columns)), ONE),
+        {
+            "x": (NUMBER_TYPES[request.inputs[0].type.dtype], Operand("input", 0)),
+            "order": (word_type(weight_format), Operand("input", 1)),
+            "n_rows": n_rows(request),
+            "y": y,
+        },
+        {
+            "WIDTH": width,
+            "WORDS": words_before_order(rows, width, weight_format, weight.type.layout),
+            "COLUMNS": columns,
+        },
+    )
+    return (made,), y, offset + aligned(2 * request.max_rows() * width)
+
+
 def linear(request: GpuRequest) -> GpuCode:
     """``linear`` and ``head_linear``; the first input f32 or, unless there are at most GEMV_ROWS exact rows, bf16."""
     attrs = request.op.attrs
@@ -167,7 +195,19 @@ def _gemv(request: GpuRequest, rows: int) -> GpuCode:
     k, weight_format = attrs.in_features, str(request.inputs[1].format)
     stem, x = _stem(request), Operand("input", 0)
     before, pairs, size = pairs_of_gemv(request.pairs, x, k, rows, 0, heads=heads)
-    made = linear_gemv(stem, x, (matrix,), k, weight_format, rows, heads=heads, tiles=request.tiles, pairs=pairs)
+    act_order = has_act_order(request.inputs[1].type.layout)
+    made = linear_gemv(
+        stem,
+        x,
+        (matrix,),
+        k,
+        weight_format,
+        rows,
+        heads=heads,
+        tiles=request.tiles,
+        pairs=pairs,
+        act_order=act_order,
+    )
     return GpuCode((*before, made), size)
 
 
@@ -184,7 +224,7 @@ def _packed(request: GpuRequest, heads: int) -> GpuCode:
     x: tuple[str, Operand] = ("*fp32", Operand("input", 0))
     size = 0
     if weight_format != "f32":
-        before, x, size = rounded(request, heads * k, 0)
+        before, x, size = _activations(request, heads * k, 0)
     bias, y = _bias(request), ("*fp32", Operand("output", 0))
     its_bias = ("*fp32", bias) if bias else None
     sums = ("*fp32", Operand("workspace", offset=size)) if parts > 1 else y
@@ -232,7 +272,7 @@ def _unpacked(request: GpuRequest) -> GpuCode:
     attrs = request.op.attrs
     assert isinstance(attrs, Linear)
     n, k, weight_format = attrs.out_features, attrs.in_features, str(request.inputs[1].format)
-    before, x, size = rounded(request, k, 0)
+    before, x, size = _activations(request, k, 0)
     w, bias = ("*bf16", Operand("workspace", offset=size)), _bias(request)
     per_program = _UNPACK_STEPS * PER_WORD[weight_format]
     unpack = launch(

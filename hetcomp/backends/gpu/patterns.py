@@ -10,6 +10,7 @@ from hetcomp.backends.gpu.gemv import GEMV_ROWS, MAX_ADDED, split_of
 from hetcomp.backends.gpu.heads import HeadAttrs
 from hetcomp.backends.gpu.mla import LatentOps, find_latent_ops
 from hetcomp.backends.gpu.rounded_values import find_rounded
+from hetcomp.ir.layouts import has_act_order
 from hetcomp.ir.ops import STATE_WRITERS, Attention, Glu, KvAppend, Linear, RmsNorm, Rope
 from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType
@@ -106,6 +107,10 @@ class Run:
         """Format of a linear's weight."""
         return str(self.values[self.ops[i].inputs[1]].format)
 
+    def act_order(self, i: int) -> bool:
+        """Whether the columns of a linear's weight have an order of their own."""
+        return has_act_order(self.values[self.ops[i].inputs[1]].type.layout)
+
     def plain_linear(self, i: int) -> bool:
         """Whether the op is a linear that may share a launch with others of its input."""
         return self.ops[i].kind == "linear" and i not in {**self.glus, **self.adds, **self.routes}
@@ -117,6 +122,7 @@ class Run:
             a.inputs[0] == b.inputs[0]
             and len(a.inputs) == len(b.inputs)
             and self.weight_format(i) == self.weight_format(j)
+            and self.act_order(i) == self.act_order(j)
         )
 
     def folds(self, i: int, value: str) -> bool:
@@ -165,7 +171,7 @@ class Run:
             gate, up = (self.writer.get(v, -1) for v in op.inputs)
             if min(gate, up) < 0 or gate == up or {self.ops[gate].kind, self.ops[up].kind} != {"linear"}:
                 continue
-            if self.alike(gate, up) and all(self.sole_reader(v) == i for v in op.inputs):
+            if self.alike(gate, up) and not self.act_order(gate) and all(self.sole_reader(v) == i for v in op.inputs):
                 self.glus.update(dict.fromkeys((gate, up, i), GluPair(gate, up, i)))
 
     def _find_adds(self) -> None:

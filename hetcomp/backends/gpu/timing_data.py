@@ -15,6 +15,7 @@ from hetcomp.backends import packing
 from hetcomp.backends.gpu.groups import GpuGroup
 from hetcomp.backends.gpu.tile_timer import TimedBuffer
 from hetcomp.ir.kv_pool import BLOCK_POSITIONS, GpuCacheMemory
+from hetcomp.ir.layouts import has_act_order
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
@@ -80,8 +81,22 @@ class TimingData:
             return TimedBuffer(size, self._normal(str(value.format or "f32"), 1.0))
         columns, form = value.type.shape[-1], str(value.format)
         assert isinstance(columns, int)
-        spec = ["panels", columns, form]
-        path = self._path(spec)
+        path = self._panels(columns, form)
+        return TimedBuffer(size, self._ordered(value, columns, path) if has_act_order(value.type.layout) else path)
+
+    def _ordered(self, value: Value, columns: int, panels: Path) -> Path:
+        """A matrix of ``value`` of these panels, with an order of its columns."""
+        rows = int(value.type.shape[-2])
+        path = self._path(["ordered", rows, columns, str(value.format), value.type.layout])
+        if not path.exists():
+            order = np.random.default_rng(3).permutation(columns).astype(np.int32)
+            size = packing.matrix_bytes(rows, columns, str(value.format), value.type.layout) - order.nbytes
+            whole = np.resize(np.frombuffer(panels.read_bytes(), np.uint8), size)
+            path.write_bytes(whole.tobytes() + order.tobytes())
+        return path
+
+    def _panels(self, columns: int, form: str) -> Path:
+        path = self._path(["panels", columns, form])
         if not path.exists():
             shape = (_PANELS * packing.PANEL, columns)
             panels = Value("w", TensorType(DType.F32, shape, packing.PANELS), ValueKind.WEIGHT, fqn="w", format=form)
@@ -93,7 +108,7 @@ class TimingData:
                 numbers = random.standard_normal(shape, np.float32) * np.float32(_DEVIATION)
                 data, _ = packing.pack(numbers, panels, threads=1)
             path.write_bytes(data.tobytes())
-        return TimedBuffer(size, path)
+        return path
 
     def _normal(self, dtype: str, deviation: float) -> Path:
         path = self._path(["normal", dtype, deviation])
