@@ -1,5 +1,6 @@
 # make demo    compiles the trained demo model and generates text with it, from Python and without
-# make test    the whole test suite (what CI runs)
+# make test    the test suite: every test, of those with many cases each value of each parameter (what CI runs)
+# make test-all  all cases, cubins of all kernels, the thread sanitizer
 # make lint    ruff, mypy, clang-format, clang-tidy
 # make bench   the benchmarks, against llama.cpp and transformers; minutes, writes benchmarks/results/
 # Each sets up what it needs first: system packages, .venv, the build (scripts/bootstrap.sh).
@@ -15,7 +16,7 @@ PYTEST_ARGS ?=
 RUNTIME_SOURCES := $(shell find runtime_lib -type f)
 CXX_SOURCES := $(shell find runtime_lib benchmarks tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench bootstrap test-packages peers clean
+.PHONY: demo test test-all lint bench bootstrap test-packages peers clean
 
 demo: bootstrap
 	@scripts/demo.sh $(BIN)
@@ -23,6 +24,9 @@ demo: bootstrap
 # worksteal: tests that share a compiled model mostly stay with one worker.
 test: bootstrap test-packages
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+
+test-all: PYTEST_ARGS += --all-cases
+test-all: test
 
 lint: bootstrap
 	$(BIN)/ruff check .

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.sampled_cases import left_out
+
+pytest_plugins = ["pytester"]
+
 # A worker of pytest-xdist has a core: torch's threads would spin on it while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,12 +39,20 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--update-golden`` rewrites golden files instead of comparing with them."""
+    """``--update-golden`` rewrites golden files instead of comparing with them; ``--all-cases`` leaves nothing out."""
     parser.addoption("--update-golden", action="store_true", help="rewrite golden files from what the code does")
+    parser.addoption("--all-cases", action="store_true", help="also what tests/sampled_cases.py leaves out")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First what takes minutes in one test: at the end one worker would wait for it."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves cases out, unless some were asked for by name. First what takes minutes in one test: at the end one worker
+    would wait for it."""
+    named = any("::" in argument for argument in config.args) or config.option.keyword or config.option.markexpr
+    if not (config.getoption("--all-cases") or config.getoption("--update-golden") or named):
+        out = left_out(items)
+        config.hook.pytest_deselected(items=out)
+        gone = set(map(id, out))
+        items[:] = [item for item in items if id(item) not in gone]
     items.sort(key=lambda item: item.path.name != "test_runtime_cpp.py")
 
 

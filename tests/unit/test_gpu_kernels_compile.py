@@ -275,8 +275,18 @@ def _resources(cubin: Path) -> dict[str, int]:
     return {name: int(number) for name, number in re.findall(r"([A-Z]+):(\d+)", done.stdout)}
 
 
+# What make test compiles: of each kind of kernel one family.
+FIRST_FAMILIES = ("linear-q4", "experts-q4", "attention-gqa", "attention-mla", "small", "groups-q4-1", "sampling")
+# Bytes of local memory that were measured to cost less than a smaller tile: of latents' prompts 768, where the tile
+# without takes 2.5 times as long (docs/decisions/mla-absorbed.md).
+SPILLED = {"attention-mla": 1024}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in FIRST_FAMILIES else pytest.mark.exhaustive) for f in FAMILIES],
+)
 def test_compiles_ahead_of_time(family):
     kernels = {k.name for k in _kernels(family)}
     ccs = CCS if family in ALL_CCS else FEW_CCS
@@ -289,7 +299,7 @@ def test_compiles_ahead_of_time(family):
         assert m.global_scratch_bytes == (256 if copied else 0)  # a tensor map of 128 bytes for keys, one for values
         resources = _resources(m.cubin)
         # A few registers that do not fit cost little; arrays in local memory would.
-        assert resources["STACK"] + resources["LOCAL"] <= 192, (m.kernel.name, m.cc, resources)
+        assert resources["STACK"] + resources["LOCAL"] <= SPILLED.get(family, 192), (m.kernel.name, m.cc, resources)
 
 
 def test_the_folder_holds_what_its_table_says(tmp_path: Path):

@@ -36,10 +36,12 @@ def test_everything_under_address_and_undefined_sanitizers():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_lanes_under_thread_sanitizer():
     _run([str(_build("thread", "hetcomp_lane_tests")), "--gtest_brief=1"], TSAN_OPTIONS="halt_on_error=1")
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gpu_hand_overs_under_thread_sanitizer():
     _run([str(_build("thread", "hetcomp_gpu_tests")), "--gtest_brief=1"], TSAN_OPTIONS="halt_on_error=1")

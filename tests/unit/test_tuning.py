@@ -199,7 +199,13 @@ def test_a_tuning_serves_the_formats_of_its_family_on_its_instruction_set():
 OWN_LOOPS = [form for form in FORMATS if form not in ("q4z", "q5k")]  # which have q4k's
 
 
-@pytest.mark.parametrize(("form", "prefetch"), zip(OWN_LOOPS, itertools.cycle([64, 1 << 16])))
+@pytest.mark.parametrize(
+    ("form", "prefetch"),
+    [
+        pytest.param(form, prefetch, marks=() if form in ("q4", "q8", "bf16") else pytest.mark.exhaustive)
+        for form, prefetch in zip(OWN_LOOPS, itertools.cycle([64, 1 << 16]), strict=False)
+    ],
+)
 def test_constants_do_not_change_results(form, prefetch):
     # Sums are made in the same order whatever the prefetch, the draws and the tasks; rows are above both gemv_rows or
     # below, so that both kernels multiply in the same way.
