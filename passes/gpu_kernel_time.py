@@ -21,6 +21,9 @@ GEMV_ROWS = 8
 LINEAR_PEAK, LINEAR_US = 0.63, 8.0
 # 319 us for 4,096 tokens (431 TFLOP/s), 1,969 behind 12,288 others (489), 14 for 512, 6 for 64.
 ATTENTION_PEAK, ATTENTION_US = 0.47, 4.0
+# Of latents (MLA: 128 heads, 576 and 512 wide), on an H200: 299 us for 512 tokens, 9,730 for 4,096. Loading queries,
+# what is masked and writing sums cost a token as much as so many keys more (docs/decisions/mla-absorbed.md).
+LATENT_PEAK, LATENT_KEYS, LATENT_DIM = 0.28, 328, 256
 # Both products of 128 experts: 206, 264 and 1,039 us, of 128 tiles of 16, 128 of 64 and 320 of 128 rows. A line through
 # the times of a tile: 644 TFLOP/s, and unpacking its q4 weights takes as long as 94 rows more.
 EXPERTS_PEAK, UNPACK_ROWS = 0.65, 94
@@ -70,6 +73,9 @@ def compute_us(op: Op, work: Work, step: Phase, gpu: Gpu) -> float | None:
     if isinstance(attrs, ops.GatedDelta):
         return DELTA_US + _chunks_flop(attrs, step.tokens) * flop_us / DELTA_PEAK
     if isinstance(attrs, ops.Attention):
+        if attrs.head_dim > LATENT_DIM:
+            more = 2.0 * step.tokens * attrs.heads * (attrs.head_dim + attrs.v_head_dim) * LATENT_KEYS
+            return (work.flops + more) * flop_us / LATENT_PEAK
         return ATTENTION_US + work.flops * flop_us / ATTENTION_PEAK
     return None
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.sampled_cases import left_out
 
@@ -16,6 +17,10 @@ pytest_plugins = ["pytester"]
 
 # A worker of pytest-xdist has a core: torch's threads would spin on it while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How fast examples are drawn says how busy the machine is.
+settings.register_profile("any-machine", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
 
 Golden = Callable[[Path, str], None]
 

@@ -54,6 +54,18 @@ def us(op_id: str, tokens: int, gpu: Gpu, form: str = "bf16", sequences: int = 1
     return gpu_time(op, work_of(op, template.value_map(), step, HandTarget()), step, gpu).us
 
 
+@pytest.mark.parametrize(("tokens", "measured_us"), [(512, 299), (4096, 9730)])
+def test_attention_on_latents_on_an_h200_is_predicted_within_10_percent(tokens, measured_us):
+    heads, dim, values = 128, 576, 512
+    a = ops.Attention(heads=heads, kv_heads=1, head_dim=dim, v_head_dim=values, scale=0.04, shared_kv=True)
+    q, y = activation("q", "T", heads, dim), activation("y", "T", heads, values)
+    cache = state("cache", 1, dim)
+    op = Op("core", a, (q.id, cache.id), (y.id,))
+    step = Phase("prefill", tokens, 1, tokens)
+    work = work_of(op, {v.id: v for v in (q, cache, y)}, step, HandTarget())
+    assert gpu_time(op, work, step, gpu_preset("h200").gpu).us == pytest.approx(measured_us, rel=0.1)
+
+
 # us of Qwen3-Next's rule on an H200 (docs/decisions/linear-attention.md): rows, sequences.
 RULE = {(1, 1): 4.0, (4, 4): 7.0, (16, 16): 23.0, (512, 1): 40.9, (2048, 1): 131, (4096, 1): 252}
 
