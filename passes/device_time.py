@@ -9,7 +9,7 @@ from hetcomp.hardware.figures import Gpu, KernelCurve, KernelName, Source, inter
 from hetcomp.hardware.profile import KIN, HardwareProfile
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Op
-from hetcomp.passes.gpu_kernel_time import compute_us, joining_us, matrix_rate
+from hetcomp.passes.gpu_kernel_time import compute_us, joining_us, matrix_rate, reads_latents
 from hetcomp.passes.phases import Phase
 from hetcomp.passes.work import Work, expert_borders
 
@@ -100,8 +100,8 @@ def gpu_curve(gpu: Gpu, op: Op, work: Work, step: Phase) -> KernelCurve | None:
     kernel = term_of(op, step)
     form = work.state_format if kernel.startswith("attention") else work.weight_format
     curves = {c.weight_format: c for c in gpu.curves if (c.kernel, c.variant) == (kernel, "dram")}
-    if kernel == "elementwise":
-        return None
+    if kernel == "elementwise" or (kernel == "attention_prefill" and reads_latents(op)):
+        return None  # the curve is of heads of 128
     # GPUs' curves of attention are of bf16 caches; see FP8_ATTENTION.
     return curves.get(form) or (curves.get("bf16") if form == "fp8" and kernel.startswith("attention") else None)
 

@@ -73,11 +73,16 @@ def compute_us(op: Op, work: Work, step: Phase, gpu: Gpu) -> float | None:
     if isinstance(attrs, ops.GatedDelta):
         return DELTA_US + _chunks_flop(attrs, step.tokens) * flop_us / DELTA_PEAK
     if isinstance(attrs, ops.Attention):
-        if attrs.head_dim > LATENT_DIM:
+        if reads_latents(op):
             more = 2.0 * step.tokens * attrs.heads * (attrs.head_dim + attrs.v_head_dim) * LATENT_KEYS
             return (work.flops + more) * flop_us / LATENT_PEAK
         return ATTENTION_US + work.flops * flop_us / ATTENTION_PEAK
     return None
+
+
+def reads_latents(op: Op) -> bool:
+    """Whether it is attention whose keys are too wide for the tiles of usual heads: that of MLA."""
+    return isinstance(op.attrs, ops.Attention) and op.attrs.head_dim > LATENT_DIM
 
 
 def joining_us(op: Op, work: Work, step: Phase, bytes_per_us: float) -> float:
