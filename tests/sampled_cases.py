@@ -31,15 +31,16 @@ def left_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """What `make test` does not run of ``items``: tests marked exhaustive, and the cases that :func:`each_choice` does
     without."""
     out = [item for item in items if item.get_closest_marker("exhaustive")]
-    by_function: dict[str, list[pytest.Item]] = defaultdict(list)
+    by_function: dict[str, list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if hasattr(item, "callspec") and item not in out:
+        if (
+            isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+            and not item.get_closest_marker("exhaustive")
+        ):
             by_function[item.nodeid.partition("[")[0]].append(item)
     for cases in by_function.values():
-        chosen = set(each_choice([_choice(case) for case in cases]))
+        choices = [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases]
+        chosen = set(each_choice(choices))
         out += [case for number, case in enumerate(cases) if number not in chosen]
     return out
-
-
-def _choice(case: pytest.Item) -> Choice:
-    return {name: repr(value) for name, value in case.callspec.params.items()}  # type: ignore[attr-defined]

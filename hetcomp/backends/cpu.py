@@ -12,12 +12,12 @@ from typing import Any, TypeVar
 from hetcomp.backends import packing
 from hetcomp.backends.cpu_attention import attention_tile, attention_workspace
 from hetcomp.backends.cpu_isa import WHOLE_NUMBERS, cpu_isa
-from hetcomp.backends.operand_layouts import layouts_for
+from hetcomp.backends.operand_layouts import refused_operand
 from hetcomp.backends.protocol import Kernel, KernelRequest
 from hetcomp.backends.templates import environment, render
 from hetcomp.errors import HetcompError
 from hetcomp.hardware.tuning import Tuning
-from hetcomp.ir.layouts import ORDERED_FORMATS, has_act_order
+from hetcomp.ir.layouts import has_act_order
 from hetcomp.ir.ops import Attention, CausalConv, Embed, GatedDelta, HeadLinear, KvAppend, Linear, MoeExperts
 from hetcomp.ir.types import CACHE_DTYPES
 
@@ -86,17 +86,9 @@ def _refusal(request: KernelRequest) -> str | None:
     kind = request.op.kind
     if kind not in _RENDERINGS:
         return f"there is no template for '{kind}'."
-    for i, value in enumerate(request.inputs):
-        layouts = layouts_for(kind, i)
-        if layouts == (packing.ROW_MAJOR,):
-            continue
-        if value.format not in FORMATS:
-            return f"weight {value.fqn or value.id} has format {value.format}; expected one of {', '.join(FORMATS)}."
-        if value.type.layout not in layouts:
-            return f"weight {value.fqn or value.id} has layout {value.type.layout}; expected {' or '.join(layouts)}."
-        if has_act_order(value.type.layout) and value.format not in ORDERED_FORMATS:
-            name, expected = value.fqn or value.id, ", ".join(ORDERED_FORMATS)
-            return f"weight {name} is {value.format}, its columns have an order of their own; expected {expected}."
+    refusal = refused_operand(kind, request.inputs, FORMATS)
+    if refusal is not None:
+        return refusal
     if kind == "moe_experts":
         forms = {str(value.format) for value in request.inputs[3:5]}
         if len(forms) > 1 and not forms <= set(WHOLE_NUMBERS):

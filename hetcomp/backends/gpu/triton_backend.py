@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hetcomp.backends import packing
 from hetcomp.backends.gpu import attention, experts, linear, linear_attention, rowwise
 from hetcomp.backends.gpu.kernels import GpuCode, GpuRequest
 from hetcomp.backends.gpu.words import PER_WORD
-from hetcomp.backends.operand_layouts import layouts_for
+from hetcomp.backends.operand_layouts import refused_operand
 from hetcomp.errors import HetcompError
-from hetcomp.ir.layouts import ORDERED_FORMATS, has_act_order
 from hetcomp.ir.ops import Attention, GatedDelta
 from hetcomp.ir.types import DType
 
@@ -54,18 +52,9 @@ class TritonBackend:
         kind = request.op.kind
         if kind not in _EMITTERS:
             return f"there is no GPU kernel for '{kind}'."
-        for i, value in enumerate(request.inputs):
-            layouts = layouts_for(kind, i)
-            if layouts == (packing.ROW_MAJOR,):
-                continue
-            name = value.fqn or value.id
-            if value.format not in PER_WORD:
-                return f"weight {name} has format {value.format}; expected one of {', '.join(PER_WORD)}."
-            if value.type.layout not in layouts:
-                return f"weight {name} has layout {value.type.layout}; expected {' or '.join(layouts)}."
-            if has_act_order(value.type.layout) and value.format not in ORDERED_FORMATS:
-                expected = ", ".join(ORDERED_FORMATS)
-                return f"weight {name} is {value.format}, its columns have an order of their own; expected {expected}."
+        refusal = refused_operand(kind, request.inputs, PER_WORD)
+        if refusal is not None:
+            return refusal
         forms = {str(value.format) for value in request.inputs[3:5]} if kind == "moe_experts" else set()
         if len(forms) > 1 and "f32" in forms:
             return f"gate_up and down are {' and '.join(sorted(forms))}, between which numbers are kept in other types."
