@@ -42,7 +42,7 @@ BREAKAGES: dict[str, Callable[[Plan], Plan]] = {
     "too small or unaligned": slots(lambda a: (replace(a[0], bytes=4), *a[1:])),
     "has too small or unaligned a place": slots(lambda a: (replace(a[0], offset=a[0].offset + 4), *a[1:])),
     "handed from call to call, lies outside": slots(lambda a: (replace(a[0], offset=1 << 40), *a[1:])),
-    "is stored as bf16, but template layer_0 reads it as f32": other_format,
+    "is stored as bf16 in panels16, but template layer_0 reads it as f32": other_format,
     "workspace:y of template layer_0 lies outside": lambda p: workspace(p, 0),
     "workspace:y of template layer_0 has an unaligned": lambda p: workspace(p, p.arena_bytes - 65),
     "which the plan does not have": lambda p: replace(p, calls=(replace(p.calls[0], template="lost"), *p.calls[1:])),
