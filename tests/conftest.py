@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.sampled_cases import left_out
+from tests import sampled_cases
 
 pytest_plugins = ["pytester"]
 
@@ -28,10 +28,13 @@ Golden = Callable[[Path, str], None]
 CACHE = Path(__file__).parents[1] / "build" / "tests" / "cache"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """All tests and what they start have a cache of their own, in which figures of this machine are estimates: measured
     beside tests they would be those of a busy machine, which whoever comes ten minutes later measures again, and plans
     would differ from run to run. Tests of measuring have empty caches."""
+    named = any("::" in argument for argument in config.args) or config.option.keyword or config.option.markexpr
+    whole = config.getoption("--all-cases") or config.getoption("--update-golden") or named
+    sampled_cases.everything = bool(whole)
     # Only now: Triton may come with it.
     from hetcomp.hardware.detect import detect_machine
     from hetcomp.hardware.measure import cache_file, keep, read_cached
@@ -50,11 +53,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves cases out, unless some were asked for by name. First what takes minutes in one test: at the end one worker
-    would wait for it."""
-    named = any("::" in argument for argument in config.args) or config.option.keyword or config.option.markexpr
-    if not (config.getoption("--all-cases") or config.getoption("--update-golden") or named):
-        out = left_out(items)
+    """Leaves cases out, unless all or some were asked for by name. First what takes minutes in one test: at the end
+    one worker would wait for it."""
+    if not sampled_cases.everything:
+        out = sampled_cases.left_out(items)
         config.hook.pytest_deselected(items=out)
         gone = set(map(id, out))
         items[:] = [item for item in items if id(item) not in gone]

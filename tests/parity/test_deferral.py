@@ -75,6 +75,7 @@ class Case:
         )
 
 
+pytestmark = pytest.mark.spread("compiled")
 CASES = (
     Case("one", "qwen3_moe", 1, (1, 1, 0)),
     Case("all-of-two", "qwen3_moe", 5, (2, 2, 0)),

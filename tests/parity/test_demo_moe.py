@@ -9,8 +9,9 @@ import transformers
 
 import hetcomp
 from hetcomp.models_zoo import find
+from tests.sampled_cases import rest
 
-PROMPTS = ("It was a bright cold day", "def main(argv):\n", "Question: what is 12 + 30?")
+PROMPTS = ("It was a bright cold day", *rest(("def main(argv):\n", "Question: what is 12 + 30?")))
 
 
 @pytest.fixture(scope="module", autouse=True)

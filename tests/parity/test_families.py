@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import hetcomp
-from tests.reference.tiny_models import FAMILIES, build, save_tiny, token_ids
+from tests.reference.tiny_models import EACH_OP, FAMILIES, OTHERS, build, save_tiny, token_ids
+from tests.sampled_cases import rest
 
 # Relative to the largest logit: float32 with another order of summation, three layers deep.
 TOLERANCE = 1e-4
@@ -27,10 +28,10 @@ def reference_logits(model: torch.nn.Module, ids: torch.Tensor) -> np.ndarray:
 
 
 # Odd sizes have all paths of even ones, and those for what is left over.
-EVEN = [pytest.param((f, False), marks=pytest.mark.exhaustive) for f in FAMILIES]
+MORE = [*((f, False) for f in FAMILIES), *((f, True) for f in OTHERS)]
 
 
-@pytest.fixture(scope="module", params=[*EVEN, *((f, True) for f in FAMILIES)], ids=str)
+@pytest.fixture(scope="module", params=[*((f, True) for f in EACH_OP), *rest(MORE)], ids=str)
 def pair(request, tmp_path_factory):
     family, odd = request.param
     folder = tmp_path_factory.mktemp(f"{family}-{odd}")

@@ -9,6 +9,7 @@ from hetcomp import frontend
 from hetcomp.frontend import hooks, lower, trace
 from tests.reference import tiny_models
 from tests.reference.plan_interpreter import PlanInterpreter
+from tests.sampled_cases import rest
 
 CONTEXT = 64
 DECODE_STEPS = 16
@@ -82,7 +83,7 @@ def test_recurrent_states_of_slots_that_prompts_in_pieces_leave_behind():
     assert relative_error(torch.cat(got_b), want[1][:7]) < BOUND
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", *rest(("glm4_moe", "qwen3_moe"))])
 def test_what_is_not_recognised_becomes_aten_regions_and_stays_right(name, monkeypatch):
     for recognise in ("_replace_norms", "_replace_rope_functions"):
         monkeypatch.setattr(hooks, recognise, lambda *args: None)

@@ -33,7 +33,9 @@ def check(path, model) -> None:
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
-        ("qwen3_moe", {"moe_intermediate_size": 96, "tie_word_embeddings": False}),
+        pytest.param(
+            "qwen3_moe", {"moe_intermediate_size": 96, "tie_word_embeddings": False}, marks=pytest.mark.exhaustive
+        ),
         ("gpt_oss", {"intermediate_size": 96}),  # biases everywhere
         ("deepseek_v3", {"moe_intermediate_size": 72, "odd": True}),  # MLA, a shared expert, a last slice of 8 columns
     ],
@@ -50,7 +52,7 @@ def test_cut_weights(family, sizes, tmp_path):
 @pytest.mark.parametrize(
     ("family", "memory"),
     [
-        ("qwen3_moe", (8 * GIB, 400_000)),
+        pytest.param("qwen3_moe", (8 * GIB, 400_000), marks=pytest.mark.exhaustive),
         ("qwen3_moe", (700_000, 8 * GIB)),  # of some layers all experts are on the other node
         ("gpt_oss", (8 * GIB, 400_000)),
     ],

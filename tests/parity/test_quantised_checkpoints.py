@@ -18,6 +18,7 @@ from tests.reference.peft_adapters import everything, make_adapter
 from tests.reference.tiny_models import token_ids
 from tests.unit.test_quantised_checkpoints import AWQ, BLOCKS, FP8, SMALL, gptq, int_pack
 
+pytestmark = pytest.mark.spread("written")
 CONTEXT = 64
 QWEN2 = SMALL | {"shared_expert_intermediate_size": 64}
 WRITTEN = {

@@ -21,11 +21,12 @@ from hetcomp.adapters.pack_adapter import pack_adapter
 from hetcomp.backends.packing import unpack
 from hetcomp.errors import HetcompError
 from hetcomp.models_zoo import find
-from tests.parity.test_adapters import CASES, TENSORS, logits_of
+from tests.parity.test_adapters import FIRST, MORE, TENSORS, logits_of
 from tests.parity.test_families import CONTEXT, TOLERANCE, relative_error
 from tests.reference.peft_adapters import everything, make_adapter
 from tests.reference.plan_builder import avx2_machine
 from tests.reference.tiny_models import build, save_tiny, token_ids
+from tests.sampled_cases import rest
 
 BATCH = 8
 
@@ -44,8 +45,9 @@ def decoded(exe: hetcomp.Executable, ids: Sequence[int], adapter: str | None, pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "odd"), CASES)
-def test_logits_as_peft_has_them(family, odd, tmp_path):
+@pytest.mark.parametrize("case", [*FIRST, *rest(MORE)], ids=str)
+def test_logits_as_peft_has_them(case, tmp_path):
+    family, odd = case
     model = save_tiny(family, tmp_path / "hf", odd=odd)
     ids = token_ids(model, 17)[0].tolist()
     base = logits_of(model, ids)

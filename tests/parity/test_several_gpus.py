@@ -34,6 +34,7 @@ from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import save_tiny, token_ids
 
+pytestmark = pytest.mark.spread("pair")
 _LAYERS = ("*@0=gpu:0", "*@1-2=gpu:1")
 PINS: Mapping[str, tuple[str, ...]] = {
     "layers": _LAYERS,

@@ -39,6 +39,7 @@ from tests.reference.peft_adapters import (
 from tests.reference.tiny_models import build, save_tiny
 from tests.unit.test_adapters import FAMILIES, write_per_expert
 
+pytestmark = pytest.mark.spread("case")
 # Everything that is not split in GGUF; DeepSeek's kv_b_proj is.
 GGUF_MODULES = {"deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}
 

@@ -131,6 +131,7 @@ def test_a_replayed_plan_keeps_its_room(roomy, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("pins", "measured"),
     [

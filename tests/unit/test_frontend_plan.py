@@ -21,6 +21,7 @@ from hetcomp.ir.ops import Attention, MoeExperts, Rope, Route
 from hetcomp.ir.plan import ModelInfo, ValueKind
 from hetcomp.ir.verifier import verify
 from tests.reference import tiny_models
+from tests.sampled_cases import rest
 
 INFO = ModelInfo("tiny", "X", "x", 256, 64, 3, 512)
 BOUNDS = {"max_tokens": 8, "max_batch": 2, "context_length": 16, "max_logit_rows": 4}
@@ -42,7 +43,7 @@ def only(plan, kind):
     return [op for t in plan.templates for op in t.ops if op.kind == kind]
 
 
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.mark.parametrize("name", [*tiny_models.EACH_OP, *rest(tiny_models.OTHERS)])
 def test_folding_and_unfolding_are_inverse(name):
     plan = lowered(name)
     folded = fold_layers(plan)
@@ -285,6 +286,7 @@ def test_zoo_configs_resolve_to_causal_models():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tracing_a_30b_model_takes_less_than_a_minute_and_2_gb():
     """In a process of its own. Its peak is VmHWM: getrusage's ru_maxrss starts at that of the process which started it
     (Linux keeps the larger one over exec), here a worker that has run half of the suite."""

@@ -22,6 +22,7 @@ from hetcomp.frontend.gguf.header import parse_header, read_header
 from hetcomp.frontend.gguf.model_files import open_model
 from hetcomp.importance_from_text import importance_from_text
 from tests.reference import gguf_models, tiny_models
+from tests.sampled_cases import draws
 
 DATA = 3 * 32 * 4 + 4 * 2 * 34
 
@@ -66,11 +67,13 @@ def test_agrees_with_gguf_py(small):
 
 
 def test_no_mutation_of_a_header_crashes(small):
-    """100,000 headers with bytes changed, inserted, left out and cut off are read or refused in one sentence."""
+    """100,000 headers (in make test a tenth) with bytes changed, inserted, left out and cut off are read or refused in
+    one sentence."""
     data = small.read_bytes()
     header, numbers = len(data) - DATA, random.Random(0)
     refused = 0
-    for _ in range(100_000):
+    count = draws(100_000)
+    for _ in range(count):
         damaged = bytearray(data)
         for _ in range(numbers.choice((1, 1, 2, 8))):
             mutate(damaged, header, numbers)
@@ -80,7 +83,7 @@ def test_no_mutation_of_a_header_crashes(small):
             refused += 1
             text = str(error)
             assert text.startswith(str(small)) and text.isprintable() and len(text) < 1000
-    assert 50_000 < refused < 100_000
+    assert count / 2 < refused < count
 
 
 def mutate(data: bytearray, header: int, numbers: random.Random) -> None:

@@ -15,11 +15,12 @@ from tests.reference.flat_plan import FlatPlan, StoredWeights, flatten
 from tests.reference.group_harness import run_groups
 from tests.reference.kernel_harness import Step
 from tests.reference.plan_interpreter import PlanInterpreter
+from tests.sampled_cases import rest
 
 CONTEXT = 16
 BOUND = 1e-4  # of the largest logit: as tests/parity/test_lowering.py allows f32 sums in another order
 # Odd sizes; GLM has norms of heads, DeepSeek a low rank for queries, in the other variant only.
-CASES = [*((name, True) for name in tiny_models.FAMILIES), ("glm4_moe", False), ("deepseek_v3", False)]
+VARIANTS = [*((name, True) for name in tiny_models.EACH_OP), ("glm4_moe", False), ("deepseek_v3", False)]
 # Launches of a decode step's last layer.
 LAUNCHES = {
     **dict.fromkeys(("qwen3_moe", "mixtral", "olmoe", "gpt_oss", "minimax_m2"), 9),
@@ -44,9 +45,10 @@ def _groups(flat: FlatPlan, dims: dict[str, int], rows: int | None) -> tuple[Gpu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "odd"), CASES)
-def test_decode_steps_agree_with_the_plan(name, odd):
+@pytest.mark.parametrize("variant", [*VARIANTS, *rest((name, True) for name in tiny_models.OTHERS)], ids=str)
+def test_decode_steps_agree_with_the_plan(variant):
     """Two sequences, two steps."""
+    name, odd = variant
     imported = _imported(name, odd, 2)
     dims = imported.plan.max_dims()
     flat = flatten(imported.plan, _format, DType.F32)
@@ -67,7 +69,7 @@ def test_decode_steps_agree_with_the_plan(name, odd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.mark.parametrize("name", [*tiny_models.EACH_OP, *rest(tiny_models.OTHERS)])
 def test_prefill_agrees_with_the_plan(name):
     """A prompt of one sequence, in a graph for more rows. All weights f32, so that nothing is rounded but what beside a
     cache of f32 stays f32 too."""

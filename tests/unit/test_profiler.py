@@ -24,6 +24,7 @@ from hetcomp.passes.context import FORMATS
 from hetcomp.profiler import disk, kernel_curves, measure_machine, memory
 from hetcomp.profiler.kernel_cases import CurvePlan, Detail, bytes_a_weight, curve_plans, stream_bytes
 from hetcomp.profiler.memory import MemoryRounds, Mode, Task
+from tests.sampled_cases import rest
 from tests.unit.test_hardware_detect import two_sockets
 
 GIB = 1 << 30
@@ -244,13 +245,16 @@ def test_a_cpu_without_instruction_sets_is_not_measured():
     assert measure_machine.estimated_profile(machine(isas=()), "why").rates
 
 
+_ENDS = (Isa.AVX2, Isa.AMX_BF16)
+
+
 @cache
 def plans_of(isa: Isa, detail: Detail) -> tuple[CurvePlan, ...]:
     """Kernels are rendered for each."""
     return tuple(curve_plans(isa, detail, 512 << 20))
 
 
-@pytest.mark.parametrize("isa", list(Isa))
+@pytest.mark.parametrize("isa", [*_ENDS, *rest(isa for isa in Isa if isa not in _ENDS)])
 def test_curves_of_every_format_have_rising_sizes_and_bounded_memory(isa):
     full, coarse, quick = (plans_of(isa, detail) for detail in Detail)
     for kernel in ("linear", "moe_experts"):
@@ -376,6 +380,7 @@ def measured(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # in make test tests/e2e/test_accountability.py measures it
 def test_this_machine_is_measured(measured):
     profile, _ = measured
     assert profile.measured
@@ -396,6 +401,7 @@ def test_this_machine_is_measured(measured):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_second_time_comes_from_the_cache(measured, monkeypatch):
     profile, folder = measured
     monkeypatch.setattr(measure, "_measure", lambda machine: pytest.fail("measured again"))

@@ -202,7 +202,7 @@ OWN_LOOPS = [form for form in FORMATS if form not in ("q4z", "q5k")]  # which ha
 @pytest.mark.parametrize(
     ("form", "prefetch"),
     [
-        pytest.param(form, prefetch, marks=() if form in ("q4", "q8", "bf16") else pytest.mark.exhaustive)
+        pytest.param(form, prefetch, marks=() if form in ("q4", "bf16") else pytest.mark.exhaustive)
         for form, prefetch in zip(OWN_LOOPS, itertools.cycle([64, 1 << 16]), strict=False)
     ],
 )

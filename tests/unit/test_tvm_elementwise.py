@@ -14,9 +14,11 @@ from hetcomp.backends.protocol import Isa
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
 from tests.reference.tvm_harness import BACKEND, machine_isas, request, run, value
+from tests.sampled_cases import draws
 
+pytestmark = pytest.mark.spread("isa")
 ISAS = machine_isas()
-FEW = settings(max_examples=4, deadline=None, derandomize=True)
+FEW = settings(max_examples=draws(4), deadline=None, derandomize=True)
 
 FUNCTIONS = {
     "silu": torch.nn.functional.silu,

@@ -12,9 +12,11 @@ from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
 from hetcomp.ir.types import DType
 from tests.reference.tvm_harness import BACKEND, machine_isas, request, run, value
+from tests.sampled_cases import draws
 
+pytestmark = pytest.mark.spread("isa")
 ISAS = machine_isas()
-FEW = settings(max_examples=8, deadline=None, derandomize=True)
+FEW = settings(max_examples=draws(8), deadline=None, derandomize=True)
 
 
 def _random(*shape: int, seed: int = 0) -> np.ndarray:

@@ -14,6 +14,7 @@ from hetcomp.ir import ops
 from hetcomp.ir.types import DType
 from tests.reference.tvm_harness import BACKEND, machine_isas, request, run, value
 
+pytestmark = pytest.mark.spread("isa")
 ISAS = machine_isas()
 
 
