@@ -20,6 +20,7 @@ from tests.parity.test_families import TOLERANCE, reference_logits, relative_err
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import save_tiny, token_ids
+from tests.sampled_cases import rest
 
 KV_TOKENS, CONTEXT, MAX_BATCH = 110, 512, 3
 # A block of 64 positions in f32 fills a granule: a sequence of 65 tokens has two.
@@ -30,7 +31,7 @@ PINS = {"cpu": ("*=cpu",), "gpu": ("*=gpu:0",), "experts on the cpu": ("*=gpu:0"
 Pair = tuple[PreTrainedModel, Executable]
 
 
-@pytest.fixture(scope="module", params=PINS)
+@pytest.fixture(scope="module", params=["cpu", "gpu", *rest(["experts on the cpu"])])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("shared")
     model = save_tiny("qwen3_moe", folder / "hf", **WIDE_CACHE)

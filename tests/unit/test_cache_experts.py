@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import replace
 
 import numpy as np
@@ -49,13 +50,18 @@ def slots_of(plan: Plan, number: int = 0) -> CacheSlots:
 
 def least_vram() -> int:
     """With which there are as many slots as a token has experts, to a kilobyte."""
-    for vram in range(0, 1 << 20, 1 << 10):
+
+    def enough(vram: int) -> bool:
         try:
             planned(vram)
-            return vram
         except HetcompError:
-            pass
-    raise AssertionError("a MB is enough for the whole model")
+            return False
+        return True
+
+    sizes = range(0, 1 << 20, 1 << 10)
+    least = sizes[bisect_left(sizes, True, key=enough)]
+    assert enough(least) and not enough(least - (1 << 10))
+    return least
 
 
 @pytest.fixture(scope="module")

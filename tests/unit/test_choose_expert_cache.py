@@ -94,6 +94,7 @@ def test_the_hit_rate_of_static_placement_is_that_of_its_experts(steady):
     assert steady.cache_choice.figures[0].hit_rate == pytest.approx(rate)
 
 
+@pytest.mark.exhaustive
 def test_statistics_of_the_user_are_kept(tmp_path, steady):
     file = tmp_path / "counts.json"
     file.write_text('{"top_k": 4, "frequency": ' + str([[1] * 31 + [2]] * 6) + "}")
@@ -102,6 +103,7 @@ def test_statistics_of_the_user_are_kept(tmp_path, steady):
     assert counted.cache_choice.figures[0].hit_rate < steady.cache_choice.figures[0].hit_rate
 
 
+@pytest.mark.exhaustive
 def test_of_several_sequences_each_has_a_stretch_of_the_trace():
     from hetcomp.ir.annotations import Mix
 

@@ -3,6 +3,7 @@
 import dataclasses
 from itertools import product
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,6 +81,8 @@ def test_tests_of_what_a_fixture_makes_share_its_values_out(pytester):
     assert {name[-2] for name in shared if name.startswith("test_other")} == {"1", "2"}
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_families_that_make_test_compiles_have_every_variant_of_every_op():
     """A variant: the number of operands, functions and options as they are, of numbers that are no sizes whether they
     are 0 or 1, which are off."""

@@ -116,6 +116,8 @@ def test_the_prediction_streams_every_expert_however_few_slots_there_are(ample, 
     assert timeline.total_us >= sum(task.us for task in copies)
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_routers_stay_on_a_gpu_without_room_for_all_dense_weights_so_that_prompts_stream():
     # 1.2 GB of dense weights in q4; a router gains less a byte in decode than anything else.
     found = plan_model(
