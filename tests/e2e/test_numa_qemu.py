@@ -18,6 +18,7 @@ import pytest
 import hetcomp
 from tests.e2e import virtual_machine
 from tests.reference import tiny_models
+from tests.reference.optimisation import optimised
 from tests.reference.plan_builder import avx2_machine
 
 ROOT = Path(__file__).parents[2]
@@ -63,10 +64,11 @@ def artifacts(tmp_path_factory) -> dict[int, Path]:
         moe_intermediate_size=96,
         tie_word_embeddings=False,
     )
-    for nodes in (1, 2):
-        hetcomp.compile(
-            folder / "model", avx2_machine(nodes), formats="f32", context_length=64, out=folder / f"{nodes}"
-        )
+    with optimised("-O0"):  # where weights lie is looked at
+        for nodes in (1, 2):
+            hetcomp.compile(
+                folder / "model", avx2_machine(nodes), formats="f32", context_length=64, out=folder / f"{nodes}"
+            )
     return {nodes: folder / f"{nodes}" for nodes in (1, 2)}
 
 

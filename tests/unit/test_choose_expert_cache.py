@@ -37,7 +37,7 @@ def machine(gpus: int = 1) -> HardwareProfile:
 def plan(trace: Path | None, vram: int = 40, gpus: int = 1, **wishes: object) -> Plan:
     """Of demo-moe, with so many MB of the GPU; at 40 a part of the experts fits there either way."""
     wish = PlanWishes(vram=GPU_RESERVE + vram * MEGABYTE, expert_cache="auto", routing_trace=trace, **wishes)  # type: ignore[arg-type]
-    return plan_model("demo-moe", hw_profile=machine(gpus), context_length=1024, isa=("avx2",), wishes=wish).plan
+    return plan_model("demo-moe", hw_profile=machine(gpus), context_length=512, isa=("avx2",), wishes=wish).plan
 
 
 def joined(folder: Path, *names: str) -> Path:
