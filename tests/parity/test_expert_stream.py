@@ -27,7 +27,7 @@ from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import save_tiny, token_ids
 from tests.unit.test_quantised_checkpoints import SMALL, gptq
 
-TOKENS, CONTEXT = 40, 48
+TOKENS, CONTEXT = 40, 64
 # An expert costs the CPU a hundred times as much as a copy; as much; next to nothing.
 ALL = StreamRates(1.0, 100.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
 SOME = StreamRates(1.0, 100.0, ((1, 20.0), (64, 40.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))

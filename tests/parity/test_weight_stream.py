@@ -21,8 +21,9 @@ from tests.parity.test_families import TOLERANCE, reference_logits, relative_err
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import save_tiny, token_ids
+from tests.sampled_cases import rest
 
-TOKENS, CONTEXT = 40, 48
+TOKENS, CONTEXT = 40, 64
 MLP = ("mlp.gate=cpu", "mlp.up=cpu", "mlp.down=cpu")
 
 
@@ -95,7 +96,7 @@ def test_logits_of_transformers_in_prompts_and_in_decode(case: Case, tmp_path: P
     assert streamed == after_decode == 2 * stream.bytes  # of the two prompts alone
 
 
-@pytest.mark.parametrize("formats", ["f32", "q4"])
+@pytest.mark.parametrize("formats", ["q4", *rest(["f32"])])
 def test_the_bytes_of_resident_weights(formats: str, tmp_path: Path):
     found = []
     with emulated_gpu(compute_capability=89):

@@ -16,7 +16,7 @@ from hetcomp.frontend.source import resolve
 from tests.reference import tiny_models
 from tests.reference.plan_interpreter import PlanInterpreter
 
-BOUNDS = {"context_length": 32, "max_batch": 1, "max_tokens": 8, "max_logit_rows": 8}
+BOUNDS = {"context_length": 64, "max_batch": 1, "max_tokens": 8, "max_logit_rows": 8}
 
 
 def write_config(folder, **changes: object):

@@ -201,7 +201,7 @@ def test_split_files_that_do_not_belong_together(split, tmp_path, change, messag
 
 def bound(path: Path) -> frontend.Imported:
     """The model as far as its tensors are checked."""
-    return plan_model(path, hw_profile="preset:9950x-64gb", context_length=32, stop_after="bind_weights").imported
+    return plan_model(path, hw_profile="preset:9950x-64gb", context_length=64, stop_after="bind_weights").imported
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from hetcomp.ir.plan import ValueKind
 from hetcomp.quantised_numbers import QuantisedNumbers
 from tests.reference import gguf_models, tiny_models
 
-BOUNDS = {"context_length": 32, "max_batch": 1, "max_tokens": 8, "max_logit_rows": 8}
+BOUNDS = {"context_length": 64, "max_batch": 1, "max_tokens": 8, "max_logit_rows": 8}
 # What llama.cpp has no key for in these families.
 FIXED = {
     "qwen3_moe": {"mlp_only_layers": [], "norm_topk_prob": True},

@@ -99,7 +99,7 @@ def test_launches_of_a_layer_in_decode(name, launches):
 
 
 @pytest.mark.parametrize("rows", [2, 9, None])
-@pytest.mark.parametrize("name", tiny_models.FAMILIES)
+@pytest.mark.parametrize("name", [*tiny_models.EACH_OP, *rest(tiny_models.OTHERS)])
 def test_order_and_coverage(name, rows):
     """Every op is in one group; a group reads what groups before it have written, and appends come before reads."""
     imported = _imported(name, False, 2)

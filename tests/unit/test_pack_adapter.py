@@ -32,7 +32,7 @@ from tests.reference.tiny_models import build, save_tiny
 
 def documents(model: Path, out: Path, formats: str = "f32", nodes: int = 1) -> Path:
     """Of a compiled model what packing needs: its plan and its base."""
-    planned = plan_model(model, hw_profile=avx2_machine(nodes), context_length=32, formats=formats)
+    planned = plan_model(model, hw_profile=avx2_machine(nodes), context_length=64, formats=formats)
     out.mkdir()
     (out / "plan.json").write_text(to_json(planned.plan))
     (out / ARTIFACT_FILE).write_text(BaseModel.of(planned.imported).to_json())
@@ -134,7 +134,7 @@ def refused(match: str, artifact: Path, adapter: Path, out: Path, **options: boo
 
 
 def test_the_artifacts_base_is_the_models(tiny):
-    planned = plan_model(tiny / "hf", hw_profile=avx2_machine(1), context_length=32, formats="f32")
+    planned = plan_model(tiny / "hf", hw_profile=avx2_machine(1), context_length=64, formats="f32")
     want, got = BaseModel.of(planned.imported), artifact_base(tiny / "documents")
     assert dict(got.weights) == dict(want.weights)
     assert (got.name, got.model_type, got.layers, got.parameters) == (

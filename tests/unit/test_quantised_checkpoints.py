@@ -55,7 +55,7 @@ def int_pack(bits: int, group: int, symmetric: bool = True, **more: Any) -> dict
 
 
 def planned(folder: Path, formats: str | Mapping[str, str] = "auto") -> Planned:
-    return plan_model(folder, hw_profile=profile(), context_length=32, formats=formats)
+    return plan_model(folder, hw_profile=profile(), context_length=64, formats=formats)
 
 
 def differences(quantised: Planned, twin: Path) -> dict[str, list[float]]:
@@ -71,7 +71,7 @@ def differences(quantised: Planned, twin: Path) -> dict[str, list[float]]:
         chunks.setdefault(value.id, []).append(chunk)
     assert not packer.not_finite
     assert not packer.rounded
-    floats = frontend.load(twin, context_length=32, max_batch=1, max_tokens=32, max_logit_rows=8)
+    floats = frontend.load(twin, context_length=64, max_batch=1, max_tokens=32, max_logit_rows=8)
     assert floats.checkpoint is not None
     known, out = floats.plan.value_map(), {}
     for value in values:
