@@ -26,7 +26,7 @@ from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import GIB, avx2_machine, gpu
 from tests.reference.tiny_models import save_tiny, token_ids
 
-CONTEXT = 64
+CONTEXT = 32
 EXPERTS_ON_CPU = ("*=gpu:0", "moe.experts=cpu")
 ON_TWO_GPUS = ("*@0=gpu:0", "*@1=gpu:1", "*@2=gpu:0", "moe.experts=cpu")
 # What is not pinned goes to the GPU as long as it fits: the CPU's memory takes so long to read.

@@ -28,7 +28,7 @@ from tests.sampled_cases import rest
 
 pytestmark = pytest.mark.spread("pair")
 
-CONTEXT = 64
+CONTEXT = 32
 MAX_BATCH = 3  # sequences; the graphs of exact rows are then for 1, 2 and 4
 # The CPU's memory takes so long to read that what is not pinned goes to the GPU as long as it fits.
 SLOW = BandwidthPoint(threads=4, gb_per_s=0.01)
