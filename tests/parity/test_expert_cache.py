@@ -190,6 +190,7 @@ def test_each_of_two_gpus_keeps_experts_of_its_own_layers(tmp_path: Path, slots)
     assert counts["frequency"] == chosen_by_routers(model, ids) and counts["tokens"] == PROMPT + DECODED
 
 
+@pytest.mark.exhaustive
 def test_the_same_steps_give_the_same_bytes_and_swaps(tmp_path: Path, slots):
     slots(3)
     model = save_tiny("qwen3_moe", tmp_path / "hf", odd=False)

@@ -250,6 +250,7 @@ def test_latent_attention_and_shared_experts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pairs_in_bf16_beside_q8(tmp_path):
     """Token by token the products are f32's, in prompts bf16's, which changes the choice of experts where the router's
     logits are nearly equal: of one token at most. Weights of 8 bits are near those of the whole model."""

@@ -56,7 +56,10 @@ def written(request, tmp_path_factory) -> tuple[Path, torch.nn.Module, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("placement", "vram", "nodes", "bound"), [("gpu", 0, 1, 1e-4), ("split", 500_000, 2, 0.1)])
-@pytest.mark.parametrize(("name", "form"), [("fp8", "fp8"), ("mxfp4", "mxfp4"), ("gptq, order", "q4")])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [pytest.param("fp8", "fp8", marks=pytest.mark.exhaustive), ("mxfp4", "mxfp4"), ("gptq, order", "q4")],
+)
 def test_on_a_gpu_and_cut_over_nodes(name, form, placement, vram, nodes, bound, tmp_path):
     """Decoding, the GPU multiplies in float32 with the codes' own numbers; the CPU's experts round activations. Parts
     on nodes and of a GPU are cut out of the codes; of columns in an order of their own nodes get whole experts."""

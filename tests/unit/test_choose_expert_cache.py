@@ -80,6 +80,7 @@ def test_where_it_changes_a_cache_follows(drifting):
     assert all(f.bytes_per_step <= drifting.expert_cache.gpus[0].bytes_per_step for f in choice.figures)
 
 
+@pytest.mark.exhaustive
 def test_of_caches_on_several_gpus_no_trace_is_replayed():
     apart = plan(routing_traces()["law"], gpus=2, pins=("*@0-2=gpu:0", "*@3-5=gpu:1"))
     assert apart.cache_choice is not None and apart.cache_choice.chosen == "static"

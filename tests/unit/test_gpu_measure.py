@@ -97,10 +97,10 @@ def test_every_figure_of_every_gpu(machine):
     [
         ("cuGraphAddBatchMemOpNode", ["handshake_us"]),
         ("cuGraphAddKernelNode_v2", ["launch_us"]),
-        ("cuMemsetD32Async", ["gb_per_s", "rates"]),
+        pytest.param("cuMemsetD32Async", ["gb_per_s", "rates"], marks=pytest.mark.exhaustive),
         ("cuFuncSetAttribute", ["rates"]),
-        ("cuMemHostGetDevicePointer_v2", ["handshake_us"]),
-        ("cuGraphLaunch", ["handshake_us", "launch_us"]),
+        pytest.param("cuMemHostGetDevicePointer_v2", ["handshake_us"], marks=pytest.mark.exhaustive),
+        pytest.param("cuGraphLaunch", ["handshake_us", "launch_us"], marks=pytest.mark.exhaustive),
         ("cuMemcpyDtoHAsync_v2", ["copies", "gb_per_s", "link_gb_per_s", "rates"]),
         ("cuEventElapsedTime", ["copies", "gb_per_s", "launch_us", "link_gb_per_s", "rates"]),
     ],

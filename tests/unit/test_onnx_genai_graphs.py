@@ -41,16 +41,18 @@ def stored(got) -> dict[str, tuple[str, str]]:
         ("llama", {}, {"rotary": False, "attributes": {"softcap": 3.0}}),
         ("qwen3", {}, {"rotary": False}),
         ("qwen3_moe", {}, {}),
-        ("qwen3_moe", {"norm_topk_prob": False}, {"rotary": False}),
+        pytest.param("qwen3_moe", {"norm_topk_prob": False}, {"rotary": False}, marks=pytest.mark.exhaustive),
         ("gpt_oss", {}, {}),
         ("qwen3_moe", {}, {"bits": 4}),
-        ("qwen3_moe", {}, {"bits": 4, "zeros": True}),
+        pytest.param("qwen3_moe", {}, {"bits": 4, "zeros": True}, marks=pytest.mark.exhaustive),
         ("qwen3_moe", {}, {"bits": 8, "expert_rows": True}),
         ("gpt_oss", {}, {"bits": 4, "zeros": True}),
-        ("llama", {}, {"bits": 4, "block": 16, "zeros": True}),
-        ("llama", {}, {"bits": 8, "zeros": True}),
+        pytest.param("llama", {}, {"bits": 4, "block": 16, "zeros": True}, marks=pytest.mark.exhaustive),
+        pytest.param("llama", {}, {"bits": 8, "zeros": True}, marks=pytest.mark.exhaustive),
         ("llama", {}, {"bits": 8, "quantised_embedding": True}),
-        ("llama", {"hidden_size": 80, "head_dim": 16}, {"bits": 4, "block": 64}),
+        pytest.param(
+            "llama", {"hidden_size": 80, "head_dim": 16}, {"bits": 4, "block": 64}, marks=pytest.mark.exhaustive
+        ),
         ("qwen3", {"tie_word_embeddings": True}, {"bits": 4, "quantised_embedding": True, "sized": False}),
     ],
 )
