@@ -1,6 +1,6 @@
 # make demo    compiles the trained demo model and generates text with it, from Python and without
-# make test    the test suite: every test, of those with many cases each value of each parameter (what CI runs)
-# make test-all  all cases, cubins of all kernels, the thread sanitizer
+# make test    the test suite, without what repeats other tests (what CI runs; docs/decisions/test-time.md)
+# make test-all  all cases and families, kernels with users' flags, cubins of all kernels, the thread sanitizer
 # make lint    ruff, mypy, clang-format, clang-tidy
 # make bench   the benchmarks, against llama.cpp and transformers; minutes, writes benchmarks/results/
 # Each sets up what it needs first: system packages, .venv, the build (scripts/bootstrap.sh).
