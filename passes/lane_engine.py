@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,11 +91,20 @@ def run_lanes(tasks: Sequence[Task], joint_gb_per_s: float) -> Run:
 
 def _slowdowns(running: Sequence[Task], joint_gb_per_s: float) -> list[float]:
     """How many times as long as alone each of the tasks takes while they all run."""
-    on_link = Counter(task.link for task in running if task.link)
-    read = sum(task.gb_per_s for task in running if not task.link)
-    copied = sum(task.gb_per_s / on_link[task.link] for task in running if task.link)
-    reads, copies = reads_slowdown(read, copied, joint_gb_per_s), copies_slowdown(read, copied, joint_gb_per_s)
+    read = copied = 0.0
+    links = [task.link for task in running if task.link]
+    for task in running:
+        if not task.link:
+            read += task.gb_per_s
+        elif task.gb_per_s:
+            copied += task.gb_per_s / links.count(task.link)
+    reads = reads_slowdown(read, copied, joint_gb_per_s) if read else 1.0
+    if not links:
+        return [reads if task.gb_per_s else 1.0 for task in running]
+    copies = copies_slowdown(read, copied, joint_gb_per_s)
     return [
-        (on_link[task.link] if task.link else 1.0) * ((copies if task.link else reads) if task.gb_per_s > 0 else 1.0)
+        (reads if task.gb_per_s else 1.0)
+        if not task.link
+        else links.count(task.link) * (copies if task.gb_per_s else 1.0)
         for task in running
     ]
