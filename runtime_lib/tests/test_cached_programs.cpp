@@ -135,12 +135,8 @@ TEST_F(CachedPrograms, ExpertsInSlotsAreTakenFromTheCpuAndOthersComeIntoThem) {
   EXPECT_EQ(found.misses, CachePolicy::kLruMargin * kLayers);
   EXPECT_EQ(found.swaps, kLayers);
   EXPECT_EQ(found.bytes, kLayers * static_cast<std::int64_t>(kExpertBytes));
-  const Json counts = Json::parse(programs->expert_statistics_json());
-  EXPECT_EQ(counts["frequency"], Json::array({{0, 1, 0, 17}, {0, 1, 0, 17}, {0, 1, 0, 17}}));
-  EXPECT_EQ(counts["tokens"], 18);
   programs->reset_statistics();
   EXPECT_EQ(programs->cache_statistics().hits, 0);
-  EXPECT_EQ(Json::parse(programs->expert_statistics_json())["tokens"], 0);
 }
 
 TEST_F(CachedPrograms, AStepThatIsGivenUpLeavesNoLayerSkipped) {

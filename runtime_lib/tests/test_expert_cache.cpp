@@ -236,7 +236,6 @@ TEST_F(ExpertCaches, PromptsCountAndChangeNothingUntilTheyAreOver) {
   EXPECT_FALSE(cache_.holds(0, 3));
   step(0, 0);
   EXPECT_TRUE(cache_.holds(0, 3));
-  EXPECT_NE(expert_statistics_json(cache_.counts()).find("[1,0,0,16]"), std::string::npos);
 }
 
 }  // namespace
