@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hetcomp.artifact.staging import staged_folder
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Plan
-from hetcomp.ir.serialise import from_json
+from hetcomp.ir.serialise import read_plan
 from hetcomp.runtime import Runtime, Token
 
 
@@ -46,7 +46,7 @@ class Executable:
     @cached_property
     def plan(self) -> Plan:
         """The Plan that this executable was generated from, with its predicted timelines."""
-        return from_json((self.path / "plan.json").read_text(encoding="utf-8"))
+        return read_plan(self.path / "plan.json")
 
     @property
     def stats(self) -> dict[str, Any]:

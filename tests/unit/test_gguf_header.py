@@ -83,6 +83,26 @@ def test_no_mutation_of_a_header_crashes(small):
     assert 50_000 < refused < 100_000
 
 
+def test_no_mutation_of_a_model_crashes(tmp_path):
+    """2,000 files of a model with headers damaged like that, up to its config and its class in transformers."""
+    data = gguf_models.write(tmp_path / "m.gguf", tiny_models.build("qwen3_moe", num_hidden_layers=1)).read_bytes()
+    header = min(t.offset for t in read_header(tmp_path / "m.gguf").tensors.values())
+    path, numbers, refused = tmp_path / "damaged.gguf", random.Random(1), 0
+    for _ in range(2000):
+        damaged = bytearray(data[:header])
+        for _ in range(numbers.choice((1, 1, 2, 8))):
+            mutate(damaged, header, numbers)
+        with path.open("wb") as file:
+            file.write(damaged)
+            file.truncate(len(damaged) + len(data) - header)  # weights, which nobody reads yet
+        try:
+            frontend.find(path)
+        except HetcompError as error:
+            refused += 1
+            assert str(error).isprintable() and len(str(error)) < 1000
+    assert 1000 < refused < 2000
+
+
 def mutate(data: bytearray, header: int, numbers: random.Random) -> None:
     at = numbers.randrange(header)
     kind = numbers.randrange(6)

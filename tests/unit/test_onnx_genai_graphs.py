@@ -17,6 +17,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
 from hetcomp.ir.plan import Plan, ValueKind
 from tests.reference import onnx_genai_models, onnx_models, tiny_models
+from tests.reference.conversion_notes import assert_q8_notes
 
 BOUNDS = {"context_length": 64, "max_batch": 1, "max_tokens": 64, "max_logit_rows": 64}
 
@@ -184,6 +185,17 @@ def test_formats_that_weights_are_taken_over_in(choices, label, form, tmp_path):
     names = {"q_proj.weight", "o_proj.weight", "router.weight", "gate_up_proj.weight", "down_proj.weight"}
     assert names <= found.keys()
     assert {found[name] for name in names} == {(label, form)}
+
+
+def test_blocks_of_16_go_into_q8_and_the_plan_says_at_what_cost(tmp_path):
+    """As the test in test_quantised_checkpoints.py."""
+    model = tiny_models.build("qwen3_moe", num_hidden_layers=1, moe_intermediate_size=64)
+    path = onnx_genai_models.write(tmp_path / "m.onnx", model, bits=4, block=16)
+    made = plan_model(path, hw_profile="preset:9950x-64gb", context_length=32)
+    assert made.imported.checkpoint is not None
+    label, why = "ONNX int4, blocks of 16", "its groups are no runs of 32 columns"
+    roles = assert_q8_notes(made.plan, made.imported.checkpoint, label, why)
+    assert roles == {"attention", "experts", "embedding"}
 
 
 def test_roles_and_names(tmp_path):
