@@ -3,9 +3,9 @@
 python -m benchmarks.deferral_budget [--budgets 0.01,0.03,0.1] [--tokens 4096] [--profile preset:rtx4090+14900k-64gb]
 
 Of demo-moe with its experts on the CPU beside a GPU, each plan of ``deferral="auto"`` with a budget says how many
-choices each layer defers and what that costs on the tokens that the plan itself measures. That choice is measured here on
-``--tokens`` tokens of each text of models_zoo/eval, as deferral_quality.py measures numbers that are given. The profile
-is assumed: from it the plan has how many choices would make a step faster. KL divergences in nats a token.
+choices each layer defers and what that costs on the tokens that the plan itself measures. That choice is measured here
+on ``--tokens`` tokens of each text of models_zoo/eval, as deferral_quality.py measures numbers that are given. The
+profile is assumed: from it the plan has how many choices would make a step faster. KL divergences in nats a token.
 """
 
 from __future__ import annotations
