@@ -72,7 +72,7 @@ class RandomPlan:
         return self.nodes == 2 and not any("1" in homes for homes in self.homes)
 
     def compile(self, folder: Path) -> Executable:
-        """The model in ``folder``/hf, of the family and its ``sizes``. Raises HetcompError where the plan is refused."""
+        """The model in ``folder``/hf, of the family and ``sizes``. Raises HetcompError where the plan is refused."""
         plain = avx2_machine(self.nodes)
         slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
         machine = plain.model_copy(update={"gpus": (gpu(),) * self.gpus, "nodes": slow})
