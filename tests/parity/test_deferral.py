@@ -137,7 +137,7 @@ def test_generated_tokens_alone_by_default(compiled):
     with exe.runtime.session() as session:
         rows = [session.prefill(ids[0, :6].tolist())]
         rows += [exe.runtime.decode([session], [int(i)])[0] for i in ids[0, 6:]]
-    assert relative_error(np.stack(rows), deferred_logits(model, ids, exe.plan, first=6)[5:]) < TOLERANCE
+    assert relative_error(np.stack(rows), deferred_logits(model, ids, exe.plan, range(6, CONTEXT))[5:]) < TOLERANCE
 
 
 TEXTS = (3, 5, 8, 2)  # tokens, the last of which is decoded
@@ -192,7 +192,9 @@ def test_the_same_choices_are_deferred_in_any_batch(compiled, batches, monkeypat
     model, exe = compiled
 
     def by_definition(text: int) -> np.ndarray:
-        return deferred_logits(model, token_ids(model, TEXTS[text], seed=TEXTS[text]), exe.plan, TEXTS[text] - 1)[-1]
+        return deferred_logits(
+            model, token_ids(model, TEXTS[text], seed=TEXTS[text]), exe.plan, range(TEXTS[text] - 1, CONTEXT)
+        )[-1]
 
     want = [by_definition(text) for text in range(len(TEXTS))]
     for rows in batches:

@@ -150,8 +150,8 @@ typedef enum hetcomp_deferral {
   HETCOMP_DEFER_NONE = 2
 } hetcomp_deferral;
 
-/* From the model's next step on, of all its sessions; HETCOMP_DEFER_GENERATED when it is loaded. Without
- * effect on models that defer nothing. */
+/* From the model's next step on, of all its sessions; HETCOMP_DEFER_GENERATED when it is loaded. Models that
+ * defer nothing give the same with each; but with HETCOMP_DEFER_ALL no prompt streams experts to a GPU. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral which);
 
 /* How one step routed its tokens, as the experts got it; valid during the callback. Layers whose experts lie
