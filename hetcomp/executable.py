@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from hetcomp.artifact.staging import staged_folder
 from hetcomp.errors import HetcompError
 from hetcomp.ir.plan import Plan
-from hetcomp.ir.serialise import from_json
-from hetcomp.passes.expert_statistics import moe_layers
+from hetcomp.ir.serialise import read_plan
 from hetcomp.runtime import Runtime, Token
 
 
@@ -47,23 +46,25 @@ class Executable:
     @cached_property
     def plan(self) -> Plan:
         """The Plan that this executable was generated from, with its predicted timelines."""
-        return from_json((self.path / "plan.json").read_text(encoding="utf-8"))
+        return read_plan(self.path / "plan.json")
 
     @property
     def stats(self) -> dict[str, Any]:
         """Measured figures of this process: tokens, seconds and tokens/s per phase, time per role, memory."""
         return self.runtime.stats()
 
+    def count_experts(self, half_life: int = 0) -> None:
+        """Counts from the next step on how often each expert is chosen, by all tokens and by those of each session; a
+        choice counts half of a new one once ``half_life`` more tokens were counted (0: as much, always). Raises
+        HetcompError for a model without MoE layers, or with some whose experts are all on a GPU."""
+        from hetcomp.record_routing import recordable
+
+        recordable(self.plan)
+        self.runtime.count_experts(half_life)
+
     def expert_statistics(self) -> str:
-        """How often each expert was chosen in this process since the figures were set to zero: the text of a file that
-        ``hetcomp plan --stats`` reads. Raises HetcompError for a model without an expert cache, and where it does not
-        have all MoE layers."""
-        layers = len(moe_layers(self.plan))
-        if self.plan.expert_cache is not None and len(self.plan.expert_cache.first) != layers:
-            raise HetcompError(
-                f"Experts are counted in the {len(self.plan.expert_cache.first)} MoE layers of the expert cache, and "
-                f"{self.plan.model.name} has {layers}; pin all layers to the GPU to count in all."
-            )
+        """What was counted, or since the figures were set to zero: the text of a file that ``hetcomp plan --stats``
+        reads; a session has its own (:meth:`Session.expert_statistics`). Raises HetcompError if nothing was."""
         return self.runtime.expert_statistics()
 
     def load_adapter(self, path: str | Path, name: str | None = None, *, allow_router: bool = False) -> str:

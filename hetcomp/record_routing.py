@@ -12,6 +12,7 @@ from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
 from hetcomp.ir.deferral import moe_layers
 from hetcomp.ir.homes import CPU, memory_of
+from hetcomp.ir.plan import Plan
 from hetcomp.routing_trace import RoutedStep, RoutingTrace
 from hetcomp.runtime import Runtime
 from hetcomp.runtime_abi import RoutingCallback
@@ -32,7 +33,7 @@ def record_text(exe: Executable, ids: Sequence[int], source: str, generate: int 
     Raises HetcompError as :func:`run_text` does, for a model without MoE layers, or one with layers whose routing stays
     on a GPU.
     """
-    experts, layers = _recordable(exe)
+    experts, layers = recordable(exe.plan)
     with recorded_steps(exe.runtime) as steps:
         run_text(exe, ids, generate)
     trace = RoutingTrace.of_steps(exe.plan.model.name, source, experts, steps)
@@ -63,9 +64,9 @@ def run_text(exe: Executable, ids: Sequence[int], generate: int = 0) -> None:
             pass
 
 
-def _recordable(exe: Executable) -> tuple[int, int]:
-    """Experts of a layer, and MoE layers."""
-    layers, name = moe_layers(exe.plan), exe.plan.model.name
+def recordable(plan: Plan) -> tuple[int, int]:
+    """Experts of a layer, and MoE layers, of a model whose routing the CPU sees. Raises HetcompError for others."""
+    layers, name = moe_layers(plan), plan.model.name
     if not layers:
         raise HetcompError(f"{name} has no MoE layers, so that there is no routing to record.")
     away = [n for n, layer in enumerate(layers) if not (layer.hands_over or memory_of(layer.placement.device) == CPU)]

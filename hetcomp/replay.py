@@ -10,7 +10,7 @@ from hetcomp.ir.annotations import Placement
 from hetcomp.ir.cpu_side import CpuRole, cpu_templates
 from hetcomp.ir.node_parts import plan_parts
 from hetcomp.ir.plan import Call, Op, Plan, Template, ValueKind
-from hetcomp.ir.serialise import from_json
+from hetcomp.ir.serialise import read_plan
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.attach_lora import attach_lora
 from hetcomp.passes.bind_weights import bind_weights
@@ -26,12 +26,7 @@ def replay(path: Path, imported: Plan, context: Context) -> Plan:
     imported: the same model as traced now. Raises HetcompError, naming the place, if the file is not a finished plan of
     this model, breaks an invariant, or asks for what cannot be generated.
     """
-    try:
-        plan = from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise HetcompError(f"Plan {path} cannot be read: {error}.") from None
-    except HetcompError as error:
-        raise HetcompError(f"{path}: {error}") from None
+    plan = read_plan(path)
     if "simulated" not in plan.established:
         last = plan.established[-1] if plan.established else "nothing"
         raise HetcompError(f"{path} is no finished plan (it ends at {last}); write one with hetcomp plan --plan-out.")

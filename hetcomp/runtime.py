@@ -107,6 +107,11 @@ class Session:
         call("hetcomp_session_length", self._handle.pointer, ctypes.byref(length))
         return length.value
 
+    def expert_statistics(self) -> str:
+        """How often this session's tokens chose each expert, since it was created or :meth:`Runtime.count_experts` was
+        called; see :meth:`Runtime.expert_statistics`."""
+        return _expert_statistics("hetcomp_session_expert_statistics", self._handle)
+
     def set_adapter(self, name: str | None) -> None:
         """The adapter of all that follows; None: the model as it was compiled. If it is another than before, all tokens
         are forgotten. Raises HetcompError if there is none of that name."""
@@ -329,12 +334,18 @@ class Runtime:
         figures: dict[str, Any] = json.loads(owned_bytes(out, -1))
         return figures
 
+    def count_experts(self, half_life: int | None = 0) -> None:
+        """Counts from the next step on how often each expert is chosen, by all tokens and by those of each session. A
+        choice counts half of a new one once ``half_life`` more tokens were counted (0: as much as a new one, always);
+        None: nothing is counted any more. Layers whose experts are all on a GPU are left out."""
+        if half_life is not None:
+            _check_range("half_life", half_life, 0, 2**62)
+        call("hetcomp_model_count_experts", self._handle.pointer, -1 if half_life is None else half_life)
+
     def expert_statistics(self) -> str:
-        """How often each expert was chosen since the figures were set to zero: the text of a file that ``hetcomp plan
-        --stats`` reads. Raises RuntimeRefusal for a model without an expert cache."""
-        out = ctypes.c_void_p()
-        call("hetcomp_model_expert_statistics", self._handle.pointer, ctypes.byref(out))
-        return owned_bytes(out, -1).decode()
+        """What was counted, or since the figures were set to zero: the text of a file that ``hetcomp plan --stats``
+        reads. Raises RuntimeRefusal if nothing was."""
+        return _expert_statistics("hetcomp_model_expert_statistics", self._handle)
 
     def reset_stats(self) -> None:
         """Sets the prefill and decode figures to zero."""
@@ -424,6 +435,12 @@ class Runtime:
             ctypes.byref(length),
         )
         return owned_bytes(out, length.value).decode()
+
+
+def _expert_statistics(function: str, handle: Handle) -> str:
+    out = ctypes.c_void_p()
+    call(function, handle.pointer, ctypes.byref(out))
+    return owned_bytes(out, -1).decode()
 
 
 def _closing(session: Session, tokens: Iterator[Token]) -> Iterator[Token]:

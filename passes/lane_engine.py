@@ -1,16 +1,19 @@
-"""Runs tasks on in-order lanes: a discrete-event simulation in which lanes share the memory's bandwidth."""
+"""Runs tasks on in-order lanes: a discrete-event simulation in which lanes share the memory's bandwidth and links."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hetcomp.passes.memory_contention import copies_slowdown, reads_slowdown
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """Work for one lane: ``us`` alone on the machine, of which memory is read at ``gb_per_s`` (0: none of the shared
     memory). It starts when its lane has done what came before and ``after`` (indices of earlier tasks) are done.
-    ``moe_layer``: of experts, which MoE layer's they are, counted from 0."""
+    ``moe_layer``: of experts, which MoE layer's they are, counted from 0. ``link``: the GPU into which it copies from
+    the host, with all that its link carries."""
 
     role: str
     layer: int | None
@@ -19,6 +22,7 @@ class Task:
     after: tuple[int, ...]
     gb_per_s: float = 0.0
     moe_layer: int | None = None
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def run_lanes(tasks: Sequence[Task], joint_gb_per_s: float) -> Run:
     """Simulates the tasks, given in program order.
 
     While the tasks that run want more than ``joint_gb_per_s`` of the shared memory together, each gets its share in
-    proportion: reads by CPU cores and copies over PCIe slow each other down.
+    proportion, and below that reads by CPU cores and copies over PCIe slow each other down (memory_contention). Copies
+    over one link have equal parts of it.
     """
     n = len(tasks)
     start, end, waited = [0.0] * n, [0.0] * n, [None] * n  # type: list[float], list[float], list[int | None]
@@ -65,15 +70,14 @@ def run_lanes(tasks: Sequence[Task], joint_gb_per_s: float) -> Run:
     active: dict[int, float] = {i: tasks[i].us for i in range(n) if missing[i] == 0}
     now = 0.0
     while active:
-        wanted = sum(tasks[i].gb_per_s for i in active)
-        slowed = min(1.0, joint_gb_per_s / wanted) if wanted > 0 else 1.0
-        lasts = {i: left / slowed if tasks[i].gb_per_s > 0 else left for i, left in active.items()}
+        slowdowns = _slowdowns([tasks[i] for i in active], joint_gb_per_s)
+        lasts = {i: left * slowdown for (i, left), slowdown in zip(active.items(), slowdowns, strict=True)}
         step = min(lasts.values())
         now += step
         near = step * (1 + 1e-12)
         done = [i for i, last in lasts.items() if last <= near]
-        for i in active:
-            active[i] -= step * slowed if tasks[i].gb_per_s > 0 else step
+        for i, slowdown in zip(active, slowdowns, strict=True):
+            active[i] -= step / slowdown
         for i in done:
             del active[i]
             end[i] = now
@@ -83,3 +87,24 @@ def run_lanes(tasks: Sequence[Task], joint_gb_per_s: float) -> Run:
                     start[reader], waited[reader] = now, i
                     active[reader] = tasks[reader].us
     return Run(tuple(start), tuple(end), tuple(waited))
+
+
+def _slowdowns(running: Sequence[Task], joint_gb_per_s: float) -> list[float]:
+    """How many times as long as alone each of the tasks takes while they all run."""
+    read = copied = 0.0
+    links = [task.link for task in running if task.link]
+    for task in running:
+        if not task.link:
+            read += task.gb_per_s
+        elif task.gb_per_s:
+            copied += task.gb_per_s / links.count(task.link)
+    reads = reads_slowdown(read, copied, joint_gb_per_s) if read else 1.0
+    if not links:
+        return [reads if task.gb_per_s else 1.0 for task in running]
+    copies = copies_slowdown(read, copied, joint_gb_per_s)
+    return [
+        (reads if task.gb_per_s else 1.0)
+        if not task.link
+        else links.count(task.link) * (copies if task.gb_per_s else 1.0)
+        for task in running
+    ]

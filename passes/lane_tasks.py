@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir import ops
 from hetcomp.ir.annotations import ExpertPlacement, Placement
-from hetcomp.ir.deferral import deferred_role, experts_on_cpu
+from hetcomp.ir.deferral import deferred_role, experts_on_cpu, moe_layers
 from hetcomp.ir.homes import number
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
 from hetcomp.passes.adapter_time import expert_launches_us, gpu_op_us
@@ -65,6 +65,8 @@ class StepTasks:
         self._sizes: dict[tuple[str, str], float] = {}
         self._gpu_us: dict[tuple[str, str, str], float] = {}
         self._steps = list(self._uses())
+        handing = (number for number, layer in enumerate(moe_layers(plan)) if layer.hands_over)
+        self._spines = dict(zip(handing, plan.stream.spines_us, strict=True)) if plan.stream is not None else {}
 
     def _uses(self) -> Iterator[_Use]:
         for index, call in enumerate(self.plan.calls):
@@ -103,7 +105,7 @@ class StepTasks:
             assert self.plan.expert_cache is not None
             (slots,) = self.plan.expert_cache.gpus  # of several GPUs no trace is replayed
             us = copy_us(self._gpu(slots.gpu), float(moved))
-            yield Task("expert cache", None, f"{slots.gpu} copy weights", us, (), moved / us / 1e3)
+            yield Task("expert cache", None, f"{slots.gpu} copy weights", us, (), moved / us / 1e3, link=slots.gpu)
 
     def _add(
         self,
@@ -115,9 +117,11 @@ class StepTasks:
         gb_per_s: float = 0.0,
         *,
         deferred: bool = False,
+        link: str = "",
     ) -> tuple[int, ...]:
         role, moe = op.role or op.kind, self._moe_layer - 1 if isinstance(op.attrs, ops.MoeExperts) else None
-        self._tasks.append(Task(deferred_role(role) if deferred else role, layer, lane, us, after, gb_per_s, moe))
+        role = deferred_role(role) if deferred else role
+        self._tasks.append(Task(role, layer, lane, us, after, gb_per_s, moe, link))
         return (len(self._tasks) - 1,)
 
     def _op(
@@ -192,7 +196,7 @@ class StepTasks:
             if moved:
                 copy = copy_us(self._gpu(device), moved)
                 lane = f"{device} copy weights"
-                copied = self._add(op, layer, lane, copy, (*before, *decided), moved / copy / 1e3)
+                copied = self._add(op, layer, lane, copy, (*before, *decided), moved / copy / 1e3, link=device)
         done = self._add(op, layer, device, us, (*after, *copied))
         self._streamed[device] += done
         return done
@@ -205,8 +209,14 @@ class StepTasks:
             if device.startswith("gpu:"):
                 gpu = self._gpu(device)
                 us = handshake_us(gpu) / 2 + copy_us(gpu, moved)
-                after = self._add(op, layer, f"{device} copy {direction}", us, after)
+                after = self._activations(op, layer, device, direction, us, after)
         return after
+
+    def _activations(
+        self, op: Op, layer: int | None, device: str, direction: str, us: float, after: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """They cross in queues of their own, but into a GPU over the link that copies of weights use."""
+        return self._add(op, layer, f"{device} copy {direction}", us, after, link=device if direction == "in" else "")
 
     def _experts(
         self,
@@ -234,10 +244,10 @@ class StepTasks:
             placement = with_cached(placement, self._held())
             self._cached_layer += 1
         ahead = 0
-        stream, prompt = self.plan.stream, self.step.tokens != self.step.sequences
-        if stream is not None and prompt and placement.device.startswith("gpu:"):
+        stream, spine_us = self.plan.stream, self._spines.get(self._moe_layer - 1)
+        if stream is not None and spine_us is not None and self.step.tokens != self.step.sequences:
             of_gpu = self._streams.setdefault(placement.device, StreamedStep(stream, self.step.tokens))
-            placement, ahead = of_gpu.layer(placement, a, tokens, size)
+            placement, ahead = of_gpu.layer(placement, a, tokens, size, spine_us)
         done: list[int] = []
         at_once, left = _CpuExperts(), _CpuExperts()
         homes = by_device(placement, self.step)
@@ -335,7 +345,7 @@ class StepTasks:
         done = self._on_nodes(op, placement, layer, at_once, after, adds=self._left) or after
         if asked is not None:
             us = self._crossing_us(op, self._gpu(placement.device))
-            done = self._add(op, layer, f"{placement.device} copy in", us, done)
+            done = self._activations(op, layer, placement.device, "in", us, done)
         if left:
             self._on_nodes(op, placement, layer, left, after, deferred=True)
         return done
@@ -377,7 +387,7 @@ class StepTasks:
     def _cross(self, op: Op, layer: int | None, device: str, direction: str, after: tuple[int, ...]) -> tuple[int, ...]:
         """Half of a hand-shake and the activations of the step."""
         us = handshake_us(self._gpu(device)) / 2 + self._crossing_us(op, self._gpu(device))
-        return self._add(op, layer, f"{device} copy {direction}", us, after)
+        return self._activations(op, layer, device, direction, us, after)
 
     def _crossing_us(self, op: Op, gpu: Gpu) -> float:
         assert isinstance(op.attrs, ops.MoeExperts)

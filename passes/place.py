@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import Candidate, ExpertPlacement, NodeSlice, Placement, Solution
+from hetcomp.ir.homes import CPU, memory_of
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Plan
 from hetcomp.passes.context import Context
@@ -121,12 +122,11 @@ def placed_as(plan: Plan, context: Context, problem: Problem, assignment: Assign
     for e, counts in zip(problem.experts, assignment.experts, strict=True):
         spine = assignment.groups[e.spine]
         runs = _expert_runs(e, counts, context, main)
-        home = {run.device for run in runs}
+        nodes = {run.device for run in runs if memory_of(run.device) == CPU}
         slices: tuple[NodeSlice, ...] = ()
-        if len(home) == 1 and any(option.startswith("cpu:") for options in counts for option in options):
-            # Whole on one node: decided here, or slice_numa would cut what does not fit.
-            node = int(runs[0].device[4:])
-            slices = (NodeSlice(node, 0, _intermediate(plan, e)),)
+        if len(nodes) == 1 and any(option.startswith("cpu:") for options in counts for option in options):
+            # Whole on one node, beside a GPU's or not: decided here, or slice_numa would cut what does not fit.
+            slices = (NodeSlice(int(nodes.pop()[4:]), 0, _intermediate(plan, e)),)
         placed[e.call][e.op] = Placement(main if spine == "cpu" else spine, runs, slices)
     calls = []
     for index, call in enumerate(plan.calls):

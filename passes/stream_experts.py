@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from hetcomp.hardware.figures import Gpu
 from hetcomp.ir.annotations import Curve, ExpertStream, StreamRates
-from hetcomp.ir.deferral import experts_on_cpu, moe_layers
-from hetcomp.ir.homes import memory_of
+from hetcomp.ir.deferral import MoeLayer, experts_on_cpu, moe_layers
+from hetcomp.ir.homes import memory_of, number
 from hetcomp.ir.kv_pool import KvPool
 from hetcomp.ir.ops import MoeExperts
 from hetcomp.ir.plan import Op, Plan, Template, ValueKind
@@ -33,7 +33,7 @@ _STREAM_PART = 8
 # Of a layer's experts at once: with fewer (unless it has fewer) its waves would be many launches of little work.
 _LEAST_SLOTS = 8
 # Between powers of two where curves have steps (hetcomp/profiler/kernel_cases.py).
-_EXPERT_TOKENS = (1, 2, 4, 8, 12, 13, 16, 24, 25, 32, 48, 64, 128, 256, 512, 1024)
+_EXPERT_TOKENS = (1, 2, 4, 8, 12, 13, 16, 24, 25, 32, 48, 63, 64, 128, 256, 512, 1024)
 _STEP_TOKENS = (32, 128, 512, 2048, 8192)
 
 
@@ -57,7 +57,8 @@ def stream_experts(plan: Plan, context: Context) -> Plan:
         return replace(plan, notes=(*plan.notes, note))
     gpu = context.profile.gpus[0]
     first = found[0]
-    stream = ExpertStream(slots, _rates(plan, context, gpu, first.op, first.template, len(found)))
+    spines = _spines_us(plan, context, found)
+    stream = ExpertStream(slots, _rates(plan, context, gpu, first.op, first.template), spines)
     most = max(sum(experts_on_cpu(layer.placement)) for layer in found)
     note = (
         f"prompts: up to {most} experts of a layer are streamed to {', '.join(sorted(homes))}, in waves of {slots} "
@@ -118,7 +119,7 @@ def expert_bytes(op: Op, template: Template, context: Context) -> int:
     return sum(context.target.packed_bytes(v) for v in values if v.kind is ValueKind.WEIGHT) // op.attrs.experts
 
 
-def _rates(plan: Plan, context: Context, gpu: Gpu, op: Op, template: Template, layers: int) -> StreamRates:
+def _rates(plan: Plan, context: Context, gpu: Gpu, op: Op, template: Template) -> StreamRates:
     size = float(expert_bytes(op, template, context))
     values = template.value_map()
 
@@ -133,7 +134,6 @@ def _rates(plan: Plan, context: Context, gpu: Gpu, op: Op, template: Template, l
         joint_gb_per_s=max(link_gb_per_s(gpu), joint_gb_per_s(context.profile)),
         cpu_expert_us=curve(lambda n, step: expert_cpu_us(op, work(n, step), step, context)),
         gpu_expert_us=curve(lambda n, step: expert_gpu_us(op, work(n, step), step, gpu)),
-        spine_us=tuple((n, _spine_us(plan, context, gpu, _prompt(n)) / layers) for n in _STEP_TOKENS),
     )
 
 
@@ -142,19 +142,31 @@ def _prompt(tokens: int) -> Phase:
     return Phase("prefill", tokens, 1, tokens)
 
 
-def _spine_us(plan: Plan, context: Context, gpu: Gpu, step: Phase) -> float:
-    """What the GPU does in a step besides experts."""
-    times: dict[tuple[str, str], float] = {}
-    total = 0.0
-    for call in plan.calls:
-        template = plan.template(call.template)
-        for op_id, placement in call.placements:
-            if memory_of(placement.device) == "cpu" and not moved_to(plan, placement, step):
+def _spines_us(plan: Plan, context: Context, found: Sequence[MoeLayer]) -> tuple[Curve, ...]:
+    by_step = [_spines(plan, context, found, _prompt(n)) for n in _STEP_TOKENS]
+    return tuple(tuple(zip(_STEP_TOKENS, of_layer, strict=True)) for of_layer in zip(*by_step, strict=True))
+
+
+def _spines(plan: Plan, context: Context, found: Sequence[MoeLayer], step: Phase) -> list[float]:
+    """What GPUs do before each of the layers, behind the last one on its GPU."""
+    streaming = {(layer.call, layer.op.id) for layer in found}
+    times: dict[tuple[str, str, str], float] = {}
+    since: dict[str, float] = dict.fromkeys((layer.placement.device for layer in found), 0.0)
+    spines = []
+    for index, call in enumerate(plan.calls):
+        template, placements = plan.template(call.template), dict(call.placements)
+        for op in template.ops:
+            placement = placements[op.id]
+            if (index, op.id) in streaming:
+                spines.append(since[placement.device])
+                since[placement.device] = 0.0
                 continue
-            key = (template.name, op_id)
+            gpu = moved_to(plan, placement, step) or memory_of(placement.device)
+            if gpu == "cpu":
+                continue
+            key = (template.name, op.id, gpu)
             if key not in times:
-                op = next(o for o in template.ops if o.id == op_id)
                 own = work_of(op, template.value_map(), step, context.target)
-                times[key] = 0.0 if isinstance(op.attrs, MoeExperts) else gpu_time(op, own, step, gpu).us
-            total += times[key]
-    return total
+                times[key] = gpu_time(op, own, step, context.profile.gpus[number(gpu)]).us
+            since = {of: us + times[key] for of, us in since.items()}
+    return spines

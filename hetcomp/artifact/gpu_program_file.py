@@ -122,6 +122,7 @@ def _stream(stream: StreamLayout, program: GpuProgram, cpu_weights: Sequence[str
             "hidden": layer.hidden,
             "ids": routing[layer.hand_over],
             "waves": layer.waves,
+            "spine_us": layer.spine_us,
             "operands": [
                 {
                     "buffer": operand.buffer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,6 @@ class WeightPlaces:
         lines += [f"  in the artifact, {in_words(count)}: {reason}" for reason, count in self.reasons.items()]
         lines += [f"  needs {s.path} ({in_words(s.bytes)}, {s.state})" for s in self.sources]
         return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """All of it."""
-        return json.dumps(asdict(self), indent=1)
 
 
 def inspect_artifact(artifact: Path) -> WeightPlaces:

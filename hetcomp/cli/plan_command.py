@@ -114,11 +114,11 @@ def plan_command(
         from hetcomp.cli.progress import RichProgress
         from hetcomp.compiler import plan_model
         from hetcomp.ir.printer import print_plan
-        from hetcomp.ir.serialise import from_json, to_json
+        from hetcomp.ir.serialise import read_plan, to_json
 
         planned, gains, compared = None, [], []
         if (Path(model) / "plan.json").is_file():
-            plan = from_json((Path(model) / "plan.json").read_text(encoding="utf-8"))
+            plan = read_plan(Path(model) / "plan.json")
         else:
             with RichProgress(Console(stderr=True)) as progress:
                 planned = plan_model(

@@ -169,6 +169,11 @@ class Matrices(_Part):
     bits: float
 
 
+def matrices(plan: Plan) -> list[Matrices]:
+    """The matrices by class, as the document and ``hetcomp inspect --json`` have them."""
+    return [Matrices(**asdict(one), bits=one.bits) for one in weight_classes(plan)]
+
+
 class PlanDocument(_Part):
     """The document; null and empty lists stand for what no pass has filled in yet."""
 
@@ -240,7 +245,7 @@ def plan_document(
         improvements=[Improvement(change=change, gain=gain) for change, gain in gains or []],
         adapters=list(plan.adapters),
         adapter_room=plan.adapter_room,
-        matrices=[Matrices(**asdict(one), bits=one.bits) for one in weight_classes(plan)],
+        matrices=matrices(plan),
         notes=list(plan.notes),
     )
 

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.act_order import settled
+from hetcomp.frontend.act_order import Groups, settled
 from hetcomp.frontend.file_bytes import read_bytes
 from hetcomp.frontend.folder_tensors import folder_tensors
 from hetcomp.frontend.key_mapping import Parts, map_checkpoint
 from hetcomp.frontend.quantisation_config import QuantisationConfig, Stored
-from hetcomp.frontend.quantised_codes import read_quantised
+from hetcomp.frontend.quantised_codes import groups_of_columns, read_quantised
 from hetcomp.frontend.quantised_tensors import quantised_tensors
 from hetcomp.frontend.row_places import FLOATS, assembled, coded_rows, number_rows
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
@@ -64,6 +64,7 @@ class BaseCheckpoint(ABC):
         self._tensors = tensors
         self._parts = parts
         self._aliases = aliases
+        self._settled: dict[tuple[str, ...], tuple[CheckpointTensor, ...]] = {}
 
     @property
     def origin(self) -> str:
@@ -82,7 +83,15 @@ class BaseCheckpoint(ABC):
         return self._checked(value, replace(self._view(value, tensors), recipe=parts.recipe, tensors=tensors))
 
     def _tensors_of(self, parts: Parts) -> tuple[CheckpointTensor, ...]:
-        return tuple(self._tensors[name] for name in parts.names)
+        if parts.names not in self._settled:
+            tensors = tuple(self._tensors[name] for name in parts.names)
+            of_matrix = {"stack_pair": 2, "concat": len(tensors)}.get(parts.recipe, 1)
+            self._settled[parts.names] = settled(tensors, of_matrix, self._groups)
+        return self._settled[parts.names]
+
+    def _groups(self, tensor: CheckpointTensor) -> Groups:
+        """Of the columns of a quantised tensor that may have them scattered."""
+        raise NotImplementedError
 
     def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
         """How the weight is cut out of what is stored."""
@@ -321,7 +330,6 @@ class FolderCheckpoint(BaseCheckpoint):
         }
         self._files = {name: number for number, name in enumerate(sorted(stored))}
         self._paths = tuple((folder / name).absolute() for name in self._files)
-        self._settled: dict[tuple[str, ...], tuple[CheckpointTensor, ...]] = {}
 
     @property
     def quantised(self) -> bool:
@@ -335,13 +343,9 @@ class FolderCheckpoint(BaseCheckpoint):
         rows = sum(t.shape[0] for t in tensors)
         return self._numbers(replace(first, shape=(rows, *first.shape[1:]), bytes=sum(t.bytes for t in tensors)))
 
-    def _tensors_of(self, parts: Parts) -> tuple[CheckpointTensor, ...]:
-        if parts.names not in self._settled:
-            tensors = super()._tensors_of(parts)
-            of_matrix = {"stack_pair": 2, "concat": len(tensors)}.get(parts.recipe, 1)
-            made = settled(tensors, of_matrix, self._stored, lambda part: self._raw(part, None))
-            self._settled[parts.names] = made
-        return self._settled[parts.names]
+    def _groups(self, tensor: CheckpointTensor) -> Groups:
+        assert tensor.quantised is not None
+        return groups_of_columns(self._raw(tensor.quantised.part("groups"), None), self._stored(tensor), tensor)
 
     def _stored(self, tensor: CheckpointTensor) -> Stored:
         assert self._quantisation is not None

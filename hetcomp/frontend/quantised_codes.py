@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.act_order import Groups, scattered_groups
 from hetcomp.frontend.quantisation_config import Stored
 from hetcomp.frontend.quantised_tensors import GROUP, has_whole_groups
 from hetcomp.ir.plan import CheckpointTensor
@@ -146,18 +147,14 @@ def _check_symmetric(zeros: _Bytes | None, stored: Stored, tensor: CheckpointTen
         )
 
 
-def groups_of_columns(raw: _Raw | None, stored: Stored, tensor: CheckpointTensor) -> npt.NDArray[np.int64] | None:
+def groups_of_columns(raw: _Raw | None, stored: Stored, tensor: CheckpointTensor) -> Groups:
     """Each column's group; None if they are runs. Raises HetcompError if the config says so, but they are not."""
     if raw is None:
         return None
     columns = tensor.shape[1]
     groups = columns // stored.group if stored.group else 1
-    found = raw.astype(np.int64)
-    if np.array_equal(found, np.arange(columns) // (columns // groups)):
-        return None
-    if found.min() < 0 or found.max() >= groups:
-        raise HetcompError(f"{tensor.name} in {tensor.file} has columns of groups that it does not have")
-    if not stored.act_order:
+    found = scattered_groups(raw, columns, columns // groups, groups, tensor)
+    if found is not None and not stored.act_order:
         raise HetcompError(
             f"quantization_config says that the groups of {tensor.name} in {tensor.file} are runs of columns, but they "
             "are not"

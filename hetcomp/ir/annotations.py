@@ -93,24 +93,25 @@ Curve = tuple[tuple[int, float], ...]
 @dataclass(frozen=True, slots=True)
 class StreamRates:
     """What the split of a layer's experts is computed from in each step. ``cpu_expert_us``, ``gpu_expert_us``: (tokens
-    of an expert, microseconds), ascending; ``spine_us``: (tokens of a step, microseconds) of what the GPU does in a
-    layer besides the experts. ``link_gb_per_s``: from CPU memory to the GPU; ``joint_gb_per_s``: what CPU memory gives
-    to the CPU and to such copies together (``cpu_expert_us`` is without any)."""
+    of an expert, microseconds), ascending. ``link_gb_per_s``: from CPU memory to the GPU; ``joint_gb_per_s``: what CPU
+    memory gives to the CPU and to such copies together (``cpu_expert_us`` is without any)."""
 
     link_gb_per_s: float
     joint_gb_per_s: float
     cpu_expert_us: Curve
     gpu_expert_us: Curve
-    spine_us: Curve
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertStream:
     """Experts in CPU memory may be copied to the GPU in a step of a prompt, in waves: up to ``slots`` of a layer are
-    computed together, while up to as many are on their way into the other half of the slots."""
+    computed together, while up to as many are on their way into the other half of the slots. ``spines_us``, one for
+    each MoE layer with experts that may: (tokens of a step, microseconds) of what GPUs do between the layer before it
+    on its GPU, or the step's beginning, and its routing; layers whose experts are all resident among that."""
 
     slots: int
     rates: StreamRates
+    spines_us: tuple[Curve, ...]
 
     @property
     def ring(self) -> int:

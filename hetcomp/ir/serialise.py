@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cache
+from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -41,6 +42,17 @@ def from_json(text: str) -> Plan:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"])
         raise HetcompError(f"The plan is damaged at {path}: {first['msg']}. Compile the model again.") from None
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in the file ``path``. Raises HetcompError, which names it, as :func:`from_json`, and if it cannot be
+    read."""
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise HetcompError(f"Plan {path} cannot be read: {error}.") from None
+    except HetcompError as error:
+        raise HetcompError(f"{path}: {error}") from None
 
 
 def plan_hash(plan: Plan) -> str:

@@ -145,14 +145,6 @@ hetcomp_status hetcomp_model_numa_report(const hetcomp_model* model, char** json
   });
 }
 
-hetcomp_status hetcomp_model_expert_statistics(const hetcomp_model* model, char** json) {
-  return guard([&] {
-    require(model, "model");
-    require(json, "json");
-    *json = copy_text(model->model->expert_statistics_json(), nullptr);
-  });
-}
-
 hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model) {
   return guard([&] {
     require(model, "model");

@@ -217,6 +217,7 @@ std::int32_t Model::take_slot() {
   }
   const std::int32_t slot = free_slots_.back();
   free_slots_.pop_back();
+  expert_counts_.forget(slot);
   return slot;
 }
 
@@ -282,7 +283,9 @@ void Model::run(const StepRequest& request) {
       .hand_over = nullptr,
       .defer_experts = deferral_ == HETCOMP_DEFER_ALL ||
                        (deferral_ == HETCOMP_DEFER_GENERATED && request.phase == Phase::kDecode),
-      .routing = routing_callback_ || routing_.replays() ? routing_.begin(request.positions) : nullptr,
+      .routing = routing_callback_ || routing_.replays() || expert_counts_.counting()
+                     ? routing_.begin(request.positions)
+                     : nullptr,
       .trace = lane_trace_.begin(),
       .adapters =
           request.adapters.empty() ? nullptr : step_adapters_.fill(request.adapters, request.logit_rows),
@@ -350,8 +353,9 @@ void Model::run_gpus(const hetcomp_step& step, const StepRequest& request,
   read_gpu_statistics();
 }
 
-void Model::tell_routing(const StepRequest& request) const {
+void Model::tell_routing(const StepRequest& request) {
   const Routing& routing = routing_.finish();
+  expert_counts_.add(routing, request.slots);
   if (!routing_callback_) return;
   const hetcomp_routing told{
       .struct_size = sizeof(hetcomp_routing),
@@ -409,6 +413,11 @@ void Model::set_routing_callback(hetcomp_routing_callback callback, void* user) 
   routing_user_ = user;
 }
 
+void Model::count_experts(std::int64_t half_life) {
+  if (half_life < 0) return expert_counts_.stop();
+  expert_counts_.begin(half_life);
+}
+
 void Model::set_deferral(hetcomp_deferral which) {
   const std::lock_guard lock(step_mutex_);
   deferral_ = which;
@@ -427,6 +436,7 @@ void Model::reset_statistics() {
     phase = PhaseStatistics{};
     phase.timer_ns.assign(timers, 0);
   }
+  expert_counts_.reset();
   if (!gpu_) return;
   statistics_.gpu->steps.clear();
   gpu_->reset_statistics();
@@ -437,15 +447,6 @@ void Model::read_gpu_statistics() {
   statistics_.gpu->stream = gpu_->stream_statistics();
   statistics_.gpu->cache = gpu_->cache_statistics();
   statistics_.gpu->weight_bytes = gpu_->weight_bytes();
-}
-
-std::string Model::expert_statistics_json() const {
-  const std::lock_guard lock(step_mutex_);
-  if (!gpu_ || !gpu_->caches())
-    throw Error(
-        HETCOMP_INVALID_ARGUMENT,
-        "The model " + facts().name + " counts no experts: compile it with --expert-cache lru or lfu.");
-  return gpu_->programs().expert_statistics_json();
 }
 
 }  // namespace hetcomp

@@ -13,6 +13,7 @@
 
 #include "candidates.h"
 #include "chat_template.h"
+#include "expert_counts.h"
 #include "gpu/gpu_step.h"
 #include "hetcomp/hetcomp.h"
 #include "kv_memory.h"
@@ -119,16 +120,16 @@ class Model {
   // For every weight the node it should lie on and the pages that do.
   std::string numa_report_json() const;
   void reset_statistics();
-  // How often each expert was chosen since the last reset, as the compiler reads it. Throws Error where no
-  // experts are cached.
-  std::string expert_statistics_json() const;
+  // From the next step on; negative: no more. See ExpertCounts::begin.
+  void count_experts(std::int64_t half_life);
+  const ExpertCounts& expert_counts() const { return expert_counts_; }
 
  private:
   void load_gpus(const LoadOptions& options);
   void read_gpu_statistics();
   void run_gpus(const hetcomp_step& step, const StepRequest& request, const gpu::GpuStep::Lanes& run_lanes);
   void tell_lane_trace(const StepRequest& request, std::chrono::steady_clock::time_point start);
-  void tell_routing(const StepRequest& request) const;
+  void tell_routing(const StepRequest& request);
   void stream_from_weights();
   void allocate(const LoadOptions& options);
   ResidentAdapters& require_adapters();
@@ -163,6 +164,7 @@ class Model {
   hetcomp_routing_callback routing_callback_ = nullptr;
   void* routing_user_ = nullptr;
   RoutingRecord routing_;
+  ExpertCounts expert_counts_;
   hetcomp_lane_trace_callback lane_trace_callback_ = nullptr;
   void* lane_trace_user_ = nullptr;
   LaneTrace lane_trace_;

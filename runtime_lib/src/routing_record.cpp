@@ -21,6 +21,7 @@ const hetcomp_routing_hook* RoutingRecord::begin(std::span<const std::int32_t> p
   positions_ = positions;
   routing_.experts.clear();
   routing_.weights.clear();
+  routing_.sizes.clear();
   routing_.layers = routing_.top_k = 0;
   refused_.clear();
   out_of_memory_ = false;
@@ -81,6 +82,7 @@ void RoutingRecord::give(const Shown& layer, bool from_gpu) {
 void RoutingRecord::add(const Shown& layer) {
   if (routing_.layers++ == 0) routing_.top_k = layer.top_k;
   if (layer.top_k != routing_.top_k) refused_ = "the model's layers choose different numbers of experts";
+  routing_.sizes.push_back(layer.experts);
   const auto n = static_cast<std::ptrdiff_t>(positions_.size()) * layer.top_k;
   routing_.experts.insert(routing_.experts.end(), layer.ids, layer.ids + n);
   routing_.weights.insert(routing_.weights.end(), layer.weights, layer.weights + n);

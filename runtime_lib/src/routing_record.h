@@ -11,12 +11,13 @@
 
 namespace hetcomp {
 
-// By layer, token and choice.
 struct Routing {
+  // By layer, token and choice.
   std::vector<std::int32_t> experts;
   std::vector<float> weights;
   std::int32_t layers = 0;
   std::int32_t top_k = 0;
+  std::vector<std::int32_t> sizes;  // experts of each layer of a step
 };
 
 // One step at a time; its hook is called by one thread at a time.

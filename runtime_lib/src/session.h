@@ -22,6 +22,8 @@ class Session {
   const std::vector<std::int32_t>& tokens() const { return tokens_; }
   std::int64_t length() const { return static_cast<std::int64_t>(tokens_.size()); }
   // Tokens that it can still get if no other sequence has any.
+  // How often the sequence's tokens chose each expert; see ExpertCounts::json.
+  std::string expert_statistics_json() const { return model_->expert_counts().json(slot_); }
   std::int64_t room() const { return model_->facts().longest() - length(); }
 
   // Where the model has recurrences, those that stay are computed once more with the next tokens, from the

@@ -45,8 +45,11 @@ nlohmann::ordered_json gpu_json(const GpuStatistics& gpu) {
   }
   if (gpu.weight_bytes) json["streamed_weight_bytes"] = *gpu.weight_bytes;
   if (gpu.cache) {
+    const std::int64_t wanted = gpu.cache->hits + gpu.cache->misses;
+    const double rate = static_cast<double>(gpu.cache->hits) / static_cast<double>(wanted);
     json["cache"] = {{"hits", gpu.cache->hits},
                      {"misses", gpu.cache->misses},
+                     {"hit_rate", wanted > 0 ? nlohmann::json(rate) : nlohmann::json()},
                      {"swaps", gpu.cache->swaps},
                      {"bytes", gpu.cache->bytes},
                      {"kept", gpu.cache->kept}};

@@ -203,6 +203,13 @@ extern "C" __attribute__((visibility("default"))) std::size_t fake_cuda_memory(s
   }
   return found.size();
 }
+extern "C" __attribute__((visibility("default"))) void fake_cuda_held(std::uint64_t* objects,
+                                                                      std::uint64_t* bytes) {
+  *objects = static_cast<std::uint64_t>(fake.live());
+  const std::lock_guard lock(memories_mutex);
+  *bytes = fake.granules * fake_mapped_memory::kGranule;
+  for (const auto& [at, memory] : memories) *bytes += memory.bytes;
+}
 ENTRY cuMemAlloc_v2(CUdeviceptr* at, std::size_t bytes) {
   COUNTED;
   if (current_contexts.empty()) return kInvalidContext;

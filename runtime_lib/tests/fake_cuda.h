@@ -10,6 +10,9 @@
 // pairs, of which `most` are written.
 extern "C" std::size_t fake_cuda_memory(std::uint64_t address, std::uint64_t* pairs, std::size_t most);
 
+// Objects that live (FakeCuda::live), and the bytes of the memory among them that a device may use.
+extern "C" void fake_cuda_held(std::uint64_t* objects, std::uint64_t* bytes);
+
 struct FakeCuda {
   // The machine.
   std::atomic<int> version{12040};
@@ -52,7 +55,8 @@ struct FakeCuda {
 // Triton's two pointers; more text may follow behind a newline. The loader is asked for every such image (all
 // of `bytes`) and answers an id >= 0, or -1: the image is refused. The launcher runs a kernel on the stream's
 // thread: 3 numbers of blocks, n arguments as 64-bit words, Triton's two pointers included; it returns a
-// CUresult.
+// CUresult, or kFakeGraphEnds: the graph has no more nodes, which is no failure of the device.
+constexpr int kFakeGraphEnds = -1;
 extern "C" {
 using FakeCudaModuleLoader = int (*)(const void* image, std::size_t bytes);
 using FakeCudaLauncher = int (*)(int id, const unsigned* grid, int n, const std::uint64_t* values);

@@ -76,6 +76,7 @@ Json nodes(const Streaming& streaming, bool prompt) {
 
 Json stream(const Streaming& streaming) {
   const Rows rows(streaming);
+  const Json none = Json::array({Json::array({1, 0.0})});
   Json layers = Json::array();
   for (int i = 0; i < kLayers; ++i)
     layers.push_back({{"hand_over", i},
@@ -84,11 +85,11 @@ Json stream(const Streaming& streaming) {
                       {"hidden", 1},
                       {"ids", "routing"},
                       {"waves", streaming.waves},
+                      {"spine_us", none},
                       {"operands",
                        {{{"buffer", "slots"},
                          {"expert_bytes", kExpertBytes},
                          {"sources", {{{"weight", i}, {"experts", {{0, streaming.experts}}}}}}}}}});
-  const Json none = Json::array({Json::array({1, 0.0})});
   return {{"slots", streaming.slots},
           {"wave", streaming.wave},
           {"first_flag", kLayers},
@@ -101,8 +102,7 @@ Json stream(const Streaming& streaming) {
            {{"link_gb_per_s", kExpertBytes / 256.0},
             {"joint_gb_per_s", 1e5},
             {"cpu_expert_us", Json::array({Json::array({1, streaming.cpu_us})})},
-            {"gpu_expert_us", none},
-            {"spine_us", none}}},
+            {"gpu_expert_us", none}}},
           {"layers", layers}};
 }
 

@@ -25,6 +25,7 @@ class CachedPrograms : public testing::Test {
   CachedPrograms() {
     Json program = artifact_.read("program.json");
     Json streamed = Json::array(), cached = Json::array();
+    const Json curve = Json::array({Json::array({1, 1.0})});
     for (int i = 0; i < kLayers; ++i) {
       const Json source{{"weight", i}, {"experts", {{0, kExperts}}}};
       streamed.push_back(
@@ -34,12 +35,12 @@ class CachedPrograms : public testing::Test {
            {"hidden", kWidth},
            {"ids", "routing"},
            {"waves", kExperts - kSlots},
+           {"spine_us", curve},
            {"operands", {{{"buffer", "ring"}, {"expert_bytes", kExpertBytes}, {"sources", {source}}}}}});
       cached.push_back({{"sum", "in"},
                         {"first", {0, 1}},
                         {"operands", {{{"buffer", "slots"}, {"offset", i * kSlots * kExpertBytes}}}}});
     }
-    const Json curve = Json::array({Json::array({1, 1.0})});
     program["stream"] = {
         {"slots", 1},
         {"wave", 1},
@@ -49,8 +50,7 @@ class CachedPrograms : public testing::Test {
          {{"link_gb_per_s", 1.0},
           {"joint_gb_per_s", 2.0},
           {"cpu_expert_us", curve},
-          {"gpu_expert_us", curve},
-          {"spine_us", curve}}},
+          {"gpu_expert_us", curve}}},
         {"layers", streamed}};
     program["expert_cache"] = {{"policy", "lru"},
                                {"slots", kSlots},
@@ -135,12 +135,8 @@ TEST_F(CachedPrograms, ExpertsInSlotsAreTakenFromTheCpuAndOthersComeIntoThem) {
   EXPECT_EQ(found.misses, CachePolicy::kLruMargin * kLayers);
   EXPECT_EQ(found.swaps, kLayers);
   EXPECT_EQ(found.bytes, kLayers * static_cast<std::int64_t>(kExpertBytes));
-  const Json counts = Json::parse(programs->expert_statistics_json());
-  EXPECT_EQ(counts["frequency"], Json::array({{0, 1, 0, 17}, {0, 1, 0, 17}, {0, 1, 0, 17}}));
-  EXPECT_EQ(counts["tokens"], 18);
   programs->reset_statistics();
   EXPECT_EQ(programs->cache_statistics().hits, 0);
-  EXPECT_EQ(Json::parse(programs->expert_statistics_json())["tokens"], 0);
 }
 
 TEST_F(CachedPrograms, AStepThatIsGivenUpLeavesNoLayerSkipped) {

@@ -27,12 +27,13 @@ GpuProgramRecord program_record() {
                      {"ids", 64, BufferKind::kPinnedOut, {}, {}},
                      {"sum", 256, BufferKind::kPinnedIn, {}, {}}};
   const TimeCurve curve({{1, 1.0}});
-  program.stream = StreamRecord{1, 1, kLayers, kTable, kRow, 0, 0, {1.0, 2.0, curve, curve, curve}, {}};
+  program.stream = StreamRecord{1, 1, kLayers, kTable, kRow, 0, 0, {1.0, 2.0, curve, curve}, {}};
   program.expert_cache = ExpertCacheRecord{CacheRule::kLru, kSlots, kBytes, kTable, kRow, {}};
   for (std::size_t i = 0; i < kLayers; ++i) {
     const StreamOperand operand{kSlotBuffer, kBytes, {{i, {0, 1, 2, 3}}}};
     const auto number = static_cast<std::uint32_t>(i);
-    program.stream->layers.push_back({number, kExperts, 1, kHidden, kIds, 1, number, 1 + 2 * i, {operand}});
+    program.stream->layers.push_back(
+        {number, kExperts, 1, kHidden, kIds, 1, number, 1 + 2 * i, curve, {operand}});
     program.expert_cache->layers.push_back({{{kSlotBuffer, i * kSlots * kBytes}}, {0, 1}, kSum});
   }
   return program;
@@ -235,7 +236,6 @@ TEST_F(ExpertCaches, PromptsCountAndChangeNothingUntilTheyAreOver) {
   EXPECT_FALSE(cache_.holds(0, 3));
   step(0, 0);
   EXPECT_TRUE(cache_.holds(0, 3));
-  EXPECT_NE(expert_statistics_json(cache_.counts()).find("[1,0,0,16]"), std::string::npos);
 }
 
 }  // namespace

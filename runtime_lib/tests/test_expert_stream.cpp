@@ -46,9 +46,9 @@ TEST(StreamSplit, IsThePlannersOwn) {
          .expert_bytes = input["expert_bytes"],
          .activation_bytes = input["activation_bytes"]},
         {rates["link_gb_per_s"].get<double>() * 1e3, rates["joint_gb_per_s"].get<double>() * 1e3,
-         curve_of(rates["cpu_expert_us"]), curve_of(rates["gpu_expert_us"]), curve_of(rates["spine_us"])});
+         curve_of(rates["cpu_expert_us"]), curve_of(rates["gpu_expert_us"])});
     EXPECT_EQ(found.copied, entry["split"]["copied"].get<std::size_t>()) << entry.dump();
-    EXPECT_NEAR(found.lead_us, entry["split"]["lead_us"].get<double>(), 1e-6) << entry.dump();
+    EXPECT_NEAR(found.link_free_us, entry["split"]["link_free_us"].get<double>(), 1e-6) << entry.dump();
   }
 }
 
@@ -368,7 +368,7 @@ TEST_F(ExpertStreams, DamagedFilesAreRefusedByName) {
   expect_refused("row_bytes", [&](Json& p) { stream(p)["layers"][2]["waves"] = 2; });
   expect_refused("link_gb_per_s", [&](Json& p) { stream(p)["rates"]["link_gb_per_s"] = 0; });
   expect_refused("joint_gb_per_s", [&](Json& p) { stream(p)["rates"]["joint_gb_per_s"] = 1e-9; });
-  expect_refused("spine_us", [&](Json& p) { stream(p)["rates"]["spine_us"] = Json::array(); });
+  expect_refused("spine_us", [&](Json& p) { stream(p)["layers"][0]["spine_us"] = Json::array(); });
   // The third layer's: its experts have come, they are computed, the CPU answers.
   Json pristine = artifact_.files().read("program.json");
   ASSERT_EQ(nodes(pristine).size(), 5U * kLayers);

@@ -33,6 +33,7 @@ TEST(RoutingRecord, LayersComeInOrderWhoeverComputesThem) {
     const Routing& found = record.finish();
     EXPECT_EQ(found.layers, 2);
     EXPECT_EQ(found.top_k, 2);
+    EXPECT_EQ(found.sizes, (std::vector<std::int32_t>{kExperts, kExperts}));
     EXPECT_EQ(found.experts, (std::vector<std::int32_t>{0, 1, 2, 3, 4, 5, 6, 7}));
     EXPECT_EQ(found.weights, (std::vector<float>{0.5F, 0.5F, 0.75F, 0.25F, 0.5F, 0.5F, 0.75F, 0.25F}));
   }
@@ -49,7 +50,7 @@ TEST(RoutingRecord, LayersOfDifferentShapeAreRefused) {
 }
 
 // One layer, three tokens.
-Routing recorded() { return {{1, 2, 3, 4, 5, 6}, {0.1F, 0.2F, 0.3F, 0.4F, 0.5F, 0.6F}, 1, 2}; }
+Routing recorded() { return {{1, 2, 3, 4, 5, 6}, {0.1F, 0.2F, 0.3F, 0.4F, 0.5F, 0.6F}, 1, 2, {}}; }
 
 TEST(RoutingReplay, ATokenGetsTheRowOfItsPosition) {
   RoutingRecord record;

@@ -131,6 +131,7 @@ def test_a_long_decode_under_swaps_gives_the_logits_of_transformers(case: Case, 
     want = reference_logits(model, ids)[PROMPT - 1 :]
     assert relative_error(rows, want) < TOLERANCE
     assert stats["hits"] + stats["misses"] == choices(model, exe, DECODED)
+    assert stats["hit_rate"] == pytest.approx(stats["hits"] / choices(model, exe, DECODED))
     if case.slots is None:
         assert stats["misses"] == stats["swaps"] == 0
     else:
@@ -179,6 +180,7 @@ def test_each_of_two_gpus_keeps_experts_of_its_own_layers(tmp_path: Path, slots)
         exe = build(tmp_path, "lfu", ("*@0=gpu:1", "*@1=gpu:0", "*@2=gpu:1"), gpus=2)
         assert exe.plan.expert_cache is not None
         assert [on.gpu for on in exe.plan.expert_cache.gpus] == ["gpu:0", "gpu:1"]
+        exe.count_experts()
         rows = decoded(exe, ids[0].numpy())
         stats, counts = exe.stats["gpu"]["cache"], json.loads(exe.expert_statistics())
         exe.runtime.reset_stats()
@@ -271,6 +273,7 @@ def test_counts_of_a_run_are_those_of_the_routers_and_a_file_of_statistics(tmp_p
     ids = token_ids(model, PROMPT + 4)
     with emulated_gpu(compute_capability=89):
         exe = build(tmp_path, "lfu")
+        exe.count_experts()
         decoded(exe, ids[0].numpy())
         text = exe.expert_statistics()
         exe.runtime.close()

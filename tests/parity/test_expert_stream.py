@@ -12,7 +12,7 @@ import pytest
 import hetcomp
 from hetcomp.executable import Executable
 from hetcomp.hardware.figures import BandwidthPoint
-from hetcomp.ir.annotations import ExpertStream, StreamRates
+from hetcomp.ir.annotations import StreamRates
 from hetcomp.ir.plan import Plan
 from hetcomp.lane_trace import traced_steps
 from hetcomp.passes import stream_experts
@@ -29,9 +29,9 @@ from tests.unit.test_quantised_checkpoints import SMALL, gptq
 
 TOKENS, CONTEXT = 40, 64
 # An expert costs the CPU a hundred times as much as a copy; as much; next to nothing.
-ALL = StreamRates(1.0, 100.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
-SOME = StreamRates(1.0, 100.0, ((1, 20.0), (64, 40.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
-NONE = StreamRates(1e-3, 100.0, ((1, 0.001), (64, 0.001)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+ALL = StreamRates(1.0, 100.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)))
+SOME = StreamRates(1.0, 100.0, ((1, 20.0), (64, 40.0)), ((1, 1.0), (64, 1.0)))
+NONE = StreamRates(1e-3, 100.0, ((1, 0.001), (64, 0.001)), ((1, 1.0), (64, 1.0)))
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def rates(monkeypatch: pytest.MonkeyPatch):
         def function(plan: Plan, context: stream_experts.Context) -> Plan:
             made = real(plan, context)
             assert made.stream is not None
-            return replace(made, stream=ExpertStream(slots or made.stream.slots, wanted))
+            return replace(made, stream=replace(made.stream, slots=slots or made.stream.slots, rates=wanted))
 
         patched = replace(stream_experts.stream_experts, function=function)
         from hetcomp.passes import pipeline

@@ -3,13 +3,19 @@ are those of the models, in every family, tests/unit/test_gguf_models.py shows."
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
+from typer.testing import CliRunner
 
 import hetcomp
 from hetcomp.artifact.text_library import NativeTokenizer
 from hetcomp.artifact.tokenizer import compile_tokenizer
+from hetcomp.cli.main import app
 from hetcomp.models_zoo import find
 from tests.parity.test_quantised_checkpoints import errors
 from tests.reference import gguf_models, tiny_models
@@ -62,3 +68,25 @@ def test_as_they_are_the_logits_are_off_by_the_arithmetic_alone(family, choose, 
     assert np.median(errors(model, exe)) < 0.1
     words = (tmp_path / "m.hetc" / "tokenizer.hetc.json").read_bytes()
     assert words == compile_tokenizer(find("demo-moe")).data
+    assert_inspected(tmp_path / "m.hetc", forms)
+
+
+def assert_inspected(artifact: Path, forms: set[str]) -> None:
+    """``inspect`` and ``plan`` say the same of what an artifact's weights are stored and computed in."""
+
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(app, [*arguments, str(artifact)])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    found = json.loads(said("inspect", "--json"))
+    assert found["matrices"] == json.loads(said("plan", "--json"))["matrices"]
+    experts = {one["format"] for one in found["matrices"] if one["role"] == "experts"}
+    assert experts == forms
+    assert found["packed"] >= sum(one["bytes"] for one in found["matrices"])
+    text = said("inspect")
+    for one in found["matrices"]:
+        row = (one["role"], one["source"], f"{one['source_bits']:.2f}", one["format"], f"{one['bits']:.2f}")
+        cells = r"\s+".join(map(re.escape, (*row, f"{one['bytes']:,}")))
+        assert re.search(cells, text) and re.search(cells, said("plan")), row
+    assert "weights: " in text

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import hetcomp
 from hetcomp.errors import HetcompError
-from hetcomp.ir.annotations import AdapterRoom, ExpertStream
+from hetcomp.ir.annotations import AdapterRoom
 from hetcomp.ir.plan import Plan
 from hetcomp.passes import pipeline, placement_groups, stream_experts, stream_weights
 from hetcomp.passes.memory_table import GPU_RESERVE
@@ -190,7 +190,7 @@ def streaming_all(slots: int) -> Iterator[None]:
     def function(plan: Plan, context: stream_experts.Context) -> Plan:
         made = real(plan, context)
         assert made.stream is not None
-        return replace(made, stream=ExpertStream(slots, ALL))
+        return replace(made, stream=replace(made.stream, slots=slots, rates=ALL))
 
     patched = replace(stream_experts.stream_experts, function=function)
     with pytest.MonkeyPatch.context() as patch:
@@ -237,7 +237,7 @@ def test_deferred_experts_add_their_pairs_one_layer_later(tmp_path):
             build("qwen3_moe", num_hidden_layers=LAYERS), tmp_path / "again", **everything("qwen3_moe")
         )
         ids = torch.tensor([model.ids])
-        want = deferred_logits(wrapped.merge_and_unload(), ids, model.exe.plan, first=4)[3:]
+        want = deferred_logits(wrapped.merge_and_unload(), ids, model.exe.plan, range(4, CONTEXT))[3:]
         assert relative_error(want, model.wanted["whole"][3:]) > 100 * TOLERANCE  # deferral matters
         model.exe.load_adapter(model.folder / "whole")
         assert relative_error(model.decoded("whole"), want) < TOLERANCE

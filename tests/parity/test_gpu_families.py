@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from transformers import PreTrainedModel
 
 import hetcomp
@@ -21,6 +22,7 @@ from hetcomp.ir.annotations import AdapterRoom
 from hetcomp.passes.memory_table import GPU_RESERVE
 from hetcomp.plan_wishes import PlanWishes
 from tests.parity.test_families import TOLERANCE, reference_logits, relative_error
+from tests.reference import gguf_models, tiny_models
 from tests.reference.emulated_gpu import emulated_gpu
 from tests.reference.plan_builder import avx2_machine, gpu
 from tests.reference.tiny_models import save_tiny, token_ids
@@ -73,15 +75,16 @@ def compile_tiny(
     max_batch: int = MAX_BATCH,
     nodes: int = 1,
     adapter_room: AdapterRoom | None = None,
+    model: str = "hf",
     **options: Any,
 ) -> Executable:
-    """The model in ``folder``/hf for CPUs with AVX2 and one GPU. options: of compile."""
+    """``folder``/``model`` for CPUs with AVX2 and one GPU. options: of compile."""
     plain = avx2_machine(nodes)
     slow = tuple(node.model_copy(update={"read_bandwidth": (SLOW,)}) for node in plain.nodes)
     machine = plain.model_copy(update={"gpus": (gpu(),), "nodes": slow})
     wishes = PlanWishes(pins=PINS[placement], vram=GPU_RESERVE + vram if vram else None, adapter_room=adapter_room)
     return hetcomp.compile(
-        folder / "hf",
+        folder / model,
         machine,
         formats=formats,
         context_length=CONTEXT,
@@ -189,6 +192,33 @@ def test_formats_are_the_numbers_that_their_codes_stand_for(formats, tmp_path):
     want = reference_logits(model, ids)
     assert relative_error(decoded, want) < TOLERANCE
     assert relative_error(prompt, want) < BF16_TOLERANCE
+
+
+@pytest.mark.slow
+def test_k_blocks_of_a_gguf_file_on_both_sides(tmp_path):
+    """As Q4_K_M mixes them, some of the routed experts on the GPU, the others on the CPU. Beside float32's order of
+    summation, decoding rounds what the CPU multiplies to int8 by group of 32: by up to 1/254 of its largest number
+    before each of an expert's two products, which is some 1 % of a layer's sum. A prompt's GEMMs round to bf16 on top.
+    """
+    q6k = ("ffn_down", "attn_v", "token_embd")
+    wide = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 8, "num_hidden_layers": 1}
+    model = tiny_models.build("qwen3_moe", **wide)
+    kind = lambda name: Type.Q6_K if any(part in name for part in q6k) else Type.Q4_K  # noqa: E731
+    gguf_models.write(tmp_path / "m.gguf", model, kind)
+    ids = token_ids(model, 6)
+    with emulated_gpu(compute_capability=89) as machine:
+        exe = compile_tiny(tmp_path, "split", 1_500_000, "auto", max_batch=1, model="m.gguf")
+        assert any(_is_split(exe, call) for call in range(len(exe.plan.calls)))
+        experts = {v.fqn.split(".")[-1]: v.format for v in exe.plan.values if v.fqn and ".experts." in v.fqn}
+        assert experts == {"gate_up_proj": "q4k", "down_proj": "q6k"}
+        with exe.runtime.session() as session:
+            rows = [session.prefill(ids[0, :3].tolist())]
+            rows += [exe.runtime.decode([session], [int(i)])[0] for i in ids[0, 3:]]
+        launched = set(machine.launches)
+        exe.runtime.close()
+    for kernel in ("gate_up", "down", "gate_up_tile16", "down_tile16"):  # of a step of one token, of a prompt
+        assert f"experts_q4k_q6k_5x256x256_{kernel}" in launched  # five of the eight experts
+    assert relative_error(np.stack(rows), reference_logits(model, ids)[2:]) < BF16_TOLERANCE
 
 
 @pytest.mark.slow

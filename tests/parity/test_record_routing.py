@@ -3,6 +3,7 @@ cache and streams take choices away from the CPU."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import hetcomp
 from hetcomp.errors import HetcompError
 from hetcomp.executable import Executable
+from hetcomp.passes.expert_statistics import check_statistics, parse_statistics
 from hetcomp.plan_wishes import PlanWishes
 from hetcomp.record_routing import record_text, recorded_steps
 from hetcomp.routing_trace import RoutingTrace
@@ -92,6 +94,44 @@ def test_logits_are_the_same_while_it_is_recorded_and_sequences_are_told_apart(t
             exe.runtime.decode([one, other], [first[0], second[0]])
     trace = RoutingTrace.of_steps("tiny", "ids", model.config.num_experts, steps)
     assert trace.sequence.tolist() == [0] * TOKENS + [1] * TOKENS + [2, 3]
+    check_counts(exe, model, first, second)
+
+
+def check_counts(exe: Executable, model: torch.nn.Module, first: list[int], second: list[int]) -> None:
+    """Of all tokens and of each session, fading or not: those of what transformers' routers choose."""
+    with pytest.raises(HetcompError, match="No token's experts were counted"):
+        exe.expert_statistics()
+    for half_life in (0, 8):
+        exe.count_experts(half_life)
+        with exe.runtime.session() as one, exe.runtime.session() as other:
+            exe.runtime.decode([one, other], [first[0], second[0]])
+            one.prefill(first[1:])
+            found = [json.loads(of.expert_statistics()) for of in (exe.runtime, one, other)]
+        of_first, of_second = counts_of(model, first, half_life), counts_of(model, second[:1], half_life)
+        # The other session's token came second of all.
+        faded = 0.5 ** ((len(first) - 1) / half_life) if half_life else 1.0
+        extra = 0.5 ** (1 / half_life) if half_life else 1.0
+        together = of_first + faded * of_second - (1 - extra) * faded * counts_of(model, first[:1], half_life)
+        for counts, wanted in zip(found, (together, of_first, of_second), strict=True):
+            np.testing.assert_allclose(counts["frequency"], wanted, rtol=1e-6)
+            assert counts["half_life"] == half_life
+        assert [counts["tokens"] for counts in found] == [len(first) + 1, len(first), 1]
+        check_statistics(parse_statistics(json.dumps(found[0]), "counts"), exe.plan)
+    exe.runtime.reset_stats()
+    with pytest.raises(HetcompError, match="No token's experts were counted"):
+        exe.expert_statistics()
+
+
+def counts_of(model: torch.nn.Module, ids: list[int], half_life: int) -> np.ndarray:
+    """f64 [layers, experts]; the last token counts 1."""
+    experts, _ = expected(model, torch.tensor(ids))
+    ages = np.arange(len(ids) - 1, -1, -1)
+    weights = 0.5 ** (ages / half_life) if half_life else np.ones(len(ids))
+    table = np.zeros((experts.shape[1], model.config.num_experts))
+    for token, layers in enumerate(experts):
+        for layer, chosen in enumerate(layers):
+            table[layer, chosen] += weights[token]
+    return table
 
 
 @pytest.mark.slow
@@ -117,6 +157,8 @@ def test_what_stays_on_the_gpu_is_refused(tmp_path):
         exe = build(tmp_path, on_gpu=True, pins=("*=gpu:0",))
         with pytest.raises(HetcompError, match=r"3 of the 3 MoE layers .* stays on the GPU.*--vram 0"):
             record_text(exe, token_ids(model, 4)[0].tolist(), "ids")
+        with pytest.raises(HetcompError, match="stays on the GPU"):
+            exe.count_experts()
         exe.runtime.close()
 
 
@@ -132,6 +174,10 @@ def test_of_the_command_line(tmp_path):
     assert (trace.model, trace.source) == (exe.plan.model.name, "text.txt")
     # 59 positions of the prompt leave room for the answer; the last token is not computed on.
     assert np.bincount(trace.sequence).tolist() == [59, 45]
+    counts = tmp_path / "counts.json"
+    said = run("trace", exe.path, "--expert-stats", counts, "--half-life", 50, "--text", text, "--tokens", 40)
+    assert said.code == 0 and "experts of 40 tokens" in said.out, said
+    assert run("plan", "demo-moe", "--hw", "preset:9950x-64gb", "--stats", counts).code == 0
     message = refusal("trace", exe.path, "--routing", tmp_path / "none" / "t", "--prompt", "Hello")
     assert "none/t cannot be written" in message
     assert "exactly one of" in refusal("trace", exe.path, "--routing", out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from hetcomp.ir.plan import Plan
 from tests.parity.test_families import reference_logits
+
+ALL = range(sys.maxsize)  # places of tokens
 
 
 def split_choices(
@@ -37,9 +40,11 @@ def cpu_tier(plan: Plan) -> list[tuple[int, list[bool]]]:
 
 
 @contextmanager
-def deferred_experts(model: nn.Module, layers: Sequence[tuple[int, Sequence[bool]]], first: int = 0) -> Iterator[None]:
-    """Within, of the tokens from place ``first`` on every MoE layer adds what the MoE layer before left of a token, and
-    leaves what the definition says."""
+def deferred_experts(
+    model: nn.Module, layers: Sequence[tuple[int, Sequence[bool]]], places: Container[int] = ALL
+) -> Iterator[None]:
+    """Within, of the tokens at ``places`` every MoE layer adds what the MoE layer before left of a token, and leaves
+    what the definition says."""
     experts = [m for m in model.modules() if type(m).__name__.endswith("Experts")]
     assert len(experts) == len(layers)
     left: dict[int, Tensor] = {}  # by token: what the MoE layer before has left
@@ -54,7 +59,7 @@ def deferred_experts(model: nn.Module, layers: Sequence[tuple[int, Sequence[bool
                 def one(i: int, t: int = t) -> Tensor:
                     return whole(hidden[t : t + 1], ids[t : t + 1, i : i + 1], weights[t : t + 1, i : i + 1])[0]
 
-                count = deferred if t >= first else 0
+                count = deferred if t in places else 0
                 now, later = split_choices(ids[t].tolist(), weights[t].tolist(), on_cpu, count)
                 nothing = torch.zeros_like(hidden[t])
                 rows.append(sum((one(i) for i in now), nothing) + left.pop(t, nothing))
@@ -74,7 +79,7 @@ def deferred_experts(model: nn.Module, layers: Sequence[tuple[int, Sequence[bool
             del module.forward
 
 
-def deferred_logits(model: nn.Module, ids: Tensor, plan: Plan, first: int = 0) -> np.ndarray:
-    """Logits float32 [T, vocab] where the tokens from ``first`` on defer as ``plan`` says."""
-    with torch.no_grad(), deferred_experts(model, cpu_tier(plan), first):
+def deferred_logits(model: nn.Module, ids: Tensor, plan: Plan, places: Container[int] = ALL) -> np.ndarray:
+    """Logits float32 [T, vocab] where the tokens at ``places`` defer as ``plan`` says."""
+    with torch.no_grad(), deferred_experts(model, cpu_tier(plan), places):
         return reference_logits(model, ids)

@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,6 +35,7 @@ _LAUNCHER = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.POINTER(ctypes.c_uint64)
 )
 _LAUNCH_FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
+_GRAPH_ENDS = -1  # kFakeGraphEnds (runtime_lib/tests/fake_cuda.h)
 # ELF64, little-endian, of the machine EM_CUDA (190): what the runtime checks of a cubin.
 _ELF_HEADER = b"\x7fELF\x02\x01".ljust(18, b"\0") + (190).to_bytes(2, "little") + bytes(44)
 _BYTES = {"i32": 4, "fp32": 4, "i64": 8}
@@ -56,6 +58,19 @@ class _FakeCuda(ctypes.Structure):
     )
 
 
+class GraphEnds(Exception):
+    """Raised in place of running a kernel: the graph has no more nodes. The step is given up at the next hand-over, for
+    nobody comes there, and the GPU is as good as before."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the fake driver has given out and not got back: objects of all kinds, bytes of GPUs' and pinned memory."""
+
+    objects: int
+    bytes: int
+
+
 class EmulatedGpu:
     """What happened on the GPU: ``launches`` by kernel stem, and ``failures`` of kernels (the runtime reports a failed
     launch, the reason is here)."""
@@ -66,6 +81,13 @@ class EmulatedGpu:
         self._kernels: list[GpuKernel] = []
         self._ids: dict[str, int] = {}  # by the image's SHA-256
         self._counting = threading.Lock()  # of launches, on the threads of several streams
+
+    @property
+    def held(self) -> Held:
+        """At this moment."""
+        objects, size = ctypes.c_uint64(), ctypes.c_uint64()
+        _library().fake_cuda_held(ctypes.byref(objects), ctypes.byref(size))
+        return Held(objects.value, size.value)
 
     def stand_in(self, kernel: GpuKernel) -> bytes:
         """An image that the fake driver takes for ``kernel`` from now on."""
@@ -90,6 +112,8 @@ class EmulatedGpu:
             with self._counting:
                 self.launches[kernel.stem] += 1
             run_kernel(kernel, (grid[0], grid[1], grid[2]), values, memory)
+        except GraphEnds:
+            return _GRAPH_ENDS
         except Exception as error:  # no exception passes the driver
             error.add_note(f"in {kernel.name}, grid {grid[0]} x {grid[1]} x {grid[2]}")
             self.failures.append(error)

@@ -84,12 +84,9 @@ def isas_of(weight_format: str) -> list[Isa]:
 
 
 def _optimisation(isa: Isa) -> str:
-    """If all cases run, what compiled programs have, on the weakest and the best instruction set here; between them and
-    emulated, where g++ would take twice as long, less. Else none, which takes 0.4 of the time (table in
-    docs/decisions/test-time.md): the numbers are those of the source all the same."""
-    if not sampled_cases.everything:
-        return "-O0"
-    return "-O3" if isa in weakest_and_best() else "-O1"
+    """What compiled programs have, on the weakest and the best instruction set here, if all cases run; else, between
+    them and emulated, where g++ would take twice as long, less: the numbers are those of the source all the same."""
+    return "-O3" if sampled_cases.everything and isa in weakest_and_best() else "-O1"
 
 
 @functools.cache

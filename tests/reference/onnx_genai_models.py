@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,16 @@ MICROSOFT = "com.microsoft"
 @dataclass
 class Choices:
     """bits: of weights, 32: not quantised; block: columns of a scale; expert_rows: experts have a scale a row;
-    zeros: whether blocks have zero points. rotary: by the attention itself; joined: q, k and v as one matrix; apart:
-    gate and up of experts as FC1 and FC3; norms_inside: of heads, by the attention; sized: the caches' widths are
-    numbers, not names, and those of windows hold all positions."""
+    zeros: whether blocks have zero points; scattered: whether their columns are anywhere (GPTQ's act-order);
+    as_numbers: of matrices outside experts what their codes stand for, as floats. rotary: by the attention itself;
+    joined: q, k and v as one matrix; apart: gate and up of experts as FC1 and FC3; norms_inside: of heads, by the
+    attention; sized: the caches' widths are numbers, not names, and those of windows hold all positions."""
 
     bits: int = 32
     block: int = 32
     zeros: bool = False
+    scattered: bool = False
+    as_numbers: bool = False
     rotary: bool = True
     joined: bool = False
     quantised_embedding: bool = False
@@ -57,6 +61,24 @@ def quantised(weight: _Array, bits: int, block: int, zeros: bool) -> tuple[_Arra
     codes = np.clip(np.round(blocks / scales[..., None]) + points[..., None], 0, top).astype(np.uint8)
     packed = _packed(codes.reshape(*rows, -1), bits)
     return packed, scales, _packed(points.astype(np.uint8), bits) if zeros else None
+
+
+def _codes(packed: _Array, bits: int) -> _Array:
+    return packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+
+
+def _scattered(packed: _Array, order: _Array, bits: int) -> _Array:
+    """Codes of columns ``order``, each where its column is."""
+    codes = _codes(packed, bits).copy()
+    codes[:, order] = codes[:, : len(order)].copy()
+    return _packed(codes, bits)
+
+
+def _numbers(packed: _Array, scales: _Array, zeros: _Array | None, bits: int, block: int) -> _Array:
+    """What codes of columns that lie in blocks stand for, f32 [N, whole blocks]."""
+    points = np.full(scales.shape, 1 << (bits - 1)) if zeros is None else _codes(zeros, bits)[:, : scales.shape[1]]
+    off, each = (np.repeat(part.astype(np.float32), block, axis=1) for part in (points, scales))
+    return (_codes(packed, bits).astype(np.float32) - off) * each
 
 
 def _packed(codes: _Array, bits: int) -> _Array:
@@ -98,32 +120,43 @@ class Builder:
     def linear(self, name: str, x: str, weight: _Array, bias: _Array | None = None) -> str:
         """name: path in slashes."""
         dotted = name.strip("/").replace("/", ".")
-        c = self.choices
-        if c.bits == 32:
-            made = self.node(f"{name}/MatMul", "MatMul", [x, self.constant(f"{dotted}.MatMul.weight", weight.T)])
-        else:
-            codes, scales, zeros = quantised(weight, c.bits, c.block, c.zeros)
-            blocks = scales.shape[-1]
-            inputs = [
-                x,
-                self.constant(f"{dotted}.MatMul.weight_Q4", codes.reshape(len(weight), blocks, -1)),
-                self.constant(f"{dotted}.MatMul.weight_scales", scales),
-            ]
-            if zeros is not None:
-                inputs.append(self.constant(f"{dotted}.MatMul.weight_zp", zeros))
-            made = self.node(
-                f"{name}/MatMul_Q4",
-                "MatMulNBits",
-                inputs,
-                MICROSOFT,
-                bits=c.bits,
-                block_size=c.block,
-                K=weight.shape[1],
-                N=weight.shape[0],
-            )
+        coded = self.choices.bits < 32 and not self.choices.as_numbers
+        made = self._coded(name, dotted, x, weight) if coded else self._float(name, dotted, x, weight)
         if bias is None:
             return made
         return self.node(f"{name}/Add", "Add", [made, self.constant(f"{dotted}.Add.bias", bias)])
+
+    def _order(self, name: str, columns: int) -> _Array:
+        """Columns as they lie in blocks."""
+        order = np.arange(columns)
+        return np.random.default_rng(crc32(name.encode())).permutation(order) if self.choices.scattered else order
+
+    def _float(self, name: str, dotted: str, x: str, weight: _Array) -> str:
+        c = self.choices
+        if c.as_numbers:
+            order, rounded = self._order(name, weight.shape[1]), np.empty_like(weight)
+            stored = quantised(weight[:, order], c.bits, c.block, c.zeros)
+            rounded[:, order] = _numbers(*stored, c.bits, c.block)[:, : len(order)]
+            weight = rounded
+        return self.node(f"{name}/MatMul", "MatMul", [x, self.constant(f"{dotted}.MatMul.weight", weight.T)])
+
+    def _coded(self, name: str, dotted: str, x: str, weight: _Array) -> str:
+        c = self.choices
+        rows, columns = weight.shape
+        order = self._order(name, columns)
+        codes, scales, zeros = quantised(weight[:, order], c.bits, c.block, c.zeros)
+        inputs = [
+            x,
+            self.constant(f"{dotted}.MatMul.weight_Q4", _scattered(codes, order, c.bits).reshape(*scales.shape, -1)),
+            self.constant(f"{dotted}.MatMul.weight_scales", scales),
+        ]
+        if zeros is not None or c.scattered:
+            inputs.append("" if zeros is None else self.constant(f"{dotted}.MatMul.weight_zp", zeros))
+        if c.scattered:
+            groups = np.argsort(order) // c.block
+            inputs.append(self.constant(f"{dotted}.MatMul.weight_g_idx", groups.astype(np.int32)))
+        sizes = {"bits": c.bits, "block_size": c.block, "K": columns, "N": rows}
+        return self.node(f"{name}/MatMul_Q4", "MatMulNBits", inputs, MICROSOFT, **sizes)
 
     # ------------------------------------------------ the model
 

@@ -12,6 +12,7 @@ import transformers
 from gguf import GGMLQuantizationType as Type
 
 from hetcomp import frontend
+from hetcomp.backends.packing import to_f32
 from hetcomp.cli.plan_weights import weight_classes
 from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
@@ -22,6 +23,7 @@ from hetcomp.ir.native_format import native_format
 from hetcomp.ir.plan import ValueKind
 from hetcomp.quantised_numbers import QuantisedNumbers
 from tests.reference import gguf_models, tiny_models
+from tests.reference.conversion_notes import assert_q8_notes
 
 BOUNDS = {"context_length": 64, "max_batch": 1, "max_tokens": 8, "max_logit_rows": 8}
 # What llama.cpp has no key for in these families.
@@ -38,11 +40,14 @@ FEW = {"gpt_oss": {}, "qwen3_next": {}, "qwen3_5_moe": {}, "qwen3_5": {}}
 # Of no effect on what is computed.
 INDIFFERENT = ("dtype", "pad_token_id", "eos_token_id", "bos_token_id", "initializer_range", "_name_or_path")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Columns of out_proj are in another order by heads of 64.
+CUT = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "linear_value_head_dim": 64}
+CUT |= {"layer_types": ["linear_attention", "full_attention"], "head_dim": 64}
 WIDE = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_experts": 4, "num_hidden_layers": 2}
 
 
 def numbers(read):
-    return read.to_f32() if isinstance(read, QuantisedNumbers) else read
+    return read.to_f32() if isinstance(read, QuantisedNumbers) else to_f32(read)
 
 
 def assert_same_weights(path, model):
@@ -91,7 +96,7 @@ def test_types_through_permutations_and_experts(kind, tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 256, "num_local_experts": 2, "num_hidden_layers": 1}
     model = tiny_models.build("mixtral", **wide)
     path = gguf_models.write(tmp_path / "mixtral.gguf", model, lambda name: kind)
-    got = frontend.load(path, **BOUNDS) if kind == Type.BF16 else assert_same_weights(path, model)
+    got = assert_same_weights(path, model)
     values = [v for v in got.plan.values if v.kind is ValueKind.WEIGHT and len(v.type.shape) > 1]
     stored = {t.dtype for v in values for t in got.checkpoint.source(v).tensors if "ffn_gate_inp" not in t.name}
     assert stored == {kind.name}
@@ -245,6 +250,29 @@ def test_plan_shows_how_weights_are_stored_and_computed(tmp_path: Path):
     assert not any("converted" in note for note in plan.notes)
     with_gpu = plan_model(path, hw_profile="preset:9950x-64gb+rtx4090", context_length=64).plan
     assert weight_classes(with_gpu) == weight_classes(plan)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "options", "why", "roles"),
+    [
+        (
+            "qwen3_moe",
+            Type.Q4_1,
+            {},
+            "the minima of its groups are no multiples",
+            {"attention", "experts", "embedding"},
+        ),
+        ("llama", Type.Q5_1, {}, "the minima of its groups are no multiples", {"attention", "dense", "embedding"}),
+        ("qwen3_5", Type.Q4_K, CUT, "cuts blocks of 256", {"attention"}),
+    ],
+)
+def test_what_no_format_holds_goes_into_q8_and_the_plan_says_at_what_cost(family, kind, options, why, roles, tmp_path):
+    """As the test of that name in test_quantised_checkpoints.py. Last, columns whose order here divides K blocks."""
+    model = tiny_models.build(family, **({"num_hidden_layers": 1} | options))
+    path = gguf_models.write(tmp_path / "m.gguf", model, lambda name: kind)
+    planned = plan_model(path, hw_profile="preset:9950x-64gb", context_length=32)
+    assert planned.imported.checkpoint is not None
+    assert assert_q8_notes(planned.plan, planned.imported.checkpoint, f"GGUF {kind.name}", why) == roles
 
 
 def test_blocks_are_not_made_of_other_weights(tmp_path: Path):

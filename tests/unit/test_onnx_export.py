@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 
@@ -71,8 +72,31 @@ def test_file_of_a_folder_elsewhere(folder, tmp_path):
     got, want = frontend.load(path, **BOUNDS), frontend.load(folder, **BOUNDS)
     assert got.plan == want.plan
     same_weights(got, want)
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    assert any(n.name == "/model/layers/0/self_attn/q_proj/MatMul" for n in nodes)
+
+
+def test_scopes_of_modules_are_kept(folder, tmp_path):
+    """Each node is named and labelled as torch.onnx.export does it: with the paths of the modules around it, then its
+    own name."""
+    graph = onnx.load(export_onnx(folder, tmp_path / "m.onnx"), load_external_data=False).graph
+    scopes = {}
+    for node in (n for n in graph.node if n.op_type != "Identity"):  # the result's name
+        (entry,) = [p for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"]
+        outermost, module, own = ast.literal_eval(entry.value)
+        assert (outermost, own) == ("", node.name)
+        assert node.name.startswith("/" + module.replace(".", "/") + "/" + node.op_type)
+        scopes[node.name] = module
+    assert len(scopes) == len(graph.node) - 1
+    layer = "model.layers.0"
+    assert {
+        "/model/embed_tokens/Gather": "model.embed_tokens",
+        "/model/layers/0/input_layernorm/RmsNorm": f"{layer}.input_layernorm",
+        "/model/layers/0/self_attn/q_proj/MatMul": f"{layer}.self_attn.q_proj",
+        "/model/layers/0/self_attn/Attention": f"{layer}.self_attn",
+        "/model/layers/0/mlp/gate/Route": f"{layer}.mlp.gate",
+        "/model/layers/0/mlp/experts/MoeExperts": f"{layer}.mlp.experts",
+        "/model/layers/0/Add_2": layer,
+        "/lm_head/MatMul": "lm_head",
+    }.items() <= scopes.items()
 
 
 def test_in_the_checkpoints_folder_its_tensors_are_referred_to(folder):

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper
 
 from hetcomp import frontend
+from hetcomp.compiler import plan_model
 from hetcomp.errors import HetcompError
 from hetcomp.ir import ops
-from hetcomp.ir.plan import ValueKind
+from hetcomp.ir.plan import Plan, ValueKind
 from tests.reference import onnx_genai_models, onnx_models, tiny_models
+from tests.reference.conversion_notes import assert_q8_notes
 
 BOUNDS = {"context_length": 64, "max_batch": 1, "max_tokens": 64, "max_logit_rows": 64}
 
 
 def imported(path):
     return frontend.load(path, **BOUNDS)
+
+
+def planned(path: Path) -> Plan:
+    return plan_model(path, hw_profile="preset:9950x-64gb", context_length=32).plan
 
 
 def stored(got) -> dict[str, tuple[str, str]]:
@@ -53,6 +60,8 @@ def stored(got) -> dict[str, tuple[str, str]]:
         pytest.param(
             "llama", {"hidden_size": 80, "head_dim": 16}, {"bits": 4, "block": 64}, marks=pytest.mark.exhaustive
         ),
+        ("llama", {}, {"bits": 4, "scattered": True}),
+        ("llama", {"hidden_size": 80, "head_dim": 16}, {"bits": 4, "block": 64, "scattered": True}),
         ("qwen3", {"tie_word_embeddings": True}, {"bits": 4, "quantised_embedding": True, "sized": False}),
     ],
 )
@@ -77,6 +86,36 @@ def error_of(path, model, reference=None) -> float:
         logits = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     want = logits if reference is None else onnx_models.reference_logits(reference, ids, 5)
     return onnx_models.relative_error(onnx_models.interpreted_logits(imported(path), ids, 5), want)
+
+
+@pytest.mark.parametrize(
+    ("choices", "layout"),
+    [
+        ({"bits": 4, "zeros": True}, "panels16_act_order"),
+        ({"bits": 8}, "panels16_act_order"),
+        ({"bits": 8, "zeros": True}, "panels16"),
+        ({"bits": 4, "block": 16, "zeros": True}, "panels16"),
+    ],
+)
+def test_columns_of_blocks_are_where_they_are(choices, layout, tmp_path):
+    """onnxruntime's CPU kernel for such (MatMulNBits with g_idx) has no 8 bits and takes all zero points for 8: the
+    reference is the graph of the numbers that the codes stand for. What no format holds becomes q8."""
+    model = tiny_models.build("llama", num_hidden_layers=1)
+    coded = onnx_genai_models.write(tmp_path / "coded.onnx", model, scattered=True, **choices)
+    floats = onnx_genai_models.write(tmp_path / "floats.onnx", model, scattered=True, as_numbers=True, **choices)
+    assert error_of(coded, model, floats) < 1e-5
+    weights = [v for v in planned(coded).values if v.kind is ValueKind.WEIGHT and v.fqn.endswith("proj.weight")]
+    assert {v.type.layout for v in weights} == {layout}
+
+
+def test_columns_of_blocks_that_there_are_not(tmp_path):
+    path = onnx_genai_models.write(tmp_path / "m.onnx", tiny_models.build("llama"), bits=4, scattered=True)
+    model = onnx.load(path)
+    groups = next(t for t in model.graph.initializer if t.name.endswith("layers.1.attn.o_proj.MatMul.weight_g_idx"))
+    groups.CopyFrom(numpy_helper.from_array(np.full(groups.dims[0], 9, np.int32), groups.name))
+    onnx.save(model, path)
+    with pytest.raises(HetcompError, match=r"1\.attn\.o_proj\.weight in .* has columns of groups that it does not"):
+        planned(path)
 
 
 @pytest.mark.parametrize("bits", [32, 4])
@@ -148,6 +187,17 @@ def test_formats_that_weights_are_taken_over_in(choices, label, form, tmp_path):
     names = {"q_proj.weight", "o_proj.weight", "router.weight", "gate_up_proj.weight", "down_proj.weight"}
     assert names <= found.keys()
     assert {found[name] for name in names} == {(label, form)}
+
+
+def test_blocks_of_16_go_into_q8_and_the_plan_says_at_what_cost(tmp_path):
+    """As the test in test_quantised_checkpoints.py."""
+    model = tiny_models.build("qwen3_moe", num_hidden_layers=1, moe_intermediate_size=64)
+    path = onnx_genai_models.write(tmp_path / "m.onnx", model, bits=4, block=16)
+    made = plan_model(path, hw_profile="preset:9950x-64gb", context_length=32)
+    assert made.imported.checkpoint is not None
+    label, why = "ONNX int4, blocks of 16", "its groups are no runs of 32 columns"
+    roles = assert_q8_notes(made.plan, made.imported.checkpoint, label, why)
+    assert roles == {"attention", "experts", "embedding"}
 
 
 def test_roles_and_names(tmp_path):

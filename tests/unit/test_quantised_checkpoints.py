@@ -17,8 +17,6 @@ from hetcomp.backends import packing
 from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.cli.plan_weights import weight_classes
 from hetcomp.compiler import plan_model
-from hetcomp.frontend import checkpoint
-from hetcomp.frontend.file_bytes import read_bytes
 from hetcomp.frontend.quantisation_config import parse_quantisation
 from hetcomp.ir.plan import ValueKind
 from hetcomp.ir.printer import print_plan
@@ -394,21 +392,3 @@ def test_groups_of_a_config_are_told_apart_by_module():
         "float-quantized",
         "pack-quantized",
     ]
-
-
-def test_everything_is_read_once_and_an_expert_at_a_time(tmp_path, monkeypatch):
-    quantised, _ = made.write(tmp_path, "qwen3_moe", gptq(), made.gptq(), **SMALL)
-    plan, reads = planned(quantised), []
-
-    def watched(path: Path, offset: int, size: int) -> np.ndarray:
-        reads.append((offset, size))
-        return read_bytes(path, offset, size)
-
-    monkeypatch.setattr(checkpoint, "read_bytes", watched)
-    assert plan.imported.checkpoint is not None
-    for _ in WeightPacker(plan.imported.checkpoint).chunks([v for v in plan.plan.values if v.kind is ValueKind.WEIGHT]):
-        pass
-    ends = [start + size for start, size in sorted(reads)]
-    assert all(start >= end for (start, _), end in zip(sorted(reads)[1:], ends, strict=False))
-    embedding = 256 * SMALL["hidden_size"] * 4
-    assert max(size for _, size in reads) == embedding

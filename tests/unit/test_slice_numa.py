@@ -17,8 +17,11 @@ from hetcomp.ir.plan import Op, Plan, Template, Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 from hetcomp.ir.verifier import verify
 from hetcomp.passes.pipeline import run_pipeline
-from hetcomp.passes.slice_numa import _slice, node_slices
-from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, TOP_K, WIDTH, context, profile, tiny_plan
+from hetcomp.passes.place import placed_as
+from hetcomp.passes.placement_assignment import Assignment
+from hetcomp.passes.placement_problem import placement_problem
+from hetcomp.passes.slice_numa import _slice, node_slices, slice_numa
+from tests.reference.plan_builder import EXPERTS, GIB, HIDDEN, TOP_K, WIDTH, context, gpu, profile, tiny_plan
 
 WIDE = 96  # three groups of 32 columns: a cut in proportion 2 : 1
 
@@ -190,6 +193,18 @@ def test_experts_that_do_not_fit_when_cut_go_to_nodes_as_a_whole():
     assert sum(ctx.target.packed_bytes(v) for v in on_second) <= room[1]
     whole = next(parts for (_, op), parts in plan_parts(plan).items() if op == "experts")
     assert sum(part.attrs.experts for part in whole) == EXPERTS
+
+
+def test_experts_that_one_node_has_as_a_whole_beside_a_gpus_are_not_cut():
+    ctx = replace(context(nodes=2, bandwidths=(30.0, 15.0), gpus=(gpu(),)), use_gpus=True)
+    costed = run_pipeline(wide_plan(), ctx, stop_after="annotate_cost")
+    problem = placement_problem(costed, ctx)
+    split = ({"gpu:0": 3, "cpu:1": EXPERTS - 3},)
+    assignment = Assignment(("gpu:0",) * len(problem.groups), frozenset(), (split,) * len(problem.experts))
+    plan = slice_numa(placed_as(costed, ctx, problem, assignment), ctx)
+    op = next(op for op in plan.template("layer_0").ops if op.id == "experts")
+    parts = node_parts(op, placements(plan)["experts"])
+    assert [(part.node, part.attrs.experts) for part in parts] == [(1, EXPERTS - 3)]
 
 
 @pytest.mark.parametrize(

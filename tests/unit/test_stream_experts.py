@@ -24,7 +24,7 @@ from hetcomp.planned import Planned
 
 EXPERTS, LAYERS = 32, 6
 # An expert costs the CPU a hundred times as much as a copy.
-ALL = StreamRates(1.0, 100.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)), ((32, 1.0), (512, 1.0)))
+ALL = StreamRates(1.0, 100.0, ((1, 5000.0), (64, 5000.0)), ((1, 1.0), (64, 1.0)))
 
 
 def planned(room: int) -> Planned:

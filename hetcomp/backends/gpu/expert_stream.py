@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from hetcomp.backends import packing
 from hetcomp.backends.exchange import Exchange
 from hetcomp.backends.gpu.tiles import aligned
-from hetcomp.ir.annotations import Placement
+from hetcomp.errors import HetcompError
+from hetcomp.ir.annotations import Curve, Placement
 from hetcomp.ir.deferral import experts_on_cpu
 from hetcomp.ir.hand_overs import HandOver
 from hetcomp.ir.node_parts import NodePart, Runs, node_parts, part_id
@@ -49,7 +50,7 @@ class StreamedOperand:
 class StreamedLayer:
     """The experts op ``op`` of a call. ``hand_over``: where the CPU gets its routing; ``flag``: of the first of
     ``waves``, raised when its experts have come, and by the GPU when they may be overwritten; ``row``: of the tables,
-    the first wave's."""
+    the first wave's; ``spine_us``: see ExpertStream."""
 
     call: int
     op: str
@@ -60,6 +61,7 @@ class StreamedLayer:
     experts: int
     top_k: int
     hidden: int
+    spine_us: Curve
     operands: tuple[StreamedOperand, ...]
 
 
@@ -107,16 +109,21 @@ class StreamLayout:
 
     @staticmethod
     def of(plan: Plan, exchange: Exchange, gpu: str) -> StreamLayout | None:
-        """None where the plan streams nothing to ``gpu``."""
+        """None where the plan streams nothing to ``gpu``. Raises HetcompError if the plan's stream is for other
+        layers."""
         if plan.stream is None:
             return None
         layers: list[StreamedLayer] = []
         sizes: dict[str, int] = {}
         values = plan.value_map()
         given = [h for h in exchange.hand_overs if h.answered]
+        if len(given) != len(plan.stream.spines_us):
+            raise HetcompError(
+                "The plan streams other layers' experts than those that CPU and GPU share; plan it again."
+            )
         first_flag = len(exchange.hand_overs) + sum(_waves(plan, h) for h in given if h.giver < gpu)
         flag, row = first_flag, 1
-        for hand_over in given:
+        for hand_over, spine_us in zip(given, plan.stream.spines_us, strict=True):
             if hand_over.giver != gpu:
                 continue
             call, op, placement = _experts(plan, hand_over)
@@ -127,7 +134,8 @@ class StreamLayout:
             operands = tuple(_operand(i, v, op, parts, plan.stream.ring, sizes) for i, v in sorted(weights.items()))
             waves = _waves(plan, hand_over)
             shape = op.attrs.experts, op.attrs.top_k, op.attrs.hidden
-            layers.append(StreamedLayer(hand_over.call, op.id, hand_over.flag, flag, waves, row, *shape, operands))
+            place = hand_over.call, op.id, hand_over.flag, flag, waves, row
+            layers.append(StreamedLayer(*place, *shape, spine_us, operands))
             flag, row = flag + waves, row + waves + 1
         if not layers:
             return None

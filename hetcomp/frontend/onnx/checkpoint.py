@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from hetcomp.frontend.act_order import Groups
 from hetcomp.frontend.checkpoint import BaseCheckpoint
 from hetcomp.frontend.key_mapping import Parts
 from hetcomp.frontend.onnx.dequantised_weights import Dequantised
 from hetcomp.frontend.onnx.model_file import OnnxFile
+from hetcomp.frontend.onnx.packed_weights import Packed
 from hetcomp.frontend.onnx.parameters import Parameter
 from hetcomp.frontend.onnx.torch_ops import from_numpy
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
@@ -51,6 +53,11 @@ class OnnxCheckpoint(BaseCheckpoint):
                 names.append(name)
         return tuple(names)
 
+    def _groups(self, tensor: CheckpointTensor) -> Groups:
+        packed = self._parameters[tensor.name].packed
+        assert isinstance(packed, Packed) and tensor.quantised is not None
+        return packed.groups_of(self._file.numbers(tensor.quantised.part("groups"), None), tensor)
+
     @property
     def quantised(self) -> bool:
         """Whether any tensor is."""
@@ -78,7 +85,7 @@ class OnnxCheckpoint(BaseCheckpoint):
             made = [e for e in experts if isinstance(e, QuantisedNumbers)]
             return joined(made) if made else np.concatenate([e for e in experts if isinstance(e, np.ndarray)])
         parts = {name: self._file.numbers(part, at) for name, part in whole.quantised.parts}
-        return packed.decode(parts, whole.dtype) if isinstance(packed, Dequantised) else packed.decode(parts)
+        return packed.decode(parts, whole.dtype) if isinstance(packed, Dequantised) else packed.decode(parts, tensor)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:
         parameter, _, at = self._place(tensor, row)

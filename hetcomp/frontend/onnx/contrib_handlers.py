@@ -174,9 +174,7 @@ def packed_parameter(w: Writer, packed: Packed) -> Parameter:
 def _matmul_nbits(w: Writer, node: Node) -> fx.Node:
     refuse(node, weight_prepacked=(0,))
     shape = (int(node.attributes["N"]), int(node.attributes["K"]))
-    names = node.inputs[1], node.inputs[2], node.input(3)
-    if node.input(4):
-        raise NotComputable("has columns in an order of their own (g_idx), which hetcomp does not read from ONNX")
+    names = node.inputs[1], node.inputs[2], node.input(3), node.input(4)
     packed = Packed(shape, int(node.get("bits", 4)), int(node.attributes["block_size"]), *names)
     weight = w.placeholder(packed_parameter(w, packed))
     return product_with_bias(w, node, weight, node.input(5))

@@ -6,11 +6,12 @@ A row's codes lie one behind the other, the low half of a byte first; w = (code 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from hetcomp.frontend.act_order import Groups, scattered_groups
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.ir.plan import CheckpointTensor, Quantised
 from hetcomp.quantised_numbers import GROUPS, QuantisedNumbers, with_zero_points
@@ -24,7 +25,7 @@ _SCALES = {"F32": 32, "F16": 16, "BF16": 16}
 @dataclass(frozen=True)
 class Packed:
     """A matrix of ``shape`` [.., N, K] in blocks of ``block`` columns, by the names of what is stored for it. Without
-    ``zeros`` all zero points are half of the codes' range."""
+    ``zeros`` all zero points are half of the codes' range, without ``groups`` a block's columns lie together."""
 
     shape: tuple[int, ...]
     bits: int
@@ -32,6 +33,7 @@ class Packed:
     codes: str
     scales: str
     zeros: str = ""
+    groups: str = ""
 
     def described(self, name: str, tensors: Mapping[str, CheckpointTensor]) -> CheckpointTensor:
         """The tensor that it is, under ``name``. Raises NotComputable for sizes and types that contradict each other,
@@ -46,7 +48,10 @@ class Packed:
             zero_bits = self.bits if zeros.dtype == "U8" else _SCALES[zeros.dtype]
         label = f"ONNX int{self.bits}, blocks of {self.block}{'' if zeros is None else ', zero points'}"
         bits = self.bits + (_SCALES[scales.dtype] + zero_bits) / self.block
-        stored = Quantised("onnx", label, (1, self.block), parts, form, inexact, bits)
+        if self.groups:
+            parts = (*parts, ("groups", tensors[self.groups]))
+        ordered = bool(self.groups) and self._of_format(zeros)
+        stored = Quantised("onnx", label, (1, self.block), parts, form, inexact, bits, ordered)
         codes = tensors[self.codes]
         return CheckpointTensor(codes.file, name, codes.dtype, self.shape, codes.offset, codes.bytes, stored)
 
@@ -54,10 +59,14 @@ class Packed:
         """The weight format, and why it does not hold the numbers exactly, if so."""
         if not self._has_runs():
             return "q8", f"its groups are no runs of {_GROUP} columns"
-        if zeros is not None and (self.bits == 8 or zeros.dtype != "U8"):
+        if not self._of_format(zeros):
             return "q8", "its zero points are no whole numbers of 4 bits"
         inexact = "its scales are f32, those of the format fp16" if scales.dtype == "F32" else ""
         return "q8" if self.bits == 8 else "q4" if zeros is None else "q4z", inexact
+
+    def _of_format(self, zeros: CheckpointTensor | None) -> bool:
+        """Whether a weight format has such groups and zero points."""
+        return self._has_runs() and (zeros is None or (self.bits == 4 and zeros.dtype == "U8"))
 
     def _has_runs(self) -> bool:
         return self.block % _GROUP == 0 or self.block >= self.shape[-1]
@@ -76,6 +85,8 @@ class Packed:
         if self.zeros:
             as_numbers = count * self._blocks()
             wanted.append((self.zeros, ("U8", *_SCALES), {zeros, as_numbers}))
+        if self.groups:
+            wanted.append((self.groups, ("I32",), {columns, padded}))
         for name, dtypes, sizes in wanted:
             tensor = tensors.get(name)
             if tensor is None:
@@ -87,23 +98,41 @@ class Packed:
                     f"with {' or '.join(map(str, sorted(sizes)))} elements for a weight of shape {list(self.shape)}"
                 )
 
-    def decode(self, parts: Mapping[str, _Raw]) -> QuantisedNumbers | _Floats:
-        """The matrix, or one expert's, whose parts as they are stored these are."""
+    def groups_of(self, raw: _Raw, tensor: CheckpointTensor) -> Groups:
+        """Each column's block, as ``raw`` has it. Raises HetcompError if there are none such."""
+        return scattered_groups(raw, self.shape[-1], self.block, self._blocks(), tensor)
+
+    def decode(self, parts: Mapping[str, _Raw], tensor: CheckpointTensor) -> QuantisedNumbers | _Floats:
+        """The matrix ``tensor``, or one expert's, whose parts as they are stored these are; with columns brought into
+        runs where it says so."""
+        assert tensor.quantised is not None
         rows, columns = self.shape[-2:]
         codes = _unpacked(parts["codes"].reshape(-1), self.bits).reshape(rows, -1)[:, :columns]
         scales = _floats(parts["scales"]).reshape(rows, self._blocks())
         zeros = self._zeros(parts.get("zeros"), rows)
-        width = min(self.block, columns)
-        if self._has_runs() and (zeros is None or (self.bits == 4 and zeros.dtype == np.uint8)):
-            both = [scales] if zeros is None else [scales, zeros]
-            of_groups = [np.repeat(part, -(-width // _GROUP), axis=1)[:, : -(-columns // _GROUP)] for part in both]
-            if zeros is None:
-                return QuantisedNumbers("q4" if self.bits == 4 else "q8", codes, of_groups[0])
-            return with_zero_points(codes, *of_groups)
+        groups = self.groups_of(parts["groups"], tensor) if "groups" in parts else None
+        if groups is not None and tensor.quantised.act_order:
+            order = np.argsort(groups, kind="stable")
+            return replace(self._in_runs(codes[:, order], scales, zeros), order=order.astype(np.int32))
+        if groups is None and self._of_format(dict(tensor.quantised.parts).get("zeros")):
+            return self._in_runs(codes, scales, zeros)
+        if groups is None:
+            groups = np.arange(columns) // self.block
         middle = np.float32(1 << (self.bits - 1))
-        off = middle if zeros is None else np.repeat(zeros.astype(np.float32), self.block, axis=1)[:, :columns]
-        made: _Floats = (codes.astype(np.float32) - off) * np.repeat(scales, self.block, axis=1)[:, :columns]
+        off = middle if zeros is None else zeros.astype(np.float32)[:, groups]
+        made: _Floats = (codes.astype(np.float32) - off) * scales[:, groups]
         return made
+
+    def _in_runs(
+        self, codes: npt.NDArray[np.uint8], scales: _Floats, zeros: npt.NDArray[np.uint8] | _Floats | None
+    ) -> QuantisedNumbers:
+        columns = codes.shape[1]
+        width = min(self.block, columns)
+        both = [scales] if zeros is None else [scales, zeros]
+        of_groups = [np.repeat(part, -(-width // _GROUP), axis=1)[:, : -(-columns // _GROUP)] for part in both]
+        if zeros is None:
+            return QuantisedNumbers("q4" if self.bits == 4 else "q8", codes, of_groups[0])
+        return with_zero_points(codes, *of_groups)
 
     def _zeros(self, raw: _Raw | None, rows: int) -> npt.NDArray[np.uint8] | _Floats | None:
         """[rows, blocks]; rows of packed ones are padded to whole bytes."""

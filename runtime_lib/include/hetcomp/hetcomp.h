@@ -128,10 +128,17 @@ HETCOMP_EXPORT hetcomp_status hetcomp_model_stats(const hetcomp_model* model, ch
  * any), and of its pages the number (pages), on_node, elsewhere, absent (not in memory). Freed with
  * hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_numa_report(const hetcomp_model* model, char** json);
-/* How often each expert was chosen since the figures were set to zero, as the file that `hetcomp plan
- * --stats` reads: a JSON object with top_k, experts, layers, tokens and frequency ([layer][expert]). Only of
- * a model that was compiled with an expert cache; else HETCOMP_INVALID_ARGUMENT. Freed with hetcomp_free. */
+/* From the next step on it is counted how often each expert is chosen, by all tokens and by those of each
+ * session. A choice counts half of a new one once half_life more tokens (of the session) were counted; 0: as
+ * much as a new one, always; negative: nothing is counted any more. Layers whose experts lie on a GPU alone
+ * are left out: the CPU does not see their routing. */
+HETCOMP_EXPORT hetcomp_status hetcomp_model_count_experts(hetcomp_model* model, int64_t half_life);
+/* What was counted since then, or since the figures were set to zero, as the file that `hetcomp plan --stats`
+ * reads: a JSON object with top_k, experts, layers, tokens, half_life and frequency ([layer][expert]).
+ * HETCOMP_INVALID_ARGUMENT where nothing was. Freed with hetcomp_free. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_expert_statistics(const hetcomp_model* model, char** json);
+/* The same of one session, since it was created. */
+HETCOMP_EXPORT hetcomp_status hetcomp_session_expert_statistics(const hetcomp_session* session, char** json);
 /* Sets the figures of steps to zero. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_reset_stats(hetcomp_model* model);
 
@@ -143,8 +150,8 @@ typedef enum hetcomp_deferral {
   HETCOMP_DEFER_NONE = 2
 } hetcomp_deferral;
 
-/* From the model's next step on, of all its sessions; HETCOMP_DEFER_GENERATED when it is loaded. Without
- * effect on models that defer nothing. */
+/* From the model's next step on, of all its sessions; HETCOMP_DEFER_GENERATED when it is loaded. Models that
+ * defer nothing give the same with each; but with HETCOMP_DEFER_ALL no prompt streams experts to a GPU. */
 HETCOMP_EXPORT hetcomp_status hetcomp_model_set_deferral(hetcomp_model* model, hetcomp_deferral which);
 
 /* How one step routed its tokens, as the experts got it; valid during the callback. Layers whose experts lie

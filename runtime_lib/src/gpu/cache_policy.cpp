@@ -20,8 +20,7 @@ CachePolicy::CachePolicy(CacheRule rule, const std::vector<CachedLayer>& layers,
     const auto experts = static_cast<std::size_t>(shape.experts);
     layers_.push_back({shape, std::vector(experts, kNone),
                        std::vector(static_cast<std::size_t>(std::min(slots, shape.experts)), kNone),
-                       std::vector<std::int64_t>(experts), std::vector<double>(experts),
-                       std::vector<std::int64_t>(experts)});
+                       std::vector<std::int64_t>(experts), std::vector<double>(experts)});
     most_credit_ = std::max(most_credit_, shape.expert_bytes);
   }
 }
@@ -63,7 +62,6 @@ void CachePolicy::count(std::size_t layer, std::span<const std::int32_t> ids) {
     const auto e = static_cast<std::size_t>(ids[i]);
     l.used[e] = tick;
     l.uses[e] += use;
-    ++l.chosen[e];
   }
 }
 
@@ -169,10 +167,6 @@ void CachePolicy::arrived(bool all) {
     }
   }
   coming_.clear();
-}
-
-void CachePolicy::reset_chosen() {
-  for (Layer& layer : layers_) std::ranges::fill(layer.chosen, 0);
 }
 
 }  // namespace hetcomp::gpu

@@ -68,9 +68,6 @@ class CachePolicy {
   const CachedLayer& shape(std::size_t layer) const { return layers_[layer].shape; }
   // By expert: its slot, or kNone.
   std::span<const std::int32_t> slots(std::size_t layer) const { return layers_[layer].slot_of; }
-  // By expert: how often it was chosen since the last reset.
-  std::span<const std::int64_t> chosen(std::size_t layer) const { return layers_[layer].chosen; }
-  void reset_chosen();
 
  private:
   struct Layer {
@@ -79,7 +76,6 @@ class CachePolicy {
     std::vector<std::int32_t> held;     // by slot: an expert, also one that is on its way; or kNone
     std::vector<std::int64_t> used;     // by expert: tick of its last use
     std::vector<double> uses;           // by expert: decayed, in units that grow with time
-    std::vector<std::int64_t> chosen;
   };
   struct Swap {
     CacheArrival arrival;

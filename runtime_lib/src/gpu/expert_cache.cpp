@@ -33,8 +33,7 @@ ExpertCache::ExpertCache(const CudaDriver& driver, const GpuProgramRecord& progr
       copies_(copies),
       table_(driver, record_.layers.size() * record_.row_bytes, "the table of cached experts"),
       policy_(record_.rule, shapes(stream_record_), record_.slots, record_.bytes_per_step),
-      layer_of_(program.flags, kNoLayer),
-      tokens_seen_(record_.layers.size()) {
+      layer_of_(program.flags, kNoLayer) {
   for (std::size_t i = 0; i < stream_record_.layers.size(); ++i) {
     layer_of_[stream_record_.layers[i].hand_over] = i;
     exchanged_.push_back({shared.host(program.buffers[stream_record_.layers[i].ids].name),
@@ -120,7 +119,6 @@ void ExpertCache::count(std::uint32_t flag) {
   const std::size_t layer = layer_of_[flag];
   if (layer == kNoLayer) return;
   policy_.count(layer, choices(layer));
-  tokens_seen_[layer] += tokens_;
 }
 
 void ExpertCache::leave_to_cpu(std::uint32_t flag) {
@@ -173,18 +171,6 @@ void ExpertCache::end(bool streamed) noexcept {
   table_is_old_ = true;
 }
 
-void ExpertCache::reset_statistics() {
-  statistics_ = {};
-  std::ranges::fill(tokens_seen_, 0);
-  policy_.reset_chosen();
-}
-
-std::vector<LayerCounts> ExpertCache::counts() const {
-  std::vector<LayerCounts> layers;
-  for (std::size_t i = 0; i < policy_.layers(); ++i)
-    layers.push_back(
-        {stream_record_.layers[i].hand_over, policy_.shape(i).top_k, tokens_seen_[i], policy_.chosen(i)});
-  return layers;
-}
+void ExpertCache::reset_statistics() { statistics_ = {}; }
 
 }  // namespace hetcomp::gpu

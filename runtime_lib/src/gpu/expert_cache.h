@@ -14,7 +14,6 @@
 #include "device_memory.h"
 #include "expert_copies.h"
 #include "expert_sources.h"
-#include "expert_statistics.h"
 #include "program_buffers.h"
 #include "program_record.h"
 #include "shared_memory.h"
@@ -77,8 +76,6 @@ class ExpertCache {
   }
   const CacheStatistics& statistics() const { return statistics_; }
   void reset_statistics();
-  // Of each layer, since the last reset.
-  std::vector<LayerCounts> counts() const;
 
  private:
   static constexpr std::size_t kNoLayer = static_cast<std::size_t>(-1);
@@ -110,12 +107,11 @@ class ExpertCache {
   CacheStatistics statistics_;
   bool swaps_ = false;
   bool decode_ = false;
-  bool table_is_old_ = true;               // the GPU's
-  std::vector<CacheArrival> coming_;       // experts that are copied in this step
-  std::size_t begun_ = 0;                  // of decoding: so many of them
-  std::size_t taken_ = 0;                  // of those that stay in this step
-  std::int64_t tokens_ = 0;                // of the step; 0: none runs
-  std::vector<std::int64_t> tokens_seen_;  // by layer, since the last reset
+  bool table_is_old_ = true;          // the GPU's
+  std::vector<CacheArrival> coming_;  // experts that are copied in this step
+  std::size_t begun_ = 0;             // of decoding: so many of them
+  std::size_t taken_ = 0;             // of those that stay in this step
+  std::int64_t tokens_ = 0;           // of the step; 0: none runs
 };
 
 }  // namespace hetcomp::gpu

@@ -86,7 +86,7 @@ void ExpertStream::begin(std::int64_t tokens) {
   computed_ = kNobody;
   std::ranges::fill(slots_, Slot{});
   layers_[0].first_slot = 0;
-  layers_[0].lead_us = record_.rates.spine_us.at(static_cast<double>(tokens));
+  layers_[0].lead_us = record_.layers[0].spine_us.at(static_cast<double>(tokens));
   const std::size_t first = expect(0);
   send_with_step(1);
   copy_ahead(0, first);
@@ -292,8 +292,10 @@ std::size_t ExpertStream::decide(std::size_t index, const std::vector<std::int32
   for (const std::int32_t n : others)
     if (n > 0) resident_us += record_.rates.gpu_expert_us.at(n);
   const std::size_t least = layer.asked ? layer.copied : layer.order.size();
-  const auto [streamed, lead_us] = split(index, tokens, least, layer.copied, resident_us);
-  if (index + 1 < layers_.size()) layers_[index + 1].lead_us = lead_us;
+  const auto [streamed, link_free_us] = split(index, tokens, least, layer.copied, resident_us);
+  if (index + 1 < layers_.size())
+    layers_[index + 1].lead_us =
+        link_free_us + record_.layers[index + 1].spine_us.at(static_cast<double>(tokens_));
   // Which come first is all the same to the GPU; neighbours in memory are copied together.
   std::sort(layer.order.begin() + static_cast<std::ptrdiff_t>(layer.copied),
             layer.order.begin() + static_cast<std::ptrdiff_t>(streamed));

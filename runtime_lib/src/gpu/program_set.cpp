@@ -171,14 +171,6 @@ CacheStatistics ProgramSet::cache_statistics() const {
   return all;
 }
 
-std::string ProgramSet::expert_statistics_json() const {
-  std::vector<LayerCounts> layers;
-  for (const auto& program : programs_)
-    if (const ExpertCache* const cache = program->expert_cache(); cache != nullptr)
-      std::ranges::copy(cache->counts(), std::back_inserter(layers));
-  return gpu::expert_statistics_json(std::move(layers));
-}
-
 void ProgramSet::reset_statistics() {
   for (const auto& program : programs_) {
     if (ExpertStream* const experts = program->expert_stream(); experts != nullptr)

@@ -78,8 +78,6 @@ class ProgramSet {
   std::uint64_t weight_bytes() const;
   StreamStatistics stream_statistics() const;
   CacheStatistics cache_statistics() const;
-  // As a file of the compiler. There must be a cache.
-  std::string expert_statistics_json() const;
   void reset_statistics();
 
   // Whether steps take the times of what GPUs do from the next one on, which makes them longer; see

@@ -41,8 +41,7 @@ StreamRates stream_rates(const CheckedJson& node) {
   if (!(link > 0 && link < 1e6)) node["link_gb_per_s"].refuse("a bandwidth");
   const double joint = node["joint_gb_per_s"].real();
   if (!(joint >= link && joint < 1e6)) node["joint_gb_per_s"].refuse("a bandwidth, no less than the link's");
-  return {link * 1e3, joint * 1e3, time_curve(node["cpu_expert_us"]), time_curve(node["gpu_expert_us"]),
-          time_curve(node["spine_us"])};
+  return {link * 1e3, joint * 1e3, time_curve(node["cpu_expert_us"]), time_curve(node["gpu_expert_us"])};
 }
 
 ExpertSource expert_source(const CheckedJson& node, std::int32_t experts, std::set<std::int32_t>& seen) {
@@ -86,6 +85,7 @@ StreamLayer stream_layer(const CheckedJson& node, const std::vector<BufferRecord
                     static_cast<std::uint32_t>(node["waves"].number(1, kMostWaves)),
                     first_layer ? 0 : record.waves(),
                     first_layer ? 1 : record.rows(),
+                    time_curve(node["spine_us"]),
                     {}};
   if (layer.waves > kMostWaves - layer.first_wave)
     node["waves"].refuse("so few that all layers have at most " + std::to_string(kMostWaves));

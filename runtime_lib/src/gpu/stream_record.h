@@ -41,6 +41,8 @@ struct StreamLayer {
   std::uint32_t waves;       // groups of experts that are computed one after the other
   std::uint32_t first_wave;  // in the count of all layers' waves
   std::size_t row;           // of the tables: of the first wave
+  // What GPUs do between the layer before and this one's routing, in a step of so many tokens.
+  TimeCurve spine_us;
   std::vector<StreamOperand> operands;
 };
 

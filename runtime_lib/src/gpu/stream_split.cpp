@@ -7,12 +7,24 @@
 namespace hetcomp::gpu {
 namespace {
 
-// The CPU's experts take so much longer beside copies: while both want more than the memory gives, each gets
-// its part in proportion, as in the planner's simulation (passes/lane_engine.py). copied, read: bytes of
-// experts.
-double shared_memory_us(double cpu_us, double copied, double read, const StreamRates& rates) {
-  const double beside = std::min(copied, cpu_us * rates.link_bytes_per_us);
-  return std::max(0.0, (read + beside) / rates.joint_bytes_per_us - cpu_us);
+// How much longer the CPU's experts and the copies take for each other's sake, as in the planner's
+// simulation: passes/memory_contention.py says by what measurements.
+struct BothAtOnce {
+  double cpu_us = 0;
+  double copies_us = 0;
+};
+
+// While the CPU computes experts that take it cpu_us alone, of `read` bytes, and `copied` bytes are copied
+// beside them or behind.
+BothAtOnce beside_copies(double cpu_us, double copied, double read, const StreamRates& rates) {
+  if (cpu_us == 0 || copied == 0) return {};
+  constexpr double kReads = 0.5, kCopies = 1.05;
+  const double joint = rates.joint_bytes_per_us, reads = read / cpu_us;
+  const double both_us = std::min(cpu_us, copied / rates.link_bytes_per_us);
+  const double part = std::min(1.0, reads / joint);
+  const double least = (reads + rates.link_bytes_per_us) / joint;
+  return {(std::max(1.0 + kReads * part * (1.0 - part), least) - 1.0) * both_us,
+          (std::max(reads > 0 ? kCopies : 1.0, least) - 1.0) * both_us};
 }
 
 }  // namespace
@@ -29,7 +41,6 @@ double TimeCurve::at(double tokens) const {
 
 Split split_experts(const SplitInput& input, const StreamRates& rates) {
   const std::size_t most = std::min(input.tokens.size(), input.most);
-  const double spine = rates.spine_us.at(static_cast<double>(input.step_tokens));
   // One direction of what a layer's experts on the CPU cost beside their work: their input, or their sum.
   const double exchange =
       static_cast<double>(input.step_tokens) * input.activation_bytes / rates.link_bytes_per_us;
@@ -43,24 +54,25 @@ Split split_experts(const SplitInput& input, const StreamRates& rates) {
   }
   double gpu = input.resident_us;
   double best_us = std::numeric_limits<double>::infinity();
-  Split best{input.copied, spine};
+  Split best{input.copied, 0.0};
   for (std::size_t n = 0; n <= most; ++n) {
     if (n > 0 && input.tokens[n - 1] > 0) gpu += rates.gpu_expert_us.at(input.tokens[n - 1]);
     if (n < std::min(input.copied, most)) continue;
     const double shared = cpu_us[n] > 0 ? exchange : 0.0;
-    const double slowed =
-        shared_memory_us(cpu_us[n], static_cast<double>(n) * input.expert_bytes, read[n], rates);
+    const BothAtOnce beside =
+        beside_copies(cpu_us[n], static_cast<double>(n) * input.expert_bytes, read[n], rates);
     const double copies =
-        std::max(0.0, static_cast<double>(n) * copy - input.lead_us) + shared + (n > 0 ? slowed : 0.0);
+        std::max(0.0, static_cast<double>(n) * copy - input.lead_us) + shared + beside.copies_us;
     // What has no slot is copied when the GPU has come to those that have: the layer's first slots are free.
     const double late =
         n > input.slots ? input.resident_us + static_cast<double>(n - input.slots) * copy : 0.0;
     const double link = std::max(copies, late);
-    const double compute = 2 * shared + std::max(gpu, cpu_us[n] + slowed);
+    // The sum comes over half of the link where copies have the other.
+    const double compute = (n > 0 ? 3 : 2) * shared + std::max(gpu, cpu_us[n] + beside.cpu_us);
     // Of equals the one that copies most: the CPU is free for others.
     if (const double us = std::max(link, compute); us <= best_us) {
       best_us = us;
-      best = {n, us - link + spine};
+      best = {n, us - link};
     }
   }
   return best;

@@ -26,7 +26,6 @@ struct StreamRates {
   double joint_bytes_per_us;  // what the host's memory gives to the CPU and to the copies together
   TimeCurve cpu_expert_us;    // an expert of so many tokens, while nothing is copied
   TimeCurve gpu_expert_us;
-  TimeCurve spine_us;  // what the GPU does in a layer besides experts, in a step of so many tokens
 };
 
 struct SplitInput {
@@ -42,13 +41,12 @@ struct SplitInput {
 };
 
 struct Split {
-  std::size_t copied;  // experts, from the first on
-  double lead_us;      // from the last of these copies until the next layer's routing is known
+  std::size_t copied;   // experts, from the first on
+  double link_free_us;  // so long before the layer is done these copies are
 };
 
-// The number of copies with which a layer is done first; what the link does before the next layer's routing
-// is known is the next layer's lead. It depends on nothing but its arguments, on no clock: a prompt gets the
-// same numbers each time.
+// The number of copies with which a layer is done first; the link is free for the next layer's before that.
+// It depends on nothing but its arguments, on no clock: a prompt gets the same numbers each time.
 Split split_experts(const SplitInput& input, const StreamRates& rates);
 
 // Of a ring of two waves, how many slots copies leave free that are made before the layer's routing is known:
