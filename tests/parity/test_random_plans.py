@@ -34,7 +34,7 @@ from tests.reference.random_plans import CONTEXT, RandomPlan, draw
 from tests.reference.tiny_models import save_tiny
 
 STEPS = 8
-# Of each family one, with deferral and without, a cache, two GPUs, and two nodes.
+# Deferral; what is refused; a cache on two GPUs beside two nodes; streams alone on two GPUs. Each family.
 QUICK = (6, 8, 12, 22)
 PLANS = [
     pytest.param(plan, marks=[] if plan.seed in QUICK else pytest.mark.exhaustive, id=str(plan))
