@@ -2,7 +2,7 @@
 
 tests/reference/random_plans.py says what is drawn. Each row of logits must be that of transformers, of tokens that
 defer that of deferral's definition, whatever came before: prompts and batches in any order, sequences that are cut and
-fed again. A seed draws the same plan and the same steps again: `pytest "tests/parity/test_random_plans.py" -k "[7-"`.
+fed again. A seed, the number in a test's id, draws the same plan and steps again: `-k 7-gpt_oss`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.reference.random_plans import CONTEXT, RandomPlan, draw
 from tests.reference.tiny_models import save_tiny
 
 STEPS = 8
-# Of each family one, with deferral and without, a cache, two GPUs, and two nodes.
+# Deferral; what is refused; a cache on two GPUs beside two nodes; streams alone on two GPUs. Each family.
 QUICK = (6, 8, 12, 22)
 PLANS = [
     pytest.param(plan, marks=[] if plan.seed in QUICK else pytest.mark.exhaustive, id=str(plan))
