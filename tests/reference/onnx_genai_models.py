@@ -365,6 +365,11 @@ class Builder:
         product = self.node(f"{base}/Mul", "Mul", [silu, up])
         return self.linear(f"{base}/down_proj", product, self.weights[f"{module}.down_proj.weight"])
 
+    def normalised(self) -> bool:
+        """Whether the chosen experts' weights add up to one; GPT-OSS and Qwen3.5 have no option for it."""
+        always = self.config.model_type in ("gpt_oss", "qwen3_5_moe_text")
+        return always or bool(getattr(self.config, "norm_topk_prob", False))
+
     def moe(self, layer: int, x: str) -> str:
         """Gate and up rows in turn, as onnxruntime's CPU kernels need them."""
         module, base = f"model.layers.{layer}.mlp", f"/model/layers.{layer}/moe"
@@ -391,7 +396,7 @@ class Builder:
             attributes |= {"activation_type": kinds.get(self.config.hidden_act, self.config.hidden_act)}
             attributes |= {"swiglu_fusion": 0}
         attributes["use_sparse_mixer"] = int(self.config.model_type == "phimoe")
-        attributes["normalize_routing_weights"] = int(gpt_oss or getattr(self.config, "norm_topk_prob", False))
+        attributes["normalize_routing_weights"] = int(self.normalised())
         if gpt_oss:
             attributes |= {"activation_alpha": 1.702, "activation_beta": 1.0, "swiglu_limit": 7.0}
             biases = [

@@ -1,5 +1,5 @@
-"""ONNX graphs of a tiny Qwen3.5: layers of linear and of full attention, as onnxruntime-genai's builder writes them
-(0.18, src/python/py/models/builders/qwen.py), and in the other forms that such layers come in."""
+"""ONNX graphs of a tiny Qwen3.5, dense or with experts: layers of linear and of full attention, as onnxruntime-genai's
+builder writes them (0.18, src/python/py/models/builders/qwen.py), and in the other forms that such layers come in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 import torch
 from onnx import helper
+from transformers import PreTrainedModel
 from transformers.models.qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 
 from tests.reference.onnx_genai_models import MICROSOFT, Builder, Choices
 
@@ -20,13 +22,20 @@ from tests.reference.onnx_genai_models import MICROSOFT, Builder, Choices
 FORMS = ("genai", "net", "packed", "plain", "onnx", "apart")
 
 
-def model(layers: tuple[str, ...] = ("linear_attention", "full_attention", "linear_attention")) -> Qwen3_5ForCausalLM:
-    """In float32. Weights are drawn so that heads of values stay long: their norm would make rounding errors of others
-    large."""
-    config = Qwen3_5TextConfig(
+def model(
+    layers: tuple[str, ...] = ("linear_attention", "full_attention", "linear_attention"), experts: int = 0
+) -> PreTrainedModel:
+    """In float32; with routed experts (two of them for a token) and a shared one behind a gate. Weights are drawn so
+    that heads of values stay long: their norm would make rounding errors of others large."""
+    kind, of = (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM) if experts else (Qwen3_5TextConfig, Qwen3_5ForCausalLM)
+    sizes = {"intermediate_size": 96}
+    if experts:
+        sizes = {"num_experts": experts, "num_experts_per_tok": 2}
+        sizes |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+    config = kind(
         vocab_size=256,
         hidden_size=64,
-        intermediate_size=96,
+        **sizes,
         num_hidden_layers=len(layers),
         layer_types=list(layers),
         num_attention_heads=4,
@@ -46,12 +55,13 @@ def model(layers: tuple[str, ...] = ("linear_attention", "full_attention", "line
             "mrope_interleaved": True,
         },
         attn_implementation="eager",
+        experts_implementation="eager",
     )
     torch.manual_seed(3)
-    made = Qwen3_5ForCausalLM(config).eval()
+    made = of(config).eval()
     for name, parameter in made.named_parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else parameter.shape[1] ** -0.5)
+        if parameter.dim() == 2 or ".experts." in name:
+            torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
         elif name.endswith("norm.weight") or name.endswith("dt_bias"):
             torch.nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.1)
     return made
@@ -62,8 +72,8 @@ class LinearAttentionBuilder(Builder):
 
     positions = (3, "batch_size", "sequence_length")
 
-    def __init__(self, of: Qwen3_5ForCausalLM, form: str, attributes: dict[str, Any]) -> None:
-        super().__init__(of, Choices(rotary=False, sized=False))
+    def __init__(self, of: PreTrainedModel, form: str, attributes: dict[str, Any], bits: int = 32) -> None:
+        super().__init__(of, Choices(rotary=False, sized=False, bits=bits))
         self.form, self.extra = form, attributes
         self.opset = 27 if form == "onnx" else 21
         c = of.config
@@ -95,6 +105,18 @@ class LinearAttentionBuilder(Builder):
 
     def attention(self, layer: int, x: str) -> str:
         return self.delta_net(layer, x) if self.linear_layer(layer) else self.gated_attention(layer, x)
+
+    def moe(self, layer: int, x: str) -> str:
+        """Routed experts and the shared one, which has a gate of its own."""
+        module, base = f"model.layers.{layer}.mlp", f"/model/layers.{layer}/shared_expert"
+        weights = {n: self.weights[f"{module}.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")}
+        gate, up = (self.linear(f"{base}/{n}_proj", x, weights[n]) for n in ("gate", "up"))
+        gate = self.node(f"{base}/act/Mul", "Mul", [gate, self.node(f"{base}/act/Sigmoid", "Sigmoid", [gate])])
+        made = self.linear(f"{base}/down_proj", self.node(f"{base}/Mul", "Mul", [gate, up]), weights["down"])
+        opened = self.linear(f"{base}_gate", x, self.weights[f"{module}.shared_expert_gate.weight"])
+        opened = self.node(f"{base}_gate/Sigmoid", "Sigmoid", [opened])
+        made = self.node(f"{base}_gate/Mul", "Mul", [made, opened])
+        return self.node(f"/model/layers.{layer}/moe/Add", "Add", [super().moe(layer, x), made])
 
     # ------------------------------------------------ full attention
 
@@ -242,7 +264,7 @@ class LinearAttentionBuilder(Builder):
         return self.node(f"{base}/decay", "Mul", [scale, soft]), self.node(f"{base}/beta", "Sigmoid", [b])
 
 
-def write(path: Path, of: Qwen3_5ForCausalLM, form: str, **attributes: Any) -> Path:
-    """Writes ``of`` in one of FORMS; ``attributes`` are those of its linear attention."""
-    onnx.save(LinearAttentionBuilder(of, form, attributes).build(), path)
+def write(path: Path, of: PreTrainedModel, form: str, bits: int = 32, **attributes: Any) -> Path:
+    """Writes ``of`` in one of FORMS; ``attributes`` are those of its linear attention. bits: of a weight."""
+    onnx.save(LinearAttentionBuilder(of, form, attributes, bits).build(), path)
     return path

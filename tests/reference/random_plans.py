@@ -51,7 +51,7 @@ class RandomPlan:
     max_batch: int
 
     def __str__(self) -> str:
-        what = f"defer{self.deferral}" if self.deferral else self.cache
+        what = f"defer{self.deferral}-{self.cache}" if self.deferral else self.cache
         return f"{self.seed}-{self.family}-{what}-{','.join(self.homes)}"
 
     @property

@@ -65,6 +65,23 @@ def test_logits_are_transformers(model, written):
     assert onnx_models.relative_error(onnx_models.interpreted_logits(got, IDS, 5), want) < 1e-5
 
 
+@pytest.mark.parametrize(("bits", "op"), [(32, "MoE"), (4, "QMoE")])
+def test_qwen3_5_with_routed_experts_and_a_shared_one(bits, op, tmp_path):
+    """As genai writes it, against onnxruntime; in floats, with the epsilon of queries and keys, transformers, too."""
+    made = models.model(("linear_attention", "full_attention"), experts=6)
+    path = models.write(tmp_path / "m.onnx", made, "genai" if bits == 4 else "plain", bits)
+    assert op in {node.op_type for node in onnx.load(path).graph.node}
+    got = frontend.load(path, **BOUNDS)
+    assert got.unused == ()
+    assert len(kinds(got, "moe_experts")) == 1 and {a.top_k for a in kinds(got, "route")} == {2}
+    logits = onnx_models.interpreted_logits(got, IDS, 5)
+    assert onnx_models.relative_error(logits, onnx_models.reference_logits(path, IDS, 5, 16)) < 1e-5
+    if bits == 32:
+        with torch.no_grad():
+            want = made(torch.tensor([IDS]), use_cache=False).logits[0].numpy()
+        assert onnx_models.relative_error(logits, want) < 1e-5
+
+
 @pytest.mark.parametrize(("form", "eps"), [("genai", 1e-30), ("plain", 1e-6), ("onnx", 1e-6), ("net", 1e-12)])
 def test_one_op_has_norms_and_gates_inside(form, eps, written):
     _, got = written(form)
