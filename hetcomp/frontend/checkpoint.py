@@ -90,7 +90,7 @@ class BaseCheckpoint(ABC):
         return self._settled[parts.names]
 
     def _groups(self, tensor: CheckpointTensor) -> Groups:
-        """Of the columns of a quantised tensor that may have them scattered."""
+        """Of the columns of a quantised tensor marked ``act_order``; checkpoints that mark none do without."""
         raise NotImplementedError
 
     def _view(self, value: Value, tensors: tuple[CheckpointTensor, ...]) -> WeightSource:
