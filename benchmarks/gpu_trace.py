@@ -46,17 +46,14 @@ def memory_left(gigabytes: float) -> Iterator[None]:
 
 
 def measure(record: Record, exe: Executable, ids: Sequence[int], tokens: int, traced: bool) -> list[TracedStep]:
-    """A prompt and decoding behind it; the steps, if they were traced."""
-    with traced_steps(exe.runtime) if traced else nullcontext([]) as steps, exe.runtime.session() as session:
+    """A prompt and what the model says behind it; the steps, if they were traced."""
+    with traced_steps(exe.runtime) if traced else nullcontext([]) as steps:
         start = time.perf_counter()
-        session.prefill(list(ids))
+        generated = exe.generate(list(ids), max_new_tokens=tokens + 1, ignore_eos=True)
+        stamps = [time.perf_counter() for _ in generated]
         how = " traced" if traced else ""
-        record.add(f"prefill{how}", "tok/s", len(ids) / (time.perf_counter() - start))
-        times = []
-        for token in ids[:tokens]:
-            start = time.perf_counter()
-            exe.runtime.decode([session], [token])
-            times.append((time.perf_counter() - start) * 1e3)
+        record.add(f"prefill{how}", "tok/s", len(ids) / (stamps[0] - start))
+        times = [(after - before) * 1e3 for before, after in pairwise(stamps)]
         record.add(f"decode{how}", "ms", undisturbed(times, {})[0], higher_is_better=False)
     return steps
 

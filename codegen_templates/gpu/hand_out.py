@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from hetcomp.codegen_templates.gpu.flags import await_flag, raise_flag
 from hetcomp.codegen_templates.gpu.rowwise import beyond
 
 
@@ -38,6 +39,63 @@ def hand_out(
             choice = row.to(tl.int64) * TOP_K + k
             tl.store(ids_out + choice, tl.load(ids + choice, mask=k < TOP_K), mask=k < TOP_K)
             tl.store(weights_out + choice, tl.load(weights + choice, mask=k < TOP_K), mask=k < TOP_K)
+
+
+@triton.jit
+def ask(
+    x,
+    ids,
+    weights,
+    before,
+    x_out,
+    ids_out,
+    weights_out,
+    asks,
+    NUMBERS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    CHOICES_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x f32[NUMBERS], ids i32[CHOICES] and weights f32[CHOICES] of a step's rows to their places, when the flag
+    ``before`` (where given) says that the CPU has read what is there; then raises the flag ``asks``. One program."""
+    k = tl.arange(0, CHOICES_PADDED)
+    chosen, factors = tl.load(ids + k, mask=k < CHOICES), tl.load(weights + k, mask=k < CHOICES)
+    if before is not None:
+        await_flag(before)
+    tl.store(ids_out + k, chosen, mask=k < CHOICES)
+    tl.store(weights_out + k, factors, mask=k < CHOICES)
+    for first in range(0, NUMBERS, BLOCK):
+        n = first + tl.arange(0, BLOCK)
+        tl.store(x_out + n, tl.load(x + n, mask=n < NUMBERS), mask=n < NUMBERS)
+    raise_flag(asks)
+
+
+@triton.jit
+def add_missing(
+    here,
+    there,
+    ids,
+    places,
+    answers,
+    total,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """total = here, and of rows with a choice that is not among ``places`` (i32 of each expert, -1: not) + there, when
+    the flag ``answers`` is raised; f32[rows, WIDTH]. Grid: (rows, column blocks)."""
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at = row * WIDTH + n
+    sums = tl.load(here + at, mask=n < WIDTH)
+    k = tl.arange(0, TOP_K_PADDED)
+    chosen = tl.load(ids + row * TOP_K + k, mask=k < TOP_K, other=0)
+    missing = tl.min(tl.load(places + chosen, mask=k < TOP_K, other=0), 0) < 0
+    if missing:
+        await_flag(answers)
+        sums += tl.load(there + at, mask=n < WIDTH)
+    tl.store(total + at, sums, mask=n < WIDTH)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ from hetcomp.ir.cpu_side import CpuTemplate, cpu_templates
 from hetcomp.ir.deferral import deferrals
 from hetcomp.ir.hand_overs import HandOver, hand_overs
 from hetcomp.ir.homes import CPU
+from hetcomp.ir.node_parts import gpu_part
 from hetcomp.ir.plan import Op, Plan, Template
 
 # What the CPU's experts get and give, by the op's operand; and the one value of a transfer.
@@ -27,12 +28,20 @@ class PinnedBuffer:
 
 @dataclass(frozen=True)
 class Exchange:
-    """``buffers`` by name; ``carriers``: by hand-over and part, the name of the buffer that carries it."""
+    """``buffers`` by name; ``carriers``: by hand-over and part, the name of the buffer that carries it. ``optional``:
+    flags of hand-overs that are answered by nothing but zeros for tokens whose experts are all on the GPU: these need
+    not be awaited."""
 
     sides: Mapping[str, CpuTemplate]
     hand_overs: tuple[HandOver, ...]
     buffers: Mapping[str, PinnedBuffer]
     carriers: Mapping[tuple[int, str], str]
+    optional: frozenset[int]
+
+    def before(self, hand_over: HandOver) -> int | None:
+        """The flag of the one whose experts' input was in the same buffers before, if nobody may have awaited it."""
+        earlier = [h.flag for h in self.hand_overs[: hand_over.flag] if h.answered]
+        return earlier[-1] if earlier and earlier[-1] in self.optional else None
 
     def buffer(self, hand_over: HandOver, part: str) -> PinnedBuffer:
         """The buffer of one part of a hand-over."""
@@ -61,6 +70,7 @@ class Exchange:
         found = hand_overs(plan)
         buffers: dict[str, PinnedBuffer] = {}
         carriers: dict[tuple[int, str], str] = {}
+        optional: set[int] = set()
         deferring, turn = bool(deferrals(plan)), 0
         for hand_over in found:
             template = plan.template(plan.calls[hand_over.call].template)
@@ -68,10 +78,18 @@ class Exchange:
             # While the CPU computes what a layer deferred, the GPU may hand out the next layer's input.
             turn += hand_over.answered
             suffix = f"_{turn % 2}" if deferring else ""
+            if hand_over.answered and not deferring and _some_on_gpu(plan, hand_over, op):
+                optional.add(hand_over.flag)
             for part, buffer in _parts(hand_over, op, template, plan.max_dims(), suffix).items():
                 buffers.setdefault(buffer.name, buffer)
                 carriers[hand_over.flag, part] = buffer.name
-        return Exchange(cpu_templates(plan), found, buffers, carriers)
+        return Exchange(cpu_templates(plan), found, buffers, carriers, frozenset(optional))
+
+
+def _some_on_gpu(plan: Plan, hand_over: HandOver, op: Op) -> bool:
+    if plan.expert_cache is not None:
+        return True
+    return gpu_part(op, dict(plan.calls[hand_over.call].placements)[op.id]) is not None
 
 
 def _parts(

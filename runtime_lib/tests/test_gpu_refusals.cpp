@@ -348,5 +348,32 @@ TEST_F(GpuRefusals, HandOvers) {
   expect_bad_program("the program has no flags", [](Json& p) { p["flags"] = 0; });
 }
 
+TEST_F(GpuRefusals, HandOversOfKernels) {
+  const auto flag = [](int number, const char* from, const char* to) {
+    return Json{{"flag", number}, {"from", from}, {"to", to}};
+  };
+  expect_bad_argument(0, "flag", [&](Json& a) { a = flag(3, "cpu", "gpu:0"); });
+  expect_bad_argument(0, "from or to gpu:0", [&](Json& a) { a = flag(0, "gpu:1", "cpu"); });
+  expect_bad_argument(2, "a i32, for the kernel's argument n", [&](Json& a) { a = flag(0, "cpu", "gpu:0"); });
+  expect_bad_program("nodes[1].hand_over must be the only one of its flag",
+                     [&](Json& p) { p["graphs"][0]["nodes"][0]["arguments"][0] = flag(0, "gpu:0", "cpu"); });
+  expect_bad_argument(0, "nodes[0].arguments must be after the hand-over of the same flag",
+                      [&](Json& a) { a = flag(0, "cpu", "gpu:0"); });
+  Json program = artifact_.read("program.json");
+  Json& nodes = program["graphs"][0]["nodes"];
+  nodes[4]["arguments"][0] = flag(0, "cpu", "gpu:0");  // once more, behind the asking
+  artifact_.write("program.json", program);
+  const CudaDriver driver(FAKE_CUDA);
+  EXPECT_NO_THROW(ProgramSet(driver, artifact_.path(), FakeGpuArtifact::programs(), {}));
+  for (const int node : {1, 3}) {  // nobody asks
+    const Json after = nodes[node]["after"];
+    nodes[node] = nodes[0];
+    nodes[node]["after"] = after;
+  }
+  artifact_.write("program.json", program);
+  expect_load_error(HETCOMP_BAD_ARTIFACT,
+                    {"hand-over 0 of batch size", "awaited from the CPU, which is not asked"});
+}
+
 }  // namespace
 }  // namespace hetcomp::gpu

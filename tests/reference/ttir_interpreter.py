@@ -20,7 +20,7 @@ from triton.compiler.compiler import ASTSource, make_backend
 
 from hetcomp.backends.gpu.kernels import GpuKernel
 from tests.reference.ttir_frame import Frame, Launch, Step, lanes_where, merged, of_lanes
-from tests.reference.ttir_memory import load, store
+from tests.reference.ttir_memory import hand_over, load, store
 from tests.reference.ttir_operations import MAKERS, Array, constant, full, overflows
 from tests.reference.ttir_text import Block, Function, Operation, read_function
 
@@ -84,6 +84,7 @@ class _Program:
             "tt.scan": self._scan,
             "tt.load": load,
             "tt.store": store,
+            "tt.elementwise_inline_asm": hand_over,
             "tt.get_program_id": _program_id,
             "tt.get_num_programs": _program_count,
         }

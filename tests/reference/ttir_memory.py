@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,30 @@ def store(operation: Operation) -> Step:
         at, new, where = (np.ascontiguousarray(a) for a in (at, new, where))
         _check("writes", at, where, type_.bytes, launch.memory)
         memory_access.store(at.view(np.uint64), new.view(stored), where)
+
+    return run
+
+
+def hand_over(operation: Operation) -> Step:
+    """The assembly by which kernels await and raise flags (codegen_templates/gpu/flags.py): x86 keeps the order of what
+    is written, and of what is read."""
+    (name,), (pointer,) = operation.results, operation.operands
+    raises = "st.relaxed.sys" in operation.attributes
+    if not raises and "ld.acquire.sys" not in operation.attributes:
+        raise ValueError(f"assembly that the interpreter does not know: {operation.attributes}")
+
+    def run(frame: Frame, launch: Launch) -> None:
+        at = np.ascontiguousarray(frame[pointer])
+        everywhere = np.ones(at.shape, np.bool_)
+        _check("awaits or raises a flag", at, everywhere, 4, launch.memory)
+        if raises:
+            memory_access.store(at.view(np.uint64), np.ones(at.shape, np.uint32), everywhere)
+            frame[name] = np.ones(1, np.int32)
+        else:
+            time.sleep(0)  # whoever raises it may need Python
+            nothing = np.zeros(at.shape, np.uint32)
+            found = memory_access.load(at.view(np.uint64), everywhere, nothing, np.dtype(np.uint32))
+            frame[name] = found.view(np.int32)
 
     return run
 

@@ -72,6 +72,17 @@ def flags_of(graph, direction: str) -> list[int]:
     return [h["flag"] for h in handed if h["to"] == direction]
 
 
+def flags_of_kernels(graph) -> list[tuple[str, list[int], list[tuple[str, str]]]]:
+    """Of those that hand over by themselves: function, and the flags' numbers and ends."""
+    found = []
+    for node in graph.nodes:
+        flags = [a for a in node.get("arguments", ()) if "flag" in a]
+        if flags:
+            function = graph.kernels[node["kernel"]].function
+            found.append((function, [f["flag"] for f in flags], [(f["from"], f["to"]) for f in flags]))
+    return found
+
+
 @pytest.mark.parametrize("pins", [EXPERTS_ON_CPU, SOME_LAYERS_ON_CPU])
 def test_every_graph_asks_and_awaits_every_hand_over_once_in_the_cpus_order(pins):
     (program,) = lower_programs(planned(pins).plan)
@@ -203,6 +214,31 @@ def test_an_edited_plan_is_compiled_as_it_stands(experts_on_cpu, tmp_path):
     again = replay(path, experts_on_cpu.imported.plan, experts_on_cpu.context)
     (program,) = lower_programs(again)
     assert len(program.constants) == 128
+
+
+def test_steps_of_decoding_wait_only_where_a_choice_is_on_the_cpu(experts_on_cpu):
+    (program,) = lower_programs(split_experts(experts_on_cpu).plan)
+    flags = [h.flag for h in program.exchange.hand_overs]
+    assert program.exchange.optional == set(flags) and len(flags) > 2
+    asked, answered = ("gpu:0", "cpu"), ("cpu", "gpu:0")
+    want = [("ask", [0], [asked]), ("add_missing", [0], [answered])]
+    for flag in flags[1:]:  # whose input is where the one before had its own
+        want += [("ask", [flag - 1, flag], [answered, asked]), ("add_missing", [flag], [answered])]
+    exact = [graph for graph in program.graphs if graph.rows.exact]
+    assert exact
+    for graph in exact:
+        assert flags_of_kernels(graph) == want
+        assert flags_of(graph, "cpu") == flags_of(graph, "gpu:0") == []
+    for graph in program.graphs:
+        if not graph.rows.exact:
+            assert flags_of_kernels(graph) == []
+            assert set(flags) <= set(flags_of(graph, "cpu"))
+
+
+def test_what_always_has_an_answer_is_awaited_by_the_graph(experts_on_cpu):
+    (program,) = lower_programs(experts_on_cpu.plan)
+    assert program.exchange.hand_overs and not program.exchange.optional
+    assert all(flags_of_kernels(graph) == [] for graph in program.graphs)
 
 
 LAYERS_ON_TWO = ("embed=gpu:0", "*@0-2=gpu:0", "*@3-5=gpu:1", "final_norm=gpu:1", "lm_head=gpu:1")

@@ -64,10 +64,11 @@ class Operand:
     of a row each, ``adapters`` and ``logit_adapters`` likewise (the slot of a row's adapter, -1: none), ``rows`` i32[1]
     (tokens), ``logit_row_count`` i32[1]. ``slot_blocks``: the number i32 of blocks that
     a slot of the KV cache has. ``adapters``: ``pairs`` or ``pair_table`` by ``name`` (hetcomp.backends.gpu.low_rank).
-    Pointers are multiples of 16 bytes.
+    ``raises``, ``awaits``: the flag number ``index`` to and from the side ``name``, i32[1]. Pointers are multiples of
+    16 bytes.
     """
 
-    source: Literal["input", "output", "workspace", "step", "slot_blocks", "adapters"]
+    source: Literal["input", "output", "workspace", "step", "slot_blocks", "adapters", "raises", "awaits"]
     index: int = 0
     name: str = ""
     offset: int = 0

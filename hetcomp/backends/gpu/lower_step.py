@@ -14,7 +14,7 @@ from hetcomp.backends.gpu.expert_cache import CACHE_TABLE, CachedLayer, CacheLay
 from hetcomp.backends.gpu.expert_stream import TABLES, StreamedLayer, StreamLayout
 from hetcomp.backends.gpu.experts import combined_experts, entries_type, rounded_rows, wave_of_experts
 from hetcomp.backends.gpu.groups import GpuGroup, group_ops
-from hetcomp.backends.gpu.hand_out import add_parts, add_sums, hand_out
+from hetcomp.backends.gpu.hand_out import add_missing, add_parts, add_sums, ask, hand_out
 from hetcomp.backends.gpu.kernels import GpuCode, GpuKernel, GpuRequest, Launch, Operand
 from hetcomp.backends.gpu.low_rank import PairTables
 from hetcomp.backends.gpu.step_events import (
@@ -44,6 +44,10 @@ ARENA = "arena"
 LOGITS, BEST, CANDIDATES = "logits", "best", "candidates"
 
 
+def _flag(number: int, giver: str, taker: str) -> dict[str, Any]:
+    return {"flag": number, "from": giver, "to": taker}
+
+
 def named_by(group: GpuGroup) -> Op:
     """The op that a trace calls the group's launches by: the first that is no norm on the way to another."""
     return next((op for op in group.ops if not isinstance(op.attrs, RmsNorm)), group.ops[0])
@@ -56,7 +60,7 @@ class StepLowering:
     ``values`` by id, those of the step and of the plan; ``places``: of values outside of the arena (weights, states, a
     step's inputs). ``dims``: as of GpuRequest, and ``slot_blocks``. ``residents``: places of tables of resident
     experts, filled as they are needed (``constants``: their numbers). ``pairs``: of adapters that the graph adds.
-    ``arriving``: as of PromptOps, ``ring``: for these."""
+    ``arriving``: as of PromptOps, ``ring``: for these. ``tables``: of the experts that are here, by the op's output."""
 
     gpu: str
     events: Sequence[Event]
@@ -72,6 +76,7 @@ class StepLowering:
     pairs: PairTables | None = None
     arriving: Mapping[str, str] = field(default_factory=dict)
     ring: WeightRing | None = None
+    tables: dict[str, Value] = field(default_factory=dict)
     steps: list[GpuGroup | Raise | Await] = field(default_factory=list)
 
     def lower(self) -> StepGraph:
@@ -108,11 +113,7 @@ class StepLowering:
             case SomeExperts(op, _):
                 self._some_experts(event)
             case AskExperts(op, hand_over):
-                outputs = tuple(self._pinned(hand_over, part) for part in EXPERT_INPUTS)
-                inputs = tuple(self.values[name] for name in op.inputs[: len(EXPERT_INPUTS)])
-                layer = self._streamed(hand_over)
-                wanted = self._table_value("ask", TABLES, self.stream.ask(layer)) if self.stream and layer else None
-                self.steps += [hand_out(op, inputs, outputs, self.rows.exact, wanted), Raise(hand_over.flag, CPU)]
+                self._ask_experts(op, hand_over)
                 if self.expert_cache is not None:
                     self._cached_experts(op, self.expert_cache.layer(hand_over.flag))
             case AwaitExperts():
@@ -159,6 +160,17 @@ class StepLowering:
             return None
         return next((layer for layer in self.stream.layers if layer.hand_over == hand_over.flag), None)
 
+    def _ask_experts(self, op: Op, hand_over: HandOver) -> None:
+        outputs = tuple(self._pinned(hand_over, part) for part in EXPERT_INPUTS)
+        inputs = tuple(self.values[name] for name in op.inputs[: len(EXPERT_INPUTS)])
+        if self._exact is not None and self.exchange.optional:
+            before = self.exchange.before(hand_over)
+            self.steps.append(ask(op, inputs, outputs, self._exact, before, hand_over.flag))
+            return
+        layer = self._streamed(hand_over)
+        wanted = self._table_value("ask", TABLES, self.stream.ask(layer)) if self.stream and layer else None
+        self.steps += [hand_out(op, inputs, outputs, self.rows.exact, wanted), Raise(hand_over.flag, CPU)]
+
     def _table_value(self, name: str, buffer: str, offset: int, numbers: int = 1) -> Value:
         """i32 numbers of the stream's or the cache's tables as a value."""
         value = Value(f"{name} {offset}", TensorType(DType.I32, (numbers,)), ValueKind.CONST)
@@ -178,7 +190,7 @@ class StepLowering:
             cut_value(self.values[name], cuts[i], part.node) if i in cuts else self.values[name]
             for i, name in enumerate(op.inputs)
         ]
-        self._experts_of(op, weights, table, f"{op.outputs[0]} here")
+        self._experts_of(op, weights, table)
 
     def _cached_experts(self, op: Op, layer: CachedLayer) -> None:
         """Those that are in slots in this step."""
@@ -189,7 +201,7 @@ class StepLowering:
             self.places[operand.slots.id] = Place(operand.buffer, operand.offset)
         offset = layer.row * self.expert_cache.row_bytes
         table = self._table_value("cached", CACHE_TABLE, offset, layer.streamed.experts)
-        self._experts_of(op, weights, table, f"{op.outputs[0]} here")
+        self._experts_of(op, weights, table)
 
     def _streamed_experts(self, op: Op, layer: StreamedLayer) -> None:
         """Those that come to slots, wave after wave; the GPU says when a wave's may be overwritten. A choice's result
@@ -238,10 +250,11 @@ class StepLowering:
         names = tuple(v.id for v in operands)
         self.steps.append(GpuGroup((part_op,), names, (result.id,), emit(request)))
 
-    def _experts_of(self, op: Op, weights: Sequence[Value], table: Value, name: str) -> None:
-        """The sum ``name`` over those experts that ``table`` has a place of among ``weights``."""
-        total = replace(self.values[op.outputs[0]], id=name)
+    def _experts_of(self, op: Op, weights: Sequence[Value], table: Value) -> None:
+        """The sum over those experts that ``table`` has a place of among ``weights``."""
+        total = replace(self.values[op.outputs[0]], id=f"{op.outputs[0]} here")
         self.values |= {v.id: v for v in (*weights, table, total)}
+        self.tables[op.outputs[0]] = table
         self._add(TritonBackend().emit, op, (*weights, table), total)
 
     def _await_experts(self, index: int, event: AwaitExperts) -> None:
@@ -250,10 +263,14 @@ class StepLowering:
         layer = self._streamed(event.hand_over)
         if layer is not None:
             self._streamed_experts(op, layer)
-        self.steps.append(Await(event.hand_over.flag, CPU))
         there = self._pinned(event.hand_over, EXPERT_SUM)
         self.values[there] = replace(total, id=there)
         some = event.some or self.expert_cache is not None
+        if self._exact is not None and event.hand_over.flag in self.exchange.optional:
+            here, ids, table = (self.values[n] for n in (f"{total.id} here", op.inputs[1], self.tables[total.id].id))
+            self.steps.append(add_missing(op, here, self.values[there], ids, table, total, event.hand_over.flag))
+            return
+        self.steps.append(Await(event.hand_over.flag, CPU))
         here = [self.values[f"{total.id} here"]] if some else []
         if layer is not None and self.stream is not None:
             here.append(self.values[f"{total.id} streamed"])
@@ -302,9 +319,9 @@ class StepLowering:
                     kernels[launch.kernel.name] = launch.kernel
                     nodes.append(self._node(step, launch, slots, i))
             elif isinstance(step, Raise):
-                nodes.append({"hand_over": {"flag": step.flag, "from": self.gpu, "to": step.to}})
+                nodes.append({"hand_over": _flag(step.flag, self.gpu, step.to)})
             else:
-                nodes.append({"hand_over": {"flag": step.flag, "from": step.source, "to": self.gpu}})
+                nodes.append({"hand_over": _flag(step.flag, step.source, self.gpu)})
         for i, node in enumerate(nodes):
             node["after"] = [i - 1] if i else []
         groups = tuple(step for step in self.steps if isinstance(step, GpuGroup))
@@ -344,6 +361,9 @@ class StepLowering:
         }
 
     def _argument(self, operand: Operand, group: GpuGroup, slots: Mapping[str, int], index: int) -> dict[str, Any]:
+        if operand.source in ("raises", "awaits"):
+            ends = (self.gpu, operand.name) if operand.source == "raises" else (operand.name, self.gpu)
+            return _flag(operand.index, *ends)
         if operand.source == "slot_blocks":
             return {"i32": self.dims["slot_blocks"]}
         if operand.source == "step":

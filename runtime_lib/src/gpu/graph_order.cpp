@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 namespace hetcomp::gpu {
 namespace {
@@ -42,19 +43,25 @@ std::vector<std::size_t> topological_order(const std::vector<NodeRecord>& nodes)
 
 std::optional<WrongHandOver> wrong_hand_over(const GraphRecord& graph, std::uint32_t flags) {
   std::map<std::uint32_t, std::size_t> asked;
-  std::map<std::uint32_t, std::size_t> awaited;
+  std::set<std::uint32_t> awaited;
+  std::vector<std::pair<std::uint32_t, std::size_t>> answers;
   for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
-    const auto* hand_over = std::get_if<HandOver>(&graph.nodes[i].work);
-    if (hand_over == nullptr) continue;
-    // Between GPUs a flag has one direction.
-    auto& seen = hand_over->raises || !hand_over->with_cpu() ? asked : awaited;
-    if (!seen.emplace(hand_over->flag, i).second)
-      return WrongHandOver{i, "the only one of its flag and direction"};
+    const bool kernel = std::holds_alternative<KernelNode>(graph.nodes[i].work);
+    for (const HandOver* hand_over : graph.nodes[i].hand_overs()) {
+      const auto [flag, raises, other] = *hand_over;
+      const bool answer = !raises && hand_over->with_cpu();
+      if (answer) answers.emplace_back(flag, i);
+      // Kernels may look at an answer as often as they like. Between GPUs a flag has one direction.
+      const bool first = !answer ? asked.emplace(flag, i).second : kernel || awaited.insert(flag).second;
+      if (!first) return WrongHandOver{i, "the only one of its flag and direction"};
+    }
   }
-  for (const auto& [flag, node] : awaited) {
+  for (const auto& [flag, node] : answers) {
     if (flag >= flags) continue;
     const auto before = asked.find(flag);
-    if (before == asked.end() || !comes_after(graph.nodes, node, before->second))
+    // A kernel may await the answer to another GPU.
+    if (before == asked.end() ? std::holds_alternative<HandOver>(graph.nodes[node].work)
+                              : !comes_after(graph.nodes, node, before->second))
       return WrongHandOver{node, "after the hand-over of the same flag to the CPU"};
   }
   return std::nullopt;

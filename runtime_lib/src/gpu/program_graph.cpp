@@ -42,10 +42,14 @@ std::uint64_t scratch_bytes(const GraphParts& parts, const KernelNode& node) {
   return bytes < static_cast<double>(kMostScratch) ? static_cast<std::uint64_t>(bytes) : kMostScratch;
 }
 
+CUdeviceptr flag_of(const HandShake& hand_shake, const HandOver& hand_over) {
+  return hand_over.raises && hand_over.with_cpu() ? hand_shake.to_cpu_address(hand_over.flag)
+                                                  : hand_shake.to_gpu_address(hand_over.flag);
+}
+
 CUstreamBatchMemOpParams operation(const HandShake& hand_shake, const HandOver& hand_over) {
-  if (!hand_over.raises) return await_flag(hand_shake.to_gpu_address(hand_over.flag));
-  return raise_flag(hand_over.with_cpu() ? hand_shake.to_cpu_address(hand_over.flag)
-                                         : hand_shake.to_gpu_address(hand_over.flag));
+  const CUdeviceptr flag = flag_of(hand_shake, hand_over);
+  return hand_over.raises ? raise_flag(flag) : await_flag(flag);
 }
 
 }  // namespace
@@ -74,13 +78,14 @@ KernelLaunch ProgramGraph::launch_of(std::size_t index) const {
   KernelLaunch launch(parts_.kernels[node.kernel], node.grid);
   struct Add {
     KernelLaunch& launch;
-    const ProgramBuffers& buffers;
-    void operator()(const BufferAddress& place) const { launch.add_pointer(buffers.address(place)); }
+    const GraphParts& parts;
+    void operator()(const BufferAddress& place) const { launch.add_pointer(parts.buffers.address(place)); }
+    void operator()(const HandOver& flag) const { launch.add_pointer(flag_of(parts.hand_shake, flag)); }
     void operator()(std::int32_t value) const { launch.add_int32(value); }
     void operator()(std::int64_t value) const { launch.add_int64(value); }
     void operator()(float value) const { launch.add_float32(value); }
   };
-  for (const ArgumentValue& value : node.arguments) std::visit(Add{launch, parts_.buffers}, value);
+  for (const ArgumentValue& value : node.arguments) std::visit(Add{launch, parts_}, value);
   // Triton's entries take two pointers more: scratch memory, and memory of its profiler, which is not
   // compiled in.
   const auto scratch = scratch_of_.find(index);
@@ -131,7 +136,7 @@ ProgramGraph::ProgramGraph(const GraphParts& parts, const GraphRecord& record, D
     if (seconds[i]) continue;
     const auto pair = paired.find(i);
     steps_.push_back({i, pair == paired.end() ? std::nullopt : std::optional(pair->second)});
-    hand_overs.push_back(std::holds_alternative<HandOver>(record.nodes[i].work));
+    hand_overs.push_back(!record.nodes[i].hand_overs().empty());
   }
   places_ = event_places(hand_overs);
   take_scratch(budget);
@@ -153,7 +158,8 @@ GpuEvent ProgramGraph::run_of(std::size_t first, std::size_t last) const {
   GpuEvent run{.kind = GpuEvent::Kind::kHandOver, .launches = static_cast<std::int32_t>(last - first + 1)};
   for (std::size_t i = first; i <= last && run.kernel == nullptr; ++i)
     run.kernel = std::get_if<KernelNode>(&record_.nodes[steps_[i].node].work);
-  if (run.kernel != nullptr) run.kind = GpuEvent::Kind::kKernel;
+  const bool hands_over = first == last && !record_.nodes[steps_[first].node].hand_overs().empty();
+  if (run.kernel != nullptr && !hands_over) run.kind = GpuEvent::Kind::kKernel;
   return run;
 }
 

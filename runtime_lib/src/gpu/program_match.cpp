@@ -27,21 +27,29 @@ const GraphRecord& graph_like(const GraphRecord& wanted, const GpuProgramRecord&
 void check_batch(const GraphRecord& like, std::span<const GpuProgramRecord* const> programs) {
   const std::string batch = " of batch size " + std::to_string(like.batch);
   std::map<std::uint32_t, std::set<std::pair<std::string, std::string>>> given, taken;  // flag: from, to
+  std::set<std::uint32_t> answered;                                                     // by the CPU
   for (const GpuProgramRecord* program : programs) {
     for (const NodeRecord& node : graph_like(like, *program).nodes) {
-      const auto* hand_over = std::get_if<HandOver>(&node.work);
-      if (hand_over == nullptr || (hand_over->with_cpu() && !hand_over->raises)) continue;
-      auto& made = hand_over->raises ? given : taken;
-      const auto ends = hand_over->raises ? std::pair(program->device, hand_over->other)
-                                          : std::pair(hand_over->other, program->device);
-      if (!made[hand_over->flag].insert(ends).second || made[hand_over->flag].size() > 1)
-        refuse("hand-over " + std::to_string(hand_over->flag) + batch + " is made twice");
+      for (const HandOver* hand_over : node.hand_overs()) {
+        if (hand_over->with_cpu() && !hand_over->raises) {
+          if (hand_over->flag < program->flags) answered.insert(hand_over->flag);
+          continue;
+        }
+        auto& made = hand_over->raises ? given : taken;
+        const auto ends = hand_over->raises ? std::pair(program->device, hand_over->other)
+                                            : std::pair(hand_over->other, program->device);
+        if (!made[hand_over->flag].insert(ends).second || made[hand_over->flag].size() > 1)
+          refuse("hand-over " + std::to_string(hand_over->flag) + batch + " is made twice");
+      }
     }
   }
   for (const auto& [flag, ends] : taken)
     if (!given.contains(flag) || given[flag] != ends)
       refuse("hand-over " + std::to_string(flag) + batch + " is awaited by " + ends.begin()->second +
              ", but not made by " + ends.begin()->first);
+  for (const std::uint32_t flag : answered)
+    if (!given.contains(flag))
+      refuse("hand-over " + std::to_string(flag) + batch + " is awaited from the CPU, which is not asked");
   for (const auto& [flag, ends] : given)
     if (ends.begin()->second != "cpu" && !taken.contains(flag))
       refuse("hand-over " + std::to_string(flag) + batch + " is not awaited by " + ends.begin()->second);
@@ -67,9 +75,8 @@ void require_match(std::span<const GpuProgramRecord* const> programs) {
 bool needs_cpu(const GpuProgramRecord& program) {
   for (const GraphRecord& graph : program.graphs)
     for (const NodeRecord& node : graph.nodes)
-      if (const auto* hand_over = std::get_if<HandOver>(&node.work);
-          hand_over != nullptr && hand_over->with_cpu())
-        return true;
+      for (const HandOver* hand_over : node.hand_overs())
+        if (hand_over->with_cpu()) return true;
   return false;
 }
 
@@ -78,10 +85,9 @@ std::size_t count_hand_overs(std::span<const GpuProgramRecord* const> programs, 
   for (const GpuProgramRecord* program : programs)
     for (const GraphRecord& graph : program->graphs)
       for (const NodeRecord& node : graph.nodes)
-        if (const auto* hand_over = std::get_if<HandOver>(&node.work);
-            hand_over != nullptr && is_like(graph, like) && hand_over->raises &&
-            hand_over->flag < program->flags)
-          made.insert(hand_over->flag);
+        for (const HandOver* hand_over : node.hand_overs())
+          if (is_like(graph, like) && hand_over->raises && hand_over->flag < program->flags)
+            made.insert(hand_over->flag);
   return made.size();
 }
 

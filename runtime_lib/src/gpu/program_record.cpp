@@ -129,6 +129,25 @@ ArgumentValue buffer_address(const CheckedJson& node, const GpuProgramRecord& pr
   return address;
 }
 
+HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
+  if (program.flags == 0) node.refuse("absent: the program has no flags");
+  const CheckedJson number = node["flag"];
+  const auto flag = static_cast<std::uint32_t>(number.number(0, program.all_flags() - 1));
+  const bool of_weights = program.weight_stream && program.weight_stream->has(flag);
+  if (flag >= program.flags && !program.of_stream(flag) && !of_weights)
+    number.refuse("of a hand-over or of a stream");
+  const std::string from = node["from"].text();
+  const std::string to = node["to"].text();
+  if ((from == program.device) == (to == program.device))
+    node.refuse("from or to " + program.device + ", the program's device");
+  const bool raises = from == program.device;
+  const std::string& other = raises ? to : from;
+  if (other != "cpu" && !device_number(other)) node[raises ? "to" : "from"].refuse("cpu, or gpu:N");
+  if (flag >= program.flags && other != "cpu")
+    node[raises ? "to" : "from"].refuse("cpu: it gives what is streamed");
+  return {flag, raises, other};
+}
+
 ArgumentValue argument_value(const CheckedJson& node, const KernelArgument& argument,
                              const GpuProgramRecord& program, const BufferIndex& index) {
   const auto member = [&](const char* key) {
@@ -137,6 +156,7 @@ ArgumentValue argument_value(const CheckedJson& node, const KernelArgument& argu
   };
   switch (argument.type) {
     case ArgumentType::kPointer:
+      if (node.has("flag")) return hand_over(node, program);
       member("buffer");
       return buffer_address(node, program, index);
     case ArgumentType::kInt32:
@@ -172,33 +192,13 @@ KernelNode kernel_node(const CheckedJson& node, const KernelsByName& kernels, co
   return result;
 }
 
-HandOver hand_over(const CheckedJson& node, const GpuProgramRecord& program) {
-  if (program.flags == 0) node.refuse("absent: the program has no flags");
-  const CheckedJson number = node["flag"];
-  const auto flag = static_cast<std::uint32_t>(number.number(0, program.all_flags() - 1));
-  const bool of_weights = program.weight_stream && program.weight_stream->has(flag);
-  if (flag >= program.flags && !program.of_stream(flag) && !of_weights)
-    number.refuse("of a hand-over or of a stream");
-  const std::string from = node["from"].text();
-  const std::string to = node["to"].text();
-  if ((from == program.device) == (to == program.device))
-    node.refuse("from or to " + program.device + ", the program's device");
-  const bool raises = from == program.device;
-  const std::string& other = raises ? to : from;
-  if (other != "cpu" && !device_number(other)) node[raises ? "to" : "from"].refuse("cpu, or gpu:N");
-  if (flag >= program.flags && other != "cpu")
-    node[raises ? "to" : "from"].refuse("cpu: it gives what is streamed");
-  return {flag, raises, other};
-}
-
 // How often the graph waits for flags of a stream, and hands over behind that.
 template <class OfStream>
 std::pair<std::size_t, std::size_t> count_flags(const GraphRecord& graph, OfStream&& of_stream) {
   std::size_t waits = 0, raises = 0;
-  for (const NodeRecord& record : graph.nodes) {
-    const auto* hand_over = std::get_if<HandOver>(&record.work);
-    if (hand_over != nullptr && of_stream(hand_over->flag)) ++(hand_over->raises ? raises : waits);
-  }
+  for (const NodeRecord& record : graph.nodes)
+    for (const HandOver* hand_over : record.hand_overs())
+      if (of_stream(hand_over->flag)) ++(hand_over->raises ? raises : waits);
   return {waits, raises};
 }
 
@@ -219,6 +219,11 @@ void check_streams(const CheckedJson& node, GraphRecord& graph, const GpuProgram
       graph, [&](std::uint32_t flag) { return program.weight_stream && program.weight_stream->has(flag); });
   if (weights != std::pair(n, n) || all != weights)
     node.refuse("with a wait for each portion of weights and a hand-over behind it");
+}
+
+// Where a node's hand-over stands.
+CheckedJson wrong_node(const CheckedJson& node) {
+  return node[node.has("hand_over") ? "hand_over" : "arguments"];
 }
 
 GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
@@ -247,12 +252,20 @@ GraphRecord graph_record(const CheckedJson& node, const KernelsByName& kernels,
   graph.order = topological_order(graph.nodes);
   if (graph.order.size() != graph.nodes.size()) node["nodes"].refuse("without a cycle in \"after\"");
   if (const auto wrong = wrong_hand_over(graph, program.flags))
-    nodes[wrong->node]["hand_over"].refuse(wrong->expected);
+    wrong_node(nodes[wrong->node]).refuse(wrong->expected);
   check_streams(node["nodes"], graph, program);
   return graph;
 }
 
 }  // namespace
+
+std::vector<const HandOver*> NodeRecord::hand_overs() const {
+  if (const auto* own = std::get_if<HandOver>(&work)) return {own};
+  std::vector<const HandOver*> found;
+  for (const ArgumentValue& value : std::get<KernelNode>(work).arguments)
+    if (const auto* flag = std::get_if<HandOver>(&value)) found.push_back(flag);
+  return found;
+}
 
 std::optional<int> device_number(const std::string& device) {
   constexpr std::string_view kKind = "gpu:";

@@ -83,7 +83,16 @@ struct BufferAddress {
   std::size_t buffer;
   std::uint64_t offset;
 };
-using ArgumentValue = std::variant<BufferAddress, std::int32_t, std::int64_t, float>;
+// This GPU raises the flag for the other side, or waits until the other side has raised it; or, of flags of
+// its streams, until what is streamed has come, and raises it when that may be overwritten.
+struct HandOver {
+  std::uint32_t flag;
+  bool raises;
+  std::string other;  // "cpu", or the device of another program
+  bool with_cpu() const { return other == "cpu"; }
+};
+// With a hand-over the kernel gets the address of its flag, which it raises or awaits itself.
+using ArgumentValue = std::variant<BufferAddress, HandOver, std::int32_t, std::int64_t, float>;
 
 struct KernelNode {
   std::string kernel;
@@ -93,18 +102,12 @@ struct KernelNode {
   std::int32_t layer = -1;  // of the plan; -1: none
 };
 
-// This GPU raises the flag for the other side, or waits until the other side has raised it; or, of flags of
-// its streams, until what is streamed has come, and raises it when that may be overwritten.
-struct HandOver {
-  std::uint32_t flag;
-  bool raises;
-  std::string other;  // "cpu", or the device of another program
-  bool with_cpu() const { return other == "cpu"; }
-};
-
 struct NodeRecord {
   std::variant<KernelNode, HandOver> work;
   std::vector<std::size_t> after;  // indices of nodes of the graph
+
+  // What the node is, or those that its kernel makes.
+  std::vector<const HandOver*> hand_overs() const;
 };
 
 // exact: the kernels work on `batch` rows, whatever the step has. Else they read how many it has, at most
