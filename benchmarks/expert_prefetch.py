@@ -6,9 +6,9 @@ python -m benchmarks.expert_prefetch [--model demo-moe] [--tokens 3000] [--slots
 The router of each layer but the first is applied to hidden states of the layer before, of transformers in float32 on
 each text of models_zoo/eval. What it names behind attention could be copied while the layer's experts and the next
 attention run; what it names on the layer's output comes too late for that. The samples of recall are the layers, from
-the second on. Then the runtime's cache policy is replayed, a token a step, and of the first k or 2k experts named for a
-layer (or of those it will choose, for comparison) the first one or two that are in no slot are copied to places of
-their own, for this step alone.
+the second on; those of all else are the texts. The runtime's cache policy is replayed, a token a
+step, and of the first k or 2k experts named for a layer (or of those it will choose, for comparison) the first one or
+two that are in no slot are copied to places of their own, for this step alone.
 
 Times are of Qwen3-30B-A3B's experts in q4, by figures traced with it on an H200 (docs/decisions/expert-cache.md) and by
 those of profiles, data sheets unless they were measured; the GPU's time between two layers is ``--layer-us`` in all.
@@ -191,17 +191,18 @@ def main() -> None:
     experts = int(transformers.AutoConfig.from_pretrained(folder).num_experts)
     costs = {"traced": Costs.traced(o.layer_us)} | {name: Costs.of(name, o.layer_us) for name in o.profiles}
     record = Record("expert_prefetch", vars(o) | {"experts": experts, "warm": _WARM, "dtype": "float32"})
-    record.conditions["costs"] = {name: vars(cost) for name, cost in costs.items()}
+    record.conditions["costs, us"] = {name: vars(cost) for name, cost in costs.items()}
     record.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     with RichProgress(Console(stderr=True)) as progress:
         texts = early_routing(folder, o.tokens, progress)
+        record.conditions["texts"] = list(texts)
         rules: tuple[CacheRule, ...] = get_args(CacheRule)
         progress.stage("replay the cache", total=len(rules) * sum(len(routing.chosen) for routing in texts.values()))
         for text, routing in texts.items():
             add_recall(record, text, routing)
             for rule in rules:
                 held = held_by(rule, routing.chosen, experts, o.slots, o.per_step, progress)
-                add_replay(record, f"{text}, {rule}", held, routing, costs)
+                add_replay(record, rule, held, routing, costs)
     show(record)
     print(record.write())
 
