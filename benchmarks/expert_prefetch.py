@@ -6,9 +6,9 @@ python -m benchmarks.expert_prefetch [--model demo-moe] [--tokens 3000] [--slots
 The router of each layer but the first is applied to hidden states of the layer before, of transformers in float32 on
 each text of models_zoo/eval. What it names behind attention could be copied while the layer's experts and the next
 attention run; what it names on the layer's output comes too late for that. The samples of recall are the layers, from
-the second on; those of all else are the texts. The runtime's cache policy is replayed, a token a
-step, and of the first k or 2k experts named for a layer (or of those it will choose, for comparison) the first one or
-two that are in no slot are copied to places of their own, for this step alone.
+the second on; those of all else are the texts. The runtime's cache policy is replayed, a token a step, and of the first
+k or 2k experts named for a layer (or of those it will choose, for comparison) the first one or two that are in no slot
+are copied to places of their own, for this step alone.
 
 Times are of Qwen3-30B-A3B's experts in q4, by figures traced with it on an H200 (docs/decisions/expert-cache.md) and by
 those of profiles, data sheets unless they were measured; the GPU's time between two layers is ``--layer-us`` in all.
