@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.disk_prefetch import LayerReads, PageCache, Speeds, reads_of
+from benchmarks.disk_prefetch import step_us as disk_step_us
 from benchmarks.early_routing import recall
 from benchmarks.expert_prefetch import Costs, copy_ahead, held_by, step_us
 from hetcomp.progress import QuietProgress
@@ -47,3 +49,21 @@ def test_time_of_the_layers():
     assert step_us(np.array([[1, 1]]), np.array([[0, 1]]), costs) == pytest.approx(60 + 32.5 + 60 + 26 + 10)
     # Two copies are there 7.5 us after everything else.
     assert step_us(np.array([[1, 0]]), np.array([[0, 2]]), costs) == pytest.approx(100 + 60 + 10)
+
+
+def test_a_step_through_the_page_cache():
+    cache = PageCache(3)
+    assert reads_of(cache, [[0, 1], [2, 3]], [[2]]) == (LayerReads(2, 0, ()), LayerReads(1, 1, (0,)))
+    # What is read ahead drops expert 2 of the layer, which was asked for longest ago.
+    assert reads_of(cache, [[1], [0]], [[0, 3]]) == (LayerReads(0, 0, ()), LayerReads(0, 1, (0,)))
+    assert cache.ask(1, [2]) == [2] and cache.ask(0, [1]) == [1]
+
+
+def test_reads_ahead_go_on_under_experts_and_attention():
+    speeds = Speeds(dense=10.0, experts=20.0, read=50.0, router=1.0)
+    plain = (LayerReads(1, 0, ()), LayerReads(1, 0, ()))
+    assert disk_step_us(plain, speeds) == pytest.approx(11 + 50 + 20 + 10 + 50 + 20)
+    # Read behind the first layer's own, from 61 to 111, which is 20 behind the second's attention.
+    assert disk_step_us((LayerReads(1, 0, ()), LayerReads(0, 1, (0,))), speeds) == pytest.approx(111 + 20)
+    # One that was wrong is read first.
+    assert disk_step_us((LayerReads(1, 0, ()), LayerReads(1, 1, ())), speeds) == pytest.approx(111 + 50 + 20)
