@@ -3,8 +3,9 @@
 python -m benchmarks.deferral_layers [--choices 1,2,3] [--mixes 8] [--tokens 2048]
 
 The model runs in float32 in transformers with the definition of docs/decisions/expert-deferral.md, on windows of the
-texts of models_zoo/eval; all experts count as the CPU's, every token as a generated one. Mixes are drawn: in every layer
-but the last 0 to 2 choices. KL divergences are of the model's own distribution from the changed one, in nats a token.
+texts of models_zoo/eval; all experts count as the CPU's, every token as a generated one. Mixes are drawn: in every
+layer but the last 0 to 2 choices. KL divergences are of the model's own distribution from the changed one, in nats a
+token.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +253,28 @@ def test_without_deferral_all_layers_share_the_buffers(tmp_path):
     assert len(set(inputs(0))) == 1
     first, second, third = inputs(1)
     assert first == third != second
+
+
+@pytest.mark.slow
+def test_layers_that_defer_different_numbers(tmp_path):
+    """As a plan does that keeps a budget of accuracy: more, none, fewer."""
+    case = CASES[2]
+    model = save_tiny(case.family, tmp_path / "hf", odd=case.odd, **case.sizes)
+    with emulated_gpu(compute_capability=89):
+        plan = case.compile(tmp_path).plan
+        counts = {layer.call: n for layer, n in zip(moe_layers(plan), (2, 0, 1, 0), strict=True)}
+        calls = tuple(
+            replace(
+                call,
+                placements=tuple(
+                    (op, replace(p, deferred=counts[i] if p.deferred else 0)) for op, p in call.placements
+                ),
+            )
+            for i, call in enumerate(plan.calls)
+        )
+        (tmp_path / "edited.json").write_text(to_json(replace(plan, calls=calls)))
+        exe = case.compile(tmp_path, tmp_path / "edited.json")
+        assert [layer.placement.deferred for layer in moe_layers(exe.plan)] == [2, 0, 1, 0]
+        ids = token_ids(model, 7)
+        exe.runtime.set_deferral("all")
+        assert relative_error(exe(ids[0].tolist()), deferred_logits(model, ids, exe.plan)) < TOLERANCE
