@@ -1,7 +1,7 @@
 """What reading experts from the disk a layer ahead would gain, where the next router, applied early, names them.
 
 python -m benchmarks.disk_prefetch [--model demo-moe] [--tokens 1500] [--rooms 0.2,0.35,0.5,0.75,0.9,0.95]
-    [--disks 1,3.5,7,14] [--reads 76] [--gpu-us 63]
+    [--disks 1,3.5,7,14] [--reads 76] [--gpu-us 63]   # six minutes of one core
 
 Decode steps are simulated on the planner's lanes with routing recorded from transformers in float32 on each text of
 models_zoo/eval (early_routing.py), a token a step: a lane of CPU cores, which read ``--reads`` GB/s of weights (two

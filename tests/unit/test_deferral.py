@@ -7,6 +7,8 @@ import itertools
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetcomp import installed_runtime
+from hetcomp.compiler import replan
 from hetcomp.deferral_on_text import DeferralOnText, deferred_choices
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import DeferralQuality, ExpertPlacement
@@ -23,10 +26,11 @@ from hetcomp.ir.plan import Plan
 from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.ir.verifier import verify
-from hetcomp.passes.context import DeferralRequest
+from hetcomp.passes.context import Context, DeferralRequest
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
 from hetcomp.passes.routing import deferred_of, sample_choices, sample_deferral, sample_tokens
+from hetcomp.planned import Planned
 from tests.reference.deferral_reference import split_choices
 from tests.reference.plan_builder import context, gpu, tiny_plan
 
@@ -36,9 +40,12 @@ BESIDE_A_GPU = ("*=gpu:0", "moe.experts=cpu")
 def deferring(request: DeferralRequest | None, pins: Sequence[str] = BESIDE_A_GPU, layers: int = 4) -> Plan:
     """The tiny plan with its experts on the CPU of a machine with one GPU. An expert of 12 kB takes the CPU 41 us, what
     lies between two layers' experts the GPU some 30 us."""
+    return run_pipeline(tiny_plan(layers), wish(request, pins))
+
+
+def wish(request: DeferralRequest | None, pins: Sequence[str] = BESIDE_A_GPU) -> Context:
     made = context(gpus=(gpu(),), bandwidths=(0.3, 0.3))
-    made = replace(made, use_gpus=True, pins=tuple(parse_pin(pin) for pin in pins), deferral=request)
-    return run_pipeline(tiny_plan(layers), made)
+    return replace(made, use_gpus=True, pins=tuple(parse_pin(pin) for pin in pins), deferral=request)
 
 
 def counts(plan: Plan) -> list[int]:
@@ -171,6 +178,17 @@ def test_auto_defers_nothing_where_the_budget_allows_too_little_to_gain():
 def test_numbers_by_layer_are_taken_as_they_are():
     assert counts(deferring(DeferralRequest((0, 2, 9, 1)))) == [0, 2, 2, 0]
     assert to_json(deferring(DeferralRequest((0, 0, 0, 0)))) == to_json(deferring(None))
+
+
+def test_on_another_machine_layers_defer_what_was_measured():
+    measure = FakeMeasure((0.03, 0.01, 0.02, 0.0))
+    made = wish(DeferralRequest(None, 0.045, measure))
+    plan, imported = run_pipeline(tiny_plan(4), made), cast(Any, SimpleNamespace(plan=tiny_plan(4)))
+    assert counts(plan) == [0, 1, 1, 0]
+    measure.compared.clear()
+    faster = made.profile.model_copy(update={"gpus": (gpu().model_copy(update={"gb_per_s": 9000.0}),)})
+    again = replan(Planned(plan, imported, cast(Any, made.target), made.profile, made, {}), faster)
+    assert counts(again.plan) == [0, 1, 1, 0] and not measure.compared
 
 
 def test_auto_without_a_measure_says_so():
