@@ -167,7 +167,7 @@ def replan(planned: Planned, profile: HardwareProfile) -> Planned:
     taken as it was found: plans of one accuracy are compared."""
     deferral = planned.context.deferral
     if deferral is not None and deferral.measure is not None:
-        deferral = DeferralRequest(max((layer.placement.deferred for layer in moe_layers(planned.plan)), default=0))
+        deferral = DeferralRequest(tuple(layer.placement.deferred for layer in moe_layers(planned.plan)))
     with_gpus = use_gpus(profile, planned.context.vram)
     context = replace(planned.context, profile=profile, use_gpus=with_gpus, deferral=deferral)
     seconds: dict[str, float] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.source import resolve
+from hetcomp.frontend.source import ModelSource, resolve
 from hetcomp.ir.annotations import DeferralQuality
 from hetcomp.ir.deferral import LayerChoices
 from hetcomp.models_zoo import evaluation_texts
@@ -23,6 +24,7 @@ from hetcomp.text_windows import spread_windows, token_ids
 # By default: enough that the mean KL has a relative standard error of some percent, few enough that a large model takes
 # minutes.
 TOKENS = 2048
+_ROUGH = 8  # part of them by which candidates are compared
 _ROWS = 64  # of logits that are compared at a time: a vocabulary of 150k is 77 MB in float64
 
 
@@ -30,8 +32,9 @@ class DeferralOnText:
     """A :class:`hetcomp.ir.target.DeferralMeasure` that loads the model when it is asked what it does not know yet.
 
     model: a Hugging Face folder with weights, or a zoo name; it is loaded whole, in float32. text: a UTF-8 file (None:
-    the zoo's evaluation texts), of which ``tokens`` tokens are taken in windows of at most 512. Every token is treated
-    as a generated one. Raises HetcompError if the model has no weights or no tokenizer, or the text cannot be read.
+    the zoo's evaluation texts), of which ``tokens`` tokens are taken in windows of at most 512, an eighth of them for
+    rough measures. Every token is treated as a generated one. Raises HetcompError if the model has no weights or no
+    tokenizer, or the text cannot be read.
     """
 
     def __init__(
@@ -39,29 +42,65 @@ class DeferralOnText:
     ) -> None:
         self._model, self._text, self._tokens = model, text, tokens
         self._progress = progress or QuietProgress()
-        self._known: dict[tuple[LayerChoices, ...], DeferralQuality] = {}
+        self._ids: list[list[int]] | None = None
+        self._known: dict[tuple[int, tuple[LayerChoices, ...]], DeferralQuality] = {}
 
-    def __call__(self, candidates: Sequence[Sequence[LayerChoices]]) -> Sequence[DeferralQuality]:
-        """The quality with each candidate."""
-        wanted = [tuple(layers) for layers in candidates]
-        new = [layers for layers in dict.fromkeys(wanted) if layers not in self._known]
+    def rough_kl(self, candidates: Sequence[Sequence[LayerChoices]]) -> Sequence[float]:
+        """By candidate, on an eighth of the tokens."""
+        tokens, network = self._tokens // _ROUGH, _Network(self._model)
+        return [quality.kl for quality in self._qualities(candidates, tokens, network)]
+
+    def most_within(
+        self, candidates: Sequence[Sequence[LayerChoices]], max_kl: float
+    ) -> tuple[int, DeferralQuality] | None:
+        """The last of all is tried first, then halves."""
+        network = _Network(self._model)
+        first, last, found = 0, len(candidates) - 1, None
+        number = last
+        while first <= last:
+            quality = self._qualities([candidates[number]], self._tokens, network)[0]
+            if quality.kl <= max_kl:
+                first, found = number + 1, (number, quality)
+            else:
+                last = number - 1
+            number = (first + last) // 2
+        return found
+
+    def _qualities(
+        self, candidates: Sequence[Sequence[LayerChoices]], tokens: int, network: _Network
+    ) -> list[DeferralQuality]:
+        wanted = [(tokens, tuple(layers)) for layers in candidates]
+        new = [key for key in dict.fromkeys(wanted) if key not in self._known]
         if new:
-            self._known |= zip(new, self._measure(new), strict=True)
-        return [self._known[layers] for layers in wanted]
+            windows = spread_windows(self._texts(network.source), tokens)
+            name = "the zoo's evaluation texts" if self._text is None else Path(self._text).name
+            total = sum(map(len, windows))
+            self._progress.stage(f"measure deferral on {total} tokens", total=total * (1 + len(new)))
+            layers = [layers for _, layers in new]
+            self._known |= zip(new, compare(network.loaded, windows, layers, name, self._progress), strict=True)
+        return [self._known[key] for key in wanted]
 
-    def _measure(self, candidates: Sequence[tuple[LayerChoices, ...]]) -> tuple[DeferralQuality, ...]:
-        source = resolve(self._model)
-        source.refuse_quantised("measuring deferral")
-        files = [Path(self._text)] if self._text is not None else evaluation_texts()
-        windows = spread_windows([token_ids(source, file) for file in files], self._tokens)
-        name = files[0].name if self._text is not None else "the zoo's evaluation texts"
-        total = sum(map(len, windows))
-        self._progress.stage(f"measure deferral on {total} tokens", total=total * (1 + len(candidates)))
+    def _texts(self, source: ModelSource) -> list[list[int]]:
+        if self._ids is None:
+            files = evaluation_texts() if self._text is None else [Path(self._text)]
+            self._ids = [token_ids(source, file) for file in files]
+        return self._ids
+
+
+class _Network:
+    """The model of transformers, loaded when it is needed and kept no longer than this."""
+
+    def __init__(self, model: str | Path) -> None:
+        self.source = resolve(model)
+        self.source.refuse_quantised("measuring deferral")
+
+    @functools.cached_property
+    def loaded(self) -> nn.Module:
         transformers.logging.disable_progress_bar()  # there is one already
-        network = source.model_class.from_pretrained(
-            source.folder, dtype=torch.float32, experts_implementation="eager"
-        ).eval()
-        return compare(network, windows, candidates, name, self._progress)
+        found: nn.Module = self.source.model_class.from_pretrained(
+            self.source.folder, dtype=torch.float32, experts_implementation="eager"
+        )
+        return found.eval()
 
 
 @torch.inference_mode()

@@ -79,11 +79,11 @@ class FormatRequest:
 
 @dataclass(frozen=True)
 class DeferralRequest:
-    """Of each generated token at most ``choices`` of experts on the CPU are deferred; None: as many as fill the time in
-    which the CPU waits, and as keep the mean KL divergence that ``measure`` finds within ``max_kl`` (nats a token;
-    without ``measure`` nothing is checked)."""
+    """Of each generated token at most ``choices`` of experts on the CPU are deferred, in every MoE layer or by layer;
+    None: as many as fill the time in which the CPU waits, and as keep the mean KL divergence that ``measure`` finds
+    within ``max_kl`` (nats a token; without ``measure`` nothing is checked)."""
 
-    choices: int | None
+    choices: int | tuple[int, ...] | None
     max_kl: float = 0.0
     measure: DeferralMeasure | None = None
 

@@ -1,4 +1,4 @@
-"""How long the CPU waits between MoE layers in a decode step, and how many deferred choices fill that time."""
+"""How long the CPU waits between MoE layers in a decode step, and what choices that are deferred save of it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class _Layer:
     idle: list[float] = field(default_factory=list)
 
 
-def choices_to_fill(
+def gains_of_choices(
     plan: Plan, layers: Sequence[MoeLayer], possible: Sequence[bool], context: Context
-) -> tuple[int, ...]:
-    """By MoE layer the fewest choices of a token whose experts keep the CPU busy until the next layer's input is there,
-    0 where the layer cannot defer. The plan defers nothing yet.
+) -> tuple[tuple[float, ...], ...]:
+    """By MoE layer the microseconds that deferring a first, a second, .. choice of a token saves, as many as save
+    something: the CPU is busy then until the next layer's input is there. None where the layer cannot defer. The plan
+    defers nothing yet.
 
     With d of a layer's k choices on the CPU deferred, each of which takes c, and G between its answer and the next
     layer's input, a layer takes (k - d) c + max(d c, G): least from d c = G on.
@@ -35,14 +36,14 @@ def choices_to_fill(
     found = [_Layer() for _ in layers]
     for sample in sampled_steps(plan, phase, step, context):
         _add_sample(found, sample)
-    counts = []
+    gains = []
     for number, (layer, times, can) in enumerate(zip(layers, found, possible, strict=True)):
         shares = context.expert_shares(number, layer.attrs.experts)
         chosen = layer.attrs.top_k * sum(s for s, here in zip(shares, layer.on_cpu, strict=True) if here)
-        each = _mean(times.busy) / chosen if chosen else 0.0
-        fill = math.ceil(_mean(times.idle) / each) if can and each > 0 else 0
-        counts.append(min(layer.attrs.top_k, fill))
-    return tuple(counts)
+        each, idle = _mean(times.busy) / chosen if chosen else 0.0, _mean(times.idle)
+        fill = math.ceil(idle / each) if can and each > 0 else 0
+        gains.append(tuple(min(each, idle - d * each) for d in range(min(layer.attrs.top_k, fill))))
+    return tuple(gains)
 
 
 def decode_us(plan: Plan, context: Context) -> float:

@@ -52,8 +52,16 @@ class Checkpoint(Protocol):
 
 
 class DeferralMeasure(Protocol):
-    """What deferring experts does to the model's output; asked by defer_experts."""
+    """What deferring experts does to the model's output; asked by defer_experts. A candidate is what every MoE layer of
+    the model defers, in the order of the step."""
 
-    def __call__(self, candidates: Sequence[Sequence[LayerChoices]]) -> Sequence[DeferralQuality]:
-        """The quality with each candidate: what every MoE layer of the model defers, in the order of the step."""
+    def rough_kl(self, candidates: Sequence[Sequence[LayerChoices]]) -> Sequence[float]:
+        """The KL divergence with each candidate on a part of the text, the same for all: to compare them."""
+        ...
+
+    def most_within(
+        self, candidates: Sequence[Sequence[LayerChoices]], max_kl: float
+    ) -> tuple[int, DeferralQuality] | None:
+        """Of candidates, each of which defers more than the one before, the number of the last whose KL divergence on
+        the whole text is at most ``max_kl``, and its quality; None where the first exceeds it."""
         ...

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
+from hetcomp.backends.native_compiler import cache_folder, contract_digest
+from hetcomp.backends.precompiled_header import precompiled_header
 from hetcomp.backends.protocol import Isa, Kernel, KernelRequest
 from hetcomp.backends.tvm import TvmBackend, support_source
+from hetcomp.hardware.compilers import CxxCompiler, probe_cxx
 from hetcomp.ir.ops import Attrs
 from hetcomp.ir.plan import Op, Value, ValueKind
 from hetcomp.ir.types import DType, Shape, TensorType
 
-REPOSITORY = Path(__file__).parents[2]
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror")
+CONTRACT = Path(__file__).parents[2] / "runtime_lib" / "include"
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", f"-I{CONTRACT}")
 ISA_FLAGS = {Isa.AVX2: "-march=x86-64-v3", Isa.AVX512: "-march=x86-64-v4"}
 GUARD = 64  # elements of a known pattern on either side of an output
 
@@ -59,9 +62,17 @@ def _compiled(text: str, flag: str) -> Path:
     path = Path(_FOLDER.name) / f"{len(list(Path(_FOLDER.name).iterdir()))}.cpp"
     path.write_text(text)
     target = path.with_suffix(".o")
-    include = f"-I{REPOSITORY / 'runtime_lib/include'}"
-    subprocess.run(["g++", *FLAGS, flag, include, "-c", str(path), "-o", str(target)], check=True)
+    flags, headers = (*FLAGS, flag), cache_folder().parent / "headers"
+    early = precompiled_header(_gcc(), flags, text, contract_digest(CONTRACT), headers)
+    subprocess.run(["g++", *flags, "-Winvalid-pch", *early, "-c", str(path), "-o", str(target)], check=True)
     return target
+
+
+@cache
+def _gcc() -> CxxCompiler:
+    found = probe_cxx("g++")
+    assert found is not None
+    return found
 
 
 _LIBRARIES: dict[str, ctypes.CDLL] = {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetcomp import installed_runtime
+from hetcomp.compiler import replan
 from hetcomp.deferral_on_text import DeferralOnText, deferred_choices
 from hetcomp.errors import HetcompError
 from hetcomp.ir.annotations import DeferralQuality, ExpertPlacement
@@ -22,10 +26,11 @@ from hetcomp.ir.plan import Plan
 from hetcomp.ir.printer import print_plan
 from hetcomp.ir.serialise import from_json, to_json
 from hetcomp.ir.verifier import verify
-from hetcomp.passes.context import DeferralRequest
+from hetcomp.passes.context import Context, DeferralRequest
 from hetcomp.passes.pins import parse_pin
 from hetcomp.passes.pipeline import run_pipeline
 from hetcomp.passes.routing import deferred_of, sample_choices, sample_deferral, sample_tokens
+from hetcomp.planned import Planned
 from tests.reference.deferral_reference import split_choices
 from tests.reference.plan_builder import context, gpu, tiny_plan
 
@@ -35,9 +40,12 @@ BESIDE_A_GPU = ("*=gpu:0", "moe.experts=cpu")
 def deferring(request: DeferralRequest | None, pins: Sequence[str] = BESIDE_A_GPU, layers: int = 4) -> Plan:
     """The tiny plan with its experts on the CPU of a machine with one GPU. An expert of 12 kB takes the CPU 41 us, what
     lies between two layers' experts the GPU some 30 us."""
+    return run_pipeline(tiny_plan(layers), wish(request, pins))
+
+
+def wish(request: DeferralRequest | None, pins: Sequence[str] = BESIDE_A_GPU) -> Context:
     made = context(gpus=(gpu(),), bandwidths=(0.3, 0.3))
-    made = replace(made, use_gpus=True, pins=tuple(parse_pin(pin) for pin in pins), deferral=request)
-    return run_pipeline(tiny_plan(layers), made)
+    return replace(made, use_gpus=True, pins=tuple(parse_pin(pin) for pin in pins), deferral=request)
 
 
 def counts(plan: Plan) -> list[int]:
@@ -49,15 +57,28 @@ def predicted_us(plan: Plan) -> float:
 
 
 class FakeMeasure:
-    """A KL of 0.01 for every choice that is deferred anywhere."""
+    """By layer a KL of ``costs`` for every choice that is deferred there, and ten times as much from the second on."""
 
-    def __init__(self) -> None:
-        self.asked: list[list[int]] = []
+    def __init__(self, costs: Sequence[float] = (0.01, 0.01, 0.01, 0.01)) -> None:
+        self.costs = costs
+        self.compared: list[list[int]] = []
+        self.offered: list[list[int]] = []
 
-    def __call__(self, candidates: Sequence[Sequence[LayerChoices]]) -> list[DeferralQuality]:
-        self.asked += [[layer.deferred for layer in layers] for layers in candidates]
-        sums = [sum(layer.deferred for layer in layers) for layers in candidates]
-        return [DeferralQuality("a text", 100, 0.01 * n, 5.0 + n, 5.0) for n in sums]
+    def kl(self, counts: Sequence[int]) -> float:
+        return sum(cost * (n + 9 * max(0, n - 1)) for cost, n in zip(self.costs, counts, strict=True))
+
+    def rough_kl(self, candidates: Sequence[Sequence[LayerChoices]]) -> list[float]:
+        self.compared = [[layer.deferred for layer in layers] for layers in candidates]
+        return [self.kl(counts) for counts in self.compared]
+
+    def most_within(
+        self, candidates: Sequence[Sequence[LayerChoices]], max_kl: float
+    ) -> tuple[int, DeferralQuality] | None:
+        self.offered = [[layer.deferred for layer in layers] for layers in candidates]
+        within = [(i, kl) for i, kl in enumerate(map(self.kl, self.offered)) if kl <= max_kl]
+        if not within:
+            return None
+        return within[-1][0], DeferralQuality("a text", 100, within[-1][1], 6.0, 5.0)
 
 
 def test_off_unless_asked_for():
@@ -119,17 +140,55 @@ def test_all_deferred_waits_for_what_the_layer_before_left():
 def test_auto_keeps_the_budget_and_records_what_it_costs():
     wanted = counts(deferring(DeferralRequest(None)))
     assert max(wanted) >= 1 and wanted[-1] == 0
-    for max_kl in (0.005, 0.03, 1.0):
+    for max_kl in (0.005, 0.025, 1.0):
         measure = FakeMeasure()
         plan = deferring(DeferralRequest(None, max_kl, measure))
-        assert measure.asked[0] == wanted
+        assert measure.compared[-1] == measure.offered[-1] == wanted
         if plan.deferral is None:
-            assert max_kl == 0.005 and not any(counts(plan)) and "KL of more than 0.005" in plan.notes[-1]
+            assert max_kl == 0.005 and not any(counts(plan)) and "one layer costs a KL of more" in plan.notes[-1]
         else:
-            assert plan.deferral.kl == pytest.approx(0.01 * sum(counts(plan))) and plan.deferral.kl <= max_kl
+            assert plan.deferral.kl == pytest.approx(measure.kl(counts(plan))) and plan.deferral.kl <= max_kl
             assert "perplexity" in plan.notes[-1] and "deferral on 100 tokens of a text" in print_plan(plan)
             assert from_json(to_json(plan)) == plan
             assert predicted_us(plan) < predicted_us(deferring(None))
+    assert counts(plan) == wanted
+
+
+def test_auto_defers_where_it_costs_least():
+    """Choices come in the order of their costs, the second ones of all layers behind the first; a budget between what
+    all layers cost with one and with none is spent."""
+    measure = FakeMeasure((0.03, 0.01, 0.02, 0.0))
+    plan = deferring(DeferralRequest(None, 0.045, measure))
+    assert measure.compared[:3] == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
+    assert measure.offered[:3] == [[0, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]
+    assert counts(plan) == [0, 1, 1, 0] and "in 2 of 4 MoE layers" in plan.notes[-1]
+    steps = [sum(after) - sum(before) for before, after in itertools.pairwise(measure.offered)]
+    assert steps == [1] * (len(measure.offered) - 1)
+    assert len(deferrals(plan)) == 4
+
+
+def test_auto_defers_nothing_where_the_budget_allows_too_little_to_gain():
+    layers = 30
+    measure = FakeMeasure([0.01] + [1.0] * (layers - 1))
+    plan = deferring(DeferralRequest(None, 0.02, measure), layers=layers)
+    assert sum(measure.offered[0]) == 1 and not any(counts(plan))
+    assert plan.notes[-1].endswith("would not be faster with as few as keep the KL within 0.02")
+
+
+def test_numbers_by_layer_are_taken_as_they_are():
+    assert counts(deferring(DeferralRequest((0, 2, 9, 1)))) == [0, 2, 2, 0]
+    assert to_json(deferring(DeferralRequest((0, 0, 0, 0)))) == to_json(deferring(None))
+
+
+def test_on_another_machine_layers_defer_what_was_measured():
+    measure = FakeMeasure((0.03, 0.01, 0.02, 0.0))
+    made = wish(DeferralRequest(None, 0.045, measure))
+    plan, imported = run_pipeline(tiny_plan(4), made), cast(Any, SimpleNamespace(plan=tiny_plan(4)))
+    assert counts(plan) == [0, 1, 1, 0]
+    measure.compared.clear()
+    faster = made.profile.model_copy(update={"gpus": (gpu().model_copy(update={"gb_per_s": 9000.0}),)})
+    again = replan(Planned(plan, imported, cast(Any, made.target), made.profile, made, {}), faster)
+    assert counts(again.plan) == [0, 1, 1, 0] and not measure.compared
 
 
 def test_auto_without_a_measure_says_so():
@@ -228,10 +287,14 @@ def test_sampled_routings_are_the_same_with_deferral():
 @pytest.mark.slow
 def test_measured_on_text():
     """Deferring nothing changes nothing, and more choices change more."""
-    measure = DeferralOnText("demo-moe", None, tokens=300)
-    on_cpu = (True,) * 32
-    found = measure([[LayerChoices(n, on_cpu)] * 5 + [LayerChoices(0, on_cpu)] for n in (0, 1, 3)])
-    assert found[0].kl == pytest.approx(0.0, abs=1e-6) and found[0].perplexity == found[0].undeferred_perplexity
-    assert found[0].kl < found[1].kl < found[2].kl
+    measure = DeferralOnText("demo-moe", None, tokens=160)
+    candidates = [[LayerChoices(n, (True,) * 32)] * 5 + [LayerChoices(0, (True,) * 32)] for n in (0, 1, 2, 3)]
+    rough = measure.rough_kl(candidates)
+    assert rough[0] == pytest.approx(0.0, abs=1e-6) and rough == sorted(rough)
+    found = [measure.most_within(candidates, max_kl) for max_kl in (1e-6, 0.05, 10.0)]
+    assert [number for number, _ in found] == [0, 1, 3]
+    qualities = [quality for _, quality in found]
+    assert qualities[0].perplexity == qualities[0].undeferred_perplexity and 0.001 < qualities[1].kl < qualities[2].kl
+    assert measure.most_within(candidates[1:], 1e-6) is None
     with pytest.raises(HetcompError, match="has 6 MoE layers"):
-        measure([[LayerChoices(1, on_cpu)] * 5])
+        measure.rough_kl([[LayerChoices(1, (True,) * 32)] * 5])
