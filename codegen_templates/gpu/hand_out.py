@@ -46,7 +46,6 @@ def ask(
     x,
     ids,
     weights,
-    before,
     x_out,
     ids_out,
     weights_out,
@@ -56,14 +55,11 @@ def ask(
     CHOICES_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x f32[NUMBERS], ids i32[CHOICES] and weights f32[CHOICES] of a step's rows to their places, when the flag
-    ``before`` (where given) says that the CPU has read what is there; then raises the flag ``asks``. One program."""
+    """x f32[NUMBERS], ids i32[CHOICES] and weights f32[CHOICES] of a step's rows to their places; then raises the flag
+    ``asks``. One program."""
     k = tl.arange(0, CHOICES_PADDED)
-    chosen, factors = tl.load(ids + k, mask=k < CHOICES), tl.load(weights + k, mask=k < CHOICES)
-    if before is not None:
-        await_flag(before)
-    tl.store(ids_out + k, chosen, mask=k < CHOICES)
-    tl.store(weights_out + k, factors, mask=k < CHOICES)
+    tl.store(ids_out + k, tl.load(ids + k, mask=k < CHOICES), mask=k < CHOICES)
+    tl.store(weights_out + k, tl.load(weights + k, mask=k < CHOICES), mask=k < CHOICES)
     for first in range(0, NUMBERS, BLOCK):
         n = first + tl.arange(0, BLOCK)
         tl.store(x_out + n, tl.load(x + n, mask=n < NUMBERS), mask=n < NUMBERS)
@@ -76,16 +72,24 @@ def add_missing(
     there,
     ids,
     places,
+    onto,
     answers,
+    before,
     total,
     WIDTH: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """total = here, and of rows with a choice that is not among ``places`` (i32 of each expert, -1: not) + there, when
-    the flag ``answers`` is raised; f32[rows, WIDTH]. Grid: (rows, column blocks)."""
+    """total = onto (where given) + here, and of rows with a choice that is not among ``places`` (i32 of each expert,
+    -1: not) + there, when the flag ``answers`` is raised; f32[rows, WIDTH]. Grid: (rows, column blocks), and one more
+    column block where the flag ``before`` is given, which it awaits."""
     row = tl.program_id(0).to(tl.int64)
+    if before is not None:
+        if tl.program_id(1) == tl.num_programs(1) - 1:
+            if row == 0:
+                await_flag(before)
+            return
     n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     at = row * WIDTH + n
     sums = tl.load(here + at, mask=n < WIDTH)
@@ -95,6 +99,8 @@ def add_missing(
     if missing:
         await_flag(answers)
         sums += tl.load(there + at, mask=n < WIDTH)
+    if onto is not None:
+        sums += tl.load(onto + at, mask=n < WIDTH)
     tl.store(total + at, sums, mask=n < WIDTH)
 
 

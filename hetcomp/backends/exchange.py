@@ -39,7 +39,7 @@ class Exchange:
     optional: frozenset[int]
 
     def before(self, hand_over: HandOver) -> int | None:
-        """The flag of the one whose experts' input was in the same buffers before, if nobody may have awaited it."""
+        """The flag of the last one that was answered before, if nobody may have awaited it."""
         earlier = [h.flag for h in self.hand_overs[: hand_over.flag] if h.answered]
         return earlier[-1] if earlier and earlier[-1] in self.optional else None
 
@@ -70,26 +70,26 @@ class Exchange:
         found = hand_overs(plan)
         buffers: dict[str, PinnedBuffer] = {}
         carriers: dict[tuple[int, str], str] = {}
-        optional: set[int] = set()
         deferring, turn = bool(deferrals(plan)), 0
+        optional = frozenset() if deferring else frozenset(h.flag for h in found if h.answered and _on_gpu(plan, h))
         for hand_over in found:
             template = plan.template(plan.calls[hand_over.call].template)
             op = next(op for op in template.ops if op.id == hand_over.op)
-            # While the CPU computes what a layer deferred, the GPU may hand out the next layer's input.
+            # While the CPU computes what a layer deferred, or sees that it has nothing to do, the GPU may hand out the
+            # next layer's input.
             turn += hand_over.answered
-            suffix = f"_{turn % 2}" if deferring else ""
-            if hand_over.answered and not deferring and _some_on_gpu(plan, hand_over, op):
-                optional.add(hand_over.flag)
+            suffix = f"_{turn % 2}" if deferring or optional else ""
             for part, buffer in _parts(hand_over, op, template, plan.max_dims(), suffix).items():
                 buffers.setdefault(buffer.name, buffer)
                 carriers[hand_over.flag, part] = buffer.name
-        return Exchange(cpu_templates(plan), found, buffers, carriers, frozenset(optional))
+        return Exchange(cpu_templates(plan), found, buffers, carriers, optional)
 
 
-def _some_on_gpu(plan: Plan, hand_over: HandOver, op: Op) -> bool:
-    if plan.expert_cache is not None:
-        return True
-    return gpu_part(op, dict(plan.calls[hand_over.call].placements)[op.id]) is not None
+def _on_gpu(plan: Plan, hand_over: HandOver) -> bool:
+    """Whether some of the experts are there in steps of decoding."""
+    call = plan.calls[hand_over.call]
+    op = next(op for op in plan.template(call.template).ops if op.id == hand_over.op)
+    return plan.expert_cache is not None or gpu_part(op, dict(call.placements)[op.id]) is not None
 
 
 def _parts(
@@ -100,7 +100,8 @@ def _parts(
 
     if hand_over.answered:
         # All layers share them, on whatever GPU: a layer's input is handed out after the sum of the one before was
-        # read, of which it is made. Where experts are deferred the inputs have two sets that are taken in turns.
+        # read, of which it is made. Where that is not so, the inputs have two sets that are taken in turns: a set is
+        # written when the CPU has answered what it carried last.
         sizes = {part: size(name) for part, name in zip(EXPERT_INPUTS, op.inputs, strict=False)}
         made = {part: PinnedBuffer(f"experts_{part}_{n}{suffix}", n) for part, n in sizes.items()}
         n = size(op.outputs[0])

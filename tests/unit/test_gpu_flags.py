@@ -50,16 +50,15 @@ def flag(raised: int = 0) -> np.ndarray[Any, Any]:
     return np.full(1, raised, np.int32)
 
 
-def asking(rows: int, hidden: int, top_k: int, before: int | None) -> tuple[Launch, Memory]:
+def asking(rows: int, hidden: int, top_k: int) -> tuple[Launch, Memory]:
     values = value("x", DType.F32, "T", hidden), value("ids", DType.I32, "T", top_k), value("w", DType.F32, "T", top_k)
-    (launch,) = ask(OP, values, ("x_out", "ids_out", "w_out"), rows, before, 1).code.launches
+    (launch,) = ask(OP, values, ("x_out", "ids_out", "w_out"), rows, 1).code.launches
     rng = np.random.default_rng(rows * hidden)
     arrays = {
         "x": rng.standard_normal((rows, hidden)).astype(np.float32),
         "ids": rng.integers(0, EXPERTS, (rows, top_k)).astype(np.int32),
         "weights": rng.random((rows, top_k)).astype(np.float32),
         "asks": flag(),
-        "before": flag(),
     }
     empty = {f"{name}_out": np.zeros_like(arrays[name]) for name in ("x", "ids", "weights")}
     return launch, Memory(arrays | empty)
@@ -68,34 +67,26 @@ def asking(rows: int, hidden: int, top_k: int, before: int | None) -> tuple[Laun
 @given(rows=st.integers(1, 3), hidden=st.sampled_from([32, 96, 5000]), top_k=st.integers(1, 6))
 @settings(max_examples=8, deadline=None)
 def test_ask_hands_out_everything_and_raises_its_flag(rows, hidden, top_k):
-    launch, memory = asking(rows, hidden, top_k, None)
+    launch, memory = asking(rows, hidden, top_k)
     memory.run(launch, rows)
     for name in ("x", "ids", "weights"):
         np.testing.assert_array_equal(memory.arrays[f"{name}_out"], memory.arrays[name])
     assert memory.arrays["asks"][0] == 1
 
 
-def test_ask_overwrites_nothing_that_the_cpu_may_still_read():
-    launch, memory = asking(2, HIDDEN, 2, 0)
-    running = memory.start(launch, 2)
-    time.sleep(0.2)
-    assert running.is_alive() and memory.arrays["asks"][0] == 0
-    assert not any(memory.arrays[f"{name}_out"].any() for name in ("x", "ids", "weights"))
-    memory.arrays["before"][0] = 1
-    running.join(30)
-    assert memory.arrays["asks"][0] == 1
-    np.testing.assert_array_equal(memory.arrays["x_out"], memory.arrays["x"])
-
-
-def adding(ids: list[list[int]], places: list[int]) -> tuple[Launch, Memory]:
+def adding(
+    ids: list[list[int]], places: list[int], onto: bool = False, before: int | None = None
+) -> tuple[Launch, Memory]:
     rows, top_k = len(ids), len(ids[0])
-    here, there, total = (value(name, DType.F32, "T", HIDDEN) for name in ("here", "there", "total"))
-    table = value("places", DType.I32, EXPERTS)
-    (launch,) = add_missing(OP, here, there, value("ids", DType.I32, "T", top_k), table, total, 0).code.launches
+    here, there, more, total = (value(name, DType.F32, "T", HIDDEN) for name in ("here", "there", "onto", "total"))
+    table, chosen = value("places", DType.I32, EXPERTS), value("ids", DType.I32, "T", top_k)
+    group = add_missing(OP, here, there, chosen, table, more if onto else None, total, 0, before)
+    (launch,) = group.code.launches
     rng = np.random.default_rng(rows)
     shape = (rows, HIDDEN)
-    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name in ("here", "there", "total")}
-    arrays |= {"ids": np.array(ids, np.int32), "places": np.array(places, np.int32), "answers": flag()}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name in ("here", "there", "onto", "total")}
+    arrays |= {"ids": np.array(ids, np.int32), "places": np.array(places, np.int32)}
+    arrays |= {"answers": flag(), "before": flag()}
     return launch, Memory(arrays)
 
 
@@ -107,21 +98,33 @@ def routings(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
     return draw(st.lists(row, min_size=1, max_size=4)), places
 
 
-@given(routings())
+@given(routings(), st.booleans(), st.sampled_from([None, 7]))
 @settings(max_examples=30, deadline=None)
-def test_only_rows_with_a_choice_of_the_cpu_get_its_sum(case):
+def test_only_rows_with_a_choice_of_the_cpu_get_its_sum(case, onto, before):
     ids, places = case
-    launch, memory = adding(ids, places)
-    memory.arrays["answers"][0] = 1
+    launch, memory = adding(ids, places, onto, before)
+    memory.arrays["answers"][0] = memory.arrays["before"][0] = 1
     memory.run(launch, len(ids))
     missing = np.array([any(places[i] < 0 for i in row) for row in ids])[:, None]
     want = np.where(missing, memory.arrays["here"] + memory.arrays["there"], memory.arrays["here"])
+    want = memory.arrays["onto"] + want if onto else want
     np.testing.assert_array_equal(memory.arrays["total"], want)
 
 
 def test_nobody_waits_where_all_choices_are_here():
     launch, memory = adding([[0, 3], [3, 5]], [0, -1, -1, 1, -1, 2, -1, -1])
     memory.run(launch, 2)  # without an answer
+    np.testing.assert_array_equal(memory.arrays["total"], memory.arrays["here"])
+
+
+def test_the_cpu_has_read_what_it_got_before_when_the_launch_is_over():
+    launch, memory = adding([[0, 3], [3, 5]], [0, -1, -1, 1, -1, 2, -1, -1], before=7)
+    running = memory.start(launch, 2)
+    time.sleep(0.2)
+    assert running.is_alive()
+    memory.arrays["before"][0] = 1
+    running.join(30)
+    assert not running.is_alive()
     np.testing.assert_array_equal(memory.arrays["total"], memory.arrays["here"])
 
 

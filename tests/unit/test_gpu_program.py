@@ -222,13 +222,18 @@ def test_steps_of_decoding_wait_only_where_a_choice_is_on_the_cpu(experts_on_cpu
     assert program.exchange.optional == set(flags) and len(flags) > 2
     asked, answered = ("gpu:0", "cpu"), ("cpu", "gpu:0")
     want = [("ask", [0], [asked]), ("add_missing", [0], [answered])]
-    for flag in flags[1:]:  # whose input is where the one before had its own
-        want += [("ask", [flag - 1, flag], [answered, asked]), ("add_missing", [flag], [answered])]
+    for flag in flags[1:]:  # the set of buffers of the one before is the next one's again
+        want += [("ask", [flag], [asked]), ("add_missing", [flag, flag - 1], [answered, answered])]
+    carriers = program.exchange.carriers
+    for one, next_one, again in zip(flags, flags[1:], flags[2:], strict=False):
+        assert carriers[one, "ids"] == carriers[again, "ids"] != carriers[next_one, "ids"]
     exact = [graph for graph in program.graphs if graph.rows.exact]
     assert exact
     for graph in exact:
         assert flags_of_kernels(graph) == want
         assert flags_of(graph, "cpu") == flags_of(graph, "gpu:0") == []
+        # Residual additions of the experts' sums are theirs: only the attentions' are left.
+        assert sum(step.ops[0].attrs.kind == "add" for step in graph.groups) <= len(flags)
     for graph in program.graphs:
         if not graph.rows.exact:
             assert flags_of_kernels(graph) == []

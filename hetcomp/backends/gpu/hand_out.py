@@ -54,23 +54,20 @@ def hand_out(
     return GpuGroup((op,), tuple(v.id for v in read), outputs, GpuCode((made,)))
 
 
-def ask(op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], rows: int, before: int | None, flag: int) -> GpuGroup:
-    """As :func:`hand_out` of a step of exactly so many ``rows``, with the choices; raises ``flag`` to the CPU, and waits
-    until the CPU has read what was handed out ``before`` (a flag)."""
+def ask(op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], rows: int, flag: int) -> GpuGroup:
+    """As :func:`hand_out` of a step of exactly so many ``rows``, with the choices; raises ``flag`` to the CPU."""
     width = math.prod(d for d in inputs[0].type.shape[1:] if isinstance(d, int))
     top_k = inputs[1].type.shape[1]
     assert isinstance(top_k, int)
-    block = min(power_of_two(rows * width), _MAX_BLOCK)
     made = launch(
         "hand_out",
         "ask",
-        f"ask_{rows}x{width}_top{top_k}{'_behind' if before is not None else ''}",
+        f"ask_{rows}x{width}_top{top_k}",
         (ONE, ONE, ONE),
         {
             "x": ("*fp32", Operand("input", 0)),
             "ids": ("*i32", Operand("input", 1)),
             "weights": ("*fp32", Operand("input", 2)),
-            "before": ("*i32", Operand("awaits", before, CPU)) if before is not None else None,
             "x_out": ("*fp32", Operand("output", 0)),
             "ids_out": ("*i32", Operand("output", 1)),
             "weights_out": ("*fp32", Operand("output", 2)),
@@ -80,36 +77,50 @@ def ask(op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], rows: int, 
             "NUMBERS": rows * width,
             "CHOICES": rows * top_k,
             "CHOICES_PADDED": power_of_two(rows * top_k),
-            "BLOCK": block,
+            "BLOCK": min(power_of_two(rows * width), _MAX_BLOCK),
         },
         warps=8,
     )
     return GpuGroup((op,), tuple(v.id for v in inputs), outputs, GpuCode((made,)))
 
 
-def add_missing(op: Op, here: Value, there: Value, ids: Value, places: Value, total: Value, flag: int) -> GpuGroup:
-    """total = here, and of rows with a choice that has no place among ``places`` i32[experts] + there, which the CPU
-    says is there by ``flag``; f32[rows, width] all, of exactly as many rows as the step has."""
+def add_missing(
+    op: Op,
+    here: Value,
+    there: Value,
+    ids: Value,
+    places: Value,
+    onto: Value | None,
+    total: Value,
+    flag: int,
+    before: int | None,
+) -> GpuGroup:
+    """total = onto (where given) + here, and of rows with a choice that has no place among ``places`` i32[experts]
+    + there, which the CPU says is there by ``flag``; f32[rows, width] all, of exactly as many rows as the step has. The
+    launch also awaits the flag ``before`` (where given)."""
     width = math.prod(d for d in total.type.shape[1:] if isinstance(d, int))
     top_k = ids.type.shape[1]
     assert isinstance(top_k, int)
     columns = min(power_of_two(width), _MAX_COLUMNS)
+    read = (here, there, ids, places, *([onto] if onto else []))
     made = launch(
         "hand_out",
         "add_missing",
-        f"add_missing_{width}_top{top_k}",
-        (ROWS, GridAxis(-(-width // columns)), ONE),
+        f"add_missing_{width}_top{top_k}{'_onto' if onto else ''}{'' if before is None else '_behind'}",
+        (ROWS, GridAxis(-(-width // columns) + (before is not None)), ONE),
         {
             "here": ("*fp32", Operand("input", 0)),
             "there": ("*fp32", Operand("input", 1)),
             "ids": ("*i32", Operand("input", 2)),
             "places": ("*i32", Operand("input", 3)),
+            "onto": ("*fp32", Operand("input", 4)) if onto else None,
             "answers": ("*i32", Operand("awaits", flag, CPU)),
+            "before": ("*i32", Operand("awaits", before, CPU)) if before is not None else None,
             "total": ("*fp32", Operand("output", 0)),
         },
         {"WIDTH": width, "TOP_K": top_k, "TOP_K_PADDED": power_of_two(top_k), "COLUMNS": columns},
     )
-    return GpuGroup((op,), (here.id, there.id, ids.id, places.id), (total.id,), GpuCode((made,)))
+    return GpuGroup((op,), tuple(v.id for v in read), (total.id,), GpuCode((made,)))
 
 
 def add_sums(op: Op, a: Value, b: Value, total: Value, rows: int | None) -> GpuGroup:

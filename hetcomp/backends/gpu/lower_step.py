@@ -26,6 +26,7 @@ from hetcomp.backends.gpu.step_events import (
     Run,
     SomeExperts,
     TakeValue,
+    added_at_once,
     reads_of,
 )
 from hetcomp.backends.gpu.step_graph import Await, Place, Raise, Rows, StepGraph
@@ -81,6 +82,8 @@ class StepLowering:
 
     def lower(self) -> StepGraph:
         """The graph. Raises HetcompError naming an op that there is no kernel for."""
+        if self.rows.exact:
+            self.events = added_at_once(self.events, self.exchange.optional)
         self._place_results()
         for i, event in enumerate(self.events):
             self._lower_event(i, event)
@@ -164,8 +167,7 @@ class StepLowering:
         outputs = tuple(self._pinned(hand_over, part) for part in EXPERT_INPUTS)
         inputs = tuple(self.values[name] for name in op.inputs[: len(EXPERT_INPUTS)])
         if self._exact is not None and self.exchange.optional:
-            before = self.exchange.before(hand_over)
-            self.steps.append(ask(op, inputs, outputs, self._exact, before, hand_over.flag))
+            self.steps.append(ask(op, inputs, outputs, self._exact, hand_over.flag))
             return
         layer = self._streamed(hand_over)
         wanted = self._table_value("ask", TABLES, self.stream.ask(layer)) if self.stream and layer else None
@@ -267,8 +269,7 @@ class StepLowering:
         self.values[there] = replace(total, id=there)
         some = event.some or self.expert_cache is not None
         if self._exact is not None and event.hand_over.flag in self.exchange.optional:
-            here, ids, table = (self.values[n] for n in (f"{total.id} here", op.inputs[1], self.tables[total.id].id))
-            self.steps.append(add_missing(op, here, self.values[there], ids, table, total, event.hand_over.flag))
+            self._add_missing(event, self.values[there])
             return
         self.steps.append(Await(event.hand_over.flag, CPU))
         here = [self.values[f"{total.id} here"]] if some else []
@@ -282,6 +283,16 @@ class StepLowering:
             self.places[total.id] = self.places[there]
         else:
             self.steps.append(hand_out(op, (self.values[there],), (total.id,), self.rows.exact))
+
+    def _add_missing(self, event: AwaitExperts, there: Value) -> None:
+        op, total = event.op, self.values[event.op.outputs[0]]
+        here, ids, table = self.values[f"{total.id} here"], self.values[op.inputs[1]], self.tables[total.id]
+        onto = None
+        if event.added is not None:
+            total = self.values[event.added.outputs[0]]
+            onto = next(self.values[name] for name in event.added.inputs if name != op.outputs[0])
+        before = self.exchange.before(event.hand_over)
+        self.steps.append(add_missing(op, here, there, ids, table, onto, total, event.hand_over.flag, before))
 
     def _read_before_next_sum(self, name: str, index: int) -> bool:
         """Whether the pinned sum may stand for the value: the CPU writes the next when it has that layer's input, which

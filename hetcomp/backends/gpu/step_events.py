@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from hetcomp.backends.exchange import Exchange
@@ -9,7 +10,7 @@ from hetcomp.ir.flat_ops import FlatOp
 from hetcomp.ir.hand_overs import HandOver
 from hetcomp.ir.homes import memory_of
 from hetcomp.ir.node_parts import NodePart, gpu_part
-from hetcomp.ir.ops import Transfer
+from hetcomp.ir.ops import Add, Transfer
 from hetcomp.ir.plan import Op
 
 
@@ -39,11 +40,12 @@ class AskExperts:
 @dataclass(frozen=True)
 class AwaitExperts:
     """Waits for the sum of the CPU's experts and adds it to that of the GPU's, if it has ``some``; in steps of a prompt
-    also to that of those that are streamed to the GPU, if any are."""
+    also to that of those that are streamed to the GPU, if any are. ``added``: an addition to that, done at once."""
 
     op: Op
     hand_over: HandOver
     some: bool
+    added: Op | None = None
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,27 @@ def step_events(ops: tuple[FlatOp, ...], exchange: Exchange, gpu: str) -> tuple[
     return tuple(events)
 
 
+def added_at_once(events: Sequence[Event], optional: Set[int]) -> tuple[Event, ...]:
+    """The events with residual additions of the sums of hand-overs that are ``optional`` done where these are awaited,
+    if nothing else reads the sum: a launch less a layer."""
+    found: list[Event] = []
+    for event in events:
+        last = found[-1] if found else None
+        if isinstance(last, AwaitExperts) and last.hand_over.flag in optional and isinstance(event, Run):
+            (total,), first = last.op.outputs, event.ops[0]
+            alone = sum(reads_of(e).count(total) for e in events) == 1
+            if isinstance(first.attrs, Add) and total in first.inputs and alone:
+                found[-1] = replace(last, added=first)
+                found += [Run(event.ops[1:])] if event.ops[1:] else []
+                continue
+        found.append(event)
+    return tuple(found)
+
+
 def reads_of(event: Event) -> tuple[str, ...]:
-    """Values that the event reads (of experts their input alone)."""
+    """Values that the event reads (of experts their input alone, of awaited ones what they are added to)."""
     if isinstance(event, Run):
         return tuple(name for op in event.ops for name in op.inputs)
     if isinstance(event, AwaitExperts):
-        return ()
+        return () if event.added is None else tuple(n for n in event.added.inputs if n not in event.op.outputs)
     return event.op.inputs

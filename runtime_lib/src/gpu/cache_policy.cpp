@@ -26,6 +26,7 @@ CachePolicy::CachePolicy(CacheRule rule, const std::vector<CachedLayer>& layers,
 }
 
 void CachePolicy::place(std::size_t layer, std::int32_t expert, std::int32_t slot) {
+  ahead_.reset();
   layers_[layer].slot_of[static_cast<std::size_t>(expert)] = slot;
   layers_[layer].held[static_cast<std::size_t>(slot)] = expert;
 }
@@ -42,6 +43,7 @@ void CachePolicy::rescale() {
 }
 
 void CachePolicy::begin_step(std::int64_t tokens, bool decode) {
+  ahead_.reset();
   decode_ = decode;
   first_ = now_ + 1;
   now_ += decode ? 1 : tokens;
@@ -49,6 +51,7 @@ void CachePolicy::begin_step(std::int64_t tokens, bool decode) {
 }
 
 void CachePolicy::count(std::size_t layer, std::span<const std::int32_t> ids) {
+  ahead_.reset();
   Layer& l = layers_[layer];
   const auto top_k = static_cast<std::size_t>(l.shape.top_k);
   double use = 0;
@@ -112,11 +115,19 @@ void CachePolicy::find_swaps(std::size_t index, std::vector<Swap>& found) const 
   }
 }
 
-std::vector<CacheArrival> CachePolicy::choose() {
-  credit_ = std::min(credit_ + bytes_per_step_, most_credit_);
+std::vector<CachePolicy::Swap> CachePolicy::all_swaps() const {
   std::vector<Swap> swaps;
   for (std::size_t i = 0; i < layers_.size(); ++i) find_swaps(i, swaps);
   std::ranges::stable_sort(swaps, [](const Swap& a, const Swap& b) { return a.gain > b.gain; });
+  return swaps;
+}
+
+void CachePolicy::look_ahead() { ahead_ = all_swaps(); }
+
+std::vector<CacheArrival> CachePolicy::choose() {
+  credit_ = std::min(credit_ + bytes_per_step_, most_credit_);
+  const std::vector<Swap> swaps = ahead_ ? std::move(*ahead_) : all_swaps();
+  ahead_.reset();
   for (const Swap& swap : swaps) {
     Layer& layer = layers_[swap.arrival.layer];
     if (layer.shape.expert_bytes > credit_) break;
@@ -130,6 +141,7 @@ std::vector<CacheArrival> CachePolicy::choose() {
 }
 
 std::vector<CacheArrival> CachePolicy::keep(std::size_t index, std::span<const std::int32_t> passing) {
+  ahead_.reset();
   Layer& layer = layers_[index];
   const auto heat_in = [&](std::int32_t slot) {
     const std::int32_t e = layer.held[static_cast<std::size_t>(slot)];
@@ -155,6 +167,7 @@ std::vector<CacheArrival> CachePolicy::keep(std::size_t index, std::span<const s
 }
 
 void CachePolicy::arrived(bool all) {
+  ahead_.reset();
   for (const auto& [layer, expert] : leaving_)
     layers_[layer].slot_of[static_cast<std::size_t>(expert)] = kNone;
   leaving_.clear();

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -57,6 +58,9 @@ class CachePolicy {
   // Between steps: what to copy under the next step of decoding. Those that lay in these slots are no longer
   // in the tables; an expert that the last step has used stays. arrived() must come before the next call.
   std::vector<CacheArrival> choose();
+  // When all that a step uses was counted and nothing is on its way: looks for what choose() will choose,
+  // which is most of its work. The next call of any other function forgets it.
+  void look_ahead();
   // In a step of a prompt, whose experts of the layer were counted: which of those that pass through the
   // GPU's memory anyway are so much hotter than what is in slots that they stay in their place, the same
   // margins taken. No budget counts. The tables remain as they are until arrived().
@@ -86,6 +90,7 @@ class CachePolicy {
   bool may_leave(const Layer& layer, std::int32_t slot) const;
   bool hotter(double newcomer, double victim) const;  // by the margins
   void find_swaps(std::size_t index, std::vector<Swap>& found) const;
+  std::vector<Swap> all_swaps() const;   // the best first
   double unit(std::int64_t tick) const;  // what a use at that tick counts
   void rescale();
 
@@ -98,6 +103,7 @@ class CachePolicy {
   std::int64_t first_ = 1;    // of its first
   std::int64_t base_ = 0;     // tick at which a use counts 1
   bool decode_ = false;
+  std::optional<std::vector<Swap>> ahead_;
   std::vector<CacheArrival> coming_;
   std::vector<std::pair<std::size_t, std::int32_t>> leaving_;  // layer and expert: in tables until arrived()
 };

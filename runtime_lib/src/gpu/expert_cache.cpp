@@ -156,10 +156,7 @@ bool ExpertCache::copy_rest() noexcept {
   return copies_.finish();
 }
 
-void ExpertCache::end(bool streamed) noexcept {
-  if (tokens_ == 0) return;
-  tokens_ = 0;
-  for (const StreamLayer& layer : stream_record_.layers) shared_.skip()[layer.hand_over] = 0;
+void ExpertCache::settle(bool streamed) noexcept {
   if (coming_.empty()) return;
   const bool all = decode_ ? copy_rest() : streamed && taken_ == coming_.size();
   policy_.arrived(all);
@@ -168,7 +165,21 @@ void ExpertCache::end(bool streamed) noexcept {
   for (const CacheArrival& arrival : coming_)
     if (decode_) statistics_.bytes += static_cast<std::int64_t>(policy_.shape(arrival.layer).expert_bytes);
   coming_.clear();
+  begun_ = 0;
   table_is_old_ = true;
+}
+
+void ExpertCache::look_ahead() {
+  if (tokens_ == 0 || !decode_ || !swaps_) return;
+  settle(false);
+  policy_.look_ahead();
+}
+
+void ExpertCache::end(bool streamed) noexcept {
+  if (tokens_ == 0) return;
+  tokens_ = 0;
+  for (const StreamLayer& layer : stream_record_.layers) shared_.skip()[layer.hand_over] = 0;
+  settle(streamed);
 }
 
 void ExpertCache::reset_statistics() { statistics_ = {}; }

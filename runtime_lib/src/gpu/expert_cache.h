@@ -40,7 +40,7 @@ struct CacheStatistics {
 class ExpertCache {
  public:
   // program: with a cache; all must outlive this. The context must be current when this is made, when it ends
-  // and during fill(), begin(), copy_next() and end().
+  // and during fill(), begin(), copy_next(), look_ahead() and end().
   ExpertCache(const CudaDriver& driver, const GpuProgramRecord& program, const ProgramBuffers& buffers,
               const SharedMemory& shared, CUstream step_stream, ExpertCopies& copies);
 
@@ -66,6 +66,9 @@ class ExpertCache {
   // Copies one of them to its slot: `from` has its operands, in the layer's order. The GPU must have computed
   // the layer.
   void take(const CacheArrival& arrival, std::span<const CUdeviceptr> from);
+  // In a step of decoding, when the CPU has done its part and the GPU comes to its end: has what is left
+  // copied, waits for the copies, and looks for what begin() will decide next.
+  void look_ahead();
   // When the GPU is at rest: has what is left copied, and waits for the copies. streamed: whether those of
   // take() are over, without a fault. Without a begin() nothing happens.
   void end(bool streamed) noexcept;
@@ -90,6 +93,7 @@ class ExpertCache {
   CUdeviceptr slot(const CacheArrival& arrival, std::size_t operand) const;
   void copy(const CacheArrival& arrival);
   bool copy_rest() noexcept;
+  void settle(bool streamed) noexcept;  // the tables take what was copied
 
   const CudaDriver& driver_;
   const GpuProgramRecord& program_;

@@ -188,6 +188,12 @@ std::vector<GpuEvent> GpuProgram::read_times() const {
   return times;
 }
 
+void GpuProgram::look_ahead() const {
+  if (!resources_->cache) return;
+  const CurrentContext current(driver_, context_);
+  resources_->cache->look_ahead();
+}
+
 void GpuProgram::end_step() noexcept {
   if (!resources_->experts && !resources_->weights) return;  // nothing is cached either
   try {

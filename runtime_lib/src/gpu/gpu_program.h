@@ -69,6 +69,9 @@ class GpuProgram {
   void put_adapter(std::int32_t slot, std::uint64_t begin, std::span<const GpuPair> pairs) const;
   // While the CPU waits for a GPU: asks for the next copy to the cache, if there is one. Throws Error.
   void copy_next() const;
+  // When the CPU has done its part of a step: what the next one waits for is done under the GPU's end. Throws
+  // Error.
+  void look_ahead() const;
   // Behind every step, when the GPU is at rest.
   void end_step() noexcept;
   // Whether steps take the times of what the GPU does from the next one on, which makes them longer.

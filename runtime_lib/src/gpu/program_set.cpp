@@ -201,6 +201,8 @@ void ProgramSet::run(std::int32_t batch, const std::function<void(HandShake&)>& 
   try {
     for (const auto& program : programs_) program->launch(batch, adapted, tokens, may_stream);
     cpu_work(hand_shake);
+    if (!hand_shake.aborted())
+      for (const auto& program : programs_) program->look_ahead();
     wait_for_end();
   } catch (...) {
     hand_shake.abort("The CPU's part of the step failed.");
