@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from hetcomp.frontend.folder_tensors import folder_tensors
 from hetcomp.frontend.key_mapping import Parts, map_checkpoint
 from hetcomp.frontend.quantisation_config import QuantisationConfig, Stored
 from hetcomp.frontend.quantised_codes import groups_of_columns, read_quantised
+from hetcomp.frontend.quantised_rows import RowsOfParts, rows_of
 from hetcomp.frontend.quantised_tensors import quantised_tensors
 from hetcomp.frontend.row_places import FLOATS, assembled, coded_rows, number_rows
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 from hetcomp.quantised_numbers import QuantisedNumbers, joined
+from hetcomp.row_pieces import Runs, take_rows
 from hetcomp.stored_rows import StoredRows
 
 # bf16 comes as its bits in uint16: numpy has no such type.
@@ -165,6 +167,45 @@ class BaseCheckpoint(ABC):
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
         return self._expert(self.source(value), expert)
 
+    def read_pieces(self, value: Value, pieces: Sequence[Runs], expert: int | None = None) -> Generator[Numbers]:
+        """These rows of a matrix, or of one expert's, a piece at a time: no more than these are read where the
+        tensors have them apart, else the matrix is read, once. A piece but the last is a multiple of
+        hetcomp.row_pieces.ROWS."""
+        source = self.source(value)
+        tensors = source.tensors
+        if expert is not None and source.recipe in ("stack", "stack_pair"):
+            count = 2 if source.recipe == "stack_pair" else 1
+            tensors = tensors[count * expert : count * (expert + 1)]
+        if has_rows(source, tensors):
+            yield from self._tensors_in_pieces(tensors, pieces)
+            return
+        numbers = self.read(value) if expert is None else self.read_expert(value, expert)
+        yield from (take_rows(numbers, runs) for runs in pieces)
+
+    def _tensors_in_pieces(self, tensors: Sequence[CheckpointTensor], pieces: Sequence[Runs]) -> Generator[Numbers]:
+        """Rows of the tensors, counted through all of them."""
+        firsts = [sum(t.shape[0] for t in tensors[:i]) for i in range(len(tensors))]
+        wanted = [
+            [
+                (i, max(start, first) - first, min(stop, first + tensor.shape[0]) - first)
+                for start, stop in runs
+                for i, (first, tensor) in enumerate(zip(firsts, tensors, strict=True))
+                if start < first + tensor.shape[0] and stop > first
+            ]
+            for runs in pieces
+        ]
+        readers = [
+            self._rows(tensor, [(start, stop) for piece in wanted for j, start, stop in piece if j == i])
+            for i, tensor in enumerate(tensors)
+        ]
+        for piece in wanted:
+            yield _joined([next(readers[i]) for i, _, _ in piece])
+
+    def _rows(self, tensor: CheckpointTensor, runs: Sequence[tuple[int, int]]) -> Generator[_Raw | QuantisedNumbers]:
+        """The numbers of these rows, a run at a time, of a tensor whose rows a subclass cannot read one by one."""
+        numbers = self._numbers(tensor)
+        yield from (take_rows(numbers, (run,)) for run in runs)
+
     def stored_rows(self, value: Value, by_number: bool) -> StoredRows | str:
         """Where the rows of a weight lie, or (``by_number``) each of its numbers, in its shape; or why nobody can use
         them where they are. Reads nothing."""
@@ -223,7 +264,17 @@ def viewed_shape(source: WeightSource) -> tuple[int, ...] | None:
     return shape
 
 
+def has_rows(source: WeightSource, tensors: Sequence[CheckpointTensor]) -> bool:
+    """Whether the rows of the weight, or of the expert that is in ``tensors``, are those of ``tensors``, one after the
+    other, and quantised alike."""
+    turned = source.transpose or source.deinterleave or source.head_split is not None or bool(source.row_runs)
+    kinds = {None if (q := t.quantised) is None else (q.format, q.inexact, q.act_order) for t in tensors}
+    return not turned and len(kinds) == 1 and all(len(t.shape) == 2 for t in tensors)
+
+
 def _joined(parts: Sequence[_Raw | QuantisedNumbers]) -> _Raw | QuantisedNumbers:
+    if len(parts) == 1:
+        return parts[0]
     coded = [p for p in parts if isinstance(p, QuantisedNumbers)]
     if len(coded) == len(parts):
         return joined(coded)
@@ -357,6 +408,18 @@ class FolderCheckpoint(BaseCheckpoint):
         if tensor.quantised is None:
             return super()._numbers(tensor, row)
         return read_quantised(tensor, self._stored(tensor), lambda part: self._raw(part, row))
+
+    def _rows(self, tensor: CheckpointTensor, runs: Sequence[tuple[int, int]]) -> Generator[_Raw | QuantisedNumbers]:
+        if tensor.quantised is None:
+            yield from (self._numbers(rows_of(tensor, *run)) for run in runs)
+            return
+        stored = self._stored(tensor)
+        parts = RowsOfParts.of(tensor, stored, lambda part: self._raw(part, None))
+        if parts is None:
+            yield from super()._rows(tensor, runs)
+            return
+        for start, stop in runs:
+            yield read_quantised(parts.matrix(start, stop), stored, parts.reading(start, stop))
 
     def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
         if tensor.quantised is None:

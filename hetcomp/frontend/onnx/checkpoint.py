@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from hetcomp.frontend.onnx.model_file import OnnxFile
 from hetcomp.frontend.onnx.packed_weights import Packed
 from hetcomp.frontend.onnx.parameters import Parameter
 from hetcomp.frontend.onnx.torch_ops import from_numpy
+from hetcomp.frontend.quantised_rows import rows_of
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 from hetcomp.quantised_numbers import QuantisedNumbers, joined
 
@@ -86,6 +88,24 @@ class OnnxCheckpoint(BaseCheckpoint):
             return joined(made) if made else np.concatenate([e for e in experts if isinstance(e, np.ndarray)])
         parts = {name: self._file.numbers(part, at) for name, part in whole.quantised.parts}
         return packed.decode(parts, whole.dtype) if isinstance(packed, Dequantised) else packed.decode(parts, tensor)
+
+    def _rows(
+        self, tensor: CheckpointTensor, runs: Sequence[tuple[int, int]]
+    ) -> Generator[npt.NDArray[Any] | QuantisedNumbers]:
+        parameter, whole, at = self._place(tensor, None)
+        packed = parameter.packed
+        if packed is None and at is None and not parameter.log_of:
+            stored = self._file.graph.initialisers[parameter.tensor]
+            numbers = (self._file.numbers(rows_of(stored, *run)) for run in runs)
+            yield from (n.astype(np.float32) if n.dtype == np.float64 else n for n in numbers)
+        elif isinstance(packed, Packed) and at is None and packed.has_rows(whole):
+            for start, stop in runs:
+                part = packed.rows(whole, start, stop)
+                assert part.quantised is not None
+                parts = {name: self._file.numbers(stored) for name, stored in part.quantised.parts}
+                yield replace(packed, shape=part.shape).decode(parts, part)
+        else:
+            yield from super()._rows(tensor, runs)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:
         parameter, _, at = self._place(tensor, row)

@@ -69,7 +69,7 @@ class OnnxFile:
         count = math.prod(shape)
         start = (row or 0) * count * dtype.itemsize
         if tensor.file == _INLINE:
-            data = np.frombuffer(self.inline[tensor.name], dtype, count, start)
+            data = np.frombuffer(self.inline[tensor.name], dtype, count, tensor.offset + start)
         else:
             data = read_tensor(self.path.parent / tensor.file, tensor.name, tensor.offset + start, dtype, count)
         return data.reshape(shape)
