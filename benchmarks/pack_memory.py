@@ -29,7 +29,7 @@ from hetcomp.models_zoo import find
 
 _OWN = ("RssAnon", "RssShmem")
 _SAMPLED = 0.01  # seconds
-_IMPORTS = "import hetcomp.compiler, hetcomp.build_artifact"
+_IMPORTS = "import hetcomp.compiler, hetcomp.build_artifact, hetcomp.frontend.from_transformers"
 
 
 def _status(pid: int, *fields: str) -> int:
