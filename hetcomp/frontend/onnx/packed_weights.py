@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.frontend.quantised_rows import rows_of
 from hetcomp.ir.plan import CheckpointTensor, Quantised
 from hetcomp.quantised_numbers import GROUPS, QuantisedNumbers, with_zero_points
+from hetcomp.stored_rows import Places, StoredRows, StoredScales, places
 
 _Raw = npt.NDArray[np.generic]
 _Floats = npt.NDArray[np.float32]
@@ -114,6 +116,30 @@ class Packed:
         ]
         shape = (stop - start, self.shape[1])
         return replace(tensor, shape=shape, quantised=replace(tensor.quantised, parts=tuple(parts)))
+
+    def stored_rows(
+        self, tensor: CheckpointTensor, expert: int | None, numbers: Mapping[str, int], files: tuple[Path, ...]
+    ) -> StoredRows | str:
+        """Where the rows of the matrix ``tensor``, or one expert's, lie, or why they cannot be used there. numbers: of
+        the files by their names."""
+        assert tensor.quantised is not None
+        if self.zeros:
+            return f"zero points lie apart from the codes of {tensor.quantised.label}"
+        if self.groups:
+            return f"columns of {tensor.quantised.label} are in another order"
+        count, shape = int(np.prod(self.shape[:-1])), self.shape[:-1] if expert is None else self.shape[1:-1]
+
+        def of_rows(part: CheckpointTensor) -> Places:
+            each = part.bytes // count
+            first = part.offset + (expert or 0) * self.shape[-2] * each
+            return places(numbers[part.file], first, each, (*shape, 1))
+
+        codes, scales = tensor.quantised.part("codes"), tensor.quantised.part("scales")
+        if codes.bytes % count:
+            return "its rows begin within a byte"
+        columns = self.shape[-1]
+        of_scales = StoredScales(scales.dtype, min(self.block, columns), of_rows(scales))
+        return StoredRows("nibbles" if self.bits == 4 else "codes", files, of_rows(codes), columns, of_scales)
 
     def groups_of(self, raw: _Raw, tensor: CheckpointTensor) -> Groups:
         """Each column's block, as ``raw`` has it. Raises HetcompError if there are none such."""
