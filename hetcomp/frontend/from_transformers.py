@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend import trace
-from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, ModuleCheckpoint
+from hetcomp.frontend.checkpoint import BaseCheckpoint, ModuleCheckpoint
+from hetcomp.frontend.folder_checkpoint import FolderCheckpoint
 from hetcomp.frontend.folder_tensors import has_weights
 from hetcomp.frontend.gguf.checkpoint import GgufCheckpoint
 from hetcomp.frontend.given import Given, config_digest

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hetcomp.frontend.quantisation_config import Stored
 from hetcomp.frontend.quantised_codes import Raw, Read
 from hetcomp.ir.plan import CheckpointTensor
-from hetcomp.row_pieces import ROWS
 
 _OF_COLUMNS = ("groups", "shape")  # parts that are the same for all rows
 _ROWS_LAST = ("gptq", "awq")  # rows are the last axis of what these store, which is no run of a file's bytes
@@ -33,8 +32,9 @@ class RowsOfParts:
     read: Read
 
     @classmethod
-    def of(cls, tensor: CheckpointTensor, stored: Stored, read: Read) -> RowsOfParts | None:
-        """None if pieces would cut what some rows share. read: a part or rows of it. Raises what it raises."""
+    def of(cls, tensor: CheckpointTensor, stored: Stored, starts: Sequence[int], read: Read) -> RowsOfParts | None:
+        """None if one of ``starts`` is within what some rows share. read: a part or rows of it. Raises what it
+        raises."""
         assert tensor.quantised is not None
         axis = 1 if stored.kind in _ROWS_LAST else 0
         counts = {}
@@ -44,7 +44,7 @@ class RowsOfParts:
                 continue
             of_index = (1, 32 // stored.bits, tensor.quantised.block[0])
             count = next((n for n in of_index if n > 0 and -(-tensor.shape[0] // n) == length), 0)
-            if not count or ROWS % count:
+            if not count or any(start % count for start in starts):
                 return None
             counts[part.name] = count
         parts = [part for _, part in tensor.quantised.parts if axis or part.name not in counts]

@@ -149,7 +149,7 @@ def test_rows_are_those_of_the_whole(dtype, turned, axis, block, zero):
     raw = rng.integers(0, 256, (2, stored[0] * stored[1] // bytes_of), np.uint8)
     parts = {"codes": raw[0], "scales": rng.normal(size=count).astype(np.float32)}
     parts |= {"zeros": raw[1][: -(-int(np.prod(count)) // bytes_of)]} if zero is None else {}
-    assert matrix.has_rows(dtype)
+    assert matrix.has_rows(dtype, [0, 128, 256])
     pieces = [matrix.decode(parts, dtype, run) for run in ((0, 128), (128, 256), (256, 320))]
     for got, want in zip(pieces, np.split(numbers(matrix.decode(parts, dtype)), [128, 256]), strict=True):
         np.testing.assert_array_equal(numbers(got), want)

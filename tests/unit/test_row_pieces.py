@@ -21,6 +21,7 @@ from hetcomp.ir.node_parts import Cut, cut_value
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 from hetcomp.planned import Planned
+from hetcomp.quantised_numbers import QuantisedNumbers
 from tests.reference import gguf_models, onnx_genai_models, tiny_models
 from tests.reference import quantised_checkpoints as made
 from tests.unit.test_quantised_checkpoints import AWQ, FP8, gptq, int_pack, planned
@@ -91,6 +92,38 @@ def test_pieces_are_the_bytes_of_the_whole(name, tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.concatenate(pieces[weight]), np.concatenate(chunks), err_msg=weight)
     cut = [weight for weight in pieces if len(pieces[weight]) > len(whole[weight])]
     assert len(cut) >= 3  # the embedding, the output layer, gate and up
+
+
+@pytest.mark.parametrize("formats", ["q4", "q8", "fp8", "mxfp4", "f32"])
+def test_pieces_are_quantised_as_the_whole_is(formats, tmp_path, monkeypatch):
+    plan = planned(in_bf16(tmp_path), formats)
+    whole, _ = packed(plan, 1 << 30, monkeypatch)
+    pieces, _ = packed(plan, 1, monkeypatch)
+    for weight, chunks in whole.items():
+        np.testing.assert_array_equal(np.concatenate(pieces[weight]), np.concatenate(chunks), err_msg=weight)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_are_those_of_the_whole_wherever_they_begin(name, tmp_path):
+    """Within a block of scales, a word of zero points, a tensor that others are joined to."""
+    plan = planned(FILES[name](tmp_path))
+    checkpoint = plan.imported.checkpoint
+    assert checkpoint is not None
+    weights = [v for v in plan.plan.values if v.kind is ValueKind.WEIGHT and len(v.type.shape) > 1]
+    for value in (v for v in weights if int(v.type.shape[-2]) >= 128):
+        experts, rows = len(value.type.shape) > 2, int(value.type.shape[-2])
+        whole = checkpoint.read_expert(value, 1) if experts else checkpoint.read(value)
+        for starts in ((0, 37), (0, rows // 128 * 64), (5, rows // 2 + 3)):
+            pieces = [((starts[0], starts[1]),), ((starts[1], rows - 1), (rows - 1, rows))]
+            read = list(checkpoint.read_pieces(value, pieces, 1 if experts else None))
+            for runs, got in zip(pieces, read, strict=True):
+                want = row_pieces.take_rows(whole, runs)
+                assert type(got) is type(want)
+                np.testing.assert_array_equal(numbers_of(got), numbers_of(want))
+
+
+def numbers_of(numbers) -> np.ndarray:
+    return numbers.to_f32() if isinstance(numbers, QuantisedNumbers) else packing.to_f32(numbers)
 
 
 LARGE = {"num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 40_960, "tie_word_embeddings": False}

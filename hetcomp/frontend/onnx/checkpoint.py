@@ -109,7 +109,7 @@ class OnnxCheckpoint(BaseCheckpoint):
                 assert part.quantised is not None
                 parts = {name: self._file.numbers(stored) for name, stored in part.quantised.parts}
                 yield replace(packed, shape=part.shape).decode(parts, part)
-        elif isinstance(packed, Dequantised) and at is None and packed.has_rows(whole.dtype):
+        elif isinstance(packed, Dequantised) and at is None and packed.has_rows(whole.dtype, [r[0] for r in runs]):
             assert whole.quantised is not None
             parts = {name: self._file.numbers(stored) for name, stored in whole.quantised.parts}
             yield from (packed.decode(parts, whole.dtype, run) for run in runs)

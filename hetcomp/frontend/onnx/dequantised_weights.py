@@ -5,7 +5,7 @@ w = (code - zero point) * scale: one scale for all, one an index of an axis, or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy.typing as npt
 from hetcomp.frontend.onnx.not_computable import NotComputable
 from hetcomp.ir.plan import CheckpointTensor, Quantised
 from hetcomp.quantised_numbers import GROUPS, OFFSETS, QuantisedNumbers
-from hetcomp.row_pieces import ROWS
 
 _Raw = npt.NDArray[np.generic]
 _Floats = npt.NDArray[np.float32]
@@ -109,16 +108,18 @@ class Dequantised:
                     f"of shape {wanted} for a weight of shape {list(self.stored)}"
                 )
 
-    def has_rows(self, dtype: str) -> bool:
-        """Whether :meth:`decode` does some rows at a time: they begin with a byte and a block."""
-        of_block = self.block if self.axis == 1 - self._along_k and self.block else 1
-        return (BITS[dtype] == 8 or self.stored[1] % 2 == 0) and ROWS % of_block == 0
+    def has_rows(self, dtype: str, starts: Sequence[int]) -> bool:
+        """Whether :meth:`decode` does some rows at a time that begin at ``starts``: with a byte and a block."""
+        whole = self.block if self.axis == 1 - self._along_k and self.block else 1
+        if self.turned and BITS[dtype] == 4:
+            whole = max(whole, 2)
+        return (BITS[dtype] == 8 or self.stored[1] % 2 == 0) and not any(start % whole for start in starts)
 
     def decode(
         self, parts: Mapping[str, _Raw], dtype: str, rows: tuple[int, int] | None = None
     ) -> QuantisedNumbers | _Floats:
-        """The matrix [N, K] whose parts as they are stored these are, or its rows from a multiple of ROWS to another or
-        the end. dtype: of its codes."""
+        """The matrix [N, K] whose parts as they are stored these are, or those of its rows
+        that :meth:`has_rows`. dtype: of its codes."""
         scales = _floats(parts["scales"]).reshape(self._count())
         zeros = whole_numbers(parts["zeros"], dtype, self._count()) if "zeros" in parts else None
         if rows is None:
