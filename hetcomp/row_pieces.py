@@ -15,14 +15,14 @@ Runs = tuple[tuple[int, int], ...]
 # Of a piece; 64 MB in f32.
 _NUMBERS = 1 << 24
 # Whole blocks of fp8, panels and words of zero points.
-ROWS = 128
+_ROWS = 128
 
 
 def row_pieces(rows: int, columns: int, halves: int) -> list[Runs]:
     """The pieces of a matrix [rows, columns]: of each half the same rows of it. Each piece but the last has a multiple
-    of ROWS."""
+    of _ROWS."""
     each = rows // halves
-    step = max(ROWS, _NUMBERS // (columns * halves) // ROWS * ROWS)
+    step = max(_ROWS, _NUMBERS // (columns * halves) // _ROWS * _ROWS)
     return [
         tuple((half * each + start, half * each + min(start + step, each)) for half in range(halves))
         for start in range(0, each, step)
