@@ -44,7 +44,8 @@ $(INSTALLED): pyproject.toml scripts/bootstrap.sh $(RUNTIME_SOURCES)
 	@scripts/bootstrap.sh $(VENV)
 	@touch $@
 
-# What only the tests need: a browser for the plan's HTML report, qemu, a kernel and mke2fs for tests of NUMA and of a failing disk.
+# What only the tests need: a browser for the plan's HTML report, qemu, a kernel and mke2fs for tests of NUMA and of a failing disk,
+# Triton, AutoGPTQ's layer.
 test-packages: | $(INSTALLED)
 	@scripts/bootstrap.sh $(VENV) --test-packages
 

@@ -51,7 +51,7 @@ class Checkpoint:
         return np.memmap(path, np.uint16, "r", offset, tuple(shape))
 
 
-def _tensors(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def tensors(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     yield "token_embd", checkpoint["model.embed_tokens.weight"]
     yield "output_norm", checkpoint["model.norm.weight"]
     if not config["tie_word_embeddings"]:
@@ -73,7 +73,7 @@ def _add(writer: gguf.GGUFWriter, name: str, bits: np.ndarray) -> None:
         writer.add_tensor(f"{name}.weight", rows, raw_dtype=BF16)
 
 
-def _describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+def describe(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -121,9 +121,9 @@ def main() -> None:
         raise SystemExit(f"{folder} is a {config['model_type']} model, qwen3_moe was expected")
     partial = target.with_suffix(".partial")
     writer = gguf.GGUFWriter(str(partial), "qwen3moe")
-    _describe(writer, config)
+    describe(writer, config)
     _add_tokenizer(writer, folder, config)
-    for name, bits in _tensors(Checkpoint(folder), config):
+    for name, bits in tensors(Checkpoint(folder), config):
         _add(writer, name, bits)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

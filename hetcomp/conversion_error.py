@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from hetcomp.backends import packing
-from hetcomp.backends.pack_weights import WeightPacker, WeightReader
+from hetcomp.backends.pack_weights import WeightPacker, WeightReader, has_experts
 from hetcomp.ir.native_format import Native, native_format
 from hetcomp.ir.plan import Plan, Value, ValueKind
 from hetcomp.passes.choose_formats import weight_role
 from hetcomp.quantised_numbers import QuantisedNumbers
-
-_Floats = npt.NDArray[np.float32]
-_ROWS = 1024  # whole panels
 
 
 @dataclass(frozen=True)
@@ -69,30 +64,19 @@ def conversion_notes(plan: Plan, reader: WeightReader | None) -> tuple[str, ...]
 
 
 def _measured(value: Value, reader: WeightReader) -> str:
-    stacked = len(value.type.shape) == 3 and (value.view is None or value.view.head_split is None)
-    numbers = reader.read_expert(value, 0) if stacked else reader.read(value)
-    want = numbers.to_f32() if isinstance(numbers, QuantisedNumbers) else packing.to_f32(numbers)
+    stacked = has_experts(value)
     squares = np.zeros(2)  # of the error, of the numbers
-    for exact, got in _pieces(value, want, WeightPacker(reader).pack(value, numbers)):
-        squares += [float(np.square(part, dtype=np.float64).sum()) for part in (got - exact, exact)]
+    packer = WeightPacker(reader)
+    for part in packer.parts(value, 0 if stacked else None):
+        numbers = part.numbers
+        exact = numbers.to_f32() if isinstance(numbers, QuantisedNumbers) else packing.to_f32(numbers)
+        got = packing.unpack(packer.pack(part), _matrices(part.packed, exact.shape))
+        squares += [float(np.square(each, dtype=np.float64).sum()) for each in (got - exact, exact)]
     error = float(np.sqrt(squares[0] / squares[1])) if squares[1] else 0.0
     where = f"{value.fqn or value.id}{' (expert 0)' if stacked else ''}"
     return f"the error of {where} is {error:.2e} (relative RMS)" if error else f"{where} is exact"
 
 
-def _pieces(value: Value, want: _Floats, data: packing.Bytes) -> Iterator[tuple[_Floats, _Floats]]:
-    """Rows of ``want`` and what is packed for them: few at a time, since an embedding's would take several times the
-    memory of the matrix."""
-    assert value.format is not None
-    rows, columns = (int(d) for d in value.type.shape[-2:])
-    form, layout = value.format, value.type.layout
-    each, panel = packing.matrix_bytes(rows, columns, form, layout), packing.panel_bytes(columns, form)
-    # In the other layout, of experts, panels of gate and up alternate: those are taken whole.
-    step = _ROWS if layout == packing.PANELS else rows
-    for number, matrix in enumerate(want.reshape(-1, rows, columns)):
-        for start in range(0, rows, step):
-            exact = matrix[start : start + step]
-            at = number * each + start // packing.PANEL * panel
-            end = (number + 1) * each
-            packed = data[at : min(at + step // packing.PANEL * panel, end) if layout == packing.PANELS else end]
-            yield exact, packing.unpack_matrix(packed, len(exact), columns, form, layout)
+def _matrices(value: Value, shape: tuple[int, ...]) -> Value:
+    """What was packed of a weight, which may be one of its matrices, as a weight of its own."""
+    return replace(value, type=replace(value.type, shape=shape))

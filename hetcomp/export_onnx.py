@@ -18,7 +18,8 @@ from hetcomp import frontend
 from hetcomp.artifact.staged_file import write_whole
 from hetcomp.backends.packing import to_f32
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint
+from hetcomp.frontend.checkpoint import BaseCheckpoint
+from hetcomp.frontend.folder_checkpoint import FolderCheckpoint
 from hetcomp.frontend.onnx.export_graph import GraphExport, model_of
 from hetcomp.frontend.onnx.model_facts import CONFIG_KEY, MODEL_KEY
 from hetcomp.ir.plan import Value, ValueKind

@@ -2,8 +2,8 @@
 # Brings a bare Debian or Ubuntu machine to the point where hetcomp builds and runs: system packages (where
 # missing and permitted), a virtual environment, torch, hetcomp itself. Run by the Makefile; safe to run again.
 #   scripts/bootstrap.sh VENV_DIR [--test-packages]
-# With --test-packages it adds what only the tests need (a browser that opens the plan's HTML report, qemu, a kernel
-# to boot in it and mke2fs for its disk, Triton), nothing else; HETCOMP_SKIP_QEMU=1 leaves these three out.
+# With --test-packages it adds what only the tests need (Triton, AutoGPTQ, a browser that opens the plan's HTML report,
+# qemu, a kernel to boot in it and mke2fs for its disk), nothing else; HETCOMP_SKIP_QEMU=1 leaves the last three out.
 set -euo pipefail
 venv=${1:?usage: scripts/bootstrap.sh VENV_DIR [--test-packages]}
 purpose=${2:-run}
@@ -141,9 +141,18 @@ print(next(r.partition(";")[0] for r in requires("hetcomp") if r.startswith("tri
   "$venv/bin/python" -m pip --disable-pip-version-check install -qq "$wanted"
 }
 
+# Without what it depends on: a test takes the file of its layer alone. Its wheels, which end with Python 3.11, need no
+# CUDA for that.
+install_auto_gptq() {
+  "$venv/bin/python" -c 'import importlib.util as u; raise SystemExit(u.find_spec("auto_gptq") is None)' && return
+  "$venv/bin/python" -m pip --disable-pip-version-check install -qq --no-deps --only-binary :all: auto-gptq==0.7.1 \
+    2>/dev/null || say "auto-gptq 0.7.1 has no wheel for this Python; the test that compares GPTQ with it is skipped"
+}
+
 install_packages
 if [ "$purpose" = --test-packages ]; then
   install_triton
+  install_auto_gptq
   fetch_test_kernel
   exit 0
 fi

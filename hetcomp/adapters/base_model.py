@@ -46,7 +46,6 @@ class BaseModel:
     config: Mapping[str, Any]
     weights: Mapping[str, BaseWeight]
     parameters: tuple[str, ...]
-    mapping: KeyMapping
 
     @staticmethod
     def of(imported: frontend.Imported) -> BaseModel:
@@ -65,11 +64,15 @@ class BaseModel:
             weights |= dict.fromkeys(names, weight)
         names = tuple(shapes)
         info = plan.model
-        mapping = KeyMapping(names, info.model_type)
-        return BaseModel(info.name, info.model_type, info.layers, imported.config, weights, names, mapping)
+        return BaseModel(info.name, info.model_type, info.layers, imported.config, weights, names)
+
+    @cached_property
+    def mapping(self) -> KeyMapping:
+        """Of the names that adapters may have. Raises HetcompError without transformers, which knows them."""
+        return KeyMapping(self.parameters, self.model_type)
 
     def to_json(self) -> str:
-        """All of it but the mapping, which follows from the rest."""
+        """All of it."""
         distinct = {weight.fqn: weight for weight in self.weights.values()}
         document = {
             "name": self.name,
@@ -112,7 +115,7 @@ class BaseModel:
             name, layers, config = str(document["name"]), int(document["layers"]), dict(document["config"])
         except (ValueError, KeyError, TypeError) as error:
             raise HetcompError(f"{ARTIFACT_FILE} of the model is damaged ({error}); compile it again.") from None
-        return BaseModel(name, model_type, layers, config, weights, parameters, KeyMapping(parameters, model_type))
+        return BaseModel(name, model_type, layers, config, weights, parameters)
 
     @cached_property
     def by_module(self) -> Mapping[str, tuple[str, ...]]:

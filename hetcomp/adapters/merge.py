@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from hetcomp.frontend.checkpoint import BaseCheckpoint, viewed
 from hetcomp.ir.annotations import AdapterTarget, AttachedAdapter
 from hetcomp.ir.plan import Value
 from hetcomp.quantised_numbers import QuantisedNumbers
+from hetcomp.row_pieces import Runs, take_rows
 
 REPORT = "merged_adapter.json"
 # Of norms in f32 over matrices of millions of numbers, and of deltas whose terms cancel each other.
@@ -93,6 +94,16 @@ class MergedReader:
         """Matrix ``expert`` of a weight whose first axis counts experts."""
         numbers = self._checkpoint.read_expert(value, expert)
         return self._added(value, expert, numbers) if value.fqn in self._adapter.weights else numbers
+
+    def read_pieces(
+        self, value: Value, pieces: Sequence[Runs], expert: int | None = None
+    ) -> Generator[Numbers | QuantisedNumbers]:
+        """See WeightReader: a delta is made for a matrix as a whole."""
+        if value.fqn not in self._adapter.weights:
+            yield from self._checkpoint.read_pieces(value, pieces, expert)
+            return
+        numbers = self.read(value) if expert is None else self.read_expert(value, expert)
+        yield from (take_rows(numbers, runs) for runs in pieces)
 
     def _added(self, value: Value, expert: int, numbers: Numbers | QuantisedNumbers) -> Floats:
         weight = self._adapter.weights[value.fqn or ""]

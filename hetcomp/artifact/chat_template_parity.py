@@ -151,7 +151,13 @@ def prove_chat_template_parity(compiled: Json, folder: Path, library: Path | Non
 class _Reference:
     def __init__(self, sources: dict[str, str], tokens: dict[str, str]) -> None:
         from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
+
+        try:
+            from transformers import PreTrainedTokenizerFast
+        except ModuleNotFoundError:
+            raise HetcompError(
+                "The chat template is compared with what transformers renders, which is not installed."
+            ) from None
 
         template: Any = sources["default"] if len(sources) == 1 else sources
         # The vocabulary plays no part in rendering.

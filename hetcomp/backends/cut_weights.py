@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from hetcomp.backends.quantiser import Numbers
 from hetcomp.ir.node_parts import Cut
 from hetcomp.ir.plan import Value
 from hetcomp.quantised_numbers import QuantisedNumbers
+from hetcomp.row_pieces import Runs, take_rows
 
 
 class CutReader:
@@ -41,6 +42,25 @@ class CutReader:
         whole, cut = self._cuts[value.id]
         numbers = self._reader.read_expert(whole, _whole_expert(cut, expert))
         return numbers if cut.axis == 0 else _cut(numbers, cut)
+
+    def read_pieces(
+        self, value: Value, pieces: Sequence[Runs], expert: int | None = None
+    ) -> Generator[Numbers | QuantisedNumbers]:
+        """See WeightReader: of the weight, or of the part of one."""
+        if value.id not in self._cuts:
+            yield from self._reader.read_pieces(value, pieces, expert)
+            return
+        whole, cut = self._cuts[value.id]
+        if cut.zero:
+            zeros = self.read(value)
+            yield from (take_rows(zeros if expert is None else zeros[expert], runs) for runs in pieces)
+            return
+        if expert is not None:
+            expert = _whole_expert(cut, expert)
+        if cut.axis == -2:
+            pieces = [_runs_of_whole(cut, runs) for runs in pieces]
+        for numbers in self._reader.read_pieces(whole, pieces, expert):
+            yield _cut(numbers, cut) if cut.axis == -1 else numbers
 
 
 class CutImportance:
@@ -80,6 +100,19 @@ def _whole_expert(cut: Cut, expert: int) -> int:
     """Number in the whole weight of the part's expert."""
     runs = cut.runs if cut.axis == 0 else cut.experts
     return [e for start, stop in runs for e in range(start, stop)][expert] if runs else expert
+
+
+def _runs_of_whole(cut: Cut, runs: Runs) -> Runs:
+    """Rows of a part that is cut along its rows, as runs of the weight's."""
+    found, first = [], 0
+    for begin, end in cut.runs:
+        found += [
+            (begin + max(start, first) - first, begin + min(stop, first + end - begin) - first)
+            for start, stop in runs
+            if start < first + end - begin and stop > first
+        ]
+        first += end - begin
+    return tuple(found)
 
 
 def _cut(numbers: Numbers | QuantisedNumbers, cut: Cut) -> Numbers | QuantisedNumbers:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from hetcomp.errors import HetcompError
 
-# As modules: their main functions have the same names.
-from hetcomp.frontend import fold_layers, trace
-from hetcomp.frontend.checkpoint import BaseCheckpoint, FolderCheckpoint, ModuleCheckpoint
-from hetcomp.frontend.folder_tensors import has_weights
-from hetcomp.frontend.gguf.checkpoint import GgufCheckpoint
+# As a module: its main function has the same name.
+from hetcomp.frontend import fold_layers
+from hetcomp.frontend.checkpoint import BaseCheckpoint
 from hetcomp.frontend.gguf.model_files import ModelFiles
+from hetcomp.frontend.given import Given, config_digest
 from hetcomp.frontend.lower import lower_to_plan
-from hetcomp.frontend.source import ModelSource, resolve
 from hetcomp.ir.plan import ModelInfo, Plan, ValueKind
 from hetcomp.ir.printer import print_plan
 
@@ -112,27 +107,21 @@ def load(
     )
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the user gave, before a context is chosen. ``trace`` makes a graph for one, with the checkpoint.
-    ``left_out``: a pattern of the checkpoint's tensors that the model's class does without by design."""
-
-    info: ModelInfo
-    config: PreTrainedConfig
-    raw: dict[str, Any]
-    folder: Path | None
-    trace: Callable[[int], tuple[trace.TracedModel, BaseCheckpoint | None]]
-    quantised_by: str | None = None
-    gguf: ModelFiles | None = None
-    onnx: Path | None = None
-    left_out: str = "$^"
-
-
 def find(model: str | Path | nn.Module) -> Given:
     """What ``model`` stands for. Raises HetcompError as :func:`load` does."""
     if not isinstance(model, nn.Module) and Path(model).suffix == ".onnx" and Path(model).is_file():
         return _from_onnx(Path(model))
-    return _from_transformers(resolve(model))
+    # Here: ONNX files need no transformers.
+    try:
+        from hetcomp.frontend.from_transformers import given_model
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise HetcompError(
+            f"{model} is read with transformers, which is not installed; install it, or give an ONNX file (hetcomp "
+            "export-onnx makes one)"
+        ) from None
+    return given_model(model)
 
 
 def _from_onnx(path: Path) -> Given:
@@ -141,43 +130,8 @@ def _from_onnx(path: Path) -> Given:
 
     model = read_model(path)
     raw = model.facts.raw if model.exported is None else model.exported[1]
-    info = model_info(model, _digest(raw))
-    return Given(info, PreTrainedConfig(), raw, path.parent, lambda context: traced_model(model, context), onnx=path)
-
-
-def _from_transformers(source: ModelSource) -> Given:
-    def traced(context: int) -> tuple[trace.TracedModel, BaseCheckpoint | None]:
-        made = trace.trace(trace.meta_model(source.model_class, source.config), context)
-        notes = (*_text_part_notes(source), *_longrope_notes(source.config, context))
-        return replace(made, notes=notes), _checkpoint(source, made)
-
-    method = None if source.quantisation is None else source.quantisation.method
-    # Predicting further tokens (mtp), images.
-    left_out = "|".join(source.model_class._keys_to_ignore_on_load_unexpected or ["$^"])
-    info = _model_info(source)
-    return Given(info, source.config, source.raw, source.folder, traced, method, source.gguf, left_out=left_out)
-
-
-def _digest(raw: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(raw, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _checkpoint(source: ModelSource, traced: trace.TracedModel) -> BaseCheckpoint | None:
-    if source.module is not None:
-        have = {n: tuple(t.shape) for n, t in source.module.named_parameters()}
-        for name, shape in have.items():
-            if traced.parameter_shapes.get(name) != shape:
-                raise HetcompError(
-                    f"{source.model_class.__name__}: parameter {name} of shape {list(shape)} is not what its "
-                    "config describes; adapters and changed modules are not compiled, merge them first"
-                )
-        return ModuleCheckpoint(source.module, traced.aliases)
-    if source.gguf is not None:
-        return GgufCheckpoint(source.gguf, source.raw, traced.parameter_shapes, traced.aliases)
-    if source.folder is None or not has_weights(source.folder):
-        return None
-    model_type = str(source.config.model_type)
-    return FolderCheckpoint(source.folder, traced.parameter_names, model_type, traced.aliases, source.quantisation)
+    info = model_info(model, config_digest(raw))
+    return Given(info, SimpleNamespace(), raw, path.parent, lambda context: traced_model(model, context), onnx=path)
 
 
 def _stored(plan: Plan, checkpoint: BaseCheckpoint | None) -> dict[str, str]:
@@ -200,47 +154,3 @@ def _context(info: ModelInfo, wanted: int | None, default: int) -> int:
             f"a context of {wanted} positions was asked for; {info.name} takes 1 to {info.max_positions}"
         )
     return wanted
-
-
-def _text_part_notes(source: ModelSource) -> tuple[str, ...]:
-    if source.whole is None:
-        return ()
-    return (
-        f"{source.whole} is compiled as its text part, {source.model_class.__name__}: images (and what else it takes "
-        "besides text) are left out",
-    )
-
-
-def _longrope_notes(config: PreTrainedConfig, context: int) -> tuple[str, ...]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    short = rope.get("original_max_position_embeddings") or context
-    if rope.get("rope_type") != "longrope" or context <= short:
-        return ()
-    return (
-        f"longrope: all positions are turned as those of sequences of more than {short} are, since the context is "
-        f"{context}; a context of at most {short} takes what transformers takes for short sequences",
-    )
-
-
-def _model_info(source: ModelSource) -> ModelInfo:
-    config = source.config
-    sizes = {}
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
-        value = getattr(config, name, None)
-        if not isinstance(value, int) or value < 1:
-            raise HetcompError(f"{source.name}: the config has no usable {name} (found {value!r})")
-        sizes[name] = value
-    eos = getattr(config, "eos_token_id", None)
-    bos = getattr(config, "bos_token_id", None)
-    return ModelInfo(
-        name=source.name,
-        architecture=source.model_class.__name__,
-        model_type=str(config.model_type),
-        vocab=sizes["vocab_size"],
-        hidden=sizes["hidden_size"],
-        layers=sizes["num_hidden_layers"],
-        max_positions=sizes["max_position_embeddings"],
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (eos,) if isinstance(eos, int) else (),
-        bos_token_id=bos if isinstance(bos, int) else None,
-        config_sha256=_digest(source.raw),
-    )

@@ -12,7 +12,7 @@ from torch import fx
 from hetcomp.errors import HetcompError
 from hetcomp.frontend import layout as lay
 from hetcomp.frontend.layout import Layout, TorchShape
-from hetcomp.frontend.trace import module_path
+from hetcomp.frontend.traced_model import module_path
 from hetcomp.ir.ops import Aten, AtenArg, AtenNode, AtenRef
 from hetcomp.ir.types import DType
 

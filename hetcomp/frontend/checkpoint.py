@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,11 @@ import torch
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.act_order import Groups, settled
 from hetcomp.frontend.file_bytes import read_bytes
-from hetcomp.frontend.folder_tensors import folder_tensors
-from hetcomp.frontend.key_mapping import Parts, map_checkpoint
-from hetcomp.frontend.quantisation_config import QuantisationConfig, Stored
-from hetcomp.frontend.quantised_codes import groups_of_columns, read_quantised
-from hetcomp.frontend.quantised_tensors import quantised_tensors
-from hetcomp.frontend.row_places import FLOATS, assembled, coded_rows, number_rows
+from hetcomp.frontend.key_mapping import Parts
+from hetcomp.frontend.row_places import assembled
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 from hetcomp.quantised_numbers import QuantisedNumbers, joined
+from hetcomp.row_pieces import Runs, take_rows
 from hetcomp.stored_rows import StoredRows
 
 # bf16 comes as its bits in uint16: numpy has no such type.
@@ -31,16 +27,7 @@ Numbers = npt.NDArray[np.float32] | npt.NDArray[np.float16] | npt.NDArray[np.uin
 # Numbers while they are cut and joined; numpy's types lose track of a union there.
 _Raw = npt.NDArray[Any]
 
-_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
-# What quantised weights are stored in besides.
-_CODES = {
-    "F8_E4M3": np.uint8,
-    "F8_E8M0": np.uint8,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "I32": np.int32,
-    "I64": np.int64,
-}
+NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
 _UNUSED_BY_DESIGN = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq")
 
 
@@ -114,7 +101,7 @@ class BaseCheckpoint(ABC):
     def _checked(self, value: Value, source: WeightSource) -> WeightSource:
         """The source. Raises HetcompError if its tensors cannot be read, or their shapes do not fit the value."""
         for tensor in source.tensors:
-            if tensor.dtype not in _NUMPY and tensor.quantised is None:
+            if tensor.dtype not in NUMPY and tensor.quantised is None:
                 raise HetcompError(
                     f"{self._origin}: tensor {tensor.name} in {tensor.file} has dtype {tensor.dtype}; "
                     f"expected {self.readable}"
@@ -164,6 +151,44 @@ class BaseCheckpoint(ABC):
     def read_expert(self, value: Value, expert: int) -> Numbers:
         """Matrix ``expert`` of a weight whose first axis counts experts; reads that matrix only."""
         return self._expert(self.source(value), expert)
+
+    def read_pieces(self, value: Value, pieces: Sequence[Runs], expert: int | None = None) -> Generator[Numbers]:
+        """These rows of a matrix, or of one expert's, a piece at a time: no more than these are read where the
+        tensors have them apart, else the matrix is read, once."""
+        source = self.source(value)
+        tensors = source.tensors
+        if expert is not None and source.recipe in ("stack", "stack_pair"):
+            count = 2 if source.recipe == "stack_pair" else 1
+            tensors = tensors[count * expert : count * (expert + 1)]
+        if has_rows(source, tensors):
+            yield from self._tensors_in_pieces(tensors, pieces)
+            return
+        numbers = self.read(value) if expert is None else self.read_expert(value, expert)
+        yield from (take_rows(numbers, runs) for runs in pieces)
+
+    def _tensors_in_pieces(self, tensors: Sequence[CheckpointTensor], pieces: Sequence[Runs]) -> Generator[Numbers]:
+        """Rows of the tensors, counted through all of them."""
+        firsts = [sum(t.shape[0] for t in tensors[:i]) for i in range(len(tensors))]
+        wanted = [
+            [
+                (i, max(start, first) - first, min(stop, first + tensor.shape[0]) - first)
+                for start, stop in runs
+                for i, (first, tensor) in enumerate(zip(firsts, tensors, strict=True))
+                if start < first + tensor.shape[0] and stop > first
+            ]
+            for runs in pieces
+        ]
+        readers = [
+            self._rows(tensor, [(start, stop) for piece in wanted for j, start, stop in piece if j == i])
+            for i, tensor in enumerate(tensors)
+        ]
+        for piece in wanted:
+            yield _joined([next(readers[i]) for i, _, _ in piece])
+
+    def _rows(self, tensor: CheckpointTensor, runs: Sequence[tuple[int, int]]) -> Generator[_Raw | QuantisedNumbers]:
+        """The numbers of these rows, a run at a time, of a tensor whose rows a subclass cannot read one by one."""
+        numbers = self._numbers(tensor)
+        yield from (take_rows(numbers, (run,)) for run in runs)
 
     def stored_rows(self, value: Value, by_number: bool) -> StoredRows | str:
         """Where the rows of a weight lie, or (``by_number``) each of its numbers, in its shape; or why nobody can use
@@ -223,7 +248,17 @@ def viewed_shape(source: WeightSource) -> tuple[int, ...] | None:
     return shape
 
 
+def has_rows(source: WeightSource, tensors: Sequence[CheckpointTensor]) -> bool:
+    """Whether the rows of the weight, or of the expert that is in ``tensors``, are those of ``tensors``, one after the
+    other, and quantised alike."""
+    turned = source.transpose or source.deinterleave or source.head_split is not None or bool(source.row_runs)
+    kinds = {None if (q := t.quantised) is None else (q.format, q.inexact, q.act_order) for t in tensors}
+    return not turned and len(kinds) == 1 and all(len(t.shape) == 2 for t in tensors)
+
+
 def _joined(parts: Sequence[_Raw | QuantisedNumbers]) -> _Raw | QuantisedNumbers:
+    if len(parts) == 1:
+        return parts[0]
     coded = [p for p in parts if isinstance(p, QuantisedNumbers)]
     if len(coded) == len(parts):
         return joined(coded)
@@ -282,13 +317,6 @@ def _is_matrix(source: WeightSource) -> bool:
     return shape is not None and len(shape) >= 3
 
 
-def _follows(first: CheckpointTensor, second: CheckpointTensor) -> bool:
-    """Whether ``second`` goes on where ``first`` ends, with numbers of the same kind."""
-    place, end = (second.file, second.offset), (first.file, first.offset + first.bytes)
-    alike = (first.dtype, first.shape[1:]) == (second.dtype, second.shape[1:])
-    return place == end and alike and first.quantised is None and second.quantised is None
-
-
 def read_tensor(path: Path, name: str, offset: int, dtype: np.dtype[Any], count: int) -> _Raw:
     """``count`` numbers of the tensor ``name`` from byte ``offset`` of its file on. Raises HetcompError if they cannot
     be read or are not there."""
@@ -301,76 +329,6 @@ def read_tensor(path: Path, name: str, offset: int, dtype: np.dtype[Any], count:
     if data.ctypes.data % dtype.itemsize:  # a header of another length than safetensors writes
         data = data.copy()
     return data.view(dtype)
-
-
-class FolderCheckpoint(BaseCheckpoint):
-    """safetensors files of a folder. Only headers are read before ``read``."""
-
-    def __init__(
-        self,
-        folder: Path,
-        parameters: Iterable[str],
-        model_type: str,
-        aliases: Mapping[str, tuple[str, ...]] | None = None,
-        quantisation: QuantisationConfig | None = None,
-    ) -> None:
-        """Raises HetcompError naming a file that is missing, truncated or damaged, or a tensor that contradicts
-        ``quantisation``."""
-        tensors = folder_tensors(folder)
-        if quantisation is not None:
-            tensors = quantised_tensors(tensors, quantisation, str(folder))
-        names = [*parameters, *(a for other in (aliases or {}).values() for a in other)]
-        parts = map_checkpoint(tensors, names, model_type)
-        super().__init__(str(folder), tensors, parts, aliases or {})
-        self._folder = folder
-        self._quantisation = quantisation
-        # All that there are, by number: those of scales may be others than those of codes.
-        stored = {t.file for t in tensors.values()} | {
-            part.file for t in tensors.values() if t.quantised is not None for _, part in t.quantised.parts
-        }
-        self._files = {name: number for number, name in enumerate(sorted(stored))}
-        self._paths = tuple((folder / name).absolute() for name in self._files)
-
-    @property
-    def quantised(self) -> bool:
-        """Whether the config says so."""
-        return self._quantisation is not None
-
-    def _together(self, tensors: Sequence[CheckpointTensor]) -> _Raw | QuantisedNumbers:
-        first = tensors[0]
-        if not all(map(_follows, tensors, tensors[1:])):
-            return super()._together(tensors)
-        rows = sum(t.shape[0] for t in tensors)
-        return self._numbers(replace(first, shape=(rows, *first.shape[1:]), bytes=sum(t.bytes for t in tensors)))
-
-    def _groups(self, tensor: CheckpointTensor) -> Groups:
-        assert tensor.quantised is not None
-        return groups_of_columns(self._raw(tensor.quantised.part("groups"), None), self._stored(tensor), tensor)
-
-    def _stored(self, tensor: CheckpointTensor) -> Stored:
-        assert self._quantisation is not None
-        stored = self._quantisation.stored(tensor.name.removesuffix(".weight"))
-        assert stored is not None
-        return stored
-
-    def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> _Raw | QuantisedNumbers:
-        if tensor.quantised is None:
-            return super()._numbers(tensor, row)
-        return read_quantised(tensor, self._stored(tensor), lambda part: self._raw(part, row))
-
-    def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
-        if tensor.quantised is None:
-            if tensor.dtype not in FLOATS:
-                return f"{tensor.dtype} is converted"
-            return number_rows(tensor, self._files[tensor.file], self._paths, by_number)
-        return coded_rows(tensor, self._stored(tensor), self._files, self._paths)
-
-    def _raw(self, tensor: CheckpointTensor, row: int | None) -> _Raw:
-        dtype = np.dtype((_NUMPY | _CODES)[tensor.dtype])
-        shape = tensor.shape if row is None else tensor.shape[1:]
-        count = math.prod(shape)
-        offset = tensor.offset + (row or 0) * count * dtype.itemsize
-        return read_tensor(self._folder / tensor.file, tensor.name, offset, dtype, count).reshape(shape)
 
 
 class ModuleCheckpoint(BaseCheckpoint):

@@ -20,7 +20,8 @@ import numpy.typing as npt
 _LIBC = ctypes.CDLL(None)
 _PAGE = mmap.PAGESIZE
 # Memory that lies ready to be used again: that of the matrix being packed and of the one read ahead, in two parts each.
-_KEPT = 4
+# What was read whole and is larger than pieces are (hetcomp.row_pieces) goes back to the system.
+_KEPT, _LARGEST_KEPT = 4, 80 << 20
 
 
 class _Memory:
@@ -43,6 +44,8 @@ class _Memory:
         return np.frombuffer(memoryview(lent), dtype=np.uint8)
 
     def _give_back(self, memory: mmap.mmap) -> None:
+        if len(memory) > _LARGEST_KEPT:
+            return
         with self._lock:
             self._free.append(memory)
             del self._free[:-_KEPT]

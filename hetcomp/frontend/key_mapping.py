@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightTransform
+from typing import TYPE_CHECKING
 
 from hetcomp.errors import HetcompError
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -38,6 +39,14 @@ class KeyMapping:
     """Parameters by the names of checkpoint tensors, in every version of the names that transformers reads."""
 
     def __init__(self, parameters: Iterable[str], model_type: str) -> None:
+        # Here: ONNX files are read without transformers.
+        try:
+            from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        except ModuleNotFoundError:
+            raise HetcompError(
+                f"The names of a {model_type} model's tensors are mapped by transformers, which is not installed."
+            ) from None
+
         self._known = set(parameters)
         self._transforms = get_checkpoint_conversion_mapping(model_type) or []
 

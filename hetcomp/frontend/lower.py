@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from transformers import PreTrainedConfig
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend import layout as lay
@@ -21,7 +20,7 @@ from hetcomp.frontend.layout import Layout, TorchShape
 from hetcomp.frontend.plan_builder import PlanBuilder, assemble
 from hetcomp.frontend.rewrites import finish
 from hetcomp.frontend.routing import Router, find_routers
-from hetcomp.frontend.trace import TracedModel, module_path
+from hetcomp.frontend.traced_model import TracedModel, module_path
 from hetcomp.ir.plan import ModelInfo, Op, Plan, Value, ValueKind, WeightSource
 from hetcomp.ir.types import Dim, DType, Shape, TensorType
 
@@ -70,9 +69,9 @@ class Several:
 class Lowering:
     """State of one walk. ``bound`` says what each node became; ``pending`` are nodes without a handler."""
 
-    def __init__(self, traced: TracedModel, config: PreTrainedConfig) -> None:
+    def __init__(self, traced: TracedModel, config: object) -> None:
+        """config: has the numbers of routers as attributes, if it says any."""
         self.traced = traced
-        self.config = config
         self.builder = PlanBuilder()
         self.bound: dict[fx.Node, Any] = {}
         self.pending: set[fx.Node] = set()
@@ -128,8 +127,8 @@ class Lowering:
             )
         if fqn in self.traced.computed_buffers:
             raise HetcompError(
-                f"{fqn} is computed when the model is built and used in a way that hetcomp does not know, so "
-                f"{type(self.config).__name__.removesuffix('Config')} cannot be compiled"
+                f"{fqn} is computed when the model is built and used in a way that hetcomp does not know, so the model "
+                "cannot be compiled"
             )
         dims = tuple(int(d) for d in node.meta["val"].shape) if shape is None else shape
         value = Value(fqn + suffix, TensorType(DType.F32, dims), ValueKind.WEIGHT, fqn=fqn, view=view)
@@ -211,7 +210,7 @@ def memory_shape(layout: Layout) -> Shape:
 
 def lower_to_plan(
     traced: TracedModel,
-    config: PreTrainedConfig,
+    config: object,
     model: ModelInfo,
     *,
     max_tokens: int,

@@ -12,7 +12,7 @@ from torch import fx
 from hetcomp.frontend import layout as lay
 from hetcomp.frontend import lower_attention, lower_linear_attention, lower_norms, lower_router
 from hetcomp.frontend.lower import Lowering, Ref, RowsOnly, Several, memory_shape
-from hetcomp.frontend.trace import module_path
+from hetcomp.frontend.traced_model import module_path
 from hetcomp.ir import ops
 from hetcomp.ir.plan import WeightSource
 from hetcomp.ir.types import DType

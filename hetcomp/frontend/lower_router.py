@@ -9,7 +9,7 @@ from torch import fx
 
 from hetcomp.frontend import layout as lay
 from hetcomp.frontend.lower import Lowering, Ref, Several
-from hetcomp.frontend.trace import module_path
+from hetcomp.frontend.traced_model import module_path
 from hetcomp.ir import ops
 from hetcomp.ir.types import DType
 

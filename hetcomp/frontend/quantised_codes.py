@@ -16,7 +16,7 @@ from hetcomp.frontend.quantised_tensors import GROUP, has_whole_groups
 from hetcomp.ir.plan import CheckpointTensor
 from hetcomp.quantised_numbers import E4M3, GROUPS, OFFSETS, QuantisedNumbers, e8m0, with_zero_points
 
-_Raw = npt.NDArray[Any]
+Raw = npt.NDArray[Any]
 _Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
 # Where AutoAWQ's gemm layout has each of eight columns in a word: it puts columns 0 2 4 6 1 3 5 7 into its half bytes.
@@ -24,7 +24,7 @@ _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 # What GPTQ's first checkpoint format has taken off a word of zero points.
 _ONES = {4: np.uint32(0x11111111), 8: np.uint32(0x01010101)}
 
-Read = Callable[[CheckpointTensor], _Raw]
+Read = Callable[[CheckpointTensor], Raw]
 
 
 def read_quantised(tensor: CheckpointTensor, stored: Stored, read: Read) -> QuantisedNumbers | _Floats:
@@ -65,13 +65,13 @@ def read_quantised(tensor: CheckpointTensor, stored: Stored, read: Read) -> Quan
     return (codes.astype(np.float32) - off) * scales[:, groups]
 
 
-def _scales(raw: _Raw, dtype: str) -> _Floats:
+def _scales(raw: Raw, dtype: str) -> _Floats:
     if dtype == "BF16":
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return e8m0(raw) if dtype in ("F8_E8M0", "U8") else raw.astype(np.float32)
 
 
-def _rows(of_groups: _Raw, rows: int) -> _Raw:
+def _rows(of_groups: Raw, rows: int) -> Raw:
     """Scales or zero points as [rows, groups]: there may be one a row, or one of all."""
     if of_groups.ndim < 2:
         of_groups = of_groups.reshape(-1, 1)
@@ -102,34 +102,34 @@ def _fp8(codes: _Bytes, scales: _Floats, block: tuple[int, int]) -> QuantisedNum
 _Whole = tuple[_Bytes, _Bytes | None, bool]  # codes [N, K], zero points, whether these (and scales) are [groups, N]
 
 
-def _from_words(words: _Raw, bits: int) -> _Bytes:
+def _from_words(words: Raw, bits: int) -> _Bytes:
     """int32 words along the last axis as codes, the lowest bits first."""
     each = np.ascontiguousarray(words).view(np.uint8)
     return _nibbles(each) if bits == 4 else each
 
 
-def _gptq(parts: Mapping[str, _Raw], stored: Stored, rows: int) -> _Whole:
+def _gptq(parts: Mapping[str, Raw], stored: Stored, rows: int) -> _Whole:
     words = parts["zeros"].view(np.uint32)
     if stored.zeros_less_one:
         words = words + _ONES[stored.bits]
     return _from_words(parts["codes"].T, stored.bits), _from_words(words, stored.bits)[:, :rows], True
 
 
-def _awq(parts: Mapping[str, _Raw], stored: Stored, rows: int) -> _Whole:
-    def unpacked(words: _Raw) -> _Bytes:
+def _awq(parts: Mapping[str, Raw], stored: Stored, rows: int) -> _Whole:
+    def unpacked(words: Raw) -> _Bytes:
         codes = _from_words(words, 4)
         return codes.reshape(len(codes), -1, 8)[..., _AWQ_ORDER].reshape(codes.shape)
 
     return np.ascontiguousarray(unpacked(parts["codes"]).T), unpacked(parts["zeros"]), True
 
 
-def _packed(parts: Mapping[str, _Raw], stored: Stored, rows: int) -> _Whole:
+def _packed(parts: Mapping[str, Raw], stored: Stored, rows: int) -> _Whole:
     zeros = None if stored.symmetric else _from_words(parts["zeros"].T, stored.bits)[:, :rows].T
     return _from_words(parts["codes"], stored.bits), zeros, False
 
 
-def _int8(parts: Mapping[str, _Raw], stored: Stored, rows: int) -> _Whole:
-    def unsigned(numbers: _Raw) -> _Bytes:
+def _int8(parts: Mapping[str, Raw], stored: Stored, rows: int) -> _Whole:
+    def unsigned(numbers: Raw) -> _Bytes:
         return numbers.view(np.uint8) ^ np.uint8(128)
 
     return unsigned(parts["codes"]), None if stored.symmetric else unsigned(parts["zeros"]), False
@@ -147,7 +147,7 @@ def _check_symmetric(zeros: _Bytes | None, stored: Stored, tensor: CheckpointTen
         )
 
 
-def groups_of_columns(raw: _Raw | None, stored: Stored, tensor: CheckpointTensor) -> Groups:
+def groups_of_columns(raw: Raw | None, stored: Stored, tensor: CheckpointTensor) -> Groups:
     """Each column's group; None if they are runs. Raises HetcompError if the config says so, but they are not."""
     if raw is None:
         return None

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from transformers import PreTrainedConfig
 
 from hetcomp.ir.ops import Route
 
@@ -65,7 +64,7 @@ def _sparse_mixer_weights(logits: Tensor, ids: Tensor, jitter: float) -> Tensor:
     return torch.cat(weights, -1)
 
 
-def find_routers(graph: fx.Graph, config: PreTrainedConfig) -> dict[fx.Node, Router]:
+def find_routers(graph: fx.Graph, config: object) -> dict[fx.Node, Router]:
     """Recognised routers by the moe_experts node that they feed."""
     out: dict[fx.Node, Router] = {}
     fitted: dict[str, Route | None] = {}
@@ -121,9 +120,7 @@ def _signature(nodes: list[fx.Node], logits: fx.Node, bias: fx.Node | None, moe:
     return "\n".join([str(logits.meta["val"].shape[-1]), *lines, *ends])
 
 
-def _fit(
-    nodes: list[fx.Node], logits: fx.Node, bias: fx.Node | None, moe: fx.Node, config: PreTrainedConfig
-) -> Route | None:
+def _fit(nodes: list[fx.Node], logits: fx.Node, bias: fx.Node | None, moe: fx.Node, config: object) -> Route | None:
     experts = int(logits.meta["val"].shape[-1])
     top_k = int(moe.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(5)
@@ -177,17 +174,17 @@ def _run(
     return ids, weights
 
 
-def _numbers(config: PreTrainedConfig, *names: str) -> list[float]:
+def _numbers(config: object, *names: str) -> list[float]:
     found = (getattr(config, n, None) for n in names)
     return [float(v) for v in found if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
-def _sparse_mixers(experts: int, top_k: int, config: PreTrainedConfig) -> Iterator[Route]:
+def _sparse_mixers(experts: int, top_k: int, config: object) -> Iterator[Route]:
     for jitter in dict.fromkeys([*_numbers(config, "router_jitter_noise"), 0.01]):
         yield Route(experts, top_k, "sparse_mixer", normalise=False, jitter=jitter)
 
 
-def _candidates(experts: int, top_k: int, bias: bool, config: PreTrainedConfig) -> Iterator[Route]:
+def _candidates(experts: int, top_k: int, bias: bool, config: object) -> Iterator[Route]:
     """Route parameters that the config makes plausible, simple ones first."""
     scalings = dict.fromkeys([1.0, *_numbers(config, "routed_scaling_factor", "moe_routed_scaling_factor")])
     groups = [(1, 1)]

@@ -7,8 +7,6 @@ import logging
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,40 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.hooks import TracingCache, tracing_hooks
-from hetcomp.frontend.recognise import RopeTableData
+from hetcomp.frontend.traced_model import WRAPPER, TracedModel, module_path
 
 # Any length that a step may have; the Plan's own bound of T is set when it is lowered.
 _LONGEST_STEP = 1 << 20
 _EXAMPLE_TOKENS = 8
-_WRAPPER = "m."
-
-
-@dataclass(frozen=True)
-class TracedModel:
-    """A cleaned graph. ``fqns`` names the parameter or buffer behind a placeholder; tied parameters have the
-    first of their names, ``aliases`` has the others. ``computed_buffers`` are not in checkpoints. ``inputs``
-    are the placeholders of the step: ids, positions. ``notes``: what the user should know of what it computes."""
-
-    graph: fx.Graph
-    fqns: dict[str, str]
-    inputs: tuple[str, str]
-    rope_tables: tuple[RopeTableData, ...]
-    context: int
-    parameter_names: frozenset[str]
-    parameter_shapes: dict[str, tuple[int, ...]]
-    aliases: dict[str, tuple[str, ...]]
-    computed_buffers: frozenset[str]
-    notes: tuple[str, ...] = ()
-
-    def text(self) -> str:
-        """The graph, one node a line, with shapes; for dumps and docs."""
-        lines = []
-        for node in self.graph.nodes:
-            value = node.meta.get("val")
-            shape = tuple(str(d) for d in value.shape) if isinstance(value, Tensor) else ""
-            what = self.fqns.get(node.name, "") if node.op == "placeholder" else str(node.target)
-            lines.append(f"%{node.name} = {what}{node.args if node.op != 'placeholder' else ''} : {shape}")
-        return "\n".join(lines) + "\n"
 
 
 class _Step(nn.Module):
@@ -179,7 +148,7 @@ def _parameter_names(program: torch.export.ExportedProgram, canonical: dict[str,
     out = {}
     for spec in program.graph_signature.input_specs:
         if spec.target is not None:
-            name = spec.target.removeprefix(_WRAPPER)
+            name = spec.target.removeprefix(WRAPPER)
             out[spec.arg.name] = canonical.get(name, name)
     return out
 
@@ -294,12 +263,3 @@ def _aliases(node: fx.Node) -> list[fx.Node]:
         below = source
     out.extend(u for u in node.users if u.op == "call_function" and _packet(u) in _VIEWS)
     return out
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module that ``node`` was traced in, without the wrapper's prefix."""
-    stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for entry in stack.values():
-        path = str(entry[0])
-    return path.removeprefix(_WRAPPER).removeprefix("m") if path == "m" else path.removeprefix(_WRAPPER)

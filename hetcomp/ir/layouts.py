@@ -21,3 +21,8 @@ def has_act_order(layout: str) -> bool:
 def with_act_order(layout: str) -> str:
     """The packed layout that differs in that alone."""
     return layout.removesuffix(_ACT_ORDER) + _ACT_ORDER
+
+
+def without_act_order(layout: str) -> str:
+    """The packed layout that differs in that alone."""
+    return layout.removesuffix(_ACT_ORDER)

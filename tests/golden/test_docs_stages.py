@@ -12,7 +12,8 @@ from hetcomp.backends.program import render_program
 from hetcomp.backends.protocol import Isa
 from hetcomp.backends.select_kernels import CpuTarget, default_backends, select_kernels
 from hetcomp.frontend.source import resolve
-from hetcomp.frontend.trace import meta_model, module_path, trace
+from hetcomp.frontend.trace import meta_model, trace
+from hetcomp.frontend.traced_model import module_path
 from hetcomp.hardware.profile import load_profile
 from hetcomp.ir.plan import Plan, Template
 from hetcomp.ir.printer import print_plan, print_template

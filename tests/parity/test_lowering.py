@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hetcomp import frontend
-from hetcomp.frontend import hooks, lower, trace
+from hetcomp.frontend import from_transformers, hooks, lower, trace
 from tests.reference import tiny_models
 from tests.reference.plan_interpreter import PlanInterpreter
 from tests.sampled_cases import rest
@@ -88,7 +88,7 @@ def test_what_is_not_recognised_becomes_aten_regions_and_stays_right(name, monke
     for recognise in ("_replace_norms", "_replace_rope_functions"):
         monkeypatch.setattr(hooks, recognise, lambda *args: None)
     monkeypatch.setattr(lower, "find_routers", lambda *args: {})
-    monkeypatch.setattr(frontend, "trace", trace)  # what was traced before is recognised
+    monkeypatch.setattr(from_transformers, "trace", trace)  # what was traced before is recognised
     model = tiny_models.build(name, odd=True)
     ids = tiny_models.token_ids(model, 8)
     with torch.no_grad():

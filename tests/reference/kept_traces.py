@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hetcomp import frontend
-from hetcomp.frontend import trace
+from hetcomp.frontend import from_transformers, trace
+from hetcomp.frontend.traced_model import TracedModel
 
 
 class _Traced:
@@ -32,15 +32,15 @@ class _Traced:
 
 
 @functools.lru_cache(maxsize=128)
-def _traced(model: _Traced, context: int) -> trace.TracedModel:
+def _traced(model: _Traced, context: int) -> TracedModel:
     return trace.trace(model.model, context)
 
 
 def keep_traces() -> None:
     """From now on frontend.load traces a config for a context once. hetcomp.frontend.trace itself stays as it is."""
 
-    def once(model: PreTrainedModel, context: int) -> trace.TracedModel:
+    def once(model: PreTrainedModel, context: int) -> TracedModel:
         return _traced(_Traced(model), context)
 
     kept: Any = SimpleNamespace(**{**vars(trace), "trace": once})
-    frontend.trace = kept
+    from_transformers.trace = kept

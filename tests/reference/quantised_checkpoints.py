@@ -1,7 +1,7 @@
 """Writes tiny checkpoints as the quantisers' own formats have them, beside twins that hold the same numbers in float32.
 
-The twin's numbers come from the reference libraries where they run on a CPU (transformers for FP8 and MXFP4,
-compressed-tensors), else from the formulas of AutoGPTQ and AutoAWQ, written out as there.
+The twin's numbers come from transformers for FP8 and MXFP4, else from formulas, which
+tests/unit/test_quantisers_libraries.py holds against compressed-tensors and AutoGPTQ.
 """
 
 from __future__ import annotations

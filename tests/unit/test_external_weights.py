@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
@@ -21,11 +22,12 @@ import hetcomp
 from hetcomp.artifact.external_weights import ExternalWeights
 from hetcomp.artifact.inspection import inspect_artifact
 from hetcomp.errors import HetcompError
+from hetcomp.export_onnx import export_onnx
 from hetcomp.ir.plan import Value, ValueKind
 from hetcomp.ir.types import DType, TensorType
 from hetcomp.plan_wishes import PlanWishes
 from hetcomp.stored_rows import StoredRows, StoredScales, places, runs_of
-from tests.reference import external_artifact, gguf_models, quantised_checkpoints, tiny_models
+from tests.reference import external_artifact, gguf_models, onnx_genai_models, quantised_checkpoints, tiny_models
 from tests.unit.test_quantised_checkpoints import AWQ, BLOCKS, FP8, SMALL, gptq, int_pack
 
 Make = Callable[[Path], Path]
@@ -56,6 +58,27 @@ def folder_of(family: str, dtype: torch.dtype, **options: Any) -> Make:
 
 def quantised(*args: Any, **options: Any) -> Make:
     return lambda folder: quantised_checkpoints.write(folder, *args, **options)[0]
+
+
+def genai(**choices: Any) -> Make:
+    """With scales in fp16, as in files for GPUs, and weights beside the graph."""
+
+    def make(folder: Path) -> Path:
+        model = tiny_models.build("qwen3_moe", moe_intermediate_size=64)
+        path = onnx_genai_models.write(folder / "m.onnx", model, **choices)
+        graph = onnx.load(path)
+        for tensor in graph.graph.initializer:
+            if tensor.name.endswith("scales"):
+                halves = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(halves, tensor.name))
+        onnx.save(graph, path, save_as_external_data=True, location="m.data", size_threshold=0)
+        return path
+
+    return make
+
+
+def exported(folder: Path) -> Path:
+    return export_onnx(folder_of("qwen3_moe", torch.bfloat16)(folder), folder / "m.onnx")
 
 
 CASES: dict[str, tuple[Make, dict[str, Any], set[str], set[str]]] = {
@@ -97,6 +120,28 @@ CASES: dict[str, tuple[Make, dict[str, Any], set[str], set[str]]] = {
         {"q4"},
         set(),
     ),
+    "ONNX, 4 bits, over nodes": (
+        genai(bits=4, quantised_embedding=True),
+        {"nodes": 2},
+        {"q4"},
+        {"converted from ONNX int4, blocks of 32 to f32"},
+    ),
+    "ONNX, 8 bits, gate and up apart": (
+        genai(bits=8, apart=True),
+        {},
+        {"q8"},
+        {"converted from ONNX int8, blocks of 32 to f32"},  # the router
+    ),
+    "ONNX, zero points": (
+        genai(bits=4, zeros=True),
+        {"formats": {"embedding": "f32"}},
+        {"q4z"},
+        {
+            "zero points lie apart from the codes of ONNX int4, blocks of 32, zero points",
+            "converted from ONNX int4, blocks of 32, zero points to f32",
+        },
+    ),
+    "ONNX, exported": (exported, {}, {"bf16"}, set()),
     "AWQ": (
         quantised("llama", AWQ, quantised_checkpoints.awq(), intermediate_size=96),
         {},

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hetcomp import frontend
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.checkpoint import FolderCheckpoint
+from hetcomp.frontend.folder_checkpoint import FolderCheckpoint
 from hetcomp.frontend.safetensors_header import read_header
 from hetcomp.ir.plan import ValueKind
 from hetcomp.ir.types import DType

@@ -15,7 +15,9 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
 from hetcomp import frontend
 from hetcomp.errors import HetcompError
+from hetcomp.frontend.onnx.dequantised_weights import Dequantised
 from hetcomp.ir.plan import ValueKind
+from hetcomp.quantised_numbers import QuantisedNumbers
 from tests.reference import onnx_models, tiny_models
 
 BOUNDS = {"context_length": 32, "max_batch": 1, "max_tokens": 32, "max_logit_rows": 32}
@@ -132,3 +134,27 @@ def test_scales_of_another_shape_are_named(plain, tmp_path):
         HetcompError, match=r"scales of type F32 and shape \[5\]; expected F32 or F16 or BF16 of shape \["
     ):
         frontend.load(path, **BOUNDS)
+
+
+@pytest.mark.parametrize("dtype", ["U4", "I4", "U8", "I8"])
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize(("axis", "block"), [(-1, 0), (0, 0), (1, 0), (0, 32), (1, 32)])
+@pytest.mark.parametrize("zero", [None, 0])
+def test_rows_are_those_of_the_whole(dtype, turned, axis, block, zero):
+    """zero: None: those of the file."""
+    bytes_of, rng = (2 if dtype[1] == "4" else 1), np.random.default_rng(0)
+    stored = (96, 320) if turned else (320, 96)
+    matrix = Dequantised(stored, "c", "s", "z", axis, block, zero, turned)
+    count = matrix._count()
+    raw = rng.integers(0, 256, (2, stored[0] * stored[1] // bytes_of), np.uint8)
+    parts = {"codes": raw[0], "scales": rng.normal(size=count).astype(np.float32)}
+    parts |= {"zeros": raw[1][: -(-int(np.prod(count)) // bytes_of)]} if zero is None else {}
+    assert matrix.has_rows(dtype, [0, 128, 256])
+    pieces = [matrix.decode(parts, dtype, run) for run in ((0, 128), (128, 256), (256, 320))]
+    for got, want in zip(pieces, np.split(numbers(matrix.decode(parts, dtype)), [128, 256]), strict=True):
+        np.testing.assert_array_equal(numbers(got), want)
+        assert type(got) is type(pieces[0])
+
+
+def numbers(made: QuantisedNumbers | np.ndarray) -> np.ndarray:
+    return made.to_f32() if isinstance(made, QuantisedNumbers) else made

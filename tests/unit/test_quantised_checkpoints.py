@@ -192,23 +192,6 @@ def test_what_a_format_holds_is_taken_over_bit_for_bit(case, tmp_path):
     assert from_json(to_json(plan.plan)) == plan.plan
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group", [32, 0])
-def test_the_writer_of_compressed_tensors_is_what_its_library_reads(bits, symmetric, group):
-    """With scales in f32: the library rounds products to the scales' type."""
-    quantization = pytest.importorskip("compressed_tensors.quantization")
-    packed = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
-    strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-    weights = quantization.QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, **strategy)
-    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
-    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(bits))
-    stored, numbers = made.packed_quantized(bits, group, symmetric)(weight)
-    stored["weight_scale"] = stored["weight_scale"].float()
-    read = packed.PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
-    assert torch.equal(read, numbers)
-
-
 @pytest.mark.parametrize("intermediate", [64, 96])
 def test_gpt_oss_experts_are_taken_over_bit_for_bit(intermediate, tmp_path):
     quantised, twin = made.write_gpt_oss(tmp_path, intermediate_size=intermediate)

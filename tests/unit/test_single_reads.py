@@ -10,6 +10,7 @@ import onnx
 import pytest
 from gguf import GGMLQuantizationType as Type
 
+from hetcomp import row_pieces
 from hetcomp.backends.pack_weights import WeightPacker
 from hetcomp.frontend import checkpoint
 from hetcomp.frontend.file_bytes import read_bytes
@@ -41,9 +42,12 @@ def genai(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("write", [gptq_folder, k_blocks, genai])
-def test_everything_is_read_once_and_an_expert_at_a_time(write, tmp_path, monkeypatch):
+@pytest.mark.parametrize("pieces", [False, True])
+def test_everything_is_read_once_and_an_expert_at_a_time(write, pieces, tmp_path, monkeypatch):
     """No read is longer than the largest matrix of one expert, or than the largest other tensor; of tensors that have
-    all experts none is longer than one of them."""
+    all experts none is longer than one of them. Of matrices in pieces of 128 rows none is longer than these."""
+    if pieces:
+        monkeypatch.setattr(row_pieces, "_NUMBERS", 1)
     plan, reads = planned(write(tmp_path)), []
 
     def watched(path: Path, offset: int, size: int) -> np.ndarray:
@@ -60,7 +64,11 @@ def test_everything_is_read_once_and_an_expert_at_a_time(write, tmp_path, monkey
         assert file != next_file or next_start >= start + size
     tensors = {t.name: t for v in weights if v.source for t in v.source.tensors}
     largest = max(t.bytes // (t.shape[0] if len(t.shape) == 3 else 1) for t in tensors.values())
-    assert max(size for *_, size in reads) == largest
+    assert max(size for *_, size in reads) == largest or pieces
+    if pieces:
+        vocabulary = [t for t in tensors.values() if t.shape[0] == tiny_models.VOCAB and len(t.shape) == 2]
+        within = [[n for file, at, n in reads if file == t.file and 0 <= at - t.offset < t.bytes] for t in vocabulary]
+        assert all(max(sizes) <= t.bytes // 2 for t, sizes in zip(vocabulary, within, strict=True)) and within
     for tensor in (t for t in tensors.values() if t.quantised and len(t.shape) == 3):
         for part in dict(tensor.quantised.parts).values():
             within = [n for file, at, n in reads if file == part.file and 0 <= at - part.offset < part.bytes]

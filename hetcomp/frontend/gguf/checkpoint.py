@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from hetcomp.frontend.gguf.model_files import ModelFiles
 from hetcomp.frontend.gguf.stored_orders import StoredOrders
 from hetcomp.frontend.gguf.tensor_names import ARCHITECTURES, GATE_UP, stored_as
 from hetcomp.frontend.key_mapping import Parts
+from hetcomp.frontend.quantised_rows import rows_of
 from hetcomp.frontend.row_places import FLOATS, block_rows, number_rows
 from hetcomp.ir.plan import CheckpointTensor, Quantised, Value, WeightSource
 from hetcomp.quantised_numbers import BLOCK, K_SCALES, QuantisedNumbers
@@ -88,6 +89,14 @@ class GgufCheckpoint(BaseCheckpoint):
     def _numbers(self, tensor: CheckpointTensor, row: int | None = None) -> npt.NDArray[np.generic] | QuantisedNumbers:
         raw = self._raw(tensor, row)
         return self._orders.apply(raw if tensor.quantised is None else decode(tensor.dtype, raw), tensor.name)
+
+    def _rows(
+        self, tensor: CheckpointTensor, runs: Sequence[tuple[int, int]]
+    ) -> Generator[npt.NDArray[Any] | QuantisedNumbers]:
+        if self._orders.changes(tensor.name):
+            yield from super()._rows(tensor, runs)
+        else:
+            yield from (self._numbers(rows_of(tensor, *run)) for run in runs)
 
     def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
         number = self._files[tensor.file]

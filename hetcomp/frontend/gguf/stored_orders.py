@@ -67,6 +67,11 @@ class StoredOrders:
             return self.restored[end](numbers, tensor)
         return numbers
 
+    def changes(self, tensor: str) -> bool:
+        """Whether :meth:`apply` does anything to it."""
+        end = _end(tensor)
+        return end in self.rows or end in self.columns or end in self.restored
+
     def row_places(self, places: _Raw, tensor: str) -> _Raw | str:
         """Places of a tensor's rows in the order of transformers; or why they are of no use."""
         end = _end(tensor)

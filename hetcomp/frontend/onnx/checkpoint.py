@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +13,15 @@ from hetcomp.frontend.act_order import Groups
 from hetcomp.frontend.checkpoint import BaseCheckpoint
 from hetcomp.frontend.key_mapping import Parts
 from hetcomp.frontend.onnx.dequantised_weights import Dequantised
-from hetcomp.frontend.onnx.model_file import OnnxFile
+from hetcomp.frontend.onnx.model_file import INLINE, OnnxFile
 from hetcomp.frontend.onnx.packed_weights import Packed
 from hetcomp.frontend.onnx.parameters import Parameter
 from hetcomp.frontend.onnx.torch_ops import from_numpy
+from hetcomp.frontend.quantised_rows import rows_of
+from hetcomp.frontend.row_places import FLOATS, number_rows
 from hetcomp.ir.plan import CheckpointTensor, Value, WeightSource
 from hetcomp.quantised_numbers import QuantisedNumbers, joined
+from hetcomp.stored_rows import StoredRows
 
 
 class OnnxCheckpoint(BaseCheckpoint):
@@ -38,6 +42,9 @@ class OnnxCheckpoint(BaseCheckpoint):
                 parts[fqn] = Parts("plain", (fqn,))
             else:
                 parts[fqn] = Parts("stack_pair", self._pair(parameter.halves, tensors))
+        names = sorted({t.file for t in file.graph.initialisers.values()} - {INLINE})
+        self._files = {name: number for number, name in enumerate(names)}
+        self._paths = tuple((file.path.parent / name).absolute() for name in names)
         super().__init__(str(file.path), tensors, parts, {})
 
     def _pair(self, halves: tuple[Parameter, Parameter], tensors: dict[str, CheckpointTensor]) -> tuple[str, ...]:
@@ -86,6 +93,43 @@ class OnnxCheckpoint(BaseCheckpoint):
             return joined(made) if made else np.concatenate([e for e in experts if isinstance(e, np.ndarray)])
         parts = {name: self._file.numbers(part, at) for name, part in whole.quantised.parts}
         return packed.decode(parts, whole.dtype) if isinstance(packed, Dequantised) else packed.decode(parts, tensor)
+
+    def _rows(
+        self, tensor: CheckpointTensor, runs: Sequence[tuple[int, int]]
+    ) -> Generator[npt.NDArray[Any] | QuantisedNumbers]:
+        parameter, whole, at = self._place(tensor, None)
+        packed = parameter.packed
+        if packed is None and at is None and not parameter.log_of:
+            stored = self._file.graph.initialisers[parameter.tensor]
+            numbers = (self._file.numbers(rows_of(stored, *run)) for run in runs)
+            yield from (n.astype(np.float32) if n.dtype == np.float64 else n for n in numbers)
+        elif isinstance(packed, Packed) and at is None and packed.has_rows(whole):
+            for start, stop in runs:
+                part = packed.rows(whole, start, stop)
+                assert part.quantised is not None
+                parts = {name: self._file.numbers(stored) for name, stored in part.quantised.parts}
+                yield replace(packed, shape=part.shape).decode(parts, part)
+        elif isinstance(packed, Dequantised) and at is None and packed.has_rows(whole.dtype, [r[0] for r in runs]):
+            assert whole.quantised is not None
+            parts = {name: self._file.numbers(stored) for name, stored in whole.quantised.parts}
+            yield from (packed.decode(parts, whole.dtype, run) for run in runs)
+        else:
+            yield from super()._rows(tensor, runs)
+
+    def _tensor_rows(self, tensor: CheckpointTensor, by_number: bool) -> StoredRows | str:
+        parameter, whole, at = self._place(tensor, None)
+        if parameter.log_of:
+            return "its numbers are computed from what is stored"
+        stored = [tensor] if whole.quantised is None else [part for _, part in whole.quantised.parts]
+        if any(part.file == INLINE for part in stored):
+            return "its numbers are in the graph itself"
+        if isinstance(parameter.packed, Packed):
+            return parameter.packed.stored_rows(whole, at, self._files, self._paths)
+        if whole.quantised is not None:
+            return "DequantizeLinear's codes are no rows that kernels take over"
+        if tensor.dtype not in FLOATS:
+            return f"{tensor.dtype} is converted"
+        return number_rows(tensor, self._files[tensor.file], self._paths, by_number)
 
     def _raw(self, tensor: CheckpointTensor, row: int | None) -> npt.NDArray[np.generic]:
         parameter, _, at = self._place(tensor, row)

@@ -5,7 +5,7 @@ w = (code - zero point) * scale: one scale for all, one an index of an axis, or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,12 +108,43 @@ class Dequantised:
                     f"of shape {wanted} for a weight of shape {list(self.stored)}"
                 )
 
-    def decode(self, parts: Mapping[str, _Raw], dtype: str) -> QuantisedNumbers | _Floats:
-        """The matrix [N, K] whose parts as they are stored these are; dtype: of its codes."""
-        each = whole_numbers(parts["codes"], dtype, self.stored)
-        if "zeros" in parts:
-            each = each - self._for_each(whole_numbers(parts["zeros"], dtype, self._count()))
+    def has_rows(self, dtype: str, starts: Sequence[int]) -> bool:
+        """Whether :meth:`decode` does some rows at a time that begin at ``starts``: with a byte and a block."""
+        whole = self.block if self.axis == 1 - self._along_k and self.block else 1
+        if self.turned and BITS[dtype] == 4:
+            whole = max(whole, 2)
+        return (BITS[dtype] == 8 or self.stored[1] % 2 == 0) and not any(start % whole for start in starts)
+
+    def decode(
+        self, parts: Mapping[str, _Raw], dtype: str, rows: tuple[int, int] | None = None
+    ) -> QuantisedNumbers | _Floats:
+        """The matrix [N, K] whose parts as they are stored these are, or those of its rows
+        that :meth:`has_rows`. dtype: of its codes."""
         scales = _floats(parts["scales"]).reshape(self._count())
+        zeros = whole_numbers(parts["zeros"], dtype, self._count()) if "zeros" in parts else None
+        if rows is None:
+            return self._numbers(parts["codes"], scales, zeros, dtype)
+        axis, each = 1 - self._along_k, 8 // BITS[dtype]
+        by_byte = parts["codes"].reshape(self.stored[0], -1)
+        of_rows = [rows[0], rows[1]] if axis == 0 else [rows[0] // each, -(-rows[1] // each)]
+        codes = np.ascontiguousarray(by_byte.take(range(*of_rows), axis))
+        size = rows[1] - rows[0]
+        part = replace(self, stored=(size, self.stored[1]) if axis == 0 else (self.stored[0], size))
+        zeros = None if zeros is None else self._of_rows(zeros, rows)
+        return part._numbers(codes, self._of_rows(scales, rows), zeros, dtype)
+
+    def _of_rows(self, of_blocks: _Numbers, rows: tuple[int, int]) -> _Numbers:
+        """Scales or zero points of these rows of the matrix."""
+        axis = 1 - self._along_k
+        if of_blocks.shape[axis] == 1:
+            return of_blocks
+        block = self.block if self.axis == axis and self.block else 1
+        return of_blocks.take(range(rows[0] // block, -(-rows[1] // block)), axis)
+
+    def _numbers(self, codes: _Raw, scales: _Floats, zeros: _Numbers | None, dtype: str) -> QuantisedNumbers | _Floats:
+        each = whole_numbers(codes, dtype, self.stored)
+        if zeros is not None:
+            each = each - self._for_each(zeros)
         form = self._form(dtype)
         if form is None:
             made: _Floats = each.astype(np.float32) * self._for_each(scales)

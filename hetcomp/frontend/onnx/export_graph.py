@@ -10,13 +10,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx
-from transformers import PreTrainedConfig
 
 from hetcomp.errors import HetcompError
 from hetcomp.frontend.onnx.decimals import decimal
 from hetcomp.frontend.onnx.export_nodes import handler_of
 from hetcomp.frontend.routing import Router, find_routers
-from hetcomp.frontend.trace import TracedModel, module_path
+from hetcomp.frontend.traced_model import TracedModel, module_path
 
 DOMAIN = "hetcomp"
 _OPSETS = {"": 20, DOMAIN: 1}  # 20: the first that has Gelu
@@ -26,7 +25,7 @@ _IR_VERSION = 10
 class GraphExport:
     """A graph under construction. ``weights``: names of the parameters that its nodes read."""
 
-    def __init__(self, traced: TracedModel, config: PreTrainedConfig) -> None:
+    def __init__(self, traced: TracedModel, config: object) -> None:
         self.traced = traced
         self.routers: dict[fx.Node, Router] = find_routers(traced.graph, config)
         self.results: dict[fx.Node, list[str]] = {}

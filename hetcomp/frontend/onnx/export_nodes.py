@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from hetcomp.errors import HetcompError
-from hetcomp.frontend.trace import module_path
+from hetcomp.frontend.traced_model import module_path
 
 if TYPE_CHECKING:
     from hetcomp.frontend.onnx.export_graph import GraphExport

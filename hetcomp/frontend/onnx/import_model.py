@@ -20,7 +20,7 @@ from hetcomp.frontend.onnx.recognise_norm import replace_norms
 from hetcomp.frontend.onnx.recognise_rope import replace_ropes
 from hetcomp.frontend.onnx.to_fx import count_layers, to_fx
 from hetcomp.frontend.onnx.written_out import written_out
-from hetcomp.frontend.trace import TracedModel
+from hetcomp.frontend.traced_model import TracedModel
 from hetcomp.ir.plan import ModelInfo
 
 # Positions that a graph without caches is tried for, and takes: a mask of them has 4 million numbers.

@@ -40,7 +40,7 @@ _TYPES = {
 _HALF_BYTES = ("U4", "I4")
 DTYPES = {name: np.dtype(code) for name, code in _TYPES.values()}
 _MICROSOFT = "com.microsoft"
-_INLINE = ""  # of CheckpointTensor.file: the numbers are in memory
+INLINE = ""  # of CheckpointTensor.file: the numbers are in memory
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class OnnxFile:
         shape = tensor.shape if row is None else tensor.shape[1:]
         count = math.prod(shape)
         start = (row or 0) * count * dtype.itemsize
-        if tensor.file == _INLINE:
-            data = np.frombuffer(self.inline[tensor.name], dtype, count, start)
+        if tensor.file == INLINE:
+            data = np.frombuffer(self.inline[tensor.name], dtype, count, tensor.offset + start)
         else:
             data = read_tensor(self.path.parent / tensor.file, tensor.name, tensor.offset + start, dtype, count)
         return data.reshape(shape)
@@ -154,7 +154,7 @@ def _described(
     if place is not None:
         return CheckpointTensor(path.name, tensor.name, dtype, shape, place.offset, size)
     inline[tensor.name] = data
-    return CheckpointTensor(_INLINE, tensor.name, dtype, shape, 0, size)
+    return CheckpointTensor(INLINE, tensor.name, dtype, shape, 0, size)
 
 
 def _numbers(tensor: onnx.TensorProto, path: Path) -> bytes:

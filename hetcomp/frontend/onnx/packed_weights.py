@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from hetcomp.frontend.act_order import Groups, scattered_groups
 from hetcomp.frontend.onnx.not_computable import NotComputable
+from hetcomp.frontend.quantised_rows import rows_of
 from hetcomp.ir.plan import CheckpointTensor, Quantised
 from hetcomp.quantised_numbers import GROUPS, QuantisedNumbers, with_zero_points
+from hetcomp.stored_rows import Places, StoredRows, StoredScales, places
 
 _Raw = npt.NDArray[np.generic]
 _Floats = npt.NDArray[np.float32]
@@ -98,6 +101,46 @@ class Packed:
                     f"with {' or '.join(map(str, sorted(sizes)))} elements for a weight of shape {list(self.shape)}"
                 )
 
+    def has_rows(self, tensor: CheckpointTensor) -> bool:
+        """Whether what is stored for a row of the matrix is a run of bytes."""
+        assert tensor.quantised is not None
+        parts = [part for name, part in tensor.quantised.parts if name != "groups"]
+        return len(self.shape) == 2 and not any(np.prod(part.shape) % self.shape[0] for part in parts)
+
+    def rows(self, tensor: CheckpointTensor, start: int, stop: int) -> CheckpointTensor:
+        """Rows of the matrix ``tensor`` that :meth:`has_rows`, as one of their own."""
+        assert tensor.quantised is not None
+        parts = [
+            (name, part if name == "groups" else rows_of(_by_row(part, self.shape[0]), start, stop))
+            for name, part in tensor.quantised.parts
+        ]
+        shape = (stop - start, self.shape[1])
+        return replace(tensor, shape=shape, quantised=replace(tensor.quantised, parts=tuple(parts)))
+
+    def stored_rows(
+        self, tensor: CheckpointTensor, expert: int | None, numbers: Mapping[str, int], files: tuple[Path, ...]
+    ) -> StoredRows | str:
+        """Where the rows of the matrix ``tensor``, or one expert's, lie, or why they cannot be used there. numbers: of
+        the files by their names."""
+        assert tensor.quantised is not None
+        if self.zeros:
+            return f"zero points lie apart from the codes of {tensor.quantised.label}"
+        if self.groups:
+            return f"columns of {tensor.quantised.label} are in another order"
+        count, shape = int(np.prod(self.shape[:-1])), self.shape[:-1] if expert is None else self.shape[1:-1]
+
+        def of_rows(part: CheckpointTensor) -> Places:
+            each = part.bytes // count
+            first = part.offset + (expert or 0) * self.shape[-2] * each
+            return places(numbers[part.file], first, each, (*shape, 1))
+
+        codes, scales = tensor.quantised.part("codes"), tensor.quantised.part("scales")
+        if codes.bytes % count:
+            return "its rows begin within a byte"
+        columns = self.shape[-1]
+        of_scales = StoredScales(scales.dtype, min(self.block, columns), of_rows(scales))
+        return StoredRows("nibbles" if self.bits == 4 else "codes", files, of_rows(codes), columns, of_scales)
+
     def groups_of(self, raw: _Raw, tensor: CheckpointTensor) -> Groups:
         """Each column's block, as ``raw`` has it. Raises HetcompError if there are none such."""
         return scattered_groups(raw, self.shape[-1], self.block, self._blocks(), tensor)
@@ -141,6 +184,10 @@ class Packed:
         if raw.dtype == np.uint8:
             return _unpacked(raw.reshape(-1), self.bits).reshape(rows, -1)[:, : self._blocks()]
         return _floats(raw).reshape(rows, self._blocks())
+
+
+def _by_row(part: CheckpointTensor, rows: int) -> CheckpointTensor:
+    return replace(part, shape=(rows, int(np.prod(part.shape)) // rows))
 
 
 def _unpacked(packed: _Raw, bits: int) -> npt.NDArray[np.uint8]:

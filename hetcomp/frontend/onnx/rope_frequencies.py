@@ -59,8 +59,9 @@ def fit(cos: Tensor, sin: Tensor, past: int, constants: Iterable[Tensor]) -> Rop
     half = len(estimate)
     candidates = [c.double().numpy().reshape(-1) for c in constants if c.is_floating_point()]
     for base in _bases(estimate):
-        # As transformers computes them, in f32.
-        candidates.append(1.0 / base ** (np.arange(0, 2 * half, 2, dtype=np.float32) / np.float32(2 * half)))
+        # As transformers computes them, to the bit: numpy's powers are others.
+        powers = base ** (torch.arange(0, 2 * half, 2, dtype=torch.float32) / (2 * half))
+        candidates.append((1.0 / powers).numpy())
     for candidate in [*candidates, estimate]:
         if np.allclose(candidate, estimate, rtol=1e-5, atol=1e-9 + _UNITS * unit / len(cos)):
             table = RopeFrequencies(tuple(float(f) for f in candidate.astype(np.float32)), scaling, unit)
@@ -88,11 +89,12 @@ def _refined(angle: _Doubles, frequencies: _Doubles, distance: int) -> _Doubles:
     return made
 
 
-def _bases(frequencies: _Doubles) -> list[np.float32]:
-    """Whole numbers near the base that the second frequency follows from."""
+def _bases(frequencies: _Doubles) -> list[float]:
+    """Whole numbers near the base that the second frequency follows from, the roundest first: next to 1,000,000 other
+    numbers fit some positions as well, but not those far behind."""
     if len(frequencies) < 2 or not 0 < frequencies[1] < 1:
         return []
     base = float(frequencies[1] ** -len(frequencies))
-    digits = [10.0**k for k in range(0, 6)]
+    digits = [10.0**k for k in range(5, -1, -1)]
     rounded = dict.fromkeys(round(base / d) * d for d in digits if base > d)
-    return [np.float32(b) for b in rounded if b and abs(b - base) < 1e-3 * base]
+    return [b for b in rounded if b and abs(b - base) < 1e-3 * base]

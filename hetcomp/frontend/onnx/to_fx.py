@@ -21,7 +21,7 @@ from hetcomp.frontend.onnx.parameters import Parameter, Parameters
 from hetcomp.frontend.onnx.rope_frequencies import RopeFrequencies
 from hetcomp.frontend.plan_builder import layer_of
 from hetcomp.frontend.recognise import RopeTableData
-from hetcomp.frontend.trace import TracedModel
+from hetcomp.frontend.traced_model import TracedModel
 
 # Ops whose other outputs are caches.
 ATTENTION = frozenset({"hetcomp.Attention", "hetcomp.MlaAttention", "com.microsoft.GroupQueryAttention"})
