@@ -23,8 +23,11 @@ CachePolicy policy_of(const Json& entry) {
   return policy;
 }
 
+// Whether what the next step copies is looked for when a step ends.
+class CachePolicyCases : public testing::TestWithParam<bool> {};
+
 // The planner replays traces through passes/cache_policy.py; tests/unit/test_cache_policy.py made the cases.
-TEST(CachePolicyCases, ThePlannersPolicyIsThisOne) {
+TEST_P(CachePolicyCases, ThePlannersPolicyIsThisOne) {
   const Json cases = Json::parse(std::ifstream(CACHE_POLICIES));
   ASSERT_GT(cases.size(), 20U);
   for (std::size_t c = 0; c < cases.size(); ++c) {
@@ -44,11 +47,14 @@ TEST(CachePolicyCases, ThePlannersPolicyIsThisOne) {
         }));
       }
       policy.arrived(true);
+      if (GetParam()) policy.look_ahead();
       EXPECT_EQ((Json{{"arrivals", arrivals}, {"hits", hits}}), cases[c]["found"][s])
           << "case " << c << ", step " << s;
     }
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Ahead, CachePolicyCases, testing::Bool());
 
 }  // namespace
 }  // namespace hetcomp::gpu
