@@ -2,6 +2,7 @@
 #include "c_abi_guard.h"
 #include "c_abi_model.h"
 
+using hetcomp::c_abi::copy_text;
 using hetcomp::c_abi::guard;
 using hetcomp::c_abi::require;
 

@@ -82,7 +82,8 @@ std::size_t slots_left(std::size_t wave, double each, double expert_bytes, const
   const double computing = static_cast<double>(wave) * rates.gpu_expert_us.at(each);
   // One more: the GPU has to hear of its first wave.
   const double left = std::ceil(computing * rates.link_bytes_per_us / expert_bytes) + 1;
-  return static_cast<std::size_t>(std::min(left, static_cast<double>(wave / 2)));
+  const std::size_t most = wave / 2;
+  return static_cast<std::size_t>(std::min(left, static_cast<double>(most)));
 }
 
 }  // namespace hetcomp::gpu

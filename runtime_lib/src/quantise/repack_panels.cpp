@@ -17,7 +17,7 @@ uint32_t in_nibbles(const uint8_t* codes) {
 uint32_t high_bits(const uint8_t* codes, int bits) {
   const uint32_t mask = bits == 1 ? 0x01010101 : 0x03030303;
   uint32_t all = 0;
-  for (int s = 0; s < 8 / bits; ++s) all |= (word(codes + 4 * s) >> 4 & mask) << bits * s;
+  for (int s = 0; s < 8 / bits; ++s) all |= (word(codes + int64_t{4} * s) >> 4 & mask) << bits * s;
   return all;
 }
 
