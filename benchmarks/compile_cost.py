@@ -25,6 +25,7 @@ from pathlib import Path
 
 from benchmarks import models
 from benchmarks.cpu_e2e import show
+from benchmarks.page_cache import leave_page_cache
 from benchmarks.record import Record
 from hetcomp.frontend.safetensors_header import read_header
 from hetcomp.models_zoo.synthesise import synthesise
@@ -41,16 +42,6 @@ def _largest_tensor_gb(checkpoint: Path) -> float:
 
 def _gigabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
-
-
-def _leave_page_cache(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
 
 
 def _write_gb_per_s(folder: Path) -> float:
@@ -128,7 +119,7 @@ def _run(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
     record = Record("compile_cost", {**given, "checkpoint GB": _gigabytes(checkpoint)})
     out = folder / "out.hetc"
     for number in range(options.rounds + 1):
-        _leave_page_cache(checkpoint)
+        leave_page_cache(checkpoint.glob("*.safetensors"))
         record.add("disk, read", "GB/s", measure_disk(folder)[0].gb_per_s)
         record.add("disk, write", "GB/s", _write_gb_per_s(folder))
         seconds, memory = _compile(checkpoint, options.formats, out, folder / "cache")

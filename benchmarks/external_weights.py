@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import hetcomp
 from benchmarks.cpu_e2e import show
+from benchmarks.page_cache import leave_page_cache
 from benchmarks.record import Record
 from hetcomp.artifact.inspection import inspect_artifact
 from hetcomp.profiler.disk import measure_disk
@@ -42,16 +42,6 @@ def _load(artifact: Path, verify: bool) -> dict[str, float]:
 
 def _files(artifact: Path) -> list[Path]:
     return [*artifact.glob("*.safetensors"), *(Path(s.path) for s in inspect_artifact(artifact).sources)]
-
-
-def _leave_page_cache(files: list[Path]) -> None:
-    for file in files:
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
 
 
 def _enter_page_cache(files: list[Path]) -> None:
@@ -98,7 +88,7 @@ def _measure(record: Record, kind: str, artifact: Path, verify: bool) -> None:
     warm = _load(artifact, verify)
     record.add(f"load, {kind}, cached", "s", warm["seconds"], higher_is_better=False)
     record.add(f"max RSS, {kind}", "GB", warm["peak"] / 1e9, higher_is_better=False)
-    _leave_page_cache(_files(artifact))
+    leave_page_cache(_files(artifact))
     cold = _load(artifact, verify)
     record.add(f"load, {kind}, from the disk", "s", cold["seconds"], higher_is_better=False)
 

@@ -13,7 +13,6 @@ than importing what a compile does, "demo-moe" a compile of that model of 44 MB.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from benchmarks import large_checkpoints, models
 from benchmarks.cpu_e2e import show
+from benchmarks.page_cache import leave_page_cache
 from benchmarks.record import Record
 from hetcomp.models_zoo import find
 
@@ -61,16 +61,6 @@ def _compile(model: Path) -> tuple[float, float]:
         return _peaks([*program, "--formats", "auto", "--context", "1024", "-o", f"{out}/out.hetc"])
 
 
-def _leave_page_cache(model: Path) -> None:
-    for file in model.iterdir() if model.is_dir() else model.parent.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(handle)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -87,7 +77,7 @@ def main() -> None:
     record.add("demo-moe, own", "GB", _compile(find("demo-moe"))[0], higher_is_better=False)
     for kind in kinds:
         model, largest = _made(kind, options.folder / kind.replace(",", "").replace(" ", "_"))
-        _leave_page_cache(model)
+        leave_page_cache(model.iterdir() if model.is_dir() else model.parent.iterdir())
         own, high = _compile(model)
         record.add(f"{kind}, own", "GB", own, higher_is_better=False)
         record.add(f"{kind}, VmHWM", "GB", high, higher_is_better=False)

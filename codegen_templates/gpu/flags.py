@@ -5,15 +5,19 @@ import triton.language as tl
 
 
 @triton.jit
-def await_flag(flag):
-    """Until ``flag`` i32[1] is raised: what was written before that is read from here on."""
-    raised = tl.inline_asm_elementwise(
+def is_raised(flag):
+    """1 when ``flag`` i32[1] is raised, with all that was written before that; else 0."""
+    return tl.inline_asm_elementwise(
         "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def await_flag(flag):
+    """Until ``flag`` i32[1] is raised: what was written before that is read from here on."""
+    raised = is_raised(flag)
     while raised == 0:
-        raised = tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.u32 $0, [$1];", "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1
-        )
+        raised = is_raised(flag)
 
 
 @triton.jit

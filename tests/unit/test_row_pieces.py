@@ -33,7 +33,9 @@ DENSE = SIZES | {"intermediate_size": 256, "tie_word_embeddings": False}
 
 
 def quantised(config, quantiser, family="llama", **sizes: object) -> Callable[[Path], Path]:
-    chosen = lambda name: name.endswith(("_proj.weight", "lm_head.weight"))  # noqa: E731
+    def chosen(name: str) -> bool:
+        return name.endswith(("_proj.weight", "lm_head.weight"))
+
     config = {k: v for k, v in config.items() if k not in ("modules_to_not_convert", "ignore")}
     return lambda folder: made.write(folder, family, config, quantiser, chosen, **(sizes or DENSE))[0]
 
@@ -48,8 +50,11 @@ def in_gguf(family: str, kind: Type, **sizes: object) -> Callable[[Path], Path]:
 
 
 def in_onnx(**choices: object) -> Callable[[Path], Path]:
-    model = lambda: tiny_models.build("qwen3_moe", **MOE, tie_word_embeddings=False)  # noqa: E731
-    return lambda folder: onnx_genai_models.write(folder / "m.onnx", model(), **choices)
+    def write(folder: Path) -> Path:
+        model = tiny_models.build("qwen3_moe", **MOE, tie_word_embeddings=False)
+        return onnx_genai_models.write(folder / "m.onnx", model, **choices)
+
+    return write
 
 
 FILES = {

@@ -29,7 +29,10 @@ def gptq_folder(folder: Path) -> Path:
 def k_blocks(folder: Path) -> Path:
     """As Q4_K_M mixes them."""
     model = tiny_models.build("qwen3_moe", num_hidden_layers=1, num_experts=4, **WHOLE_BLOCKS)
-    kind = lambda name: Type.Q6_K if "ffn_down" in name else Type.Q4_K  # noqa: E731
+
+    def kind(name: str) -> Type:
+        return Type.Q6_K if "ffn_down" in name else Type.Q4_K
+
     return gguf_models.write(folder / "m.gguf", model, kind)
 
 

@@ -17,12 +17,17 @@ _MAX_COLUMNS = 1024
 _MAX_BLOCK = 4096
 
 
+def _width(value: Value) -> int:
+    """Numbers of a row."""
+    return math.prod(d for d in value.type.shape[1:] if isinstance(d, int))
+
+
 def hand_out(
     op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], exact: bool, wanted: Value | None = None
 ) -> GpuGroup:
     """Copies x f32[rows, ..], or x, ids i32[rows, top_k] and weights f32[rows, top_k], to ``outputs``. ``wanted``:
     i32[1], zero where nobody reads x."""
-    width = math.prod(d for d in inputs[0].type.shape[1:] if isinstance(d, int))
+    width = _width(inputs[0])
     choices = len(inputs) > 1
     top_k = inputs[1].type.shape[1] if choices else 1
     assert isinstance(top_k, int)
@@ -56,7 +61,7 @@ def hand_out(
 
 def ask(op: Op, inputs: tuple[Value, ...], outputs: tuple[str, ...], rows: int, flag: int) -> GpuGroup:
     """As :func:`hand_out` of a step of exactly so many ``rows``, with the choices; raises ``flag`` to the CPU."""
-    width = math.prod(d for d in inputs[0].type.shape[1:] if isinstance(d, int))
+    width = _width(inputs[0])
     top_k = inputs[1].type.shape[1]
     assert isinstance(top_k, int)
     made = launch(
@@ -98,7 +103,7 @@ def add_missing(
     """total = onto (where given) + here, and of rows with a choice that has no place among ``places`` i32[experts]
     + there, which the CPU says is there by ``flag``; f32[rows, width] all, of exactly as many rows as the step has. The
     launch also awaits the flag ``before`` (where given)."""
-    width = math.prod(d for d in total.type.shape[1:] if isinstance(d, int))
+    width = _width(total)
     top_k = ids.type.shape[1]
     assert isinstance(top_k, int)
     columns = min(power_of_two(width), _MAX_COLUMNS)
@@ -132,7 +137,7 @@ def add_sums(op: Op, a: Value, b: Value, total: Value, rows: int | None) -> GpuG
 def add_parts(op: Op, here: Sequence[Value], there: Value, part: Value, total: Value) -> GpuGroup:
     """total = the sums of the GPU's experts, one or two, and that of the CPU's where ``part`` i32[1] is not zero; f32
     [rows, width] all, of as many rows as the step has."""
-    width = math.prod(d for d in total.type.shape[1:] if isinstance(d, int))
+    width = _width(total)
     columns = min(power_of_two(width), _MAX_COLUMNS)
     made = launch(
         "hand_out",
